@@ -1,0 +1,58 @@
+# Every target sets up .venv by itself, and does nothing there when it is up to date.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SUITES := unit distributed integration packaging
+
+# Interpreters to try, in order; 3.11 first, because constraints.txt is tested with it.
+PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
+# `make TORCH=torch==2.11.0 test` (a requirement, or a wheel's path) installs that build instead of the pinned one.
+TORCH ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo serve test lint bench $(SUITES:%=test-%) FORCE
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## fetch a small model, serve it at TP=2, stream one answer, stop
+	$(BIN)/packtrain demo
+
+serve: $(STAMP) ## the same stack, until Ctrl-C
+	$(BIN)/packtrain serve
+
+test: $(SUITES:%=test-%) ## every suite; one that collects nothing fails
+
+# One pytest a suite: it exits non-zero when its suite has no test.
+$(SUITES:%=test-%): test-%: $(STAMP)
+	$(BIN)/python -m pytest tests/$*
+
+lint: $(STAMP) ## style, types, import contracts, generated stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m protos.generate --check
+
+bench: $(STAMP) ## tokens/s served, against the engine alone
+	$(BIN)/python bench/serving_overhead.py
+
+# A usable .venv is kept. Otherwise an interpreter counts only if it runs (a version manager's shim may not) and can make
+# environments.
+$(STAMP): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
+	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(BIN)/python -c "import pip; $$usable" 2>/dev/null; then \
+		for python in $(PYTHON); do "$$python" -c "$$usable" 2>/dev/null && break; python=; done; \
+		if test -z "$$python"; then \
+			echo 'No Python 3.11 or newer with the venv module among: $(PYTHON).' >&2; \
+			echo 'Install one (on Debian: python3 and python3-venv), or name it: make PYTHON=/path/to/python' >&2; \
+			exit 1; \
+		fi; \
+		echo "$$python -m venv $(VENV)"; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	sed '$(if $(TORCH),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --editable '.[dev]' $(TORCH) --constraint $(VENV)/constraints.txt
+	@touch $@

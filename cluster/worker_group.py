@@ -1,0 +1,115 @@
+"""A replica group whose ranks are Ray actors. Ray starts and ends them; steps go over the link."""
+
+import time
+from typing import Any
+
+from cluster import ray_api
+from cluster.health import GroupHealth
+from cluster.placement import RankLocation, order_ranks
+from cluster.rank_actor import RankActor
+from model_parallel.config import GroupConfig
+from model_parallel.engine.messages import StepPlan, StepResult
+from model_parallel.errors import ConfigError, GroupFailedError
+from model_parallel.runtime.leader import LOOPBACK, RANK_CLASS, STOP_TIMEOUT_S, OnProgress, SocketExecutor, store_file
+from model_parallel.runtime.link import Launch, Rendezvous
+
+
+class RayExecutor(SocketExecutor):
+    """Executor over rank actors in the bundles of one placement group, which stays its owner's.
+
+    Run it in the process that leads the group, on a node of the group.
+    """
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        *,
+        placement_group: ray_api.PlacementGroup | None = None,
+        rank_class: str = RANK_CLASS,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Start and load all ranks; by default in the placement group that this actor was scheduled into.
+
+        Raises ConfigError, CheckpointError, GroupFailedError; nothing that it began is left then.
+        """
+        super().__init__(config)
+        self.health = GroupHealth(config.parallel.step_timeout_s)
+        self.locations: tuple[RankLocation, ...] = ()
+        """By rank."""
+        self._rank_class = rank_class
+        self._actors: list[ray_api.ActorHandle[Any]] = []
+        self._serving: list[Any] = []
+        group = placement_group or ray_api.current_placement_group()
+        tp_size = config.parallel.tp_size
+        if group is None or group.bundle_count != tp_size:
+            bundles = "no placement group" if group is None else f"a placement group of {group.bundle_count} bundles"
+            raise ConfigError(f"tensor_parallel_size is {tp_size} and there is {bundles}; each rank needs one bundle")
+        deadline = time.monotonic() + config.parallel.start_timeout_s
+        with store_file() as path:
+            try:
+                host, rendezvous = self._place(group, path, deadline)
+            except (ray_api.RayError, TimeoutError) as error:
+                self.shutdown()
+                raise GroupFailedError(f"the actors of the group did not start: {error}") from error
+            except BaseException:
+                self.shutdown()
+                raise
+            self._start(host, rendezvous, on_progress, deadline)
+
+    def _place(self, group: ray_api.PlacementGroup, store_path: str, deadline: float) -> tuple[str, list[Rendezvous]]:
+        """Create the actors and put them in the order of their ranks. Returns the leader's address, and the ranks'."""
+        if not ray_api.wait_placed(group, deadline - time.monotonic()):
+            raise TimeoutError(f"Ray has not reserved the {group.bundle_count} bundles of the group")
+        # One by one, so that those that exist are known should the next one fail.
+        for bundle in range(group.bundle_count):
+            self._actors.append(ray_api.create_actor(RankActor, group, bundle))
+        asked = [actor.describe.remote(bundle) for bundle, actor in enumerate(self._actors)]
+        locations = ray_api.get(asked, deadline - time.monotonic())
+        leader_node, leader_ip = ray_api.this_node()
+        self.locations = tuple(order_ranks(locations, leader_node))
+        self._actors = [self._actors[at.bundle] for at in self.locations]
+        if all(at.node_id == leader_node for at in self.locations):
+            return LOOPBACK, [Rendezvous(bind_host=LOOPBACK, store_path=store_path)] * len(self._actors)
+        store_host = self.locations[0].ip
+        (store_port,) = ray_api.get([self._actors[0].open_store.remote(store_host)], deadline - time.monotonic())
+        return leader_ip, [
+            Rendezvous(bind_host=at.ip, store_host=store_host, store_port=store_port) for at in self.locations
+        ]
+
+    def _launch(self, host: str, port: int, secret: bytes) -> None:
+        for rank, actor in enumerate(self._actors):
+            launch = Launch(
+                host=host, port=port, secret=secret, epoch=self.config.epoch, rank=rank, rank_class=self._rank_class
+            )
+            self._serving.append(actor.serve.remote(launch))
+
+    def _check_launched(self) -> None:
+        ended = ray_api.finished(self._serving)
+        if ended:
+            rank = self._serving.index(ended[0])
+            try:
+                ray_api.get(ended[:1], STOP_TIMEOUT_S)
+            except Exception as error:  # whatever the actor raised, it is the reason
+                raise GroupFailedError(f"rank {rank} ended before it connected: {error}") from error
+            raise GroupFailedError(f"rank {rank} ended before it connected")
+
+    def _kill_ranks(self) -> None:
+        for actor in self._actors:
+            ray_api.kill(actor)
+
+    def _reap_ranks(self) -> None:
+        """Ray ends the processes; wait, bounded, until it says that they have."""
+        self._kill_ranks()
+        ray_api.finished(self._serving, STOP_TIMEOUT_S)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.health.step_began()
+        try:
+            return super().execute(plan)
+        finally:
+            self.health.step_ended()
+
+    def _fail(self, reason: str) -> None:
+        if not self._closing:
+            self.health.failed(reason)
+        super()._fail(reason)

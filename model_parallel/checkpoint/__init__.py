@@ -1,0 +1,1 @@
+"""Reading checkpoints: only the slices that a rank holds."""

@@ -1,0 +1,89 @@
+"""Weights in a GGUF file, dequantised as they are read."""
+
+import numpy as np
+import torch
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from model_parallel.checkpoint.detect import CheckpointInfo
+from model_parallel.checkpoint.gguf_file import GgufFile, GgufTensor
+from model_parallel.checkpoint.names import from_gguf
+from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
+from model_parallel.errors import CheckpointError
+from model_parallel.model.partition import Shard
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Dequantised at a time: bounds the float32 copies that are made on the way."""
+_ROPE_FREQUENCIES = "rope_freqs.weight"
+
+
+def interleaved_rows(rows: range, head_dim: int) -> np.ndarray:
+    """Where GGUF keeps rows of a query or key projection, [len(rows)].
+
+    GGUF pairs rows 2i and 2i+1 of a head for rotation, Hugging Face i and i + head_dim/2.
+    """
+    row = np.arange(rows.start, rows.stop)
+    head, within = row // head_dim, row % head_dim
+    half, pair = within // (head_dim // 2), within % (head_dim // 2)
+    return np.asarray(head * head_dim + 2 * pair + half)
+
+
+class GgufCheckpoint(Checkpoint):
+    """The file is mapped; a slice dequantises its own rows, or the blocks that its columns touch."""
+
+    def __init__(self, info: CheckpointInfo) -> None:
+        self._file = GgufFile(info.path)
+        self._head_dim = info.config.head_dim
+        self._stored: dict[str, GgufTensor] = {}
+        self.tensors = {}
+        for gguf_name, tensor in self._file.tensors.items():
+            if gguf_name == _ROPE_FREQUENCIES:
+                self._check_rope_frequencies(tensor)
+                continue
+            name = from_gguf(gguf_name)
+            self._stored[name] = tensor
+            self.tensors[name] = StoredTensor(
+                file=info.path, shape=tensor.shape, type=tensor.type.name, readable=_can_dequantise(tensor.type)
+            )
+
+    def _check_rope_frequencies(self, tensor: GgufTensor) -> None:
+        """Llama 3.1 and later divide RoPE's frequencies by these; ones change nothing."""
+        if tensor.type is not GGMLQuantizationType.F32 or (self._bytes(tensor).view(np.float32) != 1).any():
+            raise CheckpointError(f"{self._file.path}: {_ROPE_FREQUENCIES} scales the rotary embedding: not supported")
+
+    def _bytes(self, tensor: GgufTensor) -> np.ndarray:
+        """The tensor as stored, [rows, bytes a row]; a view of the mapped file."""
+        num_rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        stored = np.frombuffer(self._file.data, np.uint8, tensor.num_bytes, tensor.offset)
+        return stored.reshape(num_rows, -1)
+
+    def read(self, name: str, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._stored[name]
+        block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
+        stored = self._bytes(tensor)
+        rows, columns = range(stored.shape[0]), range(tensor.shape[-1])
+        if shard.axis is not None:
+            part = range(shard.start, shard.stop)
+            rows, columns = (part, columns) if shard.axis == 0 else (rows, part)
+        first_block, last_block = columns.start // block_size, -(-columns.stop // block_size)
+        stored = stored[:, first_block * block_bytes : last_block * block_bytes]
+        trim = slice(columns.start - first_block * block_size, columns.stop - first_block * block_size)
+        index = np.arange(rows.start, rows.stop)
+        if name.endswith((".q_proj.weight", ".k_proj.weight")):
+            index = interleaved_rows(rows, self._head_dim)
+
+        out = torch.empty(len(rows), len(columns), dtype=dtype)
+        step = max(1, _CHUNK_ELEMENTS // max(1, len(columns)))
+        for start in range(0, len(rows), step):
+            values = quants.dequantize(stored[index[start : start + step]], tensor.type)
+            out[start : start + step] = torch.from_numpy(values[:, trim])
+        return out.reshape(shard.shape)
+
+
+def _can_dequantise(kind: GGMLQuantizationType) -> bool:
+    block_bytes = GGML_QUANT_SIZES[kind][1]
+    try:
+        quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

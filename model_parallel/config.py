@@ -1,0 +1,168 @@
+"""What a replica group is made of. Frozen and validated; dtypes and devices are strings, so that no torch is needed here."""
+
+from dataclasses import dataclass, field
+
+from model_parallel.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEVICES = ("cpu", "cuda")
+
+
+def _positive(owner: str, **fields: int | float) -> None:
+    for name, value in fields.items():
+        if not value > 0:
+            raise ConfigError(f"{owner}.{name} is {value}; it must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The hyper-parameters of a Llama-architecture model, under one set of names for every checkpoint format."""
+
+    vocab_size: int
+    """Rows of the embedding and the LM head: the width of the logits."""
+    hidden_size: int
+    intermediate_size: int
+    """Width of the SwiGLU feed-forward layer."""
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position: int
+    """Longest sequence, in tokens, that the model was made for."""
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_query_heads=self.num_query_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+            max_position=self.max_position,
+        )
+        if self.num_query_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_query_heads is {self.num_query_heads} and model.num_kv_heads is {self.num_kv_heads}; "
+                "each key/value head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim is {self.head_dim}; rotary embedding needs an even number")
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model; tied embeddings are counted once."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_query_heads + 2 * self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + tables + self.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How one replica group is cut over ranks."""
+
+    tp_size: int = 1
+    device: str = "cpu"
+    """Where the ranks compute: "cpu" or "cuda"."""
+    dtype: str = "float32"
+    """Weights, activations and KV cache: "float32", "bfloat16" or "float16"."""
+    num_threads: int = 1
+    """Threads that one CPU rank may use inside an operation."""
+    start_timeout_s: float = 300.0
+    """Bound on loading and connecting all ranks."""
+    step_timeout_s: float = 60.0
+    """Bound on one step, and on each collective inside it."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "parallel",
+            tp_size=self.tp_size,
+            num_threads=self.num_threads,
+            start_timeout_s=self.start_timeout_s,
+            step_timeout_s=self.step_timeout_s,
+        )
+        if self.device not in DEVICES:
+            raise ConfigError(f"parallel.device is {self.device!r}; allowed: {', '.join(DEVICES)}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"parallel.dtype is {self.dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """A rank without a query head would have nothing to do."""
+        if self.tp_size > model.num_query_heads:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tp_size} and the model has {model.num_query_heads} query heads; "
+                f"each rank must hold at least one, so the most is {model.num_query_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """The paged KV cache of a group. Every rank has the same number of blocks, for its own key/value heads."""
+
+    num_blocks: int
+    block_size: int = 16
+    """Tokens a block."""
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("cache", num_blocks=self.num_blocks, block_size=self.block_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the whole cache can hold."""
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Bounds on what one step and one group take on."""
+
+    max_num_seqs: int = 64
+    """Sequences that run at the same time."""
+    max_num_batched_tokens: int = 512
+    """Tokens computed in one step, decode and prefill together; a longer prompt is prefilled in chunks."""
+    max_model_len: int = 4096
+    """Longest sequence, prompt and answer together."""
+    max_waiting_requests: int = 256
+    """Requests that may wait; one more is refused as overloaded."""
+    max_waiting_tokens: int = 1 << 20
+    """Prompt tokens that may wait; a request that would exceed them is refused as overloaded."""
+    max_prefill_chunk: int = field(default=1 << 30)
+    """Most prompt tokens of one sequence in one step. Lower it only to test chunked prefill."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "scheduler",
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            max_waiting_requests=self.max_waiting_requests,
+            max_waiting_tokens=self.max_waiting_tokens,
+            max_prefill_chunk=self.max_prefill_chunk,
+        )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"scheduler.max_num_batched_tokens is {self.max_num_batched_tokens} and scheduler.max_num_seqs is "
+                f"{self.max_num_seqs}; a step must have room for one token of every running sequence"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupConfig:
+    """Everything that a rank needs to load its shard and serve steps. The same for all ranks of a group."""
+
+    checkpoint_path: str
+    """A directory of Hugging Face format, or a GGUF file; readable on every node that hosts a rank."""
+    parallel: ParallelConfig
+    cache: CacheConfig
+    epoch: int
+    """Incarnation of the group; on every message, and anything from another epoch is dropped."""

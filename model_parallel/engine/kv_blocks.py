@@ -1,0 +1,191 @@
+"""Which block of the paged KV cache holds what, and for whom. Numbers only: the tensors are on the ranks.
+
+A full block whose keys and values have been computed is published under a hash of everything that they depend on: the
+salt, all tokens before the block, and its own. A later sequence that begins with the same tokens under the same salt
+shares it. A published block that nobody holds stays in the free list and is found there until its turn to be taken.
+"""
+
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from model_parallel.config import CacheConfig
+
+
+class BlockPool:
+    """Holders, free list and published hashes of single blocks. Every operation takes constant time."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_holders = [0] * num_blocks
+        self._free = OrderedDict[int, None].fromkeys(range(num_blocks))
+        """In the order in which blocks will be taken: worthless ones first, then the least recently released."""
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._num_holders)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def is_free(self, block_id: int) -> bool:
+        return block_id in self._free
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block published under this hash, held or free."""
+        return self._block_of.get(block_hash)
+
+    def take(self) -> int:
+        """A block for new content, with one holder; what it held until now is no longer found."""
+        block_id, _ = self._free.popitem(last=False)
+        self.forget(block_id)
+        self._num_holders[block_id] = 1
+        return block_id
+
+    def hold(self, block_id: int) -> None:
+        """One more holder for a published block."""
+        self._free.pop(block_id, None)
+        self._num_holders[block_id] += 1
+
+    def release(self, block_id: int) -> None:
+        """One holder fewer. Without any, the block is free, and is still found if it was published."""
+        self._num_holders[block_id] -= 1
+        if self._num_holders[block_id] == 0:
+            self._free[block_id] = None
+            if block_id not in self._hash_of:
+                self._free.move_to_end(block_id, last=False)
+
+    def publish(self, block_id: int, block_hash: bytes) -> None:
+        """Let others find the block. The first of two equal blocks keeps the hash; the second stays private."""
+        if block_hash not in self._block_of:
+            self._block_of[block_hash] = block_id
+            self._hash_of[block_id] = block_hash
+
+    def forget(self, block_id: int) -> None:
+        """Let nobody find the block any more. Those who hold it keep it."""
+        block_hash = self._hash_of.pop(block_id, None)
+        if block_hash is not None:
+            del self._block_of[block_hash]
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Compare with `held`, which names a block once for each of its holders. RuntimeError when they disagree."""
+        holders = Counter(held)
+        for block_id, num_holders in enumerate(self._num_holders):
+            if num_holders != holders[block_id]:
+                raise RuntimeError(f"block {block_id} counts {num_holders} holders and has {holders[block_id]}")
+            if self.is_free(block_id) != (num_holders == 0):
+                raise RuntimeError(f"block {block_id} has {num_holders} holders and free is {self.is_free(block_id)}")
+        num_held = sum(num_holders > 0 for num_holders in self._num_holders)
+        if num_held + self.num_free != self.num_blocks:
+            raise RuntimeError(f"{num_held} blocks held + {self.num_free} free is not {self.num_blocks}")
+        if {block_hash: block_id for block_id, block_hash in self._hash_of.items()} != self._block_of:
+            raise RuntimeError("the two directions of the hash table disagree")
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """One sequence's blocks, in the order of its tokens."""
+
+    chain: list[bytes]
+    """Hash of the salt, then of each full block that was hashed so far. Outlives a preemption: the tokens stay."""
+    block_ids: list[int] = field(default_factory=list)
+    num_published: int = 0
+    """Leading blocks that need no publishing any more."""
+
+
+class KVBlocks:
+    """Gives sequences their blocks and shares equal prefixes among them."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self._block_size = config.block_size
+        self._shares_prefixes = config.enable_prefix_caching
+        self._pool = BlockPool(config.num_blocks)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._pool.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, published ones included."""
+        return self._pool.num_free
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def new_table(self, salt: bytes) -> BlockTable:
+        return BlockTable([hashlib.sha256(salt).digest()])
+
+    def admit(self, table: BlockTable, token_ids: Sequence[int], *, max_cached: int, num_spare: int) -> int | None:
+        """Fill an empty table with blocks for all of `token_ids`, shared ones first.
+
+        Returns how many leading tokens are in the cache already, `max_cached` at most; or None, with nothing changed,
+        when that would leave fewer than `num_spare` blocks free.
+        """
+        shared = self._find_prefix(table, token_ids, max_cached)
+        num_new = self.num_blocks_for(len(token_ids)) - len(shared)
+        num_revived = sum(self._pool.is_free(block_id) for block_id in shared)
+        if num_new + num_revived + num_spare > self.num_free:
+            return None
+        for block_id in shared:
+            self._pool.hold(block_id)
+        table.block_ids = shared + [self._pool.take() for _ in range(num_new)]
+        return len(shared) * self._block_size
+
+    def grow(self, table: BlockTable, num_tokens: int) -> tuple[int, ...] | None:
+        """Make room for `num_tokens` in all. Returns the blocks added, or None when too few are free."""
+        num_new = self.num_blocks_for(num_tokens) - len(table.block_ids)
+        if num_new > self.num_free:
+            return None
+        new_block_ids = [self._pool.take() for _ in range(num_new)]
+        table.block_ids += new_block_ids
+        return tuple(new_block_ids)
+
+    def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
+        """Share the blocks that the first `num_computed` tokens fill. Each is hashed once, when it becomes full."""
+        if not self._shares_prefixes:
+            return
+        for index in range(table.num_published, num_computed // self._block_size):
+            self._pool.publish(table.block_ids[index], self._hash(table, token_ids, index))
+            table.num_published = index + 1
+
+    def release(self, table: BlockTable, *, forget: bool = False) -> None:
+        """Give all blocks back. `forget` also stops sharing them, for when their content is not to be trusted."""
+        # Last block first: a prefix is of use without its continuation, never the other way round.
+        for block_id in reversed(table.block_ids):
+            if forget:
+                self._pool.forget(block_id)
+            self._pool.release(block_id)
+        table.block_ids = []
+        table.num_published = 0
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Raise RuntimeError unless `tables` are all that hold blocks, and every count agrees."""
+        held: list[int] = []
+        for table in tables:
+            if len(set(table.block_ids)) != len(table.block_ids):
+                raise RuntimeError(f"a block table names a block twice: {table.block_ids}")
+            held += table.block_ids
+        self._pool.check_integrity(held)
+
+    def _find_prefix(self, table: BlockTable, token_ids: Sequence[int], max_cached: int) -> list[int]:
+        found: list[int] = []
+        if self._shares_prefixes:
+            for index in range(max_cached // self._block_size):
+                block_id = self._pool.find(self._hash(table, token_ids, index))
+                if block_id is None:
+                    break
+                found.append(block_id)
+        return found
+
+    def _hash(self, table: BlockTable, token_ids: Sequence[int], index: int) -> bytes:
+        """Hash of block `index`, whose predecessors are hashed already."""
+        if index + 1 == len(table.chain):
+            begin = index * self._block_size
+            tokens = array("q", token_ids[begin : begin + self._block_size]).tobytes()
+            table.chain.append(hashlib.sha256(table.chain[-1] + tokens).digest())
+        return table.chain[index + 1]

@@ -1,0 +1,71 @@
+"""What the leader tells its ranks each step and what rank 0 answers. Plain data; msgpack on the wire.
+
+Ranks keep every sequence's tokens and block table. The first message about a sequence is whole, later ones carry only what
+is new. Sampled tokens are not sent back: every rank learns them from the sampler's all-gather and appends them itself.
+"""
+
+import msgspec
+
+from model_parallel.engine.request import SamplingParams, TokenLogprobs
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """Everything a rank must know about a sequence, once."""
+
+    seq_id: int
+    """Unique within an epoch; made by the scheduler."""
+    token_ids: tuple[int, ...]
+    """Prompt, then output tokens that another group already delivered."""
+    num_prompt_tokens: int
+    choice: int
+    sampling: SamplingParams
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """A run of one sequence's tokens to compute in this step."""
+
+    seq_id: int
+    start: int
+    """Position of the first token to compute; everything before it is in the KV cache."""
+    num_tokens: int
+    sample: bool
+    """The run ends at the sequence's last token, so draw the next one and append it."""
+    new_block_ids: tuple[int, ...] = ()
+    """To append to the sequence's block table before computing."""
+    reset_blocks: bool = False
+    """Empty the block table first: the sequence was preempted and starts again with new blocks."""
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """One step of the whole group. Ranks process `finished`, then `new_sequences`, then `rows` in their order."""
+
+    epoch: int
+    step_id: int
+    """Counts from 1; a rank refuses any other than the next."""
+    finished: tuple[int, ...] = ()
+    """Sequences to forget."""
+    new_sequences: tuple[NewSequence, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+
+class RowResult(msgspec.Struct, frozen=True, array_like=True):
+    """What one row brought."""
+
+    seq_id: int
+    token_id: int | None = None
+    """The sampled token, of a row with `sample`."""
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """For each position p in (start, start + num_tokens] that is a prompt position at or after prompt_logprobs_start: the
+    log-probability of the prompt token at p."""
+    error_kind: str = ""
+    """"numerical_error": this row's logits are not finite. Neighbours are not touched."""
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """Rank 0's answer; one RowResult for every row of the plan, in its order."""
+
+    epoch: int
+    step_id: int
+    rows: tuple[RowResult, ...] = ()
+    compute_s: float = 0.0

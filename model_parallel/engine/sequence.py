@@ -1,0 +1,99 @@
+"""One accepted request, as the scheduler keeps it."""
+
+from dataclasses import dataclass, field
+
+from model_parallel.engine.kv_blocks import BlockTable
+from model_parallel.engine.messages import NewSequence, Row, RowResult
+from model_parallel.engine.request import EngineRequest, Timings, TokenLogprobs
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Tokens, progress and times of one request. The scheduler alone changes it."""
+
+    seq_id: int
+    request: EngineRequest
+    table: BlockTable
+    accepted_s: float
+    """Monotonic, like every `*_s` here."""
+    token_ids: list[int] = field(init=False)
+    """Prompt, output delivered by another group, and what was sampled here."""
+    stop_ids: frozenset[int] = field(init=False)
+    """End-of-sequence and stop tokens that end this request."""
+    next_prompt_logprob: int = field(init=False)
+    """First prompt position whose log-probability is still to be delivered; the prompt's length when none is."""
+    num_computed: int = 0
+    """Leading tokens whose keys and values are in the cache, or will be after the step just planned."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache gave at the first admission."""
+    started_s: float | None = None
+    """When the first step was planned that computes any of it. The ranks know the sequence from then on."""
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        request, sampling = self.request, self.request.sampling
+        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.stop_ids = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else request.eos_token_ids))
+        self.next_prompt_logprob = len(request.prompt_token_ids)
+        if sampling.prompt_logprobs is not None:
+            self.next_prompt_logprob = min(self.next_prompt_logprob, max(1, sampling.prompt_logprobs_start))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def has_all_output(self) -> bool:
+        """No further token is wanted. True from the beginning when max_tokens is 0."""
+        return self.num_tokens - len(self.request.prompt_token_ids) >= self.request.sampling.max_tokens
+
+    @property
+    def max_cached(self) -> int:
+        """Tokens that may come from the prefix cache, which holds keys and values but no logits.
+
+        The next token needs the logits at the last one; the log-probability of prompt position p those at p - 1.
+        """
+        if self.next_prompt_logprob < len(self.request.prompt_token_ids):
+            return self.next_prompt_logprob - 1
+        return self.num_tokens - 1
+
+    def introduction(self) -> NewSequence:
+        """All that the ranks must know before its first row."""
+        return NewSequence(
+            seq_id=self.seq_id,
+            token_ids=tuple(self.token_ids),
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            choice=self.request.choice,
+            sampling=self.request.sampling,
+        )
+
+    def append(self, token_id: int, now_s: float) -> None:
+        """Take a sampled token."""
+        self.token_ids.append(token_id)
+        self.last_token_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+
+    def take_prompt_logprobs(self, row: Row, result: RowResult) -> tuple[TokenLogprobs, ...]:
+        """Those not delivered before. Ranks report again what they compute again after a preemption."""
+        first_position = max(row.start + 1, self.request.sampling.prompt_logprobs_start)
+        fresh = result.prompt_logprobs[max(0, self.next_prompt_logprob - first_position) :]
+        self.next_prompt_logprob += len(fresh)
+        return fresh
+
+    def timings(self, now_s: float) -> Timings:
+        """Stages up to `now_s`; one that was never reached took no time."""
+        if self.started_s is None:
+            return Timings(queue_s=now_s - self.accepted_s)
+        if self.first_token_s is None or self.last_token_s is None:
+            return Timings(queue_s=self.started_s - self.accepted_s, prefill_s=now_s - self.started_s)
+        return Timings(
+            queue_s=self.started_s - self.accepted_s,
+            prefill_s=self.first_token_s - self.started_s,
+            decode_s=self.last_token_s - self.first_token_s,
+        )

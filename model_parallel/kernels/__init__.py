@@ -1,0 +1,1 @@
+"""Operations that the model names; backends implement them."""

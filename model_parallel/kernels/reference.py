@@ -1,0 +1,111 @@
+"""The reference backend: torch operations on any device, and the oracle of every other backend's tests.
+
+Shape suffixes: T tokens of a step · I, O features · E hidden · F feed-forward columns · H query heads · K key/value heads
+· D head dim · B KV blocks · P block size · S sequences · N query tokens of each · L cached positions, padded
+
+Batch invariance on CPU. A matrix product's row must not depend on how many rows stand beside it. The CPU libraries below
+torch choose another inner loop for fewer than four rows a thread, and only then; the rows of all larger products agree bit
+for bit. So steps are padded to four rows a thread, attention to four query rows, and sums over cached positions run in
+tiles of fixed length that are added in order. tests/unit/kernels checks it on the machine at hand.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_parallel.kernels.interface import AttentionPlan, LayerCache, SequenceRun
+
+ROWS_PER_THREAD = 4
+KEY_TILE = 128
+"""Cached positions that one partial sum of attention covers."""
+
+
+class ReferenceKernels:
+    """See kernels/interface.py. Attention is computed in float32 whatever the dtype."""
+
+    name = "reference"
+
+    def __init__(self, *, num_threads: int, device: str) -> None:
+        self.row_multiple = ROWS_PER_THREAD * num_threads
+        self.batch_invariant = device == "cpu"
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        return F.linear(x_TI, weight_OI)
+
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        x32_TE = x_TE.float()
+        scale_T1 = torch.rsqrt(x32_TE.square().mean(-1, keepdim=True) + eps)
+        return (x32_TE * scale_T1).to(x_TE.dtype) * weight_E
+
+    def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        sum_TE = x_TE + residual_TE
+        return self.rms_norm(sum_TE, weight_E, eps), sum_TE
+
+    def silu_and_mul(self, gate_up_TF2: Tensor) -> Tensor:
+        gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
+
+    def rope_and_cache(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache) -> Tensor:
+        cache.keys_BPKD.flatten(0, 1)[plan.slots_T] = _rotate(k_TKD, plan)
+        cache.values_BPKD.flatten(0, 1)[plan.slots_T] = v_TKD
+        return _rotate(q_THD, plan)
+
+    def attention(self, q_THD: Tensor, plan: AttentionPlan, cache: LayerCache, kv_of_query_H: Tensor) -> Tensor:
+        out_THD = torch.zeros_like(q_THD)
+        decodes = [run for run in plan.runs if run.num_tokens == 1]
+        if decodes:
+            rows = torch.tensor([run.first_row for run in decodes], device=q_THD.device)
+            out_THD[rows] = _attend(q_THD[rows].unsqueeze(1), decodes, cache, kv_of_query_H).squeeze(1)
+        for run in plan.runs:
+            if run.num_tokens > 1:
+                rows_of_run = slice(run.first_row, run.first_row + run.num_tokens)
+                out_THD[rows_of_run] = _attend(q_THD[rows_of_run].unsqueeze(0), [run], cache, kv_of_query_H).squeeze(0)
+        return out_THD
+
+
+def _rotate(x_THD: Tensor, plan: AttentionPlan) -> Tensor:
+    first, second = x_THD.float().chunk(2, dim=-1)
+    turned_THD = torch.cat((-second, first), dim=-1)
+    return (x_THD * plan.cos_TD.unsqueeze(1) + turned_THD * plan.sin_TD.unsqueeze(1)).to(x_THD.dtype)
+
+
+def _attend(q_SNHD: Tensor, runs: list[SequenceRun], cache: LayerCache, kv_of_query_H: Tensor) -> Tensor:
+    """[S, N, H, D] for runs that all have N tokens."""
+    device, dim = q_SNHD.device, q_SNHD.shape[-1]
+    num_tokens = q_SNHD.shape[1]
+    num_padded = max(num_tokens, ROWS_PER_THREAD * torch.get_num_threads())
+    q_SHND = F.pad(q_SNHD.float(), (0, 0, 0, 0, 0, num_padded - num_tokens)).transpose(1, 2).contiguous()
+
+    last_key_SN = torch.tensor([[r.start + min(i, num_tokens - 1) for i in range(num_padded)] for r in runs], device=device)
+    keys_SHLD, values_SHLD = _gather(runs, cache, kv_of_query_H, context_len=int(last_key_SN.max()) + 1)
+    key_L = torch.arange(keys_SHLD.shape[2], device=device)
+    # Slots after a sequence's end hold other requests' leftovers; a NaN among them must not reach the sum through 0 · NaN.
+    values_SHLD.masked_fill_((key_L > last_key_SN[:, -1:])[:, None, :, None], 0.0)
+
+    scores_SHNL = (q_SHND @ keys_SHLD.transpose(-1, -2)) * dim**-0.5
+    scores_SHNL.masked_fill_((key_L > last_key_SN[:, :, None])[:, None], float("-inf"))
+    weights_SHNL = scores_SHNL.softmax(-1)
+    out_SHND = torch.zeros_like(q_SHND)
+    for tile in range(0, keys_SHLD.shape[2], KEY_TILE):
+        part = slice(tile, tile + KEY_TILE)
+        out_SHND += weights_SHNL[..., part].contiguous() @ values_SHLD[:, :, part].contiguous()
+    return out_SHND[:, :, :num_tokens].transpose(1, 2).to(q_SNHD.dtype)
+
+
+def _gather(
+    runs: list[SequenceRun], cache: LayerCache, kv_of_query_H: Tensor, *, context_len: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, H, L, D] in float32, L the context rounded up to whole tiles."""
+    num_scratch, block_size = cache.keys_BPKD.shape[0] - 1, cache.keys_BPKD.shape[1]
+    padded_len = -(-context_len // KEY_TILE) * KEY_TILE
+    num_blocks = -(-padded_len // block_size)
+    tables = torch.full((len(runs), num_blocks), num_scratch, dtype=torch.int64, device=cache.keys_BPKD.device)
+    for row, run in enumerate(runs):
+        used = run.block_table[:num_blocks]
+        tables[row, : len(used)] = used
+
+    def gather(blocks_BPKD: Tensor) -> Tensor:
+        cached_SLKD = blocks_BPKD[tables].flatten(1, 2)[:, :padded_len]
+        return cached_SLKD.transpose(1, 2)[:, kv_of_query_H].float().contiguous()
+
+    return gather(cache.keys_BPKD), gather(cache.values_BPKD)

@@ -1,0 +1,1 @@
+"""The architecture: Llama cut over ranks by a partition table."""

@@ -1,0 +1,88 @@
+"""Llama (Touvron et al. 2023) as one rank computes it: architecture only, no loading, no processes.
+
+Shape suffixes: T tokens of a step · E hidden · V local vocabulary rows · R rows that logits are wanted for
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_parallel.config import ModelConfig
+from model_parallel.kernels.interface import AttentionPlan, Kernels, LayerCache
+from model_parallel.model.attention import Attention
+from model_parallel.model.layers import FeedForward, VocabularyEmbedding
+from model_parallel.model.partition import EMBEDDING, FINAL_NORM, LM_HEAD, even_range, partition_heads
+from model_parallel.runtime.collectives import Collectives
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One transformer block: attention and feed-forward, each with its norm before and its all-reduce after."""
+
+    attention_norm_E: Tensor
+    attention: Attention
+    feed_forward_norm_E: Tensor
+    feed_forward: FeedForward
+
+
+class Llama:
+    """A rank's shard of the model."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], *, kernels: Kernels, collectives: Collectives
+    ) -> None:
+        """weights: this rank's slices by the names of partition.shard_table; they are fused here, so let go of the mapping."""
+        self.config = config
+        self.kernels = kernels
+        self.collectives = collectives
+        self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
+        self.embedding = VocabularyEmbedding(weights[EMBEDDING], self.vocabulary)
+        self.layers = [self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers)]
+        self.final_norm_E = weights[FINAL_NORM]
+        self.head_VE = weights[EMBEDDING if config.tie_word_embeddings else LM_HEAD]
+
+    def _layer(self, weights: Mapping[str, Tensor], prefix: str) -> Layer:
+        def fused(*names: str) -> Tensor:
+            return torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
+
+        config, rank, size = self.config, self.collectives.rank, self.collectives.size
+        heads = partition_heads(config.num_query_heads, config.num_kv_heads, size, rank)
+        o_weight = weights[f"{prefix}.self_attn.o_proj.weight"]
+        attention = Attention(
+            qkv_weight=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            o_weight=o_weight,
+            heads=heads,
+            head_dim=config.head_dim,
+            kv_of_query_H=torch.tensor(heads.kv_of_query, device=o_weight.device),
+            kernels=self.kernels,
+        )
+        feed_forward = FeedForward(
+            gate_up_weight=fused("mlp.gate_proj", "mlp.up_proj"),
+            down_weight=weights[f"{prefix}.mlp.down_proj.weight"],
+            kernels=self.kernels,
+        )
+        return Layer(
+            attention_norm_E=weights[f"{prefix}.input_layernorm.weight"],
+            attention=attention,
+            feed_forward_norm_E=weights[f"{prefix}.post_attention_layernorm.weight"],
+            feed_forward=feed_forward,
+        )
+
+    def forward(self, token_ids_T: Tensor, plan: AttentionPlan, caches: Sequence[LayerCache]) -> Tensor:
+        """[T, E]: hidden states after the final norm. The step's keys and values go to `caches`."""
+        all_reduce, norm, eps = self.collectives.all_reduce, self.kernels.add_rms_norm, self.config.rms_norm_eps
+        residual_TE = all_reduce(self.embedding(token_ids_T))
+        x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
+        next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]
+        for layer, cache, next_norm_E in zip(self.layers, caches, next_norms, strict=True):
+            x_TE = all_reduce(layer.attention(x_TE, plan, cache))
+            x_TE, residual_TE = norm(x_TE, residual_TE, layer.feed_forward_norm_E, eps)
+            x_TE = all_reduce(layer.feed_forward(x_TE))
+            x_TE, residual_TE = norm(x_TE, residual_TE, next_norm_E, eps)
+        return x_TE
+
+    def logits(self, hidden_RE: Tensor) -> Tensor:
+        """float32 [R, V]: logits of this rank's part of the vocabulary, from rows of `forward`."""
+        return self.kernels.linear(hidden_RE, self.head_VE).float()

@@ -1,0 +1,285 @@
+"""Drawing the next token when every rank holds only its part of the vocabulary. Logits are never gathered.
+
+Each rank contributes, for every row, a few numbers: the maximum and the exponential sum of its logits, its best token, and its
+most likely candidates where top-k, top-p or min-p ask for them. One all-gather makes them known to all, and every rank
+comes to the same decision, so no rank has to be told the token.
+
+Shape suffixes: R rows, padded to at least two · V local vocabulary · C candidates · G ranks
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_parallel.engine.request import SamplingParams, TokenLogprobs
+from model_parallel.model.randomness import draw_key, gumbel_noise
+from model_parallel.runtime.batch import SequenceState
+from model_parallel.runtime.collectives import Collectives
+
+FIRST_CANDIDATES = 64
+"""Candidates a rank offers at first when a row is filtered; four times as many each time they do not suffice."""
+_NO_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a row drew. Exactly one of `token_id` and `error_kind` is set."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    error_kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """Normalisers of one row, summed in rank order."""
+
+    maximum: float
+    exponential_sum: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.maximum) and math.isfinite(self.exponential_sum)
+
+    def log_probability(self, logit: float) -> float:
+        return logit - self.maximum - math.log(self.exponential_sum)
+
+
+class Sampler:
+    """One rank's part of the group's sampler."""
+
+    def __init__(self, collectives: Collectives, vocabulary: range, largest_part: int) -> None:
+        """vocabulary: token ids of this rank's logits. largest_part: the most that any rank holds."""
+        self.collectives = collectives
+        self.vocabulary = vocabulary
+        self.largest_part = largest_part
+
+    def sample(self, logits_RV: Tensor, states: Sequence[SequenceState]) -> list[Sampled]:
+        """The next token of each state. logits_RV: float32, its first rows are the states' in order."""
+        num_top = max(state.sampling.logprobs or 0 for state in states)
+        scores_RV = self._adjusted(logits_RV, states)
+        best_R3 = self._best(scores_RV, logits_RV, states)
+        table = self._gather(torch.cat([_normalisers(logits_RV), best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1))
+        filtered = [r for r, state in enumerate(states) if _is_filtered(state.sampling)]
+        winners = self._draw_filtered(scores_RV, logits_RV, states, filtered)
+
+        results = []
+        for r, state in enumerate(states):
+            parts = table[r]
+            softmax = _combined([part[:2] for part in parts])
+            if not softmax.is_finite:
+                results.append(Sampled(None, error_kind="numerical_error"))
+                continue
+            if r in winners:
+                token_id, logit = winners[r]
+            else:
+                _, negative_id, logit = max((part[2], -part[3], part[4]) for part in parts)
+                token_id = int(-negative_id)
+            logprobs = None
+            if state.sampling.logprobs is not None:
+                top = _most_likely([part[5:] for part in parts], state.sampling.logprobs, softmax)
+                logprobs = TokenLogprobs(token_id, softmax.log_probability(logit), top)
+            results.append(Sampled(token_id, logprobs))
+        return results
+
+    def score(self, logits_RV: Tensor, target_ids: Sequence[int], num_top: int) -> list[TokenLogprobs | None]:
+        """Log-probability of each given token; None where the row's logits are not finite."""
+        targets = torch.tensor(target_ids, device=logits_RV.device) - self.vocabulary.start
+        held = (targets >= 0) & (targets < len(self.vocabulary))
+        picked = logits_RV[: len(target_ids)].gather(1, targets.where(held, 0).unsqueeze(1))
+        picked_R1 = torch.full((len(logits_RV), 1), -math.inf, dtype=torch.float64, device=logits_RV.device)
+        picked_R1[: len(target_ids)] = picked.double().masked_fill(~held.unsqueeze(1), -math.inf)
+        table = self._gather(torch.cat([_normalisers(logits_RV), picked_R1, self._top(logits_RV, num_top).flatten(1)], dim=1))
+        results: list[TokenLogprobs | None] = []
+        for parts, token_id in zip(table, target_ids, strict=False):
+            softmax = _combined([part[:2] for part in parts])
+            if softmax.is_finite:
+                top = _most_likely([part[3:] for part in parts], num_top, softmax)
+                logprob = softmax.log_probability(max(part[2] for part in parts))
+                results.append(TokenLogprobs(token_id, logprob, top))
+            else:
+                results.append(None)
+        return results
+
+    def _gather(self, mine_RX: Tensor) -> list[list[list[float]]]:
+        """[R][G][X] as plain numbers."""
+        gathered: list[list[list[float]]] = self.collectives.all_gather(mine_RX.contiguous()).transpose(0, 1).tolist()
+        return gathered
+
+    def _adjusted(self, logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
+        """float64 [R, V]: logits after bias, penalties and temperature. Greedy rows keep temperature 1."""
+        scores_RV = logits_RV.double()
+        for r, state in enumerate(states):
+            sampling = state.sampling
+            bias = dict(sampling.logit_bias)
+            if bias:
+                self._add(scores_RV[r], list(bias), list(bias.values()))
+            if sampling.repetition_penalty != 1.0:
+                seen = self._local(list(set(state.token_ids)))
+                value = scores_RV[r, seen]
+                penalty = sampling.repetition_penalty
+                scores_RV[r, seen] = torch.where(value > 0, value / penalty, value * penalty)
+            if sampling.presence_penalty or sampling.frequency_penalty:
+                counts = state.output_counts
+                losses = [-sampling.presence_penalty - sampling.frequency_penalty * n for n in counts.values()]
+                self._add(scores_RV[r], list(counts), losses)
+            if sampling.temperature not in (0.0, 1.0):
+                scores_RV[r] /= sampling.temperature
+        return scores_RV
+
+    def _local(self, token_ids: list[int]) -> Tensor:
+        start, stop = self.vocabulary.start, self.vocabulary.stop
+        return torch.tensor([t - start for t in token_ids if start <= t < stop], dtype=torch.int64)
+
+    def _add(self, scores_V: Tensor, token_ids: list[int], values: list[float]) -> None:
+        held = [(t, v) for t, v in zip(token_ids, values, strict=True) if t in self.vocabulary]
+        index = torch.tensor([t - self.vocabulary.start for t, _ in held], dtype=torch.int64, device=scores_V.device)
+        scores_V[index] += torch.tensor([v for _, v in held], dtype=torch.float64, device=scores_V.device)
+
+    def _best(self, scores_RV: Tensor, logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
+        """float64 [R, 3]: this rank's best (score, token id, logit), with noise where the row samples without filters."""
+        noisy = [r for r, s in enumerate(states) if s.sampling.temperature > 0 and not _is_filtered(s.sampling)]
+        if noisy:
+            scores_RV = scores_RV.clone()
+            ids_V = torch.arange(self.vocabulary.start, self.vocabulary.stop, device=scores_RV.device)
+            scores_RV[noisy] += gumbel_noise(_keys([states[r] for r in noisy]).to(ids_V.device), ids_V)
+        score_R, index_R = scores_RV.max(dim=1)
+        logit_R = logits_RV.gather(1, index_R.unsqueeze(1)).squeeze(1).double()
+        return torch.stack([score_R, (index_R + self.vocabulary.start).double(), logit_R], dim=1)
+
+    def _top(self, values_RV: Tensor, count: int) -> Tensor:
+        """float64 [R, count, 2]: this rank's highest values with their token ids; (-inf, -1) past its part."""
+        held = min(count, len(self.vocabulary))
+        value_RC, index_RC = values_RV.topk(held, dim=1)
+        top_RC2 = torch.full((len(values_RV), count, 2), -math.inf, dtype=torch.float64, device=values_RV.device)
+        top_RC2[:, held:, 1] = _NO_TOKEN
+        top_RC2[:, :held, 0] = value_RC.double()
+        top_RC2[:, :held, 1] = (index_RC + self.vocabulary.start).double()
+        return top_RC2
+
+    def _draw_filtered(
+        self, scores_RV: Tensor, logits_RV: Tensor, states: Sequence[SequenceState], rows: list[int]
+    ) -> dict[int, tuple[int, float]]:
+        """row → (token id, logit) for rows with top-k, top-p or min-p; asks for more candidates until they suffice."""
+        winners: dict[int, tuple[int, float]] = {}
+        count = FIRST_CANDIDATES
+        while rows:
+            count = min(count, self.largest_part)
+            # Two rows at least: torch sums a lone row in another order.
+            index = torch.tensor(rows if len(rows) > 1 else rows * 2, device=scores_RV.device)
+            candidates_RC2 = self._top(scores_RV[index], count)
+            local_RC = (candidates_RC2[..., 1].long() - self.vocabulary.start).clamp(min=0)
+            logit_RC1 = logits_RV[index].gather(1, local_RC).double().unsqueeze(-1)
+            offer_RC3 = torch.cat([candidates_RC2, logit_RC1], dim=2)
+            offer_RX = torch.cat([_normalisers(scores_RV[index]), offer_RC3.flatten(1)], dim=1)
+            offers_GRX = self.collectives.all_gather(offer_RX.contiguous()).cpu()[:, : len(rows)]
+            is_complete = count >= self.largest_part
+            drawn = _draw(offers_GRX, [states[r] for r in rows], is_complete=is_complete)
+            winners |= {r: winner for r, winner in zip(rows, drawn, strict=True) if winner is not None}
+            rows = [r for r in rows if r not in winners]
+            count *= 4
+        return winners
+
+
+def _draw(
+    offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: bool
+) -> list[tuple[int, float] | None]:
+    """For each filtered row (token id, logit), or None when more candidates are needed to be exact.
+
+    offers_GRX: from each rank (maximum, exponential sum, then its C candidates as (score, token id, logit)).
+    is_complete: no rank holds anything that it did not offer.
+    """
+    maximum_GR, sum_GR = offers_GRX[..., 0], offers_GRX[..., 1]
+    maximum_R = maximum_GR.amax(0)
+    total_R = torch.zeros_like(maximum_R)
+    for part_maximum_R, part_sum_R in zip(maximum_GR, sum_GR, strict=True):  # in rank order
+        total_R += part_sum_R * (part_maximum_R - maximum_R).exp()
+
+    offers_GRC3 = offers_GRX[..., 2:].unflatten(-1, (-1, 3))
+    score_RM, token_RM, logit_RM = offers_GRC3.transpose(0, 1).flatten(1, 2).unbind(-1)
+    by_token_RM = token_RM.argsort(dim=1)
+    order_RM = by_token_RM.gather(1, score_RM.gather(1, by_token_RM).argsort(dim=1, descending=True, stable=True))
+    score_RM, token_RM, logit_RM = (x_RM.gather(1, order_RM) for x_RM in (score_RM, token_RM, logit_RM))
+
+    # A rank that offered as many as asked may hold more, none above its lowest offer. What lies above every rank's lowest
+    # offer is therefore known for certain.
+    lowest_R1 = offers_GRC3[:, :, -1, 0].amax(0).unsqueeze(1)
+    certain_RM = (token_RM != _NO_TOKEN) if is_complete else (score_RM > lowest_R1)
+    weight_RM = (score_RM - maximum_R.unsqueeze(1)).exp() * certain_RM
+    num_kept_R = _num_kept(weight_RM, certain_RM.sum(1), total_R, [s.sampling for s in states], is_complete=is_complete)
+
+    noise_RM = gumbel_noise(_keys(states), token_RM.long())
+    rank_M = torch.arange(score_RM.shape[1])
+    best_R1 = (score_RM + noise_RM).masked_fill(rank_M >= num_kept_R.unsqueeze(1), -math.inf).argmax(1, keepdim=True)
+    tokens, logits = token_RM.gather(1, best_R1).squeeze(1).tolist(), logit_RM.gather(1, best_R1).squeeze(1).tolist()
+    # A row that is not finite is taken as drawn: `sample` reports it, by its logits.
+    is_known = ((num_kept_R > 0) | ~total_R.isfinite()).tolist()
+    return [(int(t), x) if known else None for t, x, known in zip(tokens, logits, is_known, strict=True)]
+
+
+def _num_kept(
+    weight_RM: Tensor, num_certain_R: Tensor, total_R: Tensor, params: Sequence[SamplingParams], *, is_complete: bool
+) -> Tensor:
+    """int64 [R]: how many of the most likely tokens the filters keep; 0 when the certain ones do not suffice to tell.
+
+    weight_RM: unnormalised probabilities, most likely first, 0 for all that is not certain. total_R: their sum over the whole
+    vocabulary. A filter that would keep more than the certain ones says nothing; the smallest of those that speak counts.
+    """
+    silent = 1 << 62  # more than any filter could keep
+    top_k_R = torch.tensor([p.top_k or silent for p in params])
+    top_p_R = torch.tensor([p.top_p for p in params], dtype=torch.float64)
+    min_p_R = torch.tensor([p.min_p for p in params], dtype=torch.float64)
+
+    mass_RM = weight_RM.cumsum(1)
+    is_cut_R = top_k_R <= num_certain_R
+    last_R1 = top_k_R.where(is_cut_R, 1).unsqueeze(1) - 1
+    total_R = mass_RM.gather(1, last_R1).squeeze(1).where(is_cut_R, total_R)  # top_p counts what top_k left
+    reached_RM = mass_RM >= (top_p_R * total_R).unsqueeze(1)
+    is_reached_R = reached_RM.any(1) & (top_p_R < 1.0)
+    num_likely_R = ((weight_RM >= min_p_R.unsqueeze(1)) & (weight_RM > 0)).sum(1)
+
+    limits = [
+        num_certain_R if is_complete else torch.full_like(num_certain_R, silent),
+        top_k_R.where(is_cut_R, silent),
+        (reached_RM.int().argmax(1) + 1).where(is_reached_R, silent),
+        num_likely_R.clamp(min=1).where((min_p_R > 0) & (num_likely_R < num_certain_R), silent),
+    ]
+    kept_R = torch.stack(limits).amin(0)
+    # Without the tokens that top_k keeps, the mass that top_p is measured against is not known.
+    is_open_R = (kept_R == silent) | ((top_k_R < silent) & ~is_cut_R & (not is_complete))
+    return kept_R.masked_fill(is_open_R, 0)
+
+
+def _is_filtered(sampling: SamplingParams) -> bool:
+    return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0)
+
+
+def _keys(states: Sequence[SequenceState]) -> Tensor:
+    """int64 [R, 1]: the keys of the states' next draws."""
+    return torch.tensor([[draw_key(s.sampling.seed, s.choice, len(s.token_ids))] for s in states])
+
+
+def _normalisers(values_RV: Tensor) -> Tensor:
+    """float64 [R, 2]: maximum, and sum of exp(value − maximum)."""
+    maximum_R1 = values_RV.amax(dim=1, keepdim=True)
+    return torch.cat([maximum_R1, (values_RV - maximum_R1).exp().sum(dim=1, keepdim=True)], dim=1).double()
+
+
+def _combined(parts: Sequence[Sequence[float]]) -> _Softmax:
+    """Normalisers of a whole row from its ranks' (maximum, sum) pairs."""
+    if any(math.isnan(maximum) or math.isnan(total) for maximum, total in parts):
+        return _Softmax(math.nan, math.nan)
+    maximum = max(part[0] for part in parts)
+    if not math.isfinite(maximum):
+        return _Softmax(maximum, math.nan)
+    return _Softmax(maximum, sum(total * math.exp(part_maximum - maximum) for part_maximum, total in parts))
+
+
+def _most_likely(parts: Sequence[Sequence[float]], count: int, softmax: _Softmax) -> tuple[tuple[int, float], ...]:
+    """The `count` highest of all ranks' (logit, token id) pairs, laid flat, as (token id, log-probability)."""
+    pairs = [(part[i], int(part[i + 1])) for part in parts for i in range(0, len(part), 2) if part[i + 1] != _NO_TOKEN]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+    return tuple((token_id, softmax.log_probability(logit)) for logit, token_id in pairs[:count])

@@ -1,0 +1,1 @@
+"""Running ranks: batches, collectives, processes."""

@@ -1,0 +1,100 @@
+"""One step as tensors: the rows of a plan laid side by side, with what the ranks remember of each sequence.
+
+Shape suffixes: T tokens of the step, padded · D head dim
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model_parallel.config import ModelConfig
+from model_parallel.engine.messages import NewSequence, Row
+from model_parallel.engine.request import SamplingParams
+from model_parallel.kernels.interface import AttentionPlan, SequenceRun
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """What a rank remembers of a running sequence."""
+
+    seq_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    choice: int
+    sampling: SamplingParams
+    block_ids: list[int] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
+    """Occurrences of each output token, for penalties."""
+
+    @classmethod
+    def begin(cls, new: NewSequence) -> "SequenceState":
+        output = new.token_ids[new.num_prompt_tokens :]
+        state = cls(new.seq_id, list(new.token_ids), new.num_prompt_tokens, new.choice, new.sampling)
+        state.output_counts.update(output)
+        return state
+
+    def append(self, token_id: int) -> None:
+        """Take the token just sampled as the sequence's next."""
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """The step's inputs; the first `num_tokens` rows are real, the rest padding."""
+
+    num_tokens: int
+    token_ids_T: Tensor
+    """int64."""
+    attention: AttentionPlan
+
+
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """float32 [D / 2]: theta^(−2i / D) (Su et al. 2021, eq. 15)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    return 1.0 / (config.rope_theta**exponents)
+
+
+def build_batch(
+    rows: tuple[Row, ...],
+    sequences: Mapping[int, SequenceState],
+    *,
+    block_size: int,
+    num_blocks: int,
+    row_multiple: int,
+    frequencies: Tensor,
+) -> Batch:
+    """Lay out `rows` in their order. The sequences' block tables are already up to date."""
+    device = frequencies.device
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    runs: list[SequenceRun] = []
+    for row in rows:
+        state = sequences[row.seq_id]
+        span = range(row.start, row.start + row.num_tokens)
+        table = torch.tensor(state.block_ids, dtype=torch.int64, device=device)
+        runs.append(SequenceRun(first_row=len(token_ids), num_tokens=len(span), start=row.start, block_table=table))
+        token_ids += state.token_ids[span.start : span.stop]
+        positions += span
+        slots += [state.block_ids[p // block_size] * block_size + p % block_size for p in span]
+    num_tokens = len(token_ids)
+    num_padding = -num_tokens % row_multiple
+    scratch_slot = num_blocks * block_size
+    token_ids += [0] * num_padding
+    positions += [0] * num_padding
+    slots += [scratch_slot] * num_padding
+
+    positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
+    angles_TD = torch.outer(positions_T.float(), frequencies).repeat(1, 2)
+    plan = AttentionPlan(
+        positions_T=positions_T,
+        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        cos_TD=angles_TD.cos(),
+        sin_TD=angles_TD.sin(),
+        runs=tuple(runs),
+    )
+    return Batch(num_tokens=num_tokens, token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device), attention=plan)

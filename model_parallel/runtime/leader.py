@@ -1,0 +1,331 @@
+"""The leader's side of a group whose ranks are processes of their own, whoever started them.
+
+A step costs one send a rank and one blocking read of rank 0's answer, in the thread that calls `execute`. A second
+thread sleeps until some connection hangs up, so that a rank lost between steps, or while rank 0 waits for it inside a
+collective, is known at once. Acknowledgements of the other ranks are read when they are there and never waited for: a
+rank that hangs stops rank 0's next collective, and so the step.
+"""
+
+import contextlib
+import os
+import secrets
+import select
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+from model_parallel.config import GroupConfig
+from model_parallel.engine.messages import StepPlan, StepResult
+from model_parallel.errors import CheckpointError, ConfigError, EngineError, GroupFailedError
+from model_parallel.runtime.link import (
+    SECRET_BYTES,
+    Ack,
+    Connection,
+    Failed,
+    LinkError,
+    Listener,
+    Progress,
+    RankMessage,
+    Ready,
+    Rendezvous,
+    Result,
+    Start,
+    Step,
+    Stop,
+)
+
+RANK_CLASS = "model_parallel.runtime.rank:Rank"
+LOOPBACK = "127.0.0.1"
+OnProgress = Callable[[int, int, int], None]
+"""(rank, bytes loaded, bytes in all), called while ranks load."""
+STOP_TIMEOUT_S = 2.0
+"""Bound on each stage of ending ranks: being asked, being told, being killed."""
+_LAST_WORDS_TIMEOUT_S = 0.2
+_START_ERRORS: dict[str, type[EngineError]] = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
+
+
+class _RankLink:
+    """What the leader knows of one connected rank."""
+
+    def __init__(self, rank: int, connection: Connection[RankMessage]) -> None:
+        self.rank = rank
+        self.connection = connection
+        self.reading = threading.Lock()
+        self.pid = 0
+        self.last_step_id = 0
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank}" + (f" (pid {self.pid})" if self.pid else "")
+
+    def receive(self, timeout_s: float) -> RankMessage:
+        """The next message. Raises LinkError that says why this rank is lost; TimeoutError."""
+        try:
+            message = self.connection.receive(timeout_s)
+        except LinkError as error:
+            raise LinkError(self.last_words(error)) from error
+        if isinstance(message, Failed):
+            raise LinkError(self.failed(message))
+        return message
+
+    def receive_present(self) -> list[RankMessage]:
+        """What has come; to be called when there is something. Raises LinkError that says why this rank is lost."""
+        try:
+            self.connection.read_once()
+            messages = []
+            while (message := self.connection.receive_buffered()) is not None:
+                messages.append(message)
+        except LinkError as error:
+            raise LinkError(self.last_words(error)) from error
+        return messages
+
+    def receive_acks(self, epoch: int) -> None:
+        """Raises LinkError for anything but the next acknowledgements."""
+        for message in self.receive_present():
+            if isinstance(message, Failed):
+                raise LinkError(self.failed(message))
+            if message != Ack(epoch, self.last_step_id + 1):
+                raise LinkError(f"{self.name} answered {message!r:.200} after step {self.last_step_id}")
+            self.last_step_id += 1
+
+    def failed(self, message: Failed) -> str:
+        return f"{self.name} failed: {message.kind}: {message.message}"
+
+    def last_words(self, error: LinkError) -> str:
+        """Why a broken link ended, from what the rank may have sent before it did."""
+        self.connection.sock.settimeout(_LAST_WORDS_TIMEOUT_S)
+        with contextlib.suppress(LinkError, TimeoutError):
+            while True:
+                while (message := self.connection.receive_buffered()) is not None:
+                    if isinstance(message, Failed):
+                        return self.failed(message)
+                self.connection.read_once()
+        return f"{self.name} is lost: {error}"
+
+
+@contextlib.contextmanager
+def store_file() -> Iterator[str]:
+    """Path of a file that the ranks of this host share. It lies in memory, without a name: nothing is left behind."""
+    fd = os.memfd_create("packtrain-store")
+    try:
+        yield f"/proc/{os.getpid()}/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+class SocketExecutor(ABC):
+    """Executor over links. A subclass starts and ends the rank processes, and calls `_start` when it is constructed."""
+
+    def __init__(self, config: GroupConfig) -> None:
+        self.config = config
+        self._links: list[_RankLink] = []
+        self._lock = threading.Lock()
+        self._shutting_down = threading.Lock()
+        self._failure: str | None = None
+        self._on_failure: Callable[[str], None] | None = None
+        self._link_of: dict[int, _RankLink] = {}
+        self._in_step = False
+        self._reported = False
+        self._closing = False
+        self._closed = False
+        self._answers = select.poll()
+        self._monitor: threading.Thread | None = None
+
+    @abstractmethod
+    def _launch(self, host: str, port: int, secret: bytes) -> None:
+        """Begin all rank processes; each is to `connect` to host:port. Returns without waiting for that."""
+
+    @abstractmethod
+    def _check_launched(self) -> None:
+        """Raise GroupFailedError when a rank process has ended before it connected."""
+
+    @abstractmethod
+    def _kill_ranks(self) -> None:
+        """End all rank processes at once, without waiting. Safe to call twice and while starting."""
+
+    @abstractmethod
+    def _reap_ranks(self) -> None:
+        """Make sure that every rank process has ended and free what it held; bounded waits."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids by rank, each as its own host numbers it."""
+        return tuple(link.pid for link in self._links)
+
+    def _start(
+        self, host: str, rendezvous: Sequence[Rendezvous], on_progress: OnProgress | None, deadline: float
+    ) -> None:
+        """Bring the group up; ranks reach the leader at `host`. Raises what stopped it, after cleaning up."""
+        parallel = self.config.parallel
+        secret = secrets.token_bytes(SECRET_BYTES)
+        try:
+            listener = Listener(host, secret=secret, epoch=self.config.epoch, num_ranks=parallel.tp_size)
+            with contextlib.closing(listener):
+                self._launch(host, listener.port, secret)
+                connections = listener.accept_all(deadline - time.monotonic(), self._check_launched)
+            self._links = [_RankLink(rank, connection) for rank, connection in enumerate(connections)]
+            for link, where in zip(self._links, rendezvous, strict=True):
+                link.connection.sock.settimeout(max(deadline - time.monotonic(), 1e-6))
+                link.connection.send(Start(self.config, where))
+            self._await_ready(deadline, on_progress)
+        except (LinkError, TimeoutError) as error:
+            self.shutdown()
+            raise GroupFailedError(f"the group did not start: {error}") from error
+        except BaseException:
+            self.shutdown()
+            raise
+        self._link_of = {link.connection.sock.fileno(): link for link in self._links}
+        for link in self._links[1:]:
+            self._answers.register(link.connection.sock, select.POLLIN)
+        self._monitor = threading.Thread(target=self._watch, name="packtrain-ranks", daemon=True)
+        self._monitor.start()
+
+    def _await_ready(self, deadline: float, on_progress: OnProgress | None) -> None:
+        poller = select.poll()
+        waiting = {link.connection.sock.fileno(): link for link in self._links}
+        for fd in waiting:
+            poller.register(fd, select.POLLIN)
+        while waiting:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                late = ", ".join(link.name for link in waiting.values())
+                raise TimeoutError(f"{late} did not load within {self.config.parallel.start_timeout_s:g} s")
+            for fd, _ in poller.poll(remaining_s * 1e3):
+                link = waiting[fd]
+                for message in link.receive_present():
+                    match message:
+                        case Progress(done_bytes, total_bytes):
+                            if on_progress is not None:
+                                on_progress(link.rank, done_bytes, total_bytes)
+                        case Ready(pid) if link.pid == 0:
+                            link.pid = pid
+                            poller.unregister(fd)
+                            del waiting[fd]
+                        case Failed(kind, text):
+                            if kind in _START_ERRORS:
+                                raise _START_ERRORS[kind](f"{link.name} failed to start: {text}")
+                            raise LinkError(link.failed(message))
+                        case _:
+                            raise LinkError(f"{link.name} sent {type(message).__name__} while it was loading")
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        with self._lock:
+            if self._failure is not None or self._closing:
+                raise GroupFailedError(self._failure or "the group was shut down")
+            self._in_step = True
+        result: StepResult | None = None
+        try:
+            result = self._exchange(plan)
+        except TimeoutError:
+            silent = ", ".join(link.name for link in self._links if link.last_step_id < plan.step_id)
+            timeout_s = self.config.parallel.step_timeout_s
+            self._fail(f"step {plan.step_id} did not end within {timeout_s:g} s; no answer from {silent}")
+        except LinkError as error:
+            self._fail(str(error))
+        with self._lock:
+            self._in_step = False
+            if result is None or self._failure is not None:
+                self._reported = True
+                raise GroupFailedError(self._failure or "the group was shut down")
+        return result
+
+    def _exchange(self, plan: StepPlan) -> StepResult:
+        timeout_s = self.config.parallel.step_timeout_s
+        deadline = time.monotonic() + timeout_s
+        first = self._links[0]
+        frame = first.connection.encode(Step(plan))
+        for link in self._links:
+            link.connection.sock.settimeout(timeout_s)
+            try:
+                link.connection.send_frame(frame)
+            except LinkError as error:
+                with link.reading:
+                    raise LinkError(link.last_words(error)) from error
+        with first.reading:
+            answer = first.receive(deadline - time.monotonic())
+        if not isinstance(answer, Result) or (answer.result.epoch, answer.result.step_id) != (plan.epoch, plan.step_id):
+            raise LinkError(f"{first.name} answered step {plan.step_id} of epoch {plan.epoch} with {answer!r:.200}")
+        first.last_step_id = plan.step_id
+        self._receive_acks()
+        return answer.result
+
+    def _receive_acks(self) -> None:
+        for fd, _ in self._answers.poll(0):
+            link = self._link_of[fd]
+            with link.reading:
+                link.receive_acks(self.config.epoch)
+
+    def set_failure_callback(self, callback: Callable[[str], None]) -> None:
+        with self._lock:
+            self._on_failure = callback
+        self._report()
+
+    def _watch(self) -> None:
+        """Sleep until a link hangs up; ends when all have, as they do after `sever`."""
+        poller = select.poll()
+        links = dict(self._link_of)
+        for fd in links:
+            poller.register(fd, select.POLLRDHUP)
+        while links:
+            for fd, _ in poller.poll():
+                poller.unregister(fd)
+                link = links.pop(fd)
+                with link.reading:
+                    reason = link.last_words(LinkError("the connection was closed"))
+                self._fail(reason)
+
+    def _fail(self, reason: str) -> None:
+        """The group is lost: the first reason counts. Wakes the thread that waits in `execute` and ends all ranks."""
+        with self._lock:
+            if self._closing or self._failure is not None:
+                return
+            self._failure = reason
+        for link in self._links:
+            link.connection.sever()
+        self._kill_ranks()
+        self._report()
+
+    def _report(self) -> None:
+        """Tell the owner of a failure that no step can tell it of; once."""
+        with self._lock:
+            callback, reason = self._on_failure, self._failure
+            if callback is None or reason is None or self._in_step or self._reported:
+                return
+            self._reported = True
+        callback(reason)
+
+    def shutdown(self) -> None:
+        with self._shutting_down:
+            if self._closed:
+                return
+            with self._lock:
+                running = self._monitor is not None and self._failure is None and not self._in_step
+                self._closing = True
+            if running:
+                self._ask_to_stop()
+            else:
+                self._kill_ranks()
+            for link in self._links:
+                link.connection.sever()
+            if self._monitor is not None and self._monitor is not threading.current_thread():
+                self._monitor.join(STOP_TIMEOUT_S)
+            self._reap_ranks()
+            for link in self._links:
+                link.connection.close()
+            self._closed = True
+
+    def _ask_to_stop(self) -> None:
+        """Send Stop and wait, bounded, until every rank has hung up."""
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        poller = select.poll()
+        for link in self._links:
+            link.connection.sock.settimeout(STOP_TIMEOUT_S)
+            with contextlib.suppress(LinkError, TimeoutError):
+                link.connection.send(Stop())
+            poller.register(link.connection.sock, select.POLLRDHUP)
+        num_left = len(self._links)
+        while num_left and (remaining_s := deadline - time.monotonic()) > 0:
+            for fd, _ in poller.poll(remaining_s * 1e3):
+                poller.unregister(fd)
+                num_left -= 1

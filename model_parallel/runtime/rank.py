@@ -1,0 +1,174 @@
+"""One rank of a replica group: its shard of the weights, its shard of the KV cache, and the steps it computes.
+
+Shape suffixes: T tokens of a step · E hidden · R rows that logits are wanted for · V local vocabulary
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_parallel.checkpoint.detect import describe
+from model_parallel.checkpoint.loader import load_shard
+from model_parallel.config import GroupConfig, ModelConfig
+from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
+from model_parallel.engine.request import TokenLogprobs
+from model_parallel.errors import EngineError
+from model_parallel.kernels.interface import Kernels, LayerCache
+from model_parallel.kernels.reference import ReferenceKernels
+from model_parallel.model.llama import Llama
+from model_parallel.model.partition import even_range, partition_heads, shard_table
+from model_parallel.model.sampler import Sampler
+from model_parallel.runtime.batch import SequenceState, build_batch, rotary_frequencies
+from model_parallel.runtime.collectives import Collectives
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCORED_ROWS = 64
+"""Prompt positions whose logits are held at a time."""
+
+
+class Rank:
+    """Computes its part of every step, in the order the leader sends them."""
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        rank: int,
+        collectives: Collectives,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Loads the shard and allocates the cache. progress(bytes done, bytes in all) is called while loading.
+
+        Raises ConfigError, CheckpointError.
+        """
+        info = describe(Path(config.checkpoint_path))
+        model_config, tp_size = info.config, config.parallel.tp_size
+        config.parallel.check_fits(model_config)
+        self.config = config
+        self.collectives = collectives
+        self.device = _device(config.parallel.device)
+        self.kernels: Kernels = ReferenceKernels(num_threads=config.parallel.num_threads, device=self.device.type)
+        dtype = DTYPES[config.parallel.dtype]
+        table = shard_table(model_config, tp_size, rank)
+        weights = load_shard(info, table, dtype=dtype, device=self.device, progress=progress)
+        self.model = Llama(model_config, weights, kernels=self.kernels, collectives=collectives)
+        self.frequencies = rotary_frequencies(model_config, self.device)
+        self.caches = self._allocate_caches(model_config, rank, dtype)
+        largest_part = len(even_range(model_config.vocab_size, tp_size, 0))
+        self.sampler = Sampler(collectives, self.model.vocabulary, largest_part)
+        self.sequences: dict[int, SequenceState] = {}
+        self.last_step_id = 0
+
+    def _allocate_caches(self, model: ModelConfig, rank: int, dtype: torch.dtype) -> list[LayerCache]:
+        heads = partition_heads(model.num_query_heads, model.num_kv_heads, self.config.parallel.tp_size, rank)
+        cache = self.config.cache
+        shape = (cache.num_blocks + 1, cache.block_size, len(heads.kv_heads), model.head_dim)
+
+        def blocks() -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        return [LayerCache(blocks(), blocks()) for _ in range(model.num_layers)]
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. Every rank returns the same result. Raises EngineError for a plan that is out of turn."""
+        started = time.perf_counter()
+        if plan.epoch != self.config.epoch or plan.step_id != self.last_step_id + 1:
+            raise EngineError(
+                f"step {plan.step_id} of epoch {plan.epoch} arrived; "
+                f"step {self.last_step_id + 1} of epoch {self.config.epoch} is next"
+            )
+        self.last_step_id = plan.step_id
+        self._take_in(plan)
+        results = self._compute(plan.rows) if plan.rows else ()
+        return StepResult(plan.epoch, plan.step_id, results, time.perf_counter() - started)
+
+    def _take_in(self, plan: StepPlan) -> None:
+        for seq_id in plan.finished:
+            self.sequences.pop(seq_id, None)
+        for new in plan.new_sequences:
+            self.sequences[new.seq_id] = SequenceState.begin(new)
+        for row in plan.rows:
+            state = self.sequences[row.seq_id]
+            if row.reset_blocks:
+                state.block_ids.clear()
+            state.block_ids += row.new_block_ids
+
+    def _compute(self, rows: tuple[Row, ...]) -> tuple[RowResult, ...]:
+        batch = build_batch(
+            rows,
+            self.sequences,
+            block_size=self.config.cache.block_size,
+            num_blocks=self.config.cache.num_blocks,
+            row_multiple=self.kernels.row_multiple,
+            frequencies=self.frequencies,
+        )
+        hidden_TE = self.model.forward(batch.token_ids_T, batch.attention, self.caches)
+        last_rows = [run.first_row + run.num_tokens - 1 for run in batch.attention.runs]
+        scored = self._score_prompts(rows, [run.first_row for run in batch.attention.runs], hidden_TE)
+        sampled = self._sample(rows, last_rows, hidden_TE)
+        return tuple(self._result(row, sampled, scored) for row in rows)
+
+    def _result(
+        self, row: Row, sampled: dict[int, RowResult], scored: dict[int, list[TokenLogprobs | None]]
+    ) -> RowResult:
+        result = sampled.get(row.seq_id, RowResult(row.seq_id))
+        prompt_logprobs = tuple(entry for entry in scored.get(row.seq_id, []) if entry is not None)
+        if len(prompt_logprobs) < len(scored.get(row.seq_id, [])):
+            return RowResult(row.seq_id, error_kind="numerical_error")
+        if result.token_id is not None:
+            self.sequences[row.seq_id].append(result.token_id)
+        return RowResult(row.seq_id, result.token_id, result.logprobs, prompt_logprobs, result.error_kind)
+
+    def _logits(self, hidden_TE: Tensor, rows: list[int]) -> Tensor:
+        """float32 [R, V], R padded by repeating the first row."""
+        padded = rows + [rows[0]] * (-len(rows) % self.kernels.row_multiple)
+        return self.model.logits(hidden_TE[torch.tensor(padded, device=self.device)])
+
+    def _sample(self, rows: tuple[Row, ...], last_rows: list[int], hidden_TE: Tensor) -> dict[int, RowResult]:
+        drawn = [(row, last) for row, last in zip(rows, last_rows, strict=True) if row.sample]
+        if not drawn:
+            return {}
+        logits_RV = self._logits(hidden_TE, [last for _, last in drawn])
+        samples = self.sampler.sample(logits_RV, [self.sequences[row.seq_id] for row, _ in drawn])
+        return {
+            row.seq_id: RowResult(row.seq_id, s.token_id, s.logprobs, error_kind=s.error_kind)
+            for (row, _), s in zip(drawn, samples, strict=True)
+        }
+
+    def _score_prompts(
+        self, rows: tuple[Row, ...], first_rows: list[int], hidden_TE: Tensor
+    ) -> dict[int, list[TokenLogprobs | None]]:
+        """Log-probabilities of prompt tokens by sequence, for those that asked. The row at position p − 1 speaks for p."""
+        wanted: list[tuple[SequenceState, int, int]] = []
+        for row, first_row in zip(rows, first_rows, strict=True):
+            state = self.sequences[row.seq_id]
+            if state.sampling.prompt_logprobs is None:
+                continue
+            begin = max(row.start + 1, state.sampling.prompt_logprobs_start)
+            end = min(row.start + row.num_tokens + 1, state.num_prompt_tokens)
+            wanted += [(state, p, first_row + p - 1 - row.start) for p in range(begin, end)]
+        scored: dict[int, list[TokenLogprobs | None]] = {}
+        for chunk_start in range(0, len(wanted), SCORED_ROWS):
+            chunk = wanted[chunk_start : chunk_start + SCORED_ROWS]
+            num_top = max(state.sampling.prompt_logprobs or 0 for state, _, _ in chunk)
+            targets = [state.token_ids[p] for state, p, _ in chunk]
+            entries = self.sampler.score(self._logits(hidden_TE, [r for _, _, r in chunk]), targets, num_top)
+            for (state, _, _), entry in zip(chunk, entries, strict=True):
+                asked = state.sampling.prompt_logprobs or 0
+                cut = entry and TokenLogprobs(entry.token_id, entry.logprob, entry.top[:asked])
+                scored.setdefault(state.seq_id, []).append(cut)
+        return scored
+
+    def close(self) -> None:
+        """Leave the group and let go of the memory."""
+        self.collectives.close()
+        self.caches.clear()
+        self.sequences.clear()
+
+
+def _device(name: str) -> torch.device:
+    """The device of this process; Ray and the spawner show each rank the one GPU that is its own."""
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")

@@ -1,0 +1,138 @@
+"""The rank's side of the link, and the process that `SpawnedExecutor` starts for each rank.
+
+A rank lives only with its leader: a thread sleeps on the connection and ends the process the moment it hangs up, also
+while the main thread is stuck inside a collective.
+"""
+
+import ctypes
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import msgspec
+import torch
+
+from model_parallel.config import GroupConfig
+from model_parallel.engine.messages import StepPlan, StepResult
+from model_parallel.errors import ConfigError, EngineError, GroupFailedError
+from model_parallel.runtime.collectives import Collectives, SoloCollectives, TorchCollectives
+from model_parallel.runtime.link import (
+    Ack,
+    Connection,
+    Failed,
+    Launch,
+    LeaderMessage,
+    LinkError,
+    Progress,
+    Ready,
+    Result,
+    Start,
+    Step,
+    Stop,
+    connect,
+)
+
+_PR_SET_PDEATHSIG = 1
+_BLAME_DELAY_S = 0.1
+"""A rank that failed because of a peer waits this long, so that the leader hears of the peer first and names it."""
+
+
+class RankWorker(Protocol):
+    """What the runtime needs of a rank; `runtime.rank.Rank` is the real one."""
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+    def close(self) -> None: ...
+
+
+RankFactory = Callable[[GroupConfig, int, Collectives, Callable[[int, int], None] | None], RankWorker]
+"""(config, rank, collectives, progress(bytes done, bytes in all)) → a rank that has loaded its shard."""
+
+
+def serve_rank(launch: Launch, store_listener: socket.socket | None = None) -> None:
+    """Connect, load and run steps until the leader says Stop.
+
+    `store_listener` is where rank 0 of a group on several hosts serves the key-value store. Ends the process when the
+    leader is gone, or after telling it of a failure.
+    """
+    connection = connect(launch.host, launch.port, secret=launch.secret, epoch=launch.epoch, rank=launch.rank)
+    stopped = threading.Event()
+    threading.Thread(target=_end_with_leader, args=(connection, stopped), name="packtrain-leader", daemon=True).start()
+    try:
+        _run(connection, launch, store_listener)
+    except Exception as error:  # the border of the process: whatever it is, the leader must hear of it
+        if not isinstance(error, EngineError):
+            traceback.print_exc()
+        if isinstance(error, GroupFailedError):
+            time.sleep(_BLAME_DELAY_S)
+        try:
+            connection.send(Failed(type(error).__name__, str(error)))
+        finally:
+            os._exit(1)
+    stopped.set()
+    connection.sever()
+    connection.close()
+
+
+def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: socket.socket | None) -> None:
+    start = connection.receive()
+    if not isinstance(start, Start) or start.config.epoch != launch.epoch:
+        raise LinkError(f"the leader of epoch {launch.epoch} began with {start!r:.200}")
+    began = time.monotonic()
+    parallel = start.config.parallel
+    torch.set_num_threads(parallel.num_threads)
+    collectives: Collectives = (
+        SoloCollectives()
+        if parallel.tp_size == 1
+        else TorchCollectives(parallel, launch.rank, start.rendezvous, store_listener)
+    )
+    worker = import_rank(launch.rank_class)(
+        start.config, launch.rank, collectives, lambda done, total: connection.send(Progress(done, total))
+    )
+    collectives.barrier()
+    connection.send(Ready(os.getpid(), time.monotonic() - began))
+    while not isinstance(message := connection.receive(), Stop):
+        if not isinstance(message, Step):
+            raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")
+        result = worker.execute(message.plan)
+        connection.send(Result(result) if launch.rank == 0 else Ack(launch.epoch, message.plan.step_id))
+    worker.close()
+    collectives.close()
+
+
+def _end_with_leader(connection: Connection[LeaderMessage], stopped: threading.Event) -> None:
+    poller = select.poll()
+    poller.register(connection.sock, select.POLLRDHUP)
+    poller.poll()
+    if not stopped.is_set():
+        os._exit(1)
+
+
+def import_rank(path: str) -> RankFactory:
+    """Raises ConfigError when "module:Class" does not name anything."""
+    module, _, name = path.partition(":")
+    try:
+        return cast(RankFactory, getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"rank_class is {path!r}; it must be module:Class: {error}") from error
+
+
+def main() -> None:
+    """Read a Launch from stdin and be that rank. A parent that dies takes the process along, connected or not."""
+    parent_pid = int(sys.argv[1])
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        return
+    serve_rank(msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Starting and stopping the whole stack: Ray, the replica groups, the gateways.
+
+`prepare_environment` must run before this module is imported, because Ray reads its switches when it is imported.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.placement import GroupPlacement, GroupRequest, plan_groups
+from cluster.ray_api import alive_nodes
+from serving.config import ServingConfig
+from serving.deployment import Gateway, ReplicaGroup
+from serving.gateway.server import check_listening
+from serving.models import GroupSpec, resolve_model
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "packtrain"
+STOP_TIMEOUT_S = 30.0
+"""For what should take no time at all once requests are drained."""
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 5.0
+
+
+class StartError(Exception):
+    """The stack did not come up. The message is for the person who started it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningApp:
+    """A stack that serves."""
+
+    host: str
+    port: int
+    config: ServingConfig
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def stop(self) -> None:
+        """Drain the gateways, then end groups, ranks and, when it is a private one, the cluster."""
+        try:
+            gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
+            gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            logger.warning("gateways could not be drained: %s", error)
+        finally:
+            shut_down()
+
+
+def shut_down() -> None:
+    """End the application and leave the cluster, whatever state they are in."""
+    if ray.is_initialized():
+        try:
+            serve.shutdown()
+        finally:
+            ray.shutdown()
+
+
+def start(config: ServingConfig, report: Callable[[str], None]) -> RunningApp:
+    """Bring the stack up; `report` is told each stage. Nothing is left running when it fails.
+
+    Raises ConfigError, CheckpointError, FetchError, StartError.
+    """
+    report("reading the models' configurations")
+    specs = [resolve_model(entry) for entry in config.models]
+    check_listening(config.gateway)
+    report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
+    try:
+        _join_ray(config, specs)
+        report("placing replica groups and loading weights")
+        host, port = _deploy(config, specs)
+    except (RayError, RayServeException, RuntimeError, TimeoutError, ConnectionError) as error:
+        message = _deployment_messages() or str(error)
+        shut_down()
+        raise StartError(message) from error
+    except BaseException:
+        shut_down()
+        raise
+    return RunningApp(host=host, port=port, config=config)
+
+
+def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec]) -> None:
+    if config.ray.address is None:
+        needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
+        num_cpus = config.ray.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))
+        ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int]:
+    nodes = alive_nodes()
+    requests = [
+        GroupRequest(
+            name=spec.card.name,
+            tp_size=spec.parallel.tp_size,
+            device=spec.parallel.device,
+            cpus_per_rank=spec.cpus_per_rank,
+        )
+        for spec in specs
+    ]
+    every_group = [r for r, spec in zip(requests, specs, strict=True) for _ in range(spec.card.num_groups)]
+    placements = dict(zip(every_group, plan_groups(every_group, nodes), strict=True))
+    groups = {
+        spec.card.name: _group_application(spec, placements[request], config)
+        for spec, request in zip(specs, requests, strict=True)
+    }
+    gateway = serve.deployment(Gateway).options(
+        num_replicas=len({node.ip for node in nodes}),
+        max_replicas_per_node=1,
+        ray_actor_options={"num_cpus": 0},
+        **_lifecycle(config),
+    )
+    cards = [spec.card for spec in specs]
+    serve.start(proxy_location="Disabled")
+    application = gateway.bind(config.gateway, config.limits, cards, groups, APP_NAME)
+    handle: DeploymentHandle = serve.run(application, name=APP_NAME, route_prefix=None)
+    address: tuple[str, int] = handle.address.remote().result(timeout_s=STOP_TIMEOUT_S)
+    return address
+
+
+def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:
+    """All replica groups of one model: each replica is a leader in the first bundle of a placement group of its own."""
+    scheduler = spec.scheduler
+    deployment = serve.deployment(ReplicaGroup).options(
+        name=f"ReplicaGroup-{spec.card.name.replace('/', '-')}",
+        num_replicas=spec.card.num_groups,
+        placement_group_bundles=list(placement.bundles),
+        placement_group_strategy=placement.strategy,
+        ray_actor_options={"num_cpus": 0},
+        # The engine's own bounds decide what is refused; Serve's only keep it from queueing without bound.
+        max_ongoing_requests=2 * (scheduler.max_num_seqs + scheduler.max_waiting_requests),
+        max_queued_requests=scheduler.max_waiting_requests,
+        **_lifecycle(config),
+    )
+    return deployment.bind(spec)
+
+
+def _lifecycle(config: ServingConfig) -> dict[str, float]:
+    """How Serve watches and ends replicas of either kind. A leader outlives the streams that its gateways drain."""
+    return {
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": config.gateway.drain_timeout_s + STOP_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+
+
+def _deployment_messages() -> str:
+    """Why deployments are not healthy, as Serve tells it; empty when it does not."""
+    try:
+        applications = serve.status().applications
+    except (RayError, RayServeException, RuntimeError):
+        return ""
+    deployments = applications[APP_NAME].deployments if APP_NAME in applications else {}
+    return "; ".join(f"{name}: {status.message}" for name, status in deployments.items() if status.message)

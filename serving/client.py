@@ -1,0 +1,96 @@
+"""A small blocking gRPC client, for the command line and for load tests."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import InferenceStub
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class StreamTimes:
+    """What a person at the terminal sees of one stream's speed, measured at the client."""
+
+    started_s: float
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    num_tokens: int = 0
+    arrivals_s: list[float] = field(default_factory=list)
+
+    def count(self, num_tokens: int, now_s: float) -> None:
+        """Take in a chunk that brought `num_tokens`."""
+        if not num_tokens:
+            return
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        self.num_tokens += num_tokens
+        self.arrivals_s.append(now_s)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.started_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode rate: tokens after the first over the time since the first."""
+        if self.first_token_s is None or self.last_token_s is None or self.num_tokens < 2:
+            return None
+        return (self.num_tokens - 1) / (self.last_token_s - self.first_token_s)
+
+
+class Client:
+    """One connection to a gateway. Use it as a context manager."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address)
+        self.stub = InferenceStub(self._channel)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def wait_until_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Raises ConnectionError when nothing answers at the address in time."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
+        except grpc.FutureTimeoutError as error:
+            raise ConnectionError(f"nothing answers at {self.address}; is `packtrain serve` running there?") from error
+
+    def models(self, timeout_s: float = CONNECT_TIMEOUT_S) -> Sequence[pb.ModelCard]:
+        return self.stub.ListModels(pb.ListModelsRequest(), timeout=timeout_s).models
+
+    def stream(
+        self, request: pb.GenerateRequest, *, timeout_s: float, clock: Callable[[], float] = time.perf_counter
+    ) -> tuple[Iterator[pb.GenerateStreamResponse], StreamTimes]:
+        """The chunks as they come, and their times, which fill up as the chunks are read."""
+        times = StreamTimes(started_s=clock())
+        call = self.stub.GenerateStream(request, timeout=timeout_s)
+
+        def chunks() -> Iterator[pb.GenerateStreamResponse]:
+            for chunk in call:
+                times.count(len(chunk.token_ids), clock())
+                yield chunk
+
+        return chunks(), times
+
+
+def chat_prompt(messages: Sequence[tuple[str, str]]) -> pb.Prompt:
+    """A chat prompt from (role, content) pairs."""
+    return pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role=role, content=content) for role, content in messages]))
+
+
+def explain(error: grpc.RpcError) -> str:
+    """One line for the terminal: what the server said, and its status."""
+    if isinstance(error, grpc.Call):
+        return f"{error.details()} ({error.code().name})"
+    return str(error)

@@ -1,0 +1,189 @@
+"""The two Ray Serve deployments, and how one reaches the other.
+
+A replica of `ReplicaGroup` is the leader of one group of ranks and lives in the first bundle of the group's placement group,
+which Serve frees when the leader ends. A replica of `Gateway` is a node's front end. Between them travel bytes (msgpack), by
+value: an object reference a token would cost more than the token.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.worker_group import RayExecutor
+from model_parallel.config import GroupConfig
+from model_parallel.engine.engine import Engine
+from model_parallel.engine.request import EngineOutput, EngineRequest
+from model_parallel.engine.scheduler import Scheduler
+from model_parallel.errors import GroupFailedError, RequestError
+from serving.async_engine import AsyncEngine
+from serving.config import GatewayConfig, LimitsConfig
+from serving.gateway.backend import GroupUnavailableError, ModelCard
+from serving.gateway.server import GatewayServer
+from serving.log import configure_logging
+from serving.models import GroupSpec
+from serving.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+STATUS_TIMEOUT_S = 2.0
+
+
+class GroupReply(msgspec.Struct, frozen=True, array_like=True):
+    """One item of a group's answer: outputs, or why there are none and never will be."""
+
+    outputs: tuple[EngineOutput, ...] = ()
+    refusal_kind: str = ""
+    """A RequestError's kind, or "unavailable" when the group is lost."""
+    refusal: str = ""
+
+
+class ReplicaGroup:
+    """The leader of one replica group: the engine's thread and the sockets to its ranks."""
+
+    _executor: RayExecutor | None = None
+    _async_engine: AsyncEngine | None = None
+
+    def __init__(self, spec: GroupSpec) -> None:
+        configure_logging()
+        # A later incarnation has a higher epoch, on whatever node it comes to lie.
+        epoch = time.time_ns()
+        config = GroupConfig(
+            checkpoint_path=spec.card.source, parallel=spec.parallel, cache=spec.cache, epoch=epoch
+        )
+        self._step_timeout_s = spec.parallel.step_timeout_s
+        self._executor = RayExecutor(config)
+        self._engine = Engine(self._executor, Scheduler(spec.scheduler, spec.cache, epoch=epoch))
+        self._decode = msgspec.msgpack.Decoder(tuple[EngineRequest, ...]).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    async def generate(self, encoded_requests: bytes) -> AsyncGenerator[bytes, None]:
+        """Run the choices of one client request (msgpack, EngineRequests); yields GroupReply items (msgpack)."""
+        outputs = self._running_engine().generate(self._decode(encoded_requests))
+        try:
+            async for batch in outputs:
+                yield self._encode(GroupReply(outputs=batch))
+        except RequestError as error:
+            yield self._encode(GroupReply(refusal_kind=error.kind, refusal=str(error)))
+        except GroupFailedError:
+            logger.exception("a request reached a lost group")
+            yield self._encode(GroupReply(refusal_kind="unavailable", refusal="the replica group was lost"))
+        finally:
+            await outputs.aclose()
+
+    def _running_engine(self) -> AsyncEngine:
+        if self._async_engine is None:
+            self._async_engine = AsyncEngine(self._engine, asyncio.get_running_loop())
+            self._executor.set_failure_callback(self._async_engine.fail)
+        return self._async_engine
+
+    async def stats(self) -> dict[str, float]:
+        """Load and totals of the group's scheduler."""
+        stats = self._engine.stats
+        return {name: float(getattr(stats, name)) for name in stats.__slots__}
+
+    async def check_integrity(self) -> None:
+        """Raise RuntimeError unless every KV block is accounted for."""
+        self._engine.check_integrity()
+
+    async def pids(self) -> tuple[int, ...]:
+        """Process ids of the leader and then of its ranks, in rank order."""
+        return (os.getpid(), *self._executor.pids)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this replica and free its placement group."""
+        self._running_engine()
+        problem = self._executor.health.problem()
+        if problem is not None:
+            raise GroupFailedError(problem)
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica ends in good order."""
+        if self._async_engine is not None:
+            self._async_engine.close(self._step_timeout_s)
+        if self._executor is not None:
+            self._executor.shutdown()
+
+
+class ServeBackend:
+    """The gateway's Backend on Serve handles. See serving/gateway/backend.py."""
+
+    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, DeploymentHandle], app_name: str) -> None:
+        self._models = {card.name: card for card in cards}
+        self._groups = {name: handle.options(stream=True) for name, handle in groups.items()}
+        self._deployments = {name: handle.deployment_name for name, handle in groups.items()}
+        self._app_name = app_name
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(GroupReply).decode
+
+    @property
+    def models(self) -> Mapping[str, ModelCard]:
+        return self._models
+
+    async def generate(self, model: str, requests: Sequence[EngineRequest]) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+        response = self._groups[model].generate.remote(self._encode(tuple(requests)))
+        open_choices = len(requests)
+        try:
+            async for item in response:
+                reply = self._decode(item)
+                if reply.refusal_kind == "unavailable":
+                    raise GroupUnavailableError(reply.refusal)
+                if reply.refusal_kind:
+                    raise RequestError(reply.refusal, kind=reply.refusal_kind)
+                open_choices -= sum(output.finish_reason is not None for output in reply.outputs)
+                yield reply.outputs
+        except BackPressureError as error:
+            raise RequestError("every replica group of this model is full", kind="overloaded") from error
+        except (RayError, RayServeException) as error:
+            logger.warning("a replica group of %s was lost: %s", model, type(error).__name__)
+            raise GroupUnavailableError(f"the replica group of model {model!r} was lost") from error
+        finally:
+            if open_choices:
+                response.cancel()
+
+    async def num_healthy_groups(self, model: str) -> int:
+        try:
+            status = await asyncio.wait_for(asyncio.to_thread(serve.status), STATUS_TIMEOUT_S)
+            states = status.applications[self._app_name].deployments[self._deployments[model]].replica_states
+        except (TimeoutError, KeyError, RayError, RayServeException) as error:
+            logger.warning("the state of model %s is not known: %r", model, error)
+            return 0
+        return states.get("RUNNING", 0)
+
+
+class Gateway:
+    """A node's front end."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        config: GatewayConfig,
+        limits: LimitsConfig,
+        cards: Sequence[ModelCard],
+        groups: Mapping[str, DeploymentHandle],
+        app_name: str,
+    ) -> None:
+        configure_logging()
+        tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
+        self._server = GatewayServer(config, limits, ServeBackend(cards, groups, app_name), tokenizers)
+        self._address = (config.host, await self._server.start())
+
+    async def address(self) -> tuple[str, int]:
+        """Host and port that the gateway listens on."""
+        return self._address
+
+    async def drain(self) -> None:
+        """Refuse new requests, let running ones finish up to gateway.drain_timeout_s."""
+        await self._server.drain()
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica ends in good order."""
+        await self._server.drain()
+        await self._server.stop()

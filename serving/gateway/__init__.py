@@ -1,0 +1,1 @@
+"""The front end: validate, tokenize, route, detokenize. Imports neither ray nor torch nor cluster."""

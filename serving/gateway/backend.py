@@ -1,0 +1,72 @@
+"""What a gateway needs from whatever runs the models. Ray Serve implements it in serving/deployment.py."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from model_parallel.engine.request import EngineOutput, EngineRequest
+
+
+class Licence(msgspec.Struct, frozen=True, kw_only=True):
+    """The licence that a model is served under."""
+
+    name: str
+    notice: str = ""
+    """A sentence that the licence asks to be passed on."""
+    use_policy_url: str = ""
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a served model without asking its groups."""
+
+    name: str
+    source: str
+    """Where its weights and tokenizer lie: a directory or a GGUF file."""
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    """Width of the logits: every token id is below it."""
+    max_model_len: int
+    """Longest prompt plus answer, in tokens."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    chat_format: str
+    """"llama-2", "chatml", or "" for a model without chat."""
+    chat_default_system: str = ""
+    """System message used when a conversation brings none."""
+    dtype: str
+    device: str
+    tensor_parallel_size: int
+    num_groups: int
+    deterministic: bool
+    """The same request gives the same tokens in any batch (batch-invariant kernels, rank-ordered reductions)."""
+    kernels: str
+    """Kernel backend that computes it: "reference", "cpu" or "cuda"."""
+    licence: Licence
+
+
+class Backend(Protocol):
+    """Runs requests on replica groups."""
+
+    @property
+    def models(self) -> Mapping[str, ModelCard]:
+        """Served models by name."""
+        ...
+
+    def generate(self, model: str, requests: Sequence[EngineRequest]) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+        """Run the choices of one client request on one group; outputs that are ready together come together.
+
+        Ends after every choice had its finish_reason. Closing the iterator (`aclose`), or cancelling the task that
+        waits on it, aborts what still runs. Raises RequestError (kind "overloaded" or "draining") when the group
+        refuses the request, and GroupUnavailableError when no group can take it or the group is lost.
+        """
+        ...
+
+    async def num_healthy_groups(self, model: str) -> int:
+        """Groups of `model` that can serve now; bounded wait, never raises."""
+        ...
+
+
+class GroupUnavailableError(Exception):
+    """No live replica group, or the one that ran the request is lost. The message is fit for a client to read."""

@@ -1,0 +1,102 @@
+"""The methods of packtrain.v1.Inference. Exceptions pass through; `interceptors` answers them."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from serving.gateway import convert
+from serving.gateway.generation import Call, Generator
+from serving.gateway.interceptors import request_id
+from serving.gateway.validate import find_model
+
+_MAX_LABEL_CHARS = 128
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Turns requests into queries and chunks into responses; the work is the Generator's."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        call = self._call(context)
+        query = convert.generate_query(request)
+        seed = secrets.randbits(64) if query.seed is None else query.seed
+        async with aclosing(self._generator.generate(query, call, seed)) as chunks:
+            response = convert.generate_response(
+                [chunk async for chunk in chunks], self._generator.tokenizers[query.model]
+            )
+        response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
+        await _send_label(context)
+        return response
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        call = self._call(context)
+        query = convert.generate_query(request)
+        seed = secrets.randbits(64) if query.seed is None else query.seed
+        is_first = True
+        async with aclosing(self._generator.generate(query, call, seed)) as chunks:
+            async for chunk in chunks:
+                response = convert.stream_response(chunk, self._generator.tokenizers[query.model])
+                if is_first or chunk.summary is not None:
+                    response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
+                if is_first:
+                    # Not before: errors until here go out as trailers alone, which clients may retry by themselves.
+                    await _send_label(context)
+                    is_first = False
+                yield response
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        call = self._call(context)
+        scores, summary = await self._generator.score(convert.score_query(request), call)
+        tokenizer = self._generator.tokenizers[request.model]
+        await _send_label(context)
+        return pb.ScoreResponse(
+            request_id=call.request_id,
+            scores=[convert.score(scored, tokenizer) for scored in scores],
+            usage=convert.usage(summary),
+            timings=convert.timings(summary),
+        )
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        query = convert.tokenize_query(request)
+        token_ids = await self._generator.tokenize(query)
+        tokenizer = self._generator.tokenizers[query.model]
+        await _send_label(context)
+        return pb.TokenizeResponse(token_ids=token_ids, tokens=[tokenizer.token_bytes(token) for token in token_ids])
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        text = self._generator.detokenize(request.model, tuple(request.token_ids))
+        await _send_label(context)
+        return pb.DetokenizeResponse(text=text)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        await _send_label(context)
+        models = self._generator.models
+        return pb.ListModelsResponse(models=[convert.model_card(models[name]) for name in sorted(models)])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        card = find_model(self._generator.models, request.model)
+        await _send_label(context)
+        return pb.GetModelResponse(model=convert.model_card(card))
+
+    def _call(self, context: Context) -> Call:
+        return Call(request_id=request_id.get(), arrived_s=self._generator.clock(), timeout_s=context.time_remaining())
+
+
+async def _send_label(context: Context) -> None:
+    """Echo the client's x-request-id, which is a label and nothing else."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id":
+            label = "".join(character for character in str(value) if " " <= character <= "~")[:_MAX_LABEL_CHARS]
+            await context.send_initial_metadata((("x-request-id", label),))
+            return

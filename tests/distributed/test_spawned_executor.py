@@ -1,0 +1,211 @@
+"""Ranks as processes: steps, every way of losing a rank or the leader, and that nothing is left."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
+from model_parallel.runtime.executors import SpawnedExecutor
+from tests.support.fake_rank import EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No process, thread, file descriptor or temporary file outlives a group, however it ended."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads, files = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    yield
+    assert psutil.Process().children(recursive=True) == []
+    assert {t.name for t in set(threading.enumerate()) - threads} == set()
+    assert len(os.listdir("/proc/self/fd")) == len(files)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def group() -> Iterator[SpawnedExecutor]:
+    executor = SpawnedExecutor(group_config(2, step_timeout_s=2.0), rank_class=FAKE_RANK)
+    yield executor
+    executor.shutdown()
+
+
+def listening_addresses(pid: int) -> set[str]:
+    sockets = psutil.Process(pid).net_connections(kind="inet")
+    return {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+
+
+def test_steps_progress_listeners_and_orderly_stop() -> None:
+    progress: list[tuple[int, int, int]] = []
+    executor = SpawnedExecutor(group_config(3), rank_class=FAKE_RANK, on_progress=lambda *seen: progress.append(seen))
+    lost: list[str] = []
+    executor.set_failure_callback(lost.append)
+    assert sorted(progress) == [(rank, done, 2) for rank in range(3) for done in (1, 2)]
+    for step_id in range(1, 200):
+        assert tokens(executor.execute(plan(step_id, (0, step_id), (1, 7)))) == [6 * step_id, 42]
+    assert len(set(executor.pids)) == 3
+    for pid in executor.pids:
+        assert listening_addresses(pid) <= {"127.0.0.1"}
+        command = " ".join(psutil.Process(pid).cmdline())
+        assert command.endswith(f"model_parallel.runtime.rank_process {os.getpid()}")  # and so holds no secret
+    assert listening_addresses(os.getpid()) == set()
+    executor.shutdown()
+    executor.shutdown()
+    assert lost == []
+    with pytest.raises(GroupFailedError, match="shut down"):
+        executor.execute(plan(200))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_between_steps_calls_back_once(group: SpawnedExecutor, victim: int) -> None:
+    reasons: list[str] = []
+    group.set_failure_callback(reasons.append)
+    group.execute(plan(1, (0, 1)))
+    os.kill(group.pids[victim], signal.SIGKILL)
+    assert wait_until(lambda: bool(reasons), 5)
+    assert f"rank {victim} (pid {group.pids[victim]}) is lost" in reasons[0]
+    with pytest.raises(GroupFailedError, match=f"rank {victim}"):
+        group.execute(plan(2, (0, 1)))
+    assert all(wait_until(lambda p=pid: not is_running(p), 5) for pid in group.pids)
+    assert len(reasons) == 1
+
+
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("victim", "behaviour", "said"),
+    [(0, EXIT, "is lost"), (1, RAISE, "failed: ValueError: told to raise"), (0, RAISE, "failed: ValueError")],
+)
+def test_lost_inside_a_step_names_the_rank(group: SpawnedExecutor, victim: int, behaviour: int, said: str) -> None:
+    """The other rank is stuck in the collective that the victim does not join."""
+    reasons: list[str] = []
+    group.set_failure_callback(reasons.append)
+    with pytest.raises(GroupFailedError, match=rf"rank {victim} \(pid \d+\) {said}"):
+        group.execute(plan(1, (behaviour, victim), (0, 1)))
+    assert all(wait_until(lambda p=pid: not is_running(p), 5) for pid in group.pids)
+    assert reasons == []  # execute has told of it
+
+
+def test_kill_inside_a_step(group: SpawnedExecutor) -> None:
+    timer = threading.Timer(0.3, os.kill, (group.pids[1], signal.SIGKILL))
+    timer.start()
+    with pytest.raises(GroupFailedError, match=r"rank 1 \(pid \d+\) is lost"):
+        group.execute(plan(1, (HANG, 1), (0, 1)))
+    timer.join()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_stopped_rank_is_given_up_within_the_step_timeout(group: SpawnedExecutor, victim: int) -> None:
+    group.execute(plan(1, (0, 1)))
+    os.kill(group.pids[victim], signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(GroupFailedError, match=rf"step 2 did not end within 2 s; no answer from .*rank {victim}"):
+        group.execute(plan(2, (0, 1)))
+    assert time.monotonic() - began >= 1.9
+    assert all(wait_until(lambda p=pid: not is_running(p), 5) for pid in group.pids)
+
+
+def test_step_out_of_turn_is_refused(group: SpawnedExecutor) -> None:
+    """A result of another epoch or step never reaches the scheduler."""
+    group.execute(plan(1, (0, 1)))
+    with pytest.raises(GroupFailedError, match="rank 1"):
+        group.execute(plan(1, (0, 1)))
+        group.execute(plan(2, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "error", "message"),
+    [
+        ("broken:1", CheckpointError, "rank 1 failed to start: broken:1: no such file"),
+        ("dies:0", GroupFailedError, r"the group did not start: rank 0 is lost"),
+    ],
+)
+def test_failed_load_cleans_up(checkpoint: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SpawnedExecutor(group_config(2, checkpoint_path=checkpoint), rank_class=FAKE_RANK)
+
+
+def test_unknown_rank_class_fails_the_start() -> None:
+    with pytest.raises(ConfigError, match="nowhere:Rank"):
+        SpawnedExecutor(group_config(1), rank_class="nowhere:Rank")
+
+
+def test_process_that_dies_before_it_connects_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(GroupFailedError, match="rank 0 ended with status 1 before it connected"):
+        SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
+
+
+def test_start_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/sleep")
+    monkeypatch.setattr(subprocess, "Popen", _SleepingProcess)
+    with pytest.raises(GroupFailedError, match=r"ranks \[0, 1\] did not connect within"):
+        SpawnedExecutor(group_config(2, start_timeout_s=0.5), rank_class=FAKE_RANK)
+
+
+class _SleepingProcess(subprocess.Popen[bytes]):
+    def __init__(self, command: list[str], **options: object) -> None:
+        super().__init__(["/bin/sleep", "60"], **options)  # type: ignore[call-overload]
+
+
+LEADER = """
+import sys, time
+from model_parallel.runtime.executors import SpawnedExecutor
+from tests.support.fake_rank import FAKE_RANK, HANG, group_config, plan
+executor = SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
+print(*executor.pids, flush=True)
+if sys.argv[1] == "in a step":
+    executor.execute(plan(1, (HANG, 1), (0, 1)))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["between steps", "in a step"])
+def test_ranks_end_with_a_killed_leader(moment: str) -> None:
+    leader = subprocess.Popen([sys.executable, "-c", LEADER, moment], stdout=subprocess.PIPE, text=True)
+    assert leader.stdout is not None
+    with leader.stdout:
+        pids = [int(pid) for pid in leader.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.3)  # into the step
+        leader.kill()
+        leader.wait()
+    assert all(wait_until(lambda p=pid: not is_running(p), 2) for pid in pids)
+
+
+def test_foreign_connections_during_the_start_do_not_disturb_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = SpawnedExecutor._launch
+    strangers: list[socket.socket] = []
+
+    def launch_among_strangers(self: SpawnedExecutor, host: str, port: int, secret: bytes) -> None:
+        for data in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04pickle" * 20):
+            strangers.append(socket.create_connection((host, port)))
+            strangers[-1].sendall(data)
+        launch(self, host, port, secret)
+
+    monkeypatch.setattr(SpawnedExecutor, "_launch", launch_among_strangers)
+    executor = SpawnedExecutor(group_config(1), rank_class=FAKE_RANK)
+    assert tokens(executor.execute(plan(1, (0, 5)))) == [5]
+    executor.shutdown()
+    for sock in strangers:
+        sock.close()

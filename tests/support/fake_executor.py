@@ -1,0 +1,176 @@
+"""Ranks without a model: they check every plan against a KV cache of their own and answer deterministically.
+
+A slot of the cache holds a digest of what the keys and values there depend on: the salt and all tokens up to it.
+A row that would read a slot with any other content fails. The next token is a hash of all tokens before it, so that
+chunks, preemption and shared prefixes must not change a request's output.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan, StepResult
+from model_parallel.engine.request import EngineRequest, SamplingParams, TokenLogprobs
+from model_parallel.errors import GroupFailedError
+
+VOCAB_SIZE = 50
+
+
+def next_token(token_ids: Sequence[int], seed: int) -> int:
+    """What the fake model continues `token_ids` with."""
+    text = f"{seed}:{','.join(map(str, token_ids))}"
+    return hashlib.sha256(text.encode()).digest()[0] % VOCAB_SIZE
+
+
+def token_logprob(token_ids: Sequence[int], position: int) -> TokenLogprobs:
+    """The fake model's log-probability of the token at `position`, which depends on all before it."""
+    digest = hashlib.sha256(",".join(map(str, token_ids[: position + 1])).encode()).digest()
+    return TokenLogprobs(token_ids[position], -float(digest[0]) - 1.0)
+
+
+def solo_output(request: EngineRequest) -> list[int]:
+    """The tokens that a request must get, worked out without any engine."""
+    sampling = request.sampling
+    stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else request.eos_token_ids)}
+    token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+    drawn: list[int] = []
+    while len(request.output_token_ids) + len(drawn) < sampling.max_tokens:
+        drawn.append(next_token(token_ids + drawn, sampling.seed))
+        if drawn[-1] in stops:
+            break
+    return drawn
+
+
+def solo_prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs]:
+    """The prompt log-probabilities that a request must get, once."""
+    if request.sampling.prompt_logprobs is None:
+        return []
+    first = max(1, request.sampling.prompt_logprobs_start)
+    return [token_logprob(request.prompt_token_ids, p) for p in range(first, len(request.prompt_token_ids))]
+
+
+@dataclass
+class _RankSequence:
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    salt: bytes
+    block_ids: list[int] = field(default_factory=list)
+
+    def slot_contents(self) -> list[bytes]:
+        contents = [b"salt" + self.salt]
+        for token_id in self.token_ids:
+            contents.append(hashlib.sha256(contents[-1] + token_id.to_bytes(4)).digest())
+        return contents[1:]
+
+
+class FakeExecutor:
+    """All ranks of a group, in the caller's thread. An AssertionError means that a plan was wrong."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_tokens_a_step: int = 1 << 30, epoch: int = 1) -> None:
+        self.plans: list[StepPlan] = []
+        self.salts: dict[int, bytes] = {}
+        """Ranks are not told the salt: the test says which one belongs to the sampling seed of a request."""
+        self.poisoned_seeds: set[int] = set()
+        """Requests whose keys, values and logits are not finite."""
+        self.fails_at_step: int | None = None
+        self.during_step: Callable[[], None] | None = None
+        """Called in the middle of every step."""
+        self.on_failure: Callable[[str], None] | None = None
+        self.is_shut_down = False
+        self.sequences: dict[int, _RankSequence] = {}
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._max_tokens_a_step = max_tokens_a_step
+        self._epoch = epoch
+        self._slots: dict[tuple[int, int], bytes] = {}
+
+    def set_failure_callback(self, callback: Callable[[str], None]) -> None:
+        self.on_failure = callback
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.step_id == self.fails_at_step:
+            raise GroupFailedError("rank 1 died")
+        assert (plan.epoch, plan.step_id) == (self._epoch, len(self.plans) + 1)
+        self.plans.append(plan)
+        if self.during_step is not None:
+            self.during_step()
+        for seq_id in plan.finished:
+            del self.sequences[seq_id]
+        for new in plan.new_sequences:
+            assert new.seq_id not in self.sequences
+            self.sequences[new.seq_id] = self._accept(new)
+        assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
+        assert sum(row.num_tokens for row in plan.rows) <= self._max_tokens_a_step
+        for row in plan.rows:
+            self._extend_table(row)
+        # Rows of one step run side by side: none may read what another writes, nor write where another reads.
+        for row in plan.rows:
+            self._check_reads(row, row.start)
+        written: set[tuple[int, int]] = set()
+        for row in plan.rows:
+            self._write(row, written)
+        for row in plan.rows:
+            self._check_reads(row, row.start + row.num_tokens)
+        return StepResult(plan.epoch, plan.step_id, tuple(self._answer(row) for row in plan.rows))
+
+    def _accept(self, new: NewSequence) -> _RankSequence:
+        salt = self.salts.get(new.sampling.seed, b"")
+        return _RankSequence(list(new.token_ids), new.num_prompt_tokens, new.sampling, salt)
+
+    def _extend_table(self, row: Row) -> None:
+        sequence = self.sequences[row.seq_id]
+        if row.reset_blocks:
+            sequence.block_ids = []
+        sequence.block_ids += row.new_block_ids
+        end = row.start + row.num_tokens
+        assert 0 <= row.start < end <= len(sequence.token_ids)
+        assert end <= len(sequence.block_ids) * self._block_size
+        assert all(0 <= block_id < self._num_blocks for block_id in sequence.block_ids)
+        assert len(set(sequence.block_ids)) == len(sequence.block_ids)
+        assert not row.sample or end == len(sequence.token_ids)
+
+    def _slot(self, sequence: _RankSequence, position: int) -> tuple[int, int]:
+        return sequence.block_ids[position // self._block_size], position % self._block_size
+
+    def _check_reads(self, row: Row, end: int) -> None:
+        sequence = self.sequences[row.seq_id]
+        if sequence.sampling.seed in self.poisoned_seeds:
+            return
+        for position, content in enumerate(sequence.slot_contents()[:end]):
+            slot = self._slot(sequence, position)
+            assert self._slots.get(slot) == content, (
+                f"sequence {row.seq_id}, position {position}: wrong content in {slot}"
+            )
+
+    def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
+        sequence = self.sequences[row.seq_id]
+        contents = sequence.slot_contents()
+        for position in range(row.start, row.start + row.num_tokens):
+            slot = self._slot(sequence, position)
+            assert slot not in written
+            written.add(slot)
+            is_poisoned = sequence.sampling.seed in self.poisoned_seeds
+            self._slots[slot] = b"not finite" if is_poisoned else contents[position]
+
+    def _answer(self, row: Row) -> RowResult:
+        sequence = self.sequences[row.seq_id]
+        sampling = sequence.sampling
+        if sampling.seed in self.poisoned_seeds:
+            return RowResult(row.seq_id, error_kind="numerical_error")
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if sampling.prompt_logprobs is not None:
+            first = max(row.start + 1, sampling.prompt_logprobs_start)
+            last = min(row.start + row.num_tokens, sequence.num_prompt_tokens - 1)
+            prompt_logprobs = tuple(token_logprob(sequence.token_ids, p) for p in range(first, last + 1))
+        if not row.sample:
+            return RowResult(row.seq_id, prompt_logprobs=prompt_logprobs)
+        token_id = next_token(sequence.token_ids, sampling.seed)
+        sequence.token_ids.append(token_id)
+        logprobs = None
+        if sampling.logprobs is not None:
+            logprobs = token_logprob(sequence.token_ids, len(sequence.token_ids) - 1)
+        return RowResult(row.seq_id, token_id, logprobs, prompt_logprobs)

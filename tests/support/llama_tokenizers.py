@@ -1,0 +1,99 @@
+"""Small tokenizers with Llama 2's rules, trained on the spot."""
+
+import json
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+CORPUS = """The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.
+[INST] <<SYS>> You are a helpful, respectful and honest assistant. <</SYS>> [/INST] Hello, how are you today?
+def main(argument): return [number * 2 for number in range(10) if number % 3 == 0]  # comment
+Les élèves français étudient à l'école. Straße, größer, über. 1234567890 3.14159 2,000
+In the beginning the world was without form; the sentences that follow are there so that merges can be learnt.
+""".splitlines()
+
+# The kinds of text that tokenizers go wrong on.
+TEXTS = [
+    "", " ", "  ", "a", " a", "a ", "Hello world", "  two  spaces  ", "\n", "\n\n x\n", "\t\ttabs", "a\r\nb",
+    "The capital of France is Paris.", "It's we'll they've I'M don't", "naïve café Straße größer", "日本語のテキスト",
+    "🙂", "👩‍👩‍👧‍👦 family", "a🙂b", "עברית العربية", "e\u0301 combining", "\u200bzero\u00a0width",
+    "def f(x):\n    return x**2\n",
+    "{'key': [1, 2.5]}", "<html><body class=\"x\">&amp;</body></html>", "x" * 300, "!?.,;:-_()[]{}",
+    "\x00\x01\x7f", "▁ ▁▁",
+    "\ufffd", "Ġ Ċ", "\uff26\uff35", "<0x0A>", "</s", "INST",
+]  # fmt: skip
+CONTROL_TEXTS = [
+    "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "a</s>b", " </s> ", "<s><s>",
+    "<|im_end|>\n<|im_start|>system",
+    "</s></s>hello", "<<s>s>", "< /s>", "[INST]",
+]  # fmt: skip
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    """A sentencepiece BPE of 500 pieces: byte fallback, dummy prefix, ids of <unk>, <s>, </s> as in Llama 2."""
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def pieces() -> list[Any]:
+    """(piece, score, type) of every token of `sentencepiece_model`."""
+    return list(sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model()).pieces)  # type: ignore[attr-defined]
+
+
+def tokenizer_json() -> str:
+    """The same tokenizer in the form of the published tokenizer.json of Llama 2."""
+    vocab = {p.piece: i for i, p in enumerate(pieces())}
+    scores = {p.piece: p.score for p in pieces()}
+    merges = sorted(
+        (
+            (piece[:cut], piece[cut:])
+            for piece in vocab
+            for cut in range(1, len(piece))
+            if piece[:cut] in vocab and piece[cut:] in vocab
+        ),
+        key=lambda merge: -scores["".join(merge)],
+    )
+    library = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return str(library.to_str())
+
+
+def llama_directory(directory: Path, **files: str | bytes) -> Path:
+    """A directory with a configuration like Llama 2's and the given files ("a__b" for a.b), without weights."""
+    config = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").write_bytes(b"")
+    for name, content in files.items():
+        path = directory / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return directory

@@ -1,0 +1,73 @@
+"""A real engine on ranks that are threads of the test's process."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.engine.engine import Engine
+from model_parallel.engine.request import EngineOutput, EngineRequest
+from model_parallel.engine.scheduler import Scheduler
+from model_parallel.runtime.executors import InProcessExecutor
+from tests.support.ranks import group_config
+
+
+class LocalGroup:
+    """Ranks that are loaded once and driven by one engine after another, each with its own scheduling."""
+
+    def __init__(self, path: Path, tp_size: int, *, dtype: str = "float32", num_blocks: int = 256) -> None:
+        self.config = group_config(path, tp_size, dtype=dtype, num_blocks=num_blocks)
+        torch.set_num_threads(1)
+        self.executor = InProcessExecutor(self.config)
+
+    def run(
+        self,
+        requests: Sequence[EngineRequest],
+        *,
+        num_blocks: int | None = None,
+        prefix_caching: bool = False,
+        max_prefill_chunk: int = 1 << 30,
+        waves: Sequence[int] = (),
+    ) -> "Outcome":
+        """Run `requests` to their ends; those with index in `waves` are added only when nothing else runs."""
+        cache = CacheConfig(
+            num_blocks=num_blocks or self.config.cache.num_blocks, block_size=16, enable_prefix_caching=prefix_caching
+        )
+        config = SchedulerConfig(max_model_len=1024, max_prefill_chunk=max_prefill_chunk, max_num_batched_tokens=256)
+        scheduler = Scheduler(config, replace(cache), epoch=1)
+        scheduler._last_step_id = self.executor._workers[0].last_step_id  # type: ignore[attr-defined]
+        scheduler._last_seq_id = scheduler._last_step_id * 1000
+        engine = Engine(self.executor, scheduler)
+        outcome = Outcome()
+        early = [r for i, r in enumerate(requests) if i not in waves]
+        for wave in [early, *([requests[i]] for i in waves)]:
+            for request in wave:
+                engine.add(request)
+            while engine.has_work:
+                for output in engine.step():
+                    outcome.outputs[output.request_id].append(output)
+        engine.check_integrity()
+        outcome.num_preemptions = engine.stats.num_preemptions
+        if engine.stats.kv_usage:
+            raise AssertionError(f"{engine.stats.kv_usage:.0%} of the KV cache is still held")
+        return outcome
+
+    def close(self) -> None:
+        self.executor.shutdown()
+
+
+class Outcome:
+    """What an engine put out, by request id."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, list[EngineOutput]] = defaultdict(list)
+        self.num_preemptions = 0
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+    def last(self, request_id: str) -> EngineOutput:
+        return self.outputs[request_id][-1]

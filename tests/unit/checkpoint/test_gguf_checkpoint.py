@@ -1,0 +1,316 @@
+"""Reading GGUF, compared with transformers' own reading, and with llama.cpp's `gguf` package."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from model_parallel.checkpoint.detect import describe
+from model_parallel.checkpoint.gguf_file import GgufFile
+from model_parallel.checkpoint.loader import load_shard, open_checkpoint
+from model_parallel.checkpoint.names import from_gguf
+from model_parallel.errors import CheckpointError
+from model_parallel.model.partition import FINAL_NORM, Shard, shard_table
+
+CPU = torch.device("cpu")
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 40, 4, 2, 64
+
+
+def load(path: Path, num_ranks: int, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    info = describe(path)
+    return load_shard(info, shard_table(info.config, num_ranks, rank), dtype=dtype, device=CPU)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Many small operations: threads that wait for each other on busy cores take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def smollm2_whole(smollm2_path: Path) -> dict[str, torch.Tensor]:
+    return load(smollm2_path, 1, 0)
+
+
+def test_same_tensors_as_transformers(smollm2_path: Path, smollm2_whole: dict[str, torch.Tensor]) -> None:
+    config = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    theirs = load_gguf_checkpoint(str(smollm2_path), return_tensors=True, model_to_load=empty)["tensors"]
+    assert theirs.keys() == smollm2_whole.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, smollm2_whole[name]), name
+
+
+def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
+    theirs = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    info = describe(smollm2_path)
+    ours = info.config
+    assert (ours.vocab_size, ours.hidden_size, ours.intermediate_size) == (49152, 576, theirs.intermediate_size)
+    assert (ours.num_layers, ours.num_query_heads, ours.num_kv_heads, ours.head_dim) == (30, 9, 3, theirs.head_dim)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.max_position == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings
+    assert (ours.bos_token_id, ours.eos_token_ids) == (1, (2,))
+    assert ours.num_parameters == 134515008
+    assert (info.format, info.chat_format, info.licence, info.add_bos) == ("gguf", "chatml", "apache-2.0", False)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 9])
+def test_every_rank_reads_its_part(smollm2_path: Path, smollm2_whole: dict[str, torch.Tensor], num_ranks: int) -> None:
+    """Together the ranks cover every tensor, and each part is that of the whole."""
+    config = describe(smollm2_path).config
+    covered: dict[str, set[int]] = {name: set() for name in smollm2_whole}
+    for rank in range(num_ranks):
+        table = shard_table(config, num_ranks, rank)
+        for name, part in load(smollm2_path, num_ranks, rank).items():
+            assert part.is_contiguous()
+            assert torch.equal(part, smollm2_whole[name][table[name].index]), (rank, name)
+            covered[name].update(range(table[name].start, table[name].stop))
+    for name, shard in shard_table(config, num_ranks, 0).items():
+        assert shard.axis is None or covered[name] == set(range(shard.full_shape[shard.axis]))
+
+
+def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Rows as llama.cpp's converter (convert_hf_to_gguf.py, LlamaModel.permute) lays them out."""
+    half = weight.shape[0] // num_heads // 2
+    return weight.reshape(num_heads, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+class TinyGguf:
+    """A one-layer model, written by the `gguf` package."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str | int | float | list[int]] = {
+            "llama.block_count": 1,
+            "llama.context_length": 64,
+            "llama.embedding_length": HIDDEN,
+            "llama.feed_forward_length": FFN,
+            "llama.attention.head_count": HEADS,
+            "llama.attention.head_count_kv": KV_HEADS,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5,
+            "llama.rope.dimension_count": HEAD_DIM,
+        }
+        rng = np.random.default_rng(0)
+        shapes = {
+            "token_embd": (VOCAB, HIDDEN),
+            "output_norm": (HIDDEN,),
+            "output": (VOCAB, HIDDEN),
+            "blk.0.attn_norm": (HIDDEN,),
+            "blk.0.attn_q": (HEADS * HEAD_DIM, HIDDEN),
+            "blk.0.attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+            "blk.0.attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+            "blk.0.attn_output": (HIDDEN, HEADS * HEAD_DIM),
+            "blk.0.ffn_norm": (HIDDEN,),
+            "blk.0.ffn_gate": (FFN, HIDDEN),
+            "blk.0.ffn_up": (FFN, HIDDEN),
+            "blk.0.ffn_down": (HIDDEN, FFN),
+        }
+        self.tensors = {f"{n}.weight": rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+        self.types: dict[str, Type] = {}
+
+    def write(self, path: Path) -> Path:
+        writer = gguf.GGUFWriter(path, "llama")
+        for key, value in self.values.items():
+            add: Callable[..., None] = {
+                str: writer.add_string,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                list: writer.add_array,
+            }[type(value)]
+            add(key, value)
+        for name, tensor in self.tensors.items():
+            writer.add_tensor(name, tensor, raw_dtype=self.types.get(name))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+
+QUANTISED = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
+RAW = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
+
+
+@pytest.mark.parametrize("kind", [Type.F32, *QUANTISED, *RAW], ids=lambda kind: kind.name)
+def test_every_type(tmp_path: Path, kind: Type) -> None:
+    """Slices, also those that begin and end inside a block, equal the library's dequantisation of the whole tensor."""
+    tiny = TinyGguf()
+    rng = np.random.default_rng(1)
+    for name, tensor in tiny.tensors.items():
+        if tensor.ndim != 2 or kind is Type.F32:
+            continue
+        tiny.types[name] = kind
+        if kind in RAW:  # the package cannot make these: any bytes are some weights
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            tiny.tensors[name] = rng.integers(0, 60, shape, dtype=np.uint8)
+        else:
+            tiny.tensors[name] = gguf.quants.quantize(tensor, kind)
+    path = tiny.write(tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(describe(path))
+    for tensor in gguf.GGUFReader(path).tensors:
+        whole = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        name = from_gguf(tensor.name)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            whole = whole.reshape(-1, HEAD_DIM // 2, 2, whole.shape[-1]).swapaxes(1, 2).reshape(whole.shape)
+        assert checkpoint.shape(name) == whole.shape
+        shards = [Shard(whole.shape)]
+        if whole.ndim == 2:
+            shards += [Shard(whole.shape, 0, 3, 29), Shard(whole.shape, 1, 0, 171), Shard(whole.shape, 1, 171, 203)]
+        for shard in shards:
+            part = checkpoint.read(name, shard, torch.float32).numpy()
+            np.testing.assert_array_equal(part, whole[shard.index], err_msg=f"{name} {shard}")
+
+
+def test_query_and_key_rows_come_back_in_half_split_order(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    query, key = (np.random.default_rng(2).normal(size=(n * HEAD_DIM, HIDDEN)).astype(np.float32) for n in (4, 2))
+    tiny.tensors["blk.0.attn_q.weight"] = permuted(query, HEADS)
+    tiny.tensors["blk.0.attn_k.weight"] = permuted(key, KV_HEADS)
+    path = tiny.write(tmp_path / "tiny.gguf")
+    for rank in range(4):
+        part = load(path, 4, rank)
+        ours = part["model.layers.0.self_attn.q_proj.weight"].numpy()
+        np.testing.assert_array_equal(ours, query[rank * HEAD_DIM : (rank + 1) * HEAD_DIM])
+        ours = part["model.layers.0.self_attn.k_proj.weight"].numpy()
+        np.testing.assert_array_equal(ours, key[rank // 2 * HEAD_DIM : (rank // 2 + 1) * HEAD_DIM])
+
+
+def test_only_the_slice_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TinyGguf()
+    for name in ("blk.0.ffn_up.weight", "blk.0.ffn_down.weight"):
+        tiny.tensors[name] = gguf.quants.quantize(tiny.tensors[name], Type.Q8_0)
+        tiny.types[name] = Type.Q8_0
+    checkpoint = open_checkpoint(describe(tiny.write(tmp_path / "tiny.gguf")))
+    sizes: list[int] = []
+    real = gguf.quants.dequantize
+
+    def spy(data: np.ndarray, kind: Type) -> np.ndarray:
+        sizes.append(data.size)
+        return real(data, kind)
+
+    monkeypatch.setattr(gguf.quants, "dequantize", spy)
+    checkpoint.read("model.layers.0.mlp.up_proj.weight", Shard((FFN, HIDDEN), 0, 7, 10), torch.float32)
+    checkpoint.read("model.layers.0.mlp.down_proj.weight", Shard((HIDDEN, FFN), 1, 30, 70), torch.float32)
+    block_bytes = 34
+    assert sizes == [3 * (HIDDEN // 32) * block_bytes, HIDDEN * 3 * block_bytes]
+
+
+def test_run_dtype_and_progress(tmp_path: Path) -> None:
+    info = describe(TinyGguf().write(tmp_path / "tiny.gguf"))
+    seen: list[tuple[int, int]] = []
+    table = shard_table(info.config, 1, 0)
+    weights = load_shard(
+        info, table, dtype=torch.bfloat16, device=CPU, progress=lambda done, total: seen.append((done, total))
+    )
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert not info.config.tie_word_embeddings
+    assert seen[-1] == (info.config.num_parameters * 2,) * 2
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.rope.scaling.type", "linear", "llama.rope.scaling.type is 'linear'"),
+        ("llama.rope.scaling.factor", 2.0, "llama.rope.scaling.factor is 2.0"),
+        ("llama.rope.dimension_count", 32, "llama.rope.dimension_count is 32 and the head dimension 64"),
+        ("llama.attention.value_length", 32, "llama.attention.value_length is 32"),
+        ("llama.expert_count", 8, "llama.expert_count is 8"),
+        ("llama.attention.sliding_window", 128, "llama.attention.sliding_window is 128"),
+        ("llama.attention.head_count_kv", [2, 2], r"head_count_kv is \[2, 2\]"),
+        ("llama.attention.head_count_kv", 3, "num_kv_heads is 3"),
+        ("llama.attention.head_count", 0, "the head dimension 256"),
+        ("llama.embedding_length", "256", "llama.embedding_length is '256'"),
+        ("split.count", 2, "split.count is 2"),
+        ("tokenizer.ggml.eos_token_id", VOCAB, "special token 40"),
+    ],
+)
+def test_unsupported_metadata_is_refused_by_name(
+    tmp_path: Path, key: str, value: str | int | float, message: str
+) -> None:
+    tiny = TinyGguf()
+    tiny.values[key] = value
+    path = tiny.write(tmp_path / "tiny.gguf")
+    with pytest.raises(CheckpointError, match=message) as error:
+        describe(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_architecture_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"general\.architecture is 'qwen2'"):
+        describe(tmp_path / "x.gguf")
+
+
+def test_rope_frequencies_only_when_they_change_nothing(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.tensors["rope_freqs.weight"] = np.ones(HEAD_DIM // 2, np.float32)
+    assert FINAL_NORM in load(tiny.write(tmp_path / "ones.gguf"), 1, 0)
+    tiny.tensors["rope_freqs.weight"][3] = 8
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
+        load(tiny.write(tmp_path / "scaled.gguf"), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.tensors.pop("blk.0.ffn_up.weight"), "lacks model.layers.0.mlp.up_proj.weight"),
+        (lambda t: t.tensors.update({"blk.0.attn_q.bias": np.ones(256, np.float32)}), "blk.0.attn_q.bias"),
+        (lambda t: t.tensors.update({"blk.1.attn_norm.weight": np.ones(256, np.float32)}), "model.layers.1.input"),
+        (lambda t: t.tensors.update({"output.weight": np.ones((41, 256), np.float32)}), r"shape \[41, 256\]"),
+        (lambda t: t.tensors.update({"output_norm.weight": np.ones(256, np.int8)}), "of type I8"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, spoil: Callable[[TinyGguf], object], message: str) -> None:
+    tiny = TinyGguf()
+    spoil(tiny)
+    with pytest.raises(CheckpointError, match=message):
+        load(tiny.write(tmp_path / "tiny.gguf"), 1, 0)
+
+
+def test_header_is_the_one_that_the_library_reads(smollm2_path: Path) -> None:
+    ours, theirs = GgufFile(smollm2_path), gguf.GGUFReader(smollm2_path)
+    fields = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert {key: ours.get(key) for key in ours.metadata_keys} == fields
+    assert ours.array_length("tokenizer.ggml.tokens") == 49152
+    for tensor in theirs.tensors:
+        mine = ours.tensors[tensor.name]
+        assert (mine.shape, mine.type) == (tuple(tensor.shape.tolist())[::-1], tensor.tensor_type)
+        assert (mine.offset, mine.num_bytes) == (tensor.data_offset, tensor.n_bytes)
+
+
+def test_broken_headers_are_refused(tmp_path: Path) -> None:
+    """Cut anywhere, or with one byte of the header changed: CheckpointError or a readable file, nothing else."""
+    path = TinyGguf().write(tmp_path / "tiny.gguf")
+    data = path.read_bytes()
+    header = min(t.offset for t in GgufFile(path).tensors.values())
+    broken = tmp_path / "broken.gguf"
+    for length in [0, 3, 4, 8, 20, *range(24, header, 17), len(data) - 1]:
+        broken.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=r"broken\.gguf"):
+            GgufFile(broken)
+    rng = np.random.default_rng(3)
+    refused = 0
+    for position in range(0, header, 4):
+        mutated = bytearray(data)
+        mutated[position] = rng.choice([0, 0x7F, 0x80, 0xFF])
+        broken.write_bytes(mutated)
+        try:
+            GgufFile(broken)
+        except CheckpointError:
+            refused += 1
+    assert refused > header // 40

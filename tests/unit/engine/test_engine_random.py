@@ -1,0 +1,137 @@
+"""Random schedules on fake ranks that simulate the KV cache: whatever happens, outputs are those of a solo run."""
+
+import random
+from collections import Counter
+
+from model_parallel.engine.request import EngineRequest, FinishReason
+from model_parallel.errors import RequestError
+from tests.support.engine import Harness, make_request
+from tests.support.fake_executor import VOCAB_SIZE, solo_output, solo_prompt_logprobs
+
+# A few stems, so that prompts share prefixes of every length.
+STEMS = [[n % 7 for n in range(40)], [n % 7 for n in range(9)] + [n % 5 for n in range(31)]]
+SOME_TOKENS = tuple(range(0, VOCAB_SIZE, 9))
+NUM_RUNS = 150
+
+
+class RandomRun:
+    """Adds, aborts, waits and steps as one seed says, on a cache that is often too small."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        max_num_seqs = self.rng.randint(2, 6)
+        block_size = self.rng.randint(1, 5)
+        self.harness = Harness(
+            num_blocks=self.rng.randint(40, 70) // block_size,
+            block_size=block_size,
+            enable_prefix_caching=self.rng.random() < 0.8,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + self.rng.choice([0, 1, 10, 60]),
+            max_prefill_chunk=self.rng.choice([1, 3, 7, 1 << 30]),
+            max_model_len=60,
+            max_waiting_requests=8,
+        )
+        self.harness.executor.during_step = self.sometimes_abort
+        self.requests: list[EngineRequest] = []
+        self.aborted: dict[str, FinishReason] = {}
+        self.seen: Counter[str] = Counter()
+
+    def run(self) -> None:
+        for _ in range(60):
+            act = self.rng.choices([self.add, self.abort, self.wait, self.harness.step], [10, 1, 1, 16])[0]
+            act()
+        self.harness.run()
+        for request in self.requests:
+            self.check(request)
+        stats = self.harness.engine.stats
+        assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
+        assert not self.harness.executor.sequences
+        self.seen["preemption"] = stats.num_preemptions
+        self.seen["prefix hit"] = stats.num_prefix_hit_tokens
+
+    def add(self) -> None:
+        rng = self.rng
+        wants_prompt_logprobs = rng.random() < 0.3
+        request = make_request(
+            f"r{len(self.requests)}",
+            rng.choice(STEMS)[: rng.randint(0, 32)] + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 2))],
+            max_tokens=rng.choice([0, 1, 2, 8, 16, 30]),
+            output=[3] * rng.choice([0, 0, 0, 1, 2]),
+            eos=SOME_TOKENS if rng.random() < 0.3 else (),
+            stops=(1, 2) if rng.random() < 0.2 else (),
+            ignore_eos=rng.random() < 0.3,
+            salt=rng.choice([b"", b"tenant"]),
+            deadline_s=rng.choice([0.0, 3.0, 20.0]) if rng.random() < 0.1 else None,
+            logprobs=0,
+            prompt_logprobs=0 if wants_prompt_logprobs else None,
+            prompt_logprobs_start=rng.choice([0, 1, 5, 17, 50]),
+        )
+        try:
+            self.harness.add(request)
+        except RequestError as error:
+            self.seen[error.kind] += 1
+            return
+        self.requests.append(request)
+        if rng.random() < 0.05:
+            self.harness.executor.poisoned_seeds.add(request.sampling.seed)
+
+    def abort(self) -> None:
+        if not self.requests:
+            return
+        request = self.rng.choice(self.requests)
+        request_id = request.request_id
+        reason = self.rng.choice([FinishReason.CANCELLED, FinishReason.STOP])
+        had_ended = request_id in self.aborted or any(o.finish_reason for o in self.harness.outputs[request_id])
+        if self.harness.engine.abort(request_id, reason):
+            assert not had_ended
+            self.aborted[request_id] = reason
+        else:  # Or it expired when the step was planned, and its last output is still to come.
+            assert had_ended or request.deadline_s is not None
+
+    def sometimes_abort(self) -> None:
+        if self.rng.random() < 0.02:
+            self.abort()
+
+    def wait(self) -> None:
+        self.harness.clock.now_s += self.rng.choice([0.5, 4.0])
+
+    def check(self, request: EngineRequest) -> None:
+        harness, request_id = self.harness, request.request_id
+        tokens, solo = harness.tokens(request_id), solo_output(request)
+        prompt_logprobs, solo_logprobs = harness.prompt_logprobs(request_id), solo_prompt_logprobs(request)
+        assert tokens == solo[: len(tokens)]
+        assert prompt_logprobs == solo_logprobs[: len(prompt_logprobs)]
+        assert [o.logprobs[0].token_id for o in harness.outputs[request_id] if o.token_ids] == tokens
+        last = harness.last(request_id)
+        assert last.timings is not None
+        assert last.num_cached_tokens <= len(request.prompt_token_ids)
+        is_poisoned = request.sampling.seed in harness.executor.poisoned_seeds
+        self.seen[str(last.finish_reason)] += 1
+        if request_id in self.aborted:
+            assert last.finish_reason is self.aborted[request_id]
+        elif last.finish_reason is FinishReason.DEADLINE:
+            assert request.deadline_s is not None
+        elif is_poisoned:
+            assert (last.finish_reason, last.error_kind) == (FinishReason.ERROR, "numerical_error")
+        else:
+            assert (tokens, prompt_logprobs) == (solo, solo_logprobs)
+            stops = {*request.sampling.stop_token_ids}
+            if not request.sampling.ignore_eos:
+                stops |= {*request.eos_token_ids}
+            stopped = bool(solo) and solo[-1] in stops
+            assert last.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+            assert last.stop_token_id == (solo[-1] if stopped else None)
+
+
+def test_random_schedules() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(NUM_RUNS):
+        run = RandomRun(seed)
+        try:
+            run.run()
+        except Exception as error:
+            raise AssertionError(f"RandomRun({seed}).run() failed") from error
+        seen += run.seen
+    # A run that forces nothing proves nothing.
+    for event in ("preemption", "prefix hit", "invalid", "overloaded", *FinishReason):
+        assert seen[str(event)] > 20, f"{event}: {seen}"

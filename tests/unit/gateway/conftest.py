@@ -1,0 +1,45 @@
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+
+from protos import inference_pb2_grpc
+from serving.config import GatewayConfig, LimitsConfig
+from serving.gateway.server import GatewayServer
+from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
+
+
+@dataclass
+class Running:
+    """A gateway on a loopback port, and a client of it."""
+
+    server: GatewayServer
+    backend: FakeBackend
+    channel: grpc.aio.Channel
+    stub: Any
+    target: str
+
+
+Serve = Callable[..., AbstractAsyncContextManager[Running]]
+
+
+@pytest.fixture
+def serve() -> Serve:
+    """`async with serve(backend, drain_timeout_s=1) as gateway:` with GatewayConfig's fields as keywords."""
+
+    @asynccontextmanager
+    async def run(backend: FakeBackend | None = None, **config: Any) -> AsyncIterator[Running]:
+        backend = backend or FakeBackend()
+        tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
+        server = GatewayServer(GatewayConfig(port=0, **config), LimitsConfig(), backend, tokenizers)
+        target = f"127.0.0.1:{await server.start()}"
+        try:
+            async with grpc.aio.insecure_channel(target) as channel:
+                yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target)
+        finally:
+            await server.stop(0)
+
+    return run

@@ -1,0 +1,196 @@
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from model_parallel.errors import ConfigError
+from protos import inference_pb2 as pb
+from serving.config import GatewayConfig, LimitsConfig
+from serving.gateway.server import GatewayServer
+from tests.unit.gateway.conftest import Serve
+from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend, for_ever
+
+INFERENCE = "packtrain.v1.Inference"
+Status = health_pb2.HealthCheckResponse
+ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
+
+
+def server(backend: FakeBackend | None = None, **config: Any) -> GatewayServer:
+    backend = backend or FakeBackend()
+    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
+    return GatewayServer(GatewayConfig(**config), LimitsConfig(), backend, tokenizers)
+
+
+async def eventually(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1", "example.com"])
+def test_an_open_address_needs_insecure(host: str) -> None:
+    with pytest.raises(ConfigError, match="insecure"):
+        server(host=host)
+    server(host=host, insecure=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost"])
+async def test_loopback_needs_nothing(host: str) -> None:
+    gateway = server(host=host, port=0)
+    assert await gateway.start() > 0
+    await gateway.stop()
+    await gateway.stop()  # again is harmless
+
+
+async def test_a_taken_port_is_an_error_that_names_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        gateway = server(port=port)
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
+            await gateway.start()
+        await gateway.stop()
+
+
+async def test_two_gateways_cannot_share_a_port() -> None:
+    first = server(port=0)
+    port = await first.start()
+    second = server(port=port)
+    with pytest.raises(ConfigError):
+        await second.start()
+    await first.stop()
+    await second.stop()
+
+
+def test_every_model_needs_its_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="plain"):
+        GatewayServer(GatewayConfig(), LimitsConfig(), FakeBackend(), {"tiny": ByteTokenizer()})  # type: ignore[dict-item]
+
+
+async def test_health_follows_the_groups(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend()
+    backend.healthy = {"tiny": 0, "plain": 0}
+    async with serve(backend) as gateway:
+        stub = health_pb2_grpc.HealthStub(gateway.channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=INFERENCE))
+        assert (await watch.read()).status == Status.NOT_SERVING
+        for name in ("", INFERENCE):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == Status.NOT_SERVING
+        backend.healthy["plain"] = 1
+        assert (await asyncio.wait_for(watch.read(), 5)).status == Status.SERVING
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.SERVING
+        watch.cancel()
+
+
+async def test_health_of_an_unknown_service(serve: Serve) -> None:
+    async with serve() as gateway:
+        stub = health_pb2_grpc.HealthStub(gateway.channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="nobody"))
+        assert (await watch.read()).status == Status.SERVICE_UNKNOWN
+        watch.cancel()
+
+
+async def test_a_backend_that_breaks_its_word_is_not_serving(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(model: str) -> int:
+        raise OSError("gone")
+
+    backend = FakeBackend()
+    monkeypatch.setattr(backend, "num_healthy_groups", broken)
+    async with serve(backend) as gateway:
+        stub = health_pb2_grpc.HealthStub(gateway.channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.NOT_SERVING
+    assert "gone" in caplog.text
+
+
+async def test_a_full_gateway_refuses_at_once(serve: Serve) -> None:
+    async with serve(FakeBackend(for_ever), max_concurrent_requests=2) as gateway:
+        running = [gateway.stub.GenerateStream(ASK) for _ in range(2)]
+        for call in running:
+            await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stub.ListModels(pb.ListModelsRequest())
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert int(dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1000
+        # Health asks for no permit.
+        assert (await health_pb2_grpc.HealthStub(gateway.channel).Check(health_pb2.HealthCheckRequest())).status
+        running[0].cancel()
+        await eventually(lambda: _answers(gateway.stub))
+        running[1].cancel()
+
+
+async def _answers(stub: Any) -> bool:
+    try:
+        await stub.ListModels(pb.ListModelsRequest())
+    except grpc.aio.AioRpcError:
+        return False
+    return True
+
+
+async def test_a_drain_lets_running_requests_finish(serve: Serve) -> None:
+    more = asyncio.Event()
+
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        name = requests[0].request_id
+        yield (EngineOutput(request_id=name, token_ids=(ord("a"),)),)
+        await more.wait()
+        yield (EngineOutput(request_id=name, token_ids=(ord("c"),), finish_reason=FinishReason.LENGTH),)
+
+    async with serve(FakeBackend(script), drain_timeout_s=30) as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == Status.SERVING
+        stream = gateway.stub.GenerateStream(ASK)
+        assert (await stream.read()).text == "a"
+        drain = asyncio.create_task(gateway.server.drain())
+        assert (await asyncio.wait_for(watch.read(), 5)).status == Status.NOT_SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stub.Generate(ASK)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert int(dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1000
+        assert not drain.done()
+        more.set()
+        assert (await stream.read()).text == "c"
+        assert await stream.read() is grpc.aio.EOF
+        await asyncio.wait_for(drain, 5)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == Status.NOT_SERVING
+        watch.cancel()
+
+
+async def test_a_drain_ends_what_takes_too_long(serve: Serve) -> None:
+    async with serve(FakeBackend(for_ever), drain_timeout_s=0.1) as gateway:
+        stream = gateway.stub.GenerateStream(ASK)
+        await stream.read()
+        unary = gateway.stub.Generate(ASK)
+        async with asyncio.timeout(5):
+            while gateway.backend.num_open < 2:
+                await asyncio.sleep(0.005)
+            await gateway.server.drain()
+        assert gateway.backend.num_open == 0
+        for call in (stream, unary):
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            assert "stopped before the answer was complete" in await call.details()
+
+
+async def test_a_gateway_starts_once() -> None:
+    gateway = server(port=0)
+    await gateway.start()
+    with pytest.raises(RuntimeError, match="once"):
+        await gateway.start()
+    await gateway.stop()
+
+
+async def test_an_unknown_method_is_unimplemented(serve: Serve) -> None:
+    async with serve() as gateway:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.channel.unary_unary("/packtrain.v1.Inference/Nothing")(b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

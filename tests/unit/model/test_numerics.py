@@ -1,0 +1,64 @@
+"""Logits against transformers, for every way of cutting heads, feed-forward columns and vocabulary."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.support.ranks import group_config, prompt_logits, reference_from_gguf, save_random_llama
+
+PROMPT_LEN = 256
+# Both sides compute in float32 and differ in the order of sums only; the bound is the project's promise.
+MAX_LOGIT_ERROR = 2e-4
+
+CONFIGS = {
+    "mha": {},
+    "gqa_8_to_1": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "gqa_3_to_1": {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 144},
+    "odd_heads": {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 14, "hidden_size": 70},
+    "gqa_odd": {"num_attention_heads": 14, "num_key_value_heads": 7, "head_dim": 8, "hidden_size": 126},
+    "tied": {"tie_word_embeddings": True, "vocab_size": 509},
+    "wide_heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 500000.0},
+}
+
+
+def _ids(vocab_size: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, vocab_size, (PROMPT_LEN,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _reference(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float()
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> LlamaForCausalLM:
+    return reference_from_gguf(smollm2_path)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_match_transformers(name: str, tp_size: int, tmp_path: Path) -> None:
+    model = save_random_llama(tmp_path, **CONFIGS[name])
+    tp_size = min(tp_size, model.config.num_attention_heads)
+    ids = _ids(model.config.vocab_size)
+    ours = prompt_logits(group_config(tmp_path, tp_size), ids, chunk=100)
+    assert (ours - _reference(model, ids)).abs().max() <= MAX_LOGIT_ERROR
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
+def test_smollm2_logits_match_transformers(smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int) -> None:
+    ids = _ids(smollm2.config.vocab_size)
+    ours = prompt_logits(group_config(smollm2_path, tp_size), ids, chunk=PROMPT_LEN)
+    assert (ours - _reference(smollm2, ids)).abs().max() <= MAX_LOGIT_ERROR
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path) -> None:
+    save_random_llama(tmp_path, **CONFIGS["gqa_3_to_1"])
+    ids, config = _ids(500), group_config(tmp_path, tp_size, dtype=dtype)
+    whole = prompt_logits(config, ids, chunk=PROMPT_LEN)
+    for chunk in (1, 7, 64):
+        assert torch.equal(prompt_logits(config, ids, chunk), whole), f"chunks of {chunk}"
