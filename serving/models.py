@@ -70,7 +70,7 @@ def _chat(entry: ModelEntry, info: CheckpointInfo) -> ChatConfig | None:
     if entry.chat is not None:
         return entry.chat
     if known := KNOWN_MODELS.get(entry.source):
-        return ChatConfig.model_validate({"format": known.chat_format, "default_system": known.default_system})
+        return ChatConfig.model_validate({"format": known.chat_format, "default_system": known.chat_default_system})
     return ChatConfig.model_validate({"format": info.chat_format}) if info.chat_format else None
 
 

@@ -40,7 +40,7 @@ class Tokenizer:
         """`token_bytes` has what each token stands for, and `control` the control tokens by their text."""
         self._encode = encode
         self._token_bytes = token_bytes
-        self._control = control
+        self._control = {text: i for text, i in control.items() if i < info.config.vocab_size}
         self._add_bos = add_bos
         self.bos_token_id = info.config.bos_token_id
         self.eos_token_ids = info.config.eos_token_ids
@@ -92,11 +92,21 @@ class Tokenizer:
 def load_tokenizer(source: Path) -> Tokenizer:
     """The tokenizer of a checkpoint: a directory in Hugging Face format, or a GGUF file.
 
-    Raises CheckpointError when it has none, or one whose rules are not known here.
+    Raises CheckpointError when it has none, or one whose rules are not known here, or that the model is too small for.
     """
     info = describe(source)
+    tokenizer = _make_tokenizer(info)
+    for token_id in range(info.config.vocab_size, tokenizer.vocab_size):
+        if tokenizer.token_bytes(token_id):
+            raise CheckpointError(
+                f"{info.tokenizer_path} has the token {token_id}, and the model's vocabulary {info.config.vocab_size}"
+            )
+    return tokenizer
+
+
+def _make_tokenizer(info: CheckpointInfo) -> Tokenizer:
     if info.tokenizer_path is None:
-        raise CheckpointError(f"{source} has no tokenizer: tokenizer.json or tokenizer.model is needed")
+        raise CheckpointError(f"{info.path} has no tokenizer: tokenizer.json or tokenizer.model is needed")
     if info.tokenizer_kind == "tokenizer.json":
         return _from_tokenizer_json(info, info.tokenizer_path)
     if info.tokenizer_kind == "tokenizer.model":
@@ -195,6 +205,8 @@ def _from_gguf_byte_level(info: CheckpointInfo, file: GgufFile) -> Tokenizer:
 def _gguf_tokens(file: GgufFile) -> tuple[list[str], list[int]]:
     """Every token's text, and its type."""
     tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type", [])
+    if not all(isinstance(text, str) for text in tokens):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.tokens holds something else than text")
     if len(tokens) != len(types):
         raise CheckpointError(f"{file.path}: its tokenizer has {len(tokens)} tokens and {len(types)} token types")
     if len(set(tokens)) != len(tokens):
@@ -248,7 +260,7 @@ def _gguf_sentencepiece_model(file: GgufFile) -> bytes:
     proto.trainer_spec.vocab_size = len(tokens)
     proto.trainer_spec.byte_fallback = _BYTE in types
     proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = file.get("tokenizer.ggml.add_space_prefix", True)
+    proto.normalizer_spec.add_dummy_prefix = bool(file.get("tokenizer.ggml.add_space_prefix", True))
     proto.normalizer_spec.remove_extra_whitespaces = False
     return bytes(proto.SerializeToString())
 
@@ -264,7 +276,9 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """Of a byte-level token, which has one visible character a byte."""
+    """Of a byte-level token, which has one visible character a byte; one with other characters is text as it stands."""
+    if not _BYTE_OF_CHARACTER.keys() >= set(token):
+        return token.encode()
     return bytes(_BYTE_OF_CHARACTER[character] for character in token)
 
 

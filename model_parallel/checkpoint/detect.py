@@ -27,6 +27,7 @@ _HUGGINGFACE_REQUIRED: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1.0, None),
     "is_encoder_decoder": (False, None),
 }
+_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
 _GGUF_REQUIRED: dict[str, tuple[object, ...]] = {
     "general.architecture": ("llama",),
     "split.count": (0, 1, None),
@@ -198,13 +199,12 @@ def _rope_theta(settings: _Settings) -> float:
     """Older files give rope_theta and rope_scaling, newer ones both in rope_parameters. Scaling is refused."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = settings.values.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind != "default":
+        if not isinstance(rope, dict) or any(value != _PLAIN_ROPE.get(name, value) for name, value in rope.items()):
             raise CheckpointError(
-                f"{settings.path}: {key} is {kind!r:.80}, which is not supported; only the default is"
+                f"{settings.path}: {key} is {rope!r:.80}, which is not supported; only the default is"
             )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise CheckpointError(f"{settings.path}: {key}.partial_rotary_factor is not supported")
+        if unknown := rope.keys() - _PLAIN_ROPE.keys() - {"rope_theta"}:
+            raise CheckpointError(f"{settings.path}: {key} has {sorted(unknown)}, which is not supported")
         if "rope_theta" in rope:
             return _Settings(settings.path, rope).real("rope_theta")
     return settings.real("rope_theta", 10000.0)

@@ -269,8 +269,10 @@ class SocketExecutor(ABC):
             poller.register(fd, select.POLLRDHUP)
         while links:
             for fd, _ in poller.poll():
-                poller.unregister(fd)
+                if self._closed:  # the failure callback has shut the group down, in this thread
+                    return
                 link = links.pop(fd)
+                poller.unregister(fd)
                 with link.reading:
                     reason = link.last_words(LinkError("the connection was closed"))
                 self._fail(reason)

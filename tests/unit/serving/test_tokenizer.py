@@ -167,6 +167,21 @@ def test_an_end_token_is_never_matched_in_text(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("</s> <|mark|><|word|>")).replace(" ", "") == "</s><|mark|><|word|>"
 
 
+def test_tokens_beyond_the_logits(tmp_path: Path) -> None:
+    """A padding token that the model does not have is never used; a token of text would be, and is refused."""
+    data = json.loads(tokenizer_json())
+    data["model"]["vocab"].update({f"filler{i}": i for i in range(500, 512)})
+    extra = data["added_tokens"][1] | {"id": 512, "content": "<pad>", "special": True}
+    data["added_tokens"].append(extra)
+    tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+    assert 512 not in tokenizer.encode("<pad>")
+    with pytest.raises(ConfigError, match="<pad>"):
+        tokenizer.control_token_id("<pad>")
+    extra["special"] = False
+    with pytest.raises(CheckpointError, match="has the token 512, and the model's vocabulary 512"):
+        load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+
+
 def test_guard_against_a_tokenizer_that_would(tmp_path: Path) -> None:
     """A vocabulary whose merges spell the end token: the text is refused, never passed on."""
     data = json.loads(tokenizer_json())
