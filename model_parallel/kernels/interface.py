@@ -58,12 +58,20 @@ class Kernels(Protocol):
         """[T, O]: x · weightᵀ."""
         ...
 
+    def pack_head(self, weight_VE: Tensor) -> Tensor:
+        """The LM head in the form that `logits` wants; called once, at load."""
+        ...
+
+    def logits(self, x_RE: Tensor, head: Tensor) -> Tensor:
+        """float32 [R, V] of float32 x; never rounded to the weights' dtype, in which close logits would become equal."""
+        ...
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x²) + eps) · weight, the mean in float32 (Zhang & Sennrich 2019)."""
+        """x / sqrt(mean(x²) + eps) · weight in float32 (Zhang & Sennrich 2019), then rounded to the weight's dtype."""
         ...
 
     def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual)."""
+        """(rms_norm(x + residual), x + residual); x and residual are float32, and so is their sum."""
         ...
 
     def silu_and_mul(self, gate_up_TF2: Tensor) -> Tensor:

@@ -32,10 +32,18 @@ class ReferenceKernels:
     def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         return F.linear(x_TI, weight_OI)
 
+    def pack_head(self, weight_VE: Tensor) -> Tensor:
+        # No CPU product of torch takes bfloat16 and gives float32; a GPU's does.
+        return weight_VE if weight_VE.is_cuda else weight_VE.float()
+
+    def logits(self, x_RE: Tensor, head: Tensor) -> Tensor:
+        if head.dtype == torch.float32:
+            return F.linear(x_RE, head)
+        return torch.mm(x_RE.to(head.dtype), head.t(), out_dtype=torch.float32)
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
-        x32_TE = x_TE.float()
-        scale_T1 = torch.rsqrt(x32_TE.square().mean(-1, keepdim=True) + eps)
-        return (x32_TE * scale_T1).to(x_TE.dtype) * weight_E
+        scale_T1 = torch.rsqrt(x_TE.square().mean(-1, keepdim=True) + eps)
+        return (x_TE * scale_T1 * weight_E.float()).to(weight_E.dtype)
 
     def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         sum_TE = x_TE + residual_TE

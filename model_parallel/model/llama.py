@@ -40,8 +40,8 @@ class Llama:
         self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
         self.embedding = VocabularyEmbedding(weights[EMBEDDING], self.vocabulary)
         self.layers = [self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers)]
-        self.final_norm_E = weights[FINAL_NORM]
-        self.head_VE = weights[EMBEDDING if config.tie_word_embeddings else LM_HEAD]
+        self.final_norm_E = weights[FINAL_NORM].float()
+        self.head = kernels.pack_head(weights[EMBEDDING if config.tie_word_embeddings else LM_HEAD])
 
     def _layer(self, weights: Mapping[str, Tensor], prefix: str) -> Layer:
         def fused(*names: str) -> Tensor:
@@ -71,18 +71,22 @@ class Llama:
         )
 
     def forward(self, token_ids_T: Tensor, plan: AttentionPlan, caches: Sequence[LayerCache]) -> Tensor:
-        """[T, E]: hidden states after the final norm. The step's keys and values go to `caches`."""
+        """float32 [T, E]: hidden states after the final norm. The step's keys and values go to `caches`.
+
+        The residual stream and the sums over ranks are float32 whatever the weights' dtype: only what enters a matrix product
+        is rounded.
+        """
         all_reduce, norm, eps = self.collectives.all_reduce, self.kernels.add_rms_norm, self.config.rms_norm_eps
-        residual_TE = all_reduce(self.embedding(token_ids_T))
+        residual_TE = all_reduce(self.embedding(token_ids_T).float())
         x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
         next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]
         for layer, cache, next_norm_E in zip(self.layers, caches, next_norms, strict=True):
-            x_TE = all_reduce(layer.attention(x_TE, plan, cache))
+            x_TE = all_reduce(layer.attention(x_TE, plan, cache).float())
             x_TE, residual_TE = norm(x_TE, residual_TE, layer.feed_forward_norm_E, eps)
-            x_TE = all_reduce(layer.feed_forward(x_TE))
+            x_TE = all_reduce(layer.feed_forward(x_TE).float())
             x_TE, residual_TE = norm(x_TE, residual_TE, next_norm_E, eps)
         return x_TE
 
     def logits(self, hidden_RE: Tensor) -> Tensor:
         """float32 [R, V]: logits of this rank's part of the vocabulary, from rows of `forward`."""
-        return self.kernels.linear(hidden_RE, self.head_VE).float()
+        return self.kernels.logits(hidden_RE, self.head)

@@ -133,10 +133,11 @@ class TorchCollectives:
         self._cuda = parallel.device == "cuda"
         try:
             store = _open_store(rendezvous, rank, self.size, start_timeout, store_listener)
+            store.set_timeout(start_timeout)
             self._group: Any = (  # torch's stubs do not declare what backends can do
                 _nccl(store, rank, self.size, step_timeout)
                 if self._cuda
-                else _gloo(store, rank, self.size, rendezvous.bind_host, start_timeout, step_timeout)
+                else _gloo(store, rank, self.size, rendezvous.bind_host, step_timeout)
             )
         except RuntimeError as error:
             raise GroupFailedError(f"rank {rank} could not meet its peers: {error}") from error
@@ -200,14 +201,12 @@ def _open_store(where: Rendezvous, rank: int, size: int, timeout: timedelta, lis
     )
 
 
-def _gloo(store: Store, rank: int, size: int, bind_host: str, start_timeout: timedelta, step_timeout: timedelta) -> Any:
+def _gloo(store: Store, rank: int, size: int, bind_host: str, step_timeout: timedelta) -> Any:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=bind_host)]
     options._threads = 1
-    options._timeout = start_timeout
-    group = ProcessGroupGloo(store, rank, size, options)
-    group._set_default_timeout(step_timeout)
-    return group
+    options._timeout = step_timeout
+    return ProcessGroupGloo(store, rank, size, options)
 
 
 def _nccl(store: Store, rank: int, size: int, step_timeout: timedelta) -> Any:
