@@ -21,7 +21,9 @@ class RankActor:
 
     def open_store(self, host: str) -> int:
         """Listen at `host` for the ranks' key-value store; returns the port."""
-        self._store_listener = socket.create_server((host, 0))
+        self._store_listener = socket.create_server(
+            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
         port: int = self._store_listener.getsockname()[1]
         return port
 

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray import serve
@@ -116,16 +117,16 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int
         spec.card.name: _group_application(spec, placements[request], config)
         for spec, request in zip(specs, requests, strict=True)
     }
-    gateway = serve.deployment(Gateway).options(
+    gateway = serve.deployment(
         num_replicas=len({node.ip for node in nodes}),
         max_replicas_per_node=1,
         ray_actor_options={"num_cpus": 0},
         **_lifecycle(config),
-    )
+    )(Gateway)
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
     application = gateway.bind(config.gateway, config.limits, cards, groups, APP_NAME)
-    handle: DeploymentHandle = serve.run(application, name=APP_NAME, route_prefix=None)
+    handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
     address: tuple[str, int] = handle.address.remote().result(timeout_s=STOP_TIMEOUT_S)
     return address
 
@@ -133,7 +134,7 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int
 def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:
     """All replica groups of one model: each replica is a leader in the first bundle of a placement group of its own."""
     scheduler = spec.scheduler
-    deployment = serve.deployment(ReplicaGroup).options(
+    deployment = serve.deployment(
         name=f"ReplicaGroup-{spec.card.name.replace('/', '-')}",
         num_replicas=spec.card.num_groups,
         placement_group_bundles=list(placement.bundles),
@@ -143,11 +144,12 @@ def _group_application(spec: GroupSpec, placement: GroupPlacement, config: Servi
         max_ongoing_requests=2 * (scheduler.max_num_seqs + scheduler.max_waiting_requests),
         max_queued_requests=scheduler.max_waiting_requests,
         **_lifecycle(config),
-    )
-    return deployment.bind(spec)
+    )(ReplicaGroup)
+    application: serve.Application = deployment.bind(spec)
+    return application
 
 
-def _lifecycle(config: ServingConfig) -> dict[str, float]:
+def _lifecycle(config: ServingConfig) -> dict[str, Any]:
     """How Serve watches and ends replicas of either kind. A leader outlives the streams that its gateways drain."""
     return {
         "health_check_period_s": HEALTH_PERIOD_S,

@@ -68,7 +68,9 @@ def _fail(message: str, status: int) -> None:
 @app.command()
 def serve(
     config: Annotated[Path | None, typer.Argument(help="YAML file; without it, one small model is served.")] = None,
-    source: Annotated[str | None, typer.Option("--model", help="Serve this instead: a known name, directory or GGUF file.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--model", help="Serve this instead: a known name, directory or GGUF file.")
+    ] = None,
     tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")] = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Replica groups of each model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -76,7 +78,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow listening beyond loopback without keys.")] = False,
-    ray_address: Annotated[str | None, typer.Option(help='Ray cluster to join ("auto"); a private one is started if unset.')] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help='Ray cluster to join ("auto"); a private one is started if unset.')
+    ] = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then drain and stop."""
     loaded = load_config(config) if config else default_config()
@@ -101,7 +105,9 @@ def demo(
     started_s = time.perf_counter()
     config = _overridden(default_config(), models={"tensor_parallel_size": tp}, gateway={"port": 0}, ray={})
     with _running(config) as running, Client(running.address) as client:
-        console.print(f"up after {time.perf_counter() - started_s:.1f} s; {tp} tensor-parallel ranks, gRPC at {running.address}")
+        console.print(
+            f"up after {time.perf_counter() - started_s:.1f} s; {tp} tensor-parallel ranks, gRPC at {running.address}"
+        )
         console.print(f"[bold]{question}[/]")
         request = pb.GenerateRequest(
             model=DEFAULT_MODEL,
@@ -181,7 +187,9 @@ def models(address: Address = DEFAULT_ADDRESS) -> None:
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="A model that Packtrain knows where to get.")] = DEFAULT_MODEL) -> None:
+def fetch(
+    name: Annotated[str, typer.Argument(help="A model that Packtrain knows where to get.")] = DEFAULT_MODEL,
+) -> None:
     """Get a model's files into the cache; quick when they are there."""
     with _fetch_progress(name) as progress:
         path = fetch_model(name, progress)
@@ -205,7 +213,11 @@ def _overridden(
 ) -> ServingConfig:
     """`config` with the given flags in place; None leaves a field alone."""
     data = config.model_dump()
-    for section, flags in ((data["gateway"], gateway), (data["ray"], ray), *((entry, models) for entry in data["models"])):
+    for section, flags in (
+        (data["gateway"], gateway),
+        (data["ray"], ray),
+        *((entry, models) for entry in data["models"]),
+    ):
         section.update({key: value for key, value in flags.items() if value is not None})
     return parse_config(data, origin="the configuration with the flags given")
 
@@ -270,7 +282,9 @@ def _fetch_progress(name: str) -> Iterator[Callable[[int, int], None]]:
 def _only_model(client: Client) -> str:
     names = [card.name for card in client.models()]
     if len(names) != 1:
-        raise typer.BadParameter(f"{len(names)} models are served ({', '.join(names)}); choose one", param_hint="--model")
+        raise typer.BadParameter(
+            f"{len(names)} models are served ({', '.join(names)}); choose one", param_hint="--model"
+        )
     return names[0]
 
 

@@ -67,7 +67,8 @@ class Client:
             raise ConnectionError(f"nothing answers at {self.address}; is `packtrain serve` running there?") from error
 
     def models(self, timeout_s: float = CONNECT_TIMEOUT_S) -> Sequence[pb.ModelCard]:
-        return self.stub.ListModels(pb.ListModelsRequest(), timeout=timeout_s).models
+        response: pb.ListModelsResponse = self.stub.ListModels(pb.ListModelsRequest(), timeout=timeout_s)
+        return response.models
 
     def stream(
         self, request: pb.GenerateRequest, *, timeout_s: float, clock: Callable[[], float] = time.perf_counter

@@ -37,7 +37,9 @@ class GatewayConfig(_Section):
     insecure: bool = Field(False, description="Allow listening beyond loopback without keys or TLS.")
     reflection: bool = Field(True, description="Serve gRPC reflection.")
     max_concurrent_requests: int = Field(1024, ge=1, description="Requests that one gateway has open at a time.")
-    drain_timeout_s: float = Field(30.0, ge=0, description="How long running requests may go on after a stop is asked for.")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="How long running requests may go on after a stop is asked for."
+    )
     retry_delay_s: float = Field(1.0, gt=0, description="When an overloaded or unavailable answer says to try again.")
 
 
@@ -74,8 +76,12 @@ class ModelEntry(_Section):
 class RayConfig(_Section):
     """The Ray cluster to run on."""
 
-    address: str | None = Field(None, description='Unset starts a private one-node cluster; "auto" joins a running one.')
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of the private cluster; what the groups need when unset.")
+    address: str | None = Field(
+        None, description='Unset starts a private one-node cluster; "auto" joins a running one.'
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="CPUs of the private cluster; what the groups need when unset."
+    )
 
 
 class ServingConfig(_Section):
@@ -91,7 +97,9 @@ class ServingConfig(_Section):
         names = [m.name for m in self.models]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"models: the name {name!r} stands {names.count(name)} times; each model needs its own")
+                raise ValueError(
+                    f"models: the name {name!r} stands {names.count(name)} times; each model needs its own"
+                )
         return self
 
 
@@ -113,7 +121,9 @@ def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
     try:
         return ServingConfig.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()]
+        lines = [
+            _explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
+        ]
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
 
 

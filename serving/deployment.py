@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
@@ -35,6 +36,7 @@ from serving.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 2.0
+Handle = DeploymentHandle[Any]
 
 
 class GroupReply(msgspec.Struct, frozen=True, array_like=True):
@@ -49,16 +51,13 @@ class GroupReply(msgspec.Struct, frozen=True, array_like=True):
 class ReplicaGroup:
     """The leader of one replica group: the engine's thread and the sockets to its ranks."""
 
-    _executor: RayExecutor | None = None
     _async_engine: AsyncEngine | None = None
 
     def __init__(self, spec: GroupSpec) -> None:
         configure_logging()
         # A later incarnation has a higher epoch, on whatever node it comes to lie.
         epoch = time.time_ns()
-        config = GroupConfig(
-            checkpoint_path=spec.card.source, parallel=spec.parallel, cache=spec.cache, epoch=epoch
-        )
+        config = GroupConfig(checkpoint_path=spec.card.source, parallel=spec.parallel, cache=spec.cache, epoch=epoch)
         self._step_timeout_s = spec.parallel.step_timeout_s
         self._executor = RayExecutor(config)
         self._engine = Engine(self._executor, Scheduler(spec.scheduler, spec.cache, epoch=epoch))
@@ -109,14 +108,14 @@ class ReplicaGroup:
         """Called by Serve when the replica ends in good order."""
         if self._async_engine is not None:
             self._async_engine.close(self._step_timeout_s)
-        if self._executor is not None:
+        if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself
             self._executor.shutdown()
 
 
 class ServeBackend:
     """The gateway's Backend on Serve handles. See serving/gateway/backend.py."""
 
-    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, DeploymentHandle], app_name: str) -> None:
+    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle], app_name: str) -> None:
         self._models = {card.name: card for card in cards}
         self._groups = {name: handle.options(stream=True) for name, handle in groups.items()}
         self._deployments = {name: handle.deployment_name for name, handle in groups.items()}
@@ -128,8 +127,12 @@ class ServeBackend:
     def models(self) -> Mapping[str, ModelCard]:
         return self._models
 
-    async def generate(self, model: str, requests: Sequence[EngineRequest]) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
-        response = self._groups[model].generate.remote(self._encode(tuple(requests)))
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest]
+    ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+        response = cast(
+            DeploymentResponseGenerator[bytes], self._groups[model].generate.remote(self._encode(tuple(requests)))
+        )
         open_choices = len(requests)
         try:
             async for item in response:
@@ -152,11 +155,11 @@ class ServeBackend:
     async def num_healthy_groups(self, model: str) -> int:
         try:
             status = await asyncio.wait_for(asyncio.to_thread(serve.status), STATUS_TIMEOUT_S)
-            states = status.applications[self._app_name].deployments[self._deployments[model]].replica_states
+            deployment = status.applications[self._app_name].deployments[self._deployments[model]]
         except (TimeoutError, KeyError, RayError, RayServeException) as error:
             logger.warning("the state of model %s is not known: %r", model, error)
             return 0
-        return states.get("RUNNING", 0)
+        return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
 
 
 class Gateway:
@@ -167,7 +170,7 @@ class Gateway:
         config: GatewayConfig,
         limits: LimitsConfig,
         cards: Sequence[ModelCard],
-        groups: Mapping[str, DeploymentHandle],
+        groups: Mapping[str, Handle],
         app_name: str,
     ) -> None:
         configure_logging()

@@ -78,7 +78,9 @@ class Kernels(Protocol):
         """[T, F]: silu(first half) · second half (SwiGLU, Shazeer 2020)."""
         ...
 
-    def rope_and_cache(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache) -> Tensor:
+    def rope_and_cache(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache
+    ) -> Tensor:
         """Rotate q and k by their positions (Su et al. 2021, half-split layout), write k and v to their slots, return q."""
         ...
 

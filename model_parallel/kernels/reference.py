@@ -53,7 +53,9 @@ class ReferenceKernels:
         gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
         return F.silu(gate_TF) * up_TF
 
-    def rope_and_cache(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache) -> Tensor:
+    def rope_and_cache(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache
+    ) -> Tensor:
         cache.keys_BPKD.flatten(0, 1)[plan.slots_T] = _rotate(k_TKD, plan)
         cache.values_BPKD.flatten(0, 1)[plan.slots_T] = v_TKD
         return _rotate(q_THD, plan)
@@ -84,7 +86,9 @@ def _attend(q_SNHD: Tensor, runs: list[SequenceRun], cache: LayerCache, kv_of_qu
     num_padded = max(num_tokens, ROWS_PER_THREAD * torch.get_num_threads())
     q_SHND = F.pad(q_SNHD.float(), (0, 0, 0, 0, 0, num_padded - num_tokens)).transpose(1, 2).contiguous()
 
-    last_key_SN = torch.tensor([[r.start + min(i, num_tokens - 1) for i in range(num_padded)] for r in runs], device=device)
+    last_key_SN = torch.tensor(
+        [[r.start + min(i, num_tokens - 1) for i in range(num_padded)] for r in runs], device=device
+    )
     keys_SHLD, values_SHLD = _gather(runs, cache, kv_of_query_H, context_len=int(last_key_SN.max()) + 1)
     key_L = torch.arange(keys_SHLD.shape[2], device=device)
     # Slots after a sequence's end hold other requests' leftovers; a NaN among them must not reach the sum through 0 · NaN.

@@ -22,7 +22,9 @@ class FeedForward:
     kernels: Kernels
 
     def __call__(self, x_TE: Tensor) -> Tensor:
-        return self.kernels.linear(self.kernels.silu_and_mul(self.kernels.linear(x_TE, self.gate_up_weight)), self.down_weight)
+        return self.kernels.linear(
+            self.kernels.silu_and_mul(self.kernels.linear(x_TE, self.gate_up_weight)), self.down_weight
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ class Shard:
     @property
     def index(self) -> tuple[slice, ...]:
         """The part as an index into the whole tensor."""
-        return tuple(slice(self.start, self.stop) if a == self.axis else slice(None) for a in range(len(self.full_shape)))
+        return tuple(
+            slice(self.start, self.stop) if a == self.axis else slice(None) for a in range(len(self.full_shape))
+        )
 
 
 def shard_table(config: ModelConfig, num_ranks: int, rank: int) -> dict[str, Shard]:

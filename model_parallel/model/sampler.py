@@ -62,7 +62,9 @@ class Sampler:
         num_top = max(state.sampling.logprobs or 0 for state in states)
         scores_RV = self._adjusted(logits_RV, states)
         best_R3 = self._best(scores_RV, logits_RV, states)
-        table = self._gather(torch.cat([_normalisers(logits_RV), best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1))
+        table = self._gather(
+            torch.cat([_normalisers(logits_RV), best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1)
+        )
         filtered = [r for r, state in enumerate(states) if _is_filtered(state.sampling)]
         winners = self._draw_filtered(scores_RV, logits_RV, states, filtered)
 
@@ -92,7 +94,9 @@ class Sampler:
         picked = logits_RV[: len(target_ids)].gather(1, targets.where(held, 0).unsqueeze(1))
         picked_R1 = torch.full((len(logits_RV), 1), -math.inf, dtype=torch.float64, device=logits_RV.device)
         picked_R1[: len(target_ids)] = picked.double().masked_fill(~held.unsqueeze(1), -math.inf)
-        table = self._gather(torch.cat([_normalisers(logits_RV), picked_R1, self._top(logits_RV, num_top).flatten(1)], dim=1))
+        table = self._gather(
+            torch.cat([_normalisers(logits_RV), picked_R1, self._top(logits_RV, num_top).flatten(1)], dim=1)
+        )
         results: list[TokenLogprobs | None] = []
         for parts, token_id in zip(table, target_ids, strict=False):
             softmax = _combined([part[:2] for part in parts])
@@ -184,9 +188,7 @@ class Sampler:
         return winners
 
 
-def _draw(
-    offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: bool
-) -> list[tuple[int, float] | None]:
+def _draw(offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: bool) -> list[tuple[int, float] | None]:
     """For each filtered row (token id, logit), or None when more candidates are needed to be exact.
 
     offers_GRX: from each rank (maximum, exponential sum, then its C candidates as (score, token id, logit)).

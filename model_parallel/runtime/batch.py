@@ -97,4 +97,6 @@ def build_batch(
         sin_TD=angles_TD.sin(),
         runs=tuple(runs),
     )
-    return Batch(num_tokens=num_tokens, token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device), attention=plan)
+    return Batch(
+        num_tokens=num_tokens, token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device), attention=plan
+    )

@@ -115,25 +115,23 @@ class ThreadCollectives:
 class TorchCollectives:
     """Ranks that are processes: Gloo between CPUs, NCCL between GPUs. Uses no global process group.
 
-    On CPU a call that a peer does not join fails after step_timeout_s. On CUDA calls only enqueue work; NCCL's watchdog
-    ends the process when the work is not done by then.
+    On CPU the first meeting, and each call, fails when a peer has not joined after step_timeout_s. On CUDA calls only
+    enqueue work; NCCL's watchdog ends the process when the work is not done by then.
     """
 
     def __init__(
         self, parallel: ParallelConfig, rank: int, rendezvous: Rendezvous, store_listener: socket.socket | None = None
     ) -> None:
-        """Meets the other ranks, within start_timeout_s; raises GroupFailedError when they do not come.
+        """Meets the other ranks; raises GroupFailedError when they do not come.
 
         `store_listener` is where rank 0 serves the store of a group on several hosts; it is taken over.
         """
         self.rank = rank
         self.size = parallel.tp_size
-        start_timeout = timedelta(seconds=parallel.start_timeout_s)
         step_timeout = timedelta(seconds=parallel.step_timeout_s)
         self._cuda = parallel.device == "cuda"
         try:
-            store = _open_store(rendezvous, rank, self.size, start_timeout, store_listener)
-            store.set_timeout(start_timeout)
+            store = _open_store(rendezvous, rank, self.size, step_timeout, store_listener)
             self._group: Any = (  # torch's stubs do not declare what backends can do
                 _nccl(store, rank, self.size, step_timeout)
                 if self._cuda

@@ -91,7 +91,9 @@ def test_prompt_logprobs_are_those_of_transformers(
 
 def test_scoring_alone_draws_no_token(group: LocalGroup) -> None:
     (prompt,) = _prompts(515, [40])
-    outcome = group.run([_request("s", prompt, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=30))])
+    outcome = group.run(
+        [_request("s", prompt, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=30))]
+    )
     assert outcome.tokens("s") == []
     assert [len(output.prompt_logprobs) for output in outcome.outputs["s"]] == [10]
     assert outcome.last("s").finish_reason is FinishReason.LENGTH
@@ -116,7 +118,11 @@ def test_an_answer_does_not_depend_on_how_it_was_computed(group: LocalGroup, sam
     assert cached.last("again").num_cached_tokens == 80
     assert cached.tokens("again") == alone, "on a prefix-cache hit"
     resumed = EngineRequest(
-        request_id="rest", prompt_token_ids=prompt, sampling=sampling, output_token_ids=tuple(alone[:20]), eos_token_ids=(2,)
+        request_id="rest",
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        output_token_ids=tuple(alone[:20]),
+        eos_token_ids=(2,),
     )
     assert group.run([resumed]).tokens("rest") == alone[20:], "resumed after 20 tokens"
 
@@ -124,7 +130,9 @@ def test_an_answer_does_not_depend_on_how_it_was_computed(group: LocalGroup, sam
 def test_other_seeds_and_choices_draw_other_tokens(group: LocalGroup) -> None:
     (prompt,) = _prompts(515, [30])
     requests = [
-        EngineRequest(request_id=f"{seed}-{choice}", prompt_token_ids=prompt, choice=choice, sampling=SamplingParams(seed=seed))
+        EngineRequest(
+            request_id=f"{seed}-{choice}", prompt_token_ids=prompt, choice=choice, sampling=SamplingParams(seed=seed)
+        )
         for seed in (1, 2)
         for choice in (0, 1)
     ]

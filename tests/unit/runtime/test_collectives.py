@@ -36,7 +36,7 @@ def make_group(kind: str, size: int, pool: ThreadPoolExecutor, timeout_s: float 
     if kind == "thread":
         exchange = Exchange(size, timeout_s=timeout_s)
         return [ThreadCollectives(exchange, rank) for rank in range(size)]
-    parallel = ParallelConfig(tp_size=size, start_timeout_s=20, step_timeout_s=timeout_s)
+    parallel = ParallelConfig(tp_size=size, step_timeout_s=timeout_s)
     with store_file() as path:
         where = Rendezvous(bind_host="127.0.0.1", store_path=path)
         return list(pool.map(lambda rank: TorchCollectives(parallel, rank, where), range(size)))
@@ -157,7 +157,7 @@ def test_several_groups_live_side_by_side(pool: ThreadPoolExecutor) -> None:
 
 
 def test_peers_that_never_come_fail_the_start() -> None:
-    parallel = ParallelConfig(tp_size=2, start_timeout_s=0.5)
+    parallel = ParallelConfig(tp_size=2, step_timeout_s=0.5)
     with store_file() as path, pytest.raises(GroupFailedError, match="rank 1 could not meet its peers"):
         TorchCollectives(parallel, 1, Rendezvous(bind_host="127.0.0.1", store_path=path))
 

@@ -1,0 +1,67 @@
+"""The whole stack on a private Ray cluster, and what it leaves behind."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import psutil
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from model_parallel.errors import EngineError
+from serving.app import APP_NAME, RunningApp, start
+from serving.config import ServingConfig, parse_config
+
+MODEL = "smollm2-135m-instruct"
+
+
+def stack_config(**model: object) -> ServingConfig:
+    """SmolLM2 at TP=2 on a free port; `model` overrides its entry."""
+    entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 2, "kv_cache_tokens": 8192, **model}
+    data = {"models": [entry], "gateway": {"port": 0, "drain_timeout_s": 10}}
+    return parse_config(data, origin="the test's configuration")
+
+
+@contextmanager
+def running_stack(config: ServingConfig) -> Iterator[RunningApp]:
+    """Serve within the block; afterwards no process that it started may be left."""
+    app = start(config, lambda stage: None)
+    try:
+        yield app
+    finally:
+        app.stop()
+    wait_until(lambda: not ray_processes(), 20, "Ray's processes are gone")
+
+
+def group_handle(model: str = MODEL) -> "DeploymentHandle[object]":
+    return serve.get_deployment_handle(f"ReplicaGroup-{model}", APP_NAME)
+
+
+def group_stats(model: str = MODEL) -> dict[str, float]:
+    stats: dict[str, float] = group_handle(model).stats.remote().result(timeout_s=10)  # type: ignore[attr-defined]
+    return stats
+
+
+def ray_processes(roots: Sequence[int] = ()) -> list[psutil.Process]:
+    """Raylets, workers and the like on this machine."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if ("raylet" in line or "gcs_server" in line or line.startswith("ray::")) and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not _holds(condition):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except (psutil.NoSuchProcess, EngineError):
+        return False
