@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.guard import Guard
 from cluster.placement import GroupPlacement, GroupRequest, plan_groups
 from cluster.ray_api import alive_nodes
 from serving.config import ServingConfig
@@ -43,6 +44,8 @@ class RunningApp:
     host: str
     port: int
     config: ServingConfig
+    guard: Guard | None
+    """Of a private cluster."""
 
     @property
     def address(self) -> str:
@@ -56,16 +59,20 @@ class RunningApp:
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("gateways could not be drained: %s", error)
         finally:
-            shut_down()
+            shut_down(self.guard)
 
 
-def shut_down() -> None:
-    """End the application and leave the cluster, whatever state they are in."""
-    if ray.is_initialized():
-        try:
-            serve.shutdown()
-        finally:
-            ray.shutdown()
+def shut_down(guard: Guard | None) -> None:
+    """End a private cluster (that of `guard`) with all in it; from a joined one, take our application away and leave."""
+    try:
+        if guard is None and ray.is_initialized():
+            serve.delete(APP_NAME)
+            if not serve.status().applications:
+                serve.shutdown()
+    finally:
+        ray.shutdown()
+        if guard is not None:
+            guard.dismiss()
 
 
 def start(config: ServingConfig, report: Callable[[str], None]) -> RunningApp:
@@ -77,25 +84,32 @@ def start(config: ServingConfig, report: Callable[[str], None]) -> RunningApp:
     specs = [resolve_model(entry) for entry in config.models]
     check_listening(config.gateway)
     report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
+    guard = Guard() if config.ray.address is None else None
     try:
-        _join_ray(config, specs)
+        _join_ray(config, specs, guard)
         report("placing replica groups and loading weights")
         host, port = _deploy(config, specs)
     except (RayError, RayServeException, RuntimeError, TimeoutError, ConnectionError) as error:
         message = _deployment_messages() or str(error)
-        shut_down()
+        shut_down(guard)
         raise StartError(message) from error
     except BaseException:
-        shut_down()
+        shut_down(guard)
         raise
-    return RunningApp(host=host, port=port, config=config)
+    return RunningApp(host=host, port=port, config=config, guard=guard)
 
 
-def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec]) -> None:
-    if config.ray.address is None:
+def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | None) -> None:
+    if guard is not None:
         needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
         num_cpus = config.ray.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))
-        ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(guard.directory),
+        )
     else:
         ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.WARNING)
 
@@ -127,7 +141,7 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int
     serve.start(proxy_location="Disabled")
     application = gateway.bind(config.gateway, config.limits, cards, groups, APP_NAME)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
-    address: tuple[str, int] = handle.address.remote().result(timeout_s=STOP_TIMEOUT_S)
+    address: tuple[str, int] = handle.ready.remote().result(timeout_s=STOP_TIMEOUT_S)
     return address
 
 

@@ -1,5 +1,6 @@
 """The `packtrain` command. Ray and torch are imported only by the commands that need them."""
 
+import logging
 import signal
 import sys
 import threading
@@ -231,10 +232,12 @@ def _running(config: ServingConfig) -> "Iterator[RunningApp]":
             with _fetch_progress(entry.source) as progress:
                 fetch_model(entry.source, progress)
     prepare_environment()
+    logging.getLogger("ray").setLevel(logging.ERROR)
     with _stage("importing Ray") as report:
         from serving.app import start
 
         running = start(config, report)
+    _raise_on_sigterm()
     try:
         yield running
     finally:
@@ -243,7 +246,11 @@ def _running(config: ServingConfig) -> "Iterator[RunningApp]":
 
 
 def _raise_on_sigterm() -> None:
+    """Leave in good order on SIGTERM. To be called again after Ray has started, which puts a handler of its own in front: that one
+    prints a stack and aborts the process three seconds later."""
+
     def leave(signum: int, frame: FrameType | None) -> None:
+        signal.alarm(0)
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, leave)
@@ -315,3 +322,5 @@ def _print_speed(times: StreamTimes, usage: pb.Usage) -> None:
     console.print(
         f"time to first token {first}, then {rate}; {usage.prompt_tokens} prompt and {usage.completion_tokens} answer tokens"
     )
+if __name__ == "__main__":
+    main()

@@ -173,3 +173,5 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Serve's own log goes to its files; the terminal belongs to the command line.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")

@@ -36,6 +36,8 @@ from serving.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 2.0
+STALE_AFTER_S = 30.0
+"""How long a state that cannot be confirmed is taken to hold."""
 Handle = DeploymentHandle[Any]
 
 
@@ -120,6 +122,8 @@ class ServeBackend:
         self._groups = {name: handle.options(stream=True) for name, handle in groups.items()}
         self._deployments = {name: handle.deployment_name for name, handle in groups.items()}
         self._app_name = app_name
+        self._known_counts: dict[str, tuple[int, float]] = {}
+        """Healthy groups by model, and when (monotonic) Serve last said so."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
 
@@ -158,8 +162,12 @@ class ServeBackend:
             deployment = status.applications[self._app_name].deployments[self._deployments[model]]
         except (TimeoutError, KeyError, RayError, RayServeException) as error:
             logger.warning("the state of model %s is not known: %r", model, error)
-            return 0
-        return sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+            # The control plane being slow says nothing about the groups, so its last word counts for a while.
+            count, known_s = self._known_counts.get(model, (0, 0.0))
+            return count if time.monotonic() - known_s < STALE_AFTER_S else 0
+        count = sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+        self._known_counts[model] = (count, time.monotonic())
+        return count
 
 
 class Gateway:
@@ -178,8 +186,9 @@ class Gateway:
         self._server = GatewayServer(config, limits, ServeBackend(cards, groups, app_name), tokenizers)
         self._address = (config.host, await self._server.start())
 
-    async def address(self) -> tuple[str, int]:
-        """Host and port that the gateway listens on."""
+    async def ready(self) -> tuple[str, int]:
+        """Host and port that the gateway listens on; its health tells by now what the groups are."""
+        await self._server.refresh_health()
         return self._address
 
     async def drain(self) -> None:

@@ -70,6 +70,10 @@ class GatewayServer:
         self._health_task = asyncio.create_task(self._health.run())
         return port
 
+    async def refresh_health(self) -> None:
+        """Bring the health answers up to date now, and not at the next period's end."""
+        await self._health.refresh()
+
     async def drain(self) -> None:
         """Stop without loss: NOT_SERVING first, new requests answered UNAVAILABLE, running ones finish within
         drain_timeout_s and are then ended as UNAVAILABLE. Health stays reachable; `stop` closes the port."""

@@ -1,15 +1,19 @@
 """The whole stack on a private Ray cluster, and what it leaves behind."""
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import grpc
 import psutil
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from model_parallel.errors import EngineError
+from protos import inference_pb2 as pb
 from serving.app import APP_NAME, RunningApp, start
+from serving.client import Client
 from serving.config import ServingConfig, parse_config
 
 MODEL = "smollm2-135m-instruct"
@@ -42,12 +46,37 @@ def group_stats(model: str = MODEL) -> dict[str, float]:
     return stats
 
 
-def ray_processes(roots: Sequence[int] = ()) -> list[psutil.Process]:
+def story(max_tokens: int, **sampling: object) -> pb.GenerateRequest:
+    """A request that gives exactly `max_tokens` tokens."""
+    return pb.GenerateRequest(
+        model=MODEL,
+        prompt=pb.Prompt(text="Once upon a time, in a land far away,"),
+        sampling=pb.Sampling(max_tokens=max_tokens, ignore_eos=True, **sampling),  # type: ignore[arg-type]
+    )
+
+
+def stream_until_error(address: str, first_token: threading.Event) -> grpc.StatusCode:
+    """Read a stream that is too long to finish; the status that it ends with."""
+    with Client(address) as client:
+        chunks, _ = client.stream(story(2000), timeout_s=100)
+        try:
+            for _ in chunks:
+                first_token.set()
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call):
+                return error.code()
+            raise
+    return grpc.StatusCode.OK
+
+
+def ray_processes() -> list[psutil.Process]:
     """Raylets, workers and the like on this machine."""
     found = []
     for process in psutil.process_iter(["name", "cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if ("raylet" in line or "gcs_server" in line or line.startswith("ray::")) and process.status() != psutil.STATUS_ZOMBIE:
+        if (
+            "raylet" in line or "gcs_server" in line or line.startswith("ray::")
+        ) and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 

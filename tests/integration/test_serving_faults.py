@@ -1,0 +1,53 @@
+"""What clients see when a part of a running stack is killed, and that it comes back."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import psutil
+import pytest
+from ray.util import placement_group_table
+
+from serving.app import RunningApp
+from serving.client import Client
+from tests.support.stack import group_handle, running_stack, stack_config, story, stream_until_error, wait_until
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[RunningApp]:
+    with running_stack(stack_config()) as app:
+        yield app
+
+
+def _pids() -> tuple[int, ...]:
+    pids: tuple[int, ...] = group_handle().pids.remote().result(timeout_s=10)  # type: ignore[attr-defined]
+    return pids
+
+
+def _answers(client: Client) -> bool:
+    try:
+        return len(client.stub.Generate(story(4), timeout=10).choices[0].token_ids) == 4
+    except grpc.RpcError:
+        return False
+
+
+def _live_placement_groups() -> int:
+    return sum(entry["state"] != "REMOVED" for entry in placement_group_table().values())
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["leader", "rank0", "rank1"])
+def test_kill_9_ends_streams_clearly_and_the_group_comes_back(app: RunningApp, victim: int) -> None:
+    before = _pids()
+    started = [threading.Event() for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads, Client(app.address) as client:
+        streams = [threads.submit(stream_until_error, app.address, event) for event in started]
+        assert all(event.wait(30) for event in started)
+        os.kill(before[victim], signal.SIGKILL)
+        assert [stream.result(timeout=15) for stream in streams] == [grpc.StatusCode.UNAVAILABLE] * 4
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before), 15, "leader and ranks are gone")
+        wait_until(lambda: _answers(client), 60, "a new group serves")
+    assert set(_pids()).isdisjoint(before)
+    wait_until(lambda: _live_placement_groups() == 1, 15, "one placement group a group")

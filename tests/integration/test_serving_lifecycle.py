@@ -1,0 +1,121 @@
+"""`packtrain serve` as a process: how it drains, dies, and refuses to start; each leaves nothing behind."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from model_parallel.errors import ConfigError
+from serving.app import StartError, start
+from serving.client import Client
+from serving.config import parse_config
+from tests.support.ranks import save_random_llama
+from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
+
+
+class Served:
+    """`packtrain serve` in a process of its own."""
+
+    def __init__(self, config: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serving.cli", "serve", str(config)], stderr=subprocess.PIPE, text=True
+        )
+        self.output = ""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.output += line
+            if found := re.search(r"at (127\.0\.0\.1:\d+)", line):
+                self.address = found[1]
+                return
+        raise AssertionError(f"packtrain serve ended:\n{self.output}")
+
+    @property
+    def port_is_open(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", int(self.address.rsplit(":", 1)[1]))) == 0
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    config = tmp_path / "packtrain.yaml"
+    config.write_text(
+        f"models: [{{name: {MODEL}, source: {MODEL}, tensor_parallel_size: 2}}]\n"
+        "gateway: {port: 0, drain_timeout_s: 30}\n"
+    )
+    served = Served(config)
+    yield served
+    served.process.kill()
+    served.process.communicate(timeout=10)
+    wait_until(lambda: not ray_processes(), 20, "Ray's processes are gone")
+
+
+def test_kill_9_of_the_driver_leaves_nothing(served: Served) -> None:
+    first_token = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        stream = threads.submit(stream_until_error, served.address, first_token)
+        assert first_token.wait(30)
+        served.process.kill()
+        assert stream.result(timeout=30) is grpc.StatusCode.UNAVAILABLE
+    wait_until(lambda: not ray_processes(), 20, "Ray's processes are gone")
+    assert not served.port_is_open
+
+
+def test_sigterm_drains(served: Served) -> None:
+    with Client(served.address) as client, grpc.insecure_channel(served.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        chunks, _ = client.stream(
+            story(120),
+            timeout_s=100,
+        )
+        num_tokens = len(next(chunks).token_ids)
+        served.process.send_signal(signal.SIGTERM)
+
+        def is_draining() -> bool:
+            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
+
+        wait_until(is_draining, 10, "health is NOT_SERVING")
+        with pytest.raises(grpc.RpcError) as refused:
+            client.stub.Generate(story(4), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+        assert num_tokens + sum(len(chunk.token_ids) for chunk in chunks) == 120, "the running stream finishes"
+    assert served.process.wait(40) == 0
+    assert not served.port_is_open
+
+
+def _start_error(data: dict[str, object]) -> Exception:
+    with pytest.raises((ConfigError, StartError)) as caught:
+        start(parse_config(data, origin="test"), lambda stage: None)
+    wait_until(lambda: not ray_processes(), 20, "Ray's processes are gone")
+    return caught.value
+
+
+def test_a_group_that_cannot_be_placed_is_refused_with_both_numbers() -> None:
+    entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 3}
+    error = _start_error({"models": [entry], "gateway": {"port": 0}, "ray": {"num_cpus": 2}})
+    assert "3" in str(error) and "2" in str(error) and "CPU" in str(error)
+
+
+def test_a_checkpoint_that_does_not_load_is_reported(tmp_path: Path) -> None:
+    save_random_llama(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    error = _start_error({"models": [{"name": "broken", "source": str(tmp_path)}], "gateway": {"port": 0}})
+    assert "model.safetensors" in str(error)
+
+
+def test_a_port_that_is_taken_is_reported() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 1}
+        error = _start_error({"models": [entry], "gateway": {"port": port}})
+    assert str(port) in str(error)
