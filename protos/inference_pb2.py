@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x0cpacktrain.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.packtrain.v1.ChatMessage\"q\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.packtrain.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.packtrain.v1.ChatH\x00\x42\x06\n\x04kind\"\xa1\x05\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\x05H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\x05H\x0c\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x10 \x03(\x0b\x32%.packtrain.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsJ\x04\x08\x11\x10\x19\"v\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x06prompt\x18\x02 \x01(\x0b\x32\x14.packtrain.v1.Prompt\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.packtrain.v1.SamplingJ\x04\x08\x04\x10\n\"\xb8\x01\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x34\n\x03top\x18\x04 \x03(\x0b\x32\'.packtrain.v1.TokenLogprobs.Alternative\x1a?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"g\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1a\n\rcached_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\rB\x10\n\x0e_cached_tokens\"\x99\x01\n\x07Timings\x12\x11\n\tgateway_s\x18\x01 \x01(\x01\x12\x14\n\x07queue_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tprefill_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x0f\n\x07total_s\x18\x05 \x01(\x01\x42\n\n\x08_queue_sB\x0c\n\n_prefill_sB\x0b\n\t_decode_s\"/\n\x0bRequestInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x9a\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.packtrain.v1.FinishReason\"\xe7\x01\n\x10GenerateResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.packtrain.v1.RequestInfo\x12%\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x14.packtrain.v1.Choice\x12\x34\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.packtrain.v1.Usage\x12&\n\x07timings\x18\x05 \x01(\x0b\x32\x15.packtrain.v1.Timings\"\xd8\x02\n\x16GenerateStreamResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\x34\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1a.packtrain.v1.FinishReason\x12*\n\x07request\x18\x07 \x01(\x0b\x32\x19.packtrain.v1.RequestInfo\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.packtrain.v1.Usage\x12&\n\x07timings\x18\t \x01(\x0b\x32\x15.packtrain.v1.Timings\"S\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.packtrain.v1.TokenIdsH\x00\x42\x06\n\x04kind\"}\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x14.packtrain.v1.Prompt\x12\x31\n\rcontinuations\x18\x03 \x03(\x0b\x32\x1a.packtrain.v1.ContinuationJ\x04\x08\x04\x10\n\"l\n\x05Score\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x11\n\tis_greedy\x18\x02 \x01(\x08\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12+\n\x06tokens\x18\x04 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\"\x94\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06scores\x18\x02 \x03(\x0b\x32\x13.packtrain.v1.Score\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.packtrain.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.packtrain.v1.Timings\"\x7f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.packtrain.v1.ChatH\x00\x12\x14\n\x07\x61\x64\x64_bos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\n\n\x08_add_bos\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"?\n\x07Licence\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06notice\x18\x02 \x01(\t\x12\x16\n\x0euse_policy_url\x18\x03 \x01(\t\"\x88\x03\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x04\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x13\n\x0b\x63hat_format\x18\x08 \x01(\t\x12\x1b\n\x13\x63hat_default_system\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x0c \x01(\r\x12\x12\n\nnum_groups\x18\r \x01(\r\x12\x15\n\rdeterministic\x18\x0e \x01(\x08\x12\x0f\n\x07kernels\x18\x0f \x01(\t\x12&\n\x07licence\x18\x10 \x01(\x0b\x32\x15.packtrain.v1.LicenceB\x0f\n\r_bos_token_id\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.packtrain.v1.ModelCard\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.packtrain.v1.ModelCard*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa9\x04\n\tInference\x12I\n\x08Generate\x12\x1d.packtrain.v1.GenerateRequest\x1a\x1e.packtrain.v1.GenerateResponse\x12W\n\x0eGenerateStream\x12\x1d.packtrain.v1.GenerateRequest\x1a$.packtrain.v1.GenerateStreamResponse0\x01\x12@\n\x05Score\x12\x1a.packtrain.v1.ScoreRequest\x1a\x1b.packtrain.v1.ScoreResponse\x12I\n\x08Tokenize\x12\x1d.packtrain.v1.TokenizeRequest\x1a\x1e.packtrain.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.packtrain.v1.DetokenizeRequest\x1a .packtrain.v1.DetokenizeResponse\x12O\n\nListModels\x12\x1f.packtrain.v1.ListModelsRequest\x1a .packtrain.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.packtrain.v1.GetModelRequest\x1a\x1e.packtrain.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\x0cpacktrain.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.packtrain.v1.ChatMessage\"q\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.packtrain.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.packtrain.v1.ChatH\x00\x42\x06\n\x04kind\"\xa1\x05\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x17\n\nignore_eos\x18\x0c \x01(\x08H\t\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\x05H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\x05H\x0c\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x10 \x03(\x0b\x32%.packtrain.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsJ\x04\x08\x11\x10\x19\"v\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x06prompt\x18\x02 \x01(\x0b\x32\x14.packtrain.v1.Prompt\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.packtrain.v1.SamplingJ\x04\x08\x04\x10\n\"\xb8\x01\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x34\n\x03top\x18\x04 \x03(\x0b\x32\'.packtrain.v1.TokenLogprobs.Alternative\x1a?\n\x0b\x41lternative\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"c\n\x07Timings\x12\x11\n\tgateway_s\x18\x01 \x01(\x01\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\x12\x0f\n\x07total_s\x18\x05 \x01(\x01\"/\n\x0bRequestInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"\x9a\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.packtrain.v1.FinishReason\"\xe7\x01\n\x10GenerateResponse\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.packtrain.v1.RequestInfo\x12%\n\x07\x63hoices\x18\x02 \x03(\x0b\x32\x14.packtrain.v1.Choice\x12\x34\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.packtrain.v1.Usage\x12&\n\x07timings\x18\x05 \x01(\x0b\x32\x15.packtrain.v1.Timings\"\xd8\x02\n\x16GenerateStreamResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\x34\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\x12\x31\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1a.packtrain.v1.FinishReason\x12*\n\x07request\x18\x07 \x01(\x0b\x32\x19.packtrain.v1.RequestInfo\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.packtrain.v1.Usage\x12&\n\x07timings\x18\t \x01(\x0b\x32\x15.packtrain.v1.Timings\"S\n\x0c\x43ontinuation\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.packtrain.v1.TokenIdsH\x00\x42\x06\n\x04kind\"}\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x14.packtrain.v1.Prompt\x12\x31\n\rcontinuations\x18\x03 \x03(\x0b\x32\x1a.packtrain.v1.ContinuationJ\x04\x08\x04\x10\n\"l\n\x05Score\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x11\n\tis_greedy\x18\x02 \x01(\x08\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12+\n\x06tokens\x18\x04 \x03(\x0b\x32\x1b.packtrain.v1.TokenLogprobs\"\x94\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06scores\x18\x02 \x03(\x0b\x32\x13.packtrain.v1.Score\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.packtrain.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.packtrain.v1.Timings\"\x7f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.packtrain.v1.ChatH\x00\x12\x14\n\x07\x61\x64\x64_bos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\n\n\x08_add_bos\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x0c\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"?\n\x07Licence\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06notice\x18\x02 \x01(\t\x12\x16\n\x0euse_policy_url\x18\x03 \x01(\t\"\x88\x03\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x04\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x19\n\x0c\x62os_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x13\n\x0b\x63hat_format\x18\x08 \x01(\t\x12\x1b\n\x13\x63hat_default_system\x18\t \x01(\t\x12\r\n\x05\x64type\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x1c\n\x14tensor_parallel_size\x18\x0c \x01(\r\x12\x12\n\nnum_groups\x18\r \x01(\r\x12\x15\n\rdeterministic\x18\x0e \x01(\x08\x12\x0f\n\x07kernels\x18\x0f \x01(\t\x12&\n\x07licence\x18\x10 \x01(\x0b\x32\x15.packtrain.v1.LicenceB\x0f\n\r_bos_token_id\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.packtrain.v1.ModelCard\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.packtrain.v1.ModelCard*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa9\x04\n\tInference\x12I\n\x08Generate\x12\x1d.packtrain.v1.GenerateRequest\x1a\x1e.packtrain.v1.GenerateResponse\x12W\n\x0eGenerateStream\x12\x1d.packtrain.v1.GenerateRequest\x1a$.packtrain.v1.GenerateStreamResponse0\x01\x12@\n\x05Score\x12\x1a.packtrain.v1.ScoreRequest\x1a\x1b.packtrain.v1.ScoreResponse\x12I\n\x08Tokenize\x12\x1d.packtrain.v1.TokenizeRequest\x1a\x1e.packtrain.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.packtrain.v1.DetokenizeRequest\x1a .packtrain.v1.DetokenizeResponse\x12O\n\nListModels\x12\x1f.packtrain.v1.ListModelsRequest\x1a .packtrain.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.packtrain.v1.GetModelRequest\x1a\x1e.packtrain.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3696
-  _globals['_FINISHREASON']._serialized_end=3791
+  _globals['_FINISHREASON']._serialized_start=3618
+  _globals['_FINISHREASON']._serialized_end=3713
   _globals['_TOKENIDS']._serialized_start=40
   _globals['_TOKENIDS']._serialized_end=63
   _globals['_CHATMESSAGE']._serialized_start=65
@@ -54,45 +54,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROBS_ALTERNATIVE']._serialized_start=1197
   _globals['_TOKENLOGPROBS_ALTERNATIVE']._serialized_end=1260
   _globals['_USAGE']._serialized_start=1262
-  _globals['_USAGE']._serialized_end=1365
-  _globals['_TIMINGS']._serialized_start=1368
-  _globals['_TIMINGS']._serialized_end=1521
-  _globals['_REQUESTINFO']._serialized_start=1523
-  _globals['_REQUESTINFO']._serialized_end=1570
-  _globals['_CHOICE']._serialized_start=1573
-  _globals['_CHOICE']._serialized_end=1727
-  _globals['_GENERATERESPONSE']._serialized_start=1730
-  _globals['_GENERATERESPONSE']._serialized_end=1961
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1964
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2308
-  _globals['_CONTINUATION']._serialized_start=2310
-  _globals['_CONTINUATION']._serialized_end=2393
-  _globals['_SCOREREQUEST']._serialized_start=2395
-  _globals['_SCOREREQUEST']._serialized_end=2520
-  _globals['_SCORE']._serialized_start=2522
-  _globals['_SCORE']._serialized_end=2630
-  _globals['_SCORERESPONSE']._serialized_start=2633
-  _globals['_SCORERESPONSE']._serialized_end=2781
-  _globals['_TOKENIZEREQUEST']._serialized_start=2783
-  _globals['_TOKENIZEREQUEST']._serialized_end=2910
-  _globals['_TOKENIZERESPONSE']._serialized_start=2912
-  _globals['_TOKENIZERESPONSE']._serialized_end=2965
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2967
-  _globals['_DETOKENIZEREQUEST']._serialized_end=3020
-  _globals['_DETOKENIZERESPONSE']._serialized_start=3022
-  _globals['_DETOKENIZERESPONSE']._serialized_end=3056
-  _globals['_LICENCE']._serialized_start=3058
-  _globals['_LICENCE']._serialized_end=3121
-  _globals['_MODELCARD']._serialized_start=3124
-  _globals['_MODELCARD']._serialized_end=3516
-  _globals['_LISTMODELSREQUEST']._serialized_start=3518
-  _globals['_LISTMODELSREQUEST']._serialized_end=3537
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3539
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3600
-  _globals['_GETMODELREQUEST']._serialized_start=3602
-  _globals['_GETMODELREQUEST']._serialized_end=3634
-  _globals['_GETMODELRESPONSE']._serialized_start=3636
-  _globals['_GETMODELRESPONSE']._serialized_end=3694
-  _globals['_INFERENCE']._serialized_start=3794
-  _globals['_INFERENCE']._serialized_end=4347
+  _globals['_USAGE']._serialized_end=1342
+  _globals['_TIMINGS']._serialized_start=1344
+  _globals['_TIMINGS']._serialized_end=1443
+  _globals['_REQUESTINFO']._serialized_start=1445
+  _globals['_REQUESTINFO']._serialized_end=1492
+  _globals['_CHOICE']._serialized_start=1495
+  _globals['_CHOICE']._serialized_end=1649
+  _globals['_GENERATERESPONSE']._serialized_start=1652
+  _globals['_GENERATERESPONSE']._serialized_end=1883
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1886
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2230
+  _globals['_CONTINUATION']._serialized_start=2232
+  _globals['_CONTINUATION']._serialized_end=2315
+  _globals['_SCOREREQUEST']._serialized_start=2317
+  _globals['_SCOREREQUEST']._serialized_end=2442
+  _globals['_SCORE']._serialized_start=2444
+  _globals['_SCORE']._serialized_end=2552
+  _globals['_SCORERESPONSE']._serialized_start=2555
+  _globals['_SCORERESPONSE']._serialized_end=2703
+  _globals['_TOKENIZEREQUEST']._serialized_start=2705
+  _globals['_TOKENIZEREQUEST']._serialized_end=2832
+  _globals['_TOKENIZERESPONSE']._serialized_start=2834
+  _globals['_TOKENIZERESPONSE']._serialized_end=2887
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2889
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2942
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2944
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2978
+  _globals['_LICENCE']._serialized_start=2980
+  _globals['_LICENCE']._serialized_end=3043
+  _globals['_MODELCARD']._serialized_start=3046
+  _globals['_MODELCARD']._serialized_end=3438
+  _globals['_LISTMODELSREQUEST']._serialized_start=3440
+  _globals['_LISTMODELSREQUEST']._serialized_end=3459
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3461
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3522
+  _globals['_GETMODELREQUEST']._serialized_start=3524
+  _globals['_GETMODELREQUEST']._serialized_end=3556
+  _globals['_GETMODELRESPONSE']._serialized_start=3558
+  _globals['_GETMODELRESPONSE']._serialized_end=3616
+  _globals['_INFERENCE']._serialized_start=3716
+  _globals['_INFERENCE']._serialized_end=4269
 # @@protoc_insertion_point(module_scope)

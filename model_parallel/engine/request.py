@@ -111,6 +111,6 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     error_kind: str = ""
     """With FinishReason.ERROR: "unavailable" (the group is lost) or "numerical_error"."""
     num_cached_tokens: int = 0
-    """Prompt tokens that the prefix cache gave. Set on the last output."""
+    """Prompt tokens that the prefix cache gave."""
     timings: Timings | None = None
-    """Set on the last output."""
+    """Up to now. Set on every output, because a front end that finds a stop string waits for no other."""

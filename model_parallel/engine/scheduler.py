@@ -297,6 +297,8 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=result.token_id if reason is FinishReason.STOP else None,
+            num_cached_tokens=sequence.num_cached_tokens,
+            timings=sequence.timings(now_s),
         )
         if reason is not None:
             self._close(sequence, output)

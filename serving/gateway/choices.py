@@ -14,8 +14,7 @@ class Summary:
 
     num_prompt_tokens: int
     num_completion_tokens: int
-    num_cached_tokens: int | None
-    """None, like `group`, when a stop string ended a choice: its group is told to stop, and not waited for."""
+    num_cached_tokens: int
     group: Timings | None
     """Of the slowest choice, stage by stage."""
     gateway_s: float
@@ -48,7 +47,7 @@ class Choice:
         self.finished = False
         self.num_tokens = 0
         self.last_output: EngineOutput | None = None
-        """The engine's own last output; None when a stop string ended the choice before it came."""
+        """The engine's output that ended the choice; None while it runs."""
         self._detokenizer = IncrementalDetokenizer(tokenizer, continues_text=continues_text)
         self._stops = StopStrings(stops)
 
@@ -63,13 +62,14 @@ class Choice:
         if self._stops.matched is None:
             num_tokens = len(output.token_ids)
             if finish_reason is not None:
-                self.last_output = output
                 text += self._stops.push(self._detokenizer.flush())
                 if self._stops.matched is None:
                     text += self._stops.flush()
         if self._stops.matched is not None:
             finish_reason = FinishReason.STOP
         self.finished = finish_reason is not None
+        if self.finished:
+            self.last_output = output
         self.num_tokens += num_tokens
         return Chunk(
             index=self.index,

@@ -202,7 +202,7 @@ class Generator:
         known = [output for output in last_outputs if output is not None]
         timings = [output.timings for output in known if output.timings is not None]
         group = None
-        if len(timings) == len(last_outputs):
+        if timings:
             group = Timings(
                 queue_s=max(timing.queue_s for timing in timings),
                 prefill_s=max(timing.prefill_s for timing in timings),
@@ -211,9 +211,7 @@ class Generator:
         return Summary(
             num_prompt_tokens=num_prompt_tokens,
             num_completion_tokens=num_completion_tokens,
-            num_cached_tokens=sum(output.num_cached_tokens for output in known)
-            if len(known) == len(last_outputs)
-            else None,
+            num_cached_tokens=sum(output.num_cached_tokens for output in known),
             group=group,
             gateway_s=submitted_s - call.arrived_s,
             total_s=self.clock() - call.arrived_s,

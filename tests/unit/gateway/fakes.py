@@ -132,8 +132,8 @@ def _output(
         ),
         finish_reason=finish if is_last else None,
         stop_token_id=EOS if ends else None,
-        num_cached_tokens=3 if is_last else 0,
-        timings=TIMINGS if is_last else None,
+        num_cached_tokens=3,
+        timings=TIMINGS,
     )
 
 
