@@ -6,8 +6,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from serving.tokenizer import load_tokenizer
 from tests.support.ranks import group_config, prompt_logits, reference_from_gguf, save_random_llama
 
+ROOT = Path(__file__).parents[3]
+TALE = """Once upon a time there was a king who lived in a castle by the sea. He had three daughters, and the youngest of them
+was so beautiful that the sun itself, which has seen so much, was astonished whenever it shone in her face. Close by the king's
+castle lay a great dark forest, and under an old lime-tree in the forest was a well, and when the day was very warm, the king's
+child went out to the forest and sat down by the fountain."""
 PROMPT_LEN = 256
 # Both sides compute in float32 and differ in the order of sums only; the bound is the project's promise.
 MAX_LOGIT_ERROR = 2e-4
@@ -62,3 +68,18 @@ def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path
     whole = prompt_logits(config, ids, chunk=PROMPT_LEN)
     for chunk in (1, 7, 64):
         assert torch.equal(prompt_logits(config, ids, chunk), whole), f"chunks of {chunk}"
+
+
+def test_bfloat16_agrees_with_float32_on_the_most_likely_token(
+    smollm2: LlamaForCausalLM, smollm2_path: Path, subtests: pytest.Subtests
+) -> None:
+    """On natural text. transformers' own bfloat16 agrees with its float32 at 97.8 % of these positions."""
+    tokenizer = load_tokenizer(smollm2_path)
+    texts = [(ROOT / "LICENSE").read_text()[3000:6000], (ROOT / "CONTRIBUTING.md").read_text()[:2500], TALE]
+    prompts = [tokenizer.encode(text)[:400] for text in texts]
+    expected = torch.cat([_reference(smollm2, ids).argmax(-1) for ids in prompts])
+    for tp_size in (1, 2, 3):
+        config = group_config(smollm2_path, tp_size, dtype="bfloat16")
+        with subtests.test(tp_size=tp_size):
+            ours = torch.cat([prompt_logits(config, ids, chunk=512).argmax(-1) for ids in prompts])
+            assert (ours == expected).float().mean() >= 0.99

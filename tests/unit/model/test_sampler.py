@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from model_parallel.engine.request import SamplingParams
+from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.model import sampler as sampler_module
 from model_parallel.model.partition import even_range
 from model_parallel.model.randomness import draw_key, gumbel_noise
@@ -37,7 +38,8 @@ def draw(logits_RV: torch.Tensor, states: list[SequenceState], size: int) -> lis
 
     def run(collectives: Collectives) -> list[Sampled]:
         part = even_range(vocabulary, size, collectives.rank)
-        sampler = Sampler(collectives, part, len(even_range(vocabulary, size, 0)))
+        kernels = ReferenceKernels(num_threads=1, device="cpu")
+        sampler = Sampler(kernels, collectives, part, len(even_range(vocabulary, size, 0)))
         return sampler.sample(logits_RV[:, part.start : part.stop].contiguous(), states)
 
     by_rank = on_threads(size, run)

@@ -1,0 +1,71 @@
+"""Several models and several replica groups behind one gateway."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from serving.app import RunningApp
+from serving.client import Client, chat_prompt
+from serving.config import parse_config
+from tests.support.llama_tokenizers import sentencepiece_model
+from tests.support.ranks import save_random_llama
+from tests.support.stack import MODEL, group_handle, running_stack
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    tiny = tmp_path_factory.mktemp("tiny")
+    save_random_llama(tiny, vocab_size=640, num_attention_heads=5, num_key_value_heads=5, head_dim=14, hidden_size=70)
+    (tiny / "tokenizer.model").write_bytes(sentencepiece_model())
+    models = [
+        {"name": MODEL, "source": MODEL, "num_groups": 2, "cpus_per_rank": 0.5, "kv_cache_tokens": 2048},
+        {
+            "name": "tiny/llama-2",
+            "source": str(tiny),
+            "tensor_parallel_size": 2,
+            "cpus_per_rank": 0.5,
+            "chat": {"format": "llama-2"},
+        },
+    ]
+    with running_stack(parse_config({"models": models, "gateway": {"port": 0}}, origin="test")) as app:
+        yield app
+
+
+def _ask(client: Client, model: str, text: str, **sampling: object) -> pb.GenerateResponse:
+    request = pb.GenerateRequest(
+        model=model,
+        prompt=chat_prompt([("system", "Be brief."), ("user", text)]),
+        sampling=pb.Sampling(max_tokens=8, ignore_eos=True, **sampling),  # type: ignore[arg-type]
+    )
+    response: pb.GenerateResponse = client.stub.Generate(request, timeout=60)
+    return response
+
+
+def test_both_models_answer_by_their_own_rules(app: RunningApp) -> None:
+    with Client(app.address) as client:
+        cards = {card.name: card for card in client.models()}
+        assert {
+            name: (card.tensor_parallel_size, card.num_groups, card.chat_format) for name, card in cards.items()
+        } == {
+            MODEL: (1, 2, "chatml"),
+            "tiny/llama-2": (2, 1, "llama-2"),
+        }
+        for name in cards:
+            assert len(_ask(client, name, "Hello there").choices[0].token_ids) == 8
+        with pytest.raises(grpc.RpcError) as unknown:
+            _ask(client, "llama-3", "Hello")
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+
+
+def test_groups_of_a_model_share_its_work_and_give_the_same_answers(app: RunningApp) -> None:
+    leaders = group_handle().broadcast("pids").results(timeout_s=10)
+    assert len({pids[0] for pids in leaders}) == 2
+    with Client(app.address) as client, ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda _: _ask(client, MODEL, "Tell me a story", seed=4), range(16)))
+    assert len({tuple(answer.choices[0].token_ids) for answer in answers}) == 1
+    totals = group_handle().broadcast("stats").results(timeout_s=10)
+    assert all(stats["num_prefix_query_tokens"] > 0 for stats in totals), "both groups took part"
