@@ -20,10 +20,12 @@ from model_parallel.runtime.rank import Rank
 T = TypeVar("T")
 
 
-def group_config(path: Path, tp_size: int, *, dtype: str = "float32", num_blocks: int = 64) -> GroupConfig:
+def group_config(
+    path: Path, tp_size: int, *, dtype: str = "float32", num_blocks: int = 64, device: str = "cpu"
+) -> GroupConfig:
     return GroupConfig(
         checkpoint_path=str(path),
-        parallel=ParallelConfig(tp_size=tp_size, dtype=dtype, step_timeout_s=60),
+        parallel=ParallelConfig(tp_size=tp_size, dtype=dtype, device=device, step_timeout_s=60),
         cache=CacheConfig(num_blocks=num_blocks, block_size=16),
         epoch=1,
     )
