@@ -121,9 +121,10 @@ def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
     try:
         return ServingConfig.model_validate(data)
     except ValidationError as error:
-        lines = [
-            _explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in error.errors()
-        ]
+        problems = error.errors()
+        # A list with a wrong item is also said to be too short; the item is what matters.
+        inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
+        lines = [_explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
         raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
 
 
