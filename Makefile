@@ -12,10 +12,10 @@ TORCH ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test lint bench $(SUITES:%=test-%) FORCE
+.PHONY: help demo serve test lint bench proof-7b $(SUITES:%=test-%) FORCE
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## fetch a small model, serve it at TP=2, stream one answer, stop
 	$(BIN)/packtrain demo
@@ -38,6 +38,9 @@ lint: $(STAMP) ## style, types, import contracts, generated stubs
 
 bench: $(STAMP) ## tokens/s served, against the engine alone
 	$(BIN)/python bench/serving_overhead.py
+
+proof-7b: $(STAMP) ## serve a synthetic Llama 2 7B of full size at TP=2: 14 GB of disk, 18 GB of memory
+	$(BIN)/python -m bench.proof_7b
 
 # A usable .venv is kept. Otherwise an interpreter counts only if it runs (a version manager's shim may not) and can make
 # environments.

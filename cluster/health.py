@@ -19,6 +19,7 @@ class GroupHealth:
         self._failure: str | None = None
 
     def step_began(self) -> None:
+        """From now on a step is outstanding, and no other than this one."""
         with self._lock:
             self._step_began = self._clock()
 

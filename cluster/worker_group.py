@@ -10,7 +10,15 @@ from cluster.rank_actor import RankActor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, GroupFailedError
-from model_parallel.runtime.leader import LOOPBACK, RANK_CLASS, STOP_TIMEOUT_S, OnProgress, SocketExecutor, store_file
+from model_parallel.runtime.leader import (
+    LOOPBACK,
+    RANK_CLASS,
+    STOP_TIMEOUT_S,
+    OnProgress,
+    SocketExecutor,
+    local_rendezvous,
+    store_file,
+)
 from model_parallel.runtime.link import Launch, Rendezvous
 
 
@@ -69,7 +77,7 @@ class RayExecutor(SocketExecutor):
         self.locations = tuple(order_ranks(locations, leader_node))
         self._actors = [self._actors[at.bundle] for at in self.locations]
         if all(at.node_id == leader_node for at in self.locations):
-            return LOOPBACK, [Rendezvous(bind_host=LOOPBACK, store_path=store_path)] * len(self._actors)
+            return LOOPBACK, [local_rendezvous(self.config.parallel, store_path)] * len(self._actors)
         store_host = self.locations[0].ip
         (store_port,) = ray_api.get([self._actors[0].open_store.remote(store_host)], deadline - time.monotonic())
         return leader_ip, [
@@ -102,12 +110,19 @@ class RayExecutor(SocketExecutor):
         self._kill_ranks()
         ray_api.finished(self._serving, STOP_TIMEOUT_S)
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        self.health.step_began()
+    def submit(self, plan: StepPlan) -> None:
+        if not self._under_way:
+            self.health.step_began()
+        super().submit(plan)
+
+    def collect(self) -> StepResult:
         try:
-            return super().execute(plan)
+            return super().collect()
         finally:
-            self.health.step_ended()
+            if self._under_way:
+                self.health.step_began()
+            else:
+                self.health.step_ended()
 
     def _fail(self, reason: str) -> None:
         if not self._closing:

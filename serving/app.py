@@ -22,7 +22,7 @@ from cluster.ray_api import alive_nodes
 from serving.config import ServingConfig
 from serving.deployment import Gateway, ReplicaGroup
 from serving.gateway.server import check_listening
-from serving.models import GroupSpec, resolve_model
+from serving.models import GroupSpec, check_memory, free_memory_bytes, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,9 @@ def start(config: ServingConfig, report: Callable[[str], None]) -> RunningApp:
     report("reading the models' configurations")
     specs = [resolve_model(entry) for entry in config.models]
     check_listening(config.gateway)
+    on_cpu = [spec for spec in specs if spec.parallel.device == "cpu"]
+    if config.ray.address is None and on_cpu:
+        check_memory(on_cpu, free_memory_bytes())
     report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
     guard = Guard() if config.ray.address is None else None
     try:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
+from serving import inspect, plan
 from serving.client import Client, StreamTimes, chat_prompt, explain
 from serving.config import ServingConfig, load_config, parse_config, prepare_environment
 from serving.fetch import KNOWN_MODELS, FetchError, fetch_model
@@ -201,6 +202,10 @@ def fetch(
 def version() -> None:
     """Print the version."""
     typer.echo(installed_version("packtrain"))
+
+
+inspect.register(app)
+plan.register(app)
 
 
 def default_config() -> ServingConfig:

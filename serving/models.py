@@ -1,13 +1,18 @@
 """From a `models:` entry of the configuration to what gateways and replica groups are made of."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
-from model_parallel.config import CacheConfig, ParallelConfig, SchedulerConfig
+from model_parallel.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from model_parallel.errors import ConfigError
+from model_parallel.memory import Device, Workload, kv_cache_tokens, plan_group
 from serving.config import ChatConfig, ModelEntry
 from serving.fetch import KNOWN_MODELS, resolve_source
-from serving.gateway.backend import Licence, ModelCard
+from serving.gateway.backend import ModelCard
+from serving.licence import licence_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +20,7 @@ class GroupSpec:
     """What one replica group of a model is started from. Plain data: it travels to the group's leader."""
 
     card: ModelCard
+    model: ModelConfig
     parallel: ParallelConfig
     cache: CacheConfig
     scheduler: SchedulerConfig
@@ -50,11 +56,43 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
     )
     return GroupSpec(
         card=_card(entry, info, max_model_len),
+        model=info.config,
         parallel=parallel,
         cache=cache,
         scheduler=scheduler,
         cpus_per_rank=entry.cpus_per_rank,
     )
+
+
+def check_memory(specs: Sequence[GroupSpec], available_bytes: int) -> None:
+    """Refuse what one host of so much free memory cannot hold, every group's every rank counted.
+
+    Raises ConfigError with the numbers of the fullest rank.
+    """
+    num_ranks = sum(spec.card.num_groups * spec.parallel.tp_size for spec in specs)
+    share = Device(name="host", memory_bytes=available_bytes // num_ranks, bandwidth_bytes_per_s=math.inf)
+    for spec in specs:
+        scheduler = spec.scheduler
+        workload = Workload(
+            max_model_len=scheduler.max_model_len,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        )
+        group = plan_group(
+            spec.model, spec.parallel.tp_size, dtype=spec.parallel.dtype, device=share, workload=workload
+        )
+        try:
+            kv_cache_tokens(group, spec.cache.num_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"models.{spec.card.name} does not fit this host's free memory: {error}") from error
+
+
+def free_memory_bytes() -> int:
+    """What this host can give without swapping (MemAvailable of /proc/meminfo)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
 
 
 def _max_model_len(entry: ModelEntry, max_position: int, cache_tokens: int) -> int:
@@ -94,5 +132,5 @@ def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelC
         # The reference kernels keep rows independent of the batch on CPU; GPU libraries do not promise it.
         deterministic=entry.device == "cpu",
         kernels="reference",
-        licence=Licence(name=info.licence or "not stated"),
+        licence=licence_of(info),
     )

@@ -63,8 +63,15 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of `text`; with `add_bos`, after BOS if this model's texts begin with it.
 
-        Raises RequestError for a text that would become a control token, which no known tokenizer does.
+        Raises RequestError for a text that is not Unicode (a lone surrogate, which JSON can smuggle in), and for one that would
+        become a control token, which no known tokenizer does.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text holds a lone surrogate at character {error.start}, which is no text"
+            ) from error
         ids = list(self._encode(text))
         if not self.control_token_ids.isdisjoint(ids):
             raise RequestError("the text holds characters that this model's tokenizer reads as a control token")

@@ -1,11 +1,13 @@
 """What a checkpoint is, read from its configuration alone: no torch, no weights, and no code that comes with it."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from model_parallel.checkpoint.gguf_file import MAGIC, GgufFile
+from model_parallel.checkpoint.sentencepiece_file import read_pieces
 from model_parallel.config import ModelConfig
 from model_parallel.errors import CheckpointError, ConfigError
 
@@ -13,8 +15,11 @@ TokenizerKind = Literal["tokenizer.json", "tokenizer.model", "gguf", ""]
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_NUMBER = 1 << 31
-_SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_CARD_LICENCE = re.compile(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]{1,80})")
+_MAX_CARD_HEAD = 1 << 16
+_META_FILE = re.compile(r"consolidated\.(\d\d)\.pth")
 
 # Settings that change the arithmetic, and the values under which this implementation is right; absent counts as None.
 _HUGGINGFACE_REQUIRED: dict[str, tuple[object, ...]] = {
@@ -28,6 +33,22 @@ _HUGGINGFACE_REQUIRED: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False, None),
 }
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+# Everything that Llama 2's code reads from params.json, and what later code of Meta's adds to it without changing it.
+_META_KEYS = frozenset(
+    {
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "vocab_size",
+        "multiple_of",
+        "ffn_dim_multiplier",
+        "norm_eps",
+        "rope_theta",
+    }
+    | {"max_seq_len", "max_batch_size"}
+)
+_LLAMA_2_MAX_POSITION = 4096
 _GGUF_REQUIRED: dict[str, tuple[object, ...]] = {
     "general.architecture": ("llama",),
     "split.count": (0, 1, None),
@@ -45,9 +66,11 @@ class CheckpointInfo:
 
     path: Path
     """The directory, or the GGUF file."""
-    format: Literal["huggingface", "gguf"]
+    format: Literal["huggingface", "meta", "gguf"]
     config: ModelConfig
     weight_files: tuple[Path, ...]
+    index_file: Path | None = None
+    """Says which of several weight files holds which tensor, in Hugging Face's format."""
     tokenizer_kind: TokenizerKind
     """What the tokenizer is made from; "" when the checkpoint has none."""
     tokenizer_path: Path | None
@@ -60,7 +83,7 @@ class CheckpointInfo:
 
 
 def describe(source: Path) -> CheckpointInfo:
-    """Read the configuration of a directory in Hugging Face format, or of a GGUF file.
+    """Read the configuration of a directory in Hugging Face's or Meta's format, or of a GGUF file.
 
     Raises CheckpointError naming the file and the setting when something is missing, broken, or would need arithmetic
     that is not implemented.
@@ -72,11 +95,14 @@ def describe(source: Path) -> CheckpointInfo:
             raise CheckpointError(f"{source} is not a GGUF file: it begins with {magic!r}")
         return _describe_gguf(source)
     if not source.is_dir():
-        raise CheckpointError(f"{source} does not exist; a directory in Hugging Face format or a GGUF file is needed")
-    if not (source / "config.json").is_file():
-        hint = "; it looks like Meta's format, which is not supported" if (source / "params.json").exists() else ""
-        raise CheckpointError(f"{source} holds no config.json{hint}")
-    return _describe_huggingface(source)
+        raise CheckpointError(
+            f"{source} does not exist; a directory in Hugging Face's or Meta's format or a GGUF file is needed"
+        )
+    if (source / "config.json").is_file():
+        return _describe_huggingface(source)
+    if (source / "params.json").is_file():
+        return _describe_meta(source)
+    raise CheckpointError(f"{source} holds neither config.json (Hugging Face's format) nor params.json (Meta's)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,16 +208,18 @@ def _describe_huggingface(directory: Path) -> CheckpointInfo:
     tokenizer = _Settings(tokenizer_config, read_json(tokenizer_config) if tokenizer_config.is_file() else {})
     kinds: tuple[TokenizerKind, ...] = ("tokenizer.json", "tokenizer.model")
     kind: TokenizerKind = next((k for k in kinds if (directory / k).is_file()), "")
+    weight_files, index_file = _weight_files(directory)
     return CheckpointInfo(
         path=directory,
         format="huggingface",
         config=config,
-        weight_files=_weight_files(directory),
+        weight_files=weight_files,
+        index_file=index_file,
         tokenizer_kind=kind,
         tokenizer_path=directory / kind if kind else None,
         add_bos=tokenizer.flag("add_bos_token"),
         chat_format=_chat_format(_huggingface_template(directory, tokenizer.values)),
-        licence=str(values.get("license") or ""),
+        licence=str(values.get("license") or _card_licence(directory)),
     )
 
 
@@ -210,24 +238,99 @@ def _rope_theta(settings: _Settings) -> float:
     return settings.real("rope_theta", 10000.0)
 
 
-def _weight_files(directory: Path) -> tuple[Path, ...]:
-    if (directory / _SINGLE_FILE).is_file():
-        return (directory / _SINGLE_FILE,)
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        other = ", ".join(sorted(p.name for p in directory.glob("*.bin"))[:3])
-        hint = f"; {other} can hold code when loaded and is not supported: convert it to safetensors" if other else ""
-        raise CheckpointError(f"{directory} holds neither {_SINGLE_FILE} nor {INDEX_FILE}{hint}")
+def _weight_files(directory: Path) -> tuple[tuple[Path, ...], Path | None]:
+    """The files, and their index where there is one. safetensors files are taken before torch's."""
+    for single, several in zip(_SINGLE_FILES, _INDEX_FILES, strict=True):
+        if (directory / single).is_file():
+            return (directory / single,), None
+        if (directory / several).is_file():
+            return _indexed_files(directory / several), directory / several
+    raise CheckpointError(f"{directory} holds none of {', '.join((*_SINGLE_FILES, *_INDEX_FILES))}")
+
+
+def _indexed_files(index: Path) -> tuple[Path, ...]:
+    directory, kind = index.parent, index.name.split(".")[1]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must give a file name for each tensor")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r:.80} is not the name of a file in the same directory")
+        if Path(name).name != name or Path(name).suffix != f".{kind}":
+            raise CheckpointError(f"{index}: {name!r:.80} is not the name of a .{kind} file in the same directory")
         if not (directory / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is missing")
     return tuple(directory / name for name in names)
+
+
+def directory_name(directory: Path) -> str:
+    """What a directory is called, in lower case; in Hugging Face's cache that stands above `snapshots/REVISION`."""
+    path = directory.absolute()
+    return (path.parents[1] if path.parent.name == "snapshots" else path).name.lower()
+
+
+def _describe_meta(directory: Path) -> CheckpointInfo:
+    values = read_json(directory / "params.json")
+    settings = _Settings(directory / "params.json", values)
+    if unknown := sorted(values.keys() - _META_KEYS):
+        raise CheckpointError(
+            f"{settings.path}: {', '.join(unknown):.200} is not supported; known: {', '.join(sorted(_META_KEYS))}"
+        )
+    # Meta's download puts the tokenizer beside the models' directories, the repositories into them.
+    tokenizer = next(
+        (d / "tokenizer.model" for d in (directory, directory.parent) if (d / "tokenizer.model").is_file()), None
+    )
+    pieces = read_pieces(tokenizer) if tokenizer is not None else []
+    vocab_size = settings.whole("vocab_size", -1)
+    if vocab_size == -1 and tokenizer is None:
+        raise CheckpointError(f"{settings.path}: vocab_size is -1, and there is no tokenizer.model to count")
+    hidden_size, num_heads = settings.whole("dim"), settings.whole("n_heads")
+    try:
+        config = ModelConfig(
+            vocab_size=len(pieces) if vocab_size == -1 else vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=_meta_feed_forward(settings, hidden_size),
+            num_layers=settings.whole("n_layers"),
+            num_query_heads=num_heads,
+            num_kv_heads=settings.whole("n_kv_heads", num_heads),
+            head_dim=hidden_size // max(num_heads, 1),
+            rms_norm_eps=settings.real("norm_eps", 1e-5),
+            rope_theta=settings.real("rope_theta", 10000.0),
+            max_position=settings.whole("max_seq_len", _LLAMA_2_MAX_POSITION),
+            bos_token_id=pieces.index("<s>") if "<s>" in pieces else None,
+            eos_token_ids=(pieces.index("</s>"),) if "</s>" in pieces else (),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{settings.path}: {error}") from error
+    _check_ids(settings.path, config)
+    return CheckpointInfo(
+        path=directory,
+        format="meta",
+        config=config,
+        weight_files=_meta_files(directory),
+        tokenizer_kind="tokenizer.model" if tokenizer is not None else "",
+        tokenizer_path=tokenizer,
+        add_bos=True,
+        # The format has no template: Meta's chat models are told by their directories' names alone.
+        chat_format="llama-2" if "chat" in directory_name(directory) else "",
+        licence="",
+    )
+
+
+def _meta_feed_forward(settings: _Settings, hidden_size: int) -> int:
+    """Width of the feed-forward layer as Meta's FeedForward derives it from `dim`."""
+    multiple_of = settings.whole("multiple_of", 256)
+    width = int(settings.real("ffn_dim_multiplier", 1.0) * (8 * hidden_size // 3))
+    if multiple_of <= 0:
+        raise CheckpointError(f"{settings.path}: multiple_of is {multiple_of}; it must be greater than 0")
+    return -(-width // multiple_of) * multiple_of
+
+
+def _meta_files(directory: Path) -> tuple[Path, ...]:
+    files = {int(m[1]): p for p in sorted(directory.iterdir()) if (m := _META_FILE.fullmatch(p.name)) and p.is_file()}
+    for number in range(max(files, default=0) + 1):
+        if number not in files:
+            raise CheckpointError(f"{directory} lacks consolidated.{number:02}.pth")
+    return tuple(files[number] for number in sorted(files))
 
 
 def _huggingface_template(directory: Path, tokenizer: dict[str, Any]) -> str:
@@ -238,6 +341,16 @@ def _huggingface_template(directory: Path, tokenizer: dict[str, Any]) -> str:
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else ""
+
+
+def _card_licence(directory: Path) -> str:
+    """`license: …` in the head of the model card, "" where there is none."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return ""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        match = _CARD_LICENCE.match(file.read(_MAX_CARD_HEAD))
+    return match[1] if match else ""
 
 
 def _chat_format(template: str) -> Literal["llama-2", "chatml", ""]:

@@ -8,6 +8,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from model_parallel.checkpoint.detect import CheckpointInfo
 from model_parallel.checkpoint.gguf_file import GgufFile, GgufTensor
 from model_parallel.checkpoint.names import from_gguf
+from model_parallel.checkpoint.rotary import QUERY_AND_KEY, interleaved_rows
 from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import Shard
@@ -15,17 +16,6 @@ from model_parallel.model.partition import Shard
 _CHUNK_ELEMENTS = 1 << 22
 """Dequantised at a time: bounds the float32 copies that are made on the way."""
 _ROPE_FREQUENCIES = "rope_freqs.weight"
-
-
-def interleaved_rows(rows: range, head_dim: int) -> np.ndarray:
-    """Where GGUF keeps rows of a query or key projection, [len(rows)].
-
-    GGUF pairs rows 2i and 2i+1 of a head for rotation, Hugging Face i and i + head_dim/2.
-    """
-    row = np.arange(rows.start, rows.stop)
-    head, within = row // head_dim, row % head_dim
-    half, pair = within // (head_dim // 2), within % (head_dim // 2)
-    return np.asarray(head * head_dim + 2 * pair + half)
 
 
 class GgufCheckpoint(Checkpoint):
@@ -57,7 +47,7 @@ class GgufCheckpoint(Checkpoint):
         stored = np.frombuffer(self._file.data, np.uint8, tensor.num_bytes, tensor.offset)
         return stored.reshape(num_rows, -1)
 
-    def read(self, name: str, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
+    def read_into(self, name: str, shard: Shard, out: torch.Tensor) -> None:
         tensor = self._stored[name]
         block_size, block_bytes = GGML_QUANT_SIZES[tensor.type]
         stored = self._bytes(tensor)
@@ -69,15 +59,14 @@ class GgufCheckpoint(Checkpoint):
         stored = stored[:, first_block * block_bytes : last_block * block_bytes]
         trim = slice(columns.start - first_block * block_size, columns.stop - first_block * block_size)
         index = np.arange(rows.start, rows.stop)
-        if name.endswith((".q_proj.weight", ".k_proj.weight")):
+        if name.endswith(QUERY_AND_KEY):
             index = interleaved_rows(rows, self._head_dim)
 
-        out = torch.empty(len(rows), len(columns), dtype=dtype)
+        out_rows = out.view(len(rows), len(columns))
         step = max(1, _CHUNK_ELEMENTS // max(1, len(columns)))
         for start in range(0, len(rows), step):
             values = quants.dequantize(stored[index[start : start + step]], tensor.type)
-            out[start : start + step] = torch.from_numpy(values[:, trim])
-        return out.reshape(shard.shape)
+            out_rows[start : start + step] = torch.from_numpy(values[:, trim])
 
 
 def _can_dequantise(kind: GGMLQuantizationType) -> bool:

@@ -4,6 +4,7 @@ The format's own reader decodes every token of the vocabulary when a file is ope
 is skipped over and decoded only when it is asked for. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import itertools
 import math
 import mmap
 import struct
@@ -137,6 +138,17 @@ class GgufFile:
                     f"and the file has {len(self.data)}"
                 )
             self.tensors[name] = tensor
+        self._check_layout(alignment)
+
+    def _check_layout(self, alignment: int) -> None:
+        """Tensors are aligned, and none lies in another's bytes."""
+        in_order = sorted(self.tensors.items(), key=lambda item: item[1].offset)
+        for name, tensor in in_order:
+            if tensor.offset % alignment:
+                raise self._fail(f"the tensor {name} begins at byte {tensor.offset}, not a multiple of {alignment}")
+        for (first, tensor), (second, following) in itertools.pairwise(in_order):
+            if tensor.offset + tensor.num_bytes > following.offset:
+                raise self._fail(f"the tensors {first} and {second} overlap")
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._string()

@@ -8,17 +8,21 @@ import torch
 from model_parallel.checkpoint.detect import CheckpointInfo
 from model_parallel.checkpoint.gguf import GgufCheckpoint
 from model_parallel.checkpoint.huggingface import HuggingFaceCheckpoint
+from model_parallel.checkpoint.mapped import empty_shard
+from model_parallel.checkpoint.meta import MetaCheckpoint
 from model_parallel.checkpoint.names import is_known_buffer
 from model_parallel.checkpoint.stored import Checkpoint
 from model_parallel.errors import CheckpointError
-from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard
+from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard, fused_name
 
 _NAMES_SHOWN = 5
 
 
 def open_checkpoint(info: CheckpointInfo) -> Checkpoint:
     """Read the headers of a checkpoint's files. Raises CheckpointError naming a broken one."""
-    return GgufCheckpoint(info) if info.format == "gguf" else HuggingFaceCheckpoint(info)
+    formats: dict[str, Callable[[CheckpointInfo], Checkpoint]]
+    formats = {"gguf": GgufCheckpoint, "huggingface": HuggingFaceCheckpoint, "meta": MetaCheckpoint}
+    return formats[info.format](info)
 
 
 def load_shard(
@@ -29,11 +33,11 @@ def load_shard(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The part of every parameter that `table` (partition.shard_table) gives this rank.
+    """The part of every parameter that `table` (partition.shard_table) gives this rank, under partition.fused_name's names.
 
-    Nothing is allocated before the whole checkpoint is known to fit: no tensor missing, none left over, shapes and
-    types right; otherwise CheckpointError names file and tensor. `progress(done, total)` counts bytes of the loaded
-    shard.
+    Each is read straight into its place, so that memory never holds more than the shard and one piece of a file. Nothing is
+    allocated before the whole checkpoint is known to fit: no tensor missing, none left over, shapes and types right;
+    otherwise CheckpointError names file and tensor. `progress(done, total)` counts bytes of the loaded shard.
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
@@ -41,12 +45,18 @@ def load_shard(
         _check_tied(checkpoint, table[EMBEDDING])
     total = sum(math.prod(shard.shape) for shard in table.values()) * dtype.itemsize
     done = 0
+    parts_of: dict[str, list[str]] = {}
+    for name in table:
+        parts_of.setdefault(fused_name(name), []).append(name)
     weights: dict[str, torch.Tensor] = {}
-    for name, shard in table.items():
-        weights[name] = checkpoint.read(name, shard, dtype).to(device)
-        done += weights[name].nbytes
-        if progress is not None:
-            progress(done, total)
+    for fused, names in parts_of.items():
+        rows = [table[name].shape[0] for name in names]
+        weights[fused] = empty_shard((sum(rows), *table[names[0]].shape[1:]), dtype, device)
+        for name, part in zip(names, weights[fused].split(rows), strict=True):
+            checkpoint.read_into(name, table[name], part)
+            done += part.nbytes
+            if progress is not None:
+                progress(done, total)
     return weights
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model_parallel.model.partition import Shard
 
@@ -16,9 +17,11 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     type: str
-    """As the format calls it: "F16", "Q4_1", …"""
+    """As the format calls it: "F16", "bfloat16", "Q4_1", …"""
     readable: bool
     """False for a type that holds no floating-point weights, or that cannot be dequantised."""
+    mapped: Tensor | None = None
+    """The tensor as a view of the mapped file; None where it has to be decoded first."""
 
 
 class Checkpoint(ABC):
@@ -34,5 +37,15 @@ class Checkpoint(ABC):
         return self.tensors[name].shape
 
     @abstractmethod
-    def read(self, name: str, shard: Shard, dtype: torch.dtype) -> torch.Tensor:
-        """The part `shard` of `name`, contiguous, on the CPU. `shard` must fit the stored shape (loader.py checks)."""
+    def read_into(self, name: str, shard: Shard, out: Tensor) -> None:
+        """Write the part `shard` of `name` to `out`, in out's dtype and on its device.
+
+        `shard` must fit the stored shape, and of query and key projections be whole heads (loader.py checks the one,
+        partition.py gives the other).
+        """
+
+    def read(self, name: str, shard: Shard, dtype: torch.dtype) -> Tensor:
+        """The part `shard` of `name` on the CPU."""
+        out = torch.empty(shard.shape, dtype=dtype)
+        self.read_into(name, shard, out)
+        return out

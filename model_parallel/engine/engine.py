@@ -1,8 +1,10 @@
-"""The loop of one replica group: schedule, execute, update."""
+"""The loop of one replica group: schedule, submit, collect, update."""
 
 import threading
+from collections import deque
 
 from model_parallel.engine.executor import Executor
+from model_parallel.engine.messages import StepPlan
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.scheduler import Scheduler, SchedulerStats
 from model_parallel.errors import GroupFailedError
@@ -13,11 +15,17 @@ class Engine:
 
     Every request that `add` accepted ends in exactly one output with a finish_reason, also when the group is lost. The lock is
     not held while the ranks compute, so that a request is accepted, refused or aborted at once.
+
+    The ranks find the next step waiting for them when they end one, so that its results are taken in and delivered while
+    they compute. It costs the row that was planned for a sequence which, as is known then, has ended.
     """
 
-    def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
+    def __init__(self, executor: Executor, scheduler: Scheduler, *, max_under_way: int = 2) -> None:
+        """`max_under_way` is how many steps the ranks have at most: the one that they compute and the next."""
         self._executor = executor
         self._scheduler = scheduler
+        self._max_under_way = max_under_way
+        self._under_way: deque[StepPlan] = deque()
         self._failure: str | None = None
         self._lock = threading.Lock()
 
@@ -28,7 +36,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._under_way and self._failure is None)
 
     @property
     def stats(self) -> SchedulerStats:
@@ -47,18 +55,30 @@ class Engine:
             return self._scheduler.abort(request_id, reason)
 
     def step(self) -> list[EngineOutput]:
-        """Run one step. After a failure of the group, only the last outputs of its requests are left to return."""
+        """Give the ranks steps to run, wait for the oldest, and return what it brought.
+
+        After a failure of the group, only the last outputs of its requests are left to return.
+        """
         if self._failure is None:
-            with self._lock:
-                plan = self._scheduler.schedule()
             try:
-                result = self._executor.execute(plan)
-                with self._lock:
-                    return self._scheduler.update(plan, result)
+                self._submit()
+                if self._under_way:
+                    result = self._executor.collect()
+                    with self._lock:
+                        return self._scheduler.update(self._under_way.popleft(), result)
             except GroupFailedError as error:
                 self.fail(str(error))
         with self._lock:
             return self._scheduler.take_outputs()
+
+    def _submit(self) -> None:
+        while len(self._under_way) < self._max_under_way:
+            with self._lock:
+                plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            self._executor.submit(plan)
+            self._under_way.append(plan)
 
     def fail(self, reason: str) -> None:
         """Treat the group as lost, as when the executor reports a dead rank between steps. The first reason is kept."""

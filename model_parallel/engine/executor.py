@@ -7,18 +7,22 @@ from model_parallel.engine.messages import StepPlan, StepResult
 
 
 class Executor(Protocol):
-    """All ranks of one group. In-process, spawned and Ray versions implement it."""
+    """All ranks of one group. In-process, spawned and Ray versions implement it.
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step on every rank and return rank 0's result.
+    One thread submits and collects. Both raise GroupFailedError when a rank is dead, hung past step_timeout_s, or answers
+    out of turn; the executor is of no use afterwards, but `shutdown` must still be called.
+    """
 
-        Raises GroupFailedError when a rank is dead, hung past step_timeout_s, or answers out of turn; the executor is of no
-        use afterwards, but `shutdown` must still be called.
-        """
+    def submit(self, plan: StepPlan) -> None:
+        """Give every rank a step to run after those submitted before."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step not collected yet, and return rank 0's result."""
         ...
 
     def set_failure_callback(self, callback: Callable[[str], None]) -> None:
-        """Call `callback(reason)` once, from any thread, when a rank is lost between steps."""
+        """Call `callback(reason)` once, from any thread, when a rank is lost while no step is under way."""
         ...
 
     def shutdown(self) -> None:

@@ -153,12 +153,17 @@ class KVBlocks:
             self._pool.publish(table.block_ids[index], self._hash(table, token_ids, index))
             table.num_published = index + 1
 
-    def release(self, table: BlockTable, *, forget: bool = False) -> None:
-        """Give all blocks back. `forget` also stops sharing them, for when their content is not to be trusted."""
+    def forget(self, table: BlockTable) -> None:
+        """Stop sharing all blocks of the sequence's content, released ones too: it is not to be trusted."""
+        for block_hash in table.chain[1:]:
+            block_id = self._pool.find(block_hash)
+            if block_id is not None:
+                self._pool.forget(block_id)
+
+    def release(self, table: BlockTable) -> None:
+        """Give all blocks back."""
         # Last block first: a prefix is of use without its continuation, never the other way round.
         for block_id in reversed(table.block_ids):
-            if forget:
-                self._pool.forget(block_id)
             self._pool.release(block_id)
         table.block_ids = []
         table.num_published = 0

@@ -47,7 +47,18 @@ class _Draft:
 class Scheduler:
     """The one scheduler of a group. Its owner calls it from one thread at a time; it never waits.
 
-    `schedule` looks at how many tokens a sequence has, never at which, and counts as computed what it has just planned.
+    `schedule` looks at how many tokens a sequence has, never at which, and counts as computed what it has just planned. So a
+    step can be planned, and sent, while the results of earlier ones are not in. Ranks run plans in order, and therefore:
+
+    - A sequence whose pending token ends it (a stop token, an error) may have a row in a plan already sent. That row only
+      writes behind the tokens known, so never into a block that is shared; its result finds no sequence and is dropped.
+    - Blocks are free for others as soon as their sequence has ended or is preempted: whatever rows are under way write into
+      them before any row of a later plan does.
+    - Ranks forget a sequence with the plan after the last that names it.
+    - A block is published when the result of the step that filled it is in, unless the sequence was preempted since: its
+      blocks are then others'. Its token counts all the same, as the ranks have appended it too.
+    - A preempted sequence is admitted again when all its tokens are known, because its prefix is looked up by content.
+    - A last token is never computed, so a sequence that only waits for it is given no further row.
     """
 
     def __init__(
@@ -63,6 +74,8 @@ class Scheduler:
         self._epoch = epoch
         self._clock = clock
         self._requests: dict[str, Sequence] = {}
+        self._sequences: dict[int, Sequence] = {}
+        """All that live, by seq_id, in order of arrival."""
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         """By seq_id, in order of arrival."""
@@ -108,6 +121,7 @@ class Scheduler:
             accepted_s=self._clock(),
         )
         self._requests[request.request_id] = sequence
+        self._sequences[sequence.seq_id] = sequence
         self._waiting.append(sequence)
 
     def abort(self, request_id: str, reason: FinishReason) -> bool:
@@ -124,14 +138,21 @@ class Scheduler:
             self._end(sequence, FinishReason.ERROR, error=error, error_kind="unavailable")
         self._finished.clear()
 
-    def schedule(self) -> StepPlan:
-        """Plan the next step: one token for each sequence that decodes, then as much prefill as there is room for."""
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step: one token for each sequence that decodes, then as much prefill as there is room for.
+
+        None when there is nothing to compute, before more results are in, and nothing to tell the ranks.
+        """
         now_s = self._clock()
         self._expire(now_s)
         draft = _Draft(budget=self._config.max_num_batched_tokens)
         self._plan_decodes(draft)
         self._plan_prefills(draft)
         self._admit_waiting(draft, now_s)
+        if not (draft.rows or self._finished):
+            return None
+        for row in draft.rows:
+            self._sequences[row.seq_id].num_pending += row.sample
         finished, self._finished = tuple(self._finished), []
         self._last_step_id += 1
         return StepPlan(
@@ -143,16 +164,16 @@ class Scheduler:
         )
 
     def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
-        """Take in what the step brought. Returns its outputs, and those of requests that ended without it.
+        """Take in what the oldest step under way brought. Returns its outputs, and those of requests that ended without it.
 
         Raises GroupFailedError, with nothing changed, when `result` does not answer `plan` row for row.
         """
         _check_answers(plan, result)
         now_s = self._clock()
         for row, row_result in zip(plan.rows, result.rows, strict=True):
-            sequence = self._running.get(row.seq_id)
-            if sequence is not None:  # Otherwise it was aborted while the step ran.
-                self._update_sequence(sequence, row, row_result, now_s)
+            sequence = self._sequences.get(row.seq_id)
+            if sequence is not None:  # Otherwise it ended while the step was under way.
+                self._update_sequence(sequence, row, row_result, step_id=plan.step_id, now_s=now_s)
         return self.take_outputs()
 
     def take_outputs(self) -> list[EngineOutput]:
@@ -163,7 +184,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless exactly the running sequences hold blocks and every count agrees."""
         self._kv.check_integrity(sequence.table for sequence in self._running.values())
-        if [*self._running.values(), *self._waiting] != list(self._requests.values()):
+        living = list(self._sequences.values())
+        if not [*self._running.values(), *self._waiting] == living == list(self._requests.values()):
             raise RuntimeError("the running and then the waiting sequences are not all that live, in order of arrival")
 
     def _check_new(self, request: EngineRequest) -> None:
@@ -227,6 +249,8 @@ class Scheduler:
     def _admit_waiting(self, draft: _Draft, now_s: float) -> None:
         while self._waiting and draft.budget and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
+            if sequence.num_pending:
+                return
             # A sequence gets the blocks of all its tokens at once, so that prefills never starve each other half way,
             # and leaves one for each that runs already, so that it is not preempted as soon as those grow.
             num_cached = self._kv.admit(
@@ -237,6 +261,7 @@ class Scheduler:
             self._waiting.popleft()
             self._running[sequence.seq_id] = sequence
             sequence.num_computed = num_cached
+            sequence.admitted_step_id = self._last_step_id + 1
             is_new = sequence.started_s is None
             if is_new:
                 draft.new_sequences.append(sequence.introduction())
@@ -270,16 +295,17 @@ class Scheduler:
         self._waiting.appendleft(sequence)
         self._num_preemptions += 1
 
-    def _update_sequence(self, sequence: Sequence, row: Row, result: RowResult, now_s: float) -> None:
+    def _update_sequence(self, sequence: Sequence, row: Row, result: RowResult, *, step_id: int, now_s: float) -> None:
         if result.error_kind:
-            # What these blocks hold may not be finite either, so no other request may meet it.
-            self._kv.release(sequence.table, forget=True)
+            # What its blocks hold may not be finite either, so no other request may meet it.
+            self._kv.forget(sequence.table)
             error = f"the logits after token {row.start + row.num_tokens} are not finite"
             self._end(sequence, FinishReason.ERROR, error=error, error_kind=result.error_kind)
             return
-        self._kv.publish(sequence.table, sequence.token_ids, row.start + row.num_tokens)
+        if sequence.seq_id in self._running and sequence.admitted_step_id <= step_id:
+            self._kv.publish(sequence.table, sequence.token_ids, row.start + row.num_tokens)
         prompt_logprobs = sequence.take_prompt_logprobs(row, result)
-        ended_at_last_token = row.start + row.num_tokens == sequence.num_tokens
+        ended_at_last_token = row.start + row.num_tokens == len(sequence.token_ids)
         token_ids: tuple[int, ...] = ()
         reason: FinishReason | None = None
         if result.token_id is not None:
@@ -287,7 +313,7 @@ class Scheduler:
             token_ids = (result.token_id,)
         if not sequence.stop_ids.isdisjoint(token_ids):
             reason = FinishReason.STOP
-        elif ended_at_last_token and sequence.has_all_output:
+        elif ended_at_last_token and sequence.has_all_output and not sequence.num_pending:
             reason = FinishReason.LENGTH
         output = EngineOutput(
             request_id=sequence.request.request_id,
@@ -297,8 +323,6 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=result.token_id if reason is FinishReason.STOP else None,
-            num_cached_tokens=sequence.num_cached_tokens,
-            timings=sequence.timings(now_s),
         )
         if reason is not None:
             self._close(sequence, output)
@@ -317,7 +341,7 @@ class Scheduler:
 
     def _close(self, sequence: Sequence, output: EngineOutput) -> None:
         """Forget the sequence; `output` is its last."""
-        del self._requests[sequence.request.request_id]
+        del self._requests[sequence.request.request_id], self._sequences[sequence.seq_id]
         if self._running.pop(sequence.seq_id, None) is None:
             self._waiting.remove(sequence)
         self._kv.release(sequence.table)

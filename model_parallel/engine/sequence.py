@@ -22,8 +22,12 @@ class Sequence:
     """End-of-sequence and stop tokens that end this request."""
     next_prompt_logprob: int = field(init=False)
     """First prompt position whose log-probability is still to be delivered; the prompt's length when none is."""
+    num_pending: int = 0
+    """Tokens that the steps under way will sample. They follow `token_ids` and are counted before they are known."""
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache, or will be after the step just planned."""
+    admitted_step_id: int = 0
+    """First step for which its present blocks hold; a result of an earlier one tells nothing about them."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave at the first admission."""
     started_s: float | None = None
@@ -41,15 +45,17 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Pending ones included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_uncomputed(self) -> int:
-        return self.num_tokens - self.num_computed
+        """Tokens still to be planned. Never counts a pending last token: nothing follows it."""
+        return 0 if self.num_pending and self.has_all_output else self.num_tokens - self.num_computed
 
     @property
     def has_all_output(self) -> bool:
-        """No further token is wanted. True from the beginning when max_tokens is 0."""
+        """No token is wanted beyond the pending ones. True from the beginning when max_tokens is 0."""
         return self.num_tokens - len(self.request.prompt_token_ids) >= self.request.sampling.max_tokens
 
     @property
@@ -73,8 +79,9 @@ class Sequence:
         )
 
     def append(self, token_id: int, now_s: float) -> None:
-        """Take a sampled token."""
+        """Take a sampled token, until now pending."""
         self.token_ids.append(token_id)
+        self.num_pending -= 1
         self.last_token_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s

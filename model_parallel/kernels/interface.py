@@ -1,21 +1,39 @@
 """The operations that the model is written in. A backend implements all of them; the model code never asks which.
 
 Shape suffixes: T tokens of a step · I, O features in and out · E hidden · F local feed-forward columns · H local query heads
-· K local key/value heads · D head dim · B KV blocks · P block size · R rows that logits are wanted for
+· K local key/value heads · D head dim · S runs · R rows that logits are wanted for · V local vocabulary rows
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+Weight = Any
+"""A weight in the form that a backend packed it into, at load; only that backend looks inside."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's paged KV cache on one rank. The last block is scratch: padding tokens are written there, nobody reads it."""
+    """One layer's paged KV cache on one rank, laid out as the backend likes.
 
-    keys_BPKD: Tensor
-    values_BPKD: Tensor
+    The last block is scratch: padding tokens are written there, nobody reads it.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """The attention heads of one rank."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_of_query_H: Tensor
+    """int64: the local key/value head that each local query head reads; any map."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +53,16 @@ class SequenceRun:
 class AttentionPlan:
     """How a step's rows lie in the cache. Rows past the last run are padding."""
 
-    positions_T: Tensor
-    """int64."""
     slots_T: Tensor
     """int64, block id × block size + offset: where each token's key and value go."""
     cos_TD: Tensor
-    """float32, cosine of the rotary angles at positions_T; the two halves of D are equal."""
+    """float32, cosine of the rotary angles at each token's position; the two halves of D are equal."""
     sin_TD: Tensor
     runs: tuple[SequenceRun, ...]
+    runs_S4: Tensor
+    """int64, the same runs as numbers: first row, number of tokens, start, index in `blocks` of the block table."""
+    blocks: Tensor
+    """int64, the block tables of all runs one after another."""
 
 
 class Kernels(Protocol):
@@ -53,17 +73,48 @@ class Kernels(Protocol):
     """Whether a row's bits are the same whatever else is in the step, once rows are padded to `row_multiple`."""
     row_multiple: int
     """Steps are padded to a multiple of this many rows."""
+    has_threads: bool
+    """Whether it computes on threads of its own, so that torch's should rest."""
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        """[T, O]: x · weightᵀ."""
+    def pack_linear(self, weight_OI: Tensor) -> Weight:
+        """For `linear` and `addend`."""
         ...
 
-    def pack_head(self, weight_VE: Tensor) -> Tensor:
-        """The LM head in the form that `logits` wants; called once, at load."""
+    def pack_gated(self, gate_up_F2I: Tensor) -> Weight:
+        """For `gated_linear`, of [2F, I]: gate rows, then up rows."""
         ...
 
-    def logits(self, x_RE: Tensor, head: Tensor) -> Tensor:
+    def pack_head(self, weight_VE: Tensor) -> Weight:
+        """For `logits`."""
+        ...
+
+    def allocate_cache(
+        self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        """A layer's empty cache of num_blocks blocks and the scratch block."""
+        ...
+
+    def linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
+        """[T, O] of x's dtype: x · weightᵀ."""
+        ...
+
+    def addend(self, x_TI: Tensor, weight: Weight) -> Tensor:
+        """float32 [T, O]: x · weightᵀ as this rank's part of a sum over ranks."""
+        ...
+
+    def gated_linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
+        """[T, F] of x's dtype: silu(x · gateᵀ) · (x · upᵀ) (SwiGLU, Shazeer 2020)."""
+        ...
+
+    def logits(self, x_RE: Tensor, head: Weight) -> Tensor:
         """float32 [R, V] of float32 x; never rounded to the weights' dtype, in which close logits would become equal."""
+        ...
+
+    def softmax_parts(self, logits_RV: Tensor) -> Tensor:
+        """float64 [R, 3]: each row's maximum, the sum of exp(logit − maximum), and the first index of the maximum.
+
+        A NaN in the row, or an infinite maximum, makes one of the first two not finite.
+        """
         ...
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
@@ -71,23 +122,16 @@ class Kernels(Protocol):
         ...
 
     def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(rms_norm(x + residual), x + residual); x and residual are float32, and so is their sum."""
+        """(rms_norm(x + residual), x + residual); x and residual are float32, and so is their sum.
+
+        May use the residual's memory for the sum.
+        """
         ...
 
-    def silu_and_mul(self, gate_up_TF2: Tensor) -> Tensor:
-        """[T, F]: silu(first half) · second half (SwiGLU, Shazeer 2020)."""
-        ...
+    def attention(self, qkv_TX: Tensor, plan: AttentionPlan, cache: LayerCache, heads: Heads) -> Tensor:
+        """[T, H · D]: causal softmax(q · kᵀ / sqrt(D)) · v over each run's own cached positions.
 
-    def rope_and_cache(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache
-    ) -> Tensor:
-        """Rotate q and k by their positions (Su et al. 2021, half-split layout), write k and v to their slots, return q."""
-        ...
-
-    def attention(self, q_THD: Tensor, plan: AttentionPlan, cache: LayerCache, kv_of_query_H: Tensor) -> Tensor:
-        """[T, H, D]: causal softmax(q · kᵀ / sqrt(D)) · v over each run's own cached positions.
-
-        kv_of_query_H: int64, the local key/value head that each local query head reads; any map. Padding rows are undefined
-        but finite.
+        qkv: [T, (H + 2K) · D], query, key and value heads one after another. q and k are rotated by their positions first
+        (Su et al. 2021, half-split layout), and k and v written to their slots. Padding rows are undefined.
         """
         ...

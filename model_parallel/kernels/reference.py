@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_parallel.kernels.interface import AttentionPlan, LayerCache, SequenceRun
+from model_parallel.kernels.interface import AttentionPlan, Heads, LayerCache, SequenceRun
 
 ROWS_PER_THREAD = 4
 KEY_TILE = 128
@@ -24,22 +24,48 @@ class ReferenceKernels:
     """See kernels/interface.py. Attention is computed in float32 whatever the dtype."""
 
     name = "reference"
+    has_threads = False
 
     def __init__(self, *, num_threads: int, device: str) -> None:
         self.row_multiple = ROWS_PER_THREAD * num_threads
         self.batch_invariant = device == "cpu"
+        self.device = device
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return F.linear(x_TI, weight_OI)
+    def pack_linear(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI
+
+    def pack_gated(self, gate_up_F2I: Tensor) -> Tensor:
+        return gate_up_F2I
 
     def pack_head(self, weight_VE: Tensor) -> Tensor:
         # No CPU product of torch takes bfloat16 and gives float32; a GPU's does.
         return weight_VE if weight_VE.is_cuda else weight_VE.float()
 
+    def allocate_cache(
+        self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
+        return LayerCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)))
+
+    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        return F.linear(x_TI, weight_OI)
+
+    def addend(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        return F.linear(x_TI, weight_OI).float()
+
+    def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor) -> Tensor:
+        gate_TF, up_TF = F.linear(x_TI, weight_F2I).chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
+
     def logits(self, x_RE: Tensor, head: Tensor) -> Tensor:
         if head.dtype == torch.float32:
             return F.linear(x_RE, head)
         return torch.mm(x_RE.to(head.dtype), head.t(), out_dtype=torch.float32)
+
+    def softmax_parts(self, logits_RV: Tensor) -> Tensor:
+        maximum_R1, index_R1 = logits_RV.max(dim=1, keepdim=True)
+        sum_R1 = (logits_RV - maximum_R1).exp().sum(dim=1, keepdim=True)
+        return torch.cat([maximum_R1.double(), sum_R1.double(), index_R1.double()], dim=1)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         scale_T1 = torch.rsqrt(x_TE.square().mean(-1, keepdim=True) + eps)
@@ -49,28 +75,24 @@ class ReferenceKernels:
         sum_TE = x_TE + residual_TE
         return self.rms_norm(sum_TE, weight_E, eps), sum_TE
 
-    def silu_and_mul(self, gate_up_TF2: Tensor) -> Tensor:
-        gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
-        return F.silu(gate_TF) * up_TF
+    def attention(self, qkv_TX: Tensor, plan: AttentionPlan, cache: LayerCache, heads: Heads) -> Tensor:
+        parts = (heads.num_query_heads, heads.num_kv_heads, heads.num_kv_heads)
+        q_THD, k_TKD, v_TKD = qkv_TX.unflatten(-1, (-1, heads.head_dim)).split(parts, dim=1)
+        cache.keys.flatten(0, 1)[plan.slots_T] = _rotate(k_TKD, plan)
+        cache.values.flatten(0, 1)[plan.slots_T] = v_TKD
+        q_THD = _rotate(q_THD, plan)
 
-    def rope_and_cache(
-        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan, cache: LayerCache
-    ) -> Tensor:
-        cache.keys_BPKD.flatten(0, 1)[plan.slots_T] = _rotate(k_TKD, plan)
-        cache.values_BPKD.flatten(0, 1)[plan.slots_T] = v_TKD
-        return _rotate(q_THD, plan)
-
-    def attention(self, q_THD: Tensor, plan: AttentionPlan, cache: LayerCache, kv_of_query_H: Tensor) -> Tensor:
         out_THD = torch.zeros_like(q_THD)
         decodes = [run for run in plan.runs if run.num_tokens == 1]
         if decodes:
             rows = torch.tensor([run.first_row for run in decodes], device=q_THD.device)
-            out_THD[rows] = _attend(q_THD[rows].unsqueeze(1), decodes, cache, kv_of_query_H).squeeze(1)
+            out_THD[rows] = _attend(q_THD[rows].unsqueeze(1), decodes, cache, heads.kv_of_query_H).squeeze(1)
         for run in plan.runs:
             if run.num_tokens > 1:
                 rows_of_run = slice(run.first_row, run.first_row + run.num_tokens)
-                out_THD[rows_of_run] = _attend(q_THD[rows_of_run].unsqueeze(0), [run], cache, kv_of_query_H).squeeze(0)
-        return out_THD
+                q_SNHD = q_THD[rows_of_run].unsqueeze(0)
+                out_THD[rows_of_run] = _attend(q_SNHD, [run], cache, heads.kv_of_query_H).squeeze(0)
+        return out_THD.flatten(1)
 
 
 def _rotate(x_THD: Tensor, plan: AttentionPlan) -> Tensor:
@@ -108,10 +130,10 @@ def _gather(
     runs: list[SequenceRun], cache: LayerCache, kv_of_query_H: Tensor, *, context_len: int
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [S, H, L, D] in float32, L the context rounded up to whole tiles."""
-    num_scratch, block_size = cache.keys_BPKD.shape[0] - 1, cache.keys_BPKD.shape[1]
+    num_scratch, block_size = cache.keys.shape[0] - 1, cache.keys.shape[1]
     padded_len = -(-context_len // KEY_TILE) * KEY_TILE
     num_blocks = -(-padded_len // block_size)
-    tables = torch.full((len(runs), num_blocks), num_scratch, dtype=torch.int64, device=cache.keys_BPKD.device)
+    tables = torch.full((len(runs), num_blocks), num_scratch, dtype=torch.int64, device=cache.keys.device)
     for row, run in enumerate(runs):
         used = run.block_table[:num_blocks]
         tables[row, : len(used)] = used
@@ -120,4 +142,4 @@ def _gather(
         cached_SLKD = blocks_BPKD[tables].flatten(1, 2)[:, :padded_len]
         return cached_SLKD.transpose(1, 2)[:, kv_of_query_H].float().contiguous()
 
-    return gather(cache.keys_BPKD), gather(cache.values_BPKD)
+    return gather(cache.keys), gather(cache.values)

@@ -5,26 +5,23 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_parallel.kernels.interface import Kernels
+from model_parallel.kernels.interface import Kernels, Weight
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """SwiGLU over this rank's columns. Shape suffixes: T tokens · E hidden · F local columns
+    """SwiGLU over this rank's columns. Shape suffixes: T tokens · E hidden
 
     The result is this rank's addend: the sum over ranks is the layer's output.
     """
 
-    gate_up_weight: Tensor
-    """[2F, E]: gate rows, then up rows."""
-    down_weight: Tensor
-    """[E, F]."""
+    gate_up_weight: Weight
+    down_weight: Weight
     kernels: Kernels
 
     def __call__(self, x_TE: Tensor) -> Tensor:
-        return self.kernels.linear(
-            self.kernels.silu_and_mul(self.kernels.linear(x_TE, self.gate_up_weight)), self.down_weight
-        )
+        """float32 [T, E]."""
+        return self.kernels.addend(self.kernels.gated_linear(x_TE, self.gate_up_weight), self.down_weight)
 
 
 @dataclass(frozen=True, slots=True)

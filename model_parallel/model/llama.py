@@ -3,14 +3,14 @@
 Shape suffixes: T tokens of a step · E hidden · V local vocabulary rows · R rows that logits are wanted for
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model_parallel.config import ModelConfig
-from model_parallel.kernels.interface import AttentionPlan, Kernels, LayerCache
+from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache
 from model_parallel.model.attention import Attention
 from model_parallel.model.layers import FeedForward, VocabularyEmbedding
 from model_parallel.model.partition import EMBEDDING, FINAL_NORM, LM_HEAD, even_range, partition_heads
@@ -31,9 +31,12 @@ class Llama:
     """A rank's shard of the model."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], *, kernels: Kernels, collectives: Collectives
+        self, config: ModelConfig, weights: dict[str, Tensor], *, kernels: Kernels, collectives: Collectives
     ) -> None:
-        """weights: this rank's slices by the names of partition.shard_table; they are fused here, so let go of the mapping."""
+        """weights: this rank's slices by name, as checkpoint/loader.py gives them.
+
+        Layers are taken out of it one by one, so that no more than one exists both as loaded and as the kernels want it.
+        """
         self.config = config
         self.kernels = kernels
         self.collectives = collectives
@@ -43,30 +46,30 @@ class Llama:
         self.final_norm_E = weights[FINAL_NORM].float()
         self.head = kernels.pack_head(weights[EMBEDDING if config.tie_word_embeddings else LM_HEAD])
 
-    def _layer(self, weights: Mapping[str, Tensor], prefix: str) -> Layer:
-        def fused(*names: str) -> Tensor:
-            return torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
-
+    def _layer(self, weights: dict[str, Tensor], prefix: str) -> Layer:
         config, rank, size = self.config, self.collectives.rank, self.collectives.size
-        heads = partition_heads(config.num_query_heads, config.num_kv_heads, size, rank)
-        o_weight = weights[f"{prefix}.self_attn.o_proj.weight"]
+        part = partition_heads(config.num_query_heads, config.num_kv_heads, size, rank)
+        qkv_weight = weights.pop(f"{prefix}.self_attn.qkv_proj.weight")
         attention = Attention(
-            qkv_weight=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            o_weight=o_weight,
-            heads=heads,
-            head_dim=config.head_dim,
-            kv_of_query_H=torch.tensor(heads.kv_of_query, device=o_weight.device),
+            qkv_weight=self.kernels.pack_linear(qkv_weight),
+            o_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.self_attn.o_proj.weight")),
+            heads=Heads(
+                num_query_heads=len(part.query_heads),
+                num_kv_heads=len(part.kv_heads),
+                head_dim=config.head_dim,
+                kv_of_query_H=torch.tensor(part.kv_of_query, device=qkv_weight.device),
+            ),
             kernels=self.kernels,
         )
         feed_forward = FeedForward(
-            gate_up_weight=fused("mlp.gate_proj", "mlp.up_proj"),
-            down_weight=weights[f"{prefix}.mlp.down_proj.weight"],
+            gate_up_weight=self.kernels.pack_gated(weights.pop(f"{prefix}.mlp.gate_up_proj.weight")),
+            down_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.mlp.down_proj.weight")),
             kernels=self.kernels,
         )
         return Layer(
-            attention_norm_E=weights[f"{prefix}.input_layernorm.weight"],
+            attention_norm_E=weights.pop(f"{prefix}.input_layernorm.weight"),
             attention=attention,
-            feed_forward_norm_E=weights[f"{prefix}.post_attention_layernorm.weight"],
+            feed_forward_norm_E=weights.pop(f"{prefix}.post_attention_layernorm.weight"),
             feed_forward=feed_forward,
         )
 
@@ -81,9 +84,9 @@ class Llama:
         x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
         next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]
         for layer, cache, next_norm_E in zip(self.layers, caches, next_norms, strict=True):
-            x_TE = all_reduce(layer.attention(x_TE, plan, cache).float())
+            x_TE = all_reduce(layer.attention(x_TE, plan, cache))
             x_TE, residual_TE = norm(x_TE, residual_TE, layer.feed_forward_norm_E, eps)
-            x_TE = all_reduce(layer.feed_forward(x_TE).float())
+            x_TE = all_reduce(layer.feed_forward(x_TE))
             x_TE, residual_TE = norm(x_TE, residual_TE, next_norm_E, eps)
         return x_TE
 

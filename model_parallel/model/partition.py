@@ -16,6 +16,25 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
+_FUSED = {
+    "self_attn.q_proj": "self_attn.qkv_proj",
+    "self_attn.k_proj": "self_attn.qkv_proj",
+    "self_attn.v_proj": "self_attn.qkv_proj",
+    "mlp.gate_proj": "mlp.gate_up_proj",
+    "mlp.up_proj": "mlp.gate_up_proj",
+}
+
+
+def fused_name(name: str) -> str:
+    """The tensor that a rank keeps parameter `name` in: query, key and value rows in one, gate and up rows in another.
+
+    Parts follow one another in the order of `shard_table`.
+    """
+    prefix, _, part = name.removesuffix(".weight").rpartition(".")
+    prefix, _, block = prefix.rpartition(".")
+    fused = _FUSED.get(f"{block}.{part}")
+    return f"{prefix}.{fused}.weight" if fused else name
+
 
 def even_range(total: int, num_ranks: int, rank: int) -> range:
     """The `rank`-th of `num_ranks` contiguous runs of 0…total−1; sizes differ by at most one, longer runs first."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
+from model_parallel.kernels.interface import Kernels
 from model_parallel.model.randomness import draw_key, gumbel_noise
 from model_parallel.runtime.batch import SequenceState
 from model_parallel.runtime.collectives import Collectives
@@ -51,8 +52,9 @@ class _Softmax:
 class Sampler:
     """One rank's part of the group's sampler."""
 
-    def __init__(self, collectives: Collectives, vocabulary: range, largest_part: int) -> None:
+    def __init__(self, kernels: Kernels, collectives: Collectives, vocabulary: range, largest_part: int) -> None:
         """vocabulary: token ids of this rank's logits. largest_part: the most that any rank holds."""
+        self.kernels = kernels
         self.collectives = collectives
         self.vocabulary = vocabulary
         self.largest_part = largest_part
@@ -60,13 +62,18 @@ class Sampler:
     def sample(self, logits_RV: Tensor, states: Sequence[SequenceState]) -> list[Sampled]:
         """The next token of each state. logits_RV: float32, its first rows are the states' in order."""
         num_top = max(state.sampling.logprobs or 0 for state in states)
-        scores_RV = self._adjusted(logits_RV, states)
-        best_R3 = self._best(scores_RV, logits_RV, states)
-        table = self._gather(
-            torch.cat([_normalisers(logits_RV), best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1)
-        )
-        filtered = [r for r, state in enumerate(states) if _is_filtered(state.sampling)]
-        winners = self._draw_filtered(scores_RV, logits_RV, states, filtered)
+        parts_R3 = self.kernels.softmax_parts(logits_RV)
+        best_R3 = self._greedy(parts_R3)
+        winners: dict[int, tuple[int, float]] = {}
+        changed = [r for r, state in enumerate(states) if not _is_plain(state.sampling)]
+        if changed:
+            changed_states, changed_logits_RV = [states[r] for r in changed], logits_RV[changed]
+            scores_RV = self._adjusted(changed_logits_RV, changed_states)
+            best_R3[changed] = self._best(scores_RV, changed_logits_RV, changed_states)
+            filtered = [i for i, state in enumerate(changed_states) if _is_filtered(state.sampling)]
+            drawn = self._draw_filtered(scores_RV, changed_logits_RV, changed_states, filtered)
+            winners = {changed[i]: winner for i, winner in drawn.items()}
+        table = self._gather(torch.cat([parts_R3[:, :2], best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1))
 
         results = []
         for r, state in enumerate(states):
@@ -143,6 +150,11 @@ class Sampler:
         index = torch.tensor([t - self.vocabulary.start for t, _ in held], dtype=torch.int64, device=scores_V.device)
         scores_V[index] += torch.tensor([v for _, v in held], dtype=torch.float64, device=scores_V.device)
 
+    def _greedy(self, parts_R3: Tensor) -> Tensor:
+        """float64 [R, 3]: this rank's best (score, token id, logit) of rows that take the likeliest token."""
+        maximum_R, _, index_R = parts_R3.unbind(1)
+        return torch.stack([maximum_R, index_R + self.vocabulary.start, maximum_R], dim=1)
+
     def _best(self, scores_RV: Tensor, logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
         """float64 [R, 3]: this rank's best (score, token id, logit), with noise where the row samples without filters."""
         noisy = [r for r, s in enumerate(states) if s.sampling.temperature > 0 and not _is_filtered(s.sampling)]
@@ -156,6 +168,8 @@ class Sampler:
 
     def _top(self, values_RV: Tensor, count: int) -> Tensor:
         """float64 [R, count, 2]: this rank's highest values with their token ids; (-inf, -1) past its part."""
+        if not count:
+            return torch.empty((len(values_RV), 0, 2), dtype=torch.float64, device=values_RV.device)
         held = min(count, len(self.vocabulary))
         value_RC, index_RC = values_RV.topk(held, dim=1)
         top_RC2 = torch.full((len(values_RV), count, 2), -math.inf, dtype=torch.float64, device=values_RV.device)
@@ -253,6 +267,12 @@ def _num_kept(
     # Without the tokens that top_k keeps, the mass that top_p is measured against is not known.
     is_open_R = (kept_R == silent) | ((top_k_R < silent) & ~is_cut_R & (not is_complete))
     return kept_R.masked_fill(is_open_R, 0)
+
+
+def _is_plain(sampling: SamplingParams) -> bool:
+    """Whether the likeliest token is taken, by logits as they are."""
+    penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+    return sampling.temperature == 0 and not penalties and not sampling.logit_bias
 
 
 def _is_filtered(sampling: SamplingParams) -> bool:

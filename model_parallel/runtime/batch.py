@@ -4,7 +4,7 @@ Shape suffixes: T tokens of the step, padded · D head dim
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,12 +72,13 @@ def build_batch(
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    runs: list[SequenceRun] = []
+    runs: list[tuple[int, int, int, int]] = []
+    blocks: list[int] = []
     for row in rows:
         state = sequences[row.seq_id]
         span = range(row.start, row.start + row.num_tokens)
-        table = torch.tensor(state.block_ids, dtype=torch.int64, device=device)
-        runs.append(SequenceRun(first_row=len(token_ids), num_tokens=len(span), start=row.start, block_table=table))
+        runs.append((len(token_ids), len(span), row.start, len(blocks)))
+        blocks += state.block_ids
         token_ids += state.token_ids[span.start : span.stop]
         positions += span
         slots += [state.block_ids[p // block_size] * block_size + p % block_size for p in span]
@@ -88,15 +89,21 @@ def build_batch(
     positions += [0] * num_padding
     slots += [scratch_slot] * num_padding
 
-    positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
-    angles_TD = torch.outer(positions_T.float(), frequencies).repeat(1, 2)
+    def tensor(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    angles_TD = torch.outer(tensor(positions).float(), frequencies).repeat(1, 2)
+    blocks_X = tensor(blocks)
+    ends = [first for *_, first in runs[1:]] + [len(blocks)]
     plan = AttentionPlan(
-        positions_T=positions_T,
-        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        slots_T=tensor(slots),
         cos_TD=angles_TD.cos(),
         sin_TD=angles_TD.sin(),
-        runs=tuple(runs),
+        runs=tuple(
+            SequenceRun(first_row=row, num_tokens=count, start=start, block_table=blocks_X[first:end])
+            for (row, count, start, first), end in zip(runs, ends, strict=True)
+        ),
+        runs_S4=tensor(runs),
+        blocks=blocks_X,
     )
-    return Batch(
-        num_tokens=num_tokens, token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device), attention=plan
-    )
+    return Batch(num_tokens=num_tokens, token_ids_T=tensor(token_ids), attention=plan)

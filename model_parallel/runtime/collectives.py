@@ -100,7 +100,7 @@ class ThreadCollectives:
         return self._exchange.put(self._turn, self.rank, x)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return _sum_in_order(self._meet(x))
+        return sum_in_order(self._meet(x))
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._meet(x))
@@ -144,7 +144,7 @@ class TorchCollectives:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not self._cuda:
-            return _sum_in_order(self.all_gather(x))
+            return sum_in_order(self.all_gather(x))
         x = x.contiguous()
         self._run("all_reduce", lambda: self._group.allreduce([x]))
         return x
@@ -174,7 +174,8 @@ class TorchCollectives:
             raise GroupFailedError(f"rank {self.rank}: {name} failed: {error}") from error
 
 
-def _sum_in_order(parts: Iterable[Tensor]) -> Tensor:
+def sum_in_order(parts: Iterable[Tensor]) -> Tensor:
+    """The sum, added from first to last, in memory of its own."""
     first, *others = parts
     total = first.clone()
     for part in others:

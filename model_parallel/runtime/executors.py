@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
@@ -17,8 +18,16 @@ from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, GroupFailedError
 from model_parallel.runtime.collectives import Collectives, Exchange, SoloCollectives, ThreadCollectives
-from model_parallel.runtime.leader import LOOPBACK, RANK_CLASS, STOP_TIMEOUT_S, OnProgress, SocketExecutor, store_file
-from model_parallel.runtime.link import Launch, Rendezvous
+from model_parallel.runtime.leader import (
+    LOOPBACK,
+    RANK_CLASS,
+    STOP_TIMEOUT_S,
+    OnProgress,
+    SocketExecutor,
+    local_rendezvous,
+    store_file,
+)
+from model_parallel.runtime.link import Launch
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.rank_process import RankFactory, RankWorker
 
@@ -38,6 +47,7 @@ class InProcessExecutor:
         """Loads all ranks. Raises whatever a rank raised: ConfigError, CheckpointError, ..."""
         size, timeout_s = config.parallel.tp_size, config.parallel.step_timeout_s
         self._failure: str | None = None
+        self._submitted: deque[StepPlan] = deque()
         self._exchange = Exchange(size, timeout_s=config.parallel.start_timeout_s)
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"packtrain-rank-{rank}") for rank in range(size)]
 
@@ -55,7 +65,12 @@ class InProcessExecutor:
             raise
         self._exchange.timeout_s = timeout_s
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
+        """The step runs when it is collected: these ranks have no time of their own."""
+        self._submitted.append(plan)
+
+    def collect(self) -> StepResult:
+        plan = self._submitted.popleft()
         if self._failure is not None:
             raise GroupFailedError(self._failure)
         try:
@@ -111,8 +126,8 @@ class SpawnedExecutor(SocketExecutor):
         # Linux ends the ranks with the thread that spawned them (PR_SET_PDEATHSIG), so it must last as long as they do.
         self._spawner = ThreadPoolExecutor(1, thread_name_prefix="packtrain-spawner")
         with store_file() as path:
-            where = Rendezvous(bind_host=LOOPBACK, store_path=path)
             deadline = time.monotonic() + config.parallel.start_timeout_s
+            where = local_rendezvous(config.parallel, path)
             self._start(LOOPBACK, [where] * config.parallel.tp_size, on_progress, deadline)
 
     def _launch(self, host: str, port: int, secret: bytes) -> None:

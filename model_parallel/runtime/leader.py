@@ -1,23 +1,26 @@
 """The leader's side of a group whose ranks are processes of their own, whoever started them.
 
-A step costs one send a rank and one blocking read of rank 0's answer, in the thread that calls `execute`. A second
+A step costs one send a rank and one blocking read of rank 0's answer, in the thread that submits and collects. A second
 thread sleeps until some connection hangs up, so that a rank lost between steps, or while rank 0 waits for it inside a
 collective, is known at once. Acknowledgements of the other ranks are read when they are there and never waited for: a
 rank that hangs stops rank 0's next collective, and so the step.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import select
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from model_parallel.config import GroupConfig
+from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import CheckpointError, ConfigError, EngineError, GroupFailedError
+from model_parallel.native import NativeBuildError
 from model_parallel.runtime.link import (
     SECRET_BYTES,
     Ack,
@@ -34,6 +37,9 @@ from model_parallel.runtime.link import (
     Step,
     Stop,
 )
+from model_parallel.runtime.shared_memory import library
+
+logger = logging.getLogger(__name__)
 
 RANK_CLASS = "model_parallel.runtime.rank:Rank"
 LOOPBACK = "127.0.0.1"
@@ -114,6 +120,20 @@ def store_file() -> Iterator[str]:
         os.close(fd)
 
 
+def local_rendezvous(parallel: ParallelConfig, path: str) -> Rendezvous:
+    """For ranks that are all on this host and share the file at `path`: as memory if they can, otherwise as a store.
+
+    The leader decides, so that no two ranks can come to different conclusions; and it compiles, not each of them.
+    """
+    if parallel.device == "cpu" and parallel.tp_size > 1:
+        try:
+            library.load()
+            return Rendezvous(bind_host=LOOPBACK, memory_path=path)
+        except NativeBuildError as error:
+            logger.warning("ranks will exchange through Gloo, which is slower than shared memory: %s", error)
+    return Rendezvous(bind_host=LOOPBACK, store_path=path)
+
+
 class SocketExecutor(ABC):
     """Executor over links. A subclass starts and ends the rank processes, and calls `_start` when it is constructed."""
 
@@ -125,7 +145,9 @@ class SocketExecutor(ABC):
         self._failure: str | None = None
         self._on_failure: Callable[[str], None] | None = None
         self._link_of: dict[int, _RankLink] = {}
-        self._in_step = False
+        self._under_way: deque[StepPlan] = deque()
+        self._step_began_s = 0.0
+        """When the oldest of them could begin: when it was submitted, or the one before it was answered."""
         self._reported = False
         self._closing = False
         self._closed = False
@@ -209,39 +231,60 @@ class SocketExecutor(ABC):
                         case _:
                             raise LinkError(f"{link.name} sent {type(message).__name__} while it was loading")
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         with self._lock:
-            if self._failure is not None or self._closing:
-                raise GroupFailedError(self._failure or "the group was shut down")
-            self._in_step = True
-        result: StepResult | None = None
-        try:
-            result = self._exchange(plan)
-        except TimeoutError:
-            silent = ", ".join(link.name for link in self._links if link.last_step_id < plan.step_id)
-            timeout_s = self.config.parallel.step_timeout_s
-            self._fail(f"step {plan.step_id} did not end within {timeout_s:g} s; no answer from {silent}")
-        except LinkError as error:
-            self._fail(str(error))
+            self._raise_if_lost()
+            if not self._under_way:
+                self._step_began_s = time.monotonic()
+            self._under_way.append(plan)
+        with self._blame():
+            self._send(plan)
+
+    def collect(self) -> StepResult:
+        with self._blame():
+            result = self._receive()
         with self._lock:
-            self._in_step = False
-            if result is None or self._failure is not None:
-                self._reported = True
-                raise GroupFailedError(self._failure or "the group was shut down")
+            self._raise_if_lost()
+            self._under_way.popleft()
+            self._step_began_s = time.monotonic()
         return result
 
-    def _exchange(self, plan: StepPlan) -> StepResult:
-        timeout_s = self.config.parallel.step_timeout_s
-        deadline = time.monotonic() + timeout_s
-        first = self._links[0]
-        frame = first.connection.encode(Step(plan))
+    def _raise_if_lost(self) -> None:
+        """The lock is held."""
+        if self._failure is not None or self._closing:
+            self._under_way.clear()
+            self._reported = True
+            raise GroupFailedError(self._failure or "the group was shut down")
+
+    @contextlib.contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Give the group up when a rank is lost in the body."""
+        try:
+            yield
+        except TimeoutError:
+            step_id, timeout_s = self._under_way[0].step_id, self.config.parallel.step_timeout_s
+            silent = ", ".join(link.name for link in self._links if link.last_step_id < step_id)
+            self._fail(f"step {step_id} did not end within {timeout_s:g} s; no answer from {silent}")
+        except LinkError as error:
+            self._fail(str(error))
+        else:
+            return
+        with self._lock:
+            self._raise_if_lost()
+
+    def _send(self, plan: StepPlan) -> None:
+        frame = self._links[0].connection.encode(Step(plan))
         for link in self._links:
-            link.connection.sock.settimeout(timeout_s)
+            link.connection.sock.settimeout(self.config.parallel.step_timeout_s)
             try:
                 link.connection.send_frame(frame)
             except LinkError as error:
                 with link.reading:
                     raise LinkError(link.last_words(error)) from error
+
+    def _receive(self) -> StepResult:
+        plan, first = self._under_way[0], self._links[0]
+        deadline = self._step_began_s + self.config.parallel.step_timeout_s
         with first.reading:
             answer = first.receive(deadline - time.monotonic())
         if not isinstance(answer, Result) or (answer.result.epoch, answer.result.step_id) != (plan.epoch, plan.step_id):
@@ -278,7 +321,7 @@ class SocketExecutor(ABC):
                 self._fail(reason)
 
     def _fail(self, reason: str) -> None:
-        """The group is lost: the first reason counts. Wakes the thread that waits in `execute` and ends all ranks."""
+        """The group is lost: the first reason counts. Wakes the thread that waits in `collect` and ends all ranks."""
         with self._lock:
             if self._closing or self._failure is not None:
                 return
@@ -292,7 +335,7 @@ class SocketExecutor(ABC):
         """Tell the owner of a failure that no step can tell it of; once."""
         with self._lock:
             callback, reason = self._on_failure, self._failure
-            if callback is None or reason is None or self._in_step or self._reported:
+            if callback is None or reason is None or self._under_way or self._reported:
                 return
             self._reported = True
         callback(reason)
@@ -302,7 +345,7 @@ class SocketExecutor(ABC):
             if self._closed:
                 return
             with self._lock:
-                running = self._monitor is not None and self._failure is None and not self._in_step
+                running = self._monitor is not None and self._failure is None and not self._under_way
                 self._closing = True
             if running:
                 self._ask_to_stop()

@@ -16,8 +16,8 @@ from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import TokenLogprobs
 from model_parallel.errors import EngineError
-from model_parallel.kernels.interface import Kernels, LayerCache
-from model_parallel.kernels.reference import ReferenceKernels
+from model_parallel.kernels.interface import LayerCache
+from model_parallel.kernels.select import select_kernels
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import even_range, partition_heads, shard_table
 from model_parallel.model.sampler import Sampler
@@ -49,27 +49,33 @@ class Rank:
         self.config = config
         self.collectives = collectives
         self.device = _device(config.parallel.device)
-        self.kernels: Kernels = ReferenceKernels(num_threads=config.parallel.num_threads, device=self.device.type)
         dtype = DTYPES[config.parallel.dtype]
+        self.kernels = select_kernels(self.device.type, dtype, config.parallel.num_threads)
         table = shard_table(model_config, tp_size, rank)
         weights = load_shard(info, table, dtype=dtype, device=self.device, progress=progress)
         self.model = Llama(model_config, weights, kernels=self.kernels, collectives=collectives)
+        if self.kernels.has_threads:
+            torch.set_num_threads(1)  # torch's own would fight them for the cores
         self.frequencies = rotary_frequencies(model_config, self.device)
         self.caches = self._allocate_caches(model_config, rank, dtype)
         largest_part = len(even_range(model_config.vocab_size, tp_size, 0))
-        self.sampler = Sampler(collectives, self.model.vocabulary, largest_part)
+        self.sampler = Sampler(self.kernels, collectives, self.model.vocabulary, largest_part)
         self.sequences: dict[int, SequenceState] = {}
         self.last_step_id = 0
 
     def _allocate_caches(self, model: ModelConfig, rank: int, dtype: torch.dtype) -> list[LayerCache]:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, self.config.parallel.tp_size, rank)
         cache = self.config.cache
-        shape = (cache.num_blocks + 1, cache.block_size, len(heads.kv_heads), model.head_dim)
-
-        def blocks() -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        return [LayerCache(blocks(), blocks()) for _ in range(model.num_layers)]
+        return [
+            self.kernels.allocate_cache(
+                num_blocks=cache.num_blocks,
+                block_size=cache.block_size,
+                num_kv_heads=len(heads.kv_heads),
+                head_dim=model.head_dim,
+                dtype=dtype,
+            )
+            for _ in range(model.num_layers)
+        ]
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -115,11 +121,11 @@ class Rank:
         self, row: Row, sampled: dict[int, RowResult], scored: dict[int, list[TokenLogprobs | None]]
     ) -> RowResult:
         result = sampled.get(row.seq_id, RowResult(row.seq_id))
+        if row.sample:  # After an error, too: the next step is planned already and counts on a token.
+            self.sequences[row.seq_id].append(result.token_id or 0)
         prompt_logprobs = tuple(entry for entry in scored.get(row.seq_id, []) if entry is not None)
         if len(prompt_logprobs) < len(scored.get(row.seq_id, [])):
             return RowResult(row.seq_id, error_kind="numerical_error")
-        if result.token_id is not None:
-            self.sequences[row.seq_id].append(result.token_id)
         return RowResult(row.seq_id, result.token_id, result.logprobs, prompt_logprobs, result.error_kind)
 
     def _logits(self, hidden_TE: Tensor, rows: list[int]) -> Tensor:

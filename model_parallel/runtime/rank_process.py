@@ -20,7 +20,7 @@ from typing import Protocol, cast
 import msgspec
 import torch
 
-from model_parallel.config import GroupConfig
+from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, EngineError, GroupFailedError
 from model_parallel.runtime.collectives import Collectives, SoloCollectives, TorchCollectives
@@ -33,12 +33,14 @@ from model_parallel.runtime.link import (
     LinkError,
     Progress,
     Ready,
+    Rendezvous,
     Result,
     Start,
     Step,
     Stop,
     connect,
 )
+from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
 _PR_SET_PDEATHSIG = 1
 _BLAME_DELAY_S = 0.1
@@ -89,11 +91,7 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
     began = time.monotonic()
     parallel = start.config.parallel
     torch.set_num_threads(parallel.num_threads)
-    collectives: Collectives = (
-        SoloCollectives()
-        if parallel.tp_size == 1
-        else TorchCollectives(parallel, launch.rank, start.rendezvous, store_listener)
-    )
+    collectives = _join(parallel, launch.rank, start.rendezvous, store_listener)
     worker = import_rank(launch.rank_class)(
         start.config, launch.rank, collectives, lambda done, total: connection.send(Progress(done, total))
     )
@@ -106,6 +104,14 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
         connection.send(Result(result) if launch.rank == 0 else Ack(launch.epoch, message.plan.step_id))
     worker.close()
     collectives.close()
+
+
+def _join(parallel: ParallelConfig, rank: int, where: Rendezvous, store_listener: socket.socket | None) -> Collectives:
+    if parallel.tp_size == 1:
+        return SoloCollectives()
+    if where.memory_path:
+        return SharedMemoryCollectives(where.memory_path, rank, parallel.tp_size, timeout_s=parallel.step_timeout_s)
+    return TorchCollectives(parallel, rank, where, store_listener)
 
 
 def _end_with_leader(connection: Connection[LeaderMessage], stopped: threading.Event) -> None:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.ray_api import alive_nodes
 from cluster.worker_group import RayExecutor
 from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
+from tests.support.executors import execute
 from tests.support.fake_rank import FAKE_RANK, HANG, group_config, plan, tokens
 
 
@@ -55,7 +56,7 @@ def test_steps_and_orderly_stop(bundles: PlacementGroup) -> None:
     )
     assert sorted(progress) == [(rank, done, 2) for rank in range(2) for done in (1, 2)]
     for step_id in range(1, 100):
-        assert tokens(executor.execute(plan(step_id, (0, step_id)))) == [3 * step_id]
+        assert tokens(execute(executor, plan(step_id, (0, step_id)))) == [3 * step_id]
     assert executor.health.problem() is None
     assert [at.pid for at in executor.locations] == list(executor.pids)
     for pid in executor.pids:
@@ -69,7 +70,7 @@ def test_steps_and_orderly_stop(bundles: PlacementGroup) -> None:
     assert executor.health.problem() is None
 
     again = RayExecutor(group_config(2), placement_group=bundles, rank_class=FAKE_RANK)  # the bundles are free again
-    assert tokens(again.execute(plan(1, (0, 5)))) == [15]
+    assert tokens(execute(again, plan(1, (0, 5)))) == [15]
     again.shutdown()
     assert all_gone(again.pids)
 
@@ -78,14 +79,14 @@ def test_killed_rank_ends_the_group(bundles: PlacementGroup) -> None:
     executor = RayExecutor(group_config(2), placement_group=bundles, rank_class=FAKE_RANK)
     reasons: list[str] = []
     executor.set_failure_callback(reasons.append)
-    executor.execute(plan(1, (0, 1)))
+    execute(executor, plan(1, (0, 1)))
     os.kill(executor.pids[1], signal.SIGKILL)
     assert wait_until(lambda: bool(reasons), 5)
     assert "rank 1" in reasons[0]
     assert executor.health.problem() == reasons[0]
     assert all_gone(executor.pids)
     with pytest.raises(GroupFailedError, match="rank 1"):
-        executor.execute(plan(2, (0, 1)))
+        execute(executor, plan(2, (0, 1)))
     executor.shutdown()
 
 
@@ -93,7 +94,7 @@ def test_stopped_rank_is_given_up_and_killed(bundles: PlacementGroup) -> None:
     executor = RayExecutor(group_config(2, step_timeout_s=1.5), placement_group=bundles, rank_class=FAKE_RANK)
     os.kill(executor.pids[0], signal.SIGSTOP)
     with pytest.raises(GroupFailedError, match=r"step 1 did not end within 1\.5 s"):
-        executor.execute(plan(1, (0, 1)))
+        execute(executor, plan(1, (0, 1)))
     executor.shutdown()
     assert all_gone(executor.pids)
 
@@ -140,13 +141,13 @@ class Leader:
         self.executor = RayExecutor(group_config(2), rank_class=FAKE_RANK)
 
     def step(self) -> list[int | None]:
-        return tokens(self.executor.execute(plan(1, (0, 5))))
+        return tokens(execute(self.executor, plan(1, (0, 5))))
 
     def pids(self) -> tuple[int, ...]:
         return (os.getpid(), *self.executor.pids)
 
     def hang(self) -> None:
-        self.executor.execute(plan(2, (HANG, 1), (0, 1)))
+        execute(self.executor, plan(2, (HANG, 1), (0, 1)))
 
 
 @pytest.mark.parametrize("in_a_step", [False, True])

@@ -15,6 +15,7 @@ from cluster.placement import GroupRequest, plan_groups
 from cluster.ray_api import alive_nodes, this_node
 from cluster.worker_group import RayExecutor
 from model_parallel.errors import ConfigError, GroupFailedError
+from tests.support.executors import execute
 from tests.support.fake_rank import FAKE_RANK, group_config, plan, tokens
 
 
@@ -50,7 +51,7 @@ def test_group_spans_nodes_from_the_leaders_node_on(bundles: PlacementGroup) -> 
     assert executor.locations[0].node_id == this_node()[0]
     assert executor.locations[1].node_id != this_node()[0]
     for step_id in range(1, 50):
-        assert tokens(executor.execute(plan(step_id, (0, step_id)))) == [3 * step_id]
+        assert tokens(execute(executor, plan(step_id, (0, step_id)))) == [3 * step_id]
     for at in executor.locations:
         sockets = psutil.Process(at.pid).net_connections("inet")
         listening = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.ip != at.ip]
@@ -64,7 +65,7 @@ def test_rank_lost_on_the_other_node_ends_the_group(bundles: PlacementGroup) -> 
     os.kill(executor.pids[1], signal.SIGKILL)
     with pytest.raises(GroupFailedError, match="rank 1"):
         for step_id in range(1, 1000):
-            executor.execute(plan(step_id, (0, 1)))
+            execute(executor, plan(step_id, (0, 1)))
     assert wait_gone(executor.pids)
     executor.shutdown()
 

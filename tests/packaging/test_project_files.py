@@ -46,7 +46,15 @@ def test_make_target_runs(target: str, commands: list[str]) -> None:
 
 def test_plain_make_lists_the_targets() -> None:
     done = make(directory=ROOT)
-    assert [line.split()[1] for line in done.stdout.splitlines()] == ["help", "demo", "serve", "test", "lint", "bench"]
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [
+        "help",
+        "demo",
+        "serve",
+        "test",
+        "lint",
+        "bench",
+        "proof-7b",
+    ]
 
 
 def test_every_suite_is_run() -> None:

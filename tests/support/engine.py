@@ -34,6 +34,7 @@ class Harness:
         max_waiting_requests: int = 64,
         max_waiting_tokens: int = 1 << 20,
         max_prefill_chunk: int = 1 << 30,
+        max_under_way: int = 1,
     ) -> None:
         self.clock = ManualClock()
         self.executor = FakeExecutor(
@@ -52,7 +53,7 @@ class Harness:
             epoch=1,
             clock=self.clock,
         )
-        self.engine = Engine(self.executor, self.scheduler)
+        self.engine = Engine(self.executor, self.scheduler, max_under_way=max_under_way)
         self.outputs: dict[str, list[EngineOutput]] = {}
 
     def add(self, request: EngineRequest) -> None:

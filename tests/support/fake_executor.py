@@ -6,6 +6,7 @@ chunks, preemption and shared prefixes must not change a request's output.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,7 @@ class FakeExecutor:
         self.on_failure: Callable[[str], None] | None = None
         self.is_shut_down = False
         self.sequences: dict[int, _RankSequence] = {}
+        self._submitted: deque[StepPlan] = deque()
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._max_tokens_a_step = max_tokens_a_step
@@ -91,7 +93,11 @@ class FakeExecutor:
     def shutdown(self) -> None:
         self.is_shut_down = True
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
+        self._submitted.append(plan)
+
+    def collect(self) -> StepResult:
+        plan = self._submitted.popleft()
         if plan.step_id == self.fails_at_step:
             raise GroupFailedError("rank 1 died")
         assert (plan.epoch, plan.step_id) == (self._epoch, len(self.plans) + 1)
@@ -160,6 +166,7 @@ class FakeExecutor:
         sequence = self.sequences[row.seq_id]
         sampling = sequence.sampling
         if sampling.seed in self.poisoned_seeds:
+            sequence.token_ids += [0] * row.sample
             return RowResult(row.seq_id, error_kind="numerical_error")
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if sampling.prompt_logprobs is not None:

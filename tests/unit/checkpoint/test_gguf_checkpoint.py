@@ -17,6 +17,7 @@ from model_parallel.checkpoint.loader import load_shard, open_checkpoint
 from model_parallel.checkpoint.names import from_gguf
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import FINAL_NORM, Shard, shard_table
+from tests.support.shards import load_parts
 
 CPU = torch.device("cpu")
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 40, 4, 2, 64
@@ -24,7 +25,7 @@ HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 256, 512, 40, 4, 2, 64
 
 def load(path: Path, num_ranks: int, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     info = describe(path)
-    return load_shard(info, shard_table(info.config, num_ranks, rank), dtype=dtype, device=CPU)
+    return load_parts(info, num_ranks, rank, dtype=dtype)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import load_shard
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, shard_table
+from tests.support.shards import load_parts
 
 CPU = torch.device("cpu")
 SINGLE = "model.safetensors"
@@ -33,7 +34,7 @@ def save(directory: Path, *, shard_size: str = "1GB", **changes: Any) -> LlamaFo
 
 def load(directory: Path, num_ranks: int = 1, rank: int = 0) -> dict[str, torch.Tensor]:
     info = describe(directory)
-    return load_shard(info, shard_table(info.config, num_ranks, rank), dtype=torch.float32, device=CPU)
+    return load_parts(info, num_ranks, rank)
 
 
 def edit_config(directory: Path, **changes: object) -> None:
@@ -107,7 +108,7 @@ def test_progress_counts_the_shard(tmp_path: Path) -> None:
     )
     total = sum(tensor.nbytes for tensor in part.values())
     assert seen[-1] == (total, total)
-    assert len(seen) == len(part)
+    assert len(seen) == len(shard_table(info.config, 2, 1))
 
 
 @pytest.mark.parametrize(
@@ -190,10 +191,9 @@ def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], N
             spoil_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int32)})),
             f"{SINGLE}: model.norm.weight is of type I32",
         ),
-        (lambda directory: (directory / SINGLE).unlink(), "neither model.safetensors"),
-        (lambda directory: (directory / SINGLE).rename(directory / "pytorch_model.bin"), "pytorch_model.bin can hold"),
-        (lambda directory: (directory / "config.json").unlink(), "no config.json"),
-        (lambda directory: (directory / "config.json").rename(directory / "params.json"), "Meta's format"),
+        (lambda directory: (directory / SINGLE).unlink(), "holds none of model.safetensors"),
+        (lambda directory: (directory / SINGLE).rename(directory / "pytorch_model.bin"), "pytorch_model.bin cannot be"),
+        (lambda directory: (directory / "config.json").unlink(), "holds neither config.json"),
     ],
 )  # fmt: skip
 def test_broken_files(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
@@ -216,7 +216,7 @@ def weight_map(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], N
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (weight_map(lambda m: m.update({EMBEDDING: "../model.safetensors"})), "not the name of a file"),
+        (weight_map(lambda m: m.update({EMBEDDING: "../model.safetensors"})), "not the name of a .safetensors file"),
         (weight_map(lambda m: m.update({EMBEDDING: "gone.safetensors"})), "gone.safetensors, which is missing"),
         (weight_map(lambda m: m.update({EMBEDDING: 3})), "weight_map must give"),
         (weight_map(lambda m: m.update({EMBEDDING: m[LM_HEAD]})), f"says that {EMBEDDING} is in"),
@@ -256,7 +256,7 @@ def test_tied_embedding_and_its_copy(tmp_path: Path) -> None:
 def test_nothing_is_read_before_everything_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path)
     spoil_tensors(lambda t: t.pop("model.norm.weight"))(tmp_path)
-    monkeypatch.setattr("model_parallel.checkpoint.huggingface.HuggingFaceCheckpoint.read", None)
+    monkeypatch.setattr("model_parallel.checkpoint.huggingface.HuggingFaceCheckpoint.read_into", None)
     with pytest.raises(CheckpointError, match="lacks"):
         load(tmp_path)
 

@@ -3,6 +3,7 @@ import pytest
 from model_parallel.engine.request import FinishReason
 from model_parallel.errors import GroupFailedError
 from tests.support.engine import Harness, make_request
+from tests.support.executors import execute
 from tests.support.fake_executor import solo_output
 
 
@@ -66,8 +67,8 @@ def test_a_rank_lost_between_steps_ends_every_request_without_another_step() -> 
 def test_an_answer_out_of_turn_loses_the_group() -> None:
     harness = Harness()
     harness.add(make_request("r1", [1]))
-    stale = harness.executor.execute(harness.scheduler.schedule())
-    harness.executor.execute = lambda plan: stale  # type: ignore[method-assign]
+    stale = execute(harness.executor, harness.scheduler.schedule())
+    harness.executor.collect = lambda: stale  # type: ignore[method-assign]
     harness.run()
     assert harness.last("r1").error_kind == "unavailable"
     assert harness.engine.failure == "step 2 of epoch 1 was answered with step 1 of epoch 1"

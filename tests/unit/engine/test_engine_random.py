@@ -30,6 +30,7 @@ class RandomRun:
             max_prefill_chunk=self.rng.choice([1, 3, 7, 1 << 30]),
             max_model_len=60,
             max_waiting_requests=8,
+            max_under_way=self.rng.choice([1, 2, 2, 3]),
         )
         self.harness.executor.during_step = self.sometimes_abort
         self.requests: list[EngineRequest] = []
@@ -46,6 +47,8 @@ class RandomRun:
         stats = self.harness.engine.stats
         assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
         assert not self.harness.executor.sequences
+        num_sampled = sum(row.sample for plan in self.harness.executor.plans for row in plan.rows)
+        self.seen["sampled too much"] = num_sampled - sum(len(self.harness.tokens(r.request_id)) for r in self.requests)
         self.seen["preemption"] = stats.num_preemptions
         self.seen["prefix hit"] = stats.num_prefix_hit_tokens
 
@@ -133,5 +136,5 @@ def test_random_schedules() -> None:
             raise AssertionError(f"RandomRun({seed}).run() failed") from error
         seen += run.seen
     # A run that forces nothing proves nothing.
-    for event in ("preemption", "prefix hit", "invalid", "overloaded", *FinishReason):
+    for event in ("preemption", "prefix hit", "sampled too much", "invalid", "overloaded", *FinishReason):
         assert seen[str(event)] > 20, f"{event}: {seen}"

@@ -161,7 +161,8 @@ def test_the_second_of_two_equal_blocks_stays_private() -> None:
 def test_distrusted_blocks_are_not_found_again() -> None:
     blocks = make_blocks()
     table = admit(blocks, list(range(8)))
-    blocks.release(table, forget=True)
+    blocks.release(table)
+    blocks.forget(table)
     assert num_cached(blocks, list(range(8))) == 0
     blocks.check_integrity([])
 

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from model_parallel.engine.request import EngineRequest, FinishReason, SamplingParams
+from tests.support.kernels import BACKENDS, use_backend
 from tests.support.local_engine import LocalGroup
 from tests.support.ranks import reference_from_gguf, save_random_llama
 
@@ -45,8 +46,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaFor
     return path, model
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_backend(monkeypatch, request.param)
+        yield
+
+
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=["tp1", "tp2", "tp3"])
-def group(request: pytest.FixtureRequest, checkpoint: tuple[Path, LlamaForCausalLM]) -> Iterator[LocalGroup]:
+def group(
+    request: pytest.FixtureRequest, backend: None, checkpoint: tuple[Path, LlamaForCausalLM]
+) -> Iterator[LocalGroup]:
     group = LocalGroup(checkpoint[0], request.param)
     yield group
     group.close()
@@ -61,6 +71,7 @@ def test_greedy_answers_are_those_of_transformers(group: LocalGroup, checkpoint:
         _assert_greedy(checkpoint[1], prompt, answer)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("tp_size", [2, 3])
 def test_smollm2_greedy_answers_are_those_of_transformers(smollm2_path: Path, tp_size: int) -> None:
     model = reference_from_gguf(smollm2_path)

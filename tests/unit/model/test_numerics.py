@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from serving.tokenizer import load_tokenizer
+from tests.support.kernels import BACKENDS, use_backend
 from tests.support.ranks import group_config, prompt_logits, reference_from_gguf, save_random_llama
 
 ROOT = Path(__file__).parents[3]
@@ -27,6 +28,11 @@ CONFIGS = {
     "tied": {"tie_word_embeddings": True, "vocab_size": 509},
     "wide_heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 500000.0},
 }
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backend(monkeypatch, request.param)
 
 
 def _ids(vocab_size: int, seed: int = 0) -> list[int]:

@@ -6,6 +6,7 @@ import pytest
 
 from model_parallel.errors import CheckpointError, GroupFailedError
 from model_parallel.runtime.executors import InProcessExecutor
+from tests.support.executors import execute
 from tests.support.fake_rank import EXIT, RAISE, FakeRank, group_config, plan, tokens
 
 
@@ -23,8 +24,8 @@ def test_steps_run_on_every_rank(tp_size: int) -> None:
         group_config(tp_size), rank_factory=FakeRank, on_progress=lambda *seen: progress.append(seen)
     )
     weight = tp_size * (tp_size + 1) // 2
-    assert tokens(executor.execute(plan(1, (0, 5), (1, 7)))) == [5 * weight, 7 * weight]
-    assert tokens(executor.execute(plan(2, (0, 1)))) == [weight]
+    assert tokens(execute(executor, plan(1, (0, 5), (1, 7)))) == [5 * weight, 7 * weight]
+    assert tokens(execute(executor, plan(2, (0, 1)))) == [weight]
     assert sorted(progress) == [(rank, done, 2) for rank in range(tp_size) for done in (1, 2)]
     executor.shutdown()
     executor.shutdown()
@@ -38,7 +39,7 @@ def test_single_rank_runs_in_the_callers_thread() -> None:
             threads.append(threading.current_thread())
 
     executor = InProcessExecutor(group_config(1), rank_factory=Recording)
-    executor.execute(plan(1))
+    execute(executor, plan(1))
     executor.shutdown()
     assert threads == [threading.current_thread()]
 
@@ -47,9 +48,9 @@ def test_single_rank_runs_in_the_callers_thread() -> None:
 def test_rank_that_raises_fails_the_group_with_the_cause(tp_size: int) -> None:
     executor = InProcessExecutor(group_config(tp_size), rank_factory=FakeRank)
     with pytest.raises(GroupFailedError, match="step 1 failed: ValueError: told to raise"):
-        executor.execute(plan(1, (RAISE, tp_size - 1), (0, 1)))
+        execute(executor, plan(1, (RAISE, tp_size - 1), (0, 1)))
     with pytest.raises(GroupFailedError, match="told to raise"):
-        executor.execute(plan(2, (0, 1)))
+        execute(executor, plan(2, (0, 1)))
     executor.shutdown()
 
 
@@ -60,7 +61,7 @@ def test_rank_that_does_not_join_in_time_fails_the_group() -> None:
 
     executor = InProcessExecutor(group_config(2, step_timeout_s=0.3), rank_factory=Absent)
     with pytest.raises(GroupFailedError, match=r"did not come within 0.3 s"):
-        executor.execute(plan(1, (0, 1)))
+        execute(executor, plan(1, (0, 1)))
     executor.shutdown()
 
 
@@ -74,4 +75,4 @@ def test_nothing_runs_after_shutdown() -> None:
     executor = InProcessExecutor(group_config(2), rank_factory=FakeRank)
     executor.shutdown()
     with pytest.raises(GroupFailedError, match="shut down"):
-        executor.execute(plan(1, (EXIT, 0)))
+        execute(executor, plan(1, (EXIT, 0)))

@@ -24,6 +24,7 @@ from model_parallel.runtime.link import (
     Step,
     connect,
 )
+from tests.support.executors import execute
 from tests.support.fake_rank import group_config, plan
 
 Script = Callable[[Connection[LeaderMessage]], None]
@@ -103,9 +104,57 @@ def answering(answer: Callable[[Connection[LeaderMessage], int], None]) -> Scrip
 def test_good_ranks() -> None:
     executor = ScriptedExecutor(good(0), good(1), good(2))
     for step_id in range(1, 50):
-        assert executor.execute(plan(step_id)) == StepResult(7, step_id)
+        assert execute(executor, plan(step_id)) == StepResult(7, step_id)
     executor.shutdown()
     assert executor.num_kills == 0
+
+
+def test_steps_are_sent_ahead_and_collected_in_order() -> None:
+    executor = ScriptedExecutor(good(0), good(1))
+    executor.submit(plan(1))
+    for step_id in range(1, 50):
+        executor.submit(plan(step_id + 1))
+        assert executor.collect() == StepResult(7, step_id)
+    assert executor.collect() == StepResult(7, 50)
+    executor.shutdown()
+    assert executor.num_kills == 0
+
+
+def test_a_step_sent_ahead_has_its_time_from_the_answer_before_it() -> None:
+    def slowly(connection: Connection[LeaderMessage], step_id: int) -> None:
+        time.sleep(0.6)
+        connection.send(Result(StepResult(7, step_id)))
+
+    executor = ScriptedExecutor(answering(slowly), step_timeout_s=1.0)
+    executor.submit(plan(1))
+    executor.submit(plan(2))
+    assert [executor.collect().step_id, executor.collect().step_id] == [1, 2]
+    executor.shutdown()
+
+
+def test_a_rank_lost_with_steps_under_way_is_told_once_by_collect() -> None:
+    second_has_come = threading.Event()
+
+    def one_answer(connection: Connection[LeaderMessage]) -> None:
+        load(connection)
+        connection.receive()
+        connection.send(Result(StepResult(7, 1)))
+        connection.receive()
+        second_has_come.set()
+
+    reasons: list[str] = []
+    executor = ScriptedExecutor(one_answer)
+    executor.set_failure_callback(reasons.append)
+    executor.submit(plan(1))
+    executor.submit(plan(2))
+    assert second_has_come.wait(5)
+    with pytest.raises(GroupFailedError, match=r"rank 0 .* is lost"):
+        executor.collect()
+        executor.collect()
+    with pytest.raises(GroupFailedError, match=r"rank 0 .* is lost"):
+        executor.submit(plan(3))
+    assert (reasons, executor.num_kills) == ([], 1)
+    executor.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -133,11 +182,11 @@ def test_wrong_answer_of_rank_0_fails_the_group(
             answer(connection, step_id)
 
     executor = ScriptedExecutor(answering(first_right), good(1))
-    executor.execute(plan(1))
+    execute(executor, plan(1))
     with pytest.raises(GroupFailedError, match=message):
-        executor.execute(plan(2))
+        execute(executor, plan(2))
     with pytest.raises(GroupFailedError, match=message):
-        executor.execute(plan(3))
+        execute(executor, plan(3))
     assert executor.num_kills == 1
     executor.shutdown()
 
@@ -158,7 +207,7 @@ def test_wrong_answer_of_another_rank_fails_the_group(
     executor = ScriptedExecutor(good(0), answering(answer))
     with pytest.raises(GroupFailedError, match=message):
         for step_id in range(1, 1000):
-            executor.execute(plan(step_id))
+            execute(executor, plan(step_id))
     executor.shutdown()
 
 
@@ -203,7 +252,7 @@ def test_callback_may_shut_the_group_down() -> None:
 def test_rank_that_does_not_answer_is_named() -> None:
     executor = ScriptedExecutor(answering(lambda c, s: None), good(1), step_timeout_s=0.3)
     with pytest.raises(GroupFailedError, match=r"step 1 did not end within 0\.3 s; no answer from rank 0 \(pid 1\)"):
-        executor.execute(plan(1))
+        execute(executor, plan(1))
     executor.shutdown()
 
 

@@ -1,0 +1,178 @@
+"""How fast and how lean ranks load: bytes a second against a plain memory copy, and each rank's peak memory.
+
+    python -m bench.load                        # a synthetic Llama 2 7B of eight layers, in both formats, TP 1 and 2
+    python -m bench.load --checkpoint DIR --tp 4
+
+Ranks are processes that load at the same time, as in a group. The files have been read once before, so that they are in the
+system's cache and the disk is not measured. The copy is the same in number of processes and threads: 1 GiB from memory to
+memory that has been written before. Of both the best of three counts; the first load is told too, since a virtual machine that
+touches memory for the first time waits for its host.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from model_parallel.checkpoint.detect import describe
+from model_parallel.checkpoint.loader import load_shard
+from model_parallel.model.partition import shard_table
+from model_parallel.runtime.rank import DTYPES
+from tests.support.synthetic_llama import full_width
+
+MIB = 1 << 20
+COPY_BYTES = 1 << 30
+TIMEOUT_S = 600.0
+ALLOWANCE = 0.10
+ALLOWANCE_BYTES = 600 * 1000 * 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One rank's load."""
+
+    rank: int
+    shard_bytes: int
+    first_s: float
+    load_s: float
+    """Best of three."""
+    copy_bytes_per_s: float
+    base_bytes: int
+    """Peak memory before the load: the interpreter and its libraries."""
+    peak_bytes: int
+
+    @property
+    def allowed_bytes(self) -> float:
+        return self.shard_bytes * (1 + ALLOWANCE) + ALLOWANCE_BYTES
+
+
+def peak_bytes() -> int:
+    """Most memory that this process ever had resident (getrusage would count that of the process it was forked from)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def copy_rate(barrier: Barrier) -> float:
+    """Bytes a second of `copy_`, while the other ranks copy too."""
+    source, target = torch.ones(COPY_BYTES, dtype=torch.uint8), torch.ones(COPY_BYTES, dtype=torch.uint8)
+    best_s = float("inf")
+    for _ in range(3):
+        barrier.wait(TIMEOUT_S)
+        started_s = time.perf_counter()
+        target.copy_(source)
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return COPY_BYTES / best_s
+
+
+def load_rank(path: Path, rank: int, tp_size: int, dtype: str, barrier: Barrier, results: Any) -> None:
+    """In a process of its own: peak memory is a process's, and never falls."""
+    torch.set_num_threads(1)
+    info = describe(path)
+    table = shard_table(info.config, tp_size, rank)
+    base = peak_bytes()
+    times_s = []
+    for _ in range(3):
+        barrier.wait(TIMEOUT_S)
+        started_s = time.perf_counter()
+        weights = load_shard(info, table, dtype=DTYPES[dtype], device=torch.device("cpu"))
+        times_s.append(time.perf_counter() - started_s)
+        shard_bytes = sum(tensor.nbytes for tensor in weights.values())
+        weights.clear()
+    peak = peak_bytes()
+    results.put(
+        Measurement(
+            rank=rank,
+            shard_bytes=shard_bytes,
+            first_s=times_s[0],
+            load_s=min(times_s),
+            copy_bytes_per_s=copy_rate(barrier),
+            base_bytes=base,
+            peak_bytes=peak,
+        )
+    )
+
+
+def measure(path: Path, tp_size: int, dtype: str) -> list[Measurement]:
+    """All ranks of a group at once."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(tp_size), context.Queue()
+    processes = [
+        context.Process(target=load_rank, args=(path, rank, tp_size, dtype, barrier, results))
+        for rank in range(tp_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return sorted((results.get(timeout=TIMEOUT_S) for _ in processes), key=lambda m: m.rank)
+    finally:
+        for process in processes:
+            process.join(TIMEOUT_S)
+
+
+def report(name: str, measured: list[Measurement], console: Console) -> None:
+    table = Table(
+        "rank",
+        "shard",
+        "first",
+        "best",
+        "rate",
+        "copy",
+        "rate / copy",
+        "peak",
+        "allowed",
+        title=f"{name}, TP={len(measured)}",
+    )
+    for m in measured:
+        rate = m.shard_bytes / m.load_s
+        table.add_row(
+            str(m.rank), f"{m.shard_bytes / MIB:,.0f} MiB", f"{m.first_s:.2f} s", f"{m.load_s:.2f} s", f"{rate / 1e9:.2f} GB/s",
+            f"{m.copy_bytes_per_s / 1e9:.2f} GB/s", f"{rate / m.copy_bytes_per_s:.0%}",
+            f"{m.peak_bytes / MIB:,.0f} MiB", f"{m.allowed_bytes / MIB:,.0f} MiB",
+        )  # fmt: skip
+    console.print(table)
+
+
+def warm(path: Path) -> None:
+    """Read every weight file once."""
+    buffer = bytearray(16 * MIB)
+    for file_path in describe(path).weight_files:
+        with file_path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="directory or GGUF file; a synthetic Llama 2 if unset")
+    parser.add_argument("--size", choices=("7b", "13b", "70b"), default="7b", help="of the synthetic model")
+    parser.add_argument("--layers", type=int, default=8, help="of the synthetic model")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    arguments = parser.parse_args()
+    console = Console(width=110)
+    with tempfile.TemporaryDirectory() as directory:
+        if arguments.checkpoint is not None:
+            paths = [arguments.checkpoint]
+        else:
+            model = full_width(arguments.size, num_layers=arguments.layers)
+            console.print(f"writing a synthetic Llama 2 {arguments.size.upper()} of {arguments.layers} layers")
+            paths = [
+                model.write(Path(directory) / "hugging-face", "hf", dtype=torch.bfloat16),
+                model.write(Path(directory) / "meta", "meta"),
+            ]
+        for path in paths:
+            warm(path)
+            for tp_size in arguments.tp:
+                report(path.name, measure(path, tp_size, arguments.dtype), console)
+
+
+if __name__ == "__main__":
+    main()

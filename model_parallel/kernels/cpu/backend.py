@@ -1,0 +1,199 @@
+"""Kernels by native calls; see operations.h for the layouts and the structures that are mirrored here.
+
+Shape suffixes: those of kernels/interface.py
+"""
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_parallel.errors import EngineError
+from model_parallel.kernels.interface import AttentionPlan, Heads, LayerCache
+from model_parallel.native import load_library
+
+SOURCE_DIRECTORY = Path(__file__).parent
+# A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "create": (_POINTER, [ctypes.c_int, ctypes.c_char_p]),
+    "destroy": (None, [_POINTER]),
+    "isa": (ctypes.c_char_p, [_POINTER]),
+    "packed_bytes": (_INT64, [_POINTER]),
+    "pack": (None, [_POINTER] * 4),
+    "product": (None, [_POINTER, _POINTER, _POINTER, ctypes.c_int, _INT64, _POINTER, ctypes.c_int]),
+    "norm": (None, [_POINTER] * 4 + [ctypes.c_int, _INT64, _INT64, ctypes.c_float, _POINTER]),
+    "softmax_parts": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER]),
+    "attention": (None, [_POINTER, _POINTER, _INT64, _POINTER, _INT64]),
+}
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("panels", _POINTER),
+        ("num_inputs", _INT64),
+        ("num_outputs", _INT64),
+        ("type", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, _POINTER)
+            for name in ("qkv", "out", "keys", "values", "cos", "sin", "slots", "blocks", "kv_of_query")
+        ),
+        ("type", ctypes.c_int32),
+        *((name, _INT64) for name in ("num_query_heads", "num_kv_heads", "head_dim", "block_size")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """Panels of a weight, and how the native side knows them."""
+
+    panels: Tensor
+    linear: _Linear
+    address: int
+    """Of `linear`."""
+
+
+def load_native() -> ctypes.CDLL:
+    """The library with its signatures declared. Raises NativeBuildError."""
+    sources = sorted(path for path in SOURCE_DIRECTORY.iterdir() if path.suffix in (".cpp", ".h"))
+    library = load_library(sources, flags=FLAGS)
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, f"packtrain_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class CpuKernels:
+    """See kernels/interface.py. For one caller at a time, and for float32 and bfloat16."""
+
+    batch_invariant = True
+    row_multiple = 1
+    has_threads = True
+
+    def __init__(self, *, num_threads: int, isa: str = "") -> None:
+        """isa: "avx512_bf16", "avx2" or "scalar"; the best that the machine has unless given.
+
+        Raises NativeBuildError, and EngineError when the machine lacks the instruction set.
+        """
+        self._library = load_native()
+        handle = self._library.packtrain_create(num_threads, isa.encode())
+        if not handle:
+            raise EngineError(f"this machine does not have {isa}")
+        self._handle = ctypes.c_void_p(handle)
+        weakref.finalize(self, self._library.packtrain_destroy, self._handle)
+        self.name = f"cpu-{self._library.packtrain_isa(self._handle).decode()}"
+        self._plan: AttentionPlan | None = None
+        self._attention = _Attention()
+
+    def pack_linear(self, weight_OI: Tensor) -> PackedWeight:
+        return self._pack(weight_OI, gated=False)
+
+    def pack_gated(self, gate_up_F2I: Tensor) -> PackedWeight:
+        return self._pack(gate_up_F2I, gated=True)
+
+    def pack_head(self, weight_VE: Tensor) -> PackedWeight:
+        return self._pack(weight_VE, gated=False)
+
+    def _pack(self, weight_OI: Tensor, *, gated: bool) -> PackedWeight:
+        weight_OI = weight_OI.contiguous()
+        num_rows, num_inputs = weight_OI.shape
+        num_outputs = num_rows // 2 if gated else num_rows
+        linear = _Linear(num_inputs=num_inputs, num_outputs=num_outputs, type=TYPES[weight_OI.dtype], gated=gated)
+        address = ctypes.addressof(linear)
+        panels = torch.empty(self._library.packtrain_packed_bytes(address), dtype=torch.uint8)
+        linear.panels = panels.data_ptr()
+        self._library.packtrain_pack(self._handle, weight_OI.data_ptr(), address, panels.data_ptr())
+        return PackedWeight(panels, linear, address)
+
+    def allocate_cache(
+        self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> LayerCache:
+        shape = (num_blocks + 1, num_kv_heads, block_size, head_dim)
+        pair = 4 // dtype.itemsize
+        keys = torch.zeros((num_blocks + 1, num_kv_heads, head_dim // pair, block_size, pair), dtype=dtype)
+        return LayerCache(keys, torch.zeros(shape, dtype=dtype))
+
+    def linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+        return self._product(x_TI, weight, x_TI.dtype)
+
+    def addend(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+        return self._product(x_TI, weight, torch.float32)
+
+    def gated_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+        return self._product(x_TI, weight, x_TI.dtype)
+
+    def logits(self, x_RE: Tensor, head: PackedWeight) -> Tensor:
+        return self._product(x_RE, head, torch.float32)
+
+    def _product(self, x_TI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        x_TI = x_TI.contiguous()
+        num_rows = x_TI.shape[0]
+        out_TO = torch.empty((num_rows, weight.linear.num_outputs), dtype=dtype)
+        self._library.packtrain_product(
+            self._handle, weight.address, x_TI.data_ptr(), TYPES[x_TI.dtype], num_rows, out_TO.data_ptr(), TYPES[dtype]
+        )
+        return out_TO
+
+    def softmax_parts(self, logits_RV: Tensor) -> Tensor:
+        logits_RV = logits_RV.contiguous()
+        num_rows, num_columns = logits_RV.shape
+        parts_R3 = torch.empty((num_rows, 3), dtype=torch.float64)
+        self._library.packtrain_softmax_parts(
+            self._handle, logits_RV.data_ptr(), num_rows, num_columns, parts_R3.data_ptr()
+        )
+        return parts_R3
+
+    def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+        return self._norm(x_TE, None, weight_E, eps)
+
+    def add_rms_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        residual_TE = residual_TE.contiguous()
+        return self._norm(x_TE, residual_TE, weight_E, eps), residual_TE
+
+    def _norm(self, x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
+        x_TE = x_TE.contiguous()
+        num_rows, num_columns = x_TE.shape
+        out_TE = torch.empty(x_TE.shape, dtype=weight_E.dtype)
+        self._library.packtrain_norm(
+            self._handle,
+            x_TE.data_ptr(),
+            None if residual_TE is None else residual_TE.data_ptr(),
+            weight_E.data_ptr(),
+            TYPES[weight_E.dtype],
+            num_rows,
+            num_columns,
+            eps,
+            out_TE.data_ptr(),
+        )
+        return out_TE
+
+    def attention(self, qkv_TX: Tensor, plan: AttentionPlan, cache: LayerCache, heads: Heads) -> Tensor:
+        job = self._attention
+        if plan is not self._plan:  # what is the same for all layers of a step
+            self._plan = plan
+            job.cos, job.sin = plan.cos_TD.data_ptr(), plan.sin_TD.data_ptr()
+            job.slots, job.blocks = plan.slots_T.data_ptr(), plan.blocks.data_ptr()
+            job.kv_of_query = heads.kv_of_query_H.data_ptr()
+            job.num_query_heads, job.num_kv_heads = heads.num_query_heads, heads.num_kv_heads
+            job.head_dim, job.block_size = heads.head_dim, cache.values.shape[2]
+            job.type = TYPES[qkv_TX.dtype]
+        out_TX = torch.empty((qkv_TX.shape[0], heads.num_query_heads * heads.head_dim), dtype=qkv_TX.dtype)
+        qkv_TX = qkv_TX.contiguous()
+        job.qkv, job.out = qkv_TX.data_ptr(), out_TX.data_ptr()
+        job.keys, job.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        self._library.packtrain_attention(
+            self._handle, ctypes.addressof(job), qkv_TX.shape[0], plan.runs_S4.data_ptr(), plan.runs_S4.shape[0]
+        )
+        return out_TX

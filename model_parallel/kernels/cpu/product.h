@@ -1,0 +1,150 @@
+// Matrix products over packed panels. Every output is one chain of multiply-adds over the inputs in their order, whatever
+// rows and columns stand beside it: that is the whole of batch invariance here.
+
+// How one step (a word of weights a column) is multiplied; X is the element of x.
+struct Float32Steps {
+  using X = float;
+  static constexpr int kInputs = 1;
+  struct Weights {
+    Vec::F value;
+  };
+  using Broadcast = Vec::F;
+  static Weights weights(const void* p) { return {Vec::load(static_cast<const float*>(p))}; }
+  static Broadcast broadcast(const X* x) { return Vec::set(*x); }
+  static Broadcast broadcast_last(const X* x) { return Vec::set(*x); }
+  static Vec::F add(Vec::F sum, const Broadcast& x, const Weights& w) { return Vec::fma(x, w.value, sum); }
+};
+
+struct Bfloat16Steps {
+  using X = uint16_t;
+  static constexpr int kInputs = 2;
+  using Weights = Vec::Words;
+  using Broadcast = Vec::Words;
+  static Weights weights(const void* p) { return Vec::words(p); }
+  static Broadcast broadcast(const X* x) { return Vec::set_word(word_at(x)); }
+  static Broadcast broadcast_last(const X* x) { return Vec::set_word(half_word_at(x)); }
+  static Vec::F add(Vec::F sum, const Broadcast& x, const Weights& w) { return Vec::dot(sum, x, w); }
+};
+
+// float32 x on bfloat16 weights: nothing is rounded.
+struct MixedSteps {
+  using X = float;
+  static constexpr int kInputs = 2;
+  struct Weights {
+    Vec::F even, odd;
+  };
+  struct Broadcast {
+    Vec::F even, odd;
+  };
+  static Weights weights(const void* p) {
+    const Vec::Words words = Vec::words(p);
+    return {Vec::even(words), Vec::odd(words)};
+  }
+  static Broadcast broadcast(const X* x) { return {Vec::set(x[0]), Vec::set(x[1])}; }
+  static Broadcast broadcast_last(const X* x) { return {Vec::set(x[0]), Vec::set(0.0f)}; }
+  static Vec::F add(Vec::F sum, const Broadcast& x, const Weights& w) {
+    return Vec::fma(x.odd, w.odd, Vec::fma(x.even, w.even, sum));
+  }
+};
+
+// out[R][kPanel] = R rows of x times one panel. `ahead` is memory that will be needed soon, a cache line a step.
+template <class Steps, int R>
+void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* panel, const char* ahead, float* out) {
+  constexpr int kBytes = Vec::kLanes * 4, kHalfBytes = kHalf * 4, kStepBytes = kPanel * 4;
+  const int64_t num_whole = num_inputs / Steps::kInputs;
+  for (int column = 0; column < kHalf; column += Vec::kLanes, panel += kBytes) {
+    Vec::F sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Vec::set(0.0f);
+    const char* p = panel;
+    for (int64_t step = 0; step < num_whole; ++step, p += kStepBytes) {
+      const auto first = Steps::weights(p), second = Steps::weights(p + kHalfBytes);
+      __builtin_prefetch(ahead + step * kStepBytes, 0, 2);
+      __builtin_prefetch(ahead + step * kStepBytes + 64, 0, 2);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const auto xr = Steps::broadcast(x + r * num_inputs + step * Steps::kInputs);
+        sum[r][0] = Steps::add(sum[r][0], xr, first);
+        sum[r][1] = Steps::add(sum[r][1], xr, second);
+      }
+    }
+    if (num_inputs % Steps::kInputs) {
+      const auto first = Steps::weights(p), second = Steps::weights(p + kHalfBytes);
+      for (int r = 0; r < R; ++r) {
+        const auto xr = Steps::broadcast_last(x + (r + 1) * num_inputs - 1);
+        sum[r][0] = Steps::add(sum[r][0], xr, first);
+        sum[r][1] = Steps::add(sum[r][1], xr, second);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      Vec::store(out + r * kPanel + column, sum[r][0]);
+      Vec::store(out + r * kPanel + kHalf + column, sum[r][1]);
+    }
+  }
+}
+
+template <class Steps, int R = Vec::kProductRows>
+void multiply_rows(int num_rows, const typename Steps::X* x, int64_t num_inputs, const char* panel, const char* ahead,
+                   float* out) {
+  if constexpr (R == 1) {
+    multiply_tile<Steps, 1>(x, num_inputs, panel, ahead, out);
+  } else if (num_rows == R) {
+    multiply_tile<Steps, R>(x, num_inputs, panel, ahead, out);
+  } else {
+    multiply_rows<Steps, R - 1>(num_rows, x, num_inputs, panel, ahead, out);
+  }
+}
+
+inline Vec::F silu(Vec::F x) {
+  return Vec::div(x, Vec::add(Vec::set(1.0f), exponential(Vec::mul(x, Vec::set(-1.0f)))));
+}
+
+template <class Out>
+void finish_row(const float* sums, bool gated, Out* out, int64_t num_outputs) {
+  if (gated) {
+    for (int64_t c = 0; c < smaller(num_outputs, kHalf); c += Vec::kLanes) {
+      Vec::store(out + c, Vec::mul(silu(Vec::load(sums + c)), Vec::load(sums + kHalf + c)), num_outputs - c);
+    }
+  } else {
+    for (int64_t c = 0; c < smaller(num_outputs, kPanel); c += Vec::kLanes) {
+      Vec::store(out + c, Vec::load(sums + c), num_outputs - c);
+    }
+  }
+}
+
+constexpr int64_t kAheadBytes = 8192;
+
+template <class Steps>
+void multiply_panels(const Product& job, int64_t first_panel, int64_t last_panel, float* sums) {
+  const Linear& weight = job.weight;
+  const int64_t num_inputs = weight.num_inputs, panel_bytes = weight.panel_bytes();
+  const int64_t width = weight.outputs_per_panel();
+  const auto* x = static_cast<const typename Steps::X*>(job.x);
+  const int64_t num_tiles = (job.num_rows + Vec::kProductRows - 1) / Vec::kProductRows;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const char* panel_data = weight.panels + panel * panel_bytes;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t row = job.num_rows * tile / num_tiles, end = job.num_rows * (tile + 1) / num_tiles;
+      // A panel comes from memory while its first tile of rows is multiplied: time to fetch the next one when other tiles
+      // follow, and otherwise what lies a little further on.
+      const char* ahead = panel_data + (tile > 0 ? 0 : num_tiles > 1 ? panel_bytes : kAheadBytes);
+      multiply_rows<Steps>(static_cast<int>(end - row), x + row * num_inputs, num_inputs, panel_data, ahead, sums);
+      for (int64_t r = row; r < end; ++r) {
+        const int64_t first = panel * width, num_outputs = weight.num_outputs - first;
+        const int64_t at = r * weight.num_outputs + first;
+        const float* row_sums = sums + (r - row) * kPanel;
+        if (job.out_type == kFloat32) {
+          finish_row(row_sums, weight.gated, static_cast<float*>(job.out) + at, num_outputs);
+        } else {
+          finish_row(row_sums, weight.gated, static_cast<uint16_t*>(job.out) + at, num_outputs);
+        }
+      }
+    }
+  }
+}
+
+inline void product(const Product& job, int64_t first_panel, int64_t last_panel, char* scratch) {
+  auto* sums = reinterpret_cast<float*>(scratch);
+  if (job.weight.type == kFloat32) return multiply_panels<Float32Steps>(job, first_panel, last_panel, sums);
+  if (job.x_type == kFloat32) return multiply_panels<MixedSteps>(job, first_panel, last_panel, sums);
+  multiply_panels<Bfloat16Steps>(job, first_panel, last_panel, sums);
+}

@@ -1,0 +1,56 @@
+// Eight lanes with AVX2 and FMA. Included under `#pragma GCC target`, after <immintrin.h>. See vector_avx512.h.
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  static constexpr int kProductRows = 4;
+  static constexpr int kAttentionRows = 2;
+  using F = __m256;
+  using Words = __m256i;
+
+  static __m256i first(int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n < 8 ? static_cast<int>(n) : 8), lane);
+  }
+
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static void store(float* p, F x, int64_t n) { _mm256_maskstore_ps(p, first(n), x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F keep(F x, int64_t n, float rest) { return _mm256_blendv_ps(set(rest), x, _mm256_castsi256_ps(first(n))); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F times_power_of_2(F x, F n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+
+  static Words words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static Words words(const void* p, int64_t n) { return _mm256_maskload_epi32(static_cast<const int*>(p), first(n)); }
+  static Words set_word(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+  static F as_floats(Words w) { return _mm256_castsi256_ps(w); }
+  static F even(Words w) { return as_floats(_mm256_slli_epi32(w, 16)); }
+  static F odd(Words w) { return as_floats(_mm256_and_si256(w, set_word(0xffff0000))); }
+  static F dot(F sum, Words a, Words b) { return fma(odd(a), odd(b), fma(even(a), even(b), sum)); }
+  static F load(const uint16_t* p) {
+    return even(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F load(const uint16_t* p, int64_t n) {
+    uint16_t lanes[8] = {};
+    memcpy(lanes, p, (n < 8 ? n : 8) * sizeof(uint16_t));
+    return load(lanes);
+  }
+  static void store(uint16_t* p, F x) { store(p, x, 8); }
+  static void store(uint16_t* p, F x, int64_t n) {
+    float lanes[8];
+    uint16_t rounded[8];
+    store(lanes, x);
+    for (int i = 0; i < 8; ++i) rounded[i] = to_bfloat16(lanes[i]);
+    memcpy(p, rounded, (n < 8 ? n : 8) * sizeof(uint16_t));
+  }
+};

@@ -1,0 +1,172 @@
+"""What a replica group needs of its ranks' memory and bandwidth: arithmetic alone, before anything is loaded.
+
+Ranks hold unequal parts where a size does not divide, so that everything is counted for each rank and the fullest one decides.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from model_parallel.config import DTYPE_BYTES, ModelConfig
+from model_parallel.errors import ConfigError
+from model_parallel.model.partition import EMBEDDING, HeadPartition, Shard, even_range, partition_heads, shard_table
+
+GIB = 1 << 30
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """Memory and bandwidth of what one rank computes on."""
+
+    name: str
+    memory_bytes: int
+    bandwidth_bytes_per_s: float
+
+
+# Memory as the driver reports it, bandwidth from the makers' data sheets (SXM versions).
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(name="a100-40g", memory_bytes=40960 << 20, bandwidth_bytes_per_s=1.555e12),
+        Device(name="a100-80g", memory_bytes=81920 << 20, bandwidth_bytes_per_s=2.039e12),
+        Device(name="h100", memory_bytes=81559 << 20, bandwidth_bytes_per_s=3.35e12),
+        Device(name="h200", memory_bytes=143771 << 20, bandwidth_bytes_per_s=4.8e12),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What a group is to be able to do; see config.SchedulerConfig."""
+
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMemory:
+    """One rank's part. Its budget is what is left of the device after the reserve for the system and its libraries."""
+
+    rank: int
+    heads: HeadPartition
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token: int
+    budget_bytes: int
+    decode_bytes: int
+    """Read from memory in every decode step besides the cache: all weights but the embedding, of which only rows are."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that fit beside weights and activations; 0 when these alone do not."""
+        return max(0, self.budget_bytes - self.weight_bytes - self.activation_bytes) // self.kv_bytes_per_token
+
+    def decode_floor_s(self, device: Device, cached_tokens: int) -> float:
+        """No decode step over so many cached tokens can be faster: the bytes that it reads over the bandwidth."""
+        return (self.decode_bytes + cached_tokens * self.kv_bytes_per_token) / device.bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupMemory:
+    """A whole replica group."""
+
+    ranks: tuple[RankMemory, ...]
+    device: Device
+    workload: Workload
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the group's cache can hold: every token is on all ranks, so the fullest decides."""
+        return min(rank.kv_tokens for rank in self.ranks)
+
+    @property
+    def fits(self) -> bool:
+        """Whether one sequence of max_model_len can be served."""
+        return self.kv_tokens >= self.workload.max_model_len
+
+    @property
+    def largest_batch(self) -> int:
+        """Sequences of max_model_len whose cache fits at the same time."""
+        return self.kv_tokens // self.workload.max_model_len
+
+    def decode_floor_s(self, num_seqs: int) -> float:
+        """Shortest time of a decode step of `num_seqs` sequences that are as long as they may get."""
+        cached = num_seqs * self.workload.max_model_len
+        return max(rank.decode_floor_s(self.device, cached) for rank in self.ranks)
+
+
+def kv_bytes_per_token(model: ModelConfig, num_kv_heads: int, dtype: str) -> int:
+    """Keys and values of one token in every layer, for so many heads."""
+    return 2 * model.num_layers * num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]
+
+
+def activation_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str, workload: Workload) -> int:
+    """Bound on what one step holds besides weights and cache.
+
+    Of each token: the residual stream, its sum, the norm's result and the all-reduced addend (float32, hidden_size each), with
+    the layer's widest intermediate results (query, key and value rows and attention's result; or gate, up and their product).
+    Of each row that is sampled: logits, their sorted copy and probabilities (float32). Kernels that gather a sequence's whole
+    cache, as the reference backend's do, need that beside it.
+    """
+    heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, rank)
+    attention = (2 * len(heads.query_heads) + 2 * len(heads.kv_heads)) * model.head_dim
+    feed_forward = 3 * len(even_range(model.intermediate_size, tp_size, rank))
+    a_token = 4 * model.hidden_size * _FLOAT32_BYTES + max(attention, feed_forward) * DTYPE_BYTES[dtype]
+    a_row = 3 * len(even_range(model.vocab_size, tp_size, rank)) * _FLOAT32_BYTES
+    return workload.max_num_batched_tokens * a_token + workload.max_num_seqs * a_row
+
+
+def plan_group(
+    model: ModelConfig, tp_size: int, *, dtype: str, device: Device, workload: Workload, utilisation: float = 0.9
+) -> GroupMemory:
+    """`utilisation` is the part of the device that may be planned with. Raises ConfigError when a rank would have no head."""
+
+    def plan_rank(rank: int) -> RankMemory:
+        heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, rank)
+        table = shard_table(model, tp_size, rank)
+        weights = num_elements(table.values()) * DTYPE_BYTES[dtype]
+        embedding = 0 if model.tie_word_embeddings else num_elements([table[EMBEDDING]]) * DTYPE_BYTES[dtype]
+        return RankMemory(
+            rank=rank,
+            heads=heads,
+            weight_bytes=weights,
+            activation_bytes=activation_bytes(model, tp_size, rank, dtype=dtype, workload=workload),
+            kv_bytes_per_token=kv_bytes_per_token(model, len(heads.kv_heads), dtype),
+            budget_bytes=int(device.memory_bytes * utilisation),
+            decode_bytes=weights - embedding,
+        )
+
+    return GroupMemory(ranks=tuple(map(plan_rank, range(tp_size))), device=device, workload=workload)
+
+
+def num_elements(shards: Iterable[Shard]) -> int:
+    """Elements of a rank's parts together."""
+    return sum(math.prod(shard.shape) for shard in shards)
+
+
+def smallest_tp_size(
+    model: ModelConfig, *, dtype: str, device: Device, workload: Workload, utilisation: float = 0.9
+) -> int | None:
+    """The fewest ranks on such devices that can serve one sequence of max_model_len; None when no number can."""
+    for tp_size in range(1, model.num_query_heads + 1):
+        if plan_group(model, tp_size, dtype=dtype, device=device, workload=workload, utilisation=utilisation).fits:
+            return tp_size
+    return None
+
+
+def kv_cache_tokens(group: GroupMemory, wanted: int | None) -> int:
+    """Size of a group's cache: what was asked for, else all that fits.
+
+    Raises ConfigError, with the numbers of the fullest rank, when that does not fit.
+    """
+    fullest = min(group.ranks, key=lambda rank: rank.kv_tokens)
+    needed = group.workload.max_model_len if wanted is None else wanted
+    if needed <= fullest.kv_tokens:
+        return fullest.kv_tokens if wanted is None else wanted
+    raise ConfigError(
+        f"rank {fullest.rank} of {len(group.ranks)} needs {fullest.weight_bytes / GIB:.2f} GiB for weights, "
+        f"{fullest.activation_bytes / GIB:.2f} GiB for activations and {fullest.kv_bytes_per_token * needed / GIB:.2f} GiB "
+        f"for {needed} tokens of KV cache, and may use {fullest.budget_bytes / GIB:.2f} GiB; {fullest.kv_tokens} tokens fit"
+    )
