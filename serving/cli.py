@@ -251,8 +251,10 @@ def _running(config: ServingConfig) -> "Iterator[RunningApp]":
 
 
 def _raise_on_sigterm() -> None:
-    """Leave in good order on SIGTERM. To be called again after Ray has started, which puts a handler of its own in front: that one
-    prints a stack and aborts the process three seconds later."""
+    """Leave in good order on SIGTERM.
+
+    To be called again after Ray has started, which puts a handler in front: that one aborts the process three seconds later.
+    """
 
     def leave(signum: int, frame: FrameType | None) -> None:
         signal.alarm(0)

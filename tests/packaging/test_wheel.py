@@ -37,10 +37,10 @@ def test_holds_every_module_the_proto_and_its_stubs_and_nothing_else(wheel: ZipF
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".pyi", ".proto"}
+        if path.suffix in {".py", ".pyi", ".proto", ".cpp", ".h"}
     }
     assert {name for name in wheel.namelist() if not name.startswith(f"{DIST_INFO}/")} == sources
-    assert {Path(name).suffix for name in sources} == {".py", ".pyi", ".proto"}
+    assert {Path(name).suffix for name in sources} == {".py", ".pyi", ".proto", ".cpp", ".h"}
 
 
 def test_metadata(wheel: ZipFile) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -32,11 +33,11 @@ time.sleep(600)
 
 def _daemon(directory: Path) -> psutil.Process:
     subprocess.run([sys.executable, "-c", DAEMON, str(directory)], check=True, timeout=30)
-    _wait(lambda: (directory / "pid").exists())
+    _wait((directory / "pid").exists)
     return psutil.Process(int((directory / "pid").read_text()))
 
 
-def _wait(condition: "callable[[], bool]") -> None:  # type: ignore[valid-type]
+def _wait(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 15
     while not condition():
         assert time.monotonic() < deadline
