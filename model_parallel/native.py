@@ -55,7 +55,11 @@ def _build(command: Sequence[str], sources: Sequence[Path], target: Path) -> Non
     try:
         compiled = [str(source) for source in sources if source.suffix == ".cpp"]
         result = subprocess.run(
-            [*command, *compiled, "-o", unfinished], capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False
+            [*command, *compiled, "-o", unfinished],
+            capture_output=True,
+            text=True,
+            timeout=BUILD_TIMEOUT_S,
+            check=False,
         )
         if result.returncode:
             raise NativeBuildError(f"{_COMPILER} failed:\n{result.stderr[-4000:]}")

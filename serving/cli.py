@@ -329,5 +329,7 @@ def _print_speed(times: StreamTimes, usage: pb.Usage) -> None:
     console.print(
         f"time to first token {first}, then {rate}; {usage.prompt_tokens} prompt and {usage.completion_tokens} answer tokens"
     )
+
+
 if __name__ == "__main__":
     main()

@@ -86,6 +86,10 @@ class ReplicaGroup:
             self._executor.set_failure_callback(self._async_engine.fail)
         return self._async_engine
 
+    async def describe(self) -> tuple[str, bool]:
+        """(names of the kernel backends in use, whether answers do not depend on what else runs)."""
+        return ", ".join(sorted(self._executor.kernels_names)), self._executor.deterministic
+
     async def stats(self) -> dict[str, float]:
         """Load and totals of the group's scheduler."""
         stats = self._engine.stats
@@ -167,7 +171,25 @@ class ServeBackend:
             return count if time.monotonic() - known_s < STALE_AFTER_S else 0
         count = sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
         self._known_counts[model] = (count, time.monotonic())
+        if count and not self._models[model].kernels:
+            await self._learn_kernels(model)
         return count
+
+    async def _learn_kernels(self, model: str) -> None:
+        """Complete the card by what only a running group knows."""
+        handle = self._groups[model].options(stream=False)
+        try:
+            kernels, deterministic = await asyncio.wait_for(_value(handle.describe.remote()), STATUS_TIMEOUT_S)
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("no group of model %s says what it computes with: %r", model, error)
+            return
+        card = self._models[model]
+        self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
+
+
+async def _value(response: Any) -> Any:
+    """A Serve response as a coroutine, which is what can be waited for with a bound."""
+    return await response
 
 
 class Gateway:

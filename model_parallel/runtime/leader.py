@@ -139,6 +139,10 @@ class SocketExecutor(ABC):
 
     def __init__(self, config: GroupConfig) -> None:
         self.config = config
+        self.kernels_names: set[str] = set()
+        """Backends that the ranks compute with; one, unless their hosts differ."""
+        self.deterministic = True
+        """Every rank's rows do not depend on the rest of the step."""
         self._links: list[_RankLink] = []
         self._lock = threading.Lock()
         self._shutting_down = threading.Lock()
@@ -220,8 +224,10 @@ class SocketExecutor(ABC):
                         case Progress(done_bytes, total_bytes):
                             if on_progress is not None:
                                 on_progress(link.rank, done_bytes, total_bytes)
-                        case Ready(pid) if link.pid == 0:
+                        case Ready(pid, _, kernels, deterministic) if link.pid == 0:
                             link.pid = pid
+                            self.kernels_names.add(kernels)
+                            self.deterministic &= deterministic
                             poller.unregister(fd)
                             del waiting[fd]
                         case Failed(kind, text):

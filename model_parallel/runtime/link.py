@@ -100,6 +100,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     pid: int
     load_s: float
+    kernels: str
+    """Name of the backend that it computes with."""
+    deterministic: bool
+    """A row's bits do not depend on the rest of the step."""
 
 
 class Result(msgspec.Struct, frozen=True, tag=True, array_like=True):

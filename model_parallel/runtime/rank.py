@@ -77,6 +77,15 @@ class Rank:
             for _ in range(model.num_layers)
         ]
 
+    @property
+    def kernels_name(self) -> str:
+        return self.kernels.name
+
+    @property
+    def deterministic(self) -> bool:
+        """On a GPU NCCL adds in an order of its own, whatever the kernels promise."""
+        return self.kernels.batch_invariant and self.device.type == "cpu"
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Every rank returns the same result. Raises EngineError for a plan that is out of turn."""

@@ -50,6 +50,14 @@ _BLAME_DELAY_S = 0.1
 class RankWorker(Protocol):
     """What the runtime needs of a rank; `runtime.rank.Rank` is the real one."""
 
+    @property
+    def kernels_name(self) -> str: ...
+
+    @property
+    def deterministic(self) -> bool:
+        """A row's bits do not depend on the rest of the step."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult: ...
 
     def close(self) -> None: ...
@@ -96,7 +104,8 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
         start.config, launch.rank, collectives, lambda done, total: connection.send(Progress(done, total))
     )
     collectives.barrier()
-    connection.send(Ready(os.getpid(), time.monotonic() - began))
+    ready = Ready(os.getpid(), time.monotonic() - began, worker.kernels_name, worker.deterministic)
+    connection.send(ready)
     while not isinstance(message := connection.receive(), Stop):
         if not isinstance(message, Step):
             raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")

@@ -42,7 +42,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool
     """The same request gives the same tokens in any batch (batch-invariant kernels, rank-ordered reductions)."""
     kernels: str
-    """Kernel backend that computes it: "reference", "cpu" or "cuda"."""
+    """Kernel backend that computes it: "reference" or "cpu"; "" until a group has told."""
     licence: Licence
 
 

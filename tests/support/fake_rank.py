@@ -19,6 +19,9 @@ RAISE, HANG, EXIT = -1, -2, -3
 class FakeRank:
     """`checkpoint_path` may be "broken:R" or "dies:R" (rank R does so while it loads); anything else loads."""
 
+    kernels_name = "fake"
+    deterministic = True
+
     def __init__(
         self,
         config: GroupConfig,
