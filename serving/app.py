@@ -106,6 +106,12 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     if guard is not None:
         needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
         num_cpus = config.ray.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))
+        # In the processes that Ray starts, unlike in this one, our code and Serve's router run in one event loop: no token
+        # changes threads on its way.
+        os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
+        os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
+        # Ten looks a second at a handful of replicas cost 5 % of what two cores can serve; two are enough.
+        os.environ["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] = "0.5"
         ray.init(
             num_cpus=num_cpus,
             include_dashboard=False,
@@ -142,7 +148,7 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int
     )(Gateway)
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
-    application = gateway.bind(config.gateway, config.limits, cards, groups, APP_NAME)
+    application = gateway.bind(config.gateway, config.limits, cards, groups)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
     address: tuple[str, int] = handle.ready.remote().result(timeout_s=STOP_TIMEOUT_S)
     return address

@@ -7,6 +7,7 @@ value: an object reference a token would cost more than the token.
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -35,9 +35,9 @@ from serving.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-STATUS_TIMEOUT_S = 2.0
-STALE_AFTER_S = 30.0
-"""How long a state that cannot be confirmed is taken to hold."""
+PROBE_TIMEOUT_S = 2.0
+STALE_AFTER_S = 10.0
+"""How long a group that was well and answers late is taken to be well."""
 Handle = DeploymentHandle[Any]
 
 
@@ -55,13 +55,13 @@ class ReplicaGroup:
 
     _async_engine: AsyncEngine | None = None
 
-    def __init__(self, spec: GroupSpec) -> None:
+    async def __init__(self, spec: GroupSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging()
         # A later incarnation has a higher epoch, on whatever node it comes to lie.
         epoch = time.time_ns()
         config = GroupConfig(checkpoint_path=spec.card.source, parallel=spec.parallel, cache=spec.cache, epoch=epoch)
         self._step_timeout_s = spec.parallel.step_timeout_s
-        self._executor = RayExecutor(config)
+        self._executor = await asyncio.to_thread(RayExecutor, config)
         self._engine = Engine(self._executor, Scheduler(spec.scheduler, spec.cache, epoch=epoch))
         self._decode = msgspec.msgpack.Decoder(tuple[EngineRequest, ...]).decode
         self._encode = msgspec.msgpack.Encoder().encode
@@ -86,9 +86,10 @@ class ReplicaGroup:
             self._executor.set_failure_callback(self._async_engine.fail)
         return self._async_engine
 
-    async def describe(self) -> tuple[str, bool]:
-        """(names of the kernel backends in use, whether answers do not depend on what else runs)."""
-        return ", ".join(sorted(self._executor.kernels_names)), self._executor.deterministic
+    async def probe(self) -> tuple[str | None, str, bool]:
+        """(what is wrong with the group, the kernel backends in use, whether answers do not depend on what else runs)."""
+        kernels = ", ".join(sorted(self._executor.kernels_names))
+        return self._executor.health.problem(), kernels, self._executor.deterministic
 
     async def stats(self) -> dict[str, float]:
         """Load and totals of the group's scheduler."""
@@ -121,13 +122,11 @@ class ReplicaGroup:
 class ServeBackend:
     """The gateway's Backend on Serve handles. See serving/gateway/backend.py."""
 
-    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle], app_name: str) -> None:
+    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle]) -> None:
         self._models = {card.name: card for card in cards}
         self._groups = {name: handle.options(stream=True) for name, handle in groups.items()}
-        self._deployments = {name: handle.deployment_name for name, handle in groups.items()}
-        self._app_name = app_name
-        self._known_counts: dict[str, tuple[int, float]] = {}
-        """Healthy groups by model, and when (monotonic) Serve last said so."""
+        self._could_serve_s: dict[str, float] = {}
+        """When (monotonic) a group of each model last said that it can."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
 
@@ -160,31 +159,24 @@ class ServeBackend:
             if open_choices:
                 response.cancel()
 
-    async def num_healthy_groups(self, model: str) -> int:
+    async def can_serve(self, model: str) -> bool:
+        probe = self._groups[model].options(stream=False).probe.remote()
         try:
-            status = await asyncio.wait_for(asyncio.to_thread(serve.status), STATUS_TIMEOUT_S)
-            deployment = status.applications[self._app_name].deployments[self._deployments[model]]
-        except (TimeoutError, KeyError, RayError, RayServeException) as error:
-            logger.warning("the state of model %s is not known: %r", model, error)
-            # The control plane being slow says nothing about the groups, so its last word counts for a while.
-            count, known_s = self._known_counts.get(model, (0, 0.0))
-            return count if time.monotonic() - known_s < STALE_AFTER_S else 0
-        count = sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
-        self._known_counts[model] = (count, time.monotonic())
-        if count and not self._models[model].kernels:
-            await self._learn_kernels(model)
-        return count
-
-    async def _learn_kernels(self, model: str) -> None:
-        """Complete the card by what only a running group knows."""
-        handle = self._groups[model].options(stream=False)
-        try:
-            kernels, deterministic = await asyncio.wait_for(_value(handle.describe.remote()), STATUS_TIMEOUT_S)
-        except (TimeoutError, RayError, RayServeException) as error:
-            logger.warning("no group of model %s says what it computes with: %r", model, error)
-            return
-        card = self._models[model]
-        self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
+            problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)
+        except TimeoutError:
+            # A busy machine is slow to answer, so the last word counts for a while.
+            return time.monotonic() - self._could_serve_s.get(model, -math.inf) < STALE_AFTER_S
+        except (RayError, RayServeException) as error:
+            logger.warning("no replica group of %s can be reached: %s", model, type(error).__name__)
+            return False
+        if problem is not None:
+            logger.warning("a replica group of %s is lost: %s", model, problem)
+            return False
+        self._could_serve_s[model] = time.monotonic()
+        if self._models[model].kernels != kernels:
+            card = self._models[model]
+            self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
+        return True
 
 
 async def _value(response: Any) -> Any:
@@ -201,11 +193,10 @@ class Gateway:
         limits: LimitsConfig,
         cards: Sequence[ModelCard],
         groups: Mapping[str, Handle],
-        app_name: str,
     ) -> None:
         configure_logging()
         tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
-        self._server = GatewayServer(config, limits, ServeBackend(cards, groups, app_name), tokenizers)
+        self._server = GatewayServer(config, limits, ServeBackend(cards, groups), tokenizers)
         self._address = (config.host, await self._server.start())
 
     async def ready(self) -> tuple[str, int]:

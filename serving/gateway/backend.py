@@ -42,7 +42,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool
     """The same request gives the same tokens in any batch (batch-invariant kernels, rank-ordered reductions)."""
     kernels: str
-    """Kernel backend that computes it: "reference" or "cpu"; "" until a group has told."""
+    """Kernel backend that computes it: "reference", or "cpu-" and the instruction set; "" until a group has told."""
     licence: Licence
 
 
@@ -63,8 +63,8 @@ class Backend(Protocol):
         """
         ...
 
-    async def num_healthy_groups(self, model: str) -> int:
-        """Groups of `model` that can serve now; bounded wait, never raises."""
+    async def can_serve(self, model: str) -> bool:
+        """Whether some group of `model` can take a request now; bounded wait, never raises."""
         ...
 
 

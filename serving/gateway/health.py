@@ -28,10 +28,8 @@ class HealthMonitor:
         is_healthy = False
         try:
             async with asyncio.timeout(10 * self._period_s):
-                counts = await asyncio.gather(
-                    *(self._backend.num_healthy_groups(name) for name in self._backend.models)
-                )
-            is_healthy = any(counts)
+                can_serve = await asyncio.gather(*(self._backend.can_serve(name) for name in self._backend.models))
+            is_healthy = any(can_serve)
         except Exception:  # the loop must outlive whatever the backend does; NOT_SERVING shows it
             logger.exception("the backend cannot say how many groups are healthy")
         await self._set(_SERVING if is_healthy else _NOT_SERVING)

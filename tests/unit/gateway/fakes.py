@@ -76,7 +76,7 @@ class FakeBackend:
         self.requests: list[EngineRequest] = []
         self.num_open = 0
         self.started = asyncio.Event()
-        self.healthy = dict.fromkeys(self.models, 1)
+        self.healthy = dict.fromkeys(self.models, True)
 
     async def generate(self, model: str, requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
         assert model in self.models
@@ -89,7 +89,7 @@ class FakeBackend:
         finally:
             self.num_open -= 1
 
-    async def num_healthy_groups(self, model: str) -> int:
+    async def can_serve(self, model: str) -> bool:
         return self.healthy[model]
 
     async def closed(self) -> None:

@@ -73,7 +73,7 @@ def test_every_model_needs_its_tokenizer() -> None:
 
 async def test_health_follows_the_groups(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FakeBackend()
-    backend.healthy = {"tiny": 0, "plain": 0}
+    backend.healthy = {"tiny": False, "plain": False}
     async with serve(backend) as gateway:
         stub = health_pb2_grpc.HealthStub(gateway.channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service=INFERENCE))
@@ -81,7 +81,7 @@ async def test_health_follows_the_groups(serve: Serve, monkeypatch: pytest.Monke
         for name in ("", INFERENCE):
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == Status.NOT_SERVING
-        backend.healthy["plain"] = 1
+        backend.healthy["plain"] = True
         assert (await asyncio.wait_for(watch.read(), 5)).status == Status.SERVING
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.SERVING
         watch.cancel()
@@ -105,7 +105,7 @@ async def test_a_backend_that_breaks_its_word_is_not_serving(
         raise OSError("gone")
 
     backend = FakeBackend()
-    monkeypatch.setattr(backend, "num_healthy_groups", broken)
+    monkeypatch.setattr(backend, "can_serve", broken)
     async with serve(backend) as gateway:
         stub = health_pb2_grpc.HealthStub(gateway.channel)
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.NOT_SERVING
