@@ -6,7 +6,8 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,15 @@ STOP_TIMEOUT_S = 30.0
 """For what should take no time at all once requests are drained."""
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
+
+# For the processes of a private cluster, and not for this one.
+_CLUSTER_ENVIRONMENT = {
+    # Our code and Serve's router run in one event loop: no token changes threads on its way.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Ten looks a second at a handful of replicas cost 5 % of what two cores can serve; two are enough.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
 
 
 class StartError(Exception):
@@ -106,21 +116,31 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     if guard is not None:
         needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
         num_cpus = config.ray.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))
-        # In the processes that Ray starts, unlike in this one, our code and Serve's router run in one event loop: no token
-        # changes threads on its way.
-        os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
-        os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
-        # Ten looks a second at a handful of replicas cost 5 % of what two cores can serve; two are enough.
-        os.environ["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] = "0.5"
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _temp_dir=str(guard.directory),
-        )
+        with _environment(_CLUSTER_ENVIRONMENT):
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _temp_dir=str(guard.directory),
+            )
     else:
         ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.WARNING)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for what is started within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int]:
