@@ -32,7 +32,10 @@ def make(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
     [
         ("demo", ["packtrain demo"]),
         ("serve", ["packtrain serve"]),
-        ("test", [f"pytest tests/{suite}" for suite in ("unit", "distributed", "integration", "packaging")]),
+        (
+            "test",
+            [f"pytest tests/{suite}" for suite in ("unit", "numerics", "distributed", "integration", "packaging")],
+        ),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports", "protos.generate --check"]),
         ("bench", ["bench/serving_overhead.py"]),
     ],
@@ -59,7 +62,7 @@ def test_plain_make_lists_the_targets() -> None:
 
 def test_every_suite_is_run() -> None:
     suites = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert suites - {"gpu"} == {"unit", "distributed", "integration", "packaging"}
+    assert suites - {"gpu"} == {"unit", "numerics", "distributed", "integration", "packaging"}
 
 
 def test_without_a_usable_python_make_says_so(tmp_path: Path) -> None:

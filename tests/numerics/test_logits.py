@@ -10,7 +10,7 @@ from serving.tokenizer import load_tokenizer
 from tests.support.kernels import BACKENDS, use_backend
 from tests.support.ranks import group_config, prompt_logits, reference_from_gguf, save_random_llama
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 TALE = """Once upon a time there was a king who lived in a castle by the sea. He had three daughters, and the youngest of them
 was so beautiful that the sun itself, which has seen so much, was astonished whenever it shone in her face. Close by the king's
 castle lay a great dark forest, and under an old lime-tree in the forest was a well, and when the day was very warm, the king's

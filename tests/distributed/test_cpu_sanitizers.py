@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 TESTS = [f"tests/unit/kernels/{name}.py" for name in ("test_cpu_products", "test_cpu_attention")]
 DRIVER = f"""
 import sys

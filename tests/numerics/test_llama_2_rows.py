@@ -1,6 +1,6 @@
 """The twelve repositories of Llama 2: small twins of each, with the published heads, files and rules.
 
-The same with the published widths: `pytest -m slow tests/unit/checkpoint/test_llama_2_rows.py` (docs/llama2.md has results).
+The same with the published widths: `pytest -m slow tests/numerics/test_llama_2_rows.py` (docs/llama2.md has results).
 """
 
 from pathlib import Path
