@@ -1,4 +1,4 @@
-"""Refusing what is broken, or not Llama 2, in Meta's format and in torch files; tests/numerics/test_llama_2_rows.py has what is right."""
+"""Refusing what is broken, or not Llama 2, in Meta's format and in torch files; what is right is in tests/numerics."""
 
 import json
 import os
