@@ -7,8 +7,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -24,6 +24,7 @@ from serving.config import ServingConfig
 from serving.deployment import Gateway, ReplicaGroup
 from serving.gateway.server import check_listening
 from serving.models import GroupSpec, check_memory, free_memory_bytes, resolve_model
+from serving.progress import watched_progress
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,11 @@ def shut_down(guard: Guard | None) -> None:
             guard.dismiss()
 
 
-def start(config: ServingConfig, report: Callable[[str], None]) -> RunningApp:
-    """Bring the stack up; `report` is told each stage. Nothing is left running when it fails.
+def start(
+    config: ServingConfig, report: Callable[[str], None], on_load: Callable[[int, int], None] | None = None
+) -> RunningApp:
+    """Bring the stack up; `report` is told each stage, and `on_load` (bytes loaded, bytes in all) while ranks of a private
+    cluster load. Nothing is left running when it fails.
 
     Raises ConfigError, CheckpointError, FetchError, StartError.
     """
@@ -101,7 +105,10 @@ def start(config: ServingConfig, report: Callable[[str], None]) -> RunningApp:
     try:
         _join_ray(config, specs, guard)
         report("placing replica groups and loading weights")
-        host, port = _deploy(config, specs)
+        if guard is not None:
+            specs = [replace(spec, progress_directory=str(guard.directory)) for spec in specs]
+        with watched_progress(guard.directory, on_load) if guard and on_load else nullcontext():
+            host, port = _deploy(config, specs)
     except (RayError, RayServeException, RuntimeError, TimeoutError, ConnectionError) as error:
         message = _deployment_messages() or str(error)
         shut_down(guard)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import grpc
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from model_parallel.errors import EngineError
@@ -238,10 +239,10 @@ def _running(config: ServingConfig) -> "Iterator[RunningApp]":
                 fetch_model(entry.source, progress)
     prepare_environment()
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with _stage("importing Ray") as report:
+    with _stage("importing Ray") as stage:
         from serving.app import start
 
-        running = start(config, report)
+        running = start(config, stage.report, stage.on_load)
     _raise_on_sigterm()
     try:
         yield running
@@ -270,19 +271,30 @@ def _wait_for_signal() -> None:
         console.print("stopping: no new requests, running ones may finish")
 
 
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A line that says what is going on, for how long and, where that is known, how far it is."""
+
+    progress: Progress
+    task: TaskID
+
+    def report(self, stage: str) -> None:
+        """A new stage begins; it is also printed where there is no terminal."""
+        self.progress.update(self.task, description=stage, completed=0, total=None)
+        if not console.is_terminal:
+            console.print(stage)
+
+    def on_load(self, done_bytes: int, total_bytes: int) -> None:
+        self.progress.update(self.task, completed=done_bytes, total=total_bytes)
+
+
 @contextmanager
-def _stage(first: str) -> Iterator[Callable[[str], None]]:
-    """A line that says what is going on and for how long; each stage is also printed where there is no terminal."""
-    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(first, total=None)
-
-        def report(stage: str) -> None:
-            progress.update(task, description=stage)
-            if not console.is_terminal:
-                console.print(stage)
-
-        report(first)
-        yield report
+def _stage(first: str) -> Iterator[_Stage]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        stage = _Stage(progress, progress.add_task(first, total=None))
+        stage.report(first)
+        yield stage
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from serving.gateway.backend import GroupUnavailableError, ModelCard
 from serving.gateway.server import GatewayServer
 from serving.log import configure_logging
 from serving.models import GroupSpec
+from serving.progress import ProgressFile
 from serving.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class ReplicaGroup:
         epoch = time.time_ns()
         config = GroupConfig(checkpoint_path=spec.card.source, parallel=spec.parallel, cache=spec.cache, epoch=epoch)
         self._step_timeout_s = spec.parallel.step_timeout_s
-        self._executor = await asyncio.to_thread(RayExecutor, config)
+        on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
+        self._executor = await asyncio.to_thread(RayExecutor, config, on_progress=on_progress)
         self._engine = Engine(self._executor, Scheduler(spec.scheduler, spec.cache, epoch=epoch))
         self._decode = msgspec.msgpack.Decoder(tuple[EngineRequest, ...]).decode
         self._encode = msgspec.msgpack.Encoder().encode

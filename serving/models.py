@@ -25,6 +25,8 @@ class GroupSpec:
     cache: CacheConfig
     scheduler: SchedulerConfig
     cpus_per_rank: float
+    progress_directory: str = ""
+    """Where the leader tells how far its ranks have loaded; "" when nobody on its host looks."""
 
 
 def resolve_model(entry: ModelEntry) -> GroupSpec:
