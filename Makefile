@@ -36,8 +36,9 @@ lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/lint-imports
 	$(BIN)/python -m protos.generate --check
 
-bench: $(STAMP) ## tokens/s served, against the engine alone
-	$(BIN)/python bench/serving_overhead.py
+bench: $(STAMP) ## the engine beside its peers and limits, and what serving costs
+	$(BIN)/python -m bench.engine
+	$(BIN)/python -m bench.serving_overhead
 
 proof-7b: $(STAMP) ## serve a synthetic Llama 2 7B of full size at TP=2: 14 GB of disk, 18 GB of memory
 	$(BIN)/python -m bench.proof_7b

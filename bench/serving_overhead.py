@@ -2,7 +2,7 @@
 
 Both are timed in turn in one run, in rounds, because the machine's speed drifts; quote the ratio.
 
-    python bench/serving_overhead.py [--streams 16] [--rounds 5] [--json FILE]
+    python -m bench.serving_overhead [--streams 16] [--rounds 5] [--json FILE]
 """
 
 import argparse

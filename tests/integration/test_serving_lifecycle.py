@@ -12,7 +12,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ray.exceptions import RayError
 
 from model_parallel.errors import ConfigError
 from serving.app import StartError, start
@@ -89,6 +91,12 @@ def test_sigterm_drains(served: Served) -> None:
         assert num_tokens + sum(len(chunk.token_ids) for chunk in chunks) == 120, "the running stream finishes"
     assert served.process.wait(40) == 0
     assert not served.port_is_open
+
+
+def test_a_call_after_the_end_starts_no_cluster() -> None:
+    with pytest.raises(RayError):
+        ray.cluster_resources()
+    assert not ray.is_initialized()
 
 
 def _start_error(data: dict[str, object]) -> Exception:

@@ -37,7 +37,7 @@ def make(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
             [f"pytest tests/{suite}" for suite in ("unit", "numerics", "distributed", "integration", "packaging")],
         ),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports", "protos.generate --check"]),
-        ("bench", ["bench/serving_overhead.py"]),
+        ("bench", ["bench.engine", "bench.serving_overhead"]),
     ],
 )
 def test_make_target_runs(target: str, commands: list[str]) -> None:
