@@ -39,6 +39,9 @@ _CLUSTER_ENVIRONMENT = {
     # Our code and Serve's router run in one event loop: no token changes threads on its way.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # What start-up leaves is not looked through again by every garbage collection; request logs are written in bulk.
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     # Ten looks a second at a handful of replicas cost 5 % of what two cores can serve; two are enough.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }

@@ -48,6 +48,8 @@ class AsyncEngine:
             self._wake.set()
             while running:
                 outputs = await queue.get()
+                while not queue.empty():  # steps that the reader was too busy for travel together
+                    outputs += queue.get_nowait()
                 running -= {output.request_id for output in outputs if output.finish_reason}
                 yield outputs
         finally:
