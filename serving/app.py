@@ -214,6 +214,8 @@ def _lifecycle(config: ServingConfig) -> dict[str, Any]:
 
 def _deployment_messages() -> str:
     """Why deployments are not healthy, as Serve tells it; empty when it does not."""
+    if not ray.is_initialized():  # Serve would look for a cluster, and wait
+        return ""
     try:
         applications = serve.status().applications
     except (RayError, RayServeException, RuntimeError):

@@ -173,6 +173,8 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray forks its head from this process; gRPC's own fork handlers can leave the child hanging.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     # A call that comes after the end must fail. Without this it starts a new cluster, which nobody would ever stop.
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
