@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 
@@ -20,7 +20,6 @@ class StreamTimes:
     first_token_s: float | None = None
     last_token_s: float | None = None
     num_tokens: int = 0
-    arrivals_s: list[float] = field(default_factory=list)
 
     def count(self, num_tokens: int, now_s: float) -> None:
         """Take in a chunk that brought `num_tokens`."""
@@ -30,7 +29,6 @@ class StreamTimes:
             self.first_token_s = now_s
         self.last_token_s = now_s
         self.num_tokens += num_tokens
-        self.arrivals_s.append(now_s)
 
     @property
     def ttft_s(self) -> float | None:

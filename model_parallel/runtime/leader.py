@@ -224,7 +224,7 @@ class SocketExecutor(ABC):
                         case Progress(done_bytes, total_bytes):
                             if on_progress is not None:
                                 on_progress(link.rank, done_bytes, total_bytes)
-                        case Ready(pid, _, kernels, deterministic) if link.pid == 0:
+                        case Ready(pid, kernels, deterministic) if link.pid == 0:
                             link.pid = pid
                             self.kernels_names.add(kernels)
                             self.deterministic &= deterministic

@@ -9,6 +9,7 @@ Handshake (fixed sizes, so that nothing is parsed before both sides have proved 
 Frame: length (u32) · CRC32 of length and payload (u32) · payload, one msgpack message. Big-endian throughout.
 """
 
+import contextlib
 import hmac
 import secrets
 import select
@@ -99,7 +100,6 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Rank → leader: loaded, waiting for steps."""
 
     pid: int
-    load_s: float
     kernels: str
     """Name of the backend that it computes with."""
     deterministic: bool
@@ -230,10 +230,7 @@ class Connection(Generic[Received]):
 
     def sever(self) -> None:
         """End both directions at once, which wakes every thread on either side. Safe to call twice."""
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # not connected any more
+        _sever(self.sock)
 
     def close(self) -> None:
         self.sock.close()
@@ -256,19 +253,17 @@ class Listener:
         """Connections by rank, once every rank has one.
 
         `check` is called many times a second and may raise to give up. Raises TimeoutError naming the absent ranks.
-        Whoever does not prove to know the secret and epoch is closed and otherwise ignored.
+        Whoever does not prove to know the secret and epoch is closed and otherwise ignored; nobody is heard any more
+        when this returns.
         """
         deadline = time.monotonic() + timeout_s
-        room = threading.BoundedSemaphore(self._num_ranks + _MAX_STRANGERS)
         gate = _Gate()
+        greetings: dict[threading.Thread, socket.socket] = {}
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
 
         def greet(sock: socket.socket) -> None:
-            try:
-                gate.admit(_greet_rank(sock, self._secret, self._epoch, self._num_ranks), sock)
-            finally:
-                room.release()
+            gate.admit(_greet_rank(sock, self._secret, self._epoch, self._num_ranks), sock)
 
         try:
             while len(gate.found) < self._num_ranks:
@@ -276,20 +271,30 @@ class Listener:
                 if time.monotonic() > deadline:
                     absent = sorted(set(range(self._num_ranks)) - set(gate.found))
                     raise TimeoutError(f"ranks {absent} did not connect within {timeout_s:g} s")
-                if not poller.poll(_POLL_S * 1e3) or not room.acquire(timeout=_POLL_S):
+                if not poller.poll(_POLL_S * 1e3):
+                    continue
+                greetings = {thread: sock for thread, sock in greetings.items() if thread.is_alive()}
+                if len(greetings) == self._num_ranks + _MAX_STRANGERS:
+                    time.sleep(_POLL_S)
                     continue
                 try:
                     sock, _ = self._sock.accept()
                 except (BlockingIOError, ConnectionAbortedError):  # it went away while it waited
-                    room.release()
                     continue
-                threading.Thread(target=greet, args=(sock,), name="packtrain-handshake", daemon=True).start()
+                thread = threading.Thread(target=greet, args=(sock,), name="packtrain-handshake", daemon=True)
+                greetings[thread] = sock
+                thread.start()
         except BaseException:
             for sock in gate.shut().values():
                 sock.close()
             raise
         finally:
             self.close()
+            admitted = gate.shut().values()
+            for thread, sock in greetings.items():
+                if sock not in admitted:
+                    _sever(sock)  # wakes its thread, which closes it
+                thread.join(HANDSHAKE_TIMEOUT_S)
         return [Connection(sock, RankMessage) for _, sock in sorted(gate.shut().items())]
 
     def close(self) -> None:
@@ -373,6 +378,11 @@ def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes
             raise LinkError("the connection was closed during the handshake")
         data += part
     return data
+
+
+def _sever(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # not connected any more
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _tune(sock: socket.socket) -> None:

@@ -96,7 +96,6 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
     start = connection.receive()
     if not isinstance(start, Start) or start.config.epoch != launch.epoch:
         raise LinkError(f"the leader of epoch {launch.epoch} began with {start!r:.200}")
-    began = time.monotonic()
     parallel = start.config.parallel
     torch.set_num_threads(parallel.num_threads)
     collectives = _join(parallel, launch.rank, start.rendezvous, store_listener)
@@ -104,8 +103,7 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
         start.config, launch.rank, collectives, lambda done, total: connection.send(Progress(done, total))
     )
     collectives.barrier()
-    ready = Ready(os.getpid(), time.monotonic() - began, worker.kernels_name, worker.deterministic)
-    connection.send(ready)
+    connection.send(Ready(os.getpid(), worker.kernels_name, worker.deterministic))
     while not isinstance(message := connection.receive(), Stop):
         if not isinstance(message, Step):
             raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")

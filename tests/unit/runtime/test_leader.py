@@ -75,7 +75,7 @@ class ScriptedExecutor(SocketExecutor):
 
 def load(connection: Connection[LeaderMessage]) -> None:
     assert isinstance(connection.receive(), Start)
-    connection.send(Ready(1, 0.0, "fake", True))
+    connection.send(Ready(1, "fake", True))
 
 
 def good(rank: int) -> Script:

@@ -118,6 +118,17 @@ def test_flood_of_silent_connections_does_not_prevent_the_start(
         sock.close()
 
 
+def test_nobody_is_heard_any_more_after_the_start(pool: ThreadPoolExecutor) -> None:
+    group = Group(pool, num_ranks=1)
+    silent = raw(group, b"")
+    rank = group.connect(0)
+    (leader,) = group.accepted.result(10)
+    assert not [t for t in threading.enumerate() if t.name == "packtrain-handshake"]
+    assert is_closed(silent)
+    rank.close()
+    leader.close()
+
+
 def test_second_connection_of_a_rank_is_refused(pool: ThreadPoolExecutor) -> None:
     group = Group(pool)
     first = group.connect(0)
