@@ -67,6 +67,12 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens already delivered by another group: they count as output (penalties, max_tokens, positions), and the answer
     goes on after them."""
     eos_token_ids: tuple[int, ...] = ()
+    tenant: str = ""
+    """Whose request it is, for the fair queue."""
+    weight: float = 1.0
+    """The tenant's share of a busy group, relative to the others."""
+    priority: int = 0
+    """Classes of lower numbers are admitted first."""
     cache_salt: bytes = b""
     """Prefix-cache blocks are shared only between requests of equal salt."""
     deadline_s: float | None = None

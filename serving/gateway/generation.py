@@ -12,13 +12,15 @@ from model_parallel.engine.request import (
     EngineRequest,
     FinishReason,
     SamplingParams,
-    Timings,
     TokenLogprobs,
 )
 from model_parallel.errors import RequestError
 from serving.config import LimitsConfig
+from serving.gateway.accounts import Accounts, OpenAccounts, Principal
 from serving.gateway.backend import Backend, GroupUnavailableError, ModelCard
+from serving.gateway.call import Call, CancelledInGroupError, DeadlineExceededError
 from serving.gateway.choices import Choice, Chunk, Summary
+from serving.gateway.metering import Meter
 from serving.gateway.prompts import PromptEncoder
 from serving.gateway.validate import (
     ChatPrompt,
@@ -39,26 +41,6 @@ _SAME_NAME = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "ignore_eos", "logprobs", "prompt_logprobs",
 )  # fmt: skip
-
-
-class DeadlineExceededError(Exception):
-    """The client's deadline passed first."""
-
-
-class CancelledInGroupError(Exception):
-    """The replica group was told to cancel the request by someone other than this gateway."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """What a front end knows of a request besides its content."""
-
-    request_id: str
-    """Made by the server."""
-    arrived_s: float
-    """On the generator's clock."""
-    timeout_s: float | None
-    """Left of the client's deadline at arrival."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +69,7 @@ class Generator:
         tokenizers: Mapping[str, Tokenizer],
         limits: LimitsConfig,
         *,
+        accounts: Accounts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
@@ -95,76 +78,104 @@ class Generator:
         self._encoders = {name: PromptEncoder(card, tokenizers[name]) for name, card in backend.models.items()}
         self._limits = limits
         self._backend = backend
+        self._accounts: Accounts = accounts or OpenAccounts()
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made. Close it (`aclose`) to end the request early."""
-        card = find_model(self.models, query.model)
+        card = self.model_for(call, query.model)
         prompt = await self._encoders[card.name].encode("prompt", check_generate(query, card, self._limits))
         max_tokens = output_budget(len(prompt), query.max_tokens, card)
         sampling = _sampling_params(query, seed=seed, max_tokens=max_tokens)
         num_choices = query.n or 1
         tokenizer, continues_text = self.tokenizers[card.name], not isinstance(query.prompt, ChatPrompt)
         choices = [Choice(index, tokenizer, query.stop, continues_text=continues_text) for index in range(num_choices)]
-        submitted_s = self.clock()
-        requests = self._requests(card, call, submitted_s, [(prompt, sampling)] * num_choices)
-        last: Chunk | None = None
-        async with aclosing(self._run(card, requests)) as outputs:
-            async for output in outputs:
-                choice = choices[output.choice]
-                if choice.finished:  # by a stop string, which the group does not know of
-                    continue
-                _raise_failure(output)
-                chunk = choice.take(output)
-                if all(choice.finished for choice in choices):
-                    last = chunk
-                    break
-                yield chunk
-        if last is None:
-            raise RuntimeError("the backend ended before every choice did")
-        last_outputs = [choice.last_output for choice in choices]
-        num_tokens = sum(choice.num_tokens for choice in choices)
-        yield replace(last, summary=self._summary(call, submitted_s, len(prompt), num_tokens, last_outputs))
+        meter = await self._meter(call, card, len(prompt), num_choices * max_tokens)
+        with meter:
+            requests = self._requests(card, call, [(prompt, sampling)] * num_choices)
+            last: Chunk | None = None
+            async with aclosing(self._run(card, requests, meter)) as outputs:
+                async for output in outputs:
+                    choice = choices[output.choice]
+                    if choice.finished:  # by a stop string, which the group does not know of
+                        continue
+                    _raise_failure(output)
+                    chunk = choice.take(output)
+                    meter.num_completion_tokens = sum(choice.num_tokens for choice in choices)
+                    if all(choice.finished for choice in choices):
+                        last = chunk
+                        break
+                    yield chunk
+            if last is None or last.finish_reason is None:
+                raise RuntimeError("the backend ended before every choice did")
+            last_outputs = [choice.last_output for choice in choices]
+            summary = await meter.close(last_outputs, last.finish_reason)
+        yield replace(last, summary=summary)
 
     async def score(self, query: ScoreQuery, call: Call) -> tuple[list[ScoredTokens], Summary]:
         """Scores of the continuations, in their order."""
-        card = find_model(self.models, query.model)
+        card = self.model_for(call, query.model)
         context, continuations = check_score(query, card, self._limits)
         encoder = self._encoders[card.name]
         pairs = [await encoder.encode_pair(context, index, end) for index, end in enumerate(continuations)]
-        submitted_s = self.clock()
         greedy = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
         sequences = [(whole, msgspec.structs.replace(greedy, prompt_logprobs_start=start)) for whole, start in pairs]
         tokens: list[list[TokenLogprobs]] = [[] for _ in pairs]
         last_outputs: list[EngineOutput | None] = [None] * len(pairs)
-        requests = self._requests(card, call, submitted_s, sequences)
-        async with aclosing(self._run(card, requests)) as outputs:
-            async for output in outputs:
-                _raise_failure(output)
-                tokens[output.choice] += output.prompt_logprobs
-                if output.finish_reason is not None:
-                    last_outputs[output.choice] = output
-        if [len(scored) for scored in tokens] != [len(whole) - start for whole, start in pairs]:
-            raise RuntimeError("the backend did not report every prompt log-probability that was asked for")
-        num_prompt_tokens = sum(len(whole) for whole, _ in pairs)
-        summary = self._summary(call, submitted_s, num_prompt_tokens, 0, last_outputs)
+        meter = await self._meter(call, card, sum(len(whole) for whole, _ in pairs), 0)
+        with meter:
+            requests = self._requests(card, call, sequences)
+            async with aclosing(self._run(card, requests, meter)) as outputs:
+                async for output in outputs:
+                    _raise_failure(output)
+                    tokens[output.choice] += output.prompt_logprobs
+                    if output.finish_reason is not None:
+                        last_outputs[output.choice] = output
+            if [len(scored) for scored in tokens] != [len(whole) - start for whole, start in pairs]:
+                raise RuntimeError("the backend did not report every prompt log-probability that was asked for")
+            summary = await meter.close(last_outputs, FinishReason.LENGTH)
         return [ScoredTokens(tokens=tuple(scored)) for scored in tokens], summary
 
-    async def tokenize(self, query: TokenizeQuery) -> tuple[int, ...]:
+    async def tokenize(self, query: TokenizeQuery, call: Call) -> tuple[int, ...]:
         """Token ids of a text or a conversation."""
-        card = find_model(self.models, query.model)
+        card = self.model_for(call, query.model)
         prompt = check_tokenize(query, card, self._limits)
         encoder = self._encoders[card.name]
         if isinstance(prompt, TextPrompt):
             return await encoder.encode_text("text", prompt.text, add_bos=query.add_bos is not False)
         return await encoder.encode("messages", prompt)
 
-    def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+    def detokenize(self, model: str, token_ids: Sequence[int], call: Call) -> str:
         """Text of token ids."""
-        card = find_model(self.models, model)
+        card = self.model_for(call, model)
         check_token_ids("token_ids", token_ids, card)
         return self.tokenizers[card.name].decode(token_ids)
 
-    async def _run(self, card: ModelCard, requests: list[EngineRequest]) -> AsyncGenerator[EngineOutput, None]:
+    def visible_models(self, principal: Principal) -> list[ModelCard]:
+        """Those that the sender may use, by name."""
+        return [
+            self.models[name] for name in sorted(self.models) if principal.models is None or name in principal.models
+        ]
+
+    def model_for(self, call: Call, name: str) -> ModelCard:
+        """Raises UnknownModelError, PermissionDeniedError."""
+        card = find_model(self.models, name)
+        call.principal.check_model(name)
+        return card
+
+    async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
+        """Reserves the most that the request can use. Raises QuotaExceededError."""
+        reservation = await self._accounts.reserve(
+            call.principal,
+            request_id=call.request_id,
+            model=card.name,
+            num_tokens=num_prompt_tokens + num_output_tokens,
+        )
+        return Meter(call, card.name, num_prompt_tokens, reservation, self.clock)
+
+    async def _run(
+        self, card: ModelCard, requests: list[EngineRequest], meter: Meter
+    ) -> AsyncGenerator[EngineOutput, None]:
+        meter.submit()
         steps = self._backend.generate(card.name, requests)
         async with aclosing(steps):
             async for outputs in steps:
@@ -172,11 +183,11 @@ class Generator:
                     yield output
 
     def _requests(
-        self, card: ModelCard, call: Call, now_s: float, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]
+        self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]
     ) -> list[EngineRequest]:
         deadline_s = None
         if call.timeout_s is not None:
-            deadline_s = call.timeout_s - (now_s - call.arrived_s)
+            deadline_s = call.timeout_s - (self.clock() - call.arrived_s)
             if deadline_s <= 0:
                 raise DeadlineExceededError("the deadline passed before a replica group got the request")
         return [
@@ -187,35 +198,13 @@ class Generator:
                 choice=choice,
                 eos_token_ids=card.eos_token_ids,
                 deadline_s=deadline_s,
+                cache_salt=call.principal.cache_salt,
+                tenant=call.principal.tenant_id,
+                weight=call.principal.weight,
+                priority=call.principal.priority,
             )
             for choice, (prompt, sampling) in enumerate(sequences)
         ]
-
-    def _summary(
-        self,
-        call: Call,
-        submitted_s: float,
-        num_prompt_tokens: int,
-        num_completion_tokens: int,
-        last_outputs: Sequence[EngineOutput | None],
-    ) -> Summary:
-        known = [output for output in last_outputs if output is not None]
-        timings = [output.timings for output in known if output.timings is not None]
-        group = None
-        if timings:
-            group = Timings(
-                queue_s=max(timing.queue_s for timing in timings),
-                prefill_s=max(timing.prefill_s for timing in timings),
-                decode_s=max(timing.decode_s for timing in timings),
-            )
-        return Summary(
-            num_prompt_tokens=num_prompt_tokens,
-            num_completion_tokens=num_completion_tokens,
-            num_cached_tokens=sum(output.num_cached_tokens for output in known),
-            group=group,
-            gateway_s=submitted_s - call.arrived_s,
-            total_s=self.clock() - call.arrived_s,
-        )
 
 
 def _sampling_params(query: GenerateQuery, *, seed: int, max_tokens: int) -> SamplingParams:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2_grpc
 from model_parallel.errors import ConfigError
 from protos import inference_pb2, inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
+from serving.gateway.accounts import Accounts, OpenAccounts
 from serving.gateway.admission import Admission
 from serving.gateway.backend import Backend
 from serving.gateway.generation import Generator
@@ -30,7 +31,12 @@ class GatewayServer:
     """Serves packtrain.v1.Inference, health and reflection. One start, one drain or stop."""
 
     def __init__(
-        self, config: GatewayConfig, limits: LimitsConfig, backend: Backend, tokenizers: Mapping[str, Tokenizer]
+        self,
+        config: GatewayConfig,
+        limits: LimitsConfig,
+        backend: Backend,
+        tokenizers: Mapping[str, Tokenizer],
+        accounts: Accounts | None = None,
     ) -> None:
         """`tokenizers` by model name. Raises ConfigError for an address that is open to others without `insecure`, and
         for a model without tokenizer."""
@@ -41,7 +47,8 @@ class GatewayServer:
         self._admission = Admission(config.max_concurrent_requests)
         self._health = HealthMonitor(backend, [INFERENCE])
         self._health_task: asyncio.Task[None] | None = None
-        self._generator = Generator(backend, tokenizers, limits)
+        self._accounts: Accounts = accounts or OpenAccounts()
+        self._generator = Generator(backend, tokenizers, limits, accounts=self._accounts)
         self._limits = limits
         self._server: grpc.aio.Server | None = None
 
@@ -50,7 +57,11 @@ class GatewayServer:
         if self._server is not None:
             raise RuntimeError("a gateway server starts once")
         interceptor = StatusInterceptor(
-            self._admission, admitted_service=INFERENCE, retry_delay_s=self._config.retry_delay_s
+            self._admission,
+            self._accounts,
+            admitted_service=INFERENCE,
+            open_service=HEALTH,
+            retry_delay_s=self._config.retry_delay_s,
         )
         server = self._server = grpc.aio.server(interceptors=(interceptor,), options=self._options())
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._generator), server)

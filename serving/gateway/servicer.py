@@ -10,9 +10,9 @@ import grpc
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.gateway import convert
-from serving.gateway.generation import Call, Generator
-from serving.gateway.interceptors import request_id
-from serving.gateway.validate import find_model
+from serving.gateway.call import Call
+from serving.gateway.generation import Generator
+from serving.gateway.interceptors import principal, request_id
 
 _MAX_LABEL_CHARS = 128
 
@@ -40,7 +40,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        call = self._call(context)
+        call = self._call(context, is_streamed=True)
         query = convert.generate_query(request)
         seed = secrets.randbits(64) if query.seed is None else query.seed
         is_first = True
@@ -69,28 +69,34 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         query = convert.tokenize_query(request)
-        token_ids = await self._generator.tokenize(query)
+        token_ids = await self._generator.tokenize(query, self._call(context))
         tokenizer = self._generator.tokenizers[query.model]
         await _send_label(context)
         return pb.TokenizeResponse(token_ids=token_ids, tokens=[tokenizer.token_bytes(token) for token in token_ids])
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        text = self._generator.detokenize(request.model, tuple(request.token_ids))
+        text = self._generator.detokenize(request.model, tuple(request.token_ids), self._call(context))
         await _send_label(context)
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         await _send_label(context)
-        models = self._generator.models
-        return pb.ListModelsResponse(models=[convert.model_card(models[name]) for name in sorted(models)])
+        cards = self._generator.visible_models(principal.get())
+        return pb.ListModelsResponse(models=[convert.model_card(card) for card in cards])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        card = find_model(self._generator.models, request.model)
+        card = self._generator.model_for(self._call(context), request.model)
         await _send_label(context)
         return pb.GetModelResponse(model=convert.model_card(card))
 
-    def _call(self, context: Context) -> Call:
-        return Call(request_id=request_id.get(), arrived_s=self._generator.clock(), timeout_s=context.time_remaining())
+    def _call(self, context: Context, *, is_streamed: bool = False) -> Call:
+        return Call(
+            request_id=request_id.get(),
+            arrived_s=self._generator.clock(),
+            timeout_s=context.time_remaining(),
+            principal=principal.get(),
+            is_streamed=is_streamed,
+        )
 
 
 async def _send_label(context: Context) -> None:

@@ -15,9 +15,11 @@ from serving.gateway.backend import ModelCard
 class ValidationError(ValueError):
     """A request that can never be served. `field` is the one to correct, "" when the request has no readable fields."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, *, is_too_long: bool = False) -> None:
+        """`is_too_long` when prompt and answer do not fit the model."""
         super().__init__(message)
         self.field = field
+        self.is_too_long = is_too_long
 
 
 class UnknownModelError(LookupError):
@@ -209,12 +211,14 @@ def output_budget(num_prompt_tokens: int, max_tokens: int | None, card: ModelCar
             "prompt",
             f"prompt has {num_prompt_tokens} tokens; max_model_len is {card.max_model_len}, "
             "at least one of them for the answer",
+            is_too_long=True,
         )
     if max_tokens is not None and max_tokens > left:
         raise ValidationError(
             "max_tokens",
             f"max_tokens is {max_tokens} and the prompt has {num_prompt_tokens} tokens; together they are over "
             f"max_model_len, {card.max_model_len}",
+            is_too_long=True,
         )
     return left if max_tokens is None else max_tokens
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from protos import inference_pb2 as pb
 from serving.config import LimitsConfig
+from serving.gateway.call import Call
 from serving.gateway.convert import explain_undecodable, generate_query
-from serving.gateway.generation import Call, Generator
-from serving.gateway.interceptors import refusal_for
+from serving.gateway.generation import Generator
+from serving.gateway.refusals import refusal_for
 from serving.gateway.validate import (
     GenerateQuery,
     TextPrompt,
@@ -322,7 +323,7 @@ async def test_no_values_bring_an_unexpected_status(data: st.DataObject) -> None
         async for _ in generator.generate(generate_query(request), call, 1):
             pass
     except Exception as error:
-        assert refusal_for(error).code in (INVALID, NOT_FOUND), error
+        assert refusal_for(error, 1.0).code in (INVALID, NOT_FOUND), error
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,28 @@
+"""What a front end knows of one call besides its content, and the two ways in which others end it."""
+
+from dataclasses import dataclass
+
+from serving.gateway.accounts import OPEN, Principal
+
+
+class DeadlineExceededError(Exception):
+    """The client's deadline passed first."""
+
+
+class CancelledInGroupError(Exception):
+    """The replica group was told to cancel the request by someone other than this gateway."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One call."""
+
+    request_id: str
+    """Made by the server."""
+    arrived_s: float
+    """On the generator's clock."""
+    timeout_s: float | None
+    """Left of the client's deadline at arrival."""
+    principal: Principal = OPEN
+    is_streamed: bool = False
+    """Parts of the answer go out before its end. Otherwise its usage is durable before any of it goes out."""
