@@ -90,8 +90,7 @@ class MetaCheckpoint(Checkpoint):
             copy_mapped(source, target)
             return
         dim = self._config.head_dim
-        for head_DE, out_DE in zip(source.split(dim), target.split(dim), strict=True):
-            copy_mapped(head_DE.unflatten(0, (-1, 2)), half_split_as_pairs(out_DE))
+        copy_mapped(source.unflatten(0, (-1, dim // 2, 2)), half_split_as_pairs(target, dim))
 
     def _check_copies(self, name: str, parts: list[StoredTensor]) -> None:
         """What every file has whole must be the same in all: otherwise they are of different models."""

@@ -19,6 +19,6 @@ def interleaved_rows(rows: range, head_dim: int) -> np.ndarray:
     return np.asarray(head * head_dim + 2 * pair + half)
 
 
-def half_split_as_pairs(head_DE: Tensor) -> Tensor:
-    """[D/2, 2, E]: a view of one half-split head in the order of the adjacent-pair layout."""
-    return head_DE.view(2, -1, head_DE.shape[-1]).transpose(0, 1)
+def half_split_as_pairs(rows_OE: Tensor, head_dim: int) -> Tensor:
+    """[H, D/2, 2, E]: a view of the half-split rows of whole heads in the order of the adjacent-pair layout."""
+    return rows_OE.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
