@@ -21,4 +21,4 @@ def interleaved_rows(rows: range, head_dim: int) -> np.ndarray:
 
 def half_split_as_pairs(rows_OE: Tensor, head_dim: int) -> Tensor:
     """[H, D/2, 2, E]: a view of the half-split rows of whole heads in the order of the adjacent-pair layout."""
-    return rows_OE.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
+    return rows_OE.view(-1, 2, head_dim // 2, rows_OE.shape[-1]).transpose(1, 2)
