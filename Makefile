@@ -62,6 +62,6 @@ $(STAMP): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
 		echo "$$python -m venv $(VENV)"; \
 		"$$python" -m venv --clear $(VENV); \
 	fi
-	sed '$(if $(TORCH),/^torch==/d)' constraints.txt > $(VENV)/constraints.txt
+	sed -E '$(if $(TORCH),/^(torch|triton)==/d)' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --editable '.[dev]' $(TORCH) --constraint $(VENV)/constraints.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""Times the all-reduce of CPU ranks: shared memory against Gloo. python bench/collectives.py [--output FILE]
+"""Times the all-reduce of CPU ranks: shared memory against Gloo. python -m bench.collectives [--output FILE]
 
 Ranks are processes; every figure is the median over batches of operations on rank 0, in one run.
 """

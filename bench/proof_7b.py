@@ -84,7 +84,9 @@ def prove(path: Path, console: Console) -> None:
         "name": NAME, "source": str(path), "tensor_parallel_size": TP_SIZE, "dtype": "bfloat16",
         "kv_cache_tokens": KV_CACHE_TOKENS, "start_timeout_s": TIMEOUT_S, "step_timeout_s": TIMEOUT_S,
     }  # fmt: skip
-    config = parse_config({"models": [entry], "gateway": {"port": 0}}, origin="the proof's configuration")
+    config = parse_config(
+        {"models": [entry], "gateway": {"port": 0, "http_port": 0}}, origin="the proof's configuration"
+    )
     stages: dict[str, float] = {}
 
     def report(stage: str) -> None:

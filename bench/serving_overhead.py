@@ -25,9 +25,11 @@ from model_parallel.engine.scheduler import Scheduler
 from model_parallel.runtime.executors import SpawnedExecutor
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
+from serving.bench.machine import machine_facts
 from serving.config import ServingConfig, parse_config, prepare_environment
 from serving.models import GroupSpec, resolve_model
 
+RESULT = Path(__file__).parent / "results" / "serving_overhead.json"
 MODEL = "smollm2-135m-instruct"
 PROMPT_TOKENS = 64
 NEW_TOKENS = 96
@@ -109,16 +111,19 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16, help="requests at a time")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     prepare_environment()
+    facts = machine_facts()
     results = []
     for tp_size, num_threads in SHAPES:
         entry = {
             "name": MODEL, "source": MODEL, "dtype": arguments.dtype,
             "tensor_parallel_size": tp_size, "threads_per_rank": num_threads,
         }  # fmt: skip
-        config = parse_config({"models": [entry], "gateway": {"port": 0}}, origin="the benchmark's configuration")
+        config = parse_config(
+            {"models": [entry], "gateway": {"port": 0, "http_port": None}}, origin="the benchmark's configuration"
+        )
         rounds = measure(config, arguments.streams, arguments.rounds)
         alone, through = (statistics.median(side) for side in zip(*rounds, strict=True))
         ratio = statistics.median(served / engine for engine, served in rounds)
@@ -127,9 +132,11 @@ def main() -> None:
             f"served {through:.1f} tokens/s; served/engine {ratio:.3f}",
             flush=True,
         )
-        results.append(entry | {"streams": arguments.streams, "rounds": rounds, "ratio": ratio})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        results.append(
+            entry | {"streams": arguments.streams, "rounds": rounds, "engine": alone, "served": through, "ratio": ratio}
+        )
+    result = {"machine": facts, "shapes": results}
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 
 from cluster import ray_api
 from cluster.placement import RankLocation
@@ -27,8 +28,11 @@ class RankActor:
         port: int = self._store_listener.getsockname()[1]
         return port
 
-    def serve(self, launch: Launch) -> None:
-        """Be a rank until the leader stops it. Ends the process when the leader is gone or the rank fails."""
+    def serve(self, launch: Launch, configure_logging: Callable[[str], None] | None) -> None:
+        """Be a rank until the leader stops it. Ends the process when the leader is gone or the rank fails.
+        `configure_logging` is told what the process is."""
+        if configure_logging is not None:
+            configure_logging(f"rank {launch.rank}")
         from model_parallel.runtime.rank_process import serve_rank  # noqa: PLC0415 - torch only here, not in the leader
 
         serve_rank(launch, self._store_listener)

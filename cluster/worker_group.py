@@ -1,6 +1,7 @@
 """A replica group whose ranks are Ray actors. Ray starts and ends them; steps go over the link."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from cluster import ray_api
@@ -35,8 +36,10 @@ class RayExecutor(SocketExecutor):
         placement_group: ray_api.PlacementGroup | None = None,
         rank_class: str = RANK_CLASS,
         on_progress: OnProgress | None = None,
+        configure_logging: Callable[[str], None] | None = None,
     ) -> None:
-        """Start and load all ranks; by default in the placement group that this actor was scheduled into.
+        """Start and load all ranks; by default in the placement group that this actor was scheduled into. Each rank calls
+        `configure_logging` with what it is ("rank 0").
 
         Raises ConfigError, CheckpointError, GroupFailedError; nothing that it began is left then.
         """
@@ -45,6 +48,7 @@ class RayExecutor(SocketExecutor):
         self.locations: tuple[RankLocation, ...] = ()
         """By rank."""
         self._rank_class = rank_class
+        self._configure_logging = configure_logging
         self._actors: list[ray_api.ActorHandle[Any]] = []
         self._serving: list[Any] = []
         group = placement_group or ray_api.current_placement_group()
@@ -89,7 +93,7 @@ class RayExecutor(SocketExecutor):
             launch = Launch(
                 host=host, port=port, secret=secret, epoch=self.config.epoch, rank=rank, rank_class=self._rank_class
             )
-            self._serving.append(actor.serve.remote(launch))
+            self._serving.append(actor.serve.remote(launch, self._configure_logging))
 
     def _check_launched(self) -> None:
         ended = ray_api.finished(self._serving)

@@ -6,6 +6,7 @@ from model_parallel.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cpu", "cuda")
+QUANTIZATIONS = ("", "int8")
 
 
 def _positive(owner: str, **fields: int | float) -> None:
@@ -75,6 +76,8 @@ class ParallelConfig:
     """Where the ranks compute: "cpu" or "cuda"."""
     dtype: str = "float32"
     """Weights, activations and KV cache: "float32", "bfloat16" or "float16"."""
+    quantization: str = ""
+    """"int8": matrices are kept in eight bits a weight; the embedding, norms, activations and KV cache stay as `dtype` says."""
     num_threads: int = 1
     """Threads that one CPU rank may use inside an operation."""
     start_timeout_s: float = 300.0
@@ -94,6 +97,8 @@ class ParallelConfig:
             raise ConfigError(f"parallel.device is {self.device!r}; allowed: {', '.join(DEVICES)}")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"parallel.dtype is {self.dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f'parallel.quantization is {self.quantization!r}; allowed: "int8", or "" for none')
 
     def check_fits(self, model: ModelConfig) -> None:
         """A rank without a query head would have nothing to do."""
@@ -133,9 +138,9 @@ class SchedulerConfig:
     max_model_len: int = 4096
     """Longest sequence, prompt and answer together."""
     max_waiting_requests: int = 256
-    """Requests that may wait; one more is refused as overloaded."""
+    """Requests that may wait, one tenant's alone up to 4/5 of them; one more is refused as overloaded."""
     max_waiting_tokens: int = 1 << 20
-    """Prompt tokens that may wait; a request that would exceed them is refused as overloaded."""
+    """Prompt tokens that may wait, shared in the same way; a request that would exceed them is refused as overloaded."""
     max_prefill_chunk: int = field(default=1 << 30)
     """Most prompt tokens of one sequence in one step. Lower it only to test chunked prefill."""
 
@@ -166,3 +171,5 @@ class GroupConfig:
     cache: CacheConfig
     epoch: int
     """Incarnation of the group; on every message, and anything from another epoch is dropped."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    """What a step may hold, which a GPU rank prepares for when it starts."""

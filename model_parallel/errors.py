@@ -27,9 +27,11 @@ class RequestError(EngineError):
     "numerical_error".
     """
 
-    def __init__(self, message: str, *, kind: str = "invalid") -> None:
+    def __init__(self, message: str, *, kind: str = "invalid", retry_after_s: float | None = None) -> None:
+        """`retry_after_s` is when to try again, where somebody can tell."""
         super().__init__(message)
         self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 class GroupFailedError(EngineError):

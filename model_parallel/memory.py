@@ -4,12 +4,20 @@ Ranks hold unequal parts where a size does not divide, so that everything is cou
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from model_parallel.config import DTYPE_BYTES, ModelConfig
+from model_parallel.config import DTYPE_BYTES, GroupConfig, ModelConfig
 from model_parallel.errors import ConfigError
-from model_parallel.model.partition import EMBEDDING, HeadPartition, Shard, even_range, partition_heads, shard_table
+from model_parallel.model.partition import (
+    EMBEDDING,
+    LM_HEAD,
+    HeadPartition,
+    Shard,
+    even_range,
+    partition_heads,
+    shard_table,
+)
 
 GIB = 1 << 30
 _FLOAT32_BYTES = 4
@@ -118,16 +126,34 @@ def activation_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str,
     return workload.max_num_batched_tokens * a_token + workload.max_num_seqs * a_row
 
 
+def weight_bytes(table: Mapping[str, Shard], *, dtype: str, quantization: str) -> dict[str, int]:
+    """Bytes of each parameter that a rank holds. In int8 a tied embedding is held twice: for look-ups, and as LM head."""
+    sizes = {name: math.prod(shard.shape) * DTYPE_BYTES[dtype] for name, shard in table.items()}
+    if quantization == "int8":
+        matrices: dict[str, tuple[int, ...]]
+        matrices = {name: shard.shape for name, shard in table.items() if len(shard.shape) == 2 and name != EMBEDDING}
+        matrices.setdefault(LM_HEAD, table[EMBEDDING].shape)
+        sizes |= {name: math.prod(shape) + shape[0] * _FLOAT32_BYTES for name, shape in matrices.items()}
+    return sizes
+
+
 def plan_group(
-    model: ModelConfig, tp_size: int, *, dtype: str, device: Device, workload: Workload, utilisation: float = 0.9
+    model: ModelConfig,
+    tp_size: int,
+    *,
+    dtype: str,
+    quantization: str = "",
+    device: Device,
+    workload: Workload,
+    utilisation: float = 0.9,
 ) -> GroupMemory:
     """`utilisation` is the part of the device that may be planned with. Raises ConfigError when a rank would have no head."""
 
     def plan_rank(rank: int) -> RankMemory:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, rank)
-        table = shard_table(model, tp_size, rank)
-        weights = num_elements(table.values()) * DTYPE_BYTES[dtype]
-        embedding = 0 if model.tie_word_embeddings else num_elements([table[EMBEDDING]]) * DTYPE_BYTES[dtype]
+        sizes = weight_bytes(shard_table(model, tp_size, rank), dtype=dtype, quantization=quantization)
+        weights = sum(sizes.values())
+        embedding = sizes[EMBEDDING] if LM_HEAD in sizes else 0
         return RankMemory(
             rank=rank,
             heads=heads,
@@ -141,17 +167,27 @@ def plan_group(
     return GroupMemory(ranks=tuple(map(plan_rank, range(tp_size))), device=device, workload=workload)
 
 
-def num_elements(shards: Iterable[Shard]) -> int:
-    """Elements of a rank's parts together."""
-    return sum(math.prod(shard.shape) for shard in shards)
-
-
 def smallest_tp_size(
-    model: ModelConfig, *, dtype: str, device: Device, workload: Workload, utilisation: float = 0.9
+    model: ModelConfig,
+    *,
+    dtype: str,
+    quantization: str = "",
+    device: Device,
+    workload: Workload,
+    utilisation: float = 0.9,
 ) -> int | None:
     """The fewest ranks on such devices that can serve one sequence of max_model_len; None when no number can."""
     for tp_size in range(1, model.num_query_heads + 1):
-        if plan_group(model, tp_size, dtype=dtype, device=device, workload=workload, utilisation=utilisation).fits:
+        group = plan_group(
+            model,
+            tp_size,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            workload=workload,
+            utilisation=utilisation,
+        )
+        if group.fits:
             return tp_size
     return None
 
@@ -170,3 +206,38 @@ def kv_cache_tokens(group: GroupMemory, wanted: int | None) -> int:
         f"{fullest.activation_bytes / GIB:.2f} GiB for activations and {fullest.kv_bytes_per_token * needed / GIB:.2f} GiB "
         f"for {needed} tokens of KV cache, and may use {fullest.budget_bytes / GIB:.2f} GiB; {fullest.kv_tokens} tokens fit"
     )
+
+
+DEVICE_RESERVE_BYTES = 512 << 20
+"""Of a GPU's memory, for cuBLAS, compiled kernels and what the allocator cannot use."""
+
+
+def check_cache_fits(config: GroupConfig, model: ModelConfig, rank: int, *, free_bytes: int) -> None:
+    """Whether a rank's cache and one step fit into what a GPU has free with the weights loaded. Raises ConfigError."""
+    parallel, scheduler, cache = config.parallel, config.scheduler, config.cache
+    heads = partition_heads(model.num_query_heads, model.num_kv_heads, parallel.tp_size, rank)
+    # Steps that are captured as graphs have memory of their own, for as many tokens as there are sequences.
+    activations = sum(
+        activation_bytes(
+            model,
+            parallel.tp_size,
+            rank,
+            dtype=parallel.dtype,
+            workload=Workload(
+                max_model_len=scheduler.max_model_len,
+                max_num_seqs=scheduler.max_num_seqs,
+                max_num_batched_tokens=num_tokens,
+            ),
+        )
+        for num_tokens in (scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+    )
+    block_bytes = kv_bytes_per_token(model, len(heads.kv_heads), parallel.dtype) * cache.block_size
+    needed = (cache.num_blocks + 1) * block_bytes  # and the scratch block
+    room = max(0, free_bytes - DEVICE_RESERVE_BYTES - activations)
+    if needed > room:
+        raise ConfigError(
+            f"cache.num_blocks is {cache.num_blocks}: rank {rank} needs {needed / GIB:.2f} GiB for them, and has room for "
+            f"{room / GIB:.2f} GiB, which is {max(0, room // block_bytes - 1)} blocks: {free_bytes / GIB:.2f} GiB are free "
+            f"with the weights loaded, less {activations / GIB:.2f} GiB for a step and {DEVICE_RESERVE_BYTES / GIB:.2f} GiB of "
+            f"reserve"
+        )

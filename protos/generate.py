@@ -1,4 +1,4 @@
-"""Make the stubs of inference.proto: `python -m protos.generate`; `--check` only tells whether they are fresh."""
+"""Make the stubs of the protos: `python -m protos.generate`; `--check` only tells whether they are fresh."""
 
 import argparse
 import sys
@@ -9,15 +9,17 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
-STUBS = ("inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py")
+PROTOS = ("admin", "inference")
+STUBS = tuple(f"{proto}{suffix}" for proto in PROTOS for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"))
 
 
 def generate(out: Path) -> None:
     """Write the stubs to `out`/protos. Raises RuntimeError when protoc refuses the source (it explains on stderr)."""
     well_known = files("grpc_tools") / "_proto"
     plugins = [f"--{plugin}={out}" for plugin in ("python_out", "pyi_out", "grpc_python_out")]
-    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *plugins, "protos/inference.proto"]) != 0:
-        raise RuntimeError("protoc refused protos/inference.proto")
+    sources = [f"protos/{proto}.proto" for proto in PROTOS]
+    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *plugins, *sources]) != 0:
+        raise RuntimeError(f"protoc refused {' or '.join(sources)}")
 
 
 def stale_stubs(committed: Path) -> list[str]:

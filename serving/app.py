@@ -20,11 +20,16 @@ from ray.serve.handle import DeploymentHandle
 from cluster.guard import Guard
 from cluster.placement import GroupPlacement, GroupRequest, plan_groups
 from cluster.ray_api import alive_nodes
-from serving.config import ServingConfig
+from serving.admin_thread import AdminThread
+from serving.config import ServingConfig, tracing_is_on
 from serving.deployment import Gateway, ReplicaGroup
-from serving.gateway.server import check_listening
+from serving.gateway.server import Ports, check_admin_listening, check_listening
 from serving.models import GroupSpec, check_memory, free_memory_bytes, resolve_model
 from serving.progress import watched_progress
+from serving.tenants.actor import start_authority, stop_authority
+from serving.tenants.database import Database
+from serving.tenants.records import StoreUnavailableError
+from serving.tenants.store import database_url
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +62,30 @@ class RunningApp:
 
     host: str
     port: int
+    """Of gRPC."""
+    http_port: int | None
     config: ServingConfig
     guard: Guard | None
     """Of a private cluster."""
+    admin: AdminThread | None
 
     @property
     def address(self) -> str:
+        """Of gRPC."""
         return f"{self.host}:{self.port}"
+
+    @property
+    def http_url(self) -> str | None:
+        """None when HTTP is turned off."""
+        if self.http_port is None:
+            return None
+        return f"{'http' if self.config.gateway.tls is None else 'https'}://{self.host}:{self.http_port}"
 
     def stop(self) -> None:
         """Drain the gateways, then end groups, ranks and, when it is a private one, the cluster."""
         try:
+            if self.admin is not None:
+                self.admin.stop()
             gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
             gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
@@ -81,6 +99,7 @@ def shut_down(guard: Guard | None) -> None:
     try:
         if guard is None and ray.is_initialized():
             serve.delete(APP_NAME)
+            stop_authority(STOP_TIMEOUT_S)
             if not serve.status().applications:
                 serve.shutdown()
     finally:
@@ -99,7 +118,11 @@ def start(
     """
     report("reading the models' configurations")
     specs = [resolve_model(entry) for entry in config.models]
-    check_listening(config.gateway)
+    check_listening(config.gateway, has_keys=config.tenancy is not None)
+    check_admin_listening(config.admin, has_keys=config.tenancy is not None, insecure=config.gateway.insecure)
+    tracing_is_on()  # A wrong setting is told here, before anything starts.
+    if config.tenancy is not None:
+        _check_database(database_url(config.tenancy))
     on_cpu = [spec for spec in specs if spec.parallel.device == "cpu"]
     if config.ray.address is None and on_cpu:
         check_memory(on_cpu, free_memory_bytes())
@@ -111,7 +134,10 @@ def start(
         if guard is not None:
             specs = [replace(spec, progress_directory=str(guard.directory)) for spec in specs]
         with watched_progress(guard.directory, on_load) if guard and on_load else nullcontext():
-            host, port = _deploy(config, specs)
+            host, ports = _deploy(config, specs)
+        admin = None
+        if config.tenancy is not None and config.admin.port is not None:
+            admin = AdminThread(config, config.tenancy)
     except (RayError, RayServeException, RuntimeError, TimeoutError, ConnectionError) as error:
         message = _deployment_messages() or str(error)
         shut_down(guard)
@@ -119,7 +145,15 @@ def start(
     except BaseException:
         shut_down(guard)
         raise
-    return RunningApp(host=host, port=port, config=config, guard=guard)
+    return RunningApp(host=host, port=ports.grpc, http_port=ports.http, config=config, guard=guard, admin=admin)
+
+
+def _check_database(url: str) -> None:
+    """Also brings its schema up to date. Raises ConfigError, StartError."""
+    try:
+        Database(url).close()
+    except StoreUnavailableError as error:
+        raise StartError(str(error)) from error
 
 
 def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | None) -> None:
@@ -153,7 +187,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int]:
+def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, Ports]:
     nodes = alive_nodes()
     requests = [
         GroupRequest(
@@ -178,10 +212,12 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, int
     )(Gateway)
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
-    application = gateway.bind(config.gateway, config.limits, cards, groups)
+    if config.tenancy is not None:
+        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
+    application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
-    address: tuple[str, int] = handle.ready.remote().result(timeout_s=STOP_TIMEOUT_S)
-    return address
+    ports: Ports = handle.ready.remote().result(timeout_s=STOP_TIMEOUT_S)
+    return config.gateway.host, ports
 
 
 def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:

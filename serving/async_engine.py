@@ -41,10 +41,9 @@ class AsyncEngine:
         queue: asyncio.Queue[Outputs] = asyncio.Queue()
         running: set[str] = set()
         try:
-            for request in requests:
-                self._engine.add(request)
-                self._streams[request.request_id] = queue
-                running.add(request.request_id)
+            self._engine.add(*requests)
+            running = {request.request_id for request in requests}
+            self._streams.update(dict.fromkeys(running, queue))
             self._wake.set()
             while running:
                 outputs = await queue.get()

@@ -22,9 +22,11 @@ from rich.table import Table
 from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
 from serving import inspect, plan
+from serving.bench import commands as bench_commands
 from serving.client import Client, StreamTimes, chat_prompt, explain
 from serving.config import ServingConfig, load_config, parse_config, prepare_environment
 from serving.fetch import KNOWN_MODELS, FetchError, fetch_model
+from serving.tenants import cli as tenants_cli
 
 if TYPE_CHECKING:
     from serving.app import RunningApp
@@ -79,7 +81,8 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of gRPC; 0 picks a free one.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of HTTP; 0 picks a free one.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow listening beyond loopback without keys.")] = False,
     ray_address: Annotated[
         str | None, typer.Option(help='Ray cluster to join ("auto"); a private one is started if unset.')
@@ -90,11 +93,14 @@ def serve(
     model_flags = {"source": source, "tensor_parallel_size": tp, "num_groups": groups, "dtype": dtype, "device": device}
     if source is not None:
         model_flags["name"] = Path(source).stem if Path(source).exists() else source
-    gateway_flags = {"host": host, "port": port, "insecure": insecure or None}
+    gateway_flags = {"host": host, "port": port, "http_port": http_port, "insecure": insecure or None}
     final = _overridden(loaded, models=model_flags, gateway=gateway_flags, ray={"address": ray_address})
     with _running(final) as running:
         names = ", ".join(entry.name for entry in final.models)
-        console.print(f"[bold green]serving[/] {names} at [bold]{running.address}[/] (gRPC). Ctrl-C stops.")
+        http = "" if running.http_url is None else f" and [bold]{running.http_url}/v1[/] (HTTP)"
+        console.print(f"[bold green]serving[/] {names} at [bold]{running.address}[/] (gRPC){http}. Ctrl-C stops.")
+        if running.admin is not None:
+            console.print(f"packtrain.v1.Admin at [bold]{final.admin.host}:{running.admin.port}[/], for admin keys")
         console.print(f'try: packtrain generate --address {running.address} "{DEMO_QUESTION}"')
         _wait_for_signal()
 
@@ -106,7 +112,9 @@ def demo(
 ) -> None:
     """Start the whole stack on this machine, ask one question over gRPC, print the streamed answer, stop."""
     started_s = time.perf_counter()
-    config = _overridden(default_config(), models={"tensor_parallel_size": tp}, gateway={"port": 0}, ray={})
+    config = _overridden(
+        default_config(), models={"tensor_parallel_size": tp}, gateway={"port": 0, "http_port": 0}, ray={}
+    )
     with _running(config) as running, Client(running.address) as client:
         console.print(
             f"up after {time.perf_counter() - started_s:.1f} s; {tp} tensor-parallel ranks, gRPC at {running.address}"
@@ -207,6 +215,8 @@ def version() -> None:
 
 inspect.register(app)
 plan.register(app)
+bench_commands.register(app)
+tenants_cli.register(app)
 
 
 def default_config() -> ServingConfig:

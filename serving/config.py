@@ -26,21 +26,66 @@ class LimitsConfig(_Section):
     max_logprobs: int = Field(5, ge=0, le=20, description="Most alternatives for logprobs and prompt_logprobs.")
     max_chat_messages: int = Field(1024, ge=1)
     max_continuations: int = Field(16, ge=1, le=256, description="Most continuations of one Score request.")
-    max_message_bytes: int = Field(4 << 20, ge=1024, description="Largest gRPC message taken or sent.")
+    max_prompts: int = Field(16, ge=1, le=256, description="Most prompts of one HTTP completion request.")
+    max_message_bytes: int = Field(
+        4 << 20, ge=1024, description="Largest gRPC message taken or sent, and largest HTTP body taken."
+    )
+    max_header_bytes: int = Field(32 << 10, ge=1024, description="Of one HTTP request, its first line included.")
+
+
+class TlsConfig(_Section):
+    """Certificates of both front ends (PEM files)."""
+
+    certificate: Path = Field(description="Chain of the server's certificate, its own first.")
+    private_key: Path
+    client_ca: Path | None = Field(
+        None, description="Clients must show a certificate that one of these has signed (mutual TLS)."
+    )
 
 
 class GatewayConfig(_Section):
-    """The gRPC front end."""
+    """The two front ends: gRPC, and HTTP in OpenAI's form."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with insecure: true.")
-    port: int = Field(50051, ge=0, le=65535, description="0 picks a free port and reports it.")
-    insecure: bool = Field(False, description="Allow listening beyond loopback without keys or TLS.")
+    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
+    port: int = Field(50051, ge=0, le=65535, description="Of gRPC. 0 picks a free port and reports it.")
+    http_port: int | None = Field(
+        8000, ge=0, le=65535, description="Of HTTP. 0 picks a free port and reports it; null turns HTTP off."
+    )
+    insecure: bool = Field(False, description="Allow listening beyond loopback without keys.")
+    tls: TlsConfig | None = Field(None, description="Serve both front ends over TLS.")
     reflection: bool = Field(True, description="Serve gRPC reflection.")
     max_concurrent_requests: int = Field(1024, ge=1, description="Requests that one gateway has open at a time.")
     drain_timeout_s: float = Field(
         30.0, ge=0, description="How long running requests may go on after a stop is asked for."
     )
     retry_delay_s: float = Field(1.0, gt=0, description="When an overloaded or unavailable answer says to try again.")
+    max_connections: int = Field(2048, ge=1, description="HTTP connections that one gateway has open at a time.")
+    header_timeout_s: float = Field(10.0, gt=0, description="How long an HTTP request's headers may take to arrive.")
+    body_timeout_s: float = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
+    slow_reader_timeout_s: float = Field(
+        30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."
+    )
+
+
+class TenancyConfig(_Section):
+    """Keys, quotas and metering. Without this section everybody is the tenant "default" and has no limits."""
+
+    database: str = Field(
+        "", description="SQLAlchemy URL; empty is a SQLite file beside the fetched models. PostgreSQL by its URL."
+    )
+    refresh_s: float = Field(
+        1.0, gt=0, le=5, description="How often a gateway asks for changes of keys and of its leases."
+    )
+
+
+class AdminConfig(_Section):
+    """What operators reach: packtrain.v1.Admin and /metrics, on ports of their own."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
+    port: int | None = Field(
+        50052, ge=0, le=65535, description="Of packtrain.v1.Admin; needs tenancy. null turns it off."
+    )
+    metrics_port: int | None = Field(9464, ge=0, le=65535, description="Of Prometheus metrics. null turns them off.")
 
 
 class ChatConfig(_Section):
@@ -59,6 +104,7 @@ class ModelEntry(_Section):
     num_groups: int = Field(1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["int8"] | None = Field(None, description="Keep weight matrices in eight bits a weight.")
     threads_per_rank: int = Field(1, ge=1, description="Threads of a CPU rank.")
     cpus_per_rank: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for a rank.")
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus answer; the model's own when unset.")
@@ -90,6 +136,8 @@ class ServingConfig(_Section):
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     gateway: GatewayConfig = GatewayConfig()
     limits: LimitsConfig = LimitsConfig()
+    tenancy: TenancyConfig | None = None
+    admin: AdminConfig = AdminConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -143,7 +191,10 @@ _SECTIONS: dict[str, type[_Section]] = {
     "models": ModelEntry,
     "models.chat": ChatConfig,
     "gateway": GatewayConfig,
+    "gateway.tls": TlsConfig,
     "limits": LimitsConfig,
+    "tenancy": TenancyConfig,
+    "admin": AdminConfig,
     "ray": RayConfig,
 }
 
@@ -161,9 +212,34 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "packtrain"
 
 
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
 def log_level() -> str:
-    """$PACKTRAIN_LOG_LEVEL, INFO when unset."""
-    return os.environ.get("PACKTRAIN_LOG_LEVEL", "INFO").upper()
+    """$PACKTRAIN_LOG_LEVEL, INFO when unset. Raises ConfigError."""
+    level = os.environ.get("PACKTRAIN_LOG_LEVEL", "INFO").upper()
+    if level not in _LOG_LEVELS:
+        raise ConfigError(f"PACKTRAIN_LOG_LEVEL is {level!r} and must be one of {', '.join(_LOG_LEVELS)}")
+    return level
+
+
+def log_format() -> str:
+    """$PACKTRAIN_LOG_FORMAT, "text" when unset. Raises ConfigError."""
+    form = os.environ.get("PACKTRAIN_LOG_FORMAT", "text").lower()
+    if form not in ("json", "text"):
+        raise ConfigError(f"PACKTRAIN_LOG_FORMAT is {form!r} and must be json or text")
+    return form
+
+
+def tracing_is_on() -> bool:
+    """An OTLP endpoint is set; OpenTelemetry's SDK reads it and the other OTEL_ variables by itself. Raises ConfigError."""
+    if not any(os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in ("TRACES_", "")):
+        return False
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = os.environ.get(name, "grpc")
+        if protocol != "grpc":
+            raise ConfigError(f"{name} is {protocol!r}; traces are sent by grpc alone")
+    return True
 
 
 def prepare_environment() -> None:

@@ -11,10 +11,12 @@ import math
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -26,12 +28,17 @@ from model_parallel.engine.request import EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import GroupFailedError, RequestError
 from serving.async_engine import AsyncEngine
-from serving.config import GatewayConfig, LimitsConfig
-from serving.gateway.backend import GroupUnavailableError, ModelCard
-from serving.gateway.server import GatewayServer
-from serving.log import configure_logging
+from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
+from serving.gateway.backend import GroupUnavailableError, ModelCard, Passage
+from serving.gateway.server import METHODS, GatewayServer, Ports
+from serving.log import configure_logging, request_id
 from serving.models import GroupSpec
+from serving.observability.gateway import GatewayWatch
+from serving.observability.groups import GroupReport, IterationTokens, ReaderLease
+from serving.observability.tracing import GroupSpan, open_tracing
 from serving.progress import ProgressFile
+from serving.tenants.accounts import TenantAccounts
+from serving.tenants.link import ActorLink
 from serving.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -45,10 +52,14 @@ Handle = DeploymentHandle[Any]
 class GroupReply(msgspec.Struct, frozen=True, array_like=True):
     """One item of a group's answer: outputs, or why there are none and never will be."""
 
+    engine: str = ""
+    """Id of the group."""
     outputs: tuple[EngineOutput, ...] = ()
     refusal_kind: str = ""
     """A RequestError's kind, or "unavailable" when the group is lost."""
     refusal: str = ""
+    retry_after_s: float | None = None
+    """When to try again, where the group can tell."""
 
 
 class ReplicaGroup:
@@ -57,30 +68,57 @@ class ReplicaGroup:
     _async_engine: AsyncEngine | None = None
 
     async def __init__(self, spec: GroupSpec) -> None:  # type: ignore[misc]  # Serve awaits it
-        configure_logging()
+        self._engine_id = serve.get_replica_context().replica_id.unique_id
+        configure_logging(f"group {spec.card.name} {self._engine_id}")
+        self._tracing = open_tracing()
+        self._reader = ReaderLease()
+        self._model = spec.card.name
+        self._cache = spec.cache
         # A later incarnation has a higher epoch, on whatever node it comes to lie.
         epoch = time.time_ns()
-        config = GroupConfig(checkpoint_path=spec.card.source, parallel=spec.parallel, cache=spec.cache, epoch=epoch)
+        config = GroupConfig(
+            checkpoint_path=spec.card.source,
+            parallel=spec.parallel,
+            cache=spec.cache,
+            scheduler=spec.scheduler,
+            epoch=epoch,
+        )
         self._step_timeout_s = spec.parallel.step_timeout_s
         on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
-        self._executor = await asyncio.to_thread(RayExecutor, config, on_progress=on_progress)
-        self._engine = Engine(self._executor, Scheduler(spec.scheduler, spec.cache, epoch=epoch))
+        self._executor = await asyncio.to_thread(
+            RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
+        )
+        self._iterations = IterationTokens()
+        scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
+        self._engine = Engine(self._executor, scheduler, on_step=self._iterations.observe)
         self._decode = msgspec.msgpack.Decoder(tuple[EngineRequest, ...]).decode
         self._encode = msgspec.msgpack.Encoder().encode
 
-    async def generate(self, encoded_requests: bytes) -> AsyncGenerator[bytes, None]:
-        """Run the choices of one client request (msgpack, EngineRequests); yields GroupReply items (msgpack)."""
-        outputs = self._running_engine().generate(self._decode(encoded_requests))
-        try:
-            async for batch in outputs:
-                yield self._encode(GroupReply(outputs=batch))
-        except RequestError as error:
-            yield self._encode(GroupReply(refusal_kind=error.kind, refusal=str(error)))
-        except GroupFailedError:
-            logger.exception("a request reached a lost group")
-            yield self._encode(GroupReply(refusal_kind="unavailable", refusal="the replica group was lost"))
-        finally:
-            await outputs.aclose()
+    async def generate(self, encoded_requests: bytes, trace_context: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
+        """Run the choices of one client request (msgpack, EngineRequests) under the gateway's span; yields GroupReply items
+        (msgpack)."""
+        requests = self._decode(encoded_requests)
+        request_id.set(requests[0].request_id)
+        engine = self._engine_id
+        with GroupSpan(self._tracing, self._model, engine, trace_context) as span:
+            outputs = self._running_engine().generate(requests)
+            try:
+                async for batch in outputs:
+                    span.received(batch)
+                    yield self._encode(GroupReply(engine=engine, outputs=batch))
+            except RequestError as error:
+                span.failed(error.kind)
+                reply = GroupReply(
+                    engine=engine, refusal_kind=error.kind, refusal=str(error), retry_after_s=error.retry_after_s
+                )
+                yield self._encode(reply)
+            except GroupFailedError:
+                span.failed("unavailable")
+                logger.exception("a request reached a lost group")
+                refusal = "the replica group was lost"
+                yield self._encode(GroupReply(engine=engine, refusal_kind="unavailable", refusal=refusal))
+            finally:
+                await outputs.aclose()
 
     def _running_engine(self) -> AsyncEngine:
         if self._async_engine is None:
@@ -95,8 +133,24 @@ class ReplicaGroup:
 
     async def stats(self) -> dict[str, float]:
         """Load and totals of the group's scheduler."""
-        stats = self._engine.stats
-        return {name: float(getattr(stats, name)) for name in stats.__slots__}
+        return {name: float(value) for name, value in asdict(self._engine.stats).items()}
+
+    async def report(self, reader: str) -> bytes:
+        """GroupReport (msgpack) for the gateway `reader`, with the numbers if the group counts with that one."""
+        report = GroupReport(engine=self._engine_id, is_well=self._executor.health.problem() is None)
+        if self._reader.is_held_by(reader):
+            report = msgspec.structs.replace(
+                report,
+                stats=await self.stats(),
+                iteration_counts=tuple(self._iterations.counts),
+                num_iteration_tokens=self._iterations.total,
+                cache_config={
+                    "block_size": str(self._cache.block_size),
+                    "num_gpu_blocks": str(self._cache.num_blocks),
+                    "enable_prefix_caching": str(self._cache.enable_prefix_caching),
+                },
+            )
+        return self._encode(report)
 
     async def check_integrity(self) -> None:
         """Raise RuntimeError unless every KV block is accounted for."""
@@ -119,6 +173,7 @@ class ReplicaGroup:
             self._async_engine.close(self._step_timeout_s)
         if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself
             self._executor.shutdown()
+            self._tracing.close()
 
 
 class ServeBackend:
@@ -131,25 +186,27 @@ class ServeBackend:
         """When (monotonic) a group of each model last said that it can."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
+        self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
 
     @property
     def models(self) -> Mapping[str, ModelCard]:
         return self._models
 
     async def generate(
-        self, model: str, requests: Sequence[EngineRequest]
+        self, model: str, requests: Sequence[EngineRequest], passage: Passage
     ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
-        response = cast(
-            DeploymentResponseGenerator[bytes], self._groups[model].generate.remote(self._encode(tuple(requests)))
-        )
+        encoded = self._encode(tuple(requests))
+        remote = self._groups[model].generate.remote(encoded, passage.trace_context)
+        response = cast(DeploymentResponseGenerator[bytes], remote)
         open_choices = len(requests)
         try:
             async for item in response:
                 reply = self._decode(item)
+                passage.engine = reply.engine
                 if reply.refusal_kind == "unavailable":
                     raise GroupUnavailableError(reply.refusal)
                 if reply.refusal_kind:
-                    raise RequestError(reply.refusal, kind=reply.refusal_kind)
+                    raise RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
                 open_choices -= sum(output.finish_reason is not None for output in reply.outputs)
                 yield reply.outputs
         except BackPressureError as error:
@@ -180,6 +237,19 @@ class ServeBackend:
             self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
         return True
 
+    async def reports(self, reader: str) -> dict[str, list[GroupReport]]:
+        """What every group of every model tells the gateway `reader`; a group that does not answer in time is left out."""
+        answers = await asyncio.gather(*(self._reports(handle, reader) for handle in self._groups.values()))
+        return dict(zip(self._groups, answers, strict=True))
+
+    async def _reports(self, handle: Handle, reader: str) -> list[GroupReport]:
+        broadcast = handle.broadcast("report", reader)
+        try:
+            items = await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError):
+            return []
+        return [self._decode_report(item) for item in items if isinstance(item, bytes)]
+
 
 async def _value(response: Any) -> Any:
     """A Serve response as a coroutine, which is what can be waited for with a bound."""
@@ -195,22 +265,43 @@ class Gateway:
         limits: LimitsConfig,
         cards: Sequence[ModelCard],
         groups: Mapping[str, Handle],
+        admin: AdminConfig,
+        tenancy: TenancyConfig | None,
     ) -> None:
-        configure_logging()
+        configure_logging("gateway", error_messages=False)
         tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
-        self._server = GatewayServer(config, limits, ServeBackend(cards, groups), tokenizers)
-        self._address = (config.host, await self._server.start())
+        backend = ServeBackend(cards, groups)
+        self._watch = GatewayWatch(cards, METHODS, open_tracing())
+        self._accounts = None if tenancy is None else TenantAccounts(ActorLink(), refresh_s=tenancy.refresh_s)
+        if self._accounts is not None:
+            await self._accounts.start()
+        observe = self._watch.telemetry.observe
+        self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
+        self._ports = await self._server.start()
+        self._metrics_port = self._watch.start(admin, backend.reports)
 
-    async def ready(self) -> tuple[str, int]:
-        """Host and port that the gateway listens on; its health tells by now what the groups are."""
+    async def ready(self) -> Ports:
+        """Where the gateway listens; its health tells by now what the groups are."""
         await self._server.refresh_health()
-        return self._address
+        return self._ports
+
+    async def metrics_port(self) -> int | None:
+        """Port of /metrics; None when it is turned off."""
+        return self._metrics_port
 
     async def drain(self) -> None:
-        """Refuse new requests, let running ones finish up to gateway.drain_timeout_s."""
+        """Refuse new requests, let running ones finish up to gateway.drain_timeout_s, deliver their usage records."""
         await self._server.drain()
+        if self._accounts is not None:
+            await self._accounts.stop()
+
+    def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this replica."""
+        if self._accounts is not None:
+            self._accounts.check_health()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends in good order."""
-        await self._server.drain()
+        await self.drain()
         await self._server.stop()
+        await self._watch.stop()

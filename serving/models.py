@@ -39,6 +39,7 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
         tp_size=entry.tensor_parallel_size,
         device=entry.device,
         dtype=entry.dtype,
+        quantization=entry.quantization or "",
         num_threads=entry.threads_per_rank,
         start_timeout_s=entry.start_timeout_s,
         step_timeout_s=entry.step_timeout_s,
@@ -80,8 +81,14 @@ def check_memory(specs: Sequence[GroupSpec], available_bytes: int) -> None:
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
         )
+        parallel = spec.parallel
         group = plan_group(
-            spec.model, spec.parallel.tp_size, dtype=spec.parallel.dtype, device=share, workload=workload
+            spec.model,
+            parallel.tp_size,
+            dtype=parallel.dtype,
+            quantization=parallel.quantization,
+            device=share,
+            workload=workload,
         )
         try:
             kv_cache_tokens(group, spec.cache.num_tokens)

@@ -9,9 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from model_parallel.checkpoint.detect import describe
-from model_parallel.config import DTYPE_BYTES, ModelConfig
+from model_parallel.config import DTYPE_BYTES, QUANTIZATIONS, ModelConfig
 from model_parallel.errors import ConfigError
-from model_parallel.memory import DEVICES, GIB, Device, GroupMemory, Workload, plan_group, smallest_tp_size
+from model_parallel.memory import (
+    DEVICES,
+    GIB,
+    Device,
+    GroupMemory,
+    Workload,
+    plan_group,
+    smallest_tp_size,
+    weight_bytes,
+)
+from model_parallel.model.partition import shard_table
 from serving.known_llama import known_config
 
 EXIT_DOES_NOT_FIT = 1
@@ -41,31 +51,38 @@ def choose_device(gpu: str | None, *, memory_gib: float | None, bandwidth_gb_per
 
 
 def smallest_that_fits(
-    config: ModelConfig, tp_size: int, *, dtype: str, device: Device, workload: Workload, utilisation: float
+    config: ModelConfig,
+    tp_size: int,
+    *,
+    dtype: str,
+    quantization: str,
+    device: Device,
+    workload: Workload,
+    utilisation: float,
 ) -> dict[str, Any]:
     """With the same devices the fewest ranks, and with as many ranks the known device with the least memory; None: none."""
+    kept: dict[str, Any] = {
+        "dtype": dtype, "quantization": quantization, "workload": workload, "utilisation": utilisation,
+    }  # fmt: skip
     devices = sorted(DEVICES.values(), key=lambda d: (d.memory_bytes, d.bandwidth_bytes_per_s))
-    fitting = (
-        d.name
-        for d in devices
-        if plan_group(config, tp_size, dtype=dtype, device=d, workload=workload, utilisation=utilisation).fits
-    )
-    fewest = smallest_tp_size(config, dtype=dtype, device=device, workload=workload, utilisation=utilisation)
+    fitting = (d.name for d in devices if plan_group(config, tp_size, device=d, **kept).fits)
+    fewest = smallest_tp_size(config, device=device, **kept)
     return {"tensor_parallel_size": fewest, "gpu": next(fitting, None)}
 
 
 def as_data(
-    config: ModelConfig, group: GroupMemory, *, model: str, dtype: str, smallest: dict[str, Any]
+    config: ModelConfig, group: GroupMemory, *, model: str, dtype: str, quantization: str, smallest: dict[str, Any]
 ) -> dict[str, Any]:
     """The plan as plain data, in bytes, tokens and seconds."""
     batch = group.largest_batch
     return {
         "model": model,
         "dtype": dtype,
+        "quantization": quantization,
         "gpu": group.device.name,
         "tensor_parallel_size": len(group.ranks),
         "parameters": config.num_parameters,
-        "weight_bytes": config.num_parameters * DTYPE_BYTES[dtype],
+        "weight_bytes": sum(weight_bytes(shard_table(config, 1, 0), dtype=dtype, quantization=quantization).values()),
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype],
         "max_model_len": group.workload.max_model_len,
         "fits": group.fits,
@@ -96,7 +113,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     def gib(num_bytes: int) -> str:
         return f"{num_bytes / GIB:.2f} GiB"
 
-    title = f"{plan['model']}, {plan['dtype']}, TP={plan['tensor_parallel_size']} on {plan['gpu']}"
+    numbers = f"{plan['dtype']} {plan['quantization']}".rstrip()
+    title = f"{plan['model']}, {numbers}, TP={plan['tensor_parallel_size']} on {plan['gpu']}"
     table = Table(
         "rank", "query heads", "kv heads", "weights", "activations", "KV / token", "KV tokens that fit", title=title
     )
@@ -133,6 +151,7 @@ def plan(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
     gpu: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option(help="int8: weight matrices in eight bits.")] = "",
     context: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus answer; the model's own if unset.")
     ] = None,
@@ -150,6 +169,8 @@ def plan(
     config = model_config(model)
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f'quantization is {quantization!r}; allowed: int8, or "" for none')
     if context is not None and context > config.max_position:
         raise ConfigError(f"context is {context}, and the model's own length is {config.max_position} tokens")
     device = choose_device(gpu, memory_gib=memory_gib, bandwidth_gb_per_s=bandwidth)
@@ -158,9 +179,11 @@ def plan(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    group = plan_group(config, tp, dtype=dtype, device=device, workload=workload, utilisation=utilisation)
-    smallest = smallest_that_fits(config, tp, dtype=dtype, device=device, workload=workload, utilisation=utilisation)
-    data = as_data(config, group, model=model, dtype=dtype, smallest=smallest)
+    numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    rest: dict[str, Any] = numbers | {"device": device, "workload": workload, "utilisation": utilisation}
+    group = plan_group(config, tp, **rest)
+    smallest = smallest_that_fits(config, tp, **rest)
+    data = as_data(config, group, model=model, smallest=smallest, **numbers)
     if as_json:
         typer.echo(json.dumps(data, indent=2))
     else:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,12 +33,14 @@ def load_shard(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, torch.Tensor]:
+    convert: Callable[[str, torch.Tensor], Any] | None = None,
+) -> dict[str, Any]:
     """The part of every parameter that `table` (partition.shard_table) gives this rank, under partition.fused_name's names.
 
     Each is read straight into its place, so that memory never holds more than the shard and one piece of a file. Nothing is
     allocated before the whole checkpoint is known to fit: no tensor missing, none left over, shapes and types right;
     otherwise CheckpointError names file and tensor. `progress(done, total)` counts bytes of the loaded shard.
+    `convert(name, weight)` gives what is kept of each instead, as soon as it is read.
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
@@ -48,15 +51,16 @@ def load_shard(
     parts_of: dict[str, list[str]] = {}
     for name in table:
         parts_of.setdefault(fused_name(name), []).append(name)
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Any] = {}
     for fused, names in parts_of.items():
         rows = [table[name].shape[0] for name in names]
-        weights[fused] = empty_shard((sum(rows), *table[names[0]].shape[1:]), dtype, device)
-        for name, part in zip(names, weights[fused].split(rows), strict=True):
+        weight = empty_shard((sum(rows), *table[names[0]].shape[1:]), dtype, device)
+        for name, part in zip(names, weight.split(rows), strict=True):
             checkpoint.read_into(name, table[name], part)
             done += part.nbytes
             if progress is not None:
                 progress(done, total)
+        weights[fused] = weight if convert is None else convert(fused, weight)
     return weights
 
 

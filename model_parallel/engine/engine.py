@@ -2,11 +2,13 @@
 
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.messages import StepPlan
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
-from model_parallel.engine.scheduler import Scheduler, SchedulerStats
+from model_parallel.engine.scheduler import Scheduler
+from model_parallel.engine.stats import SchedulerStats
 from model_parallel.errors import GroupFailedError
 
 
@@ -20,11 +22,20 @@ class Engine:
     they compute. It costs the row that was planned for a sequence which, as is known then, has ended.
     """
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, *, max_under_way: int = 2) -> None:
-        """`max_under_way` is how many steps the ranks have at most: the one that they compute and the next."""
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        *,
+        max_under_way: int = 2,
+        on_step: Callable[[StepPlan], None] | None = None,
+    ) -> None:
+        """`max_under_way` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
+        told of each step when its results are in."""
         self._executor = executor
         self._scheduler = scheduler
         self._max_under_way = max_under_way
+        self._on_step = on_step
         self._under_way: deque[StepPlan] = deque()
         self._failure: str | None = None
         self._lock = threading.Lock()
@@ -42,12 +53,13 @@ class Engine:
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats
 
-    def add(self, request: EngineRequest) -> None:
-        """Accept a request. Raises RequestError when it is refused, GroupFailedError when the group is lost."""
+    def add(self, *requests: EngineRequest) -> None:
+        """Accept the choices of one client request, all or none. Raises RequestError when they are refused, GroupFailedError
+        when the group is lost."""
         with self._lock:
             if self._failure is not None:
                 raise GroupFailedError(self._failure)
-            self._scheduler.add(request)
+            self._scheduler.add(*requests)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a request now; the next `step` returns its last output. False when it has ended already."""
@@ -64,8 +76,11 @@ class Engine:
                 self._submit()
                 if self._under_way:
                     result = self._executor.collect()
+                    plan = self._under_way.popleft()
+                    if self._on_step is not None:
+                        self._on_step(plan)
                     with self._lock:
-                        return self._scheduler.update(self._under_way.popleft(), result)
+                        return self._scheduler.update(plan, result)
             except GroupFailedError as error:
                 self.fail(str(error))
         with self._lock:

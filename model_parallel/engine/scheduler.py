@@ -1,43 +1,29 @@
-"""Decides what each step of a replica group computes: continuous batching over a paged KV cache.
+"""Decides what each step of a replica group computes: continuous batching over a paged KV cache, fair between tenants."""
 
-Sequences run in order of arrival. Those that run are always the first to have arrived among all that live, so the last
-of them is the one to preempt, and it waits again before everybody else.
-"""
-
+import math
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 
 import msgspec
 
 from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.engine.fair_queue import FairQueue
 from model_parallel.engine.kv_blocks import KVBlocks
 from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan, StepResult
+from model_parallel.engine.overload import Deadlines, Pace, check_fits, check_room
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.sequence import Sequence
+from model_parallel.engine.stats import SchedulerStats, Totals
 from model_parallel.errors import GroupFailedError, RequestError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerStats:
-    """Load at this moment, and totals since the group started."""
-
-    num_running: int
-    num_waiting: int
-    """Preempted ones included."""
-    kv_usage: float
-    """Share of the KV cache that sequences hold, 0 to 1. Published blocks that nobody holds count as free."""
-    num_preemptions: int
-    num_prefix_query_tokens: int
-    """Tokens looked up in the prefix cache, once for each request."""
-    num_prefix_hit_tokens: int
 
 
 @dataclass(slots=True, kw_only=True)
 class _Draft:
     """A step while it is being planned."""
 
+    now_s: float
     budget: int
     """Tokens that it still has room for."""
     new_sequences: list[NewSequence] = field(default_factory=list)
@@ -47,13 +33,27 @@ class _Draft:
 class Scheduler:
     """The one scheduler of a group. Its owner calls it from one thread at a time; it never waits.
 
-    `schedule` looks at how many tokens a sequence has, never at which, and counts as computed what it has just planned. So a
-    step can be planned, and sent, while the results of earlier ones are not in. Ranks run plans in order, and therefore:
+    **Order.** Sequences are admitted as `FairQueue` says. A step computes one token for each that decodes, then prompts of light
+    sequences, then the other prompts, in order of admission, and admits while there is room. What the group can take on
+    is never left idle for the sake of fairness.
+
+    **Preemption.** When blocks run out, the victim is in the lowest class, of the tenant that runs most for its weight beyond its
+    first one, the sequence admitted last. A light sequence that is next and does not fit takes its room in the same way, from
+    tenants of its class or below that run more for their weight even then. A victim waits as the next one of its tenant and
+    is not charged again. So a tenant's sequences run and wait in their order of arrival.
+
+    **All end.** What was admitted first in the highest class is never a victim, and so it ends. A tenant's first one is a victim
+    only when every tenant of its class runs but one, and for those admitted before it, which are finitely many and end. While
+    it waits it is not charged, and whoever is admitted before it is, so their number is bounded too. A lower class may starve.
+
+    **Steps under way.** `schedule` looks at how many tokens a sequence has, never at which, and counts as computed what it
+    has just planned. So a step can be planned, and sent, while the results of earlier ones are not in. Ranks run plans in
+    order, and therefore:
 
     - A sequence whose pending token ends it (a stop token, an error) may have a row in a plan already sent. That row only
       writes behind the tokens known, so never into a block that is shared; its result finds no sequence and is dropped.
     - Blocks are free for others as soon as their sequence has ended or is preempted: whatever rows are under way write into
-      them before any row of a later plan does.
+      them before any row of a later plan does. Within a plan nobody is preempted once the first row is planned.
     - Ranks forget a sequence with the plan after the last that names it.
     - A block is published when the result of the step that filled it is in, unless the sequence was preempted since: its
       blocks are then others'. Its token counts all the same, as the ranks have appended it too.
@@ -76,17 +76,17 @@ class Scheduler:
         self._requests: dict[str, Sequence] = {}
         self._sequences: dict[int, Sequence] = {}
         """All that live, by seq_id, in order of arrival."""
-        self._waiting: deque[Sequence] = deque()
+        self._queue = FairQueue(burst=config.max_model_len)
         self._running: dict[int, Sequence] = {}
-        """By seq_id, in order of arrival."""
+        """By seq_id, in order of admission."""
         self._finished: list[int] = []
         """Sequences that the next plan tells the ranks to forget."""
         self._outputs: list[EngineOutput] = []
         self._last_seq_id = 0
         self._last_step_id = 0
-        self._num_preemptions = 0
-        self._num_prefix_query_tokens = 0
-        self._num_prefix_hit_tokens = 0
+        self._deadlines = Deadlines()
+        self._pace = Pace()
+        self._totals = Totals()
 
     @property
     def has_work(self) -> bool:
@@ -95,34 +95,33 @@ class Scheduler:
 
     @property
     def stats(self) -> SchedulerStats:
+        """May be read from any thread."""
         return SchedulerStats(
+            **asdict(self._totals),
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._queue),
+            num_waiting_tokens=self._queue.num_tokens,
             kv_usage=1 - self._kv.num_free / self._kv.num_blocks,
-            num_preemptions=self._num_preemptions,
-            num_prefix_query_tokens=self._num_prefix_query_tokens,
-            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            estimated_wait_s=self._pace.wait_s(self._queue.num_tokens) or 0.0,
         )
 
-    def add(self, request: EngineRequest) -> None:
-        """Accept a request, which from now on ends in exactly one output with a finish_reason.
+    def add(self, *requests: EngineRequest) -> None:
+        """Accept the choices of one client request, all or none. Each ends from now on in exactly one output with a
+        finish_reason.
 
-        Raises RequestError: "duplicate" while another request of this id lives, "invalid" when it can never fit,
-        "overloaded" when too much is waiting.
+        Raises RequestError: "duplicate" while another request of an id lives, "invalid" when one can never fit, "overloaded"
+        when too much is waiting.
         """
-        self._check_new(request)
-        self._check_fits(request)
-        self._check_room(request)
-        self._last_seq_id += 1
-        sequence = Sequence(
-            seq_id=self._last_seq_id,
-            request=request,
-            table=self._kv.new_table(request.cache_salt),
-            accepted_s=self._clock(),
-        )
-        self._requests[request.request_id] = sequence
-        self._sequences[sequence.seq_id] = sequence
-        self._waiting.append(sequence)
+        self._check_new(requests)
+        for request in requests:
+            check_fits(request, self._kv, self._config)
+        try:
+            check_room(requests, self._queue, self._pace, self._config)
+        except RequestError as error:
+            self._totals.num_refused += error.kind == "overloaded"
+            raise
+        for request in requests:
+            self._accept(request, self._clock())
 
     def abort(self, request_id: str, reason: FinishReason) -> bool:
         """End a request now, whatever it is doing. Its last output comes with the next ones. False if it has ended."""
@@ -139,16 +138,18 @@ class Scheduler:
         self._finished.clear()
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step: one token for each sequence that decodes, then as much prefill as there is room for.
-
-        None when there is nothing to compute, before more results are in, and nothing to tell the ranks.
-        """
-        now_s = self._clock()
-        self._expire(now_s)
-        draft = _Draft(budget=self._config.max_num_batched_tokens)
-        self._plan_decodes(draft)
-        self._plan_prefills(draft)
-        self._admit_waiting(draft, now_s)
+        """Plan the next step. None when there is nothing to compute before more results are in, and nothing to tell the ranks."""
+        draft = _Draft(now_s=self._clock(), budget=self._config.max_num_batched_tokens)
+        for seq_id in self._deadlines.take_expired(draft.now_s):
+            if seq_id in self._sequences:
+                self._end(self._sequences[seq_id], FinishReason.DEADLINE)
+        num_tokens = self._admit_light()
+        self._grow_decodes()
+        self._plan_rows(draft, [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1])
+        prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
+        self._plan_rows(draft, sorted(prefills, key=lambda sequence: not sequence.is_light))
+        num_tokens += self._admit_in_order(draft)
+        self._pace.record_step(draft.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
         if not (draft.rows or self._finished):
             return None
         for row in draft.rows:
@@ -184,121 +185,150 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless exactly the running sequences hold blocks and every count agrees."""
         self._kv.check_integrity(sequence.table for sequence in self._running.values())
-        living = list(self._sequences.values())
-        if not [*self._running.values(), *self._waiting] == living == list(self._requests.values()):
-            raise RuntimeError("the running and then the waiting sequences are not all that live, in order of arrival")
+        self._queue.check_integrity()
+        if list(self._sequences.values()) != list(self._requests.values()):
+            raise RuntimeError("the two indexes of living sequences disagree")
+        in_order = _by_tenant(self._sequences.values())
+        if _by_tenant([*self._running.values(), *self._queue]) != in_order:
+            raise RuntimeError("a tenant's running and then its waiting sequences are not its own in order of arrival")
+        for sequences in in_order.values():
+            num_running = sum(sequence.seq_id in self._running for sequence in sequences)
+            if num_running != self._queue.tenant_of(sequences[0].request).num_running:
+                raise RuntimeError(f"a tenant runs {num_running} sequences and is said to run others")
 
-    def _check_new(self, request: EngineRequest) -> None:
-        request_id = request.request_id
-        if request_id in self._requests or any(output.request_id == request_id for output in self._outputs):
-            raise RequestError(f"request id {request_id!r} is in use", kind="duplicate")
+    def _accept(self, request: EngineRequest, now_s: float) -> None:
+        self._last_seq_id += 1
+        sequence = Sequence(
+            seq_id=self._last_seq_id,
+            request=request,
+            table=self._kv.new_table(request.cache_salt),
+            accepted_s=now_s,
+        )
+        self._requests[request.request_id] = sequence
+        self._sequences[sequence.seq_id] = sequence
+        self._queue.add(sequence)
+        if request.deadline_s is not None:
+            self._deadlines.add(now_s + request.deadline_s, sequence.seq_id)
 
-    def _check_fits(self, request: EngineRequest) -> None:
-        num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
-        if not num_prompt:
-            raise RequestError("the prompt is empty; at least one token is needed")
-        if len(request.output_token_ids) > max_tokens:
-            raise RequestError(f"max_tokens is {max_tokens} and {len(request.output_token_ids)} were delivered already")
-        if num_prompt + max_tokens > self._config.max_model_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; together at most "
-                f"{self._config.max_model_len} are allowed"
-            )
-        # The last token to be drawn is never computed, so it needs no room.
-        num_blocks = self._kv.num_blocks_for(num_prompt + max(max_tokens - 1, len(request.output_token_ids)))
-        if num_blocks > self._kv.num_blocks:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; that takes {num_blocks} blocks "
-                f"of the KV cache, which has {self._kv.num_blocks}"
-            )
+    def _check_new(self, requests: Iterable[EngineRequest]) -> None:
+        taken = {output.request_id for output in self._outputs}
+        for request in requests:
+            if request.request_id in self._requests or request.request_id in taken:
+                raise RequestError(f"request id {request.request_id!r} is in use", kind="duplicate")
+            taken.add(request.request_id)
 
-    def _check_room(self, request: EngineRequest) -> None:
-        if len(self._waiting) >= self._config.max_waiting_requests:
-            raise RequestError(
-                f"{len(self._waiting)} requests are waiting; at most {self._config.max_waiting_requests} may",
-                kind="overloaded",
-            )
-        num_waiting = sum(len(sequence.request.prompt_token_ids) for sequence in self._waiting)
-        if num_waiting + len(request.prompt_token_ids) > self._config.max_waiting_tokens:
-            raise RequestError(
-                f"{num_waiting} prompt tokens are waiting and this prompt has {len(request.prompt_token_ids)}; "
-                f"at most {self._config.max_waiting_tokens} may wait",
-                kind="overloaded",
-            )
+    def _admit_light(self) -> int:
+        """Admit light sequences that are next, as many as this step can begin, and preempt others for them where that is fair.
 
-    def _expire(self, now_s: float) -> None:
-        for sequence in list(self._requests.values()):
-            deadline_s = sequence.request.deadline_s
-            if deadline_s is not None and now_s - sequence.accepted_s >= deadline_s:
-                self._end(sequence, FinishReason.DEADLINE)
+        Comes before the first row is planned. Returns the prompt tokens admitted.
+        """
+        light = [sequence for sequence in self._running.values() if sequence.is_light and sequence.num_uncomputed > 1]
+        room = self._config.max_num_batched_tokens - len(self._running) - sum(s.num_uncomputed for s in light)
+        num_tokens = 0
+        while room > 0 and (sequence := self._queue.first()) and self._queue.is_light(sequence):
+            while not self._try_to_admit(sequence):
+                if sequence.num_pending or not self._make_room_for(sequence):
+                    return num_tokens
+            room -= sequence.num_uncomputed
+            num_tokens += sequence.num_prompt_tokens
+        return num_tokens
 
-    def _plan_decodes(self, draft: _Draft) -> None:
+    def _admit_in_order(self, draft: _Draft) -> int:
+        """Admit whoever is next while the step has room, and plan their first rows. Returns the prompt tokens admitted."""
+        num_tokens = 0
+        while draft.budget and (sequence := self._queue.first()) and self._try_to_admit(sequence):
+            self._plan_rows(draft, [sequence])
+            num_tokens += sequence.num_prompt_tokens
+        return num_tokens
+
+    def _try_to_admit(self, sequence: Sequence) -> bool:
+        if sequence.num_pending or len(self._running) == self._config.max_num_seqs:
+            return False
+        # A sequence gets the blocks of all its tokens at once, so that prefills never starve each other half way,
+        # and leaves one for each that runs already, so that nobody is preempted as soon as those grow.
+        num_cached = self._kv.admit(
+            sequence.table, sequence.token_ids, max_cached=sequence.max_cached, num_spare=len(self._running)
+        )
+        if num_cached is None:
+            return False
+        self._queue.admit(sequence, num_charged=0 if sequence.was_admitted else sequence.num_tokens - num_cached)
+        self._running[sequence.seq_id] = sequence
+        sequence.num_computed = num_cached
+        sequence.admitted_step_id = self._last_step_id + 1
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            self._totals.num_prompt_tokens += sequence.num_prompt_tokens
+            self._totals.num_prefix_query_tokens += sequence.num_tokens
+            self._totals.num_prefix_hit_tokens += num_cached
+        return True
+
+    def _grow_decodes(self) -> None:
+        """Give each sequence that decodes the block that it needs, if it needs one; by preemption when none is free."""
         for sequence in [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]:
-            while sequence.seq_id in self._running:
-                new_block_ids = self._kv.grow(sequence.table, sequence.num_tokens)
-                if new_block_ids is not None:
-                    self._plan_row(draft, sequence, new_block_ids=new_block_ids)
-                    break
-                self._preempt_latest()
+            while sequence.seq_id in self._running and self._kv.grow(sequence.table, sequence.num_tokens) is None:
+                self._preempt_one(self._running.values())
 
-    def _plan_prefills(self, draft: _Draft) -> None:
-        for sequence in self._running.values():
-            if sequence.num_uncomputed and draft.budget:
-                self._plan_row(draft, sequence)
+    def _make_room_for(self, light: Sequence) -> bool:
+        """Preempt one sequence for a light one, if there is one that has to make room."""
+        load = self._queue.tenant_of(light.request).load_with(1)
+        return self._preempt_one(
+            sequence
+            for sequence in self._running.values()
+            if sequence.request.priority >= light.request.priority
+            and self._queue.tenant_of(sequence.request).load_with(-1) >= load
+        )
 
-    def _admit_waiting(self, draft: _Draft, now_s: float) -> None:
-        while self._waiting and draft.budget and len(self._running) < self._config.max_num_seqs:
-            sequence = self._waiting[0]
-            if sequence.num_pending:
+    def _preempt_one(self, candidates: Iterable[Sequence]) -> bool:
+        """Preempt the victim among the candidates, which are in order of admission. False when there are none."""
+        victim: Sequence | None = None
+        worst = (-math.inf, -math.inf)
+        for sequence in candidates:
+            rank = (sequence.request.priority, self._queue.tenant_of(sequence.request).load_with(-1))
+            if rank >= worst:
+                victim, worst = sequence, rank
+        if victim is None:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self._running[sequence.seq_id]
+        self._kv.release(sequence.table)
+        sequence.num_computed = 0
+        sequence.num_told_blocks = 0
+        self._queue.put_back(sequence)
+        self._totals.num_preemptions += 1
+
+    def _plan_rows(self, draft: _Draft, sequences: Iterable[Sequence]) -> None:
+        """A row for each as long as the step has room."""
+        for sequence in sequences:
+            num_tokens = min(sequence.num_uncomputed, draft.budget, self._config.max_prefill_chunk)
+            if num_tokens == 0:
                 return
-            # A sequence gets the blocks of all its tokens at once, so that prefills never starve each other half way,
-            # and leaves one for each that runs already, so that it is not preempted as soon as those grow.
-            num_cached = self._kv.admit(
-                sequence.table, sequence.token_ids, max_cached=sequence.max_cached, num_spare=len(self._running)
-            )
-            if num_cached is None:
-                return
-            self._waiting.popleft()
-            self._running[sequence.seq_id] = sequence
-            sequence.num_computed = num_cached
-            sequence.admitted_step_id = self._last_step_id + 1
             is_new = sequence.started_s is None
             if is_new:
                 draft.new_sequences.append(sequence.introduction())
-                sequence.started_s = now_s
-                sequence.num_cached_tokens = min(num_cached, len(sequence.request.prompt_token_ids))
-                self._num_prefix_query_tokens += sequence.num_tokens
-                self._num_prefix_hit_tokens += num_cached
-            self._plan_row(draft, sequence, new_block_ids=tuple(sequence.table.block_ids), reset_blocks=not is_new)
-
-    def _plan_row(
-        self, draft: _Draft, sequence: Sequence, *, new_block_ids: tuple[int, ...] = (), reset_blocks: bool = False
-    ) -> None:
-        num_tokens = min(sequence.num_uncomputed, draft.budget, self._config.max_prefill_chunk)
-        start = sequence.num_computed
-        sequence.num_computed += num_tokens
-        draft.budget -= num_tokens
-        row = Row(
-            seq_id=sequence.seq_id,
-            start=start,
-            num_tokens=num_tokens,
-            sample=not (sequence.num_uncomputed or sequence.has_all_output),
-            new_block_ids=new_block_ids,
-            reset_blocks=reset_blocks,
-        )
-        draft.rows.append(row)
-
-    def _preempt_latest(self) -> None:
-        _, sequence = self._running.popitem()
-        self._kv.release(sequence.table)
-        sequence.num_computed = 0
-        self._waiting.appendleft(sequence)
-        self._num_preemptions += 1
+                sequence.started_s = draft.now_s
+            start = sequence.num_computed
+            sequence.num_computed += num_tokens
+            draft.budget -= num_tokens
+            row = Row(
+                seq_id=sequence.seq_id,
+                start=start,
+                num_tokens=num_tokens,
+                sample=not (sequence.num_uncomputed or sequence.has_all_output),
+                new_block_ids=tuple(sequence.table.block_ids[sequence.num_told_blocks :]),
+                reset_blocks=not is_new and sequence.num_told_blocks == 0,
+            )
+            sequence.num_told_blocks = len(sequence.table.block_ids)
+            draft.rows.append(row)
 
     def _update_sequence(self, sequence: Sequence, row: Row, result: RowResult, *, step_id: int, now_s: float) -> None:
         if result.error_kind:
             # What its blocks hold may not be finite either, so no other request may meet it.
             self._kv.forget(sequence.table)
+            self._totals.num_corrupted += 1
             error = f"the logits after token {row.start + row.num_tokens} are not finite"
             self._end(sequence, FinishReason.ERROR, error=error, error_kind=result.error_kind)
             return
@@ -310,6 +340,8 @@ class Scheduler:
         reason: FinishReason | None = None
         if result.token_id is not None:
             sequence.append(result.token_id, now_s)
+            self._queue.charge_output(sequence)
+            self._totals.num_generation_tokens += 1
             token_ids = (result.token_id,)
         if not sequence.stop_ids.isdisjoint(token_ids):
             reason = FinishReason.STOP
@@ -323,9 +355,11 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=result.token_id if reason is FinishReason.STOP else None,
+            num_cached_tokens=sequence.num_cached_tokens,
+            timings=sequence.timings(now_s),
         )
         if reason is not None:
-            self._close(sequence, output)
+            self._close(sequence, output, reason)
         elif token_ids or prompt_logprobs:
             self._outputs.append(output)
 
@@ -337,19 +371,32 @@ class Scheduler:
             error=error,
             error_kind=error_kind,
         )
-        self._close(sequence, output)
+        self._close(sequence, output, reason)
 
-    def _close(self, sequence: Sequence, output: EngineOutput) -> None:
+    def _close(self, sequence: Sequence, output: EngineOutput, reason: FinishReason) -> None:
         """Forget the sequence; `output` is its last."""
         del self._requests[sequence.request.request_id], self._sequences[sequence.seq_id]
-        if self._running.pop(sequence.seq_id, None) is None:
-            self._waiting.remove(sequence)
+        self._queue.leave(sequence)
+        self._running.pop(sequence.seq_id, None)
         self._kv.release(sequence.table)
+        self._deadlines.keep(self._sequences.keys())
         if sequence.started_s is not None:  # Otherwise the ranks never heard of it.
             self._finished.append(sequence.seq_id)
-        timings = sequence.timings(self._clock())
+        self._totals.count_finished(reason)
+        now_s = self._clock()
+        if sequence.started_s is not None and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            num_output = len(sequence.token_ids) - sequence.num_prompt_tokens - len(sequence.request.output_token_ids)
+            self._pace.record_end(num_output, now_s - sequence.started_s)
+        timings = sequence.timings(now_s)
         last = msgspec.structs.replace(output, num_cached_tokens=sequence.num_cached_tokens, timings=timings)
         self._outputs.append(last)
+
+
+def _by_tenant(sequences: Iterable[Sequence]) -> dict[tuple[int, str], list[Sequence]]:
+    by_tenant = defaultdict(list)
+    for sequence in sequences:
+        by_tenant[sequence.request.priority, sequence.request.tenant].append(sequence)
+    return by_tenant
 
 
 def _check_answers(plan: StepPlan, result: StepResult) -> None:

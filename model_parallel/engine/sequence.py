@@ -28,6 +28,12 @@ class Sequence:
     """Leading tokens whose keys and values are in the cache, or will be after the step just planned."""
     admitted_step_id: int = 0
     """First step for which its present blocks hold; a result of an earlier one tells nothing about them."""
+    num_told_blocks: int = 0
+    """Leading blocks of its table that the ranks know. None after a preemption."""
+    was_admitted: bool = False
+    """It has been charged for its prompt; a preemption does not make it pay twice."""
+    is_light: bool = False
+    """Its tenant had not used its share when it was admitted; see fair_queue.py."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave at the first admission."""
     started_s: float | None = None
@@ -44,6 +50,10 @@ class Sequence:
             self.next_prompt_logprob = min(self.next_prompt_logprob, max(1, sampling.prompt_logprobs_start))
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Pending ones included."""
         return len(self.token_ids) + self.num_pending
@@ -56,7 +66,7 @@ class Sequence:
     @property
     def has_all_output(self) -> bool:
         """No token is wanted beyond the pending ones. True from the beginning when max_tokens is 0."""
-        return self.num_tokens - len(self.request.prompt_token_ids) >= self.request.sampling.max_tokens
+        return self.num_tokens - self.num_prompt_tokens >= self.request.sampling.max_tokens
 
     @property
     def max_cached(self) -> int:
@@ -64,7 +74,7 @@ class Sequence:
 
         The next token needs the logits at the last one; the log-probability of prompt position p those at p - 1.
         """
-        if self.next_prompt_logprob < len(self.request.prompt_token_ids):
+        if self.next_prompt_logprob < self.num_prompt_tokens:
             return self.next_prompt_logprob - 1
         return self.num_tokens - 1
 
@@ -73,7 +83,7 @@ class Sequence:
         return NewSequence(
             seq_id=self.seq_id,
             token_ids=tuple(self.token_ids),
-            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_prompt_tokens=self.num_prompt_tokens,
             choice=self.request.choice,
             sampling=self.request.sampling,
         )

@@ -4,7 +4,7 @@ Shape suffixes: T tokens of a step · I, O features in and out · E hidden · F 
 · K local key/value heads · D head dim · S runs · R rows that logits are wanted for · V local vocabulary rows
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,16 @@ from torch import Tensor
 
 Weight = Any
 """A weight in the form that a backend packed it into, at load; only that backend looks inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrix:
+    """A matrix in eight bits a weight: about scales_O[o] · values_OI[o] in row o."""
+
+    values_OI: Tensor
+    """int8."""
+    scales_O: Tensor
+    """float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,19 @@ class Heads:
     head_dim: int
     kv_of_query_H: Tensor
     """int64: the local key/value head that each local query head reads; any map."""
+    queries_of_kv_KG: Tensor = field(init=False)
+    """int64, the same map from the other end: the query heads that read each key/value head, and −1 in places that are left.
+
+    G is a power of two.
+    """
+
+    def __post_init__(self) -> None:
+        readers = [(self.kv_of_query_H == kv).nonzero().flatten() for kv in range(self.num_kv_heads)]
+        longest = max(len(queries) for queries in readers)
+        table_KG = self.kv_of_query_H.new_full((self.num_kv_heads, 1 << (longest - 1).bit_length()), -1)
+        for row_G, queries in zip(table_KG, readers, strict=True):
+            row_G[: len(queries)] = queries
+        object.__setattr__(self, "queries_of_kv_KG", table_KG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,16 +98,23 @@ class Kernels(Protocol):
     """Steps are padded to a multiple of this many rows."""
     has_threads: bool
     """Whether it computes on threads of its own, so that torch's should rest."""
+    only_enqueue: bool
+    """Whether calls only enqueue work on a GPU and read a plan's runs from its tensors, so that a CUDA graph can hold them.
 
-    def pack_linear(self, weight_OI: Tensor) -> Weight:
+    The `runs` of such a plan then say no more than whether there are runs of one token and how long the longest is.
+    """
+
+    # An Int8Matrix is multiplied as the matrix that it stands for: activations are not quantised.
+
+    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Weight:
         """For `linear` and `addend`."""
         ...
 
-    def pack_gated(self, gate_up_F2I: Tensor) -> Weight:
+    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> Weight:
         """For `gated_linear`, of [2F, I]: gate rows, then up rows."""
         ...
 
-    def pack_head(self, weight_VE: Tensor) -> Weight:
+    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> Weight:
         """For `logits`."""
         ...
 
@@ -92,6 +122,10 @@ class Kernels(Protocol):
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> LayerCache:
         """A layer's empty cache of num_blocks blocks and the scratch block."""
+        ...
+
+    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
+        """float32 [T, E]: rows of the embedding, of which this rank holds those from token `first_id` on; zero for others."""
         ...
 
     def linear(self, x_TI: Tensor, weight: Weight) -> Tensor:

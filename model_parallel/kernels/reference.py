@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_parallel.kernels.interface import AttentionPlan, Heads, LayerCache, SequenceRun
+from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache, SequenceRun
 
 ROWS_PER_THREAD = 4
 KEY_TILE = 128
@@ -25,19 +25,22 @@ class ReferenceKernels:
 
     name = "reference"
     has_threads = False
+    only_enqueue = False
 
     def __init__(self, *, num_threads: int, device: str) -> None:
         self.row_multiple = ROWS_PER_THREAD * num_threads
         self.batch_invariant = device == "cpu"
         self.device = device
 
-    def pack_linear(self, weight_OI: Tensor) -> Tensor:
+    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
         return weight_OI
 
-    def pack_gated(self, gate_up_F2I: Tensor) -> Tensor:
+    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
         return gate_up_F2I
 
-    def pack_head(self, weight_VE: Tensor) -> Tensor:
+    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
+        if isinstance(weight_VE, Int8Matrix):
+            return weight_VE
         # No CPU product of torch takes bfloat16 and gives float32; a GPU's does.
         return weight_VE if weight_VE.is_cuda else weight_VE.float()
 
@@ -47,19 +50,22 @@ class ReferenceKernels:
         shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
         return LayerCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)))
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return F.linear(x_TI, weight_OI)
+    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
+        return embedded(token_ids_T, weight_VE, first_id)
 
-    def addend(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return F.linear(x_TI, weight_OI).float()
+    def linear(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
+        return _product(x_TI, weight_OI).to(x_TI.dtype)
 
-    def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor) -> Tensor:
-        gate_TF, up_TF = F.linear(x_TI, weight_F2I).chunk(2, dim=-1)
-        return F.silu(gate_TF) * up_TF
+    def addend(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
+        return _product(x_TI, weight_OI).float()
 
-    def logits(self, x_RE: Tensor, head: Tensor) -> Tensor:
-        if head.dtype == torch.float32:
-            return F.linear(x_RE, head)
+    def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor | Int8Matrix) -> Tensor:
+        gate_TF, up_TF = _product(x_TI, weight_F2I).chunk(2, dim=-1)
+        return (F.silu(gate_TF) * up_TF).to(x_TI.dtype)
+
+    def logits(self, x_RE: Tensor, head: Tensor | Int8Matrix) -> Tensor:
+        if isinstance(head, Int8Matrix) or head.dtype == torch.float32:
+            return _product(x_RE, head)
         return torch.mm(x_RE.to(head.dtype), head.t(), out_dtype=torch.float32)
 
     def softmax_parts(self, logits_RV: Tensor) -> Tensor:
@@ -93,6 +99,20 @@ class ReferenceKernels:
                 q_SNHD = q_THD[rows_of_run].unsqueeze(0)
                 out_THD[rows_of_run] = _attend(q_SNHD, [run], cache, heads.kv_of_query_H).squeeze(0)
         return out_THD.flatten(1)
+
+
+def embedded(token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
+    """See Kernels.embed."""
+    local_T = token_ids_T - first_id
+    held_T = (local_T >= 0) & (local_T < len(weight_VE))
+    return F.embedding(local_T.where(held_T, 0), weight_VE).float().masked_fill_(~held_T.unsqueeze(-1), 0)
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
+    """[T, O], of x's dtype; of int8 weights, which every dtype holds exactly, float32."""
+    if isinstance(weight_OI, Int8Matrix):
+        return F.linear(x_TI, weight_OI.values_OI.to(x_TI.dtype)).float() * weight_OI.scales_O
+    return F.linear(x_TI, weight_OI)
 
 
 def _rotate(x_THD: Tensor, plan: AttentionPlan) -> Tensor:

@@ -1,5 +1,6 @@
 """Which backend computes."""
 
+import importlib.util
 import logging
 
 import torch
@@ -12,17 +13,20 @@ from model_parallel.native import NativeBuildError
 
 logger = logging.getLogger(__name__)
 
+OLDEST_GPU = (8, 0)
+"""Compute capability: Ampere, the first with bfloat16."""
+
 
 def select_kernels(device: str, dtype: torch.dtype, num_threads: int) -> Kernels:
     """The fastest backend for `device` ("cpu" or "cuda") and `dtype`. Falls back to the reference, and logs why.
 
     May compile, for some seconds, the first time on a machine.
     """
-    reason = _why_not_native(device, dtype)
+    reason = _why_not_cuda() if device == "cuda" else _why_not_native(dtype)
     if not reason:
         try:
-            kernels = CpuKernels(num_threads=num_threads)
-            logger.info("kernels: %s, %d threads", kernels.name, num_threads)
+            kernels = _cuda_kernels() if device == "cuda" else CpuKernels(num_threads=num_threads)
+            logger.info("kernels: %s%s", kernels.name, f", {num_threads} threads" if device == "cpu" else "")
             return kernels
         except NativeBuildError as error:
             reason = str(error)
@@ -30,9 +34,20 @@ def select_kernels(device: str, dtype: torch.dtype, num_threads: int) -> Kernels
     return ReferenceKernels(num_threads=num_threads, device=device)
 
 
-def _why_not_native(device: str, dtype: torch.dtype) -> str:
-    if device != "cpu":
-        return f"there are no kernels for {device} yet"
-    if dtype not in TYPES:
-        return f"the C++ kernels do not know {dtype}"
+def _cuda_kernels() -> Kernels:
+    from model_parallel.kernels.cuda import CudaKernels  # noqa: PLC0415  # needs Triton, which a CPU does without
+
+    return CudaKernels(num_multiprocessors=torch.cuda.get_device_properties().multi_processor_count)
+
+
+def _why_not_cuda() -> str:
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_GPU:
+        return f"this GPU has compute capability {capability}, and the Triton kernels need {OLDEST_GPU}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; CUDA builds of torch for Linux bring it"
     return ""
+
+
+def _why_not_native(dtype: torch.dtype) -> str:
+    return "" if dtype in TYPES else f"the C++ kernels do not know {dtype}"

@@ -3,8 +3,9 @@
 Shape suffixes: T tokens of a step · E hidden · V local vocabulary rows · R rows that logits are wanted for
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch import Tensor
 from model_parallel.config import ModelConfig
 from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache
 from model_parallel.model.attention import Attention
-from model_parallel.model.layers import FeedForward, VocabularyEmbedding
-from model_parallel.model.partition import EMBEDDING, FINAL_NORM, LM_HEAD, even_range, partition_heads
+from model_parallel.model.layers import FeedForward
+from model_parallel.model.partition import EMBEDDING, FINAL_NORM, LM_HEAD, HeadPartition, even_range, partition_heads
 from model_parallel.runtime.collectives import Collectives
 
 
@@ -31,33 +32,32 @@ class Llama:
     """A rank's shard of the model."""
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], *, kernels: Kernels, collectives: Collectives
+        self, config: ModelConfig, weights: dict[str, Any], *, kernels: Kernels, collectives: Collectives
     ) -> None:
-        """weights: this rank's slices by name, as checkpoint/loader.py gives them.
+        """weights: this rank's slices by name, as checkpoint/loader.py gives them: tensors, or matrices in int8.
 
         Layers are taken out of it one by one, so that no more than one exists both as loaded and as the kernels want it.
         """
         self.config = config
         self.kernels = kernels
-        self.collectives = collectives
+        self.all_reduce: Callable[[Tensor], Tensor] = collectives.all_reduce
+        """The sum over ranks. Replaced while a step is recorded (runtime/recorded_steps.py)."""
         self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
-        self.embedding = VocabularyEmbedding(weights[EMBEDDING], self.vocabulary)
-        self.layers = [self._layer(weights, f"model.layers.{i}") for i in range(config.num_layers)]
+        self.embedding_VE: Tensor = weights[EMBEDDING]
+        part = partition_heads(config.num_query_heads, config.num_kv_heads, collectives.size, collectives.rank)
+        self.layers = [self._layer(weights, f"model.layers.{i}", part) for i in range(config.num_layers)]
         self.final_norm_E = weights[FINAL_NORM].float()
-        self.head = kernels.pack_head(weights[EMBEDDING if config.tie_word_embeddings else LM_HEAD])
+        self.head = kernels.pack_head(weights[LM_HEAD if LM_HEAD in weights else EMBEDDING])
 
-    def _layer(self, weights: dict[str, Tensor], prefix: str) -> Layer:
-        config, rank, size = self.config, self.collectives.rank, self.collectives.size
-        part = partition_heads(config.num_query_heads, config.num_kv_heads, size, rank)
-        qkv_weight = weights.pop(f"{prefix}.self_attn.qkv_proj.weight")
+    def _layer(self, weights: dict[str, Any], prefix: str, part: HeadPartition) -> Layer:
         attention = Attention(
-            qkv_weight=self.kernels.pack_linear(qkv_weight),
+            qkv_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.self_attn.qkv_proj.weight")),
             o_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.self_attn.o_proj.weight")),
             heads=Heads(
                 num_query_heads=len(part.query_heads),
                 num_kv_heads=len(part.kv_heads),
-                head_dim=config.head_dim,
-                kv_of_query_H=torch.tensor(part.kv_of_query, device=qkv_weight.device),
+                head_dim=self.config.head_dim,
+                kv_of_query_H=torch.tensor(part.kv_of_query, device=self.embedding_VE.device),
             ),
             kernels=self.kernels,
         )
@@ -79,8 +79,8 @@ class Llama:
         The residual stream and the sums over ranks are float32 whatever the weights' dtype: only what enters a matrix product
         is rounded.
         """
-        all_reduce, norm, eps = self.collectives.all_reduce, self.kernels.add_rms_norm, self.config.rms_norm_eps
-        residual_TE = all_reduce(self.embedding(token_ids_T).float())
+        all_reduce, norm, eps = self.all_reduce, self.kernels.add_rms_norm, self.config.rms_norm_eps
+        residual_TE = all_reduce(self.kernels.embed(token_ids_T, self.embedding_VE, self.vocabulary.start))
         x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
         next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]
         for layer, cache, next_norm_E in zip(self.layers, caches, next_norms, strict=True):

@@ -58,6 +58,45 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return 1.0 / (config.rope_theta**exponents)
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The rows of a step side by side, as numbers."""
+
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    """Of each token, as are token ids and positions; see AttentionPlan."""
+    runs: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """See AttentionPlan.runs_S4."""
+    blocks: list[int] = field(default_factory=list)
+
+    def pad_to(self, num_tokens: int, *, scratch_slot: int) -> None:
+        """Tokens that nobody looks at, up to `num_tokens` in all."""
+        num_padding = num_tokens - len(self.token_ids)
+        self.token_ids.extend([0] * num_padding)
+        self.positions.extend([0] * num_padding)
+        self.slots.extend([scratch_slot] * num_padding)
+
+
+def lay_out(rows: tuple[Row, ...], sequences: Mapping[int, SequenceState], *, block_size: int) -> Layout:
+    """`rows` in their order. The sequences' block tables are already up to date."""
+    layout = Layout()
+    for row in rows:
+        state = sequences[row.seq_id]
+        span = range(row.start, row.start + row.num_tokens)
+        layout.runs.append((len(layout.token_ids), len(span), row.start, len(layout.blocks)))
+        layout.blocks.extend(state.block_ids)
+        layout.token_ids.extend(state.token_ids[span.start : span.stop])
+        layout.positions.extend(span)
+        layout.slots.extend(state.block_ids[p // block_size] * block_size + p % block_size for p in span)
+    return layout
+
+
+def rotary_angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
+    """float32 [T, D], the two halves of D equal."""
+    return torch.outer(positions_T.float(), frequencies).repeat(1, 2)
+
+
 def build_batch(
     rows: tuple[Row, ...],
     sequences: Mapping[int, SequenceState],
@@ -67,43 +106,27 @@ def build_batch(
     row_multiple: int,
     frequencies: Tensor,
 ) -> Batch:
-    """Lay out `rows` in their order. The sequences' block tables are already up to date."""
+    """The step as `lay_out` has it, padded to a multiple of `row_multiple` tokens, on the device of `frequencies`."""
     device = frequencies.device
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    runs: list[tuple[int, int, int, int]] = []
-    blocks: list[int] = []
-    for row in rows:
-        state = sequences[row.seq_id]
-        span = range(row.start, row.start + row.num_tokens)
-        runs.append((len(token_ids), len(span), row.start, len(blocks)))
-        blocks += state.block_ids
-        token_ids += state.token_ids[span.start : span.stop]
-        positions += span
-        slots += [state.block_ids[p // block_size] * block_size + p % block_size for p in span]
-    num_tokens = len(token_ids)
-    num_padding = -num_tokens % row_multiple
-    scratch_slot = num_blocks * block_size
-    token_ids += [0] * num_padding
-    positions += [0] * num_padding
-    slots += [scratch_slot] * num_padding
+    layout = lay_out(rows, sequences, block_size=block_size)
+    num_tokens = len(layout.token_ids)
+    layout.pad_to(-(-num_tokens // row_multiple) * row_multiple, scratch_slot=num_blocks * block_size)
 
     def tensor(values: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    angles_TD = torch.outer(tensor(positions).float(), frequencies).repeat(1, 2)
-    blocks_X = tensor(blocks)
-    ends = [first for *_, first in runs[1:]] + [len(blocks)]
+    angles_TD = rotary_angles(tensor(layout.positions), frequencies)
+    blocks_X = tensor(layout.blocks)
+    ends = [first for *_, first in layout.runs[1:]] + [len(layout.blocks)]
     plan = AttentionPlan(
-        slots_T=tensor(slots),
+        slots_T=tensor(layout.slots),
         cos_TD=angles_TD.cos(),
         sin_TD=angles_TD.sin(),
         runs=tuple(
             SequenceRun(first_row=row, num_tokens=count, start=start, block_table=blocks_X[first:end])
-            for (row, count, start, first), end in zip(runs, ends, strict=True)
+            for (row, count, start, first), end in zip(layout.runs, ends, strict=True)
         ),
-        runs_S4=tensor(runs),
+        runs_S4=tensor(layout.runs),
         blocks=blocks_X,
     )
-    return Batch(num_tokens=num_tokens, token_ids_T=tensor(token_ids), attention=plan)
+    return Batch(num_tokens=num_tokens, token_ids_T=tensor(layout.token_ids), attention=plan)

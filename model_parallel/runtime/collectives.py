@@ -3,13 +3,13 @@
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import FileStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
+from torch.distributed import FileStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
 from model_parallel.config import ParallelConfig
 from model_parallel.errors import GroupFailedError
@@ -21,12 +21,16 @@ class Collectives(Protocol):
 
     rank: int
     size: int
+    in_rank_order: bool
+    """Whether sums are added in rank order, so that they do not depend on the tensor's size or place."""
+    only_enqueue: bool
+    """Whether calls on a GPU's tensors only enqueue work there, so that a CUDA graph can hold them.
+
+    Their deadline is then the leader's for the whole step; it ends processes that exceed it.
+    """
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over ranks, added in rank order, so that the result does not depend on the tensor's size or place.
-
-        May use x's memory for the result. NCCL adds in an order of its own.
-        """
+        """Sum over ranks. May use x's memory for the result."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -45,6 +49,8 @@ class SoloCollectives:
 
     rank = 0
     size = 1
+    in_rank_order = True
+    only_enqueue = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -89,6 +95,9 @@ class Exchange:
 class ThreadCollectives:
     """Ranks that are threads of one process."""
 
+    in_rank_order = True
+    only_enqueue = False
+
     def __init__(self, exchange: Exchange, rank: int) -> None:
         self.rank = rank
         self.size = exchange.size
@@ -113,11 +122,13 @@ class ThreadCollectives:
 
 
 class TorchCollectives:
-    """Ranks that are processes: Gloo between CPUs, NCCL between GPUs. Uses no global process group.
+    """Ranks that are processes, over Gloo. Uses no global process group. What lies on a GPU goes through the host.
 
-    On CPU the first meeting, and each call, fails when a peer has not joined after step_timeout_s. On CUDA calls only
-    enqueue work; NCCL's watchdog ends the process when the work is not done by then.
+    The first meeting, and each call, fails when a peer has not joined after step_timeout_s.
     """
+
+    in_rank_order = True
+    only_enqueue = False
 
     def __init__(
         self, parallel: ParallelConfig, rank: int, rendezvous: Rendezvous, store_listener: socket.socket | None = None
@@ -129,49 +140,33 @@ class TorchCollectives:
         self.rank = rank
         self.size = parallel.tp_size
         step_timeout = timedelta(seconds=parallel.step_timeout_s)
-        self._cuda = parallel.device == "cuda"
         try:
-            store = _open_store(rendezvous, rank, self.size, step_timeout, store_listener)
-            self._group: Any = (  # torch's stubs do not declare what backends can do
-                _nccl(store, rank, self.size, step_timeout)
-                if self._cuda
-                else _gloo(store, rank, self.size, rendezvous.bind_host, step_timeout)
-            )
+            self.store = _open_store(rendezvous, rank, self.size, step_timeout, store_listener)
+            self._group: Any = _gloo(self.store, rank, self.size, rendezvous.bind_host, step_timeout)
         except RuntimeError as error:
             raise GroupFailedError(f"rank {rank} could not meet its peers: {error}") from error
-        if self._cuda:
-            self.barrier()  # NCCL connects in its first call; that belongs to the start
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if not self._cuda:
-            return sum_in_order(self.all_gather(x))
-        x = x.contiguous()
-        self._run("all_reduce", lambda: self._group.allreduce([x]))
-        return x
+        return sum_in_order(self.all_gather(x))
 
     def all_gather(self, x: Tensor) -> Tensor:
-        gathered = x.new_empty((self.size, *x.shape))
+        gathered = torch.empty((self.size, *x.shape), dtype=x.dtype)
         if x.numel() == 0:
-            return gathered
+            return gathered.to(x.device)
         # As bytes, so that the backend need not know the dtype.
         outputs = list(gathered.view(self.size, x.numel()).view(torch.uint8).unbind(0))
-        source = x.contiguous().view(x.numel()).view(torch.uint8)
-        self._run("all_gather", lambda: self._group.allgather([outputs], [source]))
-        return gathered
+        source = x.cpu().contiguous().view(x.numel()).view(torch.uint8)
+        try:
+            self._group.allgather([outputs], [source]).wait()
+        except RuntimeError as error:
+            raise GroupFailedError(f"rank {self.rank}: all_gather failed: {error}") from error
+        return gathered.to(x.device)
 
     def barrier(self) -> None:
-        flag = self.all_gather(torch.zeros(1, device="cuda" if self._cuda else "cpu"))
-        if self._cuda:
-            torch.cuda.synchronize(flag.device)
+        self.all_gather(torch.zeros(1))
 
     def close(self) -> None:
         self._group.shutdown()
-
-    def _run(self, name: str, call: Callable[[], Work]) -> None:
-        try:
-            call().wait()
-        except RuntimeError as error:
-            raise GroupFailedError(f"rank {self.rank}: {name} failed: {error}") from error
 
 
 def sum_in_order(parts: Iterable[Tensor]) -> Tensor:
@@ -206,10 +201,3 @@ def _gloo(store: Store, rank: int, size: int, bind_host: str, step_timeout: time
     options._threads = 1
     options._timeout = step_timeout
     return ProcessGroupGloo(store, rank, size, options)
-
-
-def _nccl(store: Store, rank: int, size: int, step_timeout: timedelta) -> Any:
-    nccl = torch.distributed.ProcessGroupNCCL  # absent from CPU builds of torch
-    options = nccl.Options()
-    options._timeout = step_timeout
-    return nccl(store, rank, size, options)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of a step · E hidden · R rows that logits are wanted 
 
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,13 +17,19 @@ from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import TokenLogprobs
 from model_parallel.errors import EngineError
+from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.interface import LayerCache
 from model_parallel.kernels.select import select_kernels
+from model_parallel.memory import check_cache_fits
 from model_parallel.model.llama import Llama
-from model_parallel.model.partition import even_range, partition_heads, shard_table
+from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
+from model_parallel.model.quantization import int8_converter
 from model_parallel.model.sampler import Sampler
-from model_parallel.runtime.batch import SequenceState, build_batch, rotary_frequencies
-from model_parallel.runtime.collectives import Collectives
+from model_parallel.runtime.batch import SequenceState, build_batch, lay_out, rotary_frequencies
+from model_parallel.runtime.collectives import Collectives, SoloCollectives
+from model_parallel.runtime.cuda_graphs import DecodeGraphs
+from model_parallel.runtime.recorded_steps import RecordedSteps
+from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCORED_ROWS = 64
@@ -52,12 +59,19 @@ class Rank:
         dtype = DTYPES[config.parallel.dtype]
         self.kernels = select_kernels(self.device.type, dtype, config.parallel.num_threads)
         table = shard_table(model_config, tp_size, rank)
-        weights = load_shard(info, table, dtype=dtype, device=self.device, progress=progress)
+        convert = int8_converter(table, collectives) if config.parallel.quantization else None
+        weights = load_shard(info, table, dtype=dtype, device=self.device, progress=progress, convert=convert)
+        if convert is not None and model_config.tie_word_embeddings:
+            weights[LM_HEAD] = convert(LM_HEAD, weights[EMBEDDING])
         self.model = Llama(model_config, weights, kernels=self.kernels, collectives=collectives)
         if self.kernels.has_threads:
             torch.set_num_threads(1)  # torch's own would fight them for the cores
         self.frequencies = rotary_frequencies(model_config, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            check_cache_fits(config, model_config, rank, free_bytes=torch.cuda.mem_get_info(self.device)[0])
         self.caches = self._allocate_caches(model_config, rank, dtype)
+        self.graphs = self._capture_graphs()
         largest_part = len(even_range(model_config.vocab_size, tp_size, 0))
         self.sampler = Sampler(self.kernels, collectives, self.model.vocabulary, largest_part)
         self.sequences: dict[int, SequenceState] = {}
@@ -77,14 +91,34 @@ class Rank:
             for _ in range(model.num_layers)
         ]
 
+    @torch.inference_mode()
+    def _capture_graphs(self) -> DecodeGraphs | RecordedSteps | None:
+        """Where all that a step calls only enqueues work, on a GPU, or is native, on a CPU."""
+        if isinstance(self.kernels, CpuKernels) and isinstance(
+            self.collectives, SoloCollectives | SharedMemoryCollectives
+        ):
+            return RecordedSteps(
+                self.model, self.caches, self.frequencies, kernels=self.kernels, collectives=self.collectives
+            )
+        if not (self.kernels.only_enqueue and self.collectives.only_enqueue):
+            return None
+        return DecodeGraphs(
+            self.model,
+            self.caches,
+            self.frequencies,
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+            max_model_len=self.config.scheduler.max_model_len,
+            num_blocks=self.config.cache.num_blocks,
+            block_size=self.config.cache.block_size,
+        )
+
     @property
     def kernels_name(self) -> str:
-        return self.kernels.name
+        return f"{self.kernels.name} {self.config.parallel.quantization}".rstrip()
 
     @property
     def deterministic(self) -> bool:
-        """On a GPU NCCL adds in an order of its own, whatever the kernels promise."""
-        return self.kernels.batch_invariant and self.device.type == "cpu"
+        return self.kernels.batch_invariant and self.collectives.in_rank_order
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -112,19 +146,26 @@ class Rank:
             state.block_ids += row.new_block_ids
 
     def _compute(self, rows: tuple[Row, ...]) -> tuple[RowResult, ...]:
+        first_rows = list(accumulate((row.num_tokens for row in rows), initial=0))
+        hidden_TE = self._forward(rows)
+        scored = self._score_prompts(rows, first_rows[:-1], hidden_TE)
+        sampled = self._sample(rows, [end - 1 for end in first_rows[1:]], hidden_TE)
+        return tuple(self._result(row, sampled, scored) for row in rows)
+
+    def _forward(self, rows: tuple[Row, ...]) -> Tensor:
+        """[T, E]: hidden states, row after row, then padding."""
+        block_size = self.config.cache.block_size
+        if self.graphs is not None and all(row.num_tokens == 1 for row in rows):
+            return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size))
         batch = build_batch(
             rows,
             self.sequences,
-            block_size=self.config.cache.block_size,
+            block_size=block_size,
             num_blocks=self.config.cache.num_blocks,
             row_multiple=self.kernels.row_multiple,
             frequencies=self.frequencies,
         )
-        hidden_TE = self.model.forward(batch.token_ids_T, batch.attention, self.caches)
-        last_rows = [run.first_row + run.num_tokens - 1 for run in batch.attention.runs]
-        scored = self._score_prompts(rows, [run.first_row for run in batch.attention.runs], hidden_TE)
-        sampled = self._sample(rows, last_rows, hidden_TE)
-        return tuple(self._result(row, sampled, scored) for row in rows)
+        return self.model.forward(batch.token_ids_T, batch.attention, self.caches)
 
     def _result(
         self, row: Row, sampled: dict[int, RowResult], scored: dict[int, list[TokenLogprobs | None]]
@@ -140,6 +181,8 @@ class Rank:
     def _logits(self, hidden_TE: Tensor, rows: list[int]) -> Tensor:
         """float32 [R, V], R padded by repeating the first row."""
         padded = rows + [rows[0]] * (-len(rows) % self.kernels.row_multiple)
+        if padded == list(range(len(rows))):  # as in decode: an index would have to wait for the GPU
+            return self.model.logits(hidden_TE[: len(rows)])
         return self.model.logits(hidden_TE[torch.tensor(padded, device=self.device)])
 
     def _sample(self, rows: tuple[Row, ...], last_rows: list[int], hidden_TE: Tensor) -> dict[int, RowResult]:
@@ -179,6 +222,7 @@ class Rank:
 
     def close(self) -> None:
         """Leave the group and let go of the memory."""
+        self.graphs = None
         self.collectives.close()
         self.caches.clear()
         self.sequences.clear()

@@ -24,6 +24,7 @@ from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, EngineError, GroupFailedError
 from model_parallel.runtime.collectives import Collectives, SoloCollectives, TorchCollectives
+from model_parallel.runtime.cuda_collectives import join_gpus
 from model_parallel.runtime.link import (
     Ack,
     Connection,
@@ -118,6 +119,8 @@ def _join(parallel: ParallelConfig, rank: int, where: Rendezvous, store_listener
         return SoloCollectives()
     if where.memory_path:
         return SharedMemoryCollectives(where.memory_path, rank, parallel.tp_size, timeout_s=parallel.step_timeout_s)
+    if parallel.device == "cuda":
+        return join_gpus(parallel, rank, where, store_listener)
     return TorchCollectives(parallel, rank, where, store_listener)
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -42,7 +42,7 @@ class Principal:
     """Share of a busy group that the tenant gets, relative to the others."""
     priority: int = 0
     """Classes of lower numbers are served first."""
-    cache_salt: bytes = b""
+    cache_salt: bytes = field(default=b"", repr=False)
     """Prefix-cache blocks are shared between requests of equal salt only, so it is a tenant's own."""
 
     def check_model(self, model: str) -> None:

@@ -1,6 +1,7 @@
 """What a gateway needs from whatever runs the models. Ray Serve implements it in serving/deployment.py."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -46,6 +47,16 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     licence: Licence
 
 
+@dataclass(slots=True)
+class Passage:
+    """What goes with a request to its group besides the request, and what comes to be known on the way."""
+
+    trace_context: dict[str, str] = field(default_factory=dict)
+    """Headers that make the group's span a child of the gateway's; empty when nothing is traced."""
+    engine: str = ""
+    """Id of the group that took the request; the Backend sets it before it yields or raises."""
+
+
 class Backend(Protocol):
     """Runs requests on replica groups."""
 
@@ -54,7 +65,9 @@ class Backend(Protocol):
         """Served models by name."""
         ...
 
-    def generate(self, model: str, requests: Sequence[EngineRequest]) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+    def generate(
+        self, model: str, requests: Sequence[EngineRequest], passage: Passage
+    ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
         """Run the choices of one client request on one group; outputs that are ready together come together.
 
         Ends after every choice had its finish_reason. Closing the iterator (`aclose`), or cancelling the task that

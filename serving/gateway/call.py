@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from serving.gateway.accounts import OPEN, Principal
+from serving.gateway.observer import UNOBSERVED, RequestObserver
+
+_MAX_LABEL_CHARS = 128
 
 
 class DeadlineExceededError(Exception):
@@ -11,6 +14,10 @@ class DeadlineExceededError(Exception):
 
 class CancelledInGroupError(Exception):
     """The replica group was told to cancel the request by someone other than this gateway."""
+
+
+class SlowReaderError(Exception):
+    """The client does not read its answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,5 +31,12 @@ class Call:
     timeout_s: float | None
     """Left of the client's deadline at arrival."""
     principal: Principal = OPEN
+    observer: RequestObserver = UNOBSERVED
+    """Is told what happens to it."""
     is_streamed: bool = False
     """Parts of the answer go out before its end. Otherwise its usage is durable before any of it goes out."""
+
+
+def printable_label(value: str) -> str:
+    """A client's own name for its request, which is echoed and nothing else: cut, and fit for a header or a log."""
+    return "".join(character for character in value if " " <= character <= "~")[:_MAX_LABEL_CHARS]

@@ -28,6 +28,8 @@ class Chunk:
     """What one step brought for one choice."""
 
     index: int
+    prompt_token_ids: tuple[int, ...] = ()
+    """What the choice's prompt became; the same on every chunk."""
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -41,9 +43,21 @@ class Chunk:
 class Choice:
     """One choice on its way: the engine's outputs in, chunks of text out."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stops: Sequence[str], *, continues_text: bool) -> None:
-        """With `continues_text` the answer goes on where the prompt's text ends, so a space that begins it is kept."""
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        prompt_token_ids: tuple[int, ...],
+        reports_prompt: bool,
+        continues_text: bool,
+    ) -> None:
+        """The first choice of a prompt reports its log-probabilities. With `continues_text` the answer goes on where the
+        prompt's text ends, so a space that begins it is kept."""
         self.index = index
+        self._prompt_token_ids = prompt_token_ids
+        self._reports_prompt = reports_prompt
         self.finished = False
         self.num_tokens = 0
         self.last_output: EngineOutput | None = None
@@ -73,11 +87,11 @@ class Choice:
         self.num_tokens += num_tokens
         return Chunk(
             index=self.index,
+            prompt_token_ids=self._prompt_token_ids,
             text=text,
             token_ids=output.token_ids[:num_tokens],
             logprobs=output.logprobs[:num_tokens],
-            # The prompt is the same for all choices, and told once.
-            prompt_logprobs=output.prompt_logprobs if self.index == 0 else (),
+            prompt_logprobs=output.prompt_logprobs if self._reports_prompt else (),
             finish_reason=finish_reason,
         )
 

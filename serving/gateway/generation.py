@@ -81,17 +81,24 @@ class Generator:
         self._accounts: Accounts = accounts or OpenAccounts()
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
-        """Chunks of all choices as they are made. Close it (`aclose`) to end the request early."""
+        """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
+        end the request early."""
         card = self.model_for(call, query.model)
-        prompt = await self._encoders[card.name].encode("prompt", check_generate(query, card, self._limits))
-        max_tokens = output_budget(len(prompt), query.max_tokens, card)
-        sampling = _sampling_params(query, seed=seed, max_tokens=max_tokens)
-        num_choices = query.n or 1
-        tokenizer, continues_text = self.tokenizers[card.name], not isinstance(query.prompt, ChatPrompt)
-        choices = [Choice(index, tokenizer, query.stop, continues_text=continues_text) for index in range(num_choices)]
-        meter = await self._meter(call, card, len(prompt), num_choices * max_tokens)
+        encoder, num_choices = self._encoders[card.name], query.n or 1
+        sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
+        num_prompt_tokens = 0
+        for field, prompt in check_generate(query, card, self._limits).items():
+            token_ids = await encoder.encode(field, prompt)
+            max_tokens = output_budget(len(token_ids), query.max_tokens, card, field)
+            num_prompt_tokens += len(token_ids)
+            sequences += [(token_ids, _sampling_params(query, seed=seed, max_tokens=max_tokens))] * num_choices
+        call.observer.generates(
+            "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
+        )
+        choices = self._choices(query, card, [token_ids for token_ids, _ in sequences])
+        meter = await self._meter(call, card, num_prompt_tokens, sum(sampling.max_tokens for _, sampling in sequences))
         with meter:
-            requests = self._requests(card, call, [(prompt, sampling)] * num_choices)
+            requests = self._requests(card, call, sequences)
             last: Chunk | None = None
             async with aclosing(self._run(card, requests, meter)) as outputs:
                 async for output in outputs:
@@ -160,7 +167,22 @@ class Generator:
         """Raises UnknownModelError, PermissionDeniedError."""
         card = find_model(self.models, name)
         call.principal.check_model(name)
+        call.observer.resolved(name)
         return card
+
+    def _choices(self, query: GenerateQuery, card: ModelCard, prompts: Sequence[tuple[int, ...]]) -> list[Choice]:
+        """One for each of `prompts`, in which the prompt of several choices stands several times."""
+        return [
+            Choice(
+                index,
+                self.tokenizers[card.name],
+                query.stop,
+                prompt_token_ids=token_ids,
+                reports_prompt=index % (query.n or 1) == 0,
+                continues_text=not isinstance(query.prompt, ChatPrompt),
+            )
+            for index, token_ids in enumerate(prompts)
+        ]
 
     async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
         """Reserves the most that the request can use. Raises QuotaExceededError."""
@@ -175,10 +197,10 @@ class Generator:
     async def _run(
         self, card: ModelCard, requests: list[EngineRequest], meter: Meter
     ) -> AsyncGenerator[EngineOutput, None]:
-        meter.submit()
-        steps = self._backend.generate(card.name, requests)
+        steps = self._backend.generate(card.name, requests, meter.submit())
         async with aclosing(steps):
             async for outputs in steps:
+                meter.received(outputs)
                 for output in outputs:
                     yield output
 

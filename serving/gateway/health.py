@@ -21,6 +21,9 @@ class HealthMonitor:
         self.servicer = health.aio.HealthServicer()
         self._backend = backend
         self._names = ("", *services)
+        self.is_serving = False
+        """Some group can serve, and the gateway is not stopping."""
+        self._is_stopping = False
         self._period_s = period_s
 
     async def refresh(self) -> None:
@@ -32,6 +35,7 @@ class HealthMonitor:
             is_healthy = any(can_serve)
         except Exception:  # the loop must outlive whatever the backend does; NOT_SERVING shows it
             logger.exception("the backend cannot say how many groups are healthy")
+        self.is_serving = is_healthy and not self._is_stopping
         await self._set(_SERVING if is_healthy else _NOT_SERVING)
 
     async def run(self) -> None:
@@ -42,6 +46,7 @@ class HealthMonitor:
 
     async def stop_serving(self) -> None:
         """NOT_SERVING from now on, whatever the groups are."""
+        self._is_stopping, self.is_serving = True, False
         await self.servicer.enter_graceful_shutdown()
 
     async def _set(self, status: int) -> None:

@@ -1,8 +1,9 @@
 """Around every unary-request method: an id, a permit, and the one place where exceptions become status codes."""
 
+import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from grpc_status import rpc_status
 
 from serving.gateway.accounts import OPEN, Accounts, Principal
 from serving.gateway.admission import Admission
+from serving.gateway.call import SlowReaderError
 from serving.gateway.convert import explain_undecodable, refuse_unknown_fields
+from serving.gateway.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.refusals import Refusal, refusal_for
+from serving.log import request_id
 
 logger = logging.getLogger(__name__)
 
-request_id: ContextVar[str] = ContextVar("request_id")
-"""Of the RPC that the current task handles. Made by the server; unique."""
 principal: ContextVar[Principal] = ContextVar("principal", default=OPEN)
-"""Who sent it."""
+"""Who sent the request that the current task handles."""
+observer: ContextVar[RequestObserver] = ContextVar("observer", default=UNOBSERVED)
+"""Is told what happens to it."""
 
 _ERROR_DOMAIN = "packtrain"
 
@@ -48,12 +52,16 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         admitted_service: str,
         open_service: str,
         retry_delay_s: float,
+        slow_reader_timeout_s: float,
+        observe: Observe = unobserved,
     ) -> None:
+        self._observe = observe
         self._admission = admission
         self._accounts = accounts
         self._admitted_prefix = f"/{admitted_service}/"
         self._open_prefix = f"/{open_service}/"
         self._retry_delay_s = retry_delay_s
+        self._slow_reader_timeout_s = slow_reader_timeout_s
 
     async def intercept_service(
         self,
@@ -93,9 +101,18 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                     return
                 async with aclosing(responses):  # so that a client that leaves ends the work at once
                     async for response in responses:
-                        await context.write(response)
+                        await self._write(context, response)
 
         return answer
+
+    async def _write(self, context: Any, response: Any) -> None:
+        """Waits while the client does not read and the connection holds as much as it may."""
+        timeout_s = self._slow_reader_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            raise SlowReaderError(f"the answer was left unread for {timeout_s:g} s") from None
 
     def _bidirectional(self, method: str, behaviour: Any) -> Callable[..., Any]:
         async def answer(requests: Any, context: Any) -> None:
@@ -108,20 +125,33 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _guard(self, method: str, context: Any) -> AsyncIterator[None]:
         request_id.set(uuid.uuid4().hex)
-        try:
-            if not method.startswith(self._open_prefix):
-                metadata = context.invocation_metadata() or ()
-                credentials = [str(value) for key, value in metadata if key == "authorization"]
-                principal.set(self._accounts.authenticate(credentials))
-            with self._admission.permit() if method.startswith(self._admitted_prefix) else nullcontext():
-                yield
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            refusal = refusal_for(error, self._retry_delay_s)
-            if refusal.code is grpc.StatusCode.INTERNAL:
-                logger.exception("request %s (%s) failed", request_id.get(), method)
-            await context.abort(refusal.code, refusal.message, _trailers(refusal))
+        metadata = context.invocation_metadata() or ()
+        is_admitted = method.startswith(self._admitted_prefix)
+        with self._watch(method, metadata) if is_admitted else UNOBSERVED as watching:
+            observer.set(watching)
+            try:
+                if not method.startswith(self._open_prefix):
+                    credentials = [str(value) for key, value in metadata if key == "authorization"]
+                    principal.set(self._accounts.authenticate(credentials))
+                    watching.authenticated(principal.get())
+                with self._admission.permit() if is_admitted else nullcontext():
+                    yield
+            except grpc.aio.AbortError:
+                raise
+            except asyncio.CancelledError:
+                if context.time_remaining() == 0:
+                    watching.ended(grpc.StatusCode.DEADLINE_EXCEEDED.name)
+                raise
+            except Exception as error:
+                refusal = refusal_for(error, self._retry_delay_s)
+                if refusal.code is grpc.StatusCode.INTERNAL:
+                    logger.exception("request %s (%s) failed", request_id.get(), method)
+                watching.refused(refusal.code.name, refusal.reason, refusal.quota)
+                await context.abort(refusal.code, refusal.message, _trailers(refusal))
+
+    def _watch(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> RequestObserver:
+        headers = {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}
+        return self._observe("grpc", method, request_id.get(), headers)
 
 
 def _trailers(refusal: Refusal) -> tuple[tuple[str, str | bytes], ...]:

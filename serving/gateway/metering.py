@@ -8,7 +8,7 @@ from types import TracebackType
 from model_parallel.engine.request import EngineOutput, FinishReason, Timings
 from model_parallel.errors import RequestError
 from serving.gateway.accounts import Reservation, UsageRecord
-from serving.gateway.backend import GroupUnavailableError
+from serving.gateway.backend import GroupUnavailableError, Passage
 from serving.gateway.call import Call, CancelledInGroupError, DeadlineExceededError
 from serving.gateway.choices import Summary
 
@@ -47,9 +47,14 @@ class Meter:
                 self._num_prompt_tokens = 0
             self._settle(self._summary(()), outcome)
 
-    def submit(self) -> None:
+    def submit(self) -> Passage:
         """The request goes to a group now."""
         self._submitted_s = self._clock()
+        return self._call.observer.submitted()
+
+    def received(self, outputs: Sequence[EngineOutput]) -> None:
+        """Outputs have come from the group."""
+        self._call.observer.received(outputs)
 
     async def close(self, last_outputs: Sequence[EngineOutput | None], reason: FinishReason) -> Summary:
         """The request has ended well: settle it, with a durable record if the answer is not streamed."""
@@ -79,6 +84,7 @@ class Meter:
             total_s=summary.total_s,
         )
         self._reservation.settle(record)
+        self._call.observer.settled(record)
 
     def _summary(self, last_outputs: Sequence[EngineOutput]) -> Summary:
         now_s = self._clock()

@@ -9,8 +9,9 @@ from model_parallel.errors import RequestError
 from serving.gateway.accounts import PermissionDeniedError, QuotaExceededError, UnauthenticatedError
 from serving.gateway.admission import DrainingError, OverloadedError
 from serving.gateway.backend import GroupUnavailableError
-from serving.gateway.call import CancelledInGroupError, DeadlineExceededError
+from serving.gateway.call import CancelledInGroupError, DeadlineExceededError, SlowReaderError
 from serving.gateway.validate import UnknownModelError, ValidationError
+from serving.tenants.records import AlreadyExistsError, NotFoundError, StoreUnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,16 @@ def refusal_for(error: Exception, retry_delay_s: float) -> Refusal:
             return _unavailable("DRAINING", text, retry_delay_s)
         case GroupUnavailableError():
             return _unavailable("NO_GROUP", text, retry_delay_s)
+        case NotFoundError():
+            return Refusal(code.NOT_FOUND, 404, "NOT_FOUND", "invalid_request_error", "not_found", text)
+        case AlreadyExistsError():
+            return Refusal(code.ALREADY_EXISTS, 409, "ALREADY_EXISTS", "invalid_request_error", "already_exists", text)
+        case StoreUnavailableError():
+            return _unavailable("NO_DATABASE", "the database cannot be asked now; the log says why", retry_delay_s)
         case DeadlineExceededError():
             return Refusal(code.DEADLINE_EXCEEDED, 504, "DEADLINE", "timeout_error", "deadline_exceeded", text)
+        case SlowReaderError():
+            return Refusal(code.RESOURCE_EXHAUSTED, 408, "SLOW_READER", "timeout_error", "slow_reader", text)
         case CancelledInGroupError():
             return Refusal(code.CANCELLED, 499, "CANCELLED", "server_error", "cancelled", text)
         case RequestError(kind="numerical_error"):

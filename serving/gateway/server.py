@@ -1,34 +1,59 @@
-"""The gRPC front end of one process: its own server, from binding to draining."""
+"""The front ends of one process, gRPC and HTTP: their servers, from binding to draining."""
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from model_parallel.errors import ConfigError
 from protos import inference_pb2, inference_pb2_grpc
-from serving.config import GatewayConfig, LimitsConfig
+from serving.config import AdminConfig, GatewayConfig, LimitsConfig
 from serving.gateway.accounts import Accounts, OpenAccounts
 from serving.gateway.admission import Admission
 from serving.gateway.backend import Backend
 from serving.gateway.generation import Generator
 from serving.gateway.health import HealthMonitor
+from serving.gateway.http.app import HttpFrontEnd
+from serving.gateway.http.endpoints import PATHS
+from serving.gateway.http.listener import ConnectionLimits, HttpListener
 from serving.gateway.interceptors import StatusInterceptor
+from serving.gateway.observer import Observe, unobserved
 from serving.gateway.reflection import add_reflection
 from serving.gateway.servicer import InferenceServicer
+from serving.gateway.tls import load_tls
 from serving.tokenizer import Tokenizer
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH = "grpc.health.v1.Health"
+METHODS = (
+    *(f"/{INFERENCE}/{method.name}" for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods),
+    *PATHS,
+)
+"""What metrics may name."""
 
 _MAX_CONNECTION_AGE_S = 600
 
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where a gateway listens."""
+
+    grpc: int
+    http: int | None
+    """None when it is turned off."""
+
+
 class GatewayServer:
-    """Serves packtrain.v1.Inference, health and reflection. One start, one drain or stop."""
+    """Serves packtrain.v1.Inference, health and reflection over gRPC, and OpenAI's API over HTTP, with one Generator and one
+    Admission. One start, one drain or stop."""
 
     def __init__(
         self,
@@ -37,10 +62,11 @@ class GatewayServer:
         backend: Backend,
         tokenizers: Mapping[str, Tokenizer],
         accounts: Accounts | None = None,
+        observe: Observe = unobserved,
     ) -> None:
-        """`tokenizers` by model name. Raises ConfigError for an address that is open to others without `insecure`, and
-        for a model without tokenizer."""
-        check_listening(config)
+        """`tokenizers` by model name. Raises ConfigError for an address that is open to others without `accounts` or
+        `insecure`, for certificates that cannot be used, and for a model without tokenizer."""
+        check_listening(config, has_keys=accounts is not None)
         if missing := sorted(set(backend.models) - set(tokenizers)):
             raise ConfigError(f"no tokenizer for the models {', '.join(missing)}")
         self._config = config
@@ -49,19 +75,30 @@ class GatewayServer:
         self._health_task: asyncio.Task[None] | None = None
         self._accounts: Accounts = accounts or OpenAccounts()
         self._generator = Generator(backend, tokenizers, limits, accounts=self._accounts)
+        self._observe = observe
         self._limits = limits
+        self._tls = None if config.tls is None else load_tls(config.tls)
         self._server: grpc.aio.Server | None = None
+        self._http = self._http_listener()
 
-    async def start(self) -> int:
-        """Listen and serve. Returns the port. Raises ConfigError when the address cannot be had."""
+    async def start(self) -> Ports:
+        """Listen and serve. Raises ConfigError when an address cannot be had."""
         if self._server is not None:
             raise RuntimeError("a gateway server starts once")
+        await self._health.refresh()
+        ports = Ports(await self._start_grpc(), await self._start_http())
+        self._health_task = asyncio.create_task(self._health.run())
+        return ports
+
+    async def _start_grpc(self) -> int:
         interceptor = StatusInterceptor(
             self._admission,
             self._accounts,
             admitted_service=INFERENCE,
             open_service=HEALTH,
             retry_delay_s=self._config.retry_delay_s,
+            slow_reader_timeout_s=self._config.slow_reader_timeout_s,
+            observe=self._observe,
         )
         server = self._server = grpc.aio.server(interceptors=(interceptor,), options=self._options())
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._generator), server)
@@ -71,15 +108,32 @@ class GatewayServer:
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         address = f"{host}:{self._config.port}"
         try:
-            port = server.add_insecure_port(address)
+            tls = self._tls
+            port = server.add_secure_port(address, tls.grpc) if tls else server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(
                 f"cannot listen on {address}: is the port taken, or the address another machine's?"
             ) from error
-        await self._health.refresh()
         await server.start()
-        self._health_task = asyncio.create_task(self._health.run())
         return port
+
+    def _http_listener(self) -> HttpListener:
+        app = HttpFrontEnd(
+            self._generator,
+            self._accounts,
+            self._admission,
+            self._health,
+            max_body_bytes=self._limits.max_message_bytes,
+            retry_delay_s=self._config.retry_delay_s,
+            observe=self._observe,
+        )
+        limits = ConnectionLimits.of(self._config, self._limits)
+        return HttpListener(app, limits, None if self._tls is None else self._tls.http)
+
+    async def _start_http(self) -> int | None:
+        if self._config.http_port is None:
+            return None
+        return await self._http.start(self._config.host, self._config.http_port)
 
     async def refresh_health(self) -> None:
         """Bring the health answers up to date now, and not at the next period's end."""
@@ -98,6 +152,7 @@ class GatewayServer:
             with suppress(asyncio.CancelledError):
                 await self._health_task
             self._health_task = None
+        await self._http.stop(grace_s)
         if self._server is not None:
             await self._server.stop(grace_s)
 
@@ -119,12 +174,25 @@ class GatewayServer:
         ]
 
 
-def check_listening(config: GatewayConfig) -> None:
+def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
     """Refuse to be open to others by accident. Raises ConfigError."""
-    if not (config.insecure or _is_loopback(config.host)):
+    if _is_loopback(config.host):
+        return
+    if not (has_keys or config.insecure):
         raise ConfigError(
-            f"gateway.host is {config.host!r}, which others can reach, and there are no keys yet; "
+            f"gateway.host is {config.host!r}, which others can reach, and there are no keys; configure tenancy, "
             "listen on 127.0.0.1, or set gateway.insecure (--insecure) to accept everybody's requests"
+        )
+    if has_keys and config.tls is None:
+        logger.warning("keys and prompts travel unencrypted to %s: gateway.tls is not set", config.host)
+
+
+def check_admin_listening(admin: AdminConfig, *, has_keys: bool, insecure: bool) -> None:
+    """The same for the operators' ports. Raises ConfigError."""
+    if not (_is_loopback(admin.host) or has_keys or insecure):
+        raise ConfigError(
+            f"admin.host is {admin.host!r}, which others can reach, and there are no keys; configure tenancy, "
+            "listen on 127.0.0.1, or set gateway.insecure (--insecure) to show metrics to everybody"
         )
 
 

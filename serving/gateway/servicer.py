@@ -10,11 +10,10 @@ import grpc
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.gateway import convert
-from serving.gateway.call import Call
+from serving.gateway.call import Call, printable_label
 from serving.gateway.generation import Generator
-from serving.gateway.interceptors import principal, request_id
-
-_MAX_LABEL_CHARS = 128
+from serving.gateway.interceptors import observer, principal
+from serving.log import request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -95,6 +94,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             arrived_s=self._generator.clock(),
             timeout_s=context.time_remaining(),
             principal=principal.get(),
+            observer=observer.get(),
             is_streamed=is_streamed,
         )
 
@@ -103,6 +103,5 @@ async def _send_label(context: Context) -> None:
     """Echo the client's x-request-id, which is a label and nothing else."""
     for key, value in context.invocation_metadata() or ():
         if key == "x-request-id":
-            label = "".join(character for character in str(value) if " " <= character <= "~")[:_MAX_LABEL_CHARS]
-            await context.send_initial_metadata((("x-request-id", label),))
+            await context.send_initial_metadata((("x-request-id", printable_label(str(value))),))
             return

@@ -48,6 +48,8 @@ class ChatPrompt:
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
+PromptList = Sequence[TextPrompt | TokenPrompt]
+"""Prompts of one request, which share everything else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +57,7 @@ class GenerateQuery:
     """A prompt to answer, as the client sent it. None is unset; SamplingParams says what the fields mean."""
 
     model: str
-    prompt: Prompt | None
+    prompt: Prompt | PromptList | None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -115,12 +117,14 @@ def find_model(models: Mapping[str, ModelCard], name: str) -> ModelCard:
     return models[name]
 
 
-def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> Prompt:
-    """Check all but the prompt's length, which only tokenising tells (`output_budget`). Returns the prompt, which is
-    there. Raises ValidationError."""
-    prompt = check_prompt("prompt", query.prompt, card, limits)
-    if _is_empty(prompt):
-        raise ValidationError("prompt", "prompt is empty; it needs at least one token")
+def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> dict[str, Prompt]:
+    """Check all but the prompts' lengths, which only tokenising tells (`output_budget`). Returns the prompts, which are
+    there, by what errors call them. Raises ValidationError."""
+    prompts = _named_prompts(query.prompt, limits)
+    checked = {field: check_prompt(field, prompt, card, limits) for field, prompt in prompts.items()}
+    for field, prompt in checked.items():
+        if _is_empty(prompt):
+            raise ValidationError(field, f"{field} is empty; it needs at least one token")
     for field, (is_allowed, allowed) in _RANGES.items():
         value = getattr(query, field)
         if value is not None and not is_allowed(value):
@@ -139,7 +143,7 @@ def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) 
             raise ValidationError(
                 "logit_bias", f"logit_bias[{token_id}] is {bias}; allowed: from -{_MAX_BIAS} to {_MAX_BIAS}"
             )
-    return prompt
+    return checked
 
 
 def check_score(
@@ -203,24 +207,33 @@ def check_token_ids(field: str, token_ids: Sequence[int], card: ModelCard) -> No
         _check_integer(f"{field}[{index}]", token_id, 0, card.vocab_size - 1)
 
 
-def output_budget(num_prompt_tokens: int, max_tokens: int | None, card: ModelCard) -> int:
+def output_budget(num_prompt_tokens: int, max_tokens: int | None, card: ModelCard, field: str = "prompt") -> int:
     """Most output tokens after a prompt of that length. Raises ValidationError when prompt and answer do not fit."""
     left = card.max_model_len - num_prompt_tokens
     if left < 1:
         raise ValidationError(
-            "prompt",
-            f"prompt has {num_prompt_tokens} tokens; max_model_len is {card.max_model_len}, "
+            field,
+            f"{field} has {num_prompt_tokens} tokens; max_model_len is {card.max_model_len}, "
             "at least one of them for the answer",
             is_too_long=True,
         )
     if max_tokens is not None and max_tokens > left:
         raise ValidationError(
             "max_tokens",
-            f"max_tokens is {max_tokens} and the prompt has {num_prompt_tokens} tokens; together they are over "
+            f"max_tokens is {max_tokens} and {field} has {num_prompt_tokens} tokens; together they are over "
             f"max_model_len, {card.max_model_len}",
             is_too_long=True,
         )
     return left if max_tokens is None else max_tokens
+
+
+def _named_prompts(prompt: Prompt | PromptList | None, limits: LimitsConfig) -> dict[str, Prompt | None]:
+    if prompt is None or isinstance(prompt, Prompt):
+        return {"prompt": prompt}
+    if not prompt:
+        raise ValidationError("prompt", "prompt is empty; it needs at least one")
+    _check_count("prompt", prompt, limits.max_prompts)
+    return {f"prompt[{index}]": each for index, each in enumerate(prompt)}
 
 
 def _check_stops(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> None:

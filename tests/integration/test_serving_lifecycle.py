@@ -108,7 +108,7 @@ def _start_error(data: dict[str, object]) -> Exception:
 
 def test_a_group_that_cannot_be_placed_is_refused_with_both_numbers() -> None:
     entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 3}
-    error = _start_error({"models": [entry], "gateway": {"port": 0}, "ray": {"num_cpus": 2}})
+    error = _start_error({"models": [entry], "gateway": {"port": 0, "http_port": 0}, "ray": {"num_cpus": 2}})
     assert "3" in str(error) and "2" in str(error) and "CPU" in str(error)
 
 
@@ -116,7 +116,9 @@ def test_a_checkpoint_that_does_not_load_is_reported(tmp_path: Path) -> None:
     save_random_llama(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    error = _start_error({"models": [{"name": "broken", "source": str(tmp_path)}], "gateway": {"port": 0}})
+    error = _start_error(
+        {"models": [{"name": "broken", "source": str(tmp_path)}], "gateway": {"port": 0, "http_port": 0}}
+    )
     assert "model.safetensors" in str(error)
 
 

@@ -30,7 +30,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
             "chat": {"format": "llama-2"},
         },
     ]
-    with running_stack(parse_config({"models": models, "gateway": {"port": 0}}, origin="test")) as app:
+    with running_stack(parse_config({"models": models, "gateway": {"port": 0, "http_port": 0}}, origin="test")) as app:
         yield app
 
 

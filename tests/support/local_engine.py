@@ -18,8 +18,10 @@ from tests.support.ranks import group_config
 class LocalGroup:
     """Ranks that are loaded once and driven by one engine after another, each with its own scheduling."""
 
-    def __init__(self, path: Path, tp_size: int, *, dtype: str = "float32", num_blocks: int = 256) -> None:
-        self.config = group_config(path, tp_size, dtype=dtype, num_blocks=num_blocks)
+    def __init__(
+        self, path: Path, tp_size: int, *, dtype: str = "float32", quantization: str = "", num_blocks: int = 256
+    ) -> None:
+        self.config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
         torch.set_num_threads(1)
         self.executor = InProcessExecutor(self.config)
 

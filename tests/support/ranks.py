@@ -21,11 +21,19 @@ T = TypeVar("T")
 
 
 def group_config(
-    path: Path, tp_size: int, *, dtype: str = "float32", num_blocks: int = 64, device: str = "cpu"
+    path: Path,
+    tp_size: int,
+    *,
+    dtype: str = "float32",
+    quantization: str = "",
+    num_blocks: int = 64,
+    device: str = "cpu",
 ) -> GroupConfig:
     return GroupConfig(
         checkpoint_path=str(path),
-        parallel=ParallelConfig(tp_size=tp_size, dtype=dtype, device=device, step_timeout_s=60),
+        parallel=ParallelConfig(
+            tp_size=tp_size, dtype=dtype, quantization=quantization, device=device, step_timeout_s=60
+        ),
         cache=CacheConfig(num_blocks=num_blocks, block_size=16),
         epoch=1,
     )

@@ -22,7 +22,11 @@ MODEL = "smollm2-135m-instruct"
 def stack_config(**model: object) -> ServingConfig:
     """SmolLM2 at TP=2 on a free port; `model` overrides its entry."""
     entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 2, "kv_cache_tokens": 8192, **model}
-    data = {"models": [entry], "gateway": {"port": 0, "drain_timeout_s": 10}}
+    data = {
+        "models": [entry],
+        "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},
+        "admin": {"metrics_port": 0},
+    }
     return parse_config(data, origin="the test's configuration")
 
 

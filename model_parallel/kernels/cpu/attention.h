@@ -20,7 +20,7 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t dim, T* out)
 
 template <class T>
 void write_rows(const Attention& job, int64_t first_row, int64_t last_row) {
-  const int64_t dim = job.head_dim, size = job.block_size, heads = job.num_kv_heads;
+  const int64_t dim = job.head_dim, size = job.block_size, heads = job.num_kv_heads, part = job.part_elements();
   constexpr int64_t kPair = kElementsPerWord<T>;
   T* keys = static_cast<T*>(job.keys);
   T* values = static_cast<T*>(job.values);
@@ -30,7 +30,7 @@ void write_rows(const Attention& job, int64_t first_row, int64_t last_row) {
     const float *cos = job.cos + row * dim, *sin = job.sin + row * dim;
     const int64_t block = job.slots[row] / size, offset = job.slots[row] % size;
     for (int64_t h = 0; h < heads; ++h) {
-      T* cached = keys + (block * heads + h) * dim * size + offset * kPair;
+      T* cached = keys + (block * heads + h) * part + offset * kPair;
       const T* x = key + h * dim;
       for (int64_t d = 0, half = dim / 2; d < half; ++d) {
         const float first = to_float(x[d]), second = to_float(x[d + half]);
@@ -38,7 +38,7 @@ void write_rows(const Attention& job, int64_t first_row, int64_t last_row) {
         put(cached + d / kPair * size * kPair + d % kPair, first * cos[d] - second * sin[d]);
         put(cached + e / kPair * size * kPair + e % kPair, second * cos[e] + first * sin[e]);
       }
-      memcpy(values + ((block * heads + h) * size + offset) * dim, value + h * dim, dim * sizeof(T));
+      memcpy(values + (block * heads + h) * part + offset * dim, value + h * dim, dim * sizeof(T));
     }
   }
 }
@@ -220,7 +220,7 @@ void attend_piece(const Attention& job, const AttentionPiece& piece, char* memor
   memset(s.out, 0, num_rows * s.out_width * sizeof(float));
 
   const int64_t context = first_position + piece.num_tokens;
-  const int64_t block_elements = job.num_kv_heads * size * dim, head_elements = piece.kv_head * size * dim;
+  const int64_t block_elements = job.num_kv_heads * job.part_elements(), head_elements = piece.kv_head * job.part_elements();
   for (int64_t start = 0; start < context; start += job.tile()) {
     const int64_t num_positions = smaller(job.tile(), context - start);
     int64_t num_lanes = 0;
@@ -262,6 +262,5 @@ inline void attend(const Attention& job, const AttentionPiece& piece, char* scra
 }
 
 inline Isa make_isa(const char* name) {
-  constexpr int64_t kProductScratch = Vec::kProductRows * kPanel * sizeof(float);
-  return {name, product, kProductScratch, norm, softmax_parts, write_cache, attend, attend_scratch_bytes};
+  return {name, product, product_scratch_bytes, norm, softmax_parts, write_cache, attend, attend_scratch_bytes};
 }

@@ -5,20 +5,26 @@ Shape suffixes: those of kernels/interface.py
 
 import ctypes
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model_parallel.checkpoint.mapped import empty_shard
 from model_parallel.errors import EngineError
-from model_parallel.kernels.interface import AttentionPlan, Heads, LayerCache
+from model_parallel.kernels.cpu.recording import Program, Workspace
+from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
 from model_parallel.native import load_library
 
 SOURCE_DIRECTORY = Path(__file__).parent
 # A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+ARENA_BYTES = 64 << 20
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_WEIGHT_TYPES = TYPES | {torch.int8: 2}
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -26,11 +32,18 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "destroy": (None, [_POINTER]),
     "isa": (ctypes.c_char_p, [_POINTER]),
     "packed_bytes": (_INT64, [_POINTER]),
-    "pack": (None, [_POINTER] * 4),
+    "pack": (None, [_POINTER] * 5),
+    "embed": (None, [_POINTER, _POINTER, _INT64, _POINTER, ctypes.c_int, _INT64, _INT64, _INT64, _POINTER]),
     "product": (None, [_POINTER, _POINTER, _POINTER, ctypes.c_int, _INT64, _POINTER, ctypes.c_int]),
     "norm": (None, [_POINTER] * 4 + [ctypes.c_int, _INT64, _INT64, ctypes.c_float, _POINTER]),
     "softmax_parts": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "attention": (None, [_POINTER, _POINTER, _INT64, _POINTER, _INT64]),
+    "begin_recording": (_POINTER, [_POINTER]),
+    "end_recording": (None, [_POINTER]),
+    "record_all_reduce": (None, [_POINTER] * 3 + [ctypes.c_int32] * 2 + [_INT64, _POINTER, _INT64]),
+    "replay": (ctypes.c_int32, [_POINTER, _POINTER]),
+    "num_calls": (_INT64, [_POINTER]),
+    "forget": (None, [_POINTER]),
 }
 
 
@@ -75,12 +88,30 @@ def load_native() -> ctypes.CDLL:
     return library
 
 
+class Arena:
+    """Memory for what decode reads: packed weights, one after another in the order in which they are read, and the cache.
+
+    It lies on huge pages where they can be had, so that its addresses are translated quickly.
+    """
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        padded = -(-num_bytes // 64) * 64
+        if padded > len(self._rest):
+            self._rest = empty_shard((max(padded, ARENA_BYTES),), torch.uint8, torch.device("cpu"))
+        panels, self._rest = self._rest[:num_bytes], self._rest[padded:]
+        return panels
+
+
 class CpuKernels:
     """See kernels/interface.py. For one caller at a time, and for float32 and bfloat16."""
 
     batch_invariant = True
     row_multiple = 1
     has_threads = True
+    only_enqueue = False
 
     def __init__(self, *, num_threads: int, isa: str = "") -> None:
         """isa: "avx512_bf16", "avx2" or "scalar"; the best that the machine has unless given.
@@ -94,36 +125,81 @@ class CpuKernels:
         self._handle = ctypes.c_void_p(handle)
         weakref.finalize(self, self._library.packtrain_destroy, self._handle)
         self.name = f"cpu-{self._library.packtrain_isa(self._handle).decode()}"
+        self._arena = Arena()
+        self._workspace: Workspace | None = None
         self._plan: AttentionPlan | None = None
         self._attention = _Attention()
 
-    def pack_linear(self, weight_OI: Tensor) -> PackedWeight:
+    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> PackedWeight:
         return self._pack(weight_OI, gated=False)
 
-    def pack_gated(self, gate_up_F2I: Tensor) -> PackedWeight:
+    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> PackedWeight:
         return self._pack(gate_up_F2I, gated=True)
 
-    def pack_head(self, weight_VE: Tensor) -> PackedWeight:
+    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> PackedWeight:
         return self._pack(weight_VE, gated=False)
 
-    def _pack(self, weight_OI: Tensor, *, gated: bool) -> PackedWeight:
-        weight_OI = weight_OI.contiguous()
-        num_rows, num_inputs = weight_OI.shape
+    def _pack(self, weight_OI: Tensor | Int8Matrix, *, gated: bool) -> PackedWeight:
+        if isinstance(weight_OI, Int8Matrix):
+            values_OI, scales_O = weight_OI.values_OI.contiguous(), weight_OI.scales_O.contiguous()
+        else:
+            values_OI, scales_O = weight_OI.contiguous(), None
+        num_rows, num_inputs = values_OI.shape
         num_outputs = num_rows // 2 if gated else num_rows
-        linear = _Linear(num_inputs=num_inputs, num_outputs=num_outputs, type=TYPES[weight_OI.dtype], gated=gated)
+        linear = _Linear(
+            num_inputs=num_inputs, num_outputs=num_outputs, type=_WEIGHT_TYPES[values_OI.dtype], gated=gated
+        )
         address = ctypes.addressof(linear)
-        panels = torch.empty(self._library.packtrain_packed_bytes(address), dtype=torch.uint8)
+        panels = self._arena.take(self._library.packtrain_packed_bytes(address))
         linear.panels = panels.data_ptr()
-        self._library.packtrain_pack(self._handle, weight_OI.data_ptr(), address, panels.data_ptr())
+        scales = None if scales_O is None else scales_O.data_ptr()
+        self._library.packtrain_pack(self._handle, values_OI.data_ptr(), scales, address, panels.data_ptr())
         return PackedWeight(panels, linear, address)
 
     def allocate_cache(
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> LayerCache:
-        shape = (num_blocks + 1, num_kv_heads, block_size, head_dim)
+        part = block_size * head_dim
+        num_elements = (num_blocks + 1) * num_kv_heads * 2 * part
+        cache = self._arena.take(num_elements * dtype.itemsize).zero_().view(dtype)
+        keys, values = cache.view(num_blocks + 1, num_kv_heads, 2, part).unbind(2)
         pair = 4 // dtype.itemsize
-        keys = torch.zeros((num_blocks + 1, num_kv_heads, head_dim // pair, block_size, pair), dtype=dtype)
-        return LayerCache(keys, torch.zeros(shape, dtype=dtype))
+        return LayerCache(
+            keys.unflatten(2, (head_dim // pair, block_size, pair)), values.unflatten(2, (block_size, head_dim))
+        )
+
+    @contextmanager
+    def recording(self, workspace: Workspace) -> Iterator[Program]:
+        """Operations inside are carried out and become part of the program, with their results in `workspace`.
+
+        Nothing else may be computed in between from those results: a program repeats native calls alone.
+        """
+        program = Program(self._library, self._library.packtrain_begin_recording(self._handle), workspace)
+        self._workspace = workspace
+        try:
+            yield program
+        finally:
+            self._workspace = None
+            self._library.packtrain_end_recording(self._handle)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype) if self._workspace is None else self._workspace.empty(shape, dtype)
+
+    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
+        num_rows, (num_held, num_columns) = len(token_ids_T), weight_VE.shape
+        out_TE = self._empty((num_rows, num_columns), torch.float32)
+        self._library.packtrain_embed(
+            self._handle,
+            token_ids_T.data_ptr(),
+            num_rows,
+            weight_VE.data_ptr(),
+            TYPES[weight_VE.dtype],
+            first_id,
+            num_held,
+            num_columns,
+            out_TE.data_ptr(),
+        )
+        return out_TE
 
     def linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         return self._product(x_TI, weight, x_TI.dtype)
@@ -140,7 +216,7 @@ class CpuKernels:
     def _product(self, x_TI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         x_TI = x_TI.contiguous()
         num_rows = x_TI.shape[0]
-        out_TO = torch.empty((num_rows, weight.linear.num_outputs), dtype=dtype)
+        out_TO = self._empty((num_rows, weight.linear.num_outputs), dtype)
         self._library.packtrain_product(
             self._handle, weight.address, x_TI.data_ptr(), TYPES[x_TI.dtype], num_rows, out_TO.data_ptr(), TYPES[dtype]
         )
@@ -149,7 +225,7 @@ class CpuKernels:
     def softmax_parts(self, logits_RV: Tensor) -> Tensor:
         logits_RV = logits_RV.contiguous()
         num_rows, num_columns = logits_RV.shape
-        parts_R3 = torch.empty((num_rows, 3), dtype=torch.float64)
+        parts_R3 = self._empty((num_rows, 3), torch.float64)
         self._library.packtrain_softmax_parts(
             self._handle, logits_RV.data_ptr(), num_rows, num_columns, parts_R3.data_ptr()
         )
@@ -165,7 +241,7 @@ class CpuKernels:
     def _norm(self, x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float) -> Tensor:
         x_TE = x_TE.contiguous()
         num_rows, num_columns = x_TE.shape
-        out_TE = torch.empty(x_TE.shape, dtype=weight_E.dtype)
+        out_TE = self._empty((num_rows, num_columns), weight_E.dtype)
         self._library.packtrain_norm(
             self._handle,
             x_TE.data_ptr(),
@@ -189,7 +265,7 @@ class CpuKernels:
             job.num_query_heads, job.num_kv_heads = heads.num_query_heads, heads.num_kv_heads
             job.head_dim, job.block_size = heads.head_dim, cache.values.shape[2]
             job.type = TYPES[qkv_TX.dtype]
-        out_TX = torch.empty((qkv_TX.shape[0], heads.num_query_heads * heads.head_dim), dtype=qkv_TX.dtype)
+        out_TX = self._empty((qkv_TX.shape[0], heads.num_query_heads * heads.head_dim), qkv_TX.dtype)
         qkv_TX = qkv_TX.contiguous()
         job.qkv, job.out = qkv_TX.data_ptr(), out_TX.data_ptr()
         job.keys, job.values = cache.keys.data_ptr(), cache.values.data_ptr()

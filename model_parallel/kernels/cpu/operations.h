@@ -5,12 +5,13 @@
 
 namespace packtrain {
 
-enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
-// Columns of a weight panel, in two halves. A panel holds, for every input feature (for bfloat16: every pair of input
-// features), the weights of the first half's columns and then of the second's. So a product reads a panel from front to back.
+// Columns of a weight panel, in two halves. A panel holds, for every step (an input feature; for bfloat16 and int8 a pair of
+// them), the weights of the first half's columns and then of the second's. So a product reads a panel from front to back.
 // Plain: the halves are neighbouring outputs. Gated: the first half is of the gate, the second the same outputs of the up
-// projection, so that silu(gate) · up is at hand in registers.
+// projection, so that silu(gate) · up is at hand in registers. A panel of int8 begins with a float32 for each of its columns,
+// by which the whole column is multiplied.
 constexpr int64_t kHalf = 16;
 constexpr int64_t kPanel = 2 * kHalf;
 
@@ -24,10 +25,12 @@ struct Linear {
   int64_t outputs_per_panel() const { return gated ? kHalf : kPanel; }
   int64_t num_panels() const { return (num_outputs + outputs_per_panel() - 1) / outputs_per_panel(); }
   int64_t num_steps() const { return type == kFloat32 ? num_inputs : (num_inputs + 1) / 2; }
-  int64_t panel_bytes() const { return num_steps() * kPanel * 4; }  // a float32, or a pair of bfloat16, a column
+  int64_t column_bytes() const { return type == kInt8 ? 2 : 4; }  // of a step: a float32, or a pair of bfloat16 or int8
+  int64_t scale_bytes() const { return type == kInt8 ? kPanel * sizeof(float) : 0; }
+  int64_t panel_bytes() const { return scale_bytes() + num_steps() * kPanel * column_bytes(); }
 };
 
-// out [rows, outputs] = x [rows, inputs] · weightᵀ, or silu(gate) · up. x is float32, or bfloat16 where the weight is.
+// out [rows, outputs] = x [rows, inputs] · weightᵀ, or silu(gate) · up. x is bfloat16 or float32; float32 where the weight is.
 struct Product {
   Linear weight;
   const void* x;
@@ -53,13 +56,13 @@ struct Run {
   int64_t first_row, num_tokens, start, first_block;
 };
 
-// Paged attention. A block of the cache holds P positions of each key/value head. Keys lie with the positions innermost,
-// [block][head][D][P] (bfloat16: [block][head][D / 2][P][2]), so that scores of neighbouring positions fill a vector; values
-// lie [block][head][P][D].
+// Paged attention. A block of the cache holds P positions of each key/value head: first their keys and then their values, which
+// are read together and so come from memory in one stream. Keys lie with the positions innermost, [block][head][D][P]
+// (bfloat16: [block][head][D / 2][P][2]), so that scores of neighbouring positions fill a vector; values lie [block][head][P][D].
 struct Attention {
   const void* qkv;  // [rows, (H + 2K) · D], before rotation
   void* out;        // [rows, H · D]
-  void* keys;
+  void* keys;    // of the first head of the first block
   void* values;
   const float* cos;  // [rows, D]
   const float* sin;
@@ -69,6 +72,7 @@ struct Attention {
   Type type;                 // of qkv, out and cache
   int64_t num_query_heads, num_kv_heads, head_dim, block_size;
 
+  int64_t part_elements() const { return 2 * head_dim * block_size; }  // of a head in a block
   int64_t row_width() const { return (num_query_heads + 2 * num_kv_heads) * head_dim; }
   int64_t blocks_per_tile() const { return block_size < kTile ? kTile / block_size : 1; }
   int64_t tile() const { return blocks_per_tile() * block_size; }
@@ -89,7 +93,7 @@ constexpr int64_t kQueryRows = 48;
 struct Isa {
   const char* name;
   void (*product)(const Product&, int64_t first_panel, int64_t last_panel, char* scratch);
-  int64_t product_scratch_bytes;
+  int64_t (*product_scratch_bytes)(const Product&);
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
   void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);

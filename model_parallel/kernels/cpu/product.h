@@ -4,7 +4,7 @@
 // How one step (a word of weights a column) is multiplied; X is the element of x.
 struct Float32Steps {
   using X = float;
-  static constexpr int kInputs = 1;
+  static constexpr int kInputs = 1, kColumnBytes = 4;
   struct Weights {
     Vec::F value;
   };
@@ -17,7 +17,7 @@ struct Float32Steps {
 
 struct Bfloat16Steps {
   using X = uint16_t;
-  static constexpr int kInputs = 2;
+  static constexpr int kInputs = 2, kColumnBytes = 4;
   using Weights = Vec::Words;
   using Broadcast = Vec::Words;
   static Weights weights(const void* p) { return Vec::words(p); }
@@ -29,7 +29,7 @@ struct Bfloat16Steps {
 // float32 x on bfloat16 weights: nothing is rounded.
 struct MixedSteps {
   using X = float;
-  static constexpr int kInputs = 2;
+  static constexpr int kInputs = 2, kColumnBytes = 4;
   struct Weights {
     Vec::F even, odd;
   };
@@ -47,10 +47,27 @@ struct MixedSteps {
   }
 };
 
-// out[R][kPanel] = R rows of x times one panel. `ahead` is memory that will be needed soon, a cache line a step.
+// int8 weights, which bfloat16 and float32 hold exactly. Their columns' scales are applied to the sums.
+struct Int8Steps : Bfloat16Steps {
+  static constexpr int kColumnBytes = 2;
+  using Weights = Vec::Pairs;
+  static Weights weights(const void* p) { return Vec::pairs(static_cast<const int8_t*>(p)); }
+  static Vec::F add(Vec::F sum, const Broadcast& x, const Weights& w) { return Vec::dot(sum, x, w); }
+};
+
+struct Int8MixedSteps : MixedSteps {
+  static constexpr int kColumnBytes = 2;
+  static Weights weights(const void* p) {
+    const Vec::Pairs pairs = Vec::pairs(static_cast<const int8_t*>(p));
+    return {Vec::even(pairs), Vec::odd(pairs)};
+  }
+};
+
+// out[R][kPanel] = R rows of x times one panel. `ahead` is memory that will be needed soon, as much of it as of the panel.
 template <class Steps, int R>
 void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* panel, const char* ahead, float* out) {
-  constexpr int kBytes = Vec::kLanes * 4, kHalfBytes = kHalf * 4, kStepBytes = kPanel * 4;
+  constexpr int kColumn = Steps::kColumnBytes;
+  constexpr int kBytes = Vec::kLanes * kColumn, kHalfBytes = kHalf * kColumn, kStepBytes = kPanel * kColumn;
   const int64_t num_whole = num_inputs / Steps::kInputs;
   for (int column = 0; column < kHalf; column += Vec::kLanes, panel += kBytes) {
     Vec::F sum[R][2];
@@ -58,8 +75,7 @@ void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* p
     const char* p = panel;
     for (int64_t step = 0; step < num_whole; ++step, p += kStepBytes) {
       const auto first = Steps::weights(p), second = Steps::weights(p + kHalfBytes);
-      __builtin_prefetch(ahead + step * kStepBytes, 0, 2);
-      __builtin_prefetch(ahead + step * kStepBytes + 64, 0, 2);
+      for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + step * kStepBytes + line, 0, 2);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const auto xr = Steps::broadcast(x + r * num_inputs + step * Steps::kInputs);
@@ -94,6 +110,10 @@ void multiply_rows(int num_rows, const typename Steps::X* x, int64_t num_inputs,
   }
 }
 
+constexpr int64_t kSumFloats = Vec::kProductRows * kPanel;
+
+inline int64_t num_row_tiles(const Product& job) { return (job.num_rows + Vec::kProductRows - 1) / Vec::kProductRows; }
+
 inline Vec::F silu(Vec::F x) {
   return Vec::div(x, Vec::add(Vec::set(1.0f), exponential(Vec::mul(x, Vec::set(-1.0f)))));
 }
@@ -111,40 +131,78 @@ void finish_row(const float* sums, bool gated, Out* out, int64_t num_outputs) {
   }
 }
 
-constexpr int64_t kAheadBytes = 8192;
-
+// The sums of one panel, `scales` times them where there are any, as outputs of job.num_rows rows. Until the first tile of rows
+// is through, `ahead` bytes further on is fetched from memory.
 template <class Steps>
-void multiply_panels(const Product& job, int64_t first_panel, int64_t last_panel, float* sums) {
+void multiply_panel(const Product& job, int64_t panel, const char* weights, const float* scales, int64_t ahead, float* sums) {
   const Linear& weight = job.weight;
-  const int64_t num_inputs = weight.num_inputs, panel_bytes = weight.panel_bytes();
-  const int64_t width = weight.outputs_per_panel();
   const auto* x = static_cast<const typename Steps::X*>(job.x);
-  const int64_t num_tiles = (job.num_rows + Vec::kProductRows - 1) / Vec::kProductRows;
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    const char* panel_data = weight.panels + panel * panel_bytes;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t row = job.num_rows * tile / num_tiles, end = job.num_rows * (tile + 1) / num_tiles;
-      // A panel comes from memory while its first tile of rows is multiplied: time to fetch the next one when other tiles
-      // follow, and otherwise what lies a little further on.
-      const char* ahead = panel_data + (tile > 0 ? 0 : num_tiles > 1 ? panel_bytes : kAheadBytes);
-      multiply_rows<Steps>(static_cast<int>(end - row), x + row * num_inputs, num_inputs, panel_data, ahead, sums);
-      for (int64_t r = row; r < end; ++r) {
-        const int64_t first = panel * width, num_outputs = weight.num_outputs - first;
-        const int64_t at = r * weight.num_outputs + first;
-        const float* row_sums = sums + (r - row) * kPanel;
-        if (job.out_type == kFloat32) {
-          finish_row(row_sums, weight.gated, static_cast<float*>(job.out) + at, num_outputs);
-        } else {
-          finish_row(row_sums, weight.gated, static_cast<uint16_t*>(job.out) + at, num_outputs);
-        }
+  const int64_t num_tiles = num_row_tiles(job), first = panel * weight.outputs_per_panel();
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t row = job.num_rows * tile / num_tiles, end = job.num_rows * (tile + 1) / num_tiles;
+    multiply_rows<Steps>(static_cast<int>(end - row), x + row * weight.num_inputs, weight.num_inputs, weights,
+                         weights + (tile > 0 ? 0 : ahead), sums);
+    for (int64_t r = row; r < end; ++r) {
+      const int64_t num_outputs = weight.num_outputs - first, at = r * weight.num_outputs + first;
+      float* row_sums = sums + (r - row) * kPanel;
+      for (int64_t c = 0; scales != nullptr && c < kPanel; ++c) row_sums[c] *= scales[c];
+      if (job.out_type == kFloat32) {
+        finish_row(row_sums, weight.gated, static_cast<float*>(job.out) + at, num_outputs);
+      } else {
+        finish_row(row_sums, weight.gated, static_cast<uint16_t*>(job.out) + at, num_outputs);
       }
     }
   }
 }
 
+constexpr int64_t kAheadBytes = 8192;
+
+template <class Steps>
+void multiply_panels(const Product& job, int64_t first_panel, int64_t last_panel, float* sums) {
+  const int64_t panel_bytes = job.weight.panel_bytes(), scale_bytes = job.weight.scale_bytes();
+  // A panel comes from memory while its first tile of rows is multiplied: time to fetch the next one when other tiles follow,
+  // and otherwise what lies a little further on.
+  const int64_t ahead = num_row_tiles(job) > 1 ? panel_bytes : kAheadBytes;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const char* data = job.weight.panels + panel * panel_bytes;
+    const auto* scales = scale_bytes ? reinterpret_cast<const float*>(data) : nullptr;
+    multiply_panel<Steps>(job, panel, data + scale_bytes, scales, ahead, sums);
+  }
+}
+
+inline void expand(const int8_t* __restrict values, int64_t count, uint16_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint16_t>(bits_of(static_cast<float>(values[i])) >> 16);
+}
+
+// Many rows on int8: each panel becomes one of bfloat16 first, so that it is converted once and not for every tile of rows.
+template <class Steps>
+void multiply_expanded_panels(const Product& job, int64_t first_panel, int64_t last_panel, float* sums) {
+  auto* expanded = reinterpret_cast<uint16_t*>(sums + kSumFloats);
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const char* data = job.weight.panels + panel * job.weight.panel_bytes();
+    const auto* values = reinterpret_cast<const int8_t*>(data + job.weight.scale_bytes());
+    expand(values, job.weight.num_steps() * kPanel * 2, expanded);
+    multiply_panel<Steps>(job, panel, reinterpret_cast<const char*>(expanded), reinterpret_cast<const float*>(data), 0, sums);
+  }
+}
+
+inline bool expands(const Product& job) { return job.weight.type == kInt8 && num_row_tiles(job) > 1; }
+
+inline int64_t product_scratch_bytes(const Product& job) {
+  return kSumFloats * sizeof(float) + (expands(job) ? job.weight.num_steps() * kPanel * 4 : 0);
+}
+
 inline void product(const Product& job, int64_t first_panel, int64_t last_panel, char* scratch) {
   auto* sums = reinterpret_cast<float*>(scratch);
-  if (job.weight.type == kFloat32) return multiply_panels<Float32Steps>(job, first_panel, last_panel, sums);
-  if (job.x_type == kFloat32) return multiply_panels<MixedSteps>(job, first_panel, last_panel, sums);
-  multiply_panels<Bfloat16Steps>(job, first_panel, last_panel, sums);
+  const bool is_float = job.x_type == kFloat32;
+  if (job.weight.type == kFloat32) {
+    multiply_panels<Float32Steps>(job, first_panel, last_panel, sums);
+  } else if (expands(job)) {
+    (is_float ? multiply_expanded_panels<MixedSteps> : multiply_expanded_panels<Bfloat16Steps>)(job, first_panel,
+                                                                                                last_panel, sums);
+  } else if (job.weight.type == kInt8) {
+    (is_float ? multiply_panels<Int8MixedSteps> : multiply_panels<Int8Steps>)(job, first_panel, last_panel, sums);
+  } else {
+    (is_float ? multiply_panels<MixedSteps> : multiply_panels<Bfloat16Steps>)(job, first_panel, last_panel, sums);
+  }
 }

@@ -37,6 +37,18 @@ struct Vec {
   static F even(Words w) { return as_floats(_mm256_slli_epi32(w, 16)); }
   static F odd(Words w) { return as_floats(_mm256_and_si256(w, set_word(0xffff0000))); }
   static F dot(F sum, Words a, Words b) { return fma(odd(a), odd(b), fma(even(a), even(b), sum)); }
+  // Two int8 a lane.
+  struct Pairs {
+    F even, odd;
+  };
+  static Pairs pairs(const int8_t* p) {
+    const __m256i both = _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i first = _mm256_srai_epi32(_mm256_slli_epi32(both, 24), 24), second = _mm256_srai_epi32(both, 8);
+    return {_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second)};
+  }
+  static F even(const Pairs& pairs) { return pairs.even; }
+  static F odd(const Pairs& pairs) { return pairs.odd; }
+  static F dot(F sum, Words a, const Pairs& b) { return fma(odd(a), b.odd, fma(even(a), b.even, sum)); }
   static F load(const uint16_t* p) {
     return even(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }

@@ -34,6 +34,14 @@ struct Vec {
   static F dot(F sum, Words a, Words b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  // Two int8 a lane, as bfloat16, which holds them exactly.
+  using Pairs = Words;
+  static Pairs pairs(const int8_t* p) {
+    const auto floats = [](const int8_t* q) {
+      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
+    };
+    return reinterpret_cast<Words>(_mm512_cvtne2ps_pbh(floats(p + kLanes), floats(p)));
+  }
   static F load(const uint16_t* p) {
     return even(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
   }

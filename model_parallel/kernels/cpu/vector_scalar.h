@@ -78,6 +78,17 @@ struct Vec {
     return as_floats({w.lane[0] & mask, w.lane[1] & mask, w.lane[2] & mask, w.lane[3] & mask});
   }
   static F dot(const F& sum, const Words& a, const Words& b) { return fma(odd(a), odd(b), fma(even(a), even(b), sum)); }
+  // Two int8 a lane.
+  struct Pairs {
+    F even, odd;
+  };
+  static Pairs pairs(const int8_t* p) {
+    return {each([=](int i) { return static_cast<float>(p[2 * i]); }),
+            each([=](int i) { return static_cast<float>(p[2 * i + 1]); })};
+  }
+  static F even(const Pairs& pairs) { return pairs.even; }
+  static F odd(const Pairs& pairs) { return pairs.odd; }
+  static F dot(const F& sum, const Words& a, const Pairs& b) { return fma(odd(a), b.odd, fma(even(a), b.even, sum)); }
   static F load(const uint16_t* p) { return load(p, kLanes); }
   static F load(const uint16_t* p, int64_t n) {
     return each([=](int i) { return i < n ? to_float(p[i]) : 0.0f; });

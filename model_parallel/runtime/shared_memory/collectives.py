@@ -20,6 +20,9 @@ class SharedMemoryCollectives:
     The interpreter's lock is not held while a rank waits.
     """
 
+    in_rank_order = True
+    only_enqueue = False
+
     def __init__(self, path: str, rank: int, size: int, *, timeout_s: float) -> None:
         """Maps the file at `path`, which is all zeros before the first rank comes. Waits for nobody.
 
@@ -42,11 +45,18 @@ class SharedMemoryCollectives:
         self._group = (ctypes.addressof(ctypes.c_char.from_buffer(self._memory)), rank, size)
         self._timeout_ns = round(timeout_s * 1e9)
 
+    @property
+    def native_all_reduce(self) -> tuple[int, ...]:
+        """The address of the native function, and its arguments but for the tensor's address and length."""
+        address = ctypes.cast(self._library.packtrain_all_reduce, ctypes.c_void_p).value
+        assert address is not None
+        return (address, *self._group, self._timeout_ns)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             return sum_in_order(self.all_gather(x))
         x = x.contiguous()
-        self._check(self._library.packtrain_all_reduce(*self._group, self._timeout_ns, x.data_ptr(), x.numel()))
+        self.check(self._library.packtrain_all_reduce(*self._group, self._timeout_ns, x.data_ptr(), x.numel()))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -63,9 +73,10 @@ class SharedMemoryCollectives:
         self._library.packtrain_leave(*self._group)
 
     def _gather(self, source: int | None, target: int | None, num_bytes: int) -> None:
-        self._check(self._library.packtrain_all_gather(*self._group, self._timeout_ns, source, target, num_bytes))
+        self.check(self._library.packtrain_all_gather(*self._group, self._timeout_ns, source, target, num_bytes))
 
-    def _check(self, status: int) -> None:
+    def check(self, status: int) -> None:
+        """Raises GroupFailedError for what a native call returned, unless that is 0."""
         if status:
             reason = _REASONS[status & 0xFF].format(timeout_s=self._timeout_s)
             raise GroupFailedError(f"rank {self.rank}: rank {status >> 8} {reason}")

@@ -11,6 +11,7 @@ from tests.support.fake_executor import VOCAB_SIZE, solo_output, solo_prompt_log
 # A few stems, so that prompts share prefixes of every length.
 STEMS = [[n % 7 for n in range(40)], [n % 7 for n in range(9)] + [n % 5 for n in range(31)]]
 SOME_TOKENS = tuple(range(0, VOCAB_SIZE, 9))
+WEIGHTS = {"a": 1.0, "b": 0.5, "c": 4.0}
 NUM_RUNS = 150
 
 
@@ -32,7 +33,7 @@ class RandomRun:
             max_waiting_requests=8,
             max_under_way=self.rng.choice([1, 2, 2, 3]),
         )
-        self.harness.executor.during_step = self.sometimes_abort
+        self.harness.executor.during_step = self.during_step
         self.requests: list[EngineRequest] = []
         self.aborted: dict[str, FinishReason] = {}
         self.seen: Counter[str] = Counter()
@@ -54,6 +55,7 @@ class RandomRun:
 
     def add(self) -> None:
         rng = self.rng
+        tenant = rng.choice("aaaaaaabc")
         wants_prompt_logprobs = rng.random() < 0.3
         request = make_request(
             f"r{len(self.requests)}",
@@ -64,6 +66,9 @@ class RandomRun:
             stops=(1, 2) if rng.random() < 0.2 else (),
             ignore_eos=rng.random() < 0.3,
             salt=rng.choice([b"", b"tenant"]),
+            tenant=tenant,
+            weight=WEIGHTS[tenant],
+            priority=rng.choice([0, 0, 0, 1]),
             deadline_s=rng.choice([0.0, 3.0, 20.0]) if rng.random() < 0.1 else None,
             logprobs=0,
             prompt_logprobs=0 if wants_prompt_logprobs else None,
@@ -91,7 +96,8 @@ class RandomRun:
         else:  # Or it expired when the step was planned, and its last output is still to come.
             assert had_ended or request.deadline_s is not None
 
-    def sometimes_abort(self) -> None:
+    def during_step(self) -> None:
+        self.seen["light"] += sum(sequence.is_light for sequence in self.harness.scheduler._running.values())
         if self.rng.random() < 0.02:
             self.abort()
 
@@ -136,5 +142,5 @@ def test_random_schedules() -> None:
             raise AssertionError(f"RandomRun({seed}).run() failed") from error
         seen += run.seen
     # A run that forces nothing proves nothing.
-    for event in ("preemption", "prefix hit", "sampled too much", "invalid", "overloaded", *FinishReason):
+    for event in ("light", "preemption", "prefix hit", "sampled too much", "invalid", "overloaded", *FinishReason):
         assert seen[str(event)] > 20, f"{event}: {seen}"

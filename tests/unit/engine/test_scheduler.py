@@ -188,6 +188,84 @@ def test_the_latest_arrived_is_preempted_and_starts_again_first() -> None:
     assert ends == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("tenants", "weights", "priorities", "victim"),
+    [
+        ("aaa", (1, 1, 1), (0, 0, 0), 3),
+        ("aab", (1, 1, 1), (0, 0, 0), 2),
+        ("bbaa", (1, 1, 4, 4), (0, 0, 0, 0), 2),
+        ("aba", (1, 4, 1), (0, 0, 0), 3),
+        ("ab", (0.1, 4), (0, 0), 2),
+        ("aba", (1, 1, 1), (0, 0, 1), 3),
+        ("aab", (1, 1, 1), (0, 0, 1), 3),
+    ],
+    ids=[
+        "latest",
+        "runs most",
+        "runs most for its weight",
+        "runs most again",
+        "its first one",
+        "own class",
+        "lowest class",
+    ],
+)
+def test_who_is_preempted(tenants: str, weights: tuple[float, ...], priorities: tuple[int, ...], victim: int) -> None:
+    harness = Harness(num_blocks=3 * len(tenants), block_size=2, enable_prefix_caching=False, max_num_seqs=4)
+    for number, (tenant, weight, priority) in enumerate(zip(tenants, weights, priorities, strict=True), start=1):
+        harness.add(
+            make_request(f"r{number}", [number] * 3, max_tokens=8, tenant=tenant, weight=weight, priority=priority)
+        )
+        harness.step()
+    while not harness.engine.stats.num_preemptions:
+        harness.step()
+    assert [sequence.seq_id for sequence in harness.scheduler._queue] == [victim]
+    harness.run()
+    assert all(
+        harness.tokens(f"r{n}") == solo_output(make_request(f"r{n}", [n] * 3, max_tokens=8))
+        for n in range(1, len(tenants) + 1)
+    )
+
+
+def test_a_tenant_is_charged_for_what_it_got_and_once() -> None:
+    """Not for what the prefix cache gave, nor again after a preemption."""
+    harness = Harness(num_blocks=6, block_size=2)
+    requests = [make_request(f"r{n}", [n] * 3, max_tokens=6, tenant="a") for n in (1, 2)]
+    for request in requests:
+        harness.add(request)
+    harness.run()
+    assert harness.engine.stats.num_preemptions == 1
+    assert harness.scheduler._queue.tenant_of(requests[0]).counter == 2 * (3 + 2 * 6)
+    again = make_request("r3", [2] * 3, max_tokens=1, tenant="a")
+    harness.add(again)
+    harness.run()
+    assert harness.last("r3").num_cached_tokens == 2
+    assert harness.scheduler._queue.tenant_of(again).counter == 2 * (3 + 2 * 6) + (3 - 2) + 2
+
+
+def test_a_light_sequence_is_computed_first_and_takes_room_from_who_runs_more() -> None:
+    harness = Harness(max_num_seqs=3, max_num_batched_tokens=8, max_model_len=64)
+    for number in range(1, 5):
+        harness.add(make_request(f"r{number}", [number] * 6, max_tokens=40, tenant="large"))
+    for _ in range(4):
+        harness.step()
+    assert [row[0] for row in last_rows(harness)] == [1, 2, 3]
+    harness.add(make_request("r5", [5] * 12, max_tokens=2, tenant="small"))
+    harness.step()
+    # Sequence 3, admitted last, gives way; 6 tokens are left of the step.
+    assert last_rows(harness) == [(1, 9, 1, True), (2, 8, 1, True), (5, 0, 6, False)]
+    harness.step()
+    harness.step()
+    assert harness.finish_reason("r5") is FinishReason.LENGTH
+    harness.step()
+    assert [row[0] for row in last_rows(harness)] == [1, 2, 3]
+    # Nobody gives way to a tenant that already runs as many.
+    harness.add(make_request("r6", [6] * 6, max_tokens=40, tenant="small"))
+    harness.step()
+    harness.add(make_request("r7", [7] * 6, max_tokens=40, tenant="small"))
+    harness.step()
+    assert [row[0] for row in last_rows(harness)] == [1, 2, 6]
+
+
 def test_a_preempted_sequence_reports_prompt_logprobs_once_and_its_first_prefix_hit() -> None:
     harness = Harness(num_blocks=9, block_size=2)
     requests = [
@@ -348,6 +426,8 @@ def test_timings_split_by_stage() -> None:
     harness.clock.now_s += 0.25
     harness.step()
     assert harness.last("r2").timings == Timings(queue_s=7.0, prefill_s=2.0, decode_s=0.5)
+    # A front end that finds a stop string waits for no other output.
+    assert harness.outputs["r2"][0].timings == Timings(queue_s=7.0, prefill_s=2.0, decode_s=0.25)
 
 
 def test_a_numerical_error_ends_one_request_and_its_blocks_are_not_shared() -> None:

@@ -21,6 +21,7 @@ class Running:
     channel: grpc.aio.Channel
     stub: Any
     target: str
+    http_port: int | None
 
 
 Serve = Callable[..., AbstractAsyncContextManager[Running]]
@@ -34,11 +35,13 @@ def serve() -> Serve:
     async def run(backend: FakeBackend | None = None, **config: Any) -> AsyncIterator[Running]:
         backend = backend or FakeBackend()
         tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-        server = GatewayServer(GatewayConfig(port=0, **config), LimitsConfig(), backend, tokenizers)
-        target = f"127.0.0.1:{await server.start()}"
+        gateway = GatewayConfig(**{"port": 0, "http_port": None, **config})
+        server = GatewayServer(gateway, LimitsConfig(), backend, tokenizers)
+        ports = await server.start()
+        target = f"127.0.0.1:{ports.grpc}"
         try:
             async with grpc.aio.insecure_channel(target) as channel:
-                yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target)
+                yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target, ports.http)
         finally:
             await server.stop(0)
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
-from serving.gateway.backend import Licence, ModelCard
+from serving.gateway.backend import Licence, ModelCard, Passage
 
 BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
 TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
@@ -78,8 +78,11 @@ class FakeBackend:
         self.started = asyncio.Event()
         self.healthy = dict.fromkeys(self.models, True)
 
-    async def generate(self, model: str, requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], passage: Passage
+    ) -> AsyncIterator[tuple[EngineOutput, ...]]:
         assert model in self.models
+        passage.engine = "group-1"
         self.requests = list(requests)
         self.num_open += 1
         try:

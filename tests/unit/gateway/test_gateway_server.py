@@ -23,7 +23,7 @@ ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
 def server(backend: FakeBackend | None = None, **config: Any) -> GatewayServer:
     backend = backend or FakeBackend()
     tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    return GatewayServer(GatewayConfig(**config), LimitsConfig(), backend, tokenizers)
+    return GatewayServer(GatewayConfig(**{"http_port": 0, **config}), LimitsConfig(), backend, tokenizers)
 
 
 async def eventually(condition: Any) -> None:
@@ -42,7 +42,9 @@ def test_an_open_address_needs_insecure(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost"])
 async def test_loopback_needs_nothing(host: str) -> None:
     gateway = server(host=host, port=0)
-    assert await gateway.start() > 0
+    ports = await gateway.start()
+    assert ports.grpc > 0
+    assert ports.http
     await gateway.stop()
     await gateway.stop()  # again is harmless
 
@@ -58,12 +60,13 @@ async def test_a_taken_port_is_an_error_that_names_it() -> None:
 
 async def test_two_gateways_cannot_share_a_port() -> None:
     first = server(port=0)
-    port = await first.start()
-    second = server(port=port)
-    with pytest.raises(ConfigError):
-        await second.start()
+    ports = await first.start()
+    for taken in ({"port": ports.grpc}, {"port": 0, "http_port": ports.http}):
+        second = server(**taken)
+        with pytest.raises(ConfigError, match=str([*taken.values()][-1])):
+            await second.start()
+        await second.stop()
     await first.stop()
-    await second.stop()
 
 
 def test_every_model_needs_its_tokenizer() -> None:
@@ -194,3 +197,21 @@ async def test_an_unknown_method_is_unimplemented(serve: Serve) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway.channel.unary_unary("/packtrain.v1.Inference/Nothing")(b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_client_that_does_not_read_is_paused_then_ended(serve: Serve) -> None:
+    async def flood(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        while True:
+            yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),) * 10_000),)
+            await asyncio.sleep(0)
+
+    async with serve(FakeBackend(flood), slow_reader_timeout_s=0.3) as gateway:
+        stream = gateway.stub.GenerateStream(ASK)
+        await stream.read()
+        await gateway.backend.closed()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            while await stream.read() is not grpc.aio.EOF:
+                pass
+            raise AssertionError("it must not end well")
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "unread" in str(caught.value.details())

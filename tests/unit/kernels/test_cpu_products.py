@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_parallel.kernels.cpu import CpuKernels
+from model_parallel.kernels.interface import Int8Matrix
 
 # Errors of one rounding, relative: to nearest, so half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -19,6 +20,13 @@ def _random(*shape: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
     buffer = torch.zeros(offset + torch.Size(shape).numel(), dtype=dtype)
     buffer[offset:] = torch.randn(len(buffer) - offset).to(dtype)
     return buffer[offset:].view(shape)
+
+
+def _int8(num_outputs: int, num_inputs: int) -> tuple[Int8Matrix, torch.Tensor]:
+    """Random, and the matrix that it stands for."""
+    values = torch.randint(-127, 128, (num_outputs, num_inputs), dtype=torch.int8)
+    matrix = Int8Matrix(values, torch.rand(num_outputs) / 64)
+    return matrix, values.double() * matrix.scales_O.double().unsqueeze(1)
 
 
 def _product_bound(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,13 +61,37 @@ def test_logits_are_not_rounded(
     assert ((kernels.logits(x, kernels.pack_head(weight)).double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=20, deadline=None)
-@given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
-def test_gated_products(kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), offset=st.integers(0, 3))
+def test_int8_products(
+    kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, offset: int
+) -> None:
+    """Values are exact in either dtype, so only the sums and the product with the scale are rounded."""
     torch.manual_seed(seed)
     num_rows, num_inputs, num_outputs = shape
-    x, gate_up = torch.randn(num_rows, num_inputs).to(dtype), torch.randn(2 * num_outputs, num_inputs).to(dtype)
-    out = kernels.gated_linear(x, kernels.pack_gated(gate_up))
+    x = _random(num_rows, num_inputs, dtype=dtype, offset=offset)
+    matrix, weight = _int8(num_outputs, num_inputs)
+    packed, head = kernels.pack_linear(matrix), kernels.pack_head(matrix)
+    results = (kernels.linear(x, packed), dtype), (kernels.addend(x, packed), torch.float32)
+    for out, out_dtype in (*results, (kernels.logits(x.float(), head), torch.float32)):
+        exact, bound = _product_bound(x, weight, out_dtype)
+        assert out.dtype == out_dtype
+        assert ((out.double() - exact).abs() <= bound).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, dtype=st.sampled_from(DTYPES), is_int8=st.booleans(), seed=st.integers(0, 99))
+def test_gated_products(
+    kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, is_int8: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    num_rows, num_inputs, num_outputs = shape
+    x = torch.randn(num_rows, num_inputs).to(dtype)
+    gate_up: torch.Tensor = torch.randn(2 * num_outputs, num_inputs).to(dtype)
+    matrix: torch.Tensor | Int8Matrix = gate_up
+    if is_int8:
+        matrix, gate_up = _int8(2 * num_outputs, num_inputs)
+    out = kernels.gated_linear(x, kernels.pack_gated(matrix))
     gate, gate_bound = _product_bound(x, gate_up[:num_outputs], torch.float32)
     up, up_bound = _product_bound(x, gate_up[num_outputs:], torch.float32)
     exact = F.silu(gate) * up
@@ -133,10 +165,11 @@ def test_no_rows(kernels: CpuKernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_its_neighbours(kernels: CpuKernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
+def test_a_row_does_not_depend_on_its_neighbours(kernels: CpuKernels, is_int8: bool, dtype: torch.dtype) -> None:
     """Bit for bit, for every number of rows up to several register tiles, and whatever the number of threads."""
     torch.manual_seed(3)
-    weight, gate_up, head = (torch.randn(n, 77).to(dtype) for n in (70, 96, 130))
+    weight, gate_up, head = (_int8(n, 77)[0] if is_int8 else torch.randn(n, 77).to(dtype) for n in (70, 96, 130))
     x = torch.randn(64, 77).to(dtype)
     one_thread = CpuKernels(num_threads=1, isa=kernels.name.removeprefix("cpu-"))
     whole = []

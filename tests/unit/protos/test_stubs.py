@@ -19,7 +19,8 @@ def test_a_stale_or_missing_stub_is_named(tmp_path: Path) -> None:
     assert generate.stale_stubs(tmp_path) == []
     (tmp_path / "inference_pb2.pyi").write_text("old")
     (tmp_path / "inference_pb2_grpc.py").unlink()
-    assert generate.stale_stubs(tmp_path) == ["inference_pb2.pyi", "inference_pb2_grpc.py"]
+    (tmp_path / "admin_pb2.py").unlink()
+    assert generate.stale_stubs(tmp_path) == ["admin_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py"]
 
 
 def test_check_fails_with_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,8 +29,9 @@ def test_check_fails_with_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "python -m protos.generate" in capsys.readouterr().err
 
 
-def test_every_field_value_and_method_has_a_comment() -> None:
-    lines = (generate.ROOT / "protos" / "inference.proto").read_text().splitlines()
+@pytest.mark.parametrize("proto", generate.PROTOS)
+def test_every_field_value_and_method_has_a_comment(proto: str) -> None:
+    lines = (generate.ROOT / "protos" / f"{proto}.proto").read_text().splitlines()
     declares = re.compile(r"^\s*(rpc |message |service |enum |((optional|repeated) )?[\w.<>, ]+ = \d+;)")
     bare = [
         line.strip()

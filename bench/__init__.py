@@ -1,0 +1,1 @@
+"""Measurements of this checkout, for developers; `packtrain bench` is what is installed. Not part of the wheel."""

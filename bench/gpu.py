@@ -1,0 +1,292 @@
+"""One GPU on the shapes of Llama 2: decode steps beside what its memory allows, prefill beside what its matrix units do.
+
+Weights are random and made on the device; a 70B model is cut to an eighth of its layers. A decode step is a whole one, from the
+scheduler's numbers to the tokens on the host. Its floor is the bytes that it must read, weights and cached keys and values, over
+the bandwidth measured in the same run; prefill's is its arithmetic over the measured rate of a large product.
+
+    python -m bench.gpu [--shapes 7b 13b 70b] [--repeats 50] [--json FILE]
+
+Shape suffixes: T tokens · E hidden
+"""
+
+import argparse
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from model_parallel.config import DTYPE_BYTES, ModelConfig
+from model_parallel.engine.messages import NewSequence, Row
+from model_parallel.engine.request import SamplingParams
+from model_parallel.kernels.interface import Int8Matrix, LayerCache
+from model_parallel.kernels.select import select_kernels
+from model_parallel.memory import DEVICE_RESERVE_BYTES, kv_bytes_per_token, weight_bytes
+from model_parallel.model.llama import Llama
+from model_parallel.model.partition import EMBEDDING, fused_name, shard_table
+from model_parallel.model.quantization import largest_weights, quantize
+from model_parallel.model.sampler import Sampler
+from model_parallel.runtime.batch import SequenceState, build_batch, lay_out, rotary_frequencies
+from model_parallel.runtime.collectives import SoloCollectives
+from model_parallel.runtime.cuda_graphs import DecodeGraphs
+from serving.known_llama import LLAMA_2
+
+RESULTS = Path(__file__).parent / "results"
+DTYPE = "bfloat16"
+NUM_LAYERS = {"7b": 32, "13b": 40, "70b": 10}
+BATCHES = (1, 8, 64)
+CONTEXTS = (128, 1024, 4000)
+PREFILLS = (512, 2048)
+BLOCK_SIZE = 16
+MAX_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What the device does at most, in this run."""
+
+    device: str
+    torch: str
+    bandwidth_bytes_per_s: float
+    product_flop_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One kind of step, beside its floor."""
+
+    shape: str
+    num_layers: int
+    quantization: str
+    work: str
+    """ "decode" or "prefill"."""
+    batch: int
+    context: int
+    """Cached tokens of each sequence before a decode step; tokens of a prefill."""
+    step_s: float
+    """Median."""
+    floor_s: float
+
+    @property
+    def part_of_limit(self) -> float:
+        return self.floor_s / self.step_s
+
+
+def seconds_each(repeats: int, run: Callable[[], object]) -> float:
+    """Median wall-clock time of `run` with all that it enqueues, after three that do not count."""
+    times = []
+    for _ in range(repeats + 3):
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began_s)
+    return statistics.median(times[3:])
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second of a large copy, counting what it reads and writes, or of a large sum, whichever is higher."""
+    source = torch.ones(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    copy_s = seconds_each(20, lambda: target.copy_(source))
+    return max(2 * source.nbytes / copy_s, source.nbytes / seconds_each(20, source.sum))
+
+
+def measure_rates() -> Rates:
+    # Random values: on zeros the product is faster than on any real ones.
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product_s = seconds_each(20, lambda: a @ b)
+    return Rates(
+        device=torch.cuda.get_device_name(),
+        torch=str(torch.__version__),
+        bandwidth_bytes_per_s=measure_bandwidth(),
+        product_flop_per_s=2 * 8192**3 / product_s,
+    )
+
+
+def random_weights(config: ModelConfig, *, quantization: str) -> dict[str, Tensor | Int8Matrix]:
+    """As checkpoint/loader.py would give them, of the size that keeps activations near 1."""
+    rows_of: dict[str, int] = {}
+    shape_of: dict[str, tuple[int, ...]] = {}
+    for name, shard in shard_table(config, 1, 0).items():
+        fused = fused_name(name)
+        rows_of[fused] = rows_of.get(fused, 0) + shard.shape[0]
+        shape_of[fused] = shard.shape[1:]
+    weights: dict[str, Tensor | Int8Matrix] = {}
+    for name, num_rows in rows_of.items():
+        shape = (num_rows, *shape_of[name])
+        weight = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        weight = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(std=shape[1] ** -0.5)
+        is_quantized = quantization == "int8" and weight.ndim == 2 and name != EMBEDDING
+        weights[name] = quantize(weight, largest_weights(weight)) if is_quantized else weight
+    return weights
+
+
+class Subject:
+    """A model of one shape, and the steps to time."""
+
+    def __init__(self, shape: str, quantization: str) -> None:
+        self.shape = shape
+        self.quantization = quantization
+        self.config = replace(LLAMA_2[shape], num_layers=NUM_LAYERS[shape])
+        self.kernels = select_kernels("cuda", torch.bfloat16, 1)
+        weights: dict[str, Any] = random_weights(self.config, quantization=quantization)
+        self.model = Llama(self.config, weights, kernels=self.kernels, collectives=SoloCollectives())
+        self.frequencies = rotary_frequencies(self.config, torch.device("cuda"))
+        self.sampler = Sampler(self.kernels, SoloCollectives(), range(self.config.vocab_size), self.config.vocab_size)
+        self.num_blocks = self._num_blocks()
+        self.caches: list[LayerCache] = [
+            self.kernels.allocate_cache(
+                num_blocks=self.num_blocks,
+                block_size=BLOCK_SIZE,
+                num_kv_heads=self.config.num_kv_heads,
+                head_dim=self.config.head_dim,
+                dtype=torch.bfloat16,
+            )
+            for _ in range(self.config.num_layers)
+        ]
+        self.graphs = DecodeGraphs(
+            self.model,
+            self.caches,
+            self.frequencies,
+            max_num_seqs=max(BATCHES),
+            max_model_len=MAX_MODEL_LEN,
+            num_blocks=self.num_blocks,
+            block_size=BLOCK_SIZE,
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return kv_bytes_per_token(self.config, self.config.num_kv_heads, DTYPE)
+
+    def _num_blocks(self) -> int:
+        """Room for the largest batch at the longest context, or whatever fits."""
+        torch.cuda.empty_cache()
+        room = torch.cuda.mem_get_info()[0] - 4 * DEVICE_RESERVE_BYTES
+        wanted = max(BATCHES) * -(-(max(CONTEXTS) + 1) // BLOCK_SIZE)
+        return min(wanted, room // (self.kv_bytes_per_token * BLOCK_SIZE) - 1)
+
+    def decode(self, batch: int, context: int, repeats: int) -> float | None:
+        """Seconds of a whole step in which `batch` sequences get a token each; None when their cache does not fit."""
+        blocks_each = -(-(context + 1) // BLOCK_SIZE)
+        if batch * blocks_each > self.num_blocks:
+            return None
+        states = {i: self._sequence(i, context + 1, blocks_each) for i in range(batch)}
+        rows = tuple(Row(i, context, 1, True) for i in range(batch))
+
+        def step() -> None:
+            hidden_TE = self.graphs.forward(lay_out(rows, states, block_size=BLOCK_SIZE))
+            self.sampler.sample(self.model.logits(hidden_TE[:batch]), list(states.values()))
+
+        return seconds_each(repeats, step)
+
+    def prefill(self, num_tokens: int, repeats: int) -> float:
+        """Seconds of a step in which one prompt is computed whole, and its first token drawn."""
+        states = {0: self._sequence(0, num_tokens, -(-num_tokens // BLOCK_SIZE))}
+
+        def step() -> None:
+            batch = build_batch(
+                (Row(0, 0, num_tokens, True),),
+                states,
+                block_size=BLOCK_SIZE,
+                num_blocks=self.num_blocks,
+                row_multiple=self.kernels.row_multiple,
+                frequencies=self.frequencies,
+            )
+            hidden_TE = self.model.forward(batch.token_ids_T, batch.attention, self.caches)
+            self.sampler.sample(self.model.logits(hidden_TE[-1:]), list(states.values()))
+
+        return seconds_each(repeats, step)
+
+    def _sequence(self, index: int, num_tokens: int, num_blocks: int) -> SequenceState:
+        token_ids = tuple((7 * p + index) % self.config.vocab_size for p in range(num_tokens))
+        state = SequenceState.begin(NewSequence(index, token_ids, num_tokens, 0, SamplingParams(temperature=0.0)))
+        state.block_ids = list(range(index * num_blocks, (index + 1) * num_blocks))
+        return state
+
+    def decode_floor_s(self, batch: int, context: int, rates: Rates) -> float:
+        sizes = weight_bytes(shard_table(self.config, 1, 0), dtype=DTYPE, quantization=self.quantization)
+        cached = batch * (context + 1) * self.kv_bytes_per_token
+        return (sum(sizes.values()) - sizes[EMBEDDING] + cached) / rates.bandwidth_bytes_per_s
+
+    def prefill_floor_s(self, num_tokens: int, rates: Rates) -> float:
+        """Each token meets every weight of the layers once; scores and weighted sums are counted where they are not masked."""
+        config = self.config
+        sizes = weight_bytes(shard_table(config, 1, 0), dtype=DTYPE, quantization="")
+        head = config.vocab_size * config.hidden_size
+        products = 2 * num_tokens * (sum(sizes.values()) // DTYPE_BYTES[DTYPE] - 2 * head) + 2 * head
+        attention = 2 * num_tokens**2 * config.num_query_heads * config.head_dim * config.num_layers
+        return (products + attention) / rates.product_flop_per_s
+
+
+def measure(shape: str, quantization: str, rates: Rates, repeats: int) -> list[Measurement]:
+    subject = Subject(shape, quantization)
+    found = []
+    for batch in BATCHES:
+        for context in CONTEXTS:
+            step_s = subject.decode(batch, context, repeats)
+            if step_s is not None:
+                floor_s = subject.decode_floor_s(batch, context, rates)
+                found.append(("decode", batch, context, step_s, floor_s))
+    for num_tokens in PREFILLS:
+        step_s = subject.prefill(num_tokens, repeats)
+        found.append(("prefill", 1, num_tokens, step_s, subject.prefill_floor_s(num_tokens, rates)))
+    return [
+        Measurement(
+            shape=shape,
+            num_layers=subject.config.num_layers,
+            quantization=quantization,
+            work=work,
+            batch=batch,
+            context=context,
+            step_s=step_s,
+            floor_s=floor_s,
+        )
+        for work, batch, context, step_s, floor_s in found
+    ]
+
+
+def as_table(measurements: list[Measurement], rates: Rates) -> Table:
+    title = (
+        f"{rates.device}, torch {rates.torch}: {rates.bandwidth_bytes_per_s / 1e12:.2f} TB/s, "
+        f"{rates.product_flop_per_s / 1e12:.0f} TFLOP/s (bfloat16)"
+    )
+    table = Table("shape", "weights", "work", "batch", "context", "step ms", "floor ms", "% of limit", title=title)
+    for m in measurements:
+        name = f"{m.shape} ({m.num_layers} layers)" if m.num_layers != LLAMA_2[m.shape].num_layers else m.shape
+        numbers = (f"{m.step_s * 1e3:.3f}", f"{m.floor_s * 1e3:.3f}", f"{100 * m.part_of_limit:.0f}")
+        table.add_row(name, m.quantization or DTYPE, m.work, str(m.batch), str(m.context), *numbers)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--shapes", nargs="+", choices=list(LLAMA_2), default=list(LLAMA_2))
+    parser.add_argument("--quantizations", nargs="+", choices=("", "int8"), default=("", "int8"))
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--json", type=Path, help="write the result here; bench/results/gpu-DEVICE.json unless given")
+    arguments = parser.parse_args()
+    with torch.inference_mode():
+        rates = measure_rates()
+        measurements = []
+        for shape in arguments.shapes:
+            for quantization in arguments.quantizations:
+                measurements += measure(shape, quantization, rates, arguments.repeats)
+                torch.cuda.empty_cache()
+    Console(width=120).print(as_table(measurements, rates))
+    device = re.sub(r"[^a-z0-9]+", "-", rates.device.lower()).strip("-")
+    path = arguments.json or RESULTS / f"gpu-{device}.json"
+    rows = [asdict(m) | {"part_of_limit": m.part_of_limit} for m in measurements]
+    path.write_text(json.dumps({"rates": asdict(rates), "measurements": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

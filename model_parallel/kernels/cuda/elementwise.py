@@ -1,0 +1,91 @@
+"""Triton kernels that read and write each value once: norms, SwiGLU, and the rotation that fills the cache.
+
+Arithmetic is float32, whatever is stored. Shape suffixes: A heads of a program · C half a head's features · E a row's
+features, padded to a power of two
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, residual, weight, out, num_columns, eps, NUM_COLUMNS_PADDED: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):
+    """A row a program. With a residual, the norm of their sum, which takes the residual's place."""
+    column_E = tl.arange(0, NUM_COLUMNS_PADDED)
+    inside_E = column_E < num_columns
+    place_E = tl.program_id(0).to(tl.int64) * num_columns + column_E
+    x_E = tl.load(x + place_E, mask=inside_E, other=0.0)
+    if HAS_RESIDUAL:
+        x_E += tl.load(residual + place_E, mask=inside_E, other=0.0)
+        tl.store(residual + place_E, x_E, mask=inside_E)
+    scale = tl.rsqrt(tl.sum(x_E * x_E) / num_columns + eps)
+    weight_E = tl.load(weight + column_E, mask=inside_E, other=0.0).to(tl.float32)
+    tl.store(out + place_E, (x_E * scale * weight_E).to(out.dtype.element_ty), mask=inside_E)
+
+
+@triton.jit
+def swiglu_kernel(gate_up, out, num_columns, NUM_COLUMNS_A_PROGRAM: tl.constexpr):
+    """out = silu(gate) · up, where a row of gate_up holds `num_columns` of one and then of the other."""
+    row = tl.program_id(0).to(tl.int64)
+    column_E = tl.program_id(1) * NUM_COLUMNS_A_PROGRAM + tl.arange(0, NUM_COLUMNS_A_PROGRAM)
+    inside_E = column_E < num_columns
+    gate_place_E = row * 2 * num_columns + column_E
+    gate_E = tl.load(gate_up + gate_place_E, mask=inside_E, other=0.0).to(tl.float32)
+    up_E = tl.load(gate_up + gate_place_E + num_columns, mask=inside_E, other=0.0).to(tl.float32)
+    product_E = gate_E * tl.sigmoid(gate_E) * up_E
+    tl.store(out + row * num_columns + column_E, product_E.to(out.dtype.element_ty), mask=inside_E)
+
+
+@triton.jit
+def rotate_and_store_kernel(
+    qkv,
+    q_out,
+    keys,
+    values,
+    slots,
+    cos,
+    sin,
+    num_query_heads,
+    num_kv_heads,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    NUM_HEADS_A_PROGRAM: tl.constexpr,
+):
+    """Queries, rotated, to q_out [T, H, D]; keys, rotated, and values to their slots of the cache [blocks, K, P, D].
+
+    A program takes one token and some of its query, key and value heads.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head_A1 = tl.program_id(1) * NUM_HEADS_A_PROGRAM + tl.arange(0, NUM_HEADS_A_PROGRAM)[:, None]
+    column_C = tl.arange(0, HALF_PADDED)
+    half: tl.constexpr = HEAD_DIM // 2
+    num_heads = num_query_heads + 2 * num_kv_heads
+    inside_AC = (head_A1 < num_heads) & (column_C < half)
+
+    place_AC = (token * num_heads + head_A1) * HEAD_DIM + column_C
+    first_AC = tl.load(qkv + place_AC, mask=inside_AC, other=0.0).to(tl.float32)
+    second_AC = tl.load(qkv + place_AC + half, mask=inside_AC, other=0.0).to(tl.float32)
+    cos_C = tl.load(cos + token * HEAD_DIM + column_C, mask=column_C < half, other=0.0)
+    sin_C = tl.load(sin + token * HEAD_DIM + column_C, mask=column_C < half, other=0.0)
+    is_query_A1 = head_A1 < num_query_heads
+    is_value_A1 = head_A1 >= num_query_heads + num_kv_heads
+    is_key_A1 = (head_A1 >= num_query_heads) & (head_A1 < num_query_heads + num_kv_heads)
+    turned_first_AC = first_AC * cos_C - second_AC * sin_C
+    turned_second_AC = second_AC * cos_C + first_AC * sin_C
+    first_AC = tl.where(is_value_A1, first_AC, turned_first_AC).to(qkv.dtype.element_ty)
+    second_AC = tl.where(is_value_A1, second_AC, turned_second_AC).to(qkv.dtype.element_ty)
+
+    q_place_AC = (token * num_query_heads + head_A1) * HEAD_DIM + column_C
+    tl.store(q_out + q_place_AC, first_AC, mask=inside_AC & is_query_A1)
+    tl.store(q_out + q_place_AC + half, second_AC, mask=inside_AC & is_query_A1)
+    slot = tl.load(slots + token)
+    kv_head_A1 = head_A1 - num_query_heads - tl.where(is_value_A1, num_kv_heads, 0)
+    kv_row_A1 = (slot // BLOCK_SIZE * num_kv_heads + kv_head_A1) * BLOCK_SIZE + slot % BLOCK_SIZE
+    kv_place_AC = kv_row_A1 * HEAD_DIM + column_C
+    tl.store(keys + kv_place_AC, first_AC, mask=inside_AC & is_key_A1)
+    tl.store(keys + kv_place_AC + half, second_AC, mask=inside_AC & is_key_A1)
+    tl.store(values + kv_place_AC, first_AC, mask=inside_AC & is_value_A1)
+    tl.store(values + kv_place_AC + half, second_AC, mask=inside_AC & is_value_A1)

@@ -1,0 +1,296 @@
+"""Chunks of an answer in OpenAI's forms: a whole object, or the events of a stream."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypedDict
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from model_parallel.engine.request import TokenLogprobs
+from serving.gateway.backend import ModelCard
+from serving.gateway.choices import Chunk, Summary
+from serving.gateway.http.objects import (
+    CachedTokens,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    ChatTopLogprob,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Model,
+    Usage,
+)
+from serving.gateway.http.schemas import StreamOptions
+from serving.tokenizer import Tokenizer
+
+
+class Identity(TypedDict):
+    """What all objects of one answer have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+def identity(answer_id: str, card: ModelCard) -> Identity:
+    """Of an answer that begins now."""
+    return Identity(
+        id=answer_id, created=int(time.time()), model=card.name, system_fingerprint=system_fingerprint(card)
+    )
+
+
+class AnswerForm(Protocol):
+    """One answer on its way out: either `whole`, or `events` for each chunk and then `last_events`."""
+
+    def whole(self, chunks: Sequence[Chunk]) -> msgspec.Struct:
+        """All chunks together."""
+        ...
+
+    def events(self, chunk: Chunk) -> Iterator[msgspec.Struct]:
+        """What goes out for a chunk; nothing for one that brings nothing to see."""
+        ...
+
+    def last_events(self, summary: Summary) -> Iterator[msgspec.Struct]:
+        """What goes out at the end: token counts without choices, if they are wanted."""
+        ...
+
+
+class CompletionForm:
+    """Of /v1/completions."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        tokenizer: Tokenizer,
+        *,
+        num_choices: int,
+        echo: Sequence[str | None] | None,
+        logprobs: bool,
+        stream_options: StreamOptions | None,
+    ) -> None:
+        """`num_choices` of each prompt. `echo` has the prompts' texts, None for one given as token ids."""
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._num_choices = num_choices
+        self._echo = echo
+        self._logprobs = logprobs
+        self._usage = _StreamUsage(stream_options)
+        self._offsets: dict[int, int] = {}
+        """Length of the text before what comes next, of each choice that has begun."""
+        self._prompt_logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+        self._held: defaultdict[int, list[Chunk]] = defaultdict(list)
+        """Chunks that wait until all of their prompt's log-probabilities are there."""
+
+    def whole(self, chunks: Sequence[Chunk]) -> Completion:
+        by_choice: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
+        for chunk in chunks:
+            for choice in self._choices(chunk):
+                by_choice[choice.index].append(choice)
+        choices = [_joined(parts) for _, parts in sorted(by_choice.items())]
+        return Completion(**self._identity, choices=choices, usage=_usage(chunks[-1].summary))
+
+    def events(self, chunk: Chunk) -> Iterator[Completion]:
+        usage = self._usage.take(chunk)
+        for choice in self._choices(chunk):
+            if choice.text or choice.finish_reason or choice.logprobs:
+                yield Completion(**self._identity, choices=[choice], usage=usage)
+
+    def last_events(self, summary: Summary) -> Iterator[Completion]:
+        if self._usage.include:
+            yield Completion(**self._identity, choices=[], usage=_usage(summary))
+
+    def _choices(self, chunk: Chunk) -> Iterator[CompletionChoice]:
+        prompt = chunk.index // self._num_choices
+        ready = [chunk]
+        if self._echo is not None and self._logprobs:
+            known = self._prompt_logprobs[prompt]
+            known += chunk.prompt_logprobs
+            self._held[prompt].append(chunk)
+            if len(known) < len(chunk.prompt_token_ids) - 1:
+                return
+            ready = self._held.pop(prompt)
+        for each in ready:
+            yield self._choice(each, prompt)
+
+    def _choice(self, chunk: Chunk, prompt: int) -> CompletionChoice:
+        text, logprobs = chunk.text, list(chunk.logprobs)
+        is_first = chunk.index not in self._offsets
+        offset = self._offsets.setdefault(chunk.index, 0)
+        num_unscored = 0
+        if is_first and self._echo is not None:
+            given = self._echo[prompt]
+            text = (self._tokenizer.decode(chunk.prompt_token_ids) if given is None else given) + text
+            if self._logprobs:
+                first = TokenLogprobs(chunk.prompt_token_ids[0], 0.0)
+                logprobs = [first, *self._prompt_logprobs[prompt], *logprobs]
+                num_unscored = 1
+        reported = None
+        if self._logprobs and logprobs:
+            reported, self._offsets[chunk.index] = _completion_logprobs(logprobs, num_unscored, self._tokenizer, offset)
+        reason = None if chunk.finish_reason is None else chunk.finish_reason.value
+        return CompletionChoice(index=chunk.index, text=text, logprobs=reported, finish_reason=reason)
+
+
+class ChatForm:
+    """Of /v1/chat/completions."""
+
+    def __init__(
+        self, identity: Identity, tokenizer: Tokenizer, *, logprobs: bool, stream_options: StreamOptions | None
+    ) -> None:
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._logprobs = logprobs
+        self._usage = _StreamUsage(stream_options)
+        self._begun: set[int] = set()
+
+    def whole(self, chunks: Sequence[Chunk]) -> ChatCompletion:
+        by_choice: defaultdict[int, list[Chunk]] = defaultdict(list)
+        for chunk in chunks:
+            by_choice[chunk.index].append(chunk)
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatMessage("".join(part.text for part in parts)),
+                logprobs=self._chat_logprobs([token for part in parts for token in part.logprobs]),
+                finish_reason=parts[-1].finish_reason,
+            )
+            for index, parts in sorted(by_choice.items())
+        ]
+        return ChatCompletion(**self._identity, choices=choices, usage=_usage(chunks[-1].summary))
+
+    def events(self, chunk: Chunk) -> Iterator[ChatChunk]:
+        usage = self._usage.take(chunk)
+        for choice in self._choices(chunk):
+            yield ChatChunk(**self._identity, choices=[choice], usage=usage)
+
+    def last_events(self, summary: Summary) -> Iterator[ChatChunk]:
+        if self._usage.include:
+            yield ChatChunk(**self._identity, choices=[], usage=_usage(summary))
+
+    def _choices(self, chunk: Chunk) -> Iterator[ChatChunkChoice]:
+        if chunk.index not in self._begun:
+            self._begun.add(chunk.index)
+            yield ChatChunkChoice(index=chunk.index, delta=ChatDelta(role="assistant", content=""))
+        if chunk.text or (self._logprobs and chunk.logprobs):
+            delta = ChatDelta(content=chunk.text)
+            yield ChatChunkChoice(index=chunk.index, delta=delta, logprobs=self._chat_logprobs(chunk.logprobs))
+        if chunk.finish_reason is not None:
+            yield ChatChunkChoice(index=chunk.index, delta=ChatDelta(), finish_reason=chunk.finish_reason.value)
+
+    def _chat_logprobs(self, tokens: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
+        if not self._logprobs:
+            return None
+        tokenizer = self._tokenizer
+        return ChatLogprobs(
+            [
+                ChatTokenLogprob(
+                    _token_name(tokenizer, token.token_id),
+                    token.logprob,
+                    list(tokenizer.token_bytes(token.token_id)),
+                    [
+                        ChatTopLogprob(_token_name(tokenizer, other), logprob, list(tokenizer.token_bytes(other)))
+                        for other, logprob in token.top
+                    ],
+                )
+                for token in tokens
+            ]
+        )
+
+
+class _StreamUsage:
+    """Token counts of a stream as far as they are wanted in it."""
+
+    def __init__(self, options: StreamOptions | None) -> None:
+        self.include = options is not None and options.include_usage
+        self._in_every_event = options is not None and self.include and options.continuous_usage_stats
+        self._num_tokens: defaultdict[int, int] = defaultdict(int)
+
+    def take(self, chunk: Chunk) -> Usage | UnsetType | None:
+        """What the chunk's events hold: without include_usage nothing, otherwise null or the counts of its choice until now."""
+        if not self._in_every_event:
+            return None if self.include else UNSET
+        self._num_tokens[chunk.index] += len(chunk.token_ids)
+        num_prompt_tokens, num_tokens = len(chunk.prompt_token_ids), self._num_tokens[chunk.index]
+        return Usage(
+            prompt_tokens=num_prompt_tokens, completion_tokens=num_tokens, total_tokens=num_prompt_tokens + num_tokens
+        )
+
+
+def model(card: ModelCard, created: int) -> Model:
+    """A model as OpenAI lists it."""
+    return Model(id=card.name, created=created, max_model_len=card.max_model_len)
+
+
+def system_fingerprint(card: ModelCard) -> str:
+    """The same seed gives the same answer while this stays the same."""
+    return "-".join(filter(None, ("packtrain", card.dtype, f"tp{card.tensor_parallel_size}", card.kernels)))
+
+
+def _usage(summary: Summary | None) -> Usage:
+    if summary is None:
+        raise RuntimeError("the last chunk has no summary")
+    return Usage(
+        prompt_tokens=summary.num_prompt_tokens,
+        completion_tokens=summary.num_completion_tokens,
+        total_tokens=summary.num_prompt_tokens + summary.num_completion_tokens,
+        # Ours are summed over the choices; OpenAI's are part of prompt_tokens.
+        prompt_tokens_details=CachedTokens(min(summary.num_cached_tokens, summary.num_prompt_tokens)),
+    )
+
+
+def _joined(parts: Sequence[CompletionChoice]) -> CompletionChoice:
+    reported = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = None
+    if reported:
+        logprobs = CompletionLogprobs(
+            tokens=[token for each in reported for token in each.tokens],
+            token_logprobs=[logprob for each in reported for logprob in each.token_logprobs],
+            top_logprobs=[top for each in reported for top in each.top_logprobs],
+            text_offset=[offset for each in reported for offset in each.text_offset],
+        )
+    return msgspec.structs.replace(parts[-1], text="".join(part.text for part in parts), logprobs=logprobs)
+
+
+def _completion_logprobs(
+    tokens: Sequence[TokenLogprobs], num_unscored: int, tokenizer: Tokenizer, offset: int
+) -> tuple[CompletionLogprobs, int]:
+    """The object, and the text's length after it. The first `num_unscored` tokens have nothing before them."""
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(tokenizer.token_bytes(token.token_id).decode(errors="replace"))
+    scored = tokens[num_unscored:]
+    # As OpenAI does it, the token itself is among its alternatives.
+    tops: list[dict[str, float] | None] = [None] * num_unscored
+    for token in scored:
+        names: dict[str, float] = {}
+        for token_id, logprob in ((token.token_id, token.logprob), *token.top):
+            names.setdefault(_token_name(tokenizer, token_id), logprob)
+        tops.append(names)
+    logprobs = CompletionLogprobs(
+        tokens=[_token_name(tokenizer, token.token_id) for token in tokens],
+        token_logprobs=[None] * num_unscored + [token.logprob for token in scored],
+        top_logprobs=tops,
+        text_offset=offsets,
+    )
+    return logprobs, offset
+
+
+def _token_name(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; one without text of its own is spelt as OpenAI's and vLLM's servers spell it."""
+    data = tokenizer.token_bytes(token_id)
+    if not data:
+        return f"token_id:{token_id}"
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,0 +1,268 @@
+"""HTTP connections: uvicorn's protocol, with the bounds on what a peer may send, and how slowly, that it lacks."""
+
+import asyncio
+import logging
+import resource
+import socket
+import ssl
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import httptools
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from model_parallel.errors import ConfigError
+from serving.config import GatewayConfig, LimitsConfig
+from serving.gateway.http.exchange import to_json
+from serving.gateway.http.objects import Error, ErrorAnswer
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+"""Longer than load balancers keep idle connections, so that theirs is the end that closes."""
+_TLS_TIMEOUT_S = 10.0
+_MAX_HEADERS = 100
+_MAX_PIPELINED = 16
+_MAX_UNREAD_BYTES = 32 << 10
+_NUM_OTHER_FILES = 512
+"""What a gateway has open besides HTTP connections."""
+_MAX_OVERHEAD = 8
+"""Bytes on the wire for each byte of a body: six when every chunk holds one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Bounds on connections, and on what comes over one."""
+
+    max_connections: int
+    max_header_bytes: int
+    max_body_bytes: int
+    header_timeout_s: float
+    body_timeout_s: float
+    slow_reader_timeout_s: float
+
+    @classmethod
+    def of(cls, config: GatewayConfig, limits: LimitsConfig) -> "ConnectionLimits":
+        return cls(
+            max_connections=config.max_connections,
+            max_header_bytes=limits.max_header_bytes,
+            max_body_bytes=limits.max_message_bytes,
+            header_timeout_s=config.header_timeout_s,
+            body_timeout_s=config.body_timeout_s,
+            slow_reader_timeout_s=config.slow_reader_timeout_s,
+        )
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. A peer that breaks a bound gets an error where that is possible, and is cut off.
+
+    Between requests a connection may idle for as long as it is kept alive. With the first byte of a request the time for its
+    headers begins to run, and with their end that for its body.
+    """
+
+    def __init__(self, limits: ConnectionLimits, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._limits = limits
+        self._receive_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
+        self._in_headers = True
+        self._num_bytes = 0
+        """Of the request that is coming in."""
+        self._num_header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= self._limits.max_connections:
+            self.transport = transport
+            self._refuse(503, "server_is_overloaded", "this gateway has too many connections", "retry-after: 1\r\n")
+            return
+        super().connection_made(transport)
+        # What a client leaves unread lies here and in the kernel, and is bounded in both.
+        transport.set_write_buffer_limits(_MAX_UNREAD_BYTES)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_UNREAD_BYTES)
+        self._expect(self._limits.header_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect(None)
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._receive_timer is None:
+            self._expect(self._limits.header_timeout_s)
+        self._num_bytes += len(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        if self.transport.is_closing():
+            return
+        if self._in_headers and self._num_bytes > self._limits.max_header_bytes:
+            self._refuse(431, "headers_too_large", f"the headers exceed {self._limits.max_header_bytes} bytes")
+        elif self._num_bytes > self._limits.max_header_bytes + _MAX_OVERHEAD * self._limits.max_body_bytes:
+            self.transport.abort()
+
+    def _feed(self, data: bytes) -> None:
+        """Java's client asks on every first request whether it may go on in HTTP/2. One need not answer that, but the parser
+        takes no body after such a question, so it gets the request again without it."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            method, version = self.parser.get_method(), self.parser.get_http_version()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("not a proxy") from upgrade
+            lines = [b"%b %b HTTP/%b" % (method, self.url, version.encode())]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self._num_header_bytes = 0
+            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n" + data[upgrade.args[0] :])
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_header_bytes += len(name) + len(value)
+        super().on_header(name, value)
+        if len(self.headers) > _MAX_HEADERS or self._num_header_bytes > self._limits.max_header_bytes:
+            raise httptools.HttpParserError("too many headers, or too long ones")
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            raise httptools.HttpParserError("too many requests before the answer to the first")
+        if self.parser.should_upgrade():
+            return
+        self._in_headers = False
+        super().on_headers_complete()
+        self._expect(self._limits.body_timeout_s)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._in_headers, self._num_bytes, self._num_header_bytes = True, 0, 0
+        self._expect(None)
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "bad_request", msg)
+
+    def pause_writing(self) -> None:
+        """The peer does not read, and what may lie here for it does."""
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+        if self.flow is not None:
+            super().resume_writing()
+
+    def _await_reader(self) -> None:
+        num_unread = self.transport.get_write_buffer_size()
+        timeout_s = self._limits.slow_reader_timeout_s
+        self._unread_timer = self.loop.call_later(timeout_s, self._end_slow_reader, num_unread)
+
+    def _expect(self, timeout_s: float | None) -> None:
+        """What is coming in must be there in time; None when nothing is."""
+        if self._receive_timer is not None:
+            self._receive_timer.cancel()
+        self._receive_timer = None if timeout_s is None else self.loop.call_later(timeout_s, self._end_slow_sender)
+
+    def _end_slow_sender(self) -> None:
+        is_busy = self.cycle is not None and not self.cycle.response_complete
+        if is_busy and (self._in_headers or self.cycle.response_started):
+            self.transport.abort()  # an error here would stand in the middle of an answer
+        elif is_busy or self._num_bytes:
+            self._refuse(408, "request_timeout", "the request did not arrive in time")
+        else:
+            self.transport.close()
+
+    def _end_slow_reader(self, num_unread: int) -> None:
+        if self.transport.get_write_buffer_size() <= num_unread - _MAX_UNREAD_BYTES:
+            self._await_reader()  # a large answer, which a slow connection may take longer for
+            return
+        logger.info("a client did not read its answer for %g s; cut off", self._limits.slow_reader_timeout_s)
+        self.transport.abort()
+
+    def _refuse(self, status: int, code: str, message: str, more: str = "") -> None:
+        kind = "service_unavailable_error" if status == 503 else "invalid_request_error"
+        body = to_json(ErrorAnswer(Error(message=message, type=kind, param=None, code=code)))
+        head = (
+            f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{more}"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
+
+
+class HttpListener:
+    """The listening socket and its connections, in the running event loop."""
+
+    def __init__(self, app: Any, limits: ConnectionLimits, tls: ssl.SSLContext | None) -> None:
+        self._limits = limits
+        self._tls = tls
+        self._state = ServerState()
+        self._config = Config(
+            app, lifespan="off", ws="none", log_config=None, log_level="error", access_log=False,
+            server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE_S,
+        )  # fmt: skip
+        self._config.load()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen. Returns the port. Raises ConfigError when the address, or enough open files, cannot be had."""
+        _make_room(self._limits.max_connections)
+        loop = asyncio.get_running_loop()
+        options: dict[str, Any] = {}
+        if self._tls is not None:
+            options = {
+                "ssl": self._tls,
+                "ssl_handshake_timeout": _TLS_TIMEOUT_S,
+                "ssl_shutdown_timeout": _TLS_TIMEOUT_S,
+            }
+        try:
+            self._server = await loop.create_server(
+                self._protocol, host, port, backlog=_BACKLOG, reuse_port=False, **options
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} for HTTP: is the port taken, or the address another machine's?"
+            ) from error
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    async def stop(self, grace_s: float) -> None:
+        """Close the port; what still runs after `grace_s` is cut off."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if self._state.tasks:
+            _, running = await asyncio.wait(self._state.tasks, timeout=grace_s)
+            for task in running:
+                task.cancel()
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._server.wait_closed()
+        self._server = None
+
+    def _protocol(self) -> BoundedProtocol:
+        return BoundedProtocol(self._limits, self._config, self._state, {}, asyncio.get_running_loop())
+
+
+def _make_room(num_connections: int) -> None:
+    """Let this process open as many files as its connections need: whoever runs out of files accepts nobody."""
+    needed = num_connections + _NUM_OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"gateway.max_connections is {num_connections}, which needs {needed} open files, and the system allows {hard}; "
+            "lower it, or raise the limit (ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,78 @@
+"""Everything that watches one gateway, from start to stop."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from uuid import uuid4
+
+from serving.config import AdminConfig
+from serving.gateway.backend import ModelCard
+from serving.observability.endpoint import MetricsEndpoint
+from serving.observability.groups import PERIOD_S, GroupReport
+from serving.observability.metrics import GatewayMetrics
+from serving.observability.requests import Telemetry
+from serving.observability.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+AskGroups = Callable[[str], Awaitable[Mapping[str, Sequence[GroupReport]]]]
+"""Reports of all groups by model, for the gateway of this id."""
+
+_LAG_PERIOD_S = 0.5
+
+
+class GatewayWatch:
+    """Metrics, traces and access log of one gateway. Hand `telemetry.observe` to its front ends."""
+
+    def __init__(self, cards: Iterable[ModelCard], methods: Iterable[str], tracing: Tracing) -> None:
+        """`methods` are those of all front ends, by the names that these give them."""
+        cards = list(cards)
+        self.metrics = GatewayMetrics(
+            models={card.name: card.max_model_len for card in cards},
+            num_groups={card.name: card.num_groups for card in cards},
+            methods=methods,
+        )
+        self.telemetry = Telemetry(self.metrics, tracing)
+        self._tracing = tracing
+        self._endpoint: MetricsEndpoint | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, config: AdminConfig, ask_groups: AskGroups) -> int | None:
+        """Serve /metrics, unless it is turned off; returns the port. Raises ConfigError."""
+        if config.metrics_port is None:
+            return None
+        self._endpoint = MetricsEndpoint(self.metrics.registry, config.host, config.metrics_port)
+        reader = uuid4().hex
+        self._tasks = [
+            asyncio.create_task(self._watch_groups(lambda: ask_groups(reader))),
+            asyncio.create_task(self._watch_loop()),
+        ]
+        return self._endpoint.port
+
+    async def stop(self) -> None:
+        """Close the port and send what is left of the traces."""
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        self._tasks = []
+        if self._endpoint is not None:
+            await asyncio.to_thread(self._endpoint.close)
+            self._endpoint = None
+        await asyncio.to_thread(self._tracing.close)
+
+    async def _watch_groups(self, ask: Callable[[], Awaitable[Mapping[str, Sequence[GroupReport]]]]) -> None:
+        while True:
+            try:
+                self.metrics.groups.take(await ask(), time.monotonic())
+            except Exception:  # metrics must outlive whatever the asking does
+                logger.exception("the replica groups cannot be asked for their metrics")
+            await asyncio.sleep(PERIOD_S)
+
+    async def _watch_loop(self) -> None:
+        while True:
+            due_s = time.monotonic() + _LAG_PERIOD_S
+            await asyncio.sleep(_LAG_PERIOD_S)
+            self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due_s))

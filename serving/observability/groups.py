@@ -1,0 +1,172 @@
+"""What the leader of a replica group tells the gateways, and how a gateway shows it to Prometheus.
+
+Every gateway asks every group. A group counts in the metrics of one gateway at a time, so that sums over gateways are true.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from model_parallel.engine.messages import StepPlan
+
+PERIOD_S = 2.0
+"""Between two looks at the groups."""
+READER_LEASE_S = 5 * PERIOD_S
+"""How long a group waits for the gateway that it counts with, before it counts with another."""
+FORGET_AFTER_S = 60.0
+"""How long the series of a group that has gone are still shown, so that a scrape sees how they ended."""
+
+ITERATION_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_LABELS = ("model_name", "engine")
+
+
+class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One group at this moment."""
+
+    engine: str
+    """Id of the group, new with every incarnation."""
+    is_well: bool = True
+    stats: dict[str, float] = {}
+    """Load and totals of its scheduler, by name. Empty when the group counts with another gateway."""
+    iteration_counts: tuple[int, ...] = ()
+    """Steps by their number of tokens: one number for each of ITERATION_TOKENS_BUCKETS, and one for more."""
+    num_iteration_tokens: int = 0
+    cache_config: dict[str, str] = {}
+
+
+class IterationTokens:
+    """Histogram of the tokens that each step computes. Kept by the engine's thread."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(ITERATION_TOKENS_BUCKETS) + 1)
+        self.total = 0
+
+    def observe(self, plan: StepPlan) -> None:
+        """A step has been computed. One that only forgets sequences does not count."""
+        if not plan.rows:
+            return
+        num_tokens = sum(row.num_tokens for row in plan.rows)
+        self.counts[bisect_left(ITERATION_TOKENS_BUCKETS, num_tokens)] += 1
+        self.total += num_tokens
+
+
+class ReaderLease:
+    """Which gateway a group counts with: the first that asks, as long as it keeps asking."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._reader = ""
+        self._until_s = 0.0
+
+    def is_held_by(self, reader: str) -> bool:
+        """Whether `reader` is the one; it has asked now."""
+        now_s = self._clock()
+        if reader != self._reader and now_s < self._until_s:
+            return False
+        self._reader, self._until_s = reader, now_s + READER_LEASE_S
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    name: str
+    help: str
+    stat: str
+    is_total: bool = False
+
+
+_FAMILIES = (
+    _Family("vllm:num_requests_running", "Sequences that run.", "num_running"),
+    _Family("vllm:num_requests_waiting", "Sequences that wait, preempted ones included.", "num_waiting"),
+    _Family("vllm:kv_cache_usage_perc", "Share of the KV cache that sequences hold, 0 to 1.", "kv_usage"),
+    _Family("packtrain_waiting_tokens", "Prompt tokens of waiting sequences.", "num_waiting_tokens"),
+    _Family("packtrain_estimated_wait_seconds", "Until all that waits now is admitted.", "estimated_wait_s"),
+    _Family("vllm:prompt_tokens", "Prompt tokens of admitted sequences.", "num_prompt_tokens", is_total=True),
+    _Family("vllm:generation_tokens", "Tokens generated.", "num_generation_tokens", is_total=True),
+    _Family("vllm:num_preemptions", "Sequences preempted.", "num_preemptions", is_total=True),
+    _Family("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", "num_prefix_query_tokens", is_total=True),
+    _Family("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", "num_prefix_hit_tokens", is_total=True),
+    _Family("vllm:corrupted_requests", "Sequences ended by numbers that are not finite.", "num_corrupted", is_total=True),
+)  # fmt: skip
+
+
+class GroupCollector(Collector):
+    """Turns the latest reports into metric families when Prometheus asks."""
+
+    def __init__(self, num_configured: Mapping[str, int], on_gone: Callable[[str, str], None]) -> None:
+        """`num_configured` groups by model; `on_gone(model, engine)` is told of a group that is there no more."""
+        self._num_configured = num_configured
+        self._on_gone = on_gone
+        self._reports: Mapping[str, Sequence[GroupReport]] = {}
+        self._last_seen: dict[tuple[str, str], tuple[float, bool]] = {}
+        """When each group answered last, and whether it counted with this gateway then."""
+        self._num_ended = dict.fromkeys(num_configured, 0)
+
+    def take(self, reports: Mapping[str, Sequence[GroupReport]], now_s: float) -> None:
+        """Show these reports from now on."""
+        self._reports = reports
+        for model, listed in reports.items():
+            self._last_seen.update({(model, report.engine): (now_s, bool(report.stats)) for report in listed})
+        for (model, engine), (seen_s, counted_here) in list(self._last_seen.items()):
+            if now_s - seen_s > FORGET_AFTER_S:
+                del self._last_seen[model, engine]
+                self._num_ended[model] += counted_here
+                self._on_gone(model, engine)
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, also those that have no samples yet. Called from another thread."""
+        counted = [(model, r) for model, listed in self._reports.items() for r in listed if r.stats]
+        for family in _FAMILIES:
+            kind = CounterMetricFamily if family.is_total else GaugeMetricFamily
+            metric = kind(family.name, family.help, labels=_LABELS)
+            for model, report in counted:
+                metric.add_metric((model, report.engine), report.stats[family.stat])
+            yield metric
+        yield _iterations(counted)
+        yield _cache_configs(counted)
+        up = GaugeMetricFamily(
+            "packtrain_group_up", "1 for a replica group that is well, 0 for a lost one.", labels=_LABELS
+        )
+        for model, report in counted:
+            up.add_metric((model, report.engine), float(report.is_well))
+        yield up
+        configured = GaugeMetricFamily(
+            "packtrain_groups_configured", "Replica groups that there should be.", labels=("model_name",)
+        )
+        ended = CounterMetricFamily(
+            "packtrain_groups_ended",
+            "Replica groups that have gone: lost, replaced or stopped.",
+            labels=("model_name",),
+        )
+        for model, number in self._num_configured.items():
+            configured.add_metric((model,), number)
+            ended.add_metric((model,), self._num_ended[model])
+        yield configured
+        yield ended
+
+
+def _iterations(counted: Sequence[tuple[str, GroupReport]]) -> Metric:
+    metric = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=_LABELS)
+    bounds = [*map(floatToGoString, ITERATION_TOKENS_BUCKETS), "+Inf"]
+    for model, report in counted:
+        total = 0
+        buckets = []
+        for bound, count in zip(bounds, report.iteration_counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        metric.add_metric((model, report.engine), buckets, report.num_iteration_tokens)
+    return metric
+
+
+def _cache_configs(counted: Sequence[tuple[str, GroupReport]]) -> Metric:
+    names = ("block_size", "num_gpu_blocks", "enable_prefix_caching")  # vLLM's, whatever the device
+    metric = GaugeMetricFamily("vllm:cache_config_info", "Layout of the KV cache.", labels=(*_LABELS, *names))
+    for model, report in counted:
+        metric.add_metric((model, report.engine, *(report.cache_config[name] for name in names)), 1)
+    return metric

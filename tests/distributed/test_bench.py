@@ -1,0 +1,125 @@
+"""What a bench times are processes: peers are stopped between runs and named when they fail, ranks are spawned."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.peers.environments import ROOT
+from bench.peers.process import PeerProcess
+from model_parallel.config import ParallelConfig
+from serving.bench.engine import EngineContender
+from serving.bench.timing import WORKLOADS, ContenderFailedError, Timing, Workload
+from serving.cli import app
+from tests.support.synthetic_llama import twin
+
+WORK = Workload(2, 4, 3)
+WORKER = """
+import sys
+from bench.peers.worker import serve
+
+def generate(prompts, num_new_tokens):
+    print("a library prints on standard output")
+    assert [len(prompt) for prompt in prompts] == [4, 4]
+    return len(prompts) * num_new_tokens
+
+def load():
+    {load}
+    return generate, "fake 1.0"
+
+serve(load)
+"""
+
+
+def start(tmp_path: Path, load: str = "pass") -> PeerProcess:
+    command = [sys.executable, "-c", WORKER.format(load=load)]
+    return PeerProcess("fake", command, log=tmp_path / "fake.log", max_repeats=3)
+
+
+def test_a_peer_is_timed_and_stopped_between_runs(tmp_path: Path) -> None:
+    peer = start(tmp_path)
+    try:
+        process = psutil.Process(peer.pid)
+        assert peer.detail == "fake 1.0"
+        assert peer.run(WORK, 1) >= 0
+        os.waitid(os.P_PID, peer.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert process.status() == psutil.STATUS_STOPPED
+        assert peer.run(WORK, 2) >= 0
+    finally:
+        peer.close()
+    assert not process.is_running()
+    assert "a library prints" in (tmp_path / "fake.log").read_text()
+
+
+def test_a_peer_that_does_not_start_tells_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(ContenderFailedError, match="no such model"):
+        start(tmp_path, load="raise RuntimeError('no such model')")
+
+
+def test_a_peer_that_dies_fails_its_run_alone(tmp_path: Path) -> None:
+    peer = start(tmp_path)
+    try:
+        with pytest.raises(ContenderFailedError, match="AssertionError"):
+            peer.run(Workload(1, 5, 1), 1)
+        with pytest.raises(ContenderFailedError, match="has ended"):
+            peer.run(WORK, 2)
+    finally:
+        peer.close()
+
+
+def test_a_peer_does_not_outlive_a_bench_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from tests.distributed.test_bench import start\n"
+        "print(start(Path(sys.argv[1])).pid, flush=True); time.sleep(60)"
+    )
+    bench = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with bench:
+        assert bench.stdout is not None
+        peer = psutil.Process(int(bench.stdout.readline()))
+        bench.kill()
+    peer.wait(timeout=30)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_engine_is_timed_on_spawned_ranks(tmp_path: Path, tp_size: int) -> None:
+    path = twin("7b").write(tmp_path / "model", "hf", dtype=torch.bfloat16)
+    parallel = ParallelConfig(tp_size=tp_size, dtype="bfloat16")
+    contender = EngineContender(path, parallel, num_kv_tokens=64, max_model_len=32)
+    try:
+        assert contender.run(WORK, 1) > 0
+        assert contender.engine.check_integrity() is None
+        assert f"TP={tp_size}" in contender.name
+    finally:
+        contender.close()
+    with pytest.raises(ContenderFailedError):
+        contender.run(WORK, 2)
+
+
+def test_the_command_prints_a_table_and_writes_the_result(tmp_path: Path) -> None:
+    path = twin("7b").write(tmp_path / "model", "hf", dtype=torch.bfloat16)
+    file = tmp_path / "result.json"
+    arguments = [
+        "bench",
+        "engine",
+        "--model",
+        str(path),
+        "--tp",
+        "2",
+        "--threads",
+        "1",
+        "--quantization",
+        "int8",
+        "--repeats",
+        "1",
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    timings = [Timing.from_data(row) for row in json.loads(file.read_text())["timings"]]
+    assert {timing.workload for timing in timings} == set(WORKLOADS)
+    assert {timing.contender for timing in timings} == {"packtrain TP=2, 1 thread each, int8", "limit, 8 bits a weight"}

@@ -1,0 +1,136 @@
+"""The rules of tests/unit/tenants on a PostgreSQL server, which is started where its programs are installed."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from serving.tenants.database import Database
+from serving.tenants.records import KeyGrant, StoreUnavailableError, Tenant
+from serving.tenants.store import Store
+
+# ruff: noqa: F401, F811
+from tests.unit.tenants.conftest import Clock, clock
+from tests.unit.tenants.test_directory import test_both_keys_are_good_while_a_rotation_overlaps
+from tests.unit.tenants.test_ledger import (
+    test_grants_and_leases_are_there_after_a_restart,
+    test_records_and_charges_go_together_and_once,
+    test_what_has_ended_leaves_no_rows,
+)
+from tests.unit.tenants.test_migrations import (
+    test_a_database_of_a_later_version_is_left_alone,
+    test_an_upgrade_that_fails_leaves_nothing_behind,
+    test_opening_again_changes_nothing,
+    test_the_steps_make_what_the_schema_says,
+)
+from tests.unit.tenants.test_quota_race import (
+    _quick_retries,
+    test_a_hundred_races,
+    test_an_authority_that_was_replaced_decides_nothing_more,
+    test_losses_and_restarts_change_nothing,
+)
+from tests.unit.tenants.test_store import (
+    gold,
+    test_a_name_is_taken_once_however_many_ask,
+    test_a_rotated_key_allows_the_same_for_as_long,
+    test_an_update_changes_what_it_names,
+    test_every_change_and_nothing_else_moves_the_generation,
+    test_lists_come_in_pages,
+    test_names_are_taken_once_and_must_exist,
+    test_what_is_made_is_found_by_another_process,
+    test_writers_on_one_file_wait_for_each_other,
+)
+from tests.unit.tenants.test_usage import (
+    test_filters_narrow,
+    test_pages_join_without_gap_or_repeat,
+    test_records_come_back_as_they_were_in_the_order_of_their_start,
+    test_sums_are_by_tenant_key_and_model,
+    used,
+)
+
+TIMEOUT_S = 60
+
+
+@dataclass
+class Server:
+    """One that listens on a Unix socket alone."""
+
+    programs: Path
+    directory: Path
+    user: str | None
+
+    def run(self, program: str, *arguments: str) -> None:
+        command = [str(self.programs / program), "-D", str(self.directory / "data"), *arguments]
+        log = self.directory / f"{program}.log"
+        with log.open("a") as output:  # a pipe would be held open by the server that pg_ctl leaves behind
+            done = subprocess.run(
+                command, user=self.user, cwd="/", stdout=output, stderr=output, timeout=TIMEOUT_S, check=False
+            )
+        assert done.returncode == 0, log.read_text()
+
+    def start(self) -> None:
+        options = f"-c listen_addresses='' -c fsync=off -k {self.directory}"
+        self.run("pg_ctl", "-w", "-o", options, "-l", str(self.directory / "server.log"), "start")
+
+    def stop(self) -> None:
+        self.run("pg_ctl", "-m", "immediate", "stop")
+
+    def url(self, database: str) -> str:
+        return f"postgresql://packtrain@/{database}?host={self.directory}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    pytest.importorskip("psycopg")
+    found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), shutil.which("initdb")]
+    if not (initdb := next(filter(None, found), None)):
+        pytest.skip("no PostgreSQL server is installed")
+    is_root = os.geteuid() == 0  # PostgreSQL refuses to run as root
+    with tempfile.TemporaryDirectory(prefix="packtrain-pg-") as directory:
+        if is_root:
+            shutil.chown(directory, "nobody")
+        server = Server(Path(initdb).parent, Path(directory), "nobody" if is_root else None)
+        server.run("initdb", "--username", "packtrain", "--auth", "trust", "--encoding", "UTF8", "--no-sync")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    """Of a new, empty database."""
+    name = f"t{uuid.uuid4().hex}"
+    engine = sa.create_engine(
+        server.url("postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return server.url(name)
+
+
+@pytest.fixture
+def store(url: str, clock: Clock) -> Iterator[Store]:
+    database = Database(url)
+    yield Store(database, wall_clock=clock)
+    database.close()
+
+
+def test_a_server_that_restarts_is_unavailable_meanwhile_and_then_found_again(gold: Store, server: Server) -> None:
+    issued = gold.create_key("acme", KeyGrant())
+    server.stop()
+    with pytest.raises(StoreUnavailableError, match="cannot be used now"):
+        gold.snapshot()
+    with pytest.raises(StoreUnavailableError):
+        gold.create_tenant(Tenant(id="late", plan="gold"))
+    server.start()
+    assert [key.id for key in gold.snapshot().keys] == [issued.key.id]

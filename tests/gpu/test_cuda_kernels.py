@@ -1,0 +1,86 @@
+"""The CUDA backend on a GPU against float64, at the sizes of Llama 2."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from model_parallel.kernels.cuda import CudaKernels
+from tests.support import cuda_checks
+from tests.support.cuda_checks import DTYPES, make_heads
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def kernels() -> CudaKernels:
+    """With memory that is full of NaN, so that an output left unwritten shows."""
+    poison = torch.full((256 << 20,), torch.nan, device="cuda")
+    del poison
+    torch.manual_seed(1)
+    return CudaKernels(num_multiprocessors=torch.cuda.get_device_properties().multi_processor_count)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_sequences_in_chunks_beside_each_other(kernels: CudaKernels, seed: int) -> None:
+    """Random maps and shapes."""
+    draw = random.Random(seed)
+    num_kv_heads = draw.randint(1, 8)
+    kv_of_query = [draw.randrange(num_kv_heads) for _ in range(draw.randint(1, 40))]
+    heads = make_heads(kernels, kv_of_query, num_kv_heads, draw.choice([2, 24, 64, 80, 128]))
+    lengths = [draw.randint(1, 100), draw.randint(100, 900), 1, draw.randint(1, 2000)]
+    block_size = draw.choice([1, 3, 16, 33, 64])
+    cuda_checks.check_chunks(kernels, heads, lengths, block_size=block_size, dtype=DTYPES[seed % 3], seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "num_queries_num_kv", [(32, 32), (8, 1), (64, 8), (71, 1)], ids=["7b", "70b-tp8", "70b", "mqa"]
+)
+@pytest.mark.parametrize("length", [1, 17, 129, 4096])
+def test_a_long_context(
+    kernels: CudaKernels, num_queries_num_kv: tuple[int, int], length: int, dtype: torch.dtype
+) -> None:
+    num_queries, num_kv_heads = num_queries_num_kv
+    kv_of_query = [query * num_kv_heads // num_queries for query in range(num_queries)]
+    heads = make_heads(kernels, kv_of_query, num_kv_heads, 128)
+    cuda_checks.check_long_decode(kernels, heads, length, dtype=dtype)
+
+
+def test_neighbours_that_are_not_finite(kernels: CudaKernels) -> None:
+    cuda_checks.check_neighbours(kernels)
+
+
+def test_no_rows(kernels: CudaKernels) -> None:
+    cuda_checks.check_no_rows(kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [1, 33, 576, 4096, 5120, 8192])
+def test_norms(kernels: CudaKernels, num_columns: int, dtype: torch.dtype) -> None:
+    cuda_checks.check_norms(kernels, 65, num_columns, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [1, 33, 11008])
+def test_swiglu(kernels: CudaKernels, num_columns: int, dtype: torch.dtype) -> None:
+    cuda_checks.check_swiglu(kernels, 65, num_columns, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 33, 70), (5, 4096, 515), (64, 4096, 4096), (300, 577, 129)])
+def test_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    num_rows, num_inputs, num_outputs = shape
+    x, weight = (torch.randn(n, num_inputs, device="cuda").to(dtype) for n in (num_rows, num_outputs))
+    cuda_checks.check_products(kernels, x, weight, weight.double())
+    cuda_checks.check_int8(kernels, *shape, dtype)
+
+
+def test_softmax_parts(kernels: CudaKernels) -> None:
+    logits = (torch.randn(64, 32000, device="cuda") * 10).round(decimals=1)  # with ties
+    parts = kernels.softmax_parts(logits)
+    assert torch.equal(parts[:, 0], logits.amax(1).double())
+    assert parts[:, 2].tolist() == [row.index(max(row)) for row in logits.tolist()]
+    torch.testing.assert_close(parts[:, 1], (logits.double() - parts[:, :1]).exp().sum(1), rtol=1e-5, atol=0)

@@ -1,0 +1,177 @@
+"""Clients that we did not write, unmodified, against the whole stack: `openai`, and lm-eval's two models of HTTP APIs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from protos import inference_pb2 as pb
+from serving.app import RunningApp
+from serving.client import Client
+from tests.support.ranks import reference_from_gguf
+from tests.support.stack import MODEL, group_stats, running_stack, stack_config, wait_until
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+CASES = [
+    {"context": "The capital of France is", "choices": [" Paris", " a city in the south of Spain", " 7"], "answer": 0},
+    {"context": "Two plus two equals", "choices": [" four", " five hundred"], "answer": 0},
+    {"context": "The opposite of hot is", "choices": [" cold", " banana bread"], "answer": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[RunningApp]:
+    with running_stack(stack_config()) as app:
+        yield app
+
+
+@pytest.fixture
+def api(app: RunningApp) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{app.http_url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def test_openai_chats(api: openai.OpenAI) -> None:
+    whole = api.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_completion_tokens=32)
+    answer = whole.choices[0].message.content
+    assert answer and "Paris" in answer
+    assert whole.usage and whole.usage.prompt_tokens == 37
+    stream = api.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        temperature=0,
+        max_tokens=32,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices) == answer
+    assert len(chunks) > 5, "it must come in pieces"
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_openai_and_grpc_give_the_same_tokens(app: RunningApp, api: openai.OpenAI) -> None:
+    with Client(app.address) as client:
+        sampling = pb.Sampling(seed=7, max_tokens=24, n=2, logprobs=2)
+        request = pb.GenerateRequest(model=MODEL, prompt=pb.Prompt(text="Once upon a time"), sampling=sampling)
+        over_grpc = client.stub.Generate(request, timeout=60)
+    over_http = api.completions.create(
+        model=MODEL, prompt="Once upon a time", seed=7, max_tokens=24, n=2, logprobs=2, temperature=1
+    )
+    assert [choice.text for choice in over_http.choices] == [choice.text for choice in over_grpc.choices]
+    for ours, theirs in zip(over_http.choices, over_grpc.choices, strict=True):
+        assert ours.logprobs
+        assert ours.logprobs.token_logprobs == [token.logprob for token in theirs.logprobs]
+    assert over_http.choices[0].text != over_http.choices[1].text
+
+
+def test_closing_a_stream_frees_its_memory(api: openai.OpenAI) -> None:
+    stream = api.completions.create(
+        model=MODEL, prompt="Once upon a time", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert group_stats()["num_running"] == 1
+    stream.close()
+    wait_until(lambda: group_stats()["num_running"] == 0 == group_stats()["kv_usage"], 5, "the request has ended")
+
+
+@dataclass(frozen=True)
+class Harness:
+    """lm-eval with two tasks on data of ours; nothing of it looks for a network."""
+
+    directory: Path
+
+    def run(self, model: str, arguments: dict[str, Any], *tasks: str, chat: bool = False) -> dict[str, list[Any]]:
+        """Samples of each task."""
+        output = self.directory / model
+        listed = ",".join(f"{name}={value}" for name, value in arguments.items())
+        command = [
+            sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args", listed, "--tasks", ",".join(tasks),
+            "--include_path", str(self.directory), "--output_path", str(output), "--log_samples",
+            *(["--apply_chat_template"] if chat else []),
+        ]  # fmt: skip
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(self.directory)}
+        ended = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=100)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        samples = {}
+        for task in tasks:
+            (path,) = output.rglob(f"samples_{task}_*.jsonl")
+            samples[task] = [json.loads(line) for line in path.read_text().splitlines()]
+        return samples
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Harness:
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-eval is not installed: pip install -e '.[clients]'")
+    directory = tmp_path_factory.mktemp("lm-eval")
+    data = directory / "cases.jsonl"
+    data.write_text("".join(json.dumps(case) + "\n" for case in CASES))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    tasks = {
+        "choose": {
+            "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+        },
+        "say": {
+            "output_type": "generate_until", "doc_to_text": "{{context}}", "doc_to_target": "{{choices[answer]}}",
+            "generation_kwargs": {"until": ["\n", "."], "do_sample": False, "max_gen_toks": 16},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }  # fmt: skip
+    for name, task in tasks.items():
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    return Harness(directory)
+
+
+def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Harness, smollm2_path: Path) -> None:
+    arguments = {
+        "model": MODEL, "base_url": f"{app.http_url}/v1/completions", "tokenizer": harness.directory / "tokenizer",
+        "num_concurrent": 2, "max_retries": 1,
+    }  # fmt: skip
+    samples = harness.run("local-completions", arguments, "choose", "say")
+    assert all(isinstance(sample["resps"][0][0], str) for sample in samples["say"])
+    assert samples["say"][0]["resps"][0][0] == " Paris"
+
+    model = reference_from_gguf(smollm2_path)
+    tokenizer = AutoTokenizer.from_pretrained(harness.directory / "tokenizer")
+    with Client(app.address) as client:
+        for sample in sorted(samples["choose"], key=lambda each: each["doc_id"]):
+            context, choices = sample["doc"]["context"], sample["doc"]["choices"]
+            request = pb.ScoreRequest(model=MODEL, context=pb.Prompt(text=context))
+            request.continuations.extend(pb.Continuation(text=text) for text in choices)
+            scores = client.stub.Score(request, timeout=60).scores
+            for text, score, answer in zip(choices, scores, sample["resps"], strict=True):
+                over_http, is_greedy = float(answer[0][0]), answer[0][1] == "True"
+                ids, start = tokenizer(context + text)["input_ids"], len(tokenizer(context)["input_ids"])
+                with torch.no_grad():
+                    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                reference = sum(logprobs[p - 1, ids[p]].item() for p in range(start, len(ids)))
+                assert over_http == pytest.approx(score.logprob, abs=1e-3)
+                assert over_http == pytest.approx(reference, abs=1e-3)
+                assert is_greedy == score.is_greedy
+
+
+def test_lm_eval_chats(app: RunningApp, harness: Harness) -> None:
+    arguments = {
+        "model": MODEL,
+        "base_url": f"{app.http_url}/v1/chat/completions",
+        "num_concurrent": 2,
+        "max_retries": 1,
+    }
+    samples = harness.run("local-chat-completions", arguments, "say", chat=True)
+    assert len(samples["say"]) == len(CASES)
+    assert all(sample["resps"][0][0] for sample in samples["say"])

@@ -1,0 +1,95 @@
+"""int8 weights through the whole model: the same on every backend and TP size, and close to the weights that they stand for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_parallel.checkpoint.detect import describe
+from model_parallel.checkpoint.loader import load_shard
+from model_parallel.engine.request import EngineRequest, SamplingParams
+from model_parallel.kernels.interface import Int8Matrix
+from model_parallel.memory import weight_bytes
+from model_parallel.model.partition import EMBEDDING, LM_HEAD, shard_table
+from model_parallel.model.quantization import int8_converter
+from model_parallel.runtime.collectives import Collectives, SoloCollectives
+from model_parallel.runtime.rank import Rank
+from tests.support.kernels import BACKENDS, use_backend
+from tests.support.local_engine import LocalGroup
+from tests.support.ranks import group_config, on_threads, prompt_logits, save_random_llama
+
+PROMPT = [3 + 7 * i % 500 for i in range(40)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_random_llama(path, num_attention_heads=9, num_key_value_heads=3, head_dim=16, hidden_size=144)
+    return path
+
+
+def _whole(path: Path, tp_size: int) -> dict[str, Tensor]:
+    """Every weight as the ranks hold it together, by the checkpoint's names."""
+    info = describe(path)
+
+    def load(collectives: Collectives) -> dict[str, Int8Matrix | Tensor]:
+        table = shard_table(info.config, tp_size, collectives.rank)
+        convert = int8_converter(table, collectives)
+        weights = load_shard(info, table, dtype=torch.float32, device=torch.device("cpu"), convert=convert)
+        sizes = weight_bytes(table, dtype="float32", quantization="int8")
+        tensors = [
+            t for w in weights.values() for t in ([w.values_OI, w.scales_O] if isinstance(w, Int8Matrix) else [w])
+        ]
+        assert sum(tensor.nbytes for tensor in tensors) == sum(sizes.values())
+        return weights
+
+    ranks = on_threads(tp_size, load)
+    names = [f"model.layers.{i}.{m}.weight" for i in range(3) for m in ("self_attn.o_proj", "mlp.down_proj")]
+    whole: dict[str, Tensor] = {}
+    for name in [*names, LM_HEAD]:
+        parts = [rank[name] for rank in ranks]
+        values = [
+            part.values_OI.double() * part.scales_O.unsqueeze(1) for part in parts if isinstance(part, Int8Matrix)
+        ]
+        whole[name] = torch.cat(values, dim=0 if name == LM_HEAD else 1)
+    return whole | {EMBEDDING: torch.cat([rank[EMBEDDING] for rank in ranks])}  # type: ignore[misc]
+
+
+def test_weights_do_not_depend_on_the_number_of_ranks(checkpoint: Path) -> None:
+    expected = _whole(checkpoint, 1)
+    for tp_size in (2, 3):
+        actual = _whole(checkpoint, tp_size)
+        assert all(torch.equal(actual[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_greedy_answers_are_the_same_on_every_backend_and_tp_size(tied: bool, tmp_path: Path) -> None:
+    save_random_llama(
+        tmp_path, num_attention_heads=9, num_key_value_heads=3, head_dim=16, hidden_size=144, tie_word_embeddings=tied
+    )
+    answers = {}
+    for backend in BACKENDS:
+        for tp_size in (1, 2, 3):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                use_backend(monkeypatch, backend)
+                group = LocalGroup(tmp_path, tp_size, quantization="int8")
+            request = EngineRequest(request_id="it", prompt_token_ids=tuple(PROMPT), sampling=GREEDY)
+            answers[backend, tp_size] = tuple(group.run([request]).tokens("it"))
+            group.close()
+    assert len(set(answers.values())) == 1, answers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_logits_do_not_depend_on_chunks(checkpoint: Path, tp_size: int, dtype: str) -> None:
+    config = group_config(checkpoint, tp_size, dtype=dtype, quantization="int8")
+    whole = prompt_logits(config, PROMPT, chunk=len(PROMPT))
+    for chunk in (1, 7):
+        assert torch.equal(prompt_logits(config, PROMPT, chunk), whole), f"chunks of {chunk}"
+
+
+def test_the_name_of_the_kernels_says_it(checkpoint: Path) -> None:
+    rank = Rank(group_config(checkpoint, 1, quantization="int8"), 0, SoloCollectives())
+    assert rank.kernels_name == f"{rank.kernels.name} int8"

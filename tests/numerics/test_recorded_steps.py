@@ -1,0 +1,77 @@
+"""Decode as one native call: bit for bit what the model's operations give one by one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_parallel.engine.messages import NewSequence, Row
+from model_parallel.engine.request import SamplingParams
+from model_parallel.runtime.batch import SequenceState, build_batch, lay_out
+from model_parallel.runtime.collectives import Collectives, SoloCollectives
+from model_parallel.runtime.leader import store_file
+from model_parallel.runtime.rank import Rank
+from model_parallel.runtime.recorded_steps import RecordedSteps
+from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
+from tests.support.ranks import group_config, on_threads, save_random_llama
+
+BLOCK_SIZE, BLOCKS_A_SEQUENCE = 16, 6
+# Numbers of sequences as they come and go; the first is met again, with more blocks than when it was recorded.
+NUM_SEQUENCES = (1, 4, 3, 4, 2, 1, 3)
+STEPS_EACH = 7
+
+
+@pytest.mark.parametrize("quantization", ["", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_recorded_steps_have_the_bits_of_single_calls(
+    tp_size: int, dtype: str, quantization: str, tmp_path: Path
+) -> None:
+    save_random_llama(tmp_path, num_attention_heads=9, num_key_value_heads=3, head_dim=16, hidden_size=144)
+    config = group_config(tmp_path, tp_size, dtype=dtype, quantization=quantization)
+    with store_file() as path:
+
+        def run(threads: Collectives) -> None:
+            shared = SharedMemoryCollectives(path, threads.rank, tp_size, timeout_s=60) if tp_size > 1 else None
+            rank = Rank(config, threads.rank, shared or SoloCollectives())
+            assert isinstance(rank.graphs, RecordedSteps)
+            _check(rank, rank.graphs)
+
+        on_threads(tp_size, run)
+
+
+@torch.inference_mode()
+def _check(rank: Rank, steps: RecordedSteps) -> None:
+    prompt = tuple(range(5, 25))
+    states = {}
+    for seq_id in range(max(NUM_SEQUENCES)):
+        states[seq_id] = SequenceState.begin(NewSequence(seq_id, prompt, len(prompt), 0, SamplingParams()))
+        first = seq_id * BLOCKS_A_SEQUENCE
+        states[seq_id].block_ids = list(range(first, first + 2))
+    _forward(rank, tuple(Row(seq_id, 0, len(prompt) - 1, False) for seq_id in states), states)
+    for num_sequences in NUM_SEQUENCES:
+        for _ in range(STEPS_EACH):
+            rows = []
+            for seq_id in range(num_sequences):
+                state = states[seq_id]
+                if len(state.token_ids) > len(state.block_ids) * BLOCK_SIZE:
+                    state.block_ids.append(seq_id * BLOCKS_A_SEQUENCE + len(state.block_ids))
+                rows.append(Row(seq_id, len(state.token_ids) - 1, 1, True))
+            recorded = steps.forward(lay_out(tuple(rows), states, block_size=BLOCK_SIZE)).clone()
+            single = _forward(rank, tuple(rows), states)
+            assert torch.equal(recorded, single) and recorded.isfinite().all()
+            for row, hidden_E in zip(rows, single, strict=True):
+                states[row.seq_id].append(int(hidden_E.argmax()))  # any token that depends on the result
+
+
+def _forward(rank: Rank, rows: tuple[Row, ...], states: dict[int, SequenceState]) -> Tensor:
+    batch = build_batch(
+        rows,
+        states,
+        block_size=BLOCK_SIZE,
+        num_blocks=rank.config.cache.num_blocks,
+        row_multiple=rank.kernels.row_multiple,
+        frequencies=rank.frequencies,
+    )
+    return rank.model.forward(batch.token_ids_T, batch.attention, rank.caches)

@@ -1,0 +1,180 @@
+"""Checks of the CUDA backend that run on a GPU at full size and in Triton's interpreter at small sizes."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
+from tests.support.kernels import attention_plan
+
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+DTYPES = list(ROUNDING)
+# Of attention over standard normal vectors: a score is off by about as much as its rounded queries and keys are, and so is a mean
+# of values of a few units; weights and result are rounded once more. float32: sums of some hundred terms.
+ATTENTION_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+SMALLEST_ERROR = 2.0**-25
+"""Of float16, which has fewer digits below 2⁻¹⁴."""
+
+
+def make_heads(kernels: CudaKernels, kv_of_query: list[int], num_kv_heads: int, head_dim: int) -> Heads:
+    return Heads(
+        num_query_heads=len(kv_of_query),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        kv_of_query_H=torch.tensor(kv_of_query, device=kernels.device),
+    )
+
+
+def poisoned_cache(
+    kernels: CudaKernels, num_blocks: int, block_size: int, heads: Heads, dtype: torch.dtype
+) -> LayerCache:
+    """Full of NaN: whatever is read without having been written shows."""
+    cache = kernels.allocate_cache(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        dtype=dtype,
+    )
+    return LayerCache(cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan))
+
+
+def make_plan(
+    kernels: CudaKernels, runs: Sequence[tuple[int, int, Sequence[int]]], *, block_size: int, heads: Heads
+) -> AttentionPlan:
+    plan = attention_plan(runs, block_size=block_size, head_dim=heads.head_dim)
+    names = ("slots_T", "cos_TD", "sin_TD", "runs_S4", "blocks")
+    return replace(plan, **{name: getattr(plan, name).to(kernels.device) for name in names})
+
+
+def exact_attention(qkv_TX: Tensor, heads: Heads, plan: AttentionPlan) -> Tensor:
+    """float64 [T, H · D] of one sequence that is computed whole."""
+    parts = (heads.num_query_heads, heads.num_kv_heads, heads.num_kv_heads)
+    q, k, v = qkv_TX.double().unflatten(-1, (-1, heads.head_dim)).split(parts, dim=1)
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), -1)
+        return x * plan.cos_TD.double().unsqueeze(1) + turned * plan.sin_TD.double().unsqueeze(1)
+
+    q, k, v = rotated(q).transpose(0, 1), rotated(k)[:, heads.kv_of_query_H].transpose(0, 1), v[:, heads.kv_of_query_H]
+    out = F.scaled_dot_product_attention(q, k, v.transpose(0, 1), is_causal=True)
+    return out.transpose(0, 1).flatten(1)
+
+
+def check_chunks(
+    kernels: CudaKernels, heads: Heads, lengths: Sequence[int], *, block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Sequences in random chunks beside each other, single tokens among them, against each computed whole."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    counts = [-(-length // block_size) for length in lengths]
+    tables = [part.tolist() for part in torch.randperm(sum(counts)).split(counts)]
+    num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    qkv = [torch.randn(length, num_columns, device=kernels.device).to(dtype) for length in lengths]
+    cache = poisoned_cache(kernels, sum(counts), block_size, heads, dtype)
+    done, outs = [0] * len(lengths), [[] for _ in lengths]
+    while done != list(lengths):
+        chosen = [i for i, length in enumerate(lengths) if done[i] < length]
+        takes = [min(draw.choice([1, 5, 60, 300]), lengths[i] - done[i]) for i in chosen]
+        runs = [(n, done[i], tables[i]) for n, i in zip(takes, chosen, strict=True)]
+        rows = torch.cat([qkv[i][done[i] : done[i] + n] for n, i in zip(takes, chosen, strict=True)])
+        plan = make_plan(kernels, runs, block_size=block_size, heads=heads)
+        for i, part in zip(chosen, kernels.attention(rows, plan, cache, heads).split(takes), strict=True):
+            outs[i].append(part)
+            done[i] += len(part)
+    for i, length in enumerate(lengths):
+        whole = make_plan(kernels, [(length, 0, tables[i])], block_size=block_size, heads=heads)
+        error = (torch.cat(outs[i]).double() - exact_attention(qkv[i], heads, whole)).abs().max()
+        assert error <= ATTENTION_TOLERANCE[dtype]
+
+
+def check_long_decode(kernels: CudaKernels, heads: Heads, length: int, *, dtype: torch.dtype) -> None:
+    """The last token of a long sequence, whose context is cut into parts."""
+    block_size, num_blocks = 16, -(-length // 16)
+    num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    qkv = torch.randn(length, num_columns, device=kernels.device).to(dtype)
+    table = list(range(num_blocks))
+    cache = poisoned_cache(kernels, num_blocks, block_size, heads, dtype)
+    whole, first, last = (
+        make_plan(kernels, [(count, start, table)], block_size=block_size, heads=heads)
+        for count, start in ((length, 0), (length - 1, 0), (1, length - 1))
+    )
+    kernels.attention(qkv[:-1], first, cache, heads)
+    out = kernels.attention(qkv[-1:], last, cache, heads)
+    assert (out.double() - exact_attention(qkv, heads, whole)[-1:]).abs().max() <= ATTENTION_TOLERANCE[dtype]
+
+
+def check_neighbours(kernels: CudaKernels) -> None:
+    """What is not finite stays in its own sequence, and in the blocks that nobody else reads."""
+    heads = make_heads(kernels, [0, 0], 1, 4)
+    qkv = torch.randn(12, 16, device=kernels.device)
+    qkv[0], qkv[6:] = torch.nan, torch.nan
+    plan = make_plan(kernels, [(1, 0, [4]), (5, 0, [0, 1]), (6, 0, [2, 3])], block_size=4, heads=heads)
+    out = kernels.attention(qkv, plan, poisoned_cache(kernels, 5, 4, heads, torch.float32), heads)
+    assert out[0].isnan().all() and out[1:6].isfinite().all() and out[6:].isnan().all()
+
+
+def check_no_rows(kernels: CudaKernels) -> None:
+    heads = make_heads(kernels, [0, 0], 1, 8)
+    plan = make_plan(kernels, [], block_size=16, heads=heads)
+    cache = poisoned_cache(kernels, 1, 16, heads, torch.float32)
+    x, weight = torch.empty(0, 10, device=kernels.device), torch.ones(6, 10, device=kernels.device)
+    assert kernels.attention(torch.empty(0, 32, device=kernels.device), plan, cache, heads).shape == (0, 16)
+    assert kernels.rms_norm(x, weight[0], 1e-5).shape == (0, 10)
+    assert kernels.gated_linear(x, weight).shape == (0, 3)
+    assert kernels.linear(x, random_int8(kernels, 6, 10)).shape == (0, 6)
+
+
+def check_norms(kernels: CudaKernels, num_rows: int, num_columns: int, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, num_rows, num_columns, device=kernels.device)
+    weight = torch.randn(num_columns, device=kernels.device).to(dtype)
+    alone = kernels.rms_norm(x, weight, 1e-5)
+    both, total = kernels.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    for out, value in ((alone, x), (both, x + residual)):
+        exact = F.rms_norm(value.double(), (num_columns,), weight.double(), 1e-5)
+        tolerance = (num_columns + 8) * ROUNDING[torch.float32] + ROUNDING[dtype]
+        assert out.dtype == dtype
+        assert ((out.double() - exact).abs() <= tolerance * exact.abs() + SMALLEST_ERROR).all()
+
+
+def check_swiglu(kernels: CudaKernels, num_rows: int, num_columns: int, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(num_rows, 2 * num_columns, device=kernels.device).to(dtype)
+    gate_up[0, 0], gate_up[-1, 0] = -200.0, 200.0
+    gate, up = gate_up.double().chunk(2, dim=1)
+    exact = F.silu(gate) * up
+    out = kernels.swiglu(gate_up, dtype)
+    assert out.dtype == dtype
+    # The exponential and the division err by a few units in the last place.
+    tolerance = 16 * ROUNDING[torch.float32] + ROUNDING[dtype]
+    assert ((out.double() - exact).abs() <= tolerance * exact.abs() + SMALLEST_ERROR).all()
+
+
+def random_int8(kernels: CudaKernels, num_outputs: int, num_inputs: int) -> Int8Matrix:
+    values = torch.randint(-127, 128, (num_outputs, num_inputs), device=kernels.device).to(torch.int8)
+    return Int8Matrix(values, torch.rand(num_outputs, device=kernels.device) + 0.1)
+
+
+def check_int8(kernels: CudaKernels, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
+    weight = random_int8(kernels, num_outputs, num_inputs)
+    matrix = weight.values_OI.double() * weight.scales_O.double().unsqueeze(1)
+    check_products(kernels, torch.randn(num_rows, num_inputs, device=kernels.device).to(dtype), weight, matrix)
+
+
+def check_products(kernels: CudaKernels, x: Tensor, weight: Tensor | Int8Matrix, matrix: Tensor) -> None:
+    """`addend` and `logits` with a weight that stands for float64 `matrix`."""
+    exact, sizes = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
+    out = kernels.addend(x, weight)
+    assert out.dtype == torch.float32
+    # A chain of float32 additions (Higham 2002, §3).
+    tolerance = (x.shape[1] + 2) * ROUNDING[torch.float32]
+    assert ((out.double() - exact).abs() <= tolerance * sizes).all()
+    # Of the logits' float32 x only 16 bits enter where weights have fewer.
+    logits = kernels.logits(x.float(), weight)
+    assert ((logits.double() - exact).abs() <= (tolerance + 2.0**-16) * sizes).all()

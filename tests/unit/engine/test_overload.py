@@ -1,0 +1,256 @@
+"""A group that is asked for more than it can do: who is refused, what they are told, and how it gets well again."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_parallel.engine.overload import Deadlines, Pace
+from model_parallel.engine.request import FinishReason
+from model_parallel.errors import RequestError
+from tests.support.engine import Harness, make_request
+from tests.support.simulation import Simulation, arrivals
+
+CAPACITY = 0.25
+"""Requests of `send_some` that a `Simulation` serves a step, about."""
+
+
+def send_some(
+    simulation: Simulation, tenant: str, rate: float, *, deadline_s: float | None = None
+) -> list[RequestError]:
+    """A step's arrivals. Returns the refusals."""
+    rng = simulation.rng
+    refusals = []
+    for _ in range(arrivals(rng, rate)):
+        refusal = simulation.send(tenant, rng.randint(20, 200), rng.randint(20, 100), deadline_s=deadline_s)
+        refusals += [refusal] if refusal else []
+    return refusals
+
+
+def test_a_full_queue_refuses_exactly_what_it_has_no_room_for() -> None:
+    simulation = Simulation(max_waiting_requests=10)
+    tenants = "aaaaaaaaaaaabbbccd"
+    refusals = [simulation.send(tenant, 10, 5) for tenant in tenants]
+    accepted = "".join(tenant for tenant, refusal in zip(tenants, refusals, strict=True) if refusal is None)
+    assert accepted == "aaaaaaaabb"
+    assert all(refusal.kind == "overloaded" for refusal in refusals if refusal)
+    for _ in range(30):
+        simulation.step()
+    assert simulation.engine.stats.num_finished_length == 10
+    assert simulation.engine.stats.num_refused == 8
+
+
+def test_one_tenant_never_fills_the_queue() -> None:
+    simulation = Simulation(max_waiting_requests=256)
+    refusal = None
+    while refusal is None:
+        refusal = simulation.send("large", 10, 5)
+    assert len(simulation.sent) == 205
+    assert "205 requests of this tenant are waiting; it may have 4 times as many as there is room left" in str(refusal)
+    assert [simulation.send("small", 10, 5) for _ in range(40)] == [None] * 40
+
+
+def test_the_waiting_tokens_of_one_tenant_are_bounded_too() -> None:
+    harness = Harness(max_waiting_tokens=100)
+    for number in range(8):
+        harness.add(make_request(f"a{number}", [1] * 10, tenant="large"))
+    with pytest.raises(
+        RequestError, match="80 prompt tokens of this tenant are waiting and this prompt has 10; it may"
+    ):
+        harness.add(make_request("a9", [1] * 10, tenant="large"))
+    harness.add(make_request("b1", [1] * 20, tenant="small"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 60)), max_size=80), st.integers(5, 20))
+def test_whoever_has_nothing_waiting_is_let_in_beside_any_one_tenant(sends: list[tuple[str, int]], limit: int) -> None:
+    simulation = Simulation(max_waiting_requests=limit)
+    for tenant, num_tokens in sends:
+        simulation.send(tenant, num_tokens, 5)
+        waiting = [sequence.request.tenant for sequence in simulation.scheduler._queue]
+        assert len(waiting) <= limit
+        if len(set(waiting)) == 1:
+            assert len(waiting) < limit
+        # The last place went to somebody who had fewer than four.
+        if len(waiting) == limit:
+            assert min(waiting.count(tenant) for tenant in set(waiting)) <= 4
+
+
+def test_choices_are_accepted_all_or_none() -> None:
+    harness = Harness(max_waiting_requests=5)
+    choices = [make_request(f"r{number}", [1, 2], seed=1) for number in range(4)]
+    harness.scheduler.add(*choices)
+    with pytest.raises(RequestError, match="4 requests are waiting; at most 5 may"):
+        harness.scheduler.add(*(make_request(f"s{number}", [1, 2]) for number in range(2)))
+    with pytest.raises(RequestError, match="'t1' is in use"):
+        harness.scheduler.add(make_request("t1", [1]), make_request("t1", [1]))
+    assert harness.engine.stats.num_waiting == 4
+    with pytest.raises(RequestError, match="there are 6 sequences; at most 5 may wait") as caught:
+        harness.scheduler.add(*(make_request(f"u{number}", [1, 2]) for number in range(6)))
+    assert caught.value.kind == "invalid"
+    harness.engine.step()
+    assert [new.seq_id for new in harness.executor.plans[0].new_sequences] == [1, 2, 3, 4]
+
+
+def test_choices_of_one_request_run_one_after_the_other_beside_other_tenants() -> None:
+    harness = Harness(max_num_seqs=3)
+    harness.scheduler.add(*(make_request(f"a{number}", [1] * 4, tenant="a") for number in range(4)))
+    harness.scheduler.add(make_request("b1", [1] * 4, tenant="b"))
+    harness.engine.step()
+    assert [new.seq_id for new in harness.executor.plans[0].new_sequences] == [1, 5, 2]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_cannot_be_divided_by_is_refused(weight: float) -> None:
+    harness = Harness()
+    with pytest.raises(RequestError, match=r"the tenant's weight is .*; it must be greater than 0"):
+        harness.add(make_request("r1", [1], weight=weight))
+
+
+def test_pace_is_measured_while_something_waits() -> None:
+    pace = Pace()
+    assert pace.wait_s(100) is None
+    pace.record_step(0.0, 500, is_backlogged=False)
+    pace.record_step(10.0, 500, is_backlogged=True)
+    assert pace.wait_s(100) is None
+    pace.record_step(12.0, 100, is_backlogged=True)
+    assert pace.wait_s(100) == pytest.approx(2.0)
+    pace.record_step(14.0, 0, is_backlogged=False)
+    assert 3.9 < (pace.wait_s(100) or 0) < 4.3
+    before_s = pace.wait_s(100)
+    pace.record_step(1000.0, 7, is_backlogged=True)
+    assert pace.wait_s(100) == before_s
+
+
+def test_a_run_is_expected_to_be_at_most_twice_as_long_as_others() -> None:
+    pace = Pace()
+    assert pace.run_s(100) == 0
+    for _ in range(10):
+        pace.record_end(20, 4.0)
+    assert pace.run_s(10) == pytest.approx(2.0)
+    assert pace.run_s(1000) == pytest.approx(8.0)
+
+
+def test_the_estimate_is_about_what_the_wait_is_then() -> None:
+    simulation = Simulation(max_waiting_requests=64, step_s=0.05)
+    told: dict[int, float] = {}
+    for step in range(1500):
+        for tenant in ("a", "b"):
+            num_before = len(simulation.sent)
+            send_some(simulation, tenant, 5 * CAPACITY)
+            if step > 200 and len(simulation.sent) == num_before + 1:
+                told[num_before] = simulation.engine.stats.estimated_wait_s
+        simulation.step()
+    ratios = sorted(
+        (sent.first_token_s - sent.arrived_s) / told[number]
+        for number, sent in enumerate(simulation.sent)
+        if number in told and sent.first_token_s is not None
+    )
+    assert len(ratios) > 100
+    assert 0.7 < ratios[len(ratios) // 20] < ratios[-len(ratios) // 20] < 1.5
+
+
+def test_a_refusal_says_how_long_the_queue_takes() -> None:
+    simulation = Simulation(max_waiting_requests=64, step_s=0.05)
+    refusals = []
+    for _ in range(1000):
+        refusals += send_some(simulation, "a", 10 * CAPACITY)
+        simulation.step()
+    # 52 requests of one tenant wait, and one leaves each 4 steps.
+    told = [refusal.retry_after_s for refusal in refusals[-500:]]
+    assert min(told) > 0.5 * 52 / CAPACITY * 0.05
+    assert max(told) < 2 * 52 / CAPACITY * 0.05
+
+
+def test_what_would_expire_while_it_waits_is_refused_at_once() -> None:
+    simulation = Simulation(max_waiting_requests=256, step_s=0.05)
+    refusals = []
+    for _ in range(1500):
+        refusals += send_some(simulation, "a", 10 * CAPACITY, deadline_s=10.0)
+        simulation.step()
+    late = [refusal for refusal in refusals if "its deadline is in 10.0 s" in str(refusal)]
+    assert len(late) > 1000
+    assert all(refusal.kind == "overloaded" and refusal.retry_after_s > 0 for refusal in late)
+    stats = simulation.engine.stats
+    # Of those accepted most come to their end in time; nothing is computed for most of the others.
+    accepted = [sent for sent in simulation.sent if sent.arrived_s < simulation.now_s - 12]
+    in_time = [sent for sent in accepted if sent.finish_reason is FinishReason.LENGTH]
+    assert len(in_time) > 0.75 * len(accepted)
+    # Goodput: tokens of whole answers, of all that the group made.
+    assert sum(sent.max_tokens for sent in in_time) > 0.8 * stats.num_generation_tokens * len(accepted) / len(
+        simulation.sent
+    )
+
+
+def test_a_small_tenant_is_neither_refused_nor_late_beside_an_overload() -> None:
+    simulation = Simulation(max_waiting_requests=64, step_s=0.05)
+    for _ in range(1000):
+        send_some(simulation, "large", 10 * CAPACITY, deadline_s=10.0)
+        assert send_some(simulation, "small", CAPACITY / 10, deadline_s=10.0) == []
+        simulation.step()
+    assert max(simulation.ttfts("small")) < 1.0
+    assert all(sent.finish_reason is not FinishReason.DEADLINE for sent in simulation.sent if sent.tenant == "small")
+
+
+def test_ten_times_too_much_and_then_normal_again() -> None:
+    def run(rate: float, num_steps: int) -> tuple[float, int]:
+        """Tokens a step, and how many were refused."""
+        before = simulation.engine.stats
+        for _ in range(num_steps):
+            send_some(simulation, "a", rate)
+            simulation.step()
+            assert simulation.engine.stats.num_waiting <= 16 + 16  # preempted ones may come on top
+        after = simulation.engine.stats
+        return (
+            after.num_generation_tokens - before.num_generation_tokens
+        ) / num_steps, after.num_refused - before.num_refused
+
+    simulation = Simulation(max_waiting_requests=16, step_s=0.05)
+    peak, _ = run(CAPACITY, 600)
+    overloaded, num_refused = run(10 * CAPACITY, 1200)
+    assert overloaded > 0.9 * peak
+    assert num_refused > 1000
+    run(CAPACITY / 4, 100)
+    mark = len(simulation.sent)
+    _, num_refused = run(CAPACITY / 4, 300)
+    assert num_refused == 0
+    late = simulation.sent[mark:-10]
+    assert max((sent.first_token_s or 1e9) - sent.arrived_s for sent in late) < 1.0
+    for _ in range(300):
+        simulation.step()
+    assert not simulation.engine.has_work
+    assert simulation.engine.stats.kv_usage == 0
+    simulation.engine.check_integrity()
+
+
+def test_deadlines_are_kept_in_order_and_in_proportion() -> None:
+    deadlines, rng = Deadlines(), random.Random(1)
+    living: dict[int, float] = {}
+    for number in range(20000):
+        living[number] = rng.uniform(0, 1000)
+        deadlines.add(living[number], number)
+        if len(living) > 50:
+            del living[rng.choice(list(living))]
+        deadlines.keep(living.keys())
+        assert len(deadlines._heap) <= 2 * 51 + 65
+    for now_s in range(0, 1001, 100):
+        expired = set(deadlines.take_expired(now_s)) & living.keys()
+        assert expired == {number for number, at_s in living.items() if now_s - 100 < at_s <= now_s}
+
+
+def test_expired_ones_are_ended_before_anything_is_computed_for_them() -> None:
+    harness = Harness(max_num_seqs=1)
+    harness.add(make_request("r0", [1], max_tokens=20))
+    for number in range(1, 6):
+        harness.add(make_request(f"r{number}", [1], deadline_s=float(number)))
+    for _ in range(3):
+        harness.step()
+        harness.clock.now_s += 1.5
+    harness.step()
+    assert [harness.finish_reason(f"r{number}") for number in range(1, 5)] == [FinishReason.DEADLINE] * 4
+    assert harness.engine.stats.num_finished_deadline == 4
+    harness.engine.abort("r0")
+    harness.run()
+    assert harness.finish_reason("r5") is FinishReason.LENGTH
+    assert [new.seq_id for plan in harness.executor.plans for new in plan.new_sequences] == [1, 6]

@@ -1,0 +1,229 @@
+"""What is wrong with a request is said by field, in OpenAI's form, and never as a server's fault. Rules about values are the
+validator's, which gRPC's tests go through; here is what only JSON and HTTP can get wrong."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serving.gateway.validate import ValidationError
+from tests.unit.gateway.conftest import Serve
+from tests.unit.gateway.http_client import CHAT, COMPLETION, client, post
+
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+
+# (path, changes to a good request, field, what the message says)
+TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
+    (COMPLETIONS, {"prompt": None}, "prompt", ["missing"]),
+    (COMPLETIONS, {"prompt": []}, "prompt", ["empty"]),
+    (COMPLETIONS, {"prompt": ["a", ""]}, "prompt[1]", ["empty"]),
+    (COMPLETIONS, {"prompt": ["a", 1]}, "prompt[1]", ["prompt[0]", "list of texts"]),
+    (COMPLETIONS, {"prompt": [[1], "a"]}, "prompt[1]", ["prompt[0]"]),
+    (COMPLETIONS, {"prompt": [[1, "a"]]}, "prompt[0][1]", ["int", "str"]),
+    (COMPLETIONS, {"prompt": [True]}, "prompt[0]", ["bool"]),
+    (COMPLETIONS, {"prompt": {"text": "a"}}, "prompt", ["object"]),
+    (COMPLETIONS, {"prompt": ["a"] * 17}, "prompt", ["17", "16"]),
+    (COMPLETIONS, {"prompt": [1, 270]}, "prompt[1]", ["270", "269"]),
+    (COMPLETIONS, {"prompt": [[1], [2, -1]]}, "prompt[1][1]", ["-1", "269"]),
+    (COMPLETIONS, {"prompt": ["a", "x" * 99]}, "prompt[1]", ["100 tokens"]),
+    (COMPLETIONS, {"max_tokens": 98}, "max_tokens", ["98", "3 tokens", "100"]),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens", ["0", "1 to 100"]),
+    (COMPLETIONS, {"max_tokens": 5.0}, "max_tokens", ["int", "float"]),
+    (COMPLETIONS, {"max_tokens": True}, "max_tokens", ["int", "bool"]),
+    (COMPLETIONS, {"max_tokens": "5"}, "max_tokens", ["int", "str"]),
+    (COMPLETIONS, {"temperature": "hot"}, "temperature", ["float", "str"]),
+    (COMPLETIONS, {"seed": -1}, "seed", ["-1"]),
+    (COMPLETIONS, {"stop": [1]}, "stop[0]", ["str", "int"]),
+    (COMPLETIONS, {"stop": ""}, "stop[0]", ["0 bytes"]),
+    (COMPLETIONS, {"logprobs": True}, "logprobs", ["int", "bool"]),
+    (COMPLETIONS, {"logprobs": 6}, "logprobs", ["6", "0 to 5"]),
+    (COMPLETIONS, {"logit_bias": {"1": "x"}}, "logit_bias", ["float", "str"]),
+    (COMPLETIONS, {"logit_bias": {"-1": 1}}, "logit_bias", ["'-1'", "token id"]),
+    (COMPLETIONS, {"logit_bias": {"01": 1}}, "logit_bias", ["'01'", "token id"]),
+    (COMPLETIONS, {"logit_bias": {"٣": 1}}, "logit_bias", ["token id"]),
+    (COMPLETIONS, {"logit_bias": {"9" * 5000: 1}}, "logit_bias", ["token id"]),
+    (COMPLETIONS, {"logit_bias": {"270": 1}}, "logit_bias", ["270", "269"]),
+    (COMPLETIONS, {"best_of": 2}, "best_of", ["not supported", "null or 1"]),
+    (COMPLETIONS, {"suffix": "end"}, "suffix", ["not supported"]),
+    (COMPLETIONS, {"messages": []}, "messages", ["not a field"]),
+    (COMPLETIONS, {"x" * 5000: 1}, "x" * 100 + "…", ["not a field"]),
+    (COMPLETIONS, {"stream_options": {}}, "stream_options", ["stream is not true"]),
+    (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x", ["not a field"]),
+    (COMPLETIONS, {"model": ""}, "model", ["empty", "plain, tiny"]),
+    (COMPLETIONS, {"model": None}, "model", ["str", "null"]),
+    (COMPLETIONS, {"prompt": "a\ud800b"}, "prompt", ["surrogate", "character 1"]),
+    (CHATS, {"messages": []}, "messages", ["empty"]),
+    (CHATS, {"messages": "hi"}, "messages", ["array", "str"]),
+    (CHATS, {"messages": [{"role": "user"}]}, "messages[0].content", ["missing"]),
+    (CHATS, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", ["null"]),
+    (CHATS, {"messages": [{"role": "root", "content": "x"}]}, "messages[0]", ["root", "system, user, assistant"]),
+    (CHATS, {"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name", ["null"]),
+    (
+        CHATS,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
+        "messages[0].content[0].type",
+        ["image_url"],
+    ),
+    (CHATS, {"messages": [{"role": "user", "content": "\udfff"}]}, "messages[0].content", ["surrogate"]),
+    (CHATS, {"messages": [{"role": "user", "content": "x" * 90}]}, "messages", ["tokens", "100"]),
+    (CHATS, {"model": "plain"}, "messages", ["no chat format"]),
+    (CHATS, {"logprobs": True, "top_logprobs": 6}, "top_logprobs", ["6", "0 to 5"]),
+    (CHATS, {"top_logprobs": 1}, "top_logprobs", ["logprobs is not true"]),
+    (CHATS, {"logprobs": 1}, "logprobs", ["bool", "int"]),
+    (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["0", "1 to 100"]),
+    (CHATS, {"max_completion_tokens": 90}, "max_completion_tokens", ["90", "21 tokens"]),
+    (CHATS, {"max_completion_tokens": 9, "max_tokens": 8}, "max_completion_tokens", ["9", "8"]),
+    (CHATS, {"tools": [{"type": "function"}]}, "tools", ["not supported", "null or []"]),
+    (CHATS, {"tool_choice": "required"}, "tool_choice", ["not supported"]),
+    (CHATS, {"response_format": {"type": "json_object"}}, "response_format", ["not supported", "text"]),
+    (CHATS, {"store": True}, "store", ["not supported", "false"]),
+    (CHATS, {"prediction": {}}, "prediction", ["not supported", "null"]),
+    ("/tokenize", {"prompt": "x", "messages": CHAT["messages"]}, "messages", ["one"]),
+    ("/tokenize", {"prompt": None}, "prompt", ["missing"]),
+    ("/tokenize", {"prompt": "x" * 5000}, "prompt", ["5000", "100"]),
+    ("/tokenize", CHAT | {"prompt": None, "add_special_tokens": True}, "add_special_tokens", ["leave it unset"]),
+    ("/detokenize", {"tokens": [270]}, "tokens[0]", ["270", "269"]),
+    ("/detokenize", {"tokens": "x"}, "tokens", ["array", "str"]),
+]
+GOOD = {COMPLETIONS: COMPLETION, CHATS: CHAT, "/tokenize": COMPLETION, "/detokenize": {"model": "tiny", "tokens": [1]}}
+
+
+def assert_refused(answer: Any, status: int = 400) -> Any:
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 400
+    return error
+
+
+async def test_bad_values_are_named(serve: Serve) -> None:
+    async with serve(http_port=0) as gateway:
+        for path, changes, field, parts in TABLE:
+            error = assert_refused(await post(gateway, path, GOOD[path] | changes))
+            assert error["param"] == field, error
+            for part in (field, *parts):
+                assert part in error["message"], (changes, error)
+        assert gateway.backend.requests == []
+
+
+async def test_what_does_not_fit_the_context_has_openais_code(serve: Serve) -> None:
+    async with serve(http_port=0) as gateway:
+        for changes in ({"prompt": "x" * 200}, {"max_tokens": 98}):
+            error = assert_refused(await post(gateway, COMPLETIONS, COMPLETION | changes))
+            assert error["code"] == "context_length_exceeded"
+
+
+NEUTRAL: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETIONS, {"best_of": 1, "suffix": None, "user": "u", "store": False}),
+    (COMPLETIONS, {"echo": None, "logprobs": None, "n": None, "stop": None, "stream": None, "logit_bias": None}),
+    (CHATS, {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "response_format": {"type": "text"}}),
+    (CHATS, {"metadata": {"a": "b"}, "service_tier": "auto", "modalities": ["text"], "reasoning_effort": None}),
+    (CHATS, {"safety_identifier": "x", "prompt_cache_key": "y", "max_tokens": 5, "max_completion_tokens": 5}),
+    (CHATS, {"logprobs": False, "top_logprobs": None, "function_call": None, "functions": None}),
+]
+
+
+@pytest.mark.parametrize(("path", "changes"), NEUTRAL)
+async def test_fields_that_ask_for_nothing_are_taken(serve: Serve, path: str, changes: dict[str, Any]) -> None:
+    async with serve(http_port=0) as gateway:
+        assert (await post(gateway, path, GOOD[path] | changes)).status_code == 200
+
+
+DEEP = 250_000
+CORPUS: list[tuple[bytes, str | None]] = [
+    (b"", None),
+    (b"null", None),
+    (b"[]", None),
+    (b'"x"', None),
+    (b"{", None),
+    (b'{"model":"tiny"', None),
+    (b"\xef\xbb\xbf" + json.dumps(COMPLETION).encode(), None),
+    (json.dumps(COMPLETION).encode() + b" trailing", None),
+    (json.dumps(COMPLETION).encode() * 2, None),
+    (b'{"model":"tiny","prompt":"\xff"}', None),
+    (b'{"model":"tiny","prompt":"\xed\xa0\x80"}', None),
+    (b'{"model":"tiny","prompt":"a\nb"}', None),
+    (b'{"model":"tiny","prompt":"hi","model":"plain"}', "model"),
+    (b'{"model":"tiny","prompt":"hi","logit_bias":{"1":1,"1":2}}', "1"),
+    (b'{"model":"tiny","prompt":"hi","temperature":NaN}', "temperature"),
+    (b'{"model":"tiny","prompt":"hi","temperature":Infinity}', "temperature"),
+    (b'{"model":"tiny","prompt":"hi","temperature":-Infinity}', "temperature"),
+    (b'{"model":"tiny","prompt":"hi","temperature":1e400}', "temperature"),
+    (b'{"model":"tiny","prompt":"hi","temperature":1' + b"0" * 400 + b"}", "temperature"),
+    (b'{"model":"tiny","prompt":"hi","seed":NaN}', "seed"),
+    (b'{"model":"tiny","prompt":"hi","seed":1e400}', "seed"),
+    (b'{"model":"tiny","prompt":"hi","seed":1' + b"0" * 400 + b"}", "seed"),
+    (b'{"model":"tiny","prompt":"hi","seed":1' + b"0" * 5000 + b"}", None),
+    (b'{"model":"tiny","prompt":"hi","logit_bias":{"1":NaN}}', "logit_bias"),
+    (b'{"model":"tiny","prompt":"\\ud800"}', "prompt"),
+    (b'{"model":"tiny","prompt":"hi","\\udc00":1}', ""),
+    (b'{"model":"tiny","prompt":"hi","user":"\\ud800"}', "user"),
+    (b"[" * DEEP + b"]" * DEEP, None),
+    (b'{"model":"tiny","prompt":' + b"[" * DEEP + b"1" + b"]" * DEEP + b"}", None),
+    (b'{"a":' * 900 + b"1" + b"}" * 900, "a"),
+    (b'{"model":"tiny","prompt":"hi","tools":' + b"[" * 400 + b'"\\ud800"' + b"]" * 400 + b"}", "tools" + "[0]" * 400),
+]
+
+
+async def test_broken_json_is_a_bad_request(serve: Serve) -> None:
+    async with serve(http_port=0) as gateway:
+        for body, field in CORPUS:
+            answer = await post(gateway, COMPLETIONS, body)
+            assert answer.status_code == 400, (body[:80], answer.text)
+            assert answer.json()["error"]["param"] == (field or None), body[:80]
+        nul = await post(gateway, COMPLETIONS, b'{"model":"tiny","prompt":"a\\u0000b"}')
+        assert nul.status_code == 200, "it is a character like others, as it is for gRPC"
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_only_json_is_taken(serve: Serve, content_type: str | None) -> None:
+    async with serve(http_port=0) as gateway, client(gateway) as http:
+        headers = {} if content_type is None else {"content-type": content_type}
+        answer = await http.post(COMPLETIONS, content=json.dumps(COMPLETION), headers=headers)
+        assert_refused(answer, 415)
+        assert (await post(gateway, COMPLETIONS, COMPLETION, **{"content-encoding": "gzip"})).status_code == 415
+        plain = await post(gateway, COMPLETIONS, COMPLETION, **{"content-encoding": "identity"})
+        assert plain.status_code == 200
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e9", "soon", ""])
+async def test_a_timeout_that_is_none_is_refused(serve: Serve, value: str) -> None:
+    async with serve(http_port=0) as gateway:
+        answer = await post(gateway, COMPLETIONS, COMPLETION, **{"x-request-timeout-s": value})
+    assert assert_refused(answer)["param"] == "x-request-timeout-s"
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters(), max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=8,
+)
+SCHEMAS = {schema: sorted(schema.__struct_fields__) for schema in (
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest
+)}  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(list(SCHEMAS)), st.data())
+def test_any_json_becomes_a_request_or_a_named_error(schema: Any, data: st.DataObject) -> None:
+    names = st.one_of(st.sampled_from(SCHEMAS[schema]), st.text(max_size=6))
+    body = json.dumps(data.draw(st.one_of(json_values, st.dictionaries(names, json_values, max_size=6)))).encode()
+    try:
+        request = schema.from_json(body)
+        if hasattr(request, "query"):
+            request.query()
+    except ValidationError as error:
+        assert str(error)
+        str(error).encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_become_a_request_or_a_named_error(body: bytes) -> None:
+    with suppress(ValidationError):
+        CompletionRequest.from_json(body)

@@ -1,0 +1,82 @@
+"""The Triton kernels as the backend launches them, compiled for GPUs that are not there; test_cuda_triton.py runs this file.
+
+The compiler is told of a device, and stops short of loading what it made. It shows that every launch compiles and asks for no
+more shared memory than there is, not that the result is right.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from model_parallel.kernels.cuda import CudaKernels
+from tests.support import cuda_checks
+from tests.support.cuda_checks import DTYPES, make_heads
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+"""Of a program, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
+
+
+class _Driver:
+    """In place of the driver of a device."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture(params=list(SHARED_BYTES), ids=["ampere", "hopper"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CudaKernels:
+    """What it launches is compiled only, and checked for the shared memory it needs."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(request.param))
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, warmup=True, **options)
+        assert "cubin" in kernel.asm
+        assert kernel.metadata.shared <= SHARED_BYTES[request.param], self.__name__
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return CudaKernels(device="cpu", num_multiprocessors=132)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(32, 32, 128), (5, 2, 64), (71, 1, 80)], ids=["7b", "uneven", "mqa"])
+def test_attention(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    num_queries, num_kv_heads, dim = heads
+    map_ = [query * num_kv_heads // num_queries for query in range(num_queries)]
+    local = make_heads(kernels, map_, num_kv_heads, dim)
+    runs = [(1, 40, [0, 1, 2]), (20, 0, [3, 4])]
+    plan = cuda_checks.make_plan(kernels, runs, block_size=16, heads=local)
+    qkv = torch.zeros(21, (num_queries + 2 * num_kv_heads) * dim, dtype=dtype)
+    kernels.attention(qkv, plan, cuda_checks.poisoned_cache(kernels, 5, 16, local, dtype), local)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise(kernels: CudaKernels, dtype: torch.dtype) -> None:
+    for num_columns in (576, 8192):
+        x, weight = torch.zeros(3, num_columns), torch.ones(num_columns, dtype=dtype)
+        kernels.rms_norm(x, weight, 1e-5)
+        kernels.add_rms_norm(x, x, weight, 1e-5)
+        kernels.swiglu(torch.zeros(3, 2 * num_columns, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 40, 128])
+def test_int8_products(kernels: CudaKernels, num_rows: int, dtype: torch.dtype) -> None:
+    weight = cuda_checks.random_int8(kernels, 64, 4096)
+    kernels.addend(torch.zeros(num_rows, 4096, dtype=dtype), weight)

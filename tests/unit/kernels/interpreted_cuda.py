@@ -1,0 +1,182 @@
+"""The CUDA backend in Triton's interpreter against float64 and the reference; test_cuda_triton.py runs this file.
+
+The interpreter is slow, so shapes are small. It shows that indices, masks and sums are right, not that a GPU agrees.
+"""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from model_parallel.config import ModelConfig
+from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.interface import LayerCache
+from model_parallel.kernels.reference import ReferenceKernels
+from model_parallel.model.llama import Llama
+from model_parallel.model.partition import fused_name, shard_table
+from model_parallel.runtime.batch import Layout, rotary_angles, rotary_frequencies
+from model_parallel.runtime.collectives import SoloCollectives
+from model_parallel.runtime.cuda_graphs import DecodeInputs, padded_sizes
+from tests.support import cuda_checks
+from tests.support.cuda_checks import DTYPES, make_heads
+from tests.support.kernels import attention_plan
+
+# numpy warns of infinities and NaN, of which a GPU says nothing.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bfloat16() -> None:
+    """The interpreter holds bfloat16 as its bits, which it multiplies as they are and does not round to."""
+    builder: Any = interpreter.InterpreterBuilder
+    tl = interpreter.tl
+    dot, extend, truncate, convert = (
+        getattr(builder, f"create_{name}") for name in ("dot", "fp_ext", "fp_trunc", "si_to_fp")
+    )
+
+    def widened(self: Any, x: Any, to: Any = tl.float32) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return extend(self, x, to) if x.dtype.scalar != to.scalar else x
+        bits = torch.from_numpy(np.array(x.data).view(np.int16))
+        return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+
+    def rounded(self: Any, x: Any, to: Any) -> Any:
+        if to.scalar != tl.bfloat16:
+            return truncate(self, x, to)
+        bits = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16)
+        return interpreter.TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
+
+    def converted(self: Any, x: Any, to: Any) -> Any:
+        return rounded(self, convert(self, x, tl.float32), to) if to.scalar == tl.bfloat16 else convert(self, x, to)
+
+    def dot_of_wide(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, *(widened(self, x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+
+    builder.create_fp_ext, builder.create_fp_trunc = widened, rounded
+    builder.create_dot, builder.create_si_to_fp = dot_of_wide, converted
+
+
+@pytest.fixture
+def kernels() -> CudaKernels:
+    return CudaKernels(device="cpu", num_multiprocessors=2)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sequences_in_chunks_beside_each_other(kernels: CudaKernels, seed: int) -> None:
+    """Random maps and shapes."""
+    draw = random.Random(seed)
+    num_kv_heads = draw.randint(1, 3)
+    kv_of_query = [draw.randrange(num_kv_heads) for _ in range(draw.randint(1, 9))]
+    heads = make_heads(kernels, kv_of_query, num_kv_heads, draw.choice([2, 6, 16, 24]))
+    lengths = [draw.randint(1, 25), draw.randint(30, 80), 1]
+    block_size = draw.choice([1, 3, 8, 16, 33])
+    cuda_checks.check_chunks(kernels, heads, lengths, block_size=block_size, dtype=DTYPES[seed % 3], seed=seed)
+
+
+@pytest.mark.parametrize("kv_of_query", [[0, 0, 0, 1, 1], [0] * 20, [1, 1]], ids=["uneven", "mqa", "unread"])
+def test_a_long_context_in_many_parts(kv_of_query: list[int]) -> None:
+    """Decode with more parts than tiles, and a key/value head that nobody reads."""
+    kernels = CudaKernels(device="cpu", num_multiprocessors=32)
+    cuda_checks.check_long_decode(kernels, make_heads(kernels, kv_of_query, 2, 8), 140, dtype=torch.float32)
+
+
+def test_neighbours_that_are_not_finite(kernels: CudaKernels) -> None:
+    cuda_checks.check_neighbours(kernels)
+
+
+def test_no_rows(kernels: CudaKernels) -> None:
+    cuda_checks.check_no_rows(kernels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [1, 33, 128, 300])
+def test_norms(kernels: CudaKernels, num_columns: int, dtype: torch.dtype) -> None:
+    cuda_checks.check_norms(kernels, 3, num_columns, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_columns", [1, 33, 1100])
+def test_swiglu(kernels: CudaKernels, num_columns: int, dtype: torch.dtype) -> None:
+    cuda_checks.check_swiglu(kernels, 3, num_columns, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 33, 70), (5, 130, 31), (20, 257, 33)])
+def test_int8_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    cuda_checks.check_int8(kernels, *shape, dtype)
+
+
+CONFIG = ModelConfig(
+    vocab_size=50,
+    hidden_size=36,
+    intermediate_size=44,
+    num_layers=2,
+    num_query_heads=9,
+    num_kv_heads=3,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    rope_theta=100.0,
+    max_position=64,
+)
+
+
+def _llama(kernels: CudaKernels | ReferenceKernels) -> Llama:
+    torch.manual_seed(5)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shard in shard_table(CONFIG, 1, 0).items():
+        part = torch.randn(shard.shape) * 0.3
+        fused = fused_name(name)
+        weights[fused] = torch.cat([weights[fused], part]) if fused in weights else part
+    return Llama(CONFIG, weights, kernels=kernels, collectives=SoloCollectives())
+
+
+def _caches(kernels: CudaKernels | ReferenceKernels) -> list[LayerCache]:
+    return [
+        kernels.allocate_cache(num_blocks=12, block_size=4, num_kv_heads=3, head_dim=4, dtype=torch.float32)
+        for _ in range(CONFIG.num_layers)
+    ]
+
+
+def test_a_padded_decode_step_is_that_of_the_reference(kernels: CudaKernels) -> None:
+    """What a graph would hold, run as it is: fixed inputs for four sequences, filled in with three, then with one."""
+    reference = ReferenceKernels(num_threads=1, device="cpu")
+    frequencies = rotary_frequencies(CONFIG, torch.device("cpu"))
+    models, caches = [_llama(kernels), _llama(reference)], [_caches(kernels), _caches(reference)]
+    tables, lengths = [[0, 1, 2], [3, 4], [5]], [9, 6, 1]
+    prompts = [(n, 0, table) for n, table in zip(lengths, tables, strict=True)]
+    angles = rotary_angles(torch.tensor([p for n in lengths for p in range(n)]), frequencies)
+    prompt = replace(attention_plan(prompts, block_size=4, head_dim=4), cos_TD=angles.cos(), sin_TD=angles.sin())
+    ids = torch.randint(0, 50, (sum(lengths),))
+    hidden = [model.forward(ids, prompt, cache) for model, cache in zip(models, caches, strict=True)]
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-4)
+
+    inputs = DecodeInputs(4, 40, scratch_slot=12 * 4, frequencies=frequencies)
+    for sequences in ([0, 1, 2], [1]):
+        chosen = [(1, lengths[i], tables[i]) for i in sequences]
+        angles = rotary_angles(torch.tensor([lengths[i] for i in sequences]), frequencies)
+        plan = replace(attention_plan(chosen, block_size=4, head_dim=4), cos_TD=angles.cos(), sin_TD=angles.sin())
+        token_ids = list(range(7, 7 + len(sequences)))
+        expected = models[1].forward(torch.tensor(token_ids), plan, caches[1])
+        layout = Layout(
+            token_ids,
+            [lengths[i] for i in sequences],
+            plan.slots_T.tolist(),
+            [tuple(run) for run in plan.runs_S4.tolist()],
+            plan.blocks.tolist(),
+        )
+        inputs.load(layout)
+        out = models[0].forward(inputs.token_ids_T, inputs.plan(), caches[0])
+        assert out.shape[0] == 4
+        torch.testing.assert_close(out[: len(sequences)], expected, rtol=1e-4, atol=1e-4)
+        for i in sequences:
+            lengths[i] += 1
+
+
+def test_sizes_that_steps_are_padded_to() -> None:
+    assert padded_sizes(1) == [1]
+    assert padded_sizes(5) == [1, 2, 4, 5]
+    assert padded_sizes(64) == [1, 2, 4, 8, 16, 32, 64]

@@ -1,0 +1,192 @@
+"""Spans of one request, from the client's over the gateway's to the group's, and their way to a collector."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.trace import SpanKind, StatusCode
+
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from protos import inference_pb2 as pb
+from serving.gateway.backend import GroupUnavailableError
+from serving.observability.tracing import GroupSpan, Tracing, end_span, open_tracing, trace_context
+from tests.support.otlp import running_collector
+from tests.unit.gateway.fakes import FakeBackend, say
+from tests.unit.observability.conftest import Watch
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+HEADERS = (("traceparent", f"00-{TRACE}-{PARENT}-01"), ("tracestate", "vendor=1"))
+REQUEST = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=9, top_p=0.5))
+
+
+@pytest.fixture
+def exporter() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def provider(exporter: InMemorySpanExporter) -> TracerProvider:
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return provider
+
+
+def only(exporter: InMemorySpanExporter) -> ReadableSpan:
+    (span,) = exporter.get_finished_spans()
+    return span
+
+
+class TracedBackend(FakeBackend):
+    """Remembers what went with the request."""
+
+    context: dict[str, str]
+
+    async def generate(self, model: str, requests: Sequence[EngineRequest], passage: Any) -> AsyncIterator[Any]:
+        self.context = passage.trace_context
+        async for outputs in super().generate(model, requests, passage):
+            yield outputs
+
+
+async def test_a_request_is_one_span_under_the_clients(
+    watched: Watch, provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    backend = TracedBackend(say("Paris"))
+    async with watched(backend, provider=provider) as gateway:
+        answer = await gateway.stub.Generate(REQUEST, metadata=HEADERS)
+    span = only(exporter)
+    assert (span.name, span.kind, span.status.status_code) == ("gateway.request", SpanKind.SERVER, StatusCode.UNSET)
+    assert span.context is not None and span.parent is not None
+    assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (TRACE, PARENT)
+    assert [event.name for event in span.events] == ["first_token"]
+    assert dict(span.attributes or {}) == {
+        "rpc.method": "/packtrain.v1.Inference/Generate",
+        "rpc.response.status_code": "OK",
+        "packtrain.front_end": "grpc",
+        "packtrain.request_id": answer.request.request_id,
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "packtrain",
+        "gen_ai.request.model": "tiny",
+        "gen_ai.request.choice.count": 1,
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.request.temperature": 1.0,
+        "gen_ai.request.top_p": 0.5,
+        "gen_ai.response.id": answer.request.request_id,
+        "gen_ai.response.finish_reasons": ("stop",),
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.cache_read.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 6,
+    }
+    known = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
+    assert {name for name in span.attributes or {} if name.startswith("gen_ai.")} <= known
+    assert backend.context["traceparent"] == f"00-{TRACE}-{span.context.span_id:016x}-01"
+    assert backend.context["tracestate"] == "vendor=1"
+
+
+async def test_a_failure_is_an_error_that_names_the_model(
+    watched: Watch, provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
+    async def lose(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        raise GroupUnavailableError("lost")
+        yield ()
+
+    async with watched(FakeBackend(lose), provider=provider) as gateway:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await gateway.stub.Generate(REQUEST)
+    span = only(exporter)
+    assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "NO_GROUP")
+    attributes = span.attributes or {}
+    assert (attributes["gen_ai.request.model"], attributes["error.type"]) == ("tiny", "NO_GROUP")
+    assert span.parent is None
+
+
+@pytest.mark.parametrize("traceparent", ["", "00-zz-1-01", "\x1b[2J", "0" * 5000])
+async def test_a_context_that_is_none_begins_a_new_trace(
+    watched: Watch, provider: TracerProvider, exporter: InMemorySpanExporter, traceparent: str
+) -> None:
+    with Watched(provider, {"traceparent": traceparent}):
+        pass
+    assert only(exporter).parent is None
+
+
+class Watched:
+    """A span of one Tracing, as a context."""
+
+    def __init__(self, provider: TracerProvider, headers: dict[str, str]) -> None:
+        self.span = Tracing(provider).start("gateway.request", SpanKind.SERVER, headers)
+
+    def __enter__(self) -> dict[str, str]:
+        return trace_context(self.span)
+
+    def __exit__(self, *raised: object) -> None:
+        end_span(self.span)
+
+
+def output(**fields: Any) -> EngineOutput:
+    return EngineOutput(request_id="r", **fields)
+
+
+@pytest.mark.parametrize(
+    ("batches", "raised", "failure", "num_events"),
+    [
+        ([output(token_ids=(1,)), output(token_ids=(2,), finish_reason=FinishReason.STOP)], None, None, 1),
+        ([output(finish_reason=FinishReason.ERROR, error_kind="unavailable")], None, "unavailable", 0),
+        ([output(token_ids=(1,))], RuntimeError("a bug"), "RuntimeError", 1),
+        ([output(token_ids=(1,))], asyncio.CancelledError(), None, 1),
+    ],
+)
+def test_the_group_has_a_span_under_the_gateways(
+    provider: TracerProvider,
+    exporter: InMemorySpanExporter,
+    batches: list[EngineOutput],
+    raised: BaseException | None,
+    failure: str | None,
+    num_events: int,
+) -> None:
+    try:
+        with Watched(provider, {}) as context, GroupSpan(Tracing(provider), "tiny", "g1", context) as span:
+            for batch in batches:
+                span.received([batch])
+            if raised is not None:
+                raise raised
+    except (RuntimeError, asyncio.CancelledError) as error:
+        assert error is raised
+    group, gateway = exporter.get_finished_spans()
+    assert group.parent is not None and group.parent.span_id == gateway.get_span_context().span_id
+    assert (group.name, len(group.events), group.status.description) == ("group.generate", num_events, failure)
+    attributes = group.attributes or {}
+    assert (attributes["gen_ai.request.model"], attributes["packtrain.engine"]) == ("tiny", "g1")
+
+
+def test_nothing_is_traced_unless_told_to(provider: TracerProvider, exporter: InMemorySpanExporter) -> None:
+    tracing = open_tracing()
+    assert not tracing.is_on
+    span = tracing.start("gateway.request", SpanKind.SERVER, {})
+    assert (trace_context(span), span.is_recording()) == ({}, False)
+    with GroupSpan(Tracing(provider), "tiny", "g1", {}) as group:  # the gateway does not trace
+        group.received([output(token_ids=(1,))])
+    tracing.close()
+    assert exporter.get_finished_spans() == ()
+
+
+@pytest.mark.parametrize("name", ["", "llama-in-berlin"])
+def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if name:
+        monkeypatch.setenv("OTEL_SERVICE_NAME", name)
+    with running_collector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+        tracing = open_tracing()
+        assert tracing.is_on
+        end_span(tracing.start("gateway.request", SpanKind.SERVER, dict(HEADERS)), "NO_GROUP")
+        tracing.close()
+    (spans,) = collector.requests.get(timeout=10).resource_spans
+    resource = {attribute.key: attribute.value.string_value for attribute in spans.resource.attributes}
+    assert resource["service.name"] == (name or "packtrain")
+    (span,) = spans.scope_spans[0].spans
+    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == ("gateway.request", TRACE, PARENT)
+    assert span.status.code == span.status.STATUS_CODE_ERROR

@@ -1,0 +1,73 @@
+"""A gateway's half of the conversation, message by message."""
+
+from serving.tenants.leases import LeaseBook
+from serving.tenants.messages import GRANTED, NOTHING, Amounts, Costs, Lease, Reply, Report, Verdict
+
+COSTS: Costs = (("tenant:t", Amounts(requests=1, tokens=50, slots=1, budget=50)),)
+
+
+def granted_book(*leases: Lease) -> tuple[LeaseBook, list[Verdict]]:
+    """One request was asked for and granted."""
+    book, verdicts = LeaseBook("g"), list[Verdict]()
+    book.ask(COSTS, 0.0, verdicts.append)
+    assert book.next_exchange(0.0) is not None
+    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=leases))
+    return book, verdicts
+
+
+def test_a_grant_that_comes_too_late_goes_back_whole() -> None:
+    """The request went away between the verdict and its next step."""
+    book, verdicts = LeaseBook("g"), list[Verdict]()
+    request = book.ask(COSTS, 0.0, verdicts.append)
+    book.next_exchange(0.0)
+    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=()))
+    assert verdicts == [GRANTED]
+    book.withdraw(request)
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None
+    assert exchange.reports == (Report("tenant:t", NOTHING, NOTHING, Amounts(requests=1, tokens=50)),)
+
+
+def test_a_request_that_was_withdrawn_is_not_asked_for() -> None:
+    book = LeaseBook("g")
+    book.withdraw(book.ask(COSTS, 0.0, lambda verdict: None))
+    assert book.next_exchange(0.0) is None
+    assert book.num_waiting == 0
+
+
+def test_a_reply_that_comes_again_is_not_applied_again() -> None:
+    """It would hand out the lease twice, or tell a request what was said about another."""
+    lease = Lease("tenant:t", COSTS[0][1])
+    book, verdicts = granted_book(lease)
+    reply = Reply(number=1, verdicts=(GRANTED,), leases=(lease,))
+    book.take_reply(reply)
+    assert book.take(COSTS)
+    assert not book.take(COSTS)
+    book.ask(COSTS, 0.0, verdicts.append)
+    book.next_exchange(0.0)
+    book.take_reply(reply)
+    assert verdicts == [GRANTED]
+    assert book.num_waiting == 1
+
+
+def test_an_exchange_stays_as_it_is_until_it_is_answered() -> None:
+    book = LeaseBook("g")
+    book.ask(COSTS, 0.0, lambda verdict: None)
+    first = book.next_exchange(0.0)
+    book.ask(COSTS, 0.0, lambda verdict: None)
+    assert book.next_exchange(9.0) is first
+
+
+def test_an_idle_lease_goes_back_and_a_used_one_does_not() -> None:
+    book, _ = granted_book(Lease("tenant:t", COSTS[0][1] * 3))
+    book.return_idle()
+    assert book.take(COSTS)
+    book.return_idle()
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None
+    assert exchange.reports[0].free == COSTS[0][1] * 2
+    book.take_reply(Reply(number=exchange.number, verdicts=(), leases=()))
+    book.return_idle()
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None
+    assert exchange.reports[0].free == NOTHING

@@ -1,0 +1,213 @@
+"""What the authority decides, and when it says to come back. Its clock stands where a test puts it."""
+
+import pytest
+
+from serving.gateway.accounts import UsageRecord
+from serving.tenants.messages import Amounts, Ask, Exchange, Reply, Report, Settlement, Verdict
+from serving.tenants.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
+from serving.tenants.records import Limits
+
+T = "tenant:t"
+
+
+class World:
+    """An authority with one limited tenant, and gateways that talk to it in order."""
+
+    def __init__(self, **limits: int) -> None:
+        self.now_s = 1000.0
+        self.numbers: dict[str, int] = {}
+        self.authority = QuotaAuthority({}, {}, lambda: self.now_s)
+        self.set_limits(**limits)
+
+    def set_limits(self, **limits: int) -> None:
+        self.authority.set_limits({T: Limits(**limits)})
+
+    def exchange(
+        self,
+        gateway: str,
+        *asks: Amounts,
+        reports: tuple[Report, ...] = (),
+        settlements: tuple[Settlement, ...] = (),
+        waited_s: float = 0.0,
+    ) -> Reply:
+        number = self.numbers[gateway] = self.numbers.get(gateway, 0) + 1
+        return self.authority.exchange(
+            Exchange(gateway, number, settlements, reports, tuple(Ask(((T, cost),), waited_s) for cost in asks)), ()
+        )
+
+    def ask(self, gateway: str, cost: Amounts, *, waited_s: float = 0.0) -> Verdict:
+        return self.exchange(gateway, cost, waited_s=waited_s).verdicts[0]
+
+
+def outcome(verdict: Verdict) -> tuple[str, str, float | None]:
+    return verdict.kind, verdict.limit, verdict.retry_after_s
+
+
+def settlement(request_id: str, num_tokens: int) -> Settlement:
+    record = UsageRecord(
+        request_id=request_id,
+        tenant_id="t",
+        key_id="k",
+        model="m",
+        num_prompt_tokens=num_tokens - 1,
+        num_cached_tokens=0,
+        num_completion_tokens=1,
+        outcome="stop",
+        started_unix_s=0.0,
+        gateway_s=0.0,
+        queue_s=0.0,
+        prefill_s=0.0,
+        decode_s=0.0,
+        total_s=0.0,
+    )
+    return Settlement(record, (T, "key:k"))
+
+
+@pytest.mark.parametrize(("limit", "field"), [("requests_per_minute", "requests"), ("tokens_per_minute", "tokens")])
+def test_a_rate_refills_evenly_up_to_one_minutes_worth(limit: str, field: str) -> None:
+    world = World(**{limit: 60})
+    world.now_s += 3600  # of rest give no more than a minute
+    assert world.ask("g", Amounts(**{field: 60})).kind == "granted"
+    assert outcome(world.ask("g", Amounts(**{field: 1}))) == ("refused", limit, 1.0)
+    world.now_s += 7.5
+    assert outcome(world.ask("g", Amounts(**{field: 8}))) == ("refused", limit, 0.5)
+    assert world.ask("g", Amounts(**{field: 7})).kind == "granted"
+
+
+def test_what_is_more_than_a_minutes_worth_never_fits() -> None:
+    world = World(tokens_per_minute=100)
+    assert outcome(world.ask("g", Amounts(tokens=101))) == ("refused", "tokens_per_minute", None)
+
+
+def test_a_budget_that_is_spent_does_not_come_back_but_one_that_is_reserved_may() -> None:
+    world = World(token_budget=100)
+    assert world.ask("g", Amounts(budget=90)).kind == "granted"
+    assert outcome(world.ask("g", Amounts(budget=11))) == ("refused", "token_budget", BUSY_RETRY_S)
+    used = Report(T, held=Amounts(), free=Amounts(), returned=Amounts())
+    world.exchange("g", reports=(used,), settlements=(settlement("r", 90),))
+    assert outcome(world.ask("g", Amounts(budget=11))) == ("refused", "token_budget", None)
+    assert world.ask("g", Amounts(budget=10)).kind == "granted"
+
+
+def test_running_requests_are_limited() -> None:
+    world = World(max_concurrent_requests=2)
+    reply = world.exchange("g", *[Amounts(slots=1)] * 3)
+    assert [verdict.kind for verdict in reply.verdicts] == ["granted", "granted", "refused"]
+    assert outcome(reply.verdicts[2]) == ("refused", "max_concurrent_requests", BUSY_RETRY_S)
+
+
+def test_the_longest_delay_is_told() -> None:
+    world = World(requests_per_minute=60, tokens_per_minute=60, max_concurrent_requests=1)
+    world.ask("g", Amounts(requests=60, tokens=60, slots=1))
+    verdict = world.ask("g", Amounts(requests=30, tokens=45, slots=1))
+    assert outcome(verdict) == ("refused", "tokens_per_minute", 45.0)
+
+
+def test_a_small_request_passes_a_large_one_that_does_not_fit() -> None:
+    reply = World(token_budget=100).exchange("g", Amounts(budget=101), Amounts(budget=100))
+    assert [verdict.kind for verdict in reply.verdicts] == ["refused", "granted"]
+
+
+def test_leases_are_a_share_of_what_is_left_and_none_near_the_edge() -> None:
+    world = World(token_budget=1000)
+    assert [lease.amounts.budget for lease in world.exchange("a", Amounts(budget=10)).leases] == [240]
+    assert world.exchange("b", Amounts(budget=100)).leases == ()
+    assert world.exchange("b", Amounts(budget=600)).leases == ()
+
+
+def test_a_lease_counts_as_still_in_the_bucket() -> None:
+    """Or a tenant could send more than a minute's worth at once: from the bucket, and from the lease."""
+    world = World(requests_per_minute=60)
+    (lease,) = world.exchange("a", Amounts(requests=1)).leases
+    world.now_s += 3600
+    room = 60 - lease.amounts.requests
+    assert world.ask("b", Amounts(requests=room + 1), waited_s=RECALL_TIMEOUT_S).kind == "refused"
+    assert world.ask("b", Amounts(requests=room)).kind == "granted"
+
+
+def test_what_others_do_not_use_is_called_back_before_a_request_is_refused() -> None:
+    world = World(max_concurrent_requests=40)
+    (lease,) = world.exchange("a", Amounts(slots=1)).leases
+    left = 39 - lease.amounts.slots
+    assert world.ask("b", Amounts(slots=left)).kind == "granted"
+    assert world.ask("b", Amounts(slots=1)).kind == "wait"
+    assert world.authority.take_recalls() == {"a": {T}}
+    world.exchange("a", reports=(Report(T, held=Amounts(slots=1), free=Amounts(), returned=Amounts()),))
+    assert world.ask("b", Amounts(slots=lease.amounts.slots)).kind == "granted"
+    # Now nobody has any to spare, so the answer comes at once.
+    assert world.ask("b", Amounts(slots=1)).kind == "refused"
+
+
+def test_nobody_waits_for_what_would_not_be_enough_or_does_not_come() -> None:
+    world = World(max_concurrent_requests=40)
+    world.exchange("a", Amounts(slots=1))
+    assert world.ask("b", Amounts(slots=40)).kind == "refused"
+    assert world.ask("b", Amounts(slots=39), waited_s=RECALL_TIMEOUT_S).kind == "refused"
+    assert world.ask("b", Amounts(slots=39)).kind == "wait"
+
+
+def test_the_same_exchange_again_gets_the_same_reply_and_changes_nothing() -> None:
+    world = World(token_budget=100)
+    message = Exchange("g", 1, (settlement("r", 40),), (), (Ask(((T, Amounts(budget=60)),), 0.0),))
+    first = world.authority.exchange(message, ())
+    world.authority.take_changes()
+    assert world.authority.exchange(message, ()) == first
+    assert world.authority.take_changes().is_empty
+    assert world.authority.accounts[T].charged == 40
+    world.numbers["g"] = 1
+    world.exchange("g")
+    with pytest.raises(StaleExchangeError):
+        world.authority.exchange(message, ())
+
+
+def test_a_record_that_the_ledger_has_is_not_charged_again() -> None:
+    world = World(token_budget=100)
+    message = Exchange("g", 1, (settlement("old", 40), settlement("new", 2)), (), ())
+    world.authority.exchange(message, {"old"})
+    assert world.authority.accounts[T].charged == world.authority.accounts["key:k"].charged == 2
+    changes = world.authority.take_changes()
+    assert [item.record.request_id for item in changes.settlements] == ["new"]
+
+
+def test_a_dead_gateways_places_are_free_and_its_budget_stays_withheld() -> None:
+    world = World(token_budget=100, max_concurrent_requests=1)
+    assert world.ask("dead", Amounts(slots=1, budget=60)).kind == "granted"
+    world.authority.expire("dead")
+    world.authority.forget("dead")
+    assert outcome(world.ask("g", Amounts(slots=1, budget=41))) == ("refused", "token_budget", None)
+    assert world.ask("g", Amounts(slots=1, budget=40)).kind == "granted"
+
+
+def test_a_gateway_that_was_only_cut_off_goes_on_where_it_was() -> None:
+    world = World(token_budget=100)
+    world.ask("g", Amounts(budget=60))
+    world.authority.expire("g")
+    left = Report(T, held=Amounts(), free=Amounts(), returned=Amounts())
+    world.exchange("g", reports=(left,), settlements=(settlement("late", 7),))
+    assert world.ask("g", Amounts(budget=93)).kind == "granted"
+
+
+def test_limits_change_while_requests_run() -> None:
+    world = World(max_concurrent_requests=3)
+    for _ in range(3):
+        assert world.ask("g", Amounts(slots=1)).kind == "granted"
+    world.set_limits(max_concurrent_requests=1, tokens_per_minute=10)
+    assert world.ask("g", Amounts(slots=1)).kind == "refused"
+    assert world.ask("g", Amounts(tokens=10)).kind == "granted"  # a new limit starts full
+    world.set_limits()
+    assert world.ask("g", Amounts(slots=1, tokens=1000)).kind == "granted"
+
+
+def test_who_is_gone_gets_nothing() -> None:
+    world = World(token_budget=100)
+    world.authority.set_limits({})
+    assert outcome(world.ask("g", Amounts(budget=1))) == ("refused", "", None)
+
+
+def test_a_clock_that_is_put_back_gives_nothing_and_takes_nothing() -> None:
+    world = World(requests_per_minute=60)
+    world.ask("g", Amounts(requests=60))
+    world.now_s -= 500
+    assert world.ask("g", Amounts(requests=1)).kind == "refused"
+    world.now_s += 1
+    assert world.ask("g", Amounts(requests=1)).kind == "granted"
