@@ -216,8 +216,9 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, Por
         start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
-    ports: Ports = handle.ready.remote().result(timeout_s=STOP_TIMEOUT_S)
-    return config.gateway.host, ports
+    # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
+    ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
+    return config.gateway.host, ports[0]
 
 
 def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:

@@ -24,7 +24,7 @@ from protos import inference_pb2 as pb
 from serving import inspect, plan
 from serving.bench import commands as bench_commands
 from serving.client import Client, StreamTimes, chat_prompt, explain
-from serving.config import ServingConfig, load_config, parse_config, prepare_environment
+from serving.config import ServingConfig, api_key, load_config, parse_config, prepare_environment
 from serving.fetch import KNOWN_MODELS, FetchError, fetch_model
 from serving.tenants import cli as tenants_cli
 
@@ -144,7 +144,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat format.")] = False,
 ) -> None:
     """Ask a running gateway once and print the answer as it comes."""
-    with Client(address) as client:
+    with Client(address, api_key=api_key()) as client:
         client.wait_until_connected()
         sampling = pb.Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop or [])
         if seed is not None:
@@ -167,7 +167,7 @@ def chat(
     temperature: Temperature = 0.7,
 ) -> None:
     """Talk with a running gateway; an empty line or Ctrl-D ends it."""
-    with Client(address) as client:
+    with Client(address, api_key=api_key()) as client:
         client.wait_until_connected()
         name = model or _only_model(client)
         messages: list[tuple[str, str]] = [("system", system)] if system else []
@@ -185,7 +185,7 @@ def chat(
 @app.command()
 def models(address: Address = DEFAULT_ADDRESS) -> None:
     """List what a running gateway serves."""
-    with Client(address) as client:
+    with Client(address, api_key=api_key()) as client:
         client.wait_until_connected()
         table = Table("model", "parameters", "length", "dtype", "device", "TP", "groups", "chat", "licence")
         for card in client.models():

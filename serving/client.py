@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -43,13 +44,31 @@ class StreamTimes:
         return (self.num_tokens - 1) / (self.last_token_s - self.first_token_s)
 
 
+class _Credentials(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Sends the key with every call. (gRPC's own call credentials need TLS, which loopback does without.)"""
+
+    def __init__(self, api_key: str) -> None:
+        self._header = ("authorization", f"Bearer {api_key}")
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._with_header(details), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._with_header(details), request)
+
+    def _with_header(self, details: Any) -> Any:
+        return details._replace(metadata=[*(details.metadata or ()), self._header])
+
+
 class Client:
     """One connection to a gateway. Use it as a context manager."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, api_key: str = "") -> None:
+        """`api_key` for a server that has tenants."""
         self.address = address
         self._channel = grpc.insecure_channel(address)
-        self.stub = InferenceStub(self._channel)
+        signed = grpc.intercept_channel(self._channel, _Credentials(api_key)) if api_key else self._channel
+        self.stub = InferenceStub(signed)
 
     def __enter__(self) -> "Client":
         return self

@@ -215,6 +215,11 @@ def cache_directory() -> Path:
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
+def api_key() -> str:
+    """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those."""
+    return os.environ.get("PACKTRAIN_API_KEY", "")
+
+
 def log_level() -> str:
     """$PACKTRAIN_LOG_LEVEL, INFO when unset. Raises ConfigError."""
     level = os.environ.get("PACKTRAIN_LOG_LEVEL", "INFO").upper()

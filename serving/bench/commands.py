@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_parallel.errors import ConfigError
+from serving.config import api_key
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -128,14 +129,13 @@ def load(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and arrivals.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that one request may take.")] = 600.0,
-    api_key: Annotated[str | None, typer.Option(envvar="PACKTRAIN_API_KEY", help="Sent with every request.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Put load on a running gateway; the result has the names of `vllm bench serve`."""
     from serving.bench.load import LoadPlan, run_load, served_models, summarise
 
     bounds_ms = parse_goodput(goodput or [])
-    cards = served_models(address, api_key)
+    cards = served_models(address, api_key())
     if model is None and len(cards) != 1:
         raise ConfigError(f"{len(cards)} models are served ({', '.join(cards)}); choose one with --model")
     name = model or next(iter(cards))
@@ -153,7 +153,7 @@ def load(
         seed=seed,
         timeout_s=timeout,
     )
-    result = summarise(*asyncio.run(run_load(address, plan, api_key)), bounds_ms)
+    result = summarise(*asyncio.run(run_load(address, plan, api_key())), bounds_ms)
     table = Table(show_header=False, title=f"{num_prompts} × {input_len}→{output_len} on {name}")
     for key, value in result.items():
         if value is not None:

@@ -20,7 +20,7 @@ import numpy as np
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.bench.timing import Workload
-from serving.client import CONNECT_TIMEOUT_S, Client
+from serving.client import Client
 
 GOODPUT_MEASURES = ("ttft", "tpot", "e2el")
 MS = 1e3
@@ -90,22 +90,16 @@ class Answer:
         return [after_s - before_s for (before_s, _), (after_s, _) in pairwise(self.arrivals)]
 
 
-def served_models(address: str, api_key: str | None) -> dict[str, pb.ModelCard]:
+def served_models(address: str, api_key: str) -> dict[str, pb.ModelCard]:
     """By name. Raises ConnectionError, grpc.RpcError."""
-    with Client(address) as client:
+    with Client(address, api_key=api_key) as client:
         client.wait_until_connected()
-        request = pb.ListModelsRequest()
-        answer = client.stub.ListModels(request, timeout=CONNECT_TIMEOUT_S, metadata=_credentials(api_key))
-        return {card.name: card for card in answer.models}
+        return {card.name: card for card in client.models()}
 
 
-def _credentials(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
-
-
-async def run_load(address: str, plan: LoadPlan, api_key: str | None) -> tuple[list[Answer], float]:
+async def run_load(address: str, plan: LoadPlan, api_key: str) -> tuple[list[Answer], float]:
     """Send everything; the answers, and the seconds from the first request to the end of the last."""
-    metadata = _credentials(api_key)
+    metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
     slots = asyncio.Semaphore(plan.max_concurrency or plan.num_prompts)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = InferenceStub(channel)
