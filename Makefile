@@ -63,5 +63,5 @@ $(STAMP): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	sed -E '$(if $(TORCH),/^(torch|triton)==/d)' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --editable '.[dev]' $(TORCH) --constraint $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --editable '.[dev,clients]' $(TORCH) --constraint $(VENV)/constraints.txt
 	@touch $@
