@@ -110,7 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     qualities = measure(resolve_source(arguments.model), arguments.window)
     first = qualities[VARIANTS[0]]
-    table = Table("numbers", "perplexity", "difference", "KL, nats a token", "same most likely token")
+    table = Table("weights", "perplexity", "difference", "KL, nats a token", "same likeliest token")
     for (dtype, quantization), quality in qualities.items():
         table.add_row(
             f"{dtype} {quantization}",
@@ -121,7 +121,7 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"{first.num_tokens} tokens in windows of {arguments.window}, on {'cpu'}")
+    console.print(f"{first.num_tokens} tokens in windows of {arguments.window}")
 
 
 if __name__ == "__main__":
