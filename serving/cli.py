@@ -79,6 +79,7 @@ def serve(
     tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")] = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Replica groups of each model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8: weights in eight bits.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of gRPC; 0 picks a free one.")] = None,
@@ -90,7 +91,14 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then drain and stop."""
     loaded = load_config(config) if config else default_config()
-    model_flags = {"source": source, "tensor_parallel_size": tp, "num_groups": groups, "dtype": dtype, "device": device}
+    model_flags = {
+        "source": source,
+        "tensor_parallel_size": tp,
+        "num_groups": groups,
+        "dtype": dtype,
+        "quantization": quantization,
+        "device": device,
+    }
     if source is not None:
         model_flags["name"] = Path(source).stem if Path(source).exists() else source
     gateway_flags = {"host": host, "port": port, "http_port": http_port, "insecure": insecure or None}

@@ -37,6 +37,9 @@ def engine(
     quantization: Annotated[str, typer.Option(help="int8, or nothing.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Of every workload.")] = 3,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Instead: where a decode step's time goes, operation by operation.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time the engine on fixed work, without Ray and gateway, beside the limit that a CPU sets.
@@ -53,6 +56,9 @@ def engine(
     else:
         shapes = [(tp or 1, threads or max(1, num_cores // (tp or 1)))]
     console = Console(highlight=False)
+    if profile:
+        profile_shapes(model, shapes, dtype=dtype, quantization=quantization, device=device, console=console)
+        return
     result = time_shapes(
         model, shapes, dtype=dtype, quantization=quantization, device=device, repeats=repeats, console=console
     )
@@ -61,6 +67,40 @@ def engine(
     _write(result, json_file)
     if result["failures"]:
         raise typer.Exit(1)
+
+
+def profile_shapes(
+    model: str,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    dtype: str,
+    quantization: str,
+    device: str,
+    console: Console,
+) -> None:
+    """Print the profile of each of `shapes` on the work that decodes. Raises ConfigError, CheckpointError, GroupFailedError."""
+    from model_parallel.checkpoint.detect import describe
+    from model_parallel.config import DTYPE_BYTES, ParallelConfig
+    from serving.bench.engine import Limit, shape_name
+    from serving.bench.profile import as_table, profile_decode
+    from serving.bench.timing import WORKLOADS
+    from serving.fetch import resolve_source
+
+    path = resolve_source(model)
+    config = describe(path).config
+    if device != "cpu":
+        raise ConfigError(f"device is {device!r}; floors of operations are known for cpu alone")
+    for tp_size, num_threads in shapes:
+        parallel = ParallelConfig(tp_size=tp_size, num_threads=num_threads, dtype=dtype, quantization=quantization)
+        limit = Limit(config, bytes_per_weight=DTYPE_BYTES[dtype], num_threads=tp_size * num_threads, name="limit")
+        limit.measure()
+        # A rank has its part of the machine's cores, and so of their bandwidth and arithmetic.
+        bandwidth, rate = limit.bandwidths[0] / tp_size, limit.rates[0] / tp_size
+        for work in (work for work in WORKLOADS if not work.is_prefill):
+            profile = profile_decode(path, parallel, work, vocab_size=config.vocab_size)
+            rows = profile.rows(bandwidth=bandwidth, rate=rate)
+            console.print(as_table(rows, f"{shape_name(parallel)}, {work}"))
+        console.print(f"means over the decode steps of rank 0; {limit.detail}, shared by {tp_size} ranks")
 
 
 def time_shapes(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = [f"tests/unit/kernels/{name}.py" for name in ("test_cpu_products", "test_cpu_attention")]
+TESTS = [f"tests/unit/kernels/{name}.py" for name in ("test_cpu_products", "test_cpu_attention", "test_cpu_recording")]
 DRIVER = f"""
 import sys
 import pytest
