@@ -153,8 +153,9 @@ def test_a_rank_lost_with_steps_under_way_is_told_once_by_collect() -> None:
         executor.collect()
     with pytest.raises(GroupFailedError, match=r"rank 0 .* is lost"):
         executor.submit(plan(3))
-    assert (reasons, executor.num_kills) == ([], 1)
-    executor.shutdown()
+    executor.shutdown()  # the thread that saw the loss may only now be about to kill
+    assert reasons == []
+    assert executor.num_kills
 
 
 @pytest.mark.parametrize(
