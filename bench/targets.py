@@ -9,7 +9,6 @@ from bench.peers.contenders import LLAMA_BF16, LLAMA_Q8_0, VLLM
 from serving.bench.timing import WORKLOADS, Timing, Workload
 
 LIMIT_BF16 = "limit, bfloat16 weights"
-LIMIT_INT8 = "limit, 8-bit weights"
 ONE, EIGHT, MANY, PREFILL = WORKLOADS
 SPEED_OF_TP_2 = 0.85
 """Of TP=1 on the same cores."""

@@ -17,15 +17,15 @@ class AdminThread:
     """The admin server on an event loop of its own. Serves from its construction until `stop`."""
 
     def __init__(self, config: ServingConfig, tenancy: TenancyConfig) -> None:
-        """Raises ConfigError when the port cannot be had, StoreUnavailableError, TimeoutError."""
-        self._database = Database(database_url(tenancy))
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="admin", daemon=True)
-        self._thread.start()
+        """Raises ConfigError when certificates cannot be used or the port cannot be had, StoreUnavailableError, TimeoutError."""
         credentials = None if config.gateway.tls is None else load_tls(config.gateway.tls).grpc
+        self._database = Database(database_url(tenancy))
         self._server = AdminServer(
             config.admin, Store(self._database), refresh_s=tenancy.refresh_s, credentials=credentials
         )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="admin", daemon=True)
+        self._thread.start()
         try:
             self.port = asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result(TIMEOUT_S)
         except BaseException:

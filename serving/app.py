@@ -84,14 +84,16 @@ class RunningApp:
     def stop(self) -> None:
         """Drain the gateways, then end groups, ranks and, when it is a private one, the cluster."""
         try:
-            if self.admin is not None:
-                self.admin.stop()
             gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
             gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("gateways could not be drained: %s", error)
         finally:
-            shut_down(self.guard)
+            try:
+                if self.admin is not None:
+                    self.admin.stop()
+            finally:
+                shut_down(self.guard)
 
 
 def shut_down(guard: Guard | None) -> None:
@@ -138,7 +140,7 @@ def start(
         admin = None
         if config.tenancy is not None and config.admin.port is not None:
             admin = AdminThread(config, config.tenancy)
-    except (RayError, RayServeException, RuntimeError, TimeoutError, ConnectionError) as error:
+    except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, ConnectionError) as error:
         message = _deployment_messages() or str(error)
         shut_down(guard)
         raise StartError(message) from error

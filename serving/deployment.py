@@ -272,9 +272,11 @@ class Gateway:
         tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
         backend = ServeBackend(cards, groups)
         self._watch = GatewayWatch(cards, METHODS, open_tracing())
-        self._accounts = None if tenancy is None else TenantAccounts(ActorLink(), refresh_s=tenancy.refresh_s)
-        if self._accounts is not None:
-            await self._accounts.start()
+        self._accounts: TenantAccounts | None = None
+        if tenancy is not None:
+            accounts = self._accounts = TenantAccounts(ActorLink(), refresh_s=tenancy.refresh_s)
+            self._watch.metrics.watch_pending_records(lambda: accounts.num_unrecorded)
+            await accounts.start()
         observe = self._watch.telemetry.observe
         self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
         self._ports = await self._server.start()

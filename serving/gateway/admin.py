@@ -19,7 +19,7 @@ from serving.gateway.accounts import OpenAccounts, PermissionDeniedError, Princi
 from serving.gateway.admission import Admission
 from serving.gateway.interceptors import StatusInterceptor
 from serving.gateway.reflection import add_reflection
-from serving.gateway.server import HEALTH
+from serving.gateway.server import HEALTH, bind
 from serving.tenants.directory import KeyDirectory
 from serving.tenants.records import StoreUnavailableError
 
@@ -122,7 +122,8 @@ class AdminServer:
         admin_pb2_grpc.add_AdminServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection(server, [ADMIN, HEALTH])
-        port = self._listen(server)
+        assert self._config.port is not None  # the constructor has seen to it
+        port = bind(server, self._config.host, self._config.port, self._credentials)
         await self._show(health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         self._refresh_task = asyncio.create_task(self._run())
@@ -139,18 +140,6 @@ class AdminServer:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
         self._operators.close()
-
-    def _listen(self, server: grpc.aio.Server) -> int:
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        address = f"{host}:{self._config.port}"
-        try:
-            if self._credentials is not None:
-                return server.add_secure_port(address, self._credentials)
-            return server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"admin cannot listen on {address}: is the port taken, or the address another machine's?"
-            ) from error
 
     async def _run(self) -> None:
         """Follow changes of keys until cancelled. Without the database the service is shown as NOT_SERVING."""

@@ -105,15 +105,7 @@ class GatewayServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         if self._config.reflection:
             add_reflection(server, [INFERENCE, HEALTH])
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        address = f"{host}:{self._config.port}"
-        try:
-            tls = self._tls
-            port = server.add_secure_port(address, tls.grpc) if tls else server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {address}: is the port taken, or the address another machine's?"
-            ) from error
+        port = bind(server, self._config.host, self._config.port, None if self._tls is None else self._tls.grpc)
         await server.start()
         return port
 
@@ -172,6 +164,19 @@ class GatewayServer:
             # Connections are renewed, so that an L4 balancer can spread them over new gateways; streams on them finish.
             ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_S * 1000),
         ]
+
+
+def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    """Have the server listen, over TLS with `credentials`. Returns the port. Raises ConfigError."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: is the port taken, or the address another machine's?"
+        ) from error
 
 
 def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:

@@ -4,7 +4,7 @@ No label takes its value from a client: models are the served ones, methods thos
 ones and at most MAX_TENANTS of them. Everything else is "other".
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -133,7 +133,7 @@ class GatewayMetrics:
             "packtrain_tenant_ttft_seconds", "From arrival to the first token.", ("tenant", "model_name"),
             registry=registry,
         )  # fmt: skip
-        self.pending_records = Gauge(
+        self._pending_records = Gauge(
             "packtrain_usage_records_pending", "Usage records that are not durable yet.", registry=registry
         )
         self.loop_lag = Histogram(
@@ -146,6 +146,10 @@ class GatewayMetrics:
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         self.ttft_stages = {(model, stage): ttft_stage.labels(model, stage) for model in models for stage in STAGES}
+
+    def watch_pending_records(self, count: Callable[[], float]) -> None:
+        """`count` is asked whenever the metrics are read."""
+        self._pending_records.set_function(count)
 
     def model_label(self, model: str) -> str:
         return model if model in self._models else OTHER

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,11 +67,8 @@ class TenantAccounts:
         self._is_stopping = False
         self._urgent = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self.num_leased = 0
-        """Requests that were let in without asking."""
         self.num_asked = 0
-        self.num_refused: Counter[str] = Counter()
-        """By limit."""
+        """Requests that the leases did not cover."""
 
     @property
     def num_unrecorded(self) -> int:
@@ -110,9 +106,7 @@ class TenantAccounts:
             raise GroupUnavailableError("usage cannot be recorded now")
         all_costs = ((quota.subject, _cost(quota.limits, num_tokens)) for quota in quotas)
         costs = tuple((subject, cost) for subject, cost in all_costs if cost)
-        if not costs or self._book.take(costs):
-            self.num_leased += 1
-        else:
+        if costs and not self._book.take(costs):
             self.num_asked += 1
             self._raise_refusal(await self._ask(costs), quotas, num_tokens)
         return _Reservation(self, costs, (quotas[0].subject, quotas[1].subject), asyncio.Event())
@@ -153,7 +147,6 @@ class TenantAccounts:
             return
         if not verdict.limit:
             raise UnauthenticatedError(REFUSAL)
-        self.num_refused[verdict.limit] += 1
         quota = next(quota for quota in quotas if quota.subject == verdict.subject)
         message = _refusal(quota, verdict, num_tokens)
         raise QuotaExceededError(message, quota=verdict.limit, retry_after_s=verdict.retry_after_s)

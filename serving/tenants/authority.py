@@ -132,8 +132,6 @@ class AuthorityService:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_exchange = msgspec.msgpack.Decoder(Exchange).decode
         self._decode_sync = msgspec.msgpack.Decoder(SyncRequest).decode
-        self.num_exchanges = 0
-        self.num_transactions = 0
 
     async def exchange(self, data: bytes) -> bytes:
         """An Exchange, for its Reply. Raises StaleExchangeError, StoreUnavailableError, SupersededError."""
@@ -180,8 +178,6 @@ class AuthorityService:
     async def _work_off_queue(self) -> None:
         while self._queue:
             batch, self._queue = self._queue, []
-            self.num_exchanges += len(batch)
-            self.num_transactions += 1
             try:
                 replies, recalls = await self._in_thread(self._core.apply, [message for message, _ in batch])
             except Exception as error:  # whatever it is, those who wait shall have it

@@ -164,7 +164,6 @@ class QuotaAuthority:
         """`clock` gives seconds that go on through a restart. A step back in it stops the refill for a moment, no more."""
         self.accounts = dict(accounts)
         self.gateways = dict(gateways)
-        self.num_recalls = 0
         self._clock = clock
         self._limits: Mapping[str, Limits] = {}
         self._changes = Changes()
@@ -280,7 +279,6 @@ class QuotaAuthority:
         for other, holding in account.holdings.items():
             if other != gateway_id and holding.free:
                 self._recalls.setdefault(other, set()).add(subject)
-                self.num_recalls += 1
 
     def _give(self, gateway_id: str, costs: Sequence[tuple[str, Amounts]], *, is_ahead: bool) -> None:
         for subject, cost in costs:

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from model_parallel.errors import ConfigError
-from serving.gateway.accounts import QuotaExceededError, UnauthenticatedError, UsageRecord
+from serving.gateway.accounts import QuotaExceededError, UnauthenticatedError
 from serving.tenants import accounts as accounts_module
 from serving.tenants.accounts import TenantAccounts
 from serving.tenants.actor import start_authority, stop_authority
@@ -24,6 +24,7 @@ from serving.tenants.link import NAME, NAMESPACE, ActorLink
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
 from serving.tenants.store import Store
 from serving.tenants.usage import all_usage
+from tests.support.usage import usage_record
 
 NUM_TOKENS, NUM_USED = 50, 20
 REFRESH_S = 0.2
@@ -101,23 +102,7 @@ async def one_request(gateway: TenantAccounts, tenant_id: str, headers: list[str
     except QuotaExceededError:
         return "refused"
     await release.wait()
-    usage = UsageRecord(
-        request_id=name,
-        tenant_id=tenant_id,
-        key_id=principal.key_id,
-        model="m",
-        num_prompt_tokens=NUM_USED,
-        num_cached_tokens=0,
-        num_completion_tokens=0,
-        outcome="stop",
-        started_unix_s=0,
-        gateway_s=0,
-        queue_s=0,
-        prefill_s=0,
-        decode_s=0,
-        total_s=0,
-    )
-    reservation.settle(usage)
+    reservation.settle(usage_record(name, tenant_id=tenant_id, key_id=principal.key_id, num_prompt_tokens=NUM_USED))
     await reservation.recorded()
     return "served"
 

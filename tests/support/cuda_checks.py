@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_parallel.kernels.cuda import CudaKernels
-from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
-from tests.support.kernels import attention_plan
+from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix
+from tests.support.kernels import attention_plan, poisoned_cache
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = list(ROUNDING)
@@ -28,20 +28,6 @@ def make_heads(kernels: CudaKernels, kv_of_query: list[int], num_kv_heads: int, 
         head_dim=head_dim,
         kv_of_query_H=torch.tensor(kv_of_query, device=kernels.device),
     )
-
-
-def poisoned_cache(
-    kernels: CudaKernels, num_blocks: int, block_size: int, heads: Heads, dtype: torch.dtype
-) -> LayerCache:
-    """Full of NaN: whatever is read without having been written shows."""
-    cache = kernels.allocate_cache(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        dtype=dtype,
-    )
-    return LayerCache(cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan))
 
 
 def make_plan(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.kernels.interface import AttentionPlan, Kernels, SequenceRun
+from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache, SequenceRun
 from model_parallel.kernels.reference import ReferenceKernels
 
 BACKENDS = ("cpu", "reference")
@@ -51,3 +51,15 @@ def attention_plan(
         runs_S4=torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4),
         blocks=torch.tensor(blocks, dtype=torch.int64),
     )
+
+
+def poisoned_cache(kernels: Kernels, num_blocks: int, block_size: int, heads: Heads, dtype: torch.dtype) -> LayerCache:
+    """Full of NaN: whatever is read without having been written shows."""
+    cache = kernels.allocate_cache(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        dtype=dtype,
+    )
+    return LayerCache(cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan))

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.kernels.interface import Heads, LayerCache
-from tests.support.kernels import attention_plan
+from model_parallel.kernels.interface import Heads
+from tests.support.kernels import attention_plan, poisoned_cache
 
 # bfloat16: rotated queries and keys are rounded to 8 bits, so a score of standard normal vectors is off by about 2⁻⁷, and so
 # is a weighted mean of values of a few units; the result is rounded once more. float32: sums of some hundred terms.
@@ -21,18 +21,6 @@ def _heads(kv_of_query: list[int], num_kv_heads: int, head_dim: int) -> Heads:
         head_dim=head_dim,
         kv_of_query_H=torch.tensor(kv_of_query),
     )
-
-
-def _cache(kernels: CpuKernels, num_blocks: int, block_size: int, heads: Heads, dtype: torch.dtype) -> LayerCache:
-    """Full of NaN: whatever is read without having been written shows."""
-    cache = kernels.allocate_cache(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        num_kv_heads=heads.num_kv_heads,
-        head_dim=heads.head_dim,
-        dtype=dtype,
-    )
-    return LayerCache(cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan))
 
 
 def _exact(qkv_TX: torch.Tensor, heads: Heads, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
@@ -74,7 +62,7 @@ def test_whole_sequences(
     runs = [(length, 0, table.tolist()) for length, table in zip(lengths, ids, strict=True)]
     plan = attention_plan(runs, block_size=block_size, head_dim=head_dim)
     qkv = torch.randn(sum(lengths), (len(kv_of_query) + 6) * head_dim).to(dtype)
-    out = kernels.attention(qkv, plan, _cache(kernels, sum(counts), block_size, heads, dtype), heads)
+    out = kernels.attention(qkv, plan, poisoned_cache(kernels, sum(counts), block_size, heads, dtype), heads)
     for run in plan.runs:
         rows = slice(run.first_row, run.first_row + run.num_tokens)
         exact = _exact(qkv[rows], heads, plan.cos_TD[rows], plan.sin_TD[rows])
@@ -99,7 +87,7 @@ def test_chunks_and_neighbours_change_nothing(
     noise = torch.full((1, qkv.shape[1]), torch.nan, dtype=dtype)
 
     def run_in_chunks(chunk: int, with_neighbour: bool) -> torch.Tensor:
-        cache, parts = _cache(kernels, 2 * num_blocks + 1, block_size, heads, dtype), []
+        cache, parts = poisoned_cache(kernels, 2 * num_blocks + 1, block_size, heads, dtype), []
         for start in range(0, length, chunk):
             count = min(chunk, length - start)
             runs, rows = [(count, start, table)], qkv[start : start + count]
@@ -121,12 +109,12 @@ def test_a_nan_of_its_own_reaches_later_tokens_only(kernels: CpuKernels) -> None
     plan = attention_plan([(90, 0, list(range(6)))], block_size=16, head_dim=8)
     qkv = torch.randn(90, 32)
     qkv[70] = torch.nan
-    out = kernels.attention(qkv, plan, _cache(kernels, 6, 16, heads, torch.float32), heads)
+    out = kernels.attention(qkv, plan, poisoned_cache(kernels, 6, 16, heads, torch.float32), heads)
     assert out[:70].isfinite().all() and out[70:].isnan().all()
 
 
 def test_no_runs(kernels: CpuKernels) -> None:
     heads = _heads([0, 0], 1, 8)
     plan = attention_plan([], block_size=16, head_dim=8)
-    cache = _cache(kernels, 1, 16, heads, torch.float32)
+    cache = poisoned_cache(kernels, 1, 16, heads, torch.float32)
     assert kernels.attention(torch.empty(0, 32), plan, cache, heads).shape == (0, 16)

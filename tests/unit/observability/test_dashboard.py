@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from model_parallel.engine.request import EngineOutput, SamplingParams, Timings
-from serving.gateway.accounts import Principal, UsageRecord
+from serving.gateway.accounts import Principal
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
 from serving.observability.tracing import Tracing
+from tests.support.usage import usage_record
 from tests.unit.gateway.fakes import card
 from tests.unit.observability.test_group_metrics import report
 
@@ -27,11 +28,7 @@ def labels_of() -> dict[str, set[str]]:
     watch = GatewayWatch([card()], METHODS, Tracing())
     timings = Timings(queue_s=0.1, prefill_s=0.1)
     outputs = [EngineOutput(request_id="r-0", token_ids=(1,), timings=timings) for _ in range(2)]
-    record = UsageRecord(
-        request_id="r", tenant_id="t", key_id="k", model="tiny", num_prompt_tokens=1, num_cached_tokens=0,
-        num_completion_tokens=2, outcome="stop", started_unix_s=0, gateway_s=0, queue_s=0, prefill_s=0, decode_s=0,
-        total_s=0,
-    )  # fmt: skip
+    record = usage_record("r", model="tiny", num_prompt_tokens=1, num_completion_tokens=2)
     with watch.telemetry.observe("grpc", METHODS[0], "r", {}) as observer:
         observer.authenticated(Principal(tenant_id="t"))
         observer.resolved("tiny")

@@ -28,6 +28,15 @@ def request(**sampling: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(**sampling))  # type: ignore[arg-type]
 
 
+def test_usage_records_that_are_not_durable_are_counted_when_metrics_are_read() -> None:
+    metrics = GatewayWatch([card()], METHODS, Tracing()).metrics
+    pending = [1, 2]
+    metrics.watch_pending_records(lambda: len(pending))
+    assert metrics.registry.get_sample_value("packtrain_usage_records_pending") == 2
+    pending.clear()
+    assert metrics.registry.get_sample_value("packtrain_usage_records_pending") == 0
+
+
 async def test_one_answer_is_in_every_metric(watched: Watch) -> None:
     async with watched(FakeBackend(say("Paris"))) as gateway:
         await gateway.stub.Generate(request(max_tokens=20))

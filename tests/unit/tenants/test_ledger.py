@@ -7,6 +7,7 @@ from serving.tenants.quota import QuotaAuthority
 from serving.tenants.records import Limits, UsageFilter
 from serving.tenants.store import Store
 from serving.tenants.usage import all_usage
+from tests.support.usage import usage_record
 
 LIMITS = {
     "tenant:t": Limits(requests_per_minute=60, tokens_per_minute=600, max_concurrent_requests=40, token_budget=1000)
@@ -40,11 +41,8 @@ def settled(number: int, *records: UsageRecord) -> Exchange:
 
 
 def usage(request_id: str) -> UsageRecord:
-    return UsageRecord(
-        request_id=request_id,
-        tenant_id="t",
-        key_id="k",
-        model="m",
+    return usage_record(
+        request_id,
         num_prompt_tokens=3,
         num_cached_tokens=1,
         num_completion_tokens=4,

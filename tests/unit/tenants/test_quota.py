@@ -2,10 +2,10 @@
 
 import pytest
 
-from serving.gateway.accounts import UsageRecord
 from serving.tenants.messages import Amounts, Ask, Exchange, Reply, Report, Settlement, Verdict
 from serving.tenants.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
 from serving.tenants.records import Limits
+from tests.support.usage import usage_record
 
 T = "tenant:t"
 
@@ -44,22 +44,7 @@ def outcome(verdict: Verdict) -> tuple[str, str, float | None]:
 
 
 def settlement(request_id: str, num_tokens: int) -> Settlement:
-    record = UsageRecord(
-        request_id=request_id,
-        tenant_id="t",
-        key_id="k",
-        model="m",
-        num_prompt_tokens=num_tokens - 1,
-        num_cached_tokens=0,
-        num_completion_tokens=1,
-        outcome="stop",
-        started_unix_s=0.0,
-        gateway_s=0.0,
-        queue_s=0.0,
-        prefill_s=0.0,
-        decode_s=0.0,
-        total_s=0.0,
-    )
+    record = usage_record(request_id, num_prompt_tokens=num_tokens - 1, num_completion_tokens=1)
     return Settlement(record, (T, "key:k"))
 
 

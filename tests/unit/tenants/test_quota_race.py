@@ -22,6 +22,7 @@ from serving.tenants.quota import BUSY_RETRY_S, Changes, QuotaAuthority
 from serving.tenants.records import KeyGrant, StoreUnavailableError, Tenant, UsageFilter
 from serving.tenants.store import Store
 from serving.tenants.usage import all_usage
+from tests.support.usage import usage_record
 
 NUM_TOKENS = 50
 """Reserved by a request; it uses 20."""
@@ -362,19 +363,4 @@ async def test_an_authority_that_was_replaced_decides_nothing_more(store: Store,
 
 
 def usage(name: str, num_tokens: int) -> UsageRecord:
-    return UsageRecord(
-        request_id=name,
-        tenant_id="t",
-        key_id="k",
-        model="m",
-        num_prompt_tokens=num_tokens,
-        num_cached_tokens=0,
-        num_completion_tokens=0,
-        outcome="stop",
-        started_unix_s=0.0,
-        gateway_s=0.0,
-        queue_s=0.0,
-        prefill_s=0.0,
-        decode_s=0.0,
-        total_s=0.0,
-    )
+    return usage_record(name, num_prompt_tokens=num_tokens)

@@ -15,6 +15,7 @@ from serving.tenants.leases import LeaseBook, WaitingRequest
 from serving.tenants.messages import Amounts, Costs, Exchange, Reply, Verdict
 from serving.tenants.quota import Account, Changes, Gateway, Holding, QuotaAuthority, StaleExchangeError
 from serving.tenants.records import Limits
+from tests.support.usage import usage_record
 
 TENANT, KEYS = "tenant:t", ("key:a", "key:b")
 GATEWAYS = ("g0", "g1")
@@ -29,22 +30,7 @@ def some_limits(rng: random.Random) -> Limits:
 
 
 def usage(request_id: str, num_tokens: int) -> UsageRecord:
-    return UsageRecord(
-        request_id=request_id,
-        tenant_id="t",
-        key_id="a",
-        model="m",
-        num_prompt_tokens=num_tokens,
-        num_cached_tokens=0,
-        num_completion_tokens=0,
-        outcome="stop",
-        started_unix_s=0,
-        gateway_s=0,
-        queue_s=0,
-        prefill_s=0,
-        decode_s=0,
-        total_s=0,
-    )
+    return usage_record(request_id, key_id="a", num_prompt_tokens=num_tokens)
 
 
 @dataclass
