@@ -4,25 +4,47 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 
 logger = logging.getLogger(__name__)
 
+MAX_UNREAD_STEPS = 128
+"""A stream that is so far behind is paused. A busy event loop never is; what the reader's connection holds comes on top."""
+LOOK_AFTER_PAUSED_S = 1.0
+"""Paused sequences expire about so late, when nothing else runs."""
+
 Outputs = tuple[EngineOutput, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One client request."""
+
+    running: set[str]
+    """Ids of its sequences whose end has not been read."""
+    unread: asyncio.Queue[Outputs] = field(default_factory=asyncio.Queue)
+    """By step."""
+    is_behind: bool = False
+    """Too much was unread, and not all of that is read yet."""
+    is_held: bool = False
+    """The gateway says so."""
 
 
 class AsyncEngine:
     """Runs `Engine.step` in a thread of its own for as long as there is work, and hands outputs to the streams they belong to.
 
-    One step's outputs cross into the event loop in one call, and those of one client request travel as one item.
+    One step's outputs cross into the event loop in one call, and those of one client request travel as one item. The sequences of
+    a reader that falls far behind are paused until it has read what there is, and those that a gateway holds.
     """
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
         self._loop = loop
-        self._streams: dict[str, asyncio.Queue[Outputs]] = {}
+        self._streams: dict[str, _Stream] = {}
+        """By the id of a sequence that has not ended."""
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -38,23 +60,38 @@ class AsyncEngine:
 
         Closing it aborts what still runs. Raises RequestError when the engine refuses, GroupFailedError when it has failed.
         """
-        queue: asyncio.Queue[Outputs] = asyncio.Queue()
-        running: set[str] = set()
+        stream = _Stream(running=set())
         try:
             self._engine.add(*requests)
-            running = {request.request_id for request in requests}
-            self._streams.update(dict.fromkeys(running, queue))
+            stream.running = {request.request_id for request in requests}
+            self._streams.update(dict.fromkeys(stream.running, stream))
             self._wake.set()
-            while running:
-                outputs = await queue.get()
-                while not queue.empty():  # steps that the reader was too busy for travel together
-                    outputs += queue.get_nowait()
-                running -= {output.request_id for output in outputs if output.finish_reason}
+            while stream.running:
+                outputs = await stream.unread.get()
+                while not stream.unread.empty():  # steps that the reader was too busy for travel together
+                    outputs += stream.unread.get_nowait()
+                stream.running -= {output.request_id for output in outputs if output.finish_reason}
                 yield outputs
+                if stream.is_behind:
+                    stream.is_behind = False
+                    self._pause_or_resume(stream)
         finally:
-            for request_id in running:
-                del self._streams[request_id]
+            for request_id in stream.running:
+                self._streams.pop(request_id, None)  # its end may be there, unread
                 self._engine.abort(request_id, FinishReason.CANCELLED)
+            self._wake.set()
+
+    def hold(self, request_ids: Sequence[str], *, is_held: bool) -> None:
+        """Pause a client request until it is held no more. Nothing happens to ids that have ended or were never here."""
+        for stream in {self._streams[request_id] for request_id in request_ids if request_id in self._streams}:
+            stream.is_held = is_held
+            self._pause_or_resume(stream)
+
+    def _pause_or_resume(self, stream: _Stream) -> None:
+        if stream.is_behind or stream.is_held:
+            self._engine.pause(*stream.running)
+        else:
+            self._engine.resume(*stream.running)
             self._wake.set()
 
     def _run(self) -> None:
@@ -64,7 +101,7 @@ class AsyncEngine:
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             else:
-                self._wake.wait()
+                self._wake.wait(LOOK_AFTER_PAUSED_S if self._engine.num_paused else None)
                 self._wake.clear()
 
     def _step(self) -> list[EngineOutput]:
@@ -83,16 +120,19 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Sequence[EngineOutput]) -> None:
         """In the event loop: group a step's outputs by the stream they belong to."""
-        by_stream: dict[int, tuple[asyncio.Queue[Outputs], list[EngineOutput]]] = {}
+        by_stream: dict[_Stream, list[EngineOutput]] = {}
         for output in outputs:
-            queue = self._streams.get(output.request_id)
-            if queue is None:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
                 continue  # The client has gone; its abort is on the way.
-            by_stream.setdefault(id(queue), (queue, []))[1].append(output)
+            by_stream.setdefault(stream, []).append(output)
             if output.finish_reason:
                 del self._streams[output.request_id]
-        for queue, belonging in by_stream.values():
-            queue.put_nowait(tuple(belonging))
+        for stream, belonging in by_stream.items():
+            stream.unread.put_nowait(tuple(belonging))
+            if stream.unread.qsize() >= MAX_UNREAD_STEPS and not stream.is_behind:
+                stream.is_behind = True
+                self._pause_or_resume(stream)
 
     def close(self, timeout_s: float) -> None:
         """End the thread; a step that is under way is waited for, up to `timeout_s`."""

@@ -120,6 +120,10 @@ class ReplicaGroup:
             finally:
                 await outputs.aclose()
 
+    async def hold(self, request_ids: tuple[str, ...], is_held: bool) -> None:
+        """Compute no more of those requests that run here, or go on."""
+        self._running_engine().hold(request_ids, is_held=is_held)
+
     def _running_engine(self) -> AsyncEngine:
         if self._async_engine is None:
             self._async_engine = AsyncEngine(self._engine, asyncio.get_running_loop())
@@ -217,6 +221,14 @@ class ServeBackend:
         finally:
             if open_choices:
                 response.cancel()
+
+    async def hold(self, model: str, request_ids: Sequence[str], *, is_held: bool) -> None:
+        """All groups are told, as a handle cannot name one. It is rare."""
+        broadcast = self._groups[model].broadcast("hold", tuple(request_ids), is_held)
+        try:
+            await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise GroupUnavailableError(f"a replica group of model {model!r} does not answer") from error
 
     async def can_serve(self, model: str) -> bool:
         probe = self._groups[model].options(stream=False).probe.remote()

@@ -50,6 +50,11 @@ class Engine:
         return self._scheduler.has_work or bool(self._under_way and self._failure is None)
 
     @property
+    def num_paused(self) -> int:
+        """Paused sequences can expire while there is no work."""
+        return self._scheduler.num_paused
+
+    @property
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats
 
@@ -65,6 +70,18 @@ class Engine:
         """End a request now; the next `step` returns its last output. False when it has ended already."""
         with self._lock:
             return self._scheduler.abort(request_id, reason)
+
+    def pause(self, *request_ids: str) -> None:
+        """Compute no more of them until `resume`, because their reader does not keep up. They hold no room meanwhile."""
+        with self._lock:
+            for request_id in request_ids:
+                self._scheduler.pause(request_id)
+
+    def resume(self, *request_ids: str) -> None:
+        """Go on with them."""
+        with self._lock:
+            for request_id in request_ids:
+                self._scheduler.resume(request_id)
 
     def step(self) -> list[EngineOutput]:
         """Give the ranks steps to run, wait for the oldest, and return what it brought.

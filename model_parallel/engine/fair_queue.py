@@ -213,8 +213,12 @@ class FairQueue:
         self.tenant_of(sequence.request).num_running -= 1
         self._insert(sequence, at_front=True)
 
+    def add_in_front(self, sequence: Sequence) -> None:
+        """It is back after a pause, and the next one of its tenant."""
+        self._insert(sequence, at_front=True)
+
     def leave(self, sequence: Sequence) -> None:
-        """It has ended, waiting or running."""
+        """It has ended or is paused, waiting or running until now."""
         tenant = self.tenant_of(sequence.request)
         if sequence.seq_id in tenant.waiting:
             self._remove(sequence)

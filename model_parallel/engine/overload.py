@@ -74,6 +74,10 @@ class Deadlines:
     def add(self, at_s: float, seq_id: int) -> None:
         heapq.heappush(self._heap, (at_s, seq_id))
 
+    def is_due(self, now_s: float) -> bool:
+        """Somebody's time has come."""
+        return bool(self._heap) and self._heap[0][0] <= now_s
+
     def take_expired(self, now_s: float) -> list[int]:
         """Those whose time has come. Some may have ended before."""
         expired = []

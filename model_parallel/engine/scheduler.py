@@ -42,6 +42,10 @@ class Scheduler:
     tenants of its class or below that run more for their weight even then. A victim waits as the next one of its tenant and
     is not charged again. So a tenant's sequences run and wait in their order of arrival.
 
+    **Pauses.** A sequence whose reader does not keep up holds nothing while it is paused: no row, no block, no place among those
+    that run or wait. Then it is the next one of its tenant, like a victim, but out of the order of arrival. That happens
+    finitely often, because it gets tokens in between.
+
     **All end.** What was admitted first in the highest class is never a victim, and so it ends. A tenant's first one is a victim
     only when every tenant of its class runs but one, and for those admitted before it, which are finitely many and end. While
     it waits it is not charged, and whoever is admitted before it is, so their number is bounded too. A lower class may starve.
@@ -79,6 +83,8 @@ class Scheduler:
         self._queue = FairQueue(burst=config.max_model_len)
         self._running: dict[int, Sequence] = {}
         """By seq_id, in order of admission."""
+        self._paused: dict[int, Sequence] = {}
+        """By seq_id."""
         self._finished: list[int] = []
         """Sequences that the next plan tells the ranks to forget."""
         self._outputs: list[EngineOutput] = []
@@ -91,7 +97,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """A step would compute something, deliver an output, or tell the ranks of a sequence to forget."""
-        return bool(self._requests or self._finished or self._outputs)
+        is_active = len(self._requests) > len(self._paused) or self._finished or self._outputs
+        return bool(is_active) or self._deadlines.is_due(self._clock())
+
+    @property
+    def num_paused(self) -> int:
+        """Sequences that are paused. They can still expire, which only a step notices."""
+        return len(self._paused)
 
     @property
     def stats(self) -> SchedulerStats:
@@ -101,6 +113,7 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._queue),
             num_waiting_tokens=self._queue.num_tokens,
+            num_paused=len(self._paused),
             kv_usage=1 - self._kv.num_free / self._kv.num_blocks,
             estimated_wait_s=self._pace.wait_s(self._queue.num_tokens) or 0.0,
         )
@@ -130,6 +143,25 @@ class Scheduler:
             return False
         self._end(sequence, reason)
         return True
+
+    def pause(self, request_id: str) -> None:
+        """Compute no more of a request until `resume`. Tokens that are under way still come. Nothing happens after its end."""
+        sequence = self._requests.get(request_id)
+        if sequence is None or sequence.seq_id in self._paused:
+            return
+        if sequence.seq_id in self._running:
+            self._stop_running(sequence)
+        self._queue.leave(sequence)
+        self._paused[sequence.seq_id] = sequence
+        sequence.was_paused = True
+        self._totals.num_pauses += 1
+
+    def resume(self, request_id: str) -> None:
+        """It is the next one of its tenant. Nothing happens when it is not paused."""
+        sequence = self._requests.get(request_id)
+        if sequence is not None and sequence.seq_id in self._paused:
+            del self._paused[sequence.seq_id]
+            self._queue.add_in_front(sequence)
 
     def fail_all(self, error: str) -> None:
         """End every request because the group is lost. `error` is for the client to read."""
@@ -188,10 +220,13 @@ class Scheduler:
         self._queue.check_integrity()
         if list(self._sequences.values()) != list(self._requests.values()):
             raise RuntimeError("the two indexes of living sequences disagree")
-        in_order = _by_tenant(self._sequences.values())
-        if _by_tenant([*self._running.values(), *self._queue]) != in_order:
+        placed = [*self._running.values(), *self._queue]
+        if sorted([s.seq_id for s in placed] + list(self._paused)) != sorted(self._sequences):
+            raise RuntimeError("a living sequence does not either run, wait or pause")
+        in_order = _by_tenant(sequence for sequence in self._sequences.values() if not sequence.was_paused)
+        if _by_tenant(sequence for sequence in placed if not sequence.was_paused) != in_order:
             raise RuntimeError("a tenant's running and then its waiting sequences are not its own in order of arrival")
-        for sequences in in_order.values():
+        for sequences in _by_tenant(self._sequences.values()).values():
             num_running = sum(sequence.seq_id in self._running for sequence in sequences)
             if num_running != self._queue.tenant_of(sequences[0].request).num_running:
                 raise RuntimeError(f"a tenant runs {num_running} sequences and is said to run others")
@@ -293,12 +328,16 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        self._queue.put_back(sequence)
+        self._totals.num_preemptions += 1
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """Take its blocks. What they held is computed again, but for the part that the prefix cache keeps."""
         del self._running[sequence.seq_id]
         self._kv.release(sequence.table)
         sequence.num_computed = 0
         sequence.num_told_blocks = 0
-        self._queue.put_back(sequence)
-        self._totals.num_preemptions += 1
 
     def _plan_rows(self, draft: _Draft, sequences: Iterable[Sequence]) -> None:
         """A row for each as long as the step has room."""
@@ -376,7 +415,8 @@ class Scheduler:
     def _close(self, sequence: Sequence, output: EngineOutput, reason: FinishReason) -> None:
         """Forget the sequence; `output` is its last."""
         del self._requests[sequence.request.request_id], self._sequences[sequence.seq_id]
-        self._queue.leave(sequence)
+        if self._paused.pop(sequence.seq_id, None) is None:
+            self._queue.leave(sequence)
         self._running.pop(sequence.seq_id, None)
         self._kv.release(sequence.table)
         self._deadlines.keep(self._sequences.keys())

@@ -32,6 +32,8 @@ class Sequence:
     """Leading blocks of its table that the ranks know. None after a preemption."""
     was_admitted: bool = False
     """It has been charged for its prompt; a preemption does not make it pay twice."""
+    was_paused: bool = False
+    """It has lost its place in the order of arrival."""
     is_light: bool = False
     """Its tenant had not used its share when it was admitted; see fair_queue.py."""
     num_cached_tokens: int = 0

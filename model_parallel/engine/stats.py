@@ -10,6 +10,7 @@ class Totals:
     """Counts since the group started."""
 
     num_preemptions: int = 0
+    num_pauses: int = 0
     num_prefix_query_tokens: int = 0
     """Tokens looked up in the prefix cache, once for each sequence."""
     num_prefix_hit_tokens: int = 0
@@ -42,6 +43,8 @@ class SchedulerStats(Totals):
     """Preempted ones included."""
     num_waiting_tokens: int
     """Prompt tokens of those."""
+    num_paused: int
+    """Whose readers do not keep up."""
     kv_usage: float
     """Share of the KV cache that sequences hold, 0 to 1. Published blocks that nobody holds count as free."""
     estimated_wait_s: float

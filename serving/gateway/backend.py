@@ -76,6 +76,13 @@ class Backend(Protocol):
         """
         ...
 
+    async def hold(self, model: str, request_ids: Sequence[str], *, is_held: bool) -> None:
+        """Let the group that runs them compute no more of these requests, as their reader does not keep up, or go on.
+
+        Raises GroupUnavailableError when it is not known that the group has heard of it.
+        """
+        ...
+
     async def can_serve(self, model: str) -> bool:
         """Whether some group of `model` can take a request now; bounded wait, never raises."""
         ...

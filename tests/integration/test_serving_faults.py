@@ -11,9 +11,18 @@ import psutil
 import pytest
 from ray.util import placement_group_table
 
+from protos.inference_pb2_grpc import InferenceStub
 from serving.app import RunningApp
 from serving.client import Client
-from tests.support.stack import group_handle, running_stack, stack_config, story, stream_until_error, wait_until
+from tests.support.stack import (
+    group_handle,
+    group_stats,
+    running_stack,
+    stack_config,
+    story,
+    stream_until_error,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +60,20 @@ def test_kill_9_ends_streams_clearly_and_the_group_comes_back(app: RunningApp, v
         wait_until(lambda: _answers(client), 60, "a new group serves")
     assert set(_pids()).isdisjoint(before)
     wait_until(lambda: _live_placement_groups() == 1, 15, "one placement group a group")
+
+
+def test_a_reader_that_does_not_read_pauses_its_own_sequences_alone(app: RunningApp) -> None:
+    wait_until(lambda: group_stats()["num_running"] == 0, 15, "nothing runs")
+    before = group_stats()
+    # Otherwise a window that grows with the speed of the loopback would hold the whole answer.
+    options = [("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(app.address, options) as channel, Client(app.address) as other:
+        unread = InferenceStub(channel).GenerateStream(story(900, n=8, logprobs=5), timeout=100)
+        next(unread)
+        wait_until(lambda: group_stats()["num_paused"] == 8, 60, "all its choices are paused")
+        stats = group_stats()
+        assert stats["kv_usage"] == 0 and stats["num_running"] == 0
+        assert stats["num_generation_tokens"] - before["num_generation_tokens"] < 8 * 600
+        assert _answers(other)
+        unread.cancel()
+        wait_until(lambda: group_stats()["num_paused"] == 0, 15, "it has ended")

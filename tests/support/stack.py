@@ -1,9 +1,10 @@
 """The whole stack on a private Ray cluster, and what it leaves behind."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import psutil
@@ -74,14 +75,15 @@ def stream_until_error(address: str, first_token: threading.Event) -> grpc.Statu
 
 
 def ray_processes() -> list[psutil.Process]:
-    """Raylets, workers and the like on this machine."""
+    """Raylets, workers and the like of this terminal session, which they keep. Another stack on this machine is none of ours."""
+    session = os.getsid(0)
     found = []
     for process in psutil.process_iter(["name", "cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if (
-            "raylet" in line or "gcs_server" in line or line.startswith("ray::")
-        ) and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
+        is_ray = "raylet" in line or "gcs_server" in line or line.startswith("ray::")
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if is_ray and process.status() != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session:
+                found.append(process)
     return found
 
 

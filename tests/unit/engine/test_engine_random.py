@@ -40,9 +40,12 @@ class RandomRun:
 
     def run(self) -> None:
         for _ in range(60):
-            act = self.rng.choices([self.add, self.abort, self.wait, self.harness.step], [10, 1, 1, 16])[0]
-            act()
+            acts = [self.add, self.abort, self.wait, self.pause, self.resume, self.harness.step]
+            self.rng.choices(acts, [10, 1, 1, 2, 2, 16])[0]()
         self.harness.run()
+        while self.harness.engine.num_paused:  # a step may pause another one
+            self.harness.engine.resume(*(request.request_id for request in self.requests))
+            self.harness.run()
         for request in self.requests:
             self.check(request)
         stats = self.harness.engine.stats
@@ -50,6 +53,7 @@ class RandomRun:
         assert not self.harness.executor.sequences
         num_sampled = sum(row.sample for plan in self.harness.executor.plans for row in plan.rows)
         self.seen["sampled too much"] = num_sampled - sum(len(self.harness.tokens(r.request_id)) for r in self.requests)
+        self.seen["pause"] = stats.num_pauses
         self.seen["preemption"] = stats.num_preemptions
         self.seen["prefix hit"] = stats.num_prefix_hit_tokens
 
@@ -100,6 +104,16 @@ class RandomRun:
         self.seen["light"] += sum(sequence.is_light for sequence in self.harness.scheduler._running.values())
         if self.rng.random() < 0.02:
             self.abort()
+        if self.rng.random() < 0.02:
+            self.pause()
+
+    def pause(self) -> None:
+        if self.requests:
+            self.harness.engine.pause(self.rng.choice(self.requests).request_id)
+
+    def resume(self) -> None:
+        if self.requests:
+            self.harness.engine.resume(*(r.request_id for r in self.rng.sample(self.requests, len(self.requests) // 2)))
 
     def wait(self) -> None:
         self.harness.clock.now_s += self.rng.choice([0.5, 4.0])
@@ -142,5 +156,14 @@ def test_random_schedules() -> None:
             raise AssertionError(f"RandomRun({seed}).run() failed") from error
         seen += run.seen
     # A run that forces nothing proves nothing.
-    for event in ("light", "preemption", "prefix hit", "sampled too much", "invalid", "overloaded", *FinishReason):
+    for event in (
+        "light",
+        "pause",
+        "preemption",
+        "prefix hit",
+        "sampled too much",
+        "invalid",
+        "overloaded",
+        *FinishReason,
+    ):
         assert seen[str(event)] > 20, f"{event}: {seen}"

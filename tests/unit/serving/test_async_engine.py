@@ -11,6 +11,7 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.errors import GroupFailedError, RequestError
 from serving.async_engine import AsyncEngine
 from tests.support.engine import Harness, make_request
+from tests.support.fake_executor import solo_output
 
 
 @pytest.fixture
@@ -71,6 +72,69 @@ async def test_cancelling_the_reader_frees_its_blocks(engine: AsyncEngine, harne
     with pytest.raises(asyncio.CancelledError):
         await reader
     await _until_idle(engine, harness)
+
+
+async def test_a_reader_that_falls_behind_pauses_its_own_sequences_alone(
+    engine: AsyncEngine, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.async_engine.MAX_UNREAD_STEPS", 5)
+    slow = engine.generate([_request("a", 90), _request("b", 90)])
+    read = [*await anext(slow)]
+    async with asyncio.timeout(5):
+        while harness.engine.num_paused < 2 or harness.engine.has_work:
+            await asyncio.sleep(0.005)
+    assert harness.engine.stats.kv_usage == 0
+    assert (await _collect(engine, "c", max_tokens=90))[-1].finish_reason is FinishReason.LENGTH
+    unread = await anext(slow)
+    assert len(unread) < 2 * 10, "what was unread at the pause, and what was under way then"
+    read += [*unread, *[output async for outputs in slow for output in outputs]]
+    for request_id in ("a", "b"):
+        tokens = [token for output in read if output.request_id == request_id for token in output.token_ids]
+        assert tokens == solo_output(_request(request_id, 90))
+    await _until_idle(engine, harness)
+
+
+async def test_what_a_gateway_holds_is_paused_until_it_is_held_no_more(engine: AsyncEngine, harness: Harness) -> None:
+    stream = engine.generate([_request("a", 90), _request("b", 90)])
+    read = [*await anext(stream)]
+    engine.hold(["a", "b", "nobody"], is_held=True)
+    async with asyncio.timeout(5):
+        while harness.engine.has_work:
+            await asyncio.sleep(0.005)
+    assert harness.engine.num_paused == 2
+    engine.hold(["a", "b"], is_held=False)
+    read += [output async for outputs in stream for output in outputs]
+    tokens = [token for output in read if output.request_id == "a" for token in output.token_ids]
+    assert tokens == solo_output(_request("a", 90))
+    engine.hold(["a"], is_held=True)
+    await _until_idle(engine, harness)
+
+
+async def test_a_stream_is_closed_whose_end_has_come_and_is_unread(engine: AsyncEngine, harness: Harness) -> None:
+    stream = engine.generate([_request("a", 3)])
+    await anext(stream)
+    async with asyncio.timeout(5):
+        while engine.num_open:
+            await asyncio.sleep(0.005)
+    await stream.aclose()
+    await _until_idle(engine, harness)
+
+
+async def test_a_paused_sequence_expires_while_nothing_else_runs(
+    engine: AsyncEngine, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.async_engine.MAX_UNREAD_STEPS", 5)
+    monkeypatch.setattr("serving.async_engine.LOOK_AFTER_PAUSED_S", 0.01)
+    slow = engine.generate([make_request("a", [1], max_tokens=90, deadline_s=10.0)])
+    await anext(slow)
+    async with asyncio.timeout(5):
+        while not harness.engine.num_paused:
+            await asyncio.sleep(0.005)
+        harness.clock.now_s += 11
+        while engine.num_open:
+            await asyncio.sleep(0.005)
+    rest = [output async for outputs in slow for output in outputs]
+    assert rest[-1].finish_reason is FinishReason.DEADLINE
 
 
 async def test_a_refusal_of_one_choice_takes_the_others_back(engine: AsyncEngine, harness: Harness) -> None:
