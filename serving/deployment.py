@@ -1,8 +1,8 @@
 """The two Ray Serve deployments, and how one reaches the other.
 
 A replica of `ReplicaGroup` is the leader of one group of ranks and lives in the first bundle of the group's placement group,
-which Serve frees when the leader ends. A replica of `Gateway` is a node's front end. Between them travel bytes (msgpack), by
-value: an object reference a token would cost more than the token.
+which Serve frees when the leader ends. A replica of `Gateway` is a node's front end. It sends a request to a group through Serve,
+which chooses the group and tells when it is lost: bytes (msgpack) by value. Outputs come back over `output_link`.
 """
 
 import asyncio
@@ -12,22 +12,24 @@ import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
 
+from cluster.ray_api import this_node
 from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import GroupFailedError, RequestError
-from serving.async_engine import AsyncEngine
+from serving.async_engine import AsyncEngine, SinkLostError
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
 from serving.gateway.backend import GroupUnavailableError, ModelCard, Passage
 from serving.gateway.server import METHODS, GatewayServer, Ports
@@ -36,6 +38,7 @@ from serving.models import GroupSpec
 from serving.observability.gateway import GatewayWatch
 from serving.observability.groups import GroupReport, IterationTokens, ReaderLease
 from serving.observability.tracing import GroupSpan, open_tracing
+from serving.output_link import Inbox, OutputReceiver, OutputSenders, ReturnAddress
 from serving.progress import ProgressFile
 from serving.tenants.accounts import TenantAccounts
 from serving.tenants.link import ActorLink
@@ -49,12 +52,20 @@ STALE_AFTER_S = 10.0
 Handle = DeploymentHandle[Any]
 
 
-class GroupReply(msgspec.Struct, frozen=True, array_like=True):
-    """One item of a group's answer: outputs, or why there are none and never will be."""
+class GroupCall(msgspec.Struct, frozen=True, array_like=True):
+    """What a gateway sends to a group: the choices of one client request."""
 
-    engine: str = ""
+    requests: tuple[EngineRequest, ...]
+    trace_context: dict[str, str]
+    """Of the gateway's span."""
+    return_address: ReturnAddress
+
+
+class GroupReply(msgspec.Struct, frozen=True, array_like=True):
+    """The end of a call. Its outputs were sent to the return address, unless it was refused."""
+
+    engine: str
     """Id of the group."""
-    outputs: tuple[EngineOutput, ...] = ()
     refusal_kind: str = ""
     """A RequestError's kind, or "unavailable" when the group is lost."""
     refusal: str = ""
@@ -91,42 +102,36 @@ class ReplicaGroup:
         self._iterations = IterationTokens()
         scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
         self._engine = Engine(self._executor, scheduler, on_step=self._iterations.observe)
-        self._decode = msgspec.msgpack.Decoder(tuple[EngineRequest, ...]).decode
+        self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
 
-    async def generate(self, encoded_requests: bytes, trace_context: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
-        """Run the choices of one client request (msgpack, EngineRequests) under the gateway's span; yields GroupReply items
-        (msgpack)."""
-        requests = self._decode(encoded_requests)
-        request_id.set(requests[0].request_id)
-        engine = self._engine_id
-        with GroupSpan(self._tracing, self._model, engine, trace_context) as span:
-            outputs = self._running_engine().generate(requests)
+    async def generate(self, encoded_call: bytes) -> bytes:
+        """Run the choices of one client request (msgpack, GroupCall) to their ends. Returns a GroupReply (msgpack)."""
+        call = self._decode(encoded_call)
+        request_id.set(call.requests[0].request_id)
+        reply = GroupReply(engine=self._engine_id)
+        with GroupSpan(self._tracing, self._model, self._engine_id, call.trace_context) as span:
             try:
-                async for batch in outputs:
-                    span.received(batch)
-                    yield self._encode(GroupReply(engine=engine, outputs=batch))
+                engine = self._running_engine()
+                sink = await self._senders.to(call.return_address)
+                await engine.run(call.requests, sink, span.received)
             except RequestError as error:
                 span.failed(error.kind)
-                reply = GroupReply(
-                    engine=engine, refusal_kind=error.kind, refusal=str(error), retry_after_s=error.retry_after_s
-                )
-                yield self._encode(reply)
+                reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
             except GroupFailedError:
                 span.failed("unavailable")
                 logger.exception("a request reached a lost group")
-                refusal = "the replica group was lost"
-                yield self._encode(GroupReply(engine=engine, refusal_kind="unavailable", refusal=refusal))
-            finally:
-                await outputs.aclose()
-
-    async def hold(self, request_ids: tuple[str, ...], is_held: bool) -> None:
-        """Compute no more of those requests that run here, or go on."""
-        self._running_engine().hold(request_ids, is_held=is_held)
+                reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")
+            except (OSError, TimeoutError, SinkLostError) as error:
+                span.failed("unavailable")
+                logger.warning("no outputs can be sent to a gateway at %s: %s", call.return_address.host, error)
+                reply = GroupReply(self._engine_id, "unavailable", "the replica group could not send its answer")
+        return self._encode(reply)
 
     def _running_engine(self) -> AsyncEngine:
         if self._async_engine is None:
             self._async_engine = AsyncEngine(self._engine, asyncio.get_running_loop())
+            self._senders = OutputSenders(self._engine_id, self._async_engine)
             self._executor.set_failure_callback(self._async_engine.fail)
         return self._async_engine
 
@@ -175,6 +180,7 @@ class ReplicaGroup:
         """Called by Serve when the replica ends in good order."""
         if self._async_engine is not None:
             self._async_engine.close(self._step_timeout_s)
+            self._senders.close()
         if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself
             self._executor.shutdown()
             self._tracing.close()
@@ -183,11 +189,15 @@ class ReplicaGroup:
 class ServeBackend:
     """The gateway's Backend on Serve handles. See serving/gateway/backend.py."""
 
-    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle]) -> None:
+    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle], receiver: OutputReceiver) -> None:
+        """`receiver` must have started before the first request."""
         self._models = {card.name: card for card in cards}
-        self._groups = {name: handle.options(stream=True) for name, handle in groups.items()}
+        self._groups = groups
+        self._receiver = receiver
         self._could_serve_s: dict[str, float] = {}
         """When (monotonic) a group of each model last said that it can."""
+        self._calls: set[asyncio.Task[bytes]] = set()
+        """Of requests whose group has not told that they have ended."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
         self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
@@ -199,39 +209,49 @@ class ServeBackend:
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], passage: Passage
     ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
-        encoded = self._encode(tuple(requests))
-        remote = self._groups[model].generate.remote(encoded, passage.trace_context)
-        response = cast(DeploymentResponseGenerator[bytes], remote)
-        open_choices = len(requests)
+        encoded = self._encode(GroupCall(tuple(requests), passage.trace_context, self._receiver.address))
+        num_open = len(requests)
+        inbox = self._receiver.open([request.request_id for request in requests])
+        response = self._groups[model].generate.remote(encoded)
+        call = asyncio.create_task(_value(response))
+        self._calls.add(call)
+        call.add_done_callback(partial(self._take_end, model, inbox))
         try:
-            async for item in response:
-                reply = self._decode(item)
-                passage.engine = reply.engine
-                if reply.refusal_kind == "unavailable":
-                    raise GroupUnavailableError(reply.refusal)
-                if reply.refusal_kind:
-                    raise RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
-                open_choices -= sum(output.finish_reason is not None for output in reply.outputs)
-                yield reply.outputs
-        except BackPressureError as error:
-            raise RequestError("every replica group of this model is full", kind="overloaded") from error
-        except (RayError, RayServeException) as error:
-            logger.warning("a replica group of %s was lost: %s", model, type(error).__name__)
-            raise GroupUnavailableError(f"the replica group of model {model!r} was lost") from error
+            while num_open:
+                outputs = await inbox.next()
+                num_open -= sum(output.finish_reason is not None for output in outputs)
+                passage.engine = inbox.engine
+                yield outputs
         finally:
-            if open_choices:
-                response.cancel()
+            passage.engine = inbox.engine
+            inbox.close()
+            if num_open:
+                response.cancel()  # type: ignore[no-untyped-call]
 
-    async def hold(self, model: str, request_ids: Sequence[str], *, is_held: bool) -> None:
-        """All groups are told, as a handle cannot name one. It is rare."""
-        broadcast = self._groups[model].broadcast("hold", tuple(request_ids), is_held)
+    def _take_end(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:
+        """A group has told that a request has ended, or can tell nothing any more."""
+        self._calls.discard(call)
+        error: Exception | None = None
         try:
-            await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S)
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise GroupUnavailableError(f"a replica group of model {model!r} does not answer") from error
+            reply = self._decode(call.result())
+            inbox.engine = reply.engine
+            if reply.refusal_kind == "unavailable":
+                error = GroupUnavailableError(reply.refusal)
+            elif reply.refusal_kind:
+                error = RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
+        except BackPressureError:
+            error = RequestError("every replica group of this model is full", kind="overloaded")
+        except (RequestCancelledError, asyncio.CancelledError):
+            error = GroupUnavailableError("the request was cancelled on its way to a replica group")
+        except (RayError, RayServeException) as lost:
+            logger.warning("a replica group of %s was lost: %s", model, type(lost).__name__)
+            error = GroupUnavailableError(f"the replica group of model {model!r} was lost")
+        except Exception as bug:
+            error = bug
+        inbox.end(error)
 
     async def can_serve(self, model: str) -> bool:
-        probe = self._groups[model].options(stream=False).probe.remote()
+        probe = self._groups[model].probe.remote()
         try:
             problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)
         except TimeoutError:
@@ -282,7 +302,9 @@ class Gateway:
     ) -> None:
         configure_logging("gateway", error_messages=False)
         tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
-        backend = ServeBackend(cards, groups)
+        self._receiver = OutputReceiver()
+        await self._receiver.start(this_node()[1])
+        backend = ServeBackend(cards, groups, self._receiver)
         self._watch = GatewayWatch(cards, METHODS, open_tracing())
         self._accounts: TenantAccounts | None = None
         if tenancy is not None:
@@ -318,4 +340,5 @@ class Gateway:
         """Called by Serve when the replica ends in good order."""
         await self.drain()
         await self._server.stop()
+        await self._receiver.stop()
         await self._watch.stop()

@@ -70,16 +70,9 @@ class Backend(Protocol):
     ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
         """Run the choices of one client request on one group; outputs that are ready together come together.
 
-        Ends after every choice had its finish_reason. Closing the iterator (`aclose`), or cancelling the task that
-        waits on it, aborts what still runs. Raises RequestError (kind "overloaded" or "draining") when the group
-        refuses the request, and GroupUnavailableError when no group can take it or the group is lost.
-        """
-        ...
-
-    async def hold(self, model: str, request_ids: Sequence[str], *, is_held: bool) -> None:
-        """Let the group that runs them compute no more of these requests, as their reader does not keep up, or go on.
-
-        Raises GroupUnavailableError when it is not known that the group has heard of it.
+        Ends after every choice had its finish_reason. Closing the iterator (`aclose`), or cancelling the task that waits on it,
+        aborts what still runs; while it is left alone, little more is computed. Raises RequestError (kind "overloaded" or
+        "draining") when the group refuses the request, and GroupUnavailableError when no group can take it or the group is lost.
         """
         ...
 

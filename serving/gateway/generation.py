@@ -22,7 +22,6 @@ from serving.gateway.call import Call, CancelledInGroupError, DeadlineExceededEr
 from serving.gateway.choices import Choice, Chunk, Summary
 from serving.gateway.metering import Meter
 from serving.gateway.prompts import PromptEncoder
-from serving.gateway.reader import ReaderWatch
 from serving.gateway.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -199,17 +198,11 @@ class Generator:
         self, card: ModelCard, requests: list[EngineRequest], meter: Meter
     ) -> AsyncGenerator[EngineOutput, None]:
         steps = self._backend.generate(card.name, requests, meter.submit())
-        ids = [request.request_id for request in requests]
-        reader = ReaderWatch(lambda is_stuck: self._backend.hold(card.name, ids, is_held=is_stuck))
         async with aclosing(steps):
-            try:
-                async for outputs in steps:
-                    meter.received(outputs)
-                    for output in outputs:
-                        with reader:
-                            yield output
-            finally:
-                reader.close()
+            async for outputs in steps:
+                meter.received(outputs)
+                for output in outputs:
+                    yield output
 
     def _requests(
         self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]

@@ -77,8 +77,6 @@ class FakeBackend:
         self.num_open = 0
         self.started = asyncio.Event()
         self.healthy = dict.fromkeys(self.models, True)
-        self.holds: asyncio.Queue[tuple[str, tuple[str, ...], bool]] = asyncio.Queue()
-        """What was said of requests: (model, ids, whether they are held)."""
 
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], passage: Passage
@@ -93,9 +91,6 @@ class FakeBackend:
                 yield outputs
         finally:
             self.num_open -= 1
-
-    async def hold(self, model: str, request_ids: Sequence[str], *, is_held: bool) -> None:
-        self.holds.put_nowait((model, tuple(request_ids), is_held))
 
     async def can_serve(self, model: str) -> bool:
         return self.healthy[model]

@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError, RequestError
-from serving.async_engine import AsyncEngine
+from serving.async_engine import AsyncEngine, SinkLostError
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 
@@ -32,9 +31,39 @@ def _request(request_id: str, max_tokens: int) -> EngineRequest:
     return make_request(request_id, [1, 2, 3], max_tokens=max_tokens, seed=1)
 
 
+class Sink:
+    """Keeps what comes."""
+
+    def __init__(self) -> None:
+        self.outputs: list[EngineOutput] = []
+        self.came = asyncio.Event()
+
+    def send(self, outputs: Sequence[EngineOutput]) -> None:
+        self.outputs += outputs
+        self.came.set()
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs if output.request_id == request_id for token in output.token_ids]
+
+
 async def _collect(engine: AsyncEngine, *request_ids: str, max_tokens: int = 6) -> list[EngineOutput]:
-    requests = [_request(request_id, max_tokens) for request_id in request_ids]
-    return [output async for outputs in engine.generate(requests) for output in outputs]
+    sink = Sink()
+    await engine.run([_request(request_id, max_tokens) for request_id in request_ids], sink)
+    return sink.outputs
+
+
+async def _start(engine: AsyncEngine, sink: Sink, *requests: EngineRequest) -> asyncio.Task[None]:
+    """A request whose first output has come."""
+    run = asyncio.create_task(engine.run(requests, sink))
+    async with asyncio.timeout(5):
+        await sink.came.wait()
+    return run
+
+
+async def _until_asleep(harness: Harness) -> None:
+    async with asyncio.timeout(5):
+        while harness.engine.has_work:
+            await asyncio.sleep(0.005)
 
 
 async def _until_idle(engine: AsyncEngine, harness: Harness) -> None:
@@ -58,13 +87,6 @@ async def test_many_streams_at_a_time(engine: AsyncEngine, harness: Harness) -> 
     await _until_idle(engine, harness)
 
 
-async def test_closing_a_stream_frees_its_blocks(engine: AsyncEngine, harness: Harness) -> None:
-    async with aclosing(engine.generate([_request("a", 100), _request("b", 100)])) as outputs:
-        async for _ in outputs:
-            break
-    await _until_idle(engine, harness)
-
-
 async def test_cancelling_the_reader_frees_its_blocks(engine: AsyncEngine, harness: Harness) -> None:
     reader = asyncio.create_task(_collect(engine, "a", max_tokens=100))
     await asyncio.sleep(0.02)
@@ -74,67 +96,80 @@ async def test_cancelling_the_reader_frees_its_blocks(engine: AsyncEngine, harne
     await _until_idle(engine, harness)
 
 
-async def test_a_reader_that_falls_behind_pauses_its_own_sequences_alone(
-    engine: AsyncEngine, harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serving.async_engine.MAX_UNREAD_STEPS", 5)
-    slow = engine.generate([_request("a", 90), _request("b", 90)])
-    read = [*await anext(slow)]
-    async with asyncio.timeout(5):
-        while harness.engine.num_paused < 2 or harness.engine.has_work:
-            await asyncio.sleep(0.005)
+async def test_one_sink_gets_a_steps_outputs_in_one_call_and_only_its_own(engine: AsyncEngine) -> None:
+    calls: list[set[str]] = []
+
+    class Counting(Sink):
+        def send(self, outputs: Sequence[EngineOutput]) -> None:
+            calls.append({output.request_id for output in outputs})
+
+    ours, other = Counting(), Sink()
+    runs = [engine.run([_request(name, 20)], ours) for name in ("a", "b")]
+    await asyncio.gather(*runs, engine.run([_request("c", 20)], other))
+    assert {"a", "b"} in calls and len(calls) < 40
+    assert other.tokens("c") == solo_output(_request("c", 20))
+    assert "c" not in set.union(*calls)
+
+
+async def test_what_is_held_is_paused_until_it_is_held_no_more(engine: AsyncEngine, harness: Harness) -> None:
+    sink = Sink()
+    run = await _start(engine, sink, _request("a", 90), _request("b", 90))
+    engine.hold(["a", "b", "nobody"], is_held=True)
+    await _until_asleep(harness)
+    assert harness.engine.num_paused == 2
     assert harness.engine.stats.kv_usage == 0
     assert (await _collect(engine, "c", max_tokens=90))[-1].finish_reason is FinishReason.LENGTH
-    unread = await anext(slow)
-    assert len(unread) < 2 * 10, "what was unread at the pause, and what was under way then"
-    read += [*unread, *[output async for outputs in slow for output in outputs]]
-    for request_id in ("a", "b"):
-        tokens = [token for output in read if output.request_id == request_id for token in output.token_ids]
-        assert tokens == solo_output(_request(request_id, 90))
-    await _until_idle(engine, harness)
-
-
-async def test_what_a_gateway_holds_is_paused_until_it_is_held_no_more(engine: AsyncEngine, harness: Harness) -> None:
-    stream = engine.generate([_request("a", 90), _request("b", 90)])
-    read = [*await anext(stream)]
-    engine.hold(["a", "b", "nobody"], is_held=True)
-    async with asyncio.timeout(5):
-        while harness.engine.has_work:
-            await asyncio.sleep(0.005)
-    assert harness.engine.num_paused == 2
     engine.hold(["a", "b"], is_held=False)
-    read += [output async for outputs in stream for output in outputs]
-    tokens = [token for output in read if output.request_id == "a" for token in output.token_ids]
-    assert tokens == solo_output(_request("a", 90))
+    await run
+    for request_id in ("a", "b"):
+        assert sink.tokens(request_id) == solo_output(_request(request_id, 90))
     engine.hold(["a"], is_held=True)
     await _until_idle(engine, harness)
 
 
-async def test_a_stream_is_closed_whose_end_has_come_and_is_unread(engine: AsyncEngine, harness: Harness) -> None:
-    stream = engine.generate([_request("a", 3)])
-    await anext(stream)
-    async with asyncio.timeout(5):
-        while engine.num_open:
-            await asyncio.sleep(0.005)
-    await stream.aclose()
+async def test_a_sink_that_is_full_pauses_all_that_is_its_own(engine: AsyncEngine, harness: Harness) -> None:
+    sink, other = Sink(), Sink()
+    runs = [await _start(engine, sink, _request("a", 90))]
+    engine.hold_all(sink, is_held=True)
+    runs.append(asyncio.create_task(engine.run([_request("b", 90)], sink)))
+    await engine.run([_request("c", 20)], other)
+    await _until_asleep(harness)
+    assert harness.engine.num_paused == 2
+    engine.hold(["a"], is_held=True)
+    engine.hold_all(sink, is_held=False)
+    await runs[1]
+    assert harness.engine.num_paused == 1
+    engine.hold(["a"], is_held=False)
+    await runs[0]
+    assert sink.tokens("b") == solo_output(_request("b", 90))
+    await _until_idle(engine, harness)
+
+
+async def test_a_sink_that_is_gone_ends_all_that_is_its_own(engine: AsyncEngine, harness: Harness) -> None:
+    sink, other = Sink(), Sink()
+    lost = [await _start(engine, sink, _request(name, 100)) for name in ("a", "b")]
+    kept = asyncio.create_task(engine.run([_request("c", 20)], other))
+    await asyncio.sleep(0)
+    engine.drop(sink)
+    for run in lost:
+        with pytest.raises(SinkLostError):
+            await run
+    await kept
+    assert other.tokens("c") == solo_output(_request("c", 20))
     await _until_idle(engine, harness)
 
 
 async def test_a_paused_sequence_expires_while_nothing_else_runs(
     engine: AsyncEngine, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.async_engine.MAX_UNREAD_STEPS", 5)
     monkeypatch.setattr("serving.async_engine.LOOK_AFTER_PAUSED_S", 0.01)
-    slow = engine.generate([make_request("a", [1], max_tokens=90, deadline_s=10.0)])
-    await anext(slow)
-    async with asyncio.timeout(5):
-        while not harness.engine.num_paused:
-            await asyncio.sleep(0.005)
-        harness.clock.now_s += 11
-        while engine.num_open:
-            await asyncio.sleep(0.005)
-    rest = [output async for outputs in slow for output in outputs]
-    assert rest[-1].finish_reason is FinishReason.DEADLINE
+    sink = Sink()
+    run = await _start(engine, sink, make_request("a", [1], max_tokens=90, deadline_s=10.0))
+    engine.hold(["a"], is_held=True)
+    await _until_asleep(harness)
+    harness.clock.now_s += 11
+    await run
+    assert sink.outputs[-1].finish_reason is FinishReason.DEADLINE
 
 
 async def test_a_refusal_of_one_choice_takes_the_others_back(engine: AsyncEngine, harness: Harness) -> None:
