@@ -41,9 +41,13 @@ lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/lint-imports
 	$(BIN)/python -m protos.generate --check
 
-bench: $(STAMP) ## the engine beside its peers and limits, and what serving costs
+bench: $(STAMP) ## time engine, peers, growth, serving, start and gateway anew, and write docs/performance.md: 17 minutes, machine idle
 	$(BIN)/python -m bench.engine
+	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.serving_overhead
+	$(BIN)/python -m bench.ready
+	$(BIN)/python -m bench.gateway
+	$(BIN)/python -m bench.report
 
 proof-7b: $(STAMP) ## serve a synthetic Llama 2 7B of full size at TP=2: 14 GB of disk, 18 GB of memory
 	$(BIN)/python -m bench.proof_7b

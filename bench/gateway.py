@@ -1,6 +1,6 @@
 """What keys, quotas and exact metering add to a unary call: the whole gateway beside its bare servicer.
 
-    python -m bench.gateway
+    python -m bench.gateway [--calls 1000] [--json FILE]
 
 Both answer the same request from the same backend, which has its one token at once, so that nothing but the gateway is timed.
 The bare servicer has no interceptor, no key, no quota and keeps no record. The gateway checks a key, reserves from a tenant's
@@ -122,6 +122,7 @@ async def _until_the_key_is_known(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1000, help="of each kind")
+    parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     prepare_environment()
     with tempfile.TemporaryDirectory() as directory:
@@ -144,7 +145,7 @@ def main() -> None:
         "added_median_ms": round(added_ms, 3),
         "target_ms": TARGET_MS,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

@@ -88,6 +88,8 @@ def render_memory(result: Mapping[str, Any]) -> str:
             f"{row['start_bytes'] / MB:.0f} MB",
             f"{row['growth_bytes'] / MB:+.2f} MB",
             f"{row['slope_bytes_per_hour'] / MB:+.2f} MB",
+            f"{row['growth_fds']:+g}",
+            f"{row['growth_threads']:+g}",
         ]
         for row in result["processes"]
     ]
@@ -98,7 +100,7 @@ def render_memory(result: Mapping[str, Any]) -> str:
             f"{describe_machine(result['machine'])}; {result['minutes']:g} minutes after {result['warm_up_minutes']:g} of "
             f"warm-up, {result['streams']} streams, TP={result['tp_size']}; requests: {requests}.",
             "",
-            table(["process", "resident", "growth", "slope an hour"], rows),
+            table(["process", "holds", "growth", "slope an hour", "descriptors", "threads"], rows),
             "",
             f"In all {result['growth_bytes'] / MB:+.2f} MB, {verdict} the {result['max_growth_bytes'] / MB:g} MB allowed.",
         ]

@@ -24,6 +24,7 @@ from protos import inference_pb2 as pb
 from serving import inspect, plan
 from serving.bench import commands as bench_commands
 from serving.client import Client, StreamTimes, chat_prompt, explain
+from serving.client_tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import ServingConfig, api_key, load_config, parse_config, prepare_environment
 from serving.fetch import KNOWN_MODELS, FetchError, fetch_model
 from serving.tenants import cli as tenants_cli
@@ -109,7 +110,8 @@ def serve(
         console.print(f"[bold green]serving[/] {names} at [bold]{running.address}[/] (gRPC){http}. Ctrl-C stops.")
         if running.admin is not None:
             console.print(f"packtrain.v1.Admin at [bold]{final.admin.host}:{running.admin.port}[/], for admin keys")
-        console.print(f'try: packtrain generate --address {running.address} "{DEMO_QUESTION}"')
+        tls = "" if final.gateway.tls is None else "--tls "
+        console.print(f'try: packtrain generate {tls}--address {running.address} "{DEMO_QUESTION}"')
         _wait_for_signal()
 
 
@@ -150,9 +152,13 @@ def generate(
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat format.")] = False,
+    tls: UseTls = False,
+    ca: CaFile = None,
+    cert: CertFile = None,
+    key: KeyFile = None,
 ) -> None:
     """Ask a running gateway once and print the answer as it comes."""
-    with Client(address, api_key=api_key()) as client:
+    with _client(address, tls, ca, cert, key) as client:
         client.wait_until_connected()
         sampling = pb.Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop or [])
         if seed is not None:
@@ -173,9 +179,13 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
+    tls: UseTls = False,
+    ca: CaFile = None,
+    cert: CertFile = None,
+    key: KeyFile = None,
 ) -> None:
     """Talk with a running gateway; an empty line or Ctrl-D ends it."""
-    with Client(address, api_key=api_key()) as client:
+    with _client(address, tls, ca, cert, key) as client:
         client.wait_until_connected()
         name = model or _only_model(client)
         messages: list[tuple[str, str]] = [("system", system)] if system else []
@@ -191,9 +201,15 @@ def chat(
 
 
 @app.command()
-def models(address: Address = DEFAULT_ADDRESS) -> None:
+def models(
+    address: Address = DEFAULT_ADDRESS,
+    tls: UseTls = False,
+    ca: CaFile = None,
+    cert: CertFile = None,
+    key: KeyFile = None,
+) -> None:
     """List what a running gateway serves."""
-    with Client(address, api_key=api_key()) as client:
+    with _client(address, tls, ca, cert, key) as client:
         client.wait_until_connected()
         table = Table("model", "parameters", "length", "dtype", "device", "TP", "groups", "chat", "licence")
         for card in client.models():
@@ -337,6 +353,10 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+
+
+def _client(address: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Client:
+    return Client(address, api_key=api_key(), tls=client_tls(tls, ca, cert, key))
 
 
 def _print_stream(client: Client, request: pb.GenerateRequest) -> tuple[str, StreamTimes, pb.Usage]:

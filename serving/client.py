@@ -9,8 +9,11 @@ import grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
+from serving.client_tls import ClientTls
 
 CONNECT_TIMEOUT_S = 10.0
+_EXPLAIN_AFTER_S = 1.0
+"""A TLS connection that takes longer is looked into."""
 
 
 @dataclass(slots=True)
@@ -63,10 +66,14 @@ class _Credentials(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
 class Client:
     """One connection to a gateway. Use it as a context manager."""
 
-    def __init__(self, address: str, *, api_key: str = "") -> None:
+    def __init__(self, address: str, *, api_key: str = "", tls: ClientTls | None = None) -> None:
         """`api_key` for a server that has tenants."""
         self.address = address
-        self._channel = grpc.insecure_channel(address)
+        self._tls = tls
+        if tls is None:
+            self._channel = grpc.insecure_channel(address)
+        else:
+            self._channel = grpc.secure_channel(address, tls.credentials())
         signed = grpc.intercept_channel(self._channel, _Credentials(api_key)) if api_key else self._channel
         self.stub = InferenceStub(signed)
 
@@ -77,11 +84,25 @@ class Client:
         self._channel.close()
 
     def wait_until_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        """Raises ConnectionError when nothing answers at the address in time."""
+        """Raises ConnectionError when nothing answers at the address in time, or when TLS with it fails."""
+        ready = grpc.channel_ready_future(self._channel)
+        if self._tls is not None:
+            self._explain_tls(ready)
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
+            ready.result(timeout=timeout_s)
         except grpc.FutureTimeoutError as error:
-            raise ConnectionError(f"nothing answers at {self.address}; is `packtrain serve` running there?") from error
+            hint = " If it speaks TLS, give --tls." if self._tls is None else ""
+            raise ConnectionError(
+                f"nothing answers at {self.address}; is `packtrain serve` running there?{hint}"
+            ) from error
+
+    def _explain_tls(self, ready: "grpc.Future[None]") -> None:
+        assert self._tls is not None
+        try:
+            ready.result(timeout=_EXPLAIN_AFTER_S)
+        except grpc.FutureTimeoutError:
+            if problem := self._tls.problem(self.address):
+                raise ConnectionError(f"TLS with {self.address} fails: {problem}") from None
 
     def models(self, timeout_s: float = CONNECT_TIMEOUT_S) -> Sequence[pb.ModelCard]:
         response: pb.ListModelsResponse = self.stub.ListModels(pb.ListModelsRequest(), timeout=timeout_s)

@@ -24,7 +24,7 @@ class LimitsConfig(_Section):
     max_stop_token_ids: int = Field(16, ge=0, le=1024)
     max_logit_bias: int = Field(300, ge=0, le=4096)
     max_logprobs: int = Field(5, ge=0, le=20, description="Most alternatives for logprobs and prompt_logprobs.")
-    max_chat_messages: int = Field(1024, ge=1)
+    max_chat_messages: int = Field(1024, ge=1, le=16384)
     max_continuations: int = Field(16, ge=1, le=256, description="Most continuations of one Score request.")
     max_prompts: int = Field(16, ge=1, le=256, description="Most prompts of one HTTP completion request.")
     max_message_bytes: int = Field(
@@ -47,7 +47,12 @@ class GatewayConfig(_Section):
     """The two front ends: gRPC, and HTTP in OpenAI's form."""
 
     host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
-    port: int = Field(50051, ge=0, le=65535, description="Of gRPC. 0 picks a free port and reports it.")
+    port: int = Field(
+        50051,
+        ge=0,
+        le=65535,
+        description="Of gRPC. 0 picks a free port and reports it (for trials: every start of a gateway picks).",
+    )
     http_port: int | None = Field(
         8000, ge=0, le=65535, description="Of HTTP. 0 picks a free port and reports it; null turns HTTP off."
     )
@@ -60,7 +65,15 @@ class GatewayConfig(_Section):
     )
     retry_delay_s: float = Field(1.0, gt=0, description="When an overloaded or unavailable answer says to try again.")
     max_connections: int = Field(2048, ge=1, description="HTTP connections that one gateway has open at a time.")
-    header_timeout_s: float = Field(10.0, gt=0, description="How long an HTTP request's headers may take to arrive.")
+    max_connections_per_address: int = Field(
+        1024, ge=1, description="HTTP connections from one address; a proxy in front is one address."
+    )
+    max_grpc_connections: int = Field(1024, ge=1, description="gRPC connections that one gateway has open at a time.")
+    header_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="How long an HTTP request's headers, or a gRPC connection's first frame, may take to arrive.",
+    )
     body_timeout_s: float = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
     slow_reader_timeout_s: float = Field(
         30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."

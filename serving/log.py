@@ -36,6 +36,8 @@ def configure_logging(process: str, *, error_messages: bool = True) -> None:
     handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(kind(process, error_messages=error_messages))
     logging.basicConfig(level=log_level(), handlers=[handler])
+    # Two lines at each opening of a database, which say nothing; a change of its schema is told by `serving.tenants.database`.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def log_event(logger: logging.Logger, level: int, event: str, **fields: object) -> None:

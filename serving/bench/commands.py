@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_parallel.errors import ConfigError
+from serving.client_tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import api_key
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -170,12 +171,17 @@ def load(
     seed: Annotated[int, typer.Option(min=0, help="Of prompts and arrivals.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that one request may take.")] = 600.0,
     json_file: JsonFile = None,
+    tls: UseTls = False,
+    ca: CaFile = None,
+    cert: CertFile = None,
+    key: KeyFile = None,
 ) -> None:
     """Put load on a running gateway; the result has the names of `vllm bench serve`."""
     from serving.bench.load import LoadPlan, run_load, served_models, summarise
 
     bounds_ms = parse_goodput(goodput or [])
-    cards = served_models(address, api_key())
+    secured = client_tls(tls, ca, cert, key)
+    cards = served_models(address, api_key(), secured)
     if model is None and len(cards) != 1:
         raise ConfigError(f"{len(cards)} models are served ({', '.join(cards)}); choose one with --model")
     name = model or next(iter(cards))
@@ -193,11 +199,11 @@ def load(
         seed=seed,
         timeout_s=timeout,
     )
-    result = summarise(*asyncio.run(run_load(address, plan, api_key())), bounds_ms)
+    result = summarise(*asyncio.run(run_load(address, plan, api_key(), secured)), bounds_ms)
     table = Table(show_header=False, title=f"{num_prompts} × {input_len}→{output_len} on {name}")
-    for key, value in result.items():
+    for measure, value in result.items():
         if value is not None:
-            table.add_row(key, f"{value:.2f}" if isinstance(value, float) else str(value))
+            table.add_row(measure, f"{value:.2f}" if isinstance(value, float) else str(value))
     Console(highlight=False).print(table)
     _write(result, json_file)
 

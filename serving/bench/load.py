@@ -21,6 +21,7 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.bench.timing import Workload
 from serving.client import Client
+from serving.client_tls import ClientTls
 
 GOODPUT_MEASURES = ("ttft", "tpot", "e2el")
 MS = 1e3
@@ -90,18 +91,21 @@ class Answer:
         return [after_s - before_s for (before_s, _), (after_s, _) in pairwise(self.arrivals)]
 
 
-def served_models(address: str, api_key: str) -> dict[str, pb.ModelCard]:
+def served_models(address: str, api_key: str, tls: ClientTls | None = None) -> dict[str, pb.ModelCard]:
     """By name. Raises ConnectionError, grpc.RpcError."""
-    with Client(address, api_key=api_key) as client:
+    with Client(address, api_key=api_key, tls=tls) as client:
         client.wait_until_connected()
         return {card.name: card for card in client.models()}
 
 
-async def run_load(address: str, plan: LoadPlan, api_key: str) -> tuple[list[Answer], float]:
+async def run_load(
+    address: str, plan: LoadPlan, api_key: str, tls: ClientTls | None = None
+) -> tuple[list[Answer], float]:
     """Send everything; the answers, and the seconds from the first request to the end of the last."""
     metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
     slots = asyncio.Semaphore(plan.max_concurrency or plan.num_prompts)
-    async with grpc.aio.insecure_channel(address) as channel:
+    channel = grpc.aio.insecure_channel(address) if tls is None else grpc.aio.secure_channel(address, tls.credentials())
+    async with channel:
         stub = InferenceStub(channel)
         began_s = time.perf_counter()
 

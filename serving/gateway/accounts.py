@@ -28,6 +28,10 @@ class QuotaExceededError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class AccountsUnavailableError(Exception):
+    """Nobody can tell now what the sender may still use, or keep what it has used. Trying again can help."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Principal:
     """The tenant and key that a request came with."""
@@ -72,6 +76,24 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateLimit:
+    """A limit per minute, and what is left of it."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+    """Until all of it can be used again, if nothing more is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RateLimits:
+    """None of what has no limit."""
+
+    requests: RateLimit | None = None
+    tokens: RateLimit | None = None
+
+
 class Reservation(Protocol):
     """Tokens set aside for one request."""
 
@@ -80,7 +102,7 @@ class Reservation(Protocol):
         ...
 
     async def recorded(self) -> None:
-        """Wait until the record is durable. Raises TimeoutError when that takes too long."""
+        """Wait until the record is durable. Raises AccountsUnavailableError when that takes too long."""
         ...
 
 
@@ -92,7 +114,11 @@ class Accounts(Protocol):
         ...
 
     async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
-        """Set aside the most that a request can use. Raises QuotaExceededError; GroupUnavailableError when nobody can tell."""
+        """Set aside the most that a request can use. Raises QuotaExceededError, AccountsUnavailableError."""
+        ...
+
+    def rate_limits(self, principal: Principal) -> RateLimits:
+        """What is left now of the sender's rates, for its information. Makes no remote call."""
         ...
 
 
@@ -107,6 +133,9 @@ class OpenAccounts:
 
     async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
         return _Unlimited()
+
+    def rate_limits(self, principal: Principal) -> RateLimits:
+        return RateLimits()
 
 
 class _Unlimited:

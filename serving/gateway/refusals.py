@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import grpc
 
 from model_parallel.errors import RequestError
-from serving.gateway.accounts import PermissionDeniedError, QuotaExceededError, UnauthenticatedError
+from serving.gateway.accounts import (
+    AccountsUnavailableError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnauthenticatedError,
+)
 from serving.gateway.admission import DrainingError, OverloadedError
 from serving.gateway.backend import GroupUnavailableError
 from serving.gateway.call import CancelledInGroupError, DeadlineExceededError, SlowReaderError
@@ -73,6 +78,8 @@ def refusal_for(error: Exception, retry_delay_s: float) -> Refusal:
             return _unavailable("DRAINING", text, retry_delay_s)
         case GroupUnavailableError():
             return _unavailable("NO_GROUP", text, retry_delay_s)
+        case AccountsUnavailableError():
+            return _unavailable("NO_ACCOUNTS", text, retry_delay_s)
         case NotFoundError():
             return Refusal(code.NOT_FOUND, 404, "NOT_FOUND", "invalid_request_error", "not_found", text)
         case AlreadyExistsError():

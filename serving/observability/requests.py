@@ -28,7 +28,7 @@ _FINISHED_REASON = {
     "stop": "stop", "length": "length", "cancelled": "abort", "deadline": "abort", "unavailable": "error", "error": "error",
 }  # fmt: skip
 """vLLM's word for each outcome of a request that a group ran."""
-_REJECTIONS = frozenset({"OVERLOADED", "DRAINING", "NO_GROUP", "NO_DATABASE", "QUOTA"})
+_REJECTIONS = frozenset({"OVERLOADED", "DRAINING", "NO_ACCOUNTS", "NO_GROUP", "NO_DATABASE", "QUOTA"})
 """Reasons of `serving.gateway.refusals` that have nothing to do with the request itself."""
 _GROUP_REJECTIONS = frozenset({"OVERLOADED", "DRAINING"})
 """Those that are a group's, once the request went to one."""

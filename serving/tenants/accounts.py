@@ -16,12 +16,20 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from serving.gateway.accounts import Principal, QuotaExceededError, Reservation, UnauthenticatedError, UsageRecord
-from serving.gateway.backend import GroupUnavailableError
+from serving.gateway.accounts import (
+    AccountsUnavailableError,
+    Principal,
+    QuotaExceededError,
+    RateLimits,
+    Reservation,
+    UnauthenticatedError,
+    UsageRecord,
+)
 from serving.tenants.directory import REFUSAL, KeyDirectory, Quota, Snapshot
 from serving.tenants.leases import LeaseBook
 from serving.tenants.messages import Amounts, Costs, Exchange, Reply, SyncReply, SyncRequest, Verdict
 from serving.tenants.records import Limits
+from serving.tenants.standings import tighter
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +111,22 @@ class TenantAccounts:
         except KeyError as error:  # revoked since the request came in
             raise UnauthenticatedError(REFUSAL) from error
         if self._book.num_unrecorded >= MAX_UNRECORDED or self._is_stopping:
-            raise GroupUnavailableError("usage cannot be recorded now")
+            raise AccountsUnavailableError("usage cannot be recorded now")
         all_costs = ((quota.subject, _cost(quota.limits, num_tokens)) for quota in quotas)
         costs = tuple((subject, cost) for subject, cost in all_costs if cost)
         if costs and not self._book.take(costs):
             self.num_asked += 1
             self._raise_refusal(await self._ask(costs), quotas, num_tokens)
         return _Reservation(self, costs, (quotas[0].subject, quotas[1].subject), asyncio.Event())
+
+    def rate_limits(self, principal: Principal) -> RateLimits:
+        try:
+            quotas = self._directory.quotas(principal.key_id)
+        except KeyError:  # revoked since the request came in
+            return RateLimits()
+        now_s = self._clock()
+        of_tenant, of_key = (self._book.rates(quota.subject, quota.limits, now_s) for quota in quotas)
+        return tighter(of_tenant, of_key)
 
     def check_health(self) -> None:
         """Raises what ended the conversation with the authority, which is our own fault and which nothing here can mend."""
@@ -123,10 +140,14 @@ class TenantAccounts:
             self._urgent.set()
 
     async def flush(self, durable: asyncio.Event) -> None:
-        """Do not wait for more records to go with this one. Raises TimeoutError."""
+        """Do not wait for more records to go with this one. One that is late is still delivered. Raises
+        AccountsUnavailableError."""
         self._urgent.set()
-        async with asyncio.timeout(RECORD_TIMEOUT_S):
-            await durable.wait()
+        try:
+            async with asyncio.timeout(RECORD_TIMEOUT_S):
+                await durable.wait()
+        except TimeoutError:
+            raise AccountsUnavailableError("the answer is ready, but its usage cannot be recorded now") from None
 
     async def _ask(self, costs: Costs) -> Verdict:
         answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
@@ -139,7 +160,7 @@ class TenantAccounts:
             raise
         if not answer.done():
             self._book.withdraw(request)
-            raise GroupUnavailableError("quotas cannot be checked now")
+            raise AccountsUnavailableError("quotas cannot be checked now")
         return answer.result()
 
     def _raise_refusal(self, verdict: Verdict, quotas: tuple[Quota, Quota], num_tokens: int) -> None:
@@ -163,7 +184,7 @@ class TenantAccounts:
             exchange = self._book.next_exchange(self._clock())
             if exchange is not None:
                 reply = await self._retrying(partial(self._exchange, exchange))
-                self._book.take_reply(reply)
+                self._book.take_reply(reply, self._clock())
                 if any(verdict.kind == "wait" for verdict in reply.verdicts):
                     await asyncio.sleep(_RECALL_PAUSE_S)
             elif self._is_stopping:

@@ -3,6 +3,7 @@
 SQLite runs in WAL mode with synchronous=FULL: a transaction that was committed survives a power cut.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
@@ -20,6 +22,8 @@ from sqlalchemy.orm import Session
 
 from model_parallel.errors import ConfigError
 from serving.tenants.records import StoreUnavailableError
+
+logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 5
 CONNECT_TIMEOUT_S = 5
@@ -75,11 +79,15 @@ class Database:
                 if not self._is_sqlite:
                     connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
                 config.attributes["connection"] = connection
+                before = _schema_of(connection)
                 command.upgrade(config, "head")
+                after = _schema_of(connection)
         except CommandError as error:
             raise ConfigError(
                 f"the database {self.shown_url} is of a newer version than this program: {error}"
             ) from error
+        if after != before:
+            logger.info("the database %s has schema %s now (before: %s)", self.shown_url, after, before or "none")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -94,6 +102,10 @@ class Database:
             if self._is_sqlite and "not a database" in str(error.orig):
                 raise ConfigError(f"the database {self.shown_url}: the file is not an SQLite database") from error
             raise
+
+
+def _schema_of(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
 
 
 def has_password(url: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from serving.gateway.accounts import UsageRecord
+from serving.gateway.accounts import RateLimits, UsageRecord
 from serving.tenants.messages import (
     GRANTED,
     NOTHING,
@@ -18,6 +18,8 @@ from serving.tenants.messages import (
     Settlement,
     Verdict,
 )
+from serving.tenants.records import Limits
+from serving.tenants.standings import Standings
 
 MAX_SETTLEMENTS = 512
 MAX_ASKS = 1024
@@ -71,6 +73,7 @@ class LeaseBook:
     def __init__(self, gateway_id: str) -> None:
         self._gateway_id = gateway_id
         self._leases: dict[str, _Lease] = {}
+        self._standings = Standings()
         self._settled: deque[_Settled] = deque()
         self._waiting: deque[WaitingRequest] = deque()
         self._recalled: set[str] = set()
@@ -101,6 +104,7 @@ class LeaseBook:
             lease.reserved += cost
             lease.is_idle = False
             self._changed.add(subject)
+            self._standings.take(subject, cost)
         return True
 
     def ask(self, costs: Costs, now_s: float, on_verdict: Callable[[Verdict], None]) -> WaitingRequest:
@@ -141,6 +145,11 @@ class LeaseBook:
             if lease.is_idle and lease.free:
                 self._recalled.add(subject)
             lease.is_idle = True
+        self._standings.forget_old(self._leases)
+
+    def rates(self, subject: str, limits: Limits, now_s: float) -> RateLimits:
+        """What is left of a subject's rates, as far as can be told here."""
+        return self._standings.rates(subject, limits, now_s)
 
     def return_all(self) -> None:
         """The gateway takes no more requests."""
@@ -171,12 +180,13 @@ class LeaseBook:
         self._sent = _Sent(exchange, settled, waiting)
         return exchange
 
-    def take_reply(self, reply: Reply) -> None:
+    def take_reply(self, reply: Reply, now_s: float) -> None:
         """Apply the reply to the last exchange. One that comes twice is not applied twice."""
         sent = self._sent
         if sent is None or reply.number != sent.exchange.number:
             return
         self._sent = None
+        self._standings.take_news(reply.standings, now_s)
         for lease in reply.leases:
             self._lease(lease.subject).free += lease.amounts
         with_leases = {lease.subject for lease in reply.leases}
@@ -209,6 +219,7 @@ class LeaseBook:
         if not lease.is_tight:
             lease.free += Amounts(slots=unused.slots, budget=unused.budget)
         lease.returned += Amounts(requests=unused.requests, tokens=unused.tokens)
+        self._standings.give_back(subject, unused)
 
     def _release_all(self, costs: Costs) -> None:
         for subject, cost in costs:
@@ -234,6 +245,7 @@ class LeaseBook:
             lease.returned += Amounts(requests=lease.free.requests, tokens=lease.free.tokens)
             lease.free = NOTHING
         self._recalled.clear()
+        self._standings.sent(self._changed)
         reports = []
         for subject in self._changed:
             lease = self._lease(subject)

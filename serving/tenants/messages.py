@@ -119,6 +119,14 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
     amounts: Amounts
 
 
+class Standing(msgspec.Struct, frozen=True, array_like=True):
+    """What is left of a subject's rates after the exchange, whether in the bucket or unused on lease; endless without a limit."""
+
+    subject: str
+    requests: float
+    tokens: float
+
+
 class Reply(msgspec.Struct, frozen=True, array_like=True):
     """From the authority. All that it says, and the settlements that it answers, are durable."""
 
@@ -126,6 +134,8 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     verdicts: tuple[Verdict, ...]
     """One for each ask."""
     leases: tuple[Lease, ...]
+    standings: tuple[Standing, ...] = ()
+    """Of the subjects of the exchange that have a rate."""
 
 
 class SyncRequest(msgspec.Struct, frozen=True, array_like=True):

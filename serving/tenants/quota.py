@@ -27,6 +27,7 @@ from serving.tenants.messages import (
     Reply,
     Report,
     Settlement,
+    Standing,
     Verdict,
 )
 from serving.tenants.records import LIMITS, Limits
@@ -107,6 +108,15 @@ class Account:
             holding.free += amounts
         self.requests.level -= amounts.requests
         self.tokens.level -= amounts.tokens
+
+    def standing(self, subject: str) -> Standing:
+        """What is left of the rates."""
+        holdings = self.holdings.values()
+        return Standing(
+            subject=subject,
+            requests=self.requests.level + sum(holding.free.requests for holding in holdings),
+            tokens=self.tokens.level + sum(holding.free.tokens for holding in holdings),
+        )
 
     def shortages(self, cost: Amounts) -> list["_Shortage"]:
         """One for each limit that leaves too little room for `cost`."""
@@ -192,7 +202,9 @@ class QuotaAuthority:
         verdicts = tuple(self._decide(message.gateway_id, ask) for ask in message.asks)
         leases = self._give_ahead(message.gateway_id, message.asks, verdicts)
         gateway.number = message.number
-        gateway.reply = Reply(number=message.number, verdicts=verdicts, leases=leases)
+        gateway.reply = Reply(
+            number=message.number, verdicts=verdicts, leases=leases, standings=self._standings(message)
+        )
         self._changes.gateways.add(message.gateway_id)
         return gateway.reply
 
@@ -284,6 +296,13 @@ class QuotaAuthority:
         for subject, cost in costs:
             self.accounts[subject].give(gateway_id, cost, is_ahead=is_ahead)
             self._changes.holdings.add((gateway_id, subject))
+
+    def _standings(self, message: Exchange) -> tuple[Standing, ...]:
+        """Of those that the exchange is about, with what it has changed."""
+        subjects = {report.subject for report in message.reports}
+        subjects.update(subject for ask in message.asks for subject, _ in ask.costs)
+        accounts = {subject: self.accounts[subject] for subject in sorted(subjects & self.accounts.keys())}
+        return tuple(account.standing(subject) for subject, account in accounts.items() if account.limits.has_rate)
 
     def _give_ahead(self, gateway_id: str, asks: Sequence[Ask], verdicts: Sequence[Verdict]) -> tuple[Lease, ...]:
         """For each pair of tenant and key, room for some more requests like the largest that was granted; near the edge none, so

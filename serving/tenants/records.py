@@ -55,6 +55,10 @@ class Limits:
     token_budget: int | None = None
     """Tokens in all, for good."""
 
+    @property
+    def has_rate(self) -> bool:
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
     def __post_init__(self) -> None:
         for name in LIMITS:
             value = getattr(self, name)

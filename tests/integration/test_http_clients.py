@@ -1,4 +1,5 @@
-"""Clients that we did not write, unmodified, against the whole stack: `openai`, and lm-eval's two models of HTTP APIs."""
+"""Clients that we did not write, unmodified, with a key and quotas against the whole stack: `openai`, and lm-eval's two models
+of HTTP APIs."""
 
 import importlib.util
 import json
@@ -19,6 +20,10 @@ from transformers import AutoTokenizer
 from protos import inference_pb2 as pb
 from serving.app import RunningApp
 from serving.client import Client
+from serving.config import AdminConfig, TenancyConfig
+from serving.tenants.database import Database
+from serving.tenants.records import KeyGrant, Tenant
+from serving.tenants.store import Store
 from tests.support.ranks import reference_from_gguf
 from tests.support.stack import MODEL, group_stats, running_stack, stack_config, wait_until
 
@@ -30,16 +35,48 @@ CASES = [
 ]
 
 
+LIMITS = {"requests_per_minute": 600, "tokens_per_minute": 10**7}
+
+
 @pytest.fixture(scope="module")
-def app() -> Iterator[RunningApp]:
-    with running_stack(stack_config()) as app:
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('tenants') / 'tenants.db'}"
+
+
+@pytest.fixture(scope="module")
+def key(database: str) -> str:
+    opened = Database(database)
+    store = Store(opened)
+    store.create_tenant(Tenant(id="acme", plan="unlimited", **LIMITS))  # type: ignore[arg-type]
+    text = store.create_key("acme", KeyGrant()).text
+    opened.close()
+    return text
+
+
+@pytest.fixture(scope="module")
+def app(database: str, key: str) -> Iterator[RunningApp]:
+    sections = {"tenancy": TenancyConfig(database=database), "admin": AdminConfig(port=None, metrics_port=0)}
+    with running_stack(stack_config().model_copy(update=sections)) as app:
         yield app
 
 
 @pytest.fixture
-def api(app: RunningApp) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{app.http_url}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+def api(app: RunningApp, key: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{app.http_url}/v1", api_key=key, max_retries=0, timeout=60) as client:
         yield client
+
+
+def test_openai_reads_what_is_left_of_its_rates(api: openai.OpenAI) -> None:
+    answer = api.chat.completions.with_raw_response.create(model=MODEL, messages=QUESTION, max_completion_tokens=4)
+    usage = answer.parse().usage
+    assert usage
+    assert int(answer.headers["x-ratelimit-limit-requests"]) == LIMITS["requests_per_minute"]
+    # The refill may have put back what was used.
+    assert 599 <= int(answer.headers["x-ratelimit-remaining-requests"]) <= 600
+    assert 10**7 - usage.total_tokens <= int(answer.headers["x-ratelimit-remaining-tokens"]) <= 10**7
+    assert answer.headers["x-ratelimit-reset-tokens"].endswith("s")
+    with api.completions.with_streaming_response.create(model=MODEL, prompt="Hi", max_tokens=4, stream=True) as stream:
+        assert int(stream.headers["x-ratelimit-remaining-requests"]) < 600
 
 
 def test_openai_chats(api: openai.OpenAI) -> None:
@@ -61,8 +98,8 @@ def test_openai_chats(api: openai.OpenAI) -> None:
     assert chunks[-1].usage and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_openai_and_grpc_give_the_same_tokens(app: RunningApp, api: openai.OpenAI) -> None:
-    with Client(app.address) as client:
+def test_openai_and_grpc_give_the_same_tokens(app: RunningApp, api: openai.OpenAI, key: str) -> None:
+    with Client(app.address, api_key=key) as client:
         sampling = pb.Sampling(seed=7, max_tokens=24, n=2, logprobs=2)
         request = pb.GenerateRequest(model=MODEL, prompt=pb.Prompt(text="Once upon a time"), sampling=sampling)
         over_grpc = client.stub.Generate(request, timeout=60)
@@ -91,6 +128,7 @@ class Harness:
     """lm-eval with two tasks on data of ours; nothing of it looks for a network."""
 
     directory: Path
+    key: str
 
     def run(self, model: str, arguments: dict[str, Any], *tasks: str, chat: bool = False) -> dict[str, list[Any]]:
         """Samples of each task."""
@@ -101,7 +139,8 @@ class Harness:
             "--include_path", str(self.directory), "--output_path", str(output), "--log_samples",
             *(["--apply_chat_template"] if chat else []),
         ]  # fmt: skip
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(self.directory)}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(self.directory)}
+        environment = os.environ | offline | {"OPENAI_API_KEY": self.key}
         ended = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=100)
         assert ended.returncode == 0, ended.stderr[-3000:]
         samples = {}
@@ -112,7 +151,7 @@ class Harness:
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Harness:
+def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, key: str) -> Harness:
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed: pip install -e '.[clients]'")
     directory = tmp_path_factory.mktemp("lm-eval")
@@ -134,7 +173,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Har
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
     tokenizer.save_pretrained(directory / "tokenizer")
-    return Harness(directory)
+    return Harness(directory, key)
 
 
 def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Harness, smollm2_path: Path) -> None:
@@ -148,7 +187,7 @@ def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Ha
 
     model = reference_from_gguf(smollm2_path)
     tokenizer = AutoTokenizer.from_pretrained(harness.directory / "tokenizer")
-    with Client(app.address) as client:
+    with Client(app.address, api_key=harness.key) as client:
         for sample in sorted(samples["choose"], key=lambda each: each["doc_id"]):
             context, choices = sample["doc"]["context"], sample["doc"]["choices"]
             request = pb.ScoreRequest(model=MODEL, context=pb.Prompt(text=context))

@@ -37,7 +37,10 @@ def make(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
             [f"pytest tests/{suite}" for suite in ("unit", "numerics", "distributed", "integration", "packaging")],
         ),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports", "protos.generate --check"]),
-        ("bench", ["bench.engine", "bench.serving_overhead"]),
+        (
+            "bench",
+            ["bench.engine", "bench.growth", "bench.serving_overhead", "bench.ready", "bench.gateway", "bench.report"],
+        ),
     ],
 )
 def test_make_target_runs(target: str, commands: list[str]) -> None:

@@ -12,6 +12,8 @@ from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.runtime.executors import InProcessExecutor
+from model_parallel.runtime.rank import Rank
+from model_parallel.runtime.rank_process import RankFactory
 from tests.support.ranks import group_config
 
 
@@ -19,11 +21,18 @@ class LocalGroup:
     """Ranks that are loaded once and driven by one engine after another, each with its own scheduling."""
 
     def __init__(
-        self, path: Path, tp_size: int, *, dtype: str = "float32", quantization: str = "", num_blocks: int = 256
+        self,
+        path: Path,
+        tp_size: int,
+        *,
+        dtype: str = "float32",
+        quantization: str = "",
+        num_blocks: int = 256,
+        rank_factory: RankFactory = Rank,
     ) -> None:
         self.config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
         torch.set_num_threads(1)
-        self.executor = InProcessExecutor(self.config)
+        self.executor = InProcessExecutor(self.config, rank_factory=rank_factory)
 
     def run(
         self,
@@ -33,8 +42,9 @@ class LocalGroup:
         prefix_caching: bool = False,
         max_prefill_chunk: int = 1 << 30,
         waves: Sequence[int] = (),
+        before: Sequence[EngineRequest] = (),
     ) -> "Outcome":
-        """Run `requests` to their ends; those with index in `waves` are added only when nothing else runs."""
+        """Run `before` to their ends, then `requests`; those with index in `waves` are added only when nothing else runs."""
         cache = CacheConfig(
             num_blocks=num_blocks or self.config.cache.num_blocks, block_size=16, enable_prefix_caching=prefix_caching
         )
@@ -45,7 +55,7 @@ class LocalGroup:
         engine = Engine(self.executor, scheduler)
         outcome = Outcome()
         early = [r for i, r in enumerate(requests) if i not in waves]
-        for wave in [early, *([requests[i]] for i in waves)]:
+        for wave in [before, early, *([requests[i]] for i in waves)]:
             for request in wave:
                 engine.add(request)
             while engine.has_work:

@@ -14,7 +14,7 @@ from serving.gateway.admission import Admission
 from serving.gateway.call import Call, DeadlineExceededError, printable_label
 from serving.gateway.generation import Generator
 from serving.gateway.health import HealthMonitor
-from serving.gateway.http.endpoints import MODELS, OPEN_PATHS, PATHS, Endpoint, Endpoints
+from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, Endpoint, Endpoints
 from serving.gateway.http.exchange import (
     BodyReader,
     ClientGoneError,
@@ -26,6 +26,7 @@ from serving.gateway.http.exchange import (
     Send,
     cancelled_with_client,
     headers_of,
+    rate_limit_headers,
 )
 from serving.gateway.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.refusals import refusal_for
@@ -106,6 +107,8 @@ class HttpFrontEnd:
             await responder.send(await endpoint(Request(call, path, b"")))
             return
         watching.authenticated(principal)
+        if path in METERED_PATHS:
+            responder.more_headers = lambda: rate_limit_headers(self._accounts.rate_limits(principal))
         body = await self._bodies.read(scope, receive)
         async with cancelled_with_client(receive), _deadline(timeout_s):
             with self._admission.permit():

@@ -22,7 +22,8 @@ Endpoint = Callable[[Request], Awaitable[Answer | EventStream]]
 MODELS = "/v1/models/"
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 """All others need credentials."""
-
+METERED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""What they use counts against quotas."""
 
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", MODELS, "/tokenize", "/detokenize", "/openapi.json", "/docs",

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import msgspec
 
+from serving.gateway.accounts import RateLimits
 from serving.gateway.admission import OverloadedError
 from serving.gateway.call import Call
 from serving.gateway.http.objects import Error, ErrorAnswer
@@ -124,6 +125,28 @@ class BodyReader:
         return HttpError(413, "body_too_large", f"the body is larger than {self._max_body_bytes} bytes")
 
 
+def rate_limit_headers(limits: RateLimits) -> HeaderList:
+    """As OpenAI names and writes them."""
+    headers = []
+    for name, rate in (("requests", limits.requests), ("tokens", limits.tokens)):
+        if rate is not None:
+            headers += [
+                (f"x-ratelimit-limit-{name}", str(rate.limit)),
+                (f"x-ratelimit-remaining-{name}", str(rate.remaining)),
+                (f"x-ratelimit-reset-{name}", _duration(rate.reset_s)),
+            ]
+    return headers
+
+
+def _duration(seconds: float) -> str:
+    """Rounded up: "0s", "12ms", "7.5s", "1m0s"."""
+    ms = max(0, math.ceil(seconds * 1000))
+    if 0 < ms < 1000:
+        return f"{ms}ms"
+    minutes, ms = divmod(ms, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{ms / 1000:g}s"
+
+
 class Responder:
     """Sends one answer, or one refusal, or a refusal in the middle of a stream."""
 
@@ -132,6 +155,8 @@ class Responder:
         self._send = send
         self._headers = headers
         self._is_streaming = False
+        self.more_headers: Callable[[], HeaderList] = tuple
+        """Called when the answer begins: they are of that moment."""
 
     async def send(self, answer: Answer | EventStream) -> None:
         """All of it. Raises what making the events raises."""
@@ -186,7 +211,7 @@ class Responder:
         await self._send_part(content, is_last=True)
 
     async def _start(self, status: int, headers: HeaderList) -> None:
-        every = [*headers, *self._headers, ("date", formatdate(usegmt=True))]
+        every = [*headers, *self._headers, *self.more_headers(), ("date", formatdate(usegmt=True))]
         encoded = [(name.encode(), value.encode("latin-1")) for name, value in every]
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 

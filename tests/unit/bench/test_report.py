@@ -1,12 +1,14 @@
 """Figures become tables, verdicts and plots."""
 
+import mmap
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bench.markdown import begin, end, replace_section
-from bench.memory_growth import judge
+from bench.memory_growth import SAMPLE_S, Usage, judge
 from bench.plots import draw_all, step_floor_s
 from bench.report import PAGE, SECTIONS, render_engine, render_growth, write_page
 from bench.stats import fit_line, growth
@@ -111,13 +113,40 @@ def test_a_line_and_growth() -> None:
 
 
 def test_memory_is_judged_over_all_processes_and_after_the_warm_up() -> None:
-    flat, rising = [100] * 100, [0] * 20 + [1_000_000 + 60_000 * i for i in range(80)]
+    flat = [Usage(100, 10, 5)] * 100
+    rising = [Usage(0, 0, 0)] * 20 + [Usage(1_000_000 + 60_000 * i, 10, 5) for i in range(80)]
     within = judge({"a": flat, "b": flat}, 20)
     assert (within["growth_bytes"], within["holds"]) == (0, True)
     beyond = judge({"a": flat, "b": rising, "c": rising}, 20)
     assert beyond["growth_bytes"] == pytest.approx(2 * 72 * 60_000)
     assert beyond["holds"] is False
-    assert beyond["processes"][1]["slope_bytes_per_hour"] == pytest.approx(60_000 * 3600)
+    assert beyond["processes"][1]["slope_bytes_per_hour"] == pytest.approx(60_000 * 3600 / SAMPLE_S)
+
+
+def test_a_leak_of_descriptors_or_threads_does_not_hold() -> None:
+    for last in (Usage(100, 20, 5), Usage(100, 10, 15)):
+        leaking = judge({"a": [Usage(100, 10, 5)] * 50 + [last] * 50}, 10)
+        assert (leaking["growth_bytes"], leaking["holds"]) == (0, False)
+
+
+def test_memory_is_what_a_process_holds_itself(tmp_path: Path) -> None:
+    """A mapped file can be dropped and is not counted, memory of its own is."""
+    num_bytes = 64 << 20
+    path = tmp_path / "file"
+    path.write_bytes(bytes(num_bytes))
+    before = Usage.of(psutil.Process())
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+        with_file = Usage.of(psutil.Process())
+        own = mmap.mmap(-1, num_bytes)
+        own.write(bytes([1]) * num_bytes)
+        with_own = Usage.of(psutil.Process())
+        own.close()
+    # A tenth, because the interpreter itself allocates meanwhile, and keeps a buffer of 64 MiB or not.
+    assert with_file.held_bytes - before.held_bytes < num_bytes / 10
+    assert with_own.held_bytes - with_file.held_bytes > 0.9 * num_bytes
+    assert before.num_threads >= 1
+    assert with_own.num_fds >= before.num_fds
 
 
 def test_the_processor_is_named_with_its_widest_instructions() -> None:

@@ -15,6 +15,7 @@ from serving.gateway.accounts import (
     OpenAccounts,
     Principal,
     QuotaExceededError,
+    RateLimits,
     Reservation,
     UnauthenticatedError,
     UsageRecord,
@@ -44,6 +45,9 @@ class FakeAccounts:
         if self.refusal is not None:
             raise self.refusal
         return self
+
+    def rate_limits(self, principal: Principal) -> RateLimits:
+        return RateLimits()
 
     def settle(self, record: UsageRecord) -> None:
         self.records.append(record)

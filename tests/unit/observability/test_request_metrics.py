@@ -9,7 +9,7 @@ import pytest
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.gateway.accounts import Principal, QuotaExceededError, Reservation
+from serving.gateway.accounts import OpenAccounts, Principal, QuotaExceededError, Reservation
 from serving.gateway.backend import GroupUnavailableError
 from serving.gateway.observer import RequestObserver
 from serving.gateway.server import METHODS
@@ -148,7 +148,7 @@ async def test_a_client_that_leaves_and_a_deadline_are_told_apart(watched: Watch
         assert gateway.value("vllm:request_success_total", **TINY, finished_reason="abort") == 2
 
 
-class NoBudget:
+class NoBudget(OpenAccounts):
     """Knows its only tenant, who has used up everything."""
 
     def authenticate(self, credentials: Sequence[str]) -> Principal:

@@ -11,7 +11,7 @@ def granted_book(*leases: Lease) -> tuple[LeaseBook, list[Verdict]]:
     book, verdicts = LeaseBook("g"), list[Verdict]()
     book.ask(COSTS, 0.0, verdicts.append)
     assert book.next_exchange(0.0) is not None
-    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=leases))
+    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=leases), 0.0)
     return book, verdicts
 
 
@@ -20,7 +20,7 @@ def test_a_grant_that_comes_too_late_goes_back_whole() -> None:
     book, verdicts = LeaseBook("g"), list[Verdict]()
     request = book.ask(COSTS, 0.0, verdicts.append)
     book.next_exchange(0.0)
-    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=()))
+    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=()), 0.0)
     assert verdicts == [GRANTED]
     book.withdraw(request)
     exchange = book.next_exchange(0.0)
@@ -40,12 +40,12 @@ def test_a_reply_that_comes_again_is_not_applied_again() -> None:
     lease = Lease("tenant:t", COSTS[0][1])
     book, verdicts = granted_book(lease)
     reply = Reply(number=1, verdicts=(GRANTED,), leases=(lease,))
-    book.take_reply(reply)
+    book.take_reply(reply, 0.0)
     assert book.take(COSTS)
     assert not book.take(COSTS)
     book.ask(COSTS, 0.0, verdicts.append)
     book.next_exchange(0.0)
-    book.take_reply(reply)
+    book.take_reply(reply, 0.0)
     assert verdicts == [GRANTED]
     assert book.num_waiting == 1
 
@@ -66,7 +66,7 @@ def test_an_idle_lease_goes_back_and_a_used_one_does_not() -> None:
     exchange = book.next_exchange(0.0)
     assert exchange is not None
     assert exchange.reports[0].free == COSTS[0][1] * 2
-    book.take_reply(Reply(number=exchange.number, verdicts=(), leases=()))
+    book.take_reply(Reply(number=exchange.number, verdicts=(), leases=()), 0.0)
     book.return_idle()
     exchange = book.next_exchange(0.0)
     assert exchange is not None

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,15 @@ def test_an_upgrade_that_fails_leaves_nothing_behind(url: str, monkeypatch: pyte
 
 def test_a_usage_record_has_a_column_for_each_of_its_fields() -> None:
     assert list(UsageRow.__table__.columns.keys()) == list(UsageRecord.__struct_fields__)
+
+
+def test_a_change_of_the_schema_is_logged_once_and_an_opening_is_not(tmp_path: Path) -> None:
+    """In a process of its own, which has the logging of a server."""
+    program = (
+        "import sys; from serving.log import configure_logging; from serving.tenants.database import Database;"
+        "configure_logging('authority'); Database(sys.argv[1]).close(); Database(sys.argv[1]).close()"
+    )
+    command = [sys.executable, "-c", program, f"sqlite:///{tmp_path / 'new.db'}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    [line] = ended.stderr.splitlines()
+    assert f"new.db has schema {SCRIPTS.get_current_head()} now (before: none)" in line

@@ -196,3 +196,11 @@ def test_a_clock_that_is_put_back_gives_nothing_and_takes_nothing() -> None:
     assert world.ask("g", Amounts(requests=1)).kind == "refused"
     world.now_s += 1
     assert world.ask("g", Amounts(requests=1)).kind == "granted"
+
+
+def test_a_revoked_key_of_a_tenant_that_nobody_has_asked_about_is_refused() -> None:
+    world = World(requests_per_minute=5)
+    ask = Ask(((T, Amounts(requests=1)), ("key:gone", Amounts(requests=1))), 0.0)
+    reply = world.authority.exchange(Exchange("g", 1, (), (), (ask,)), ())
+    assert reply.verdicts == (Verdict(kind="refused", subject="key:gone"),)
+    assert reply.standings == ()

@@ -10,8 +10,13 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from serving.gateway.accounts import QuotaExceededError, Reservation, UnauthenticatedError, UsageRecord
-from serving.gateway.backend import GroupUnavailableError
+from serving.gateway.accounts import (
+    AccountsUnavailableError,
+    QuotaExceededError,
+    Reservation,
+    UnauthenticatedError,
+    UsageRecord,
+)
 from serving.tenants import accounts as accounts_module
 from serving.tenants import authority as authority_module
 from serving.tenants.accounts import AuthorityUnreachableError, TenantAccounts
@@ -236,10 +241,10 @@ async def test_without_the_authority_leases_still_serve(
         network.is_cut = True
         for _ in range(39 // 4):
             await reserve(a, headers)
-        with pytest.raises(GroupUnavailableError):
+        with pytest.raises(AccountsUnavailableError):
             await reserve(a, headers)
         first.settle(usage("first", 7))
-        with pytest.raises(TimeoutError):
+        with pytest.raises(AccountsUnavailableError, match="its usage cannot be recorded now"):
             await first.recorded()
         assert a.num_unrecorded == 1
         network.is_cut = False
@@ -282,7 +287,7 @@ async def test_with_too_many_records_unwritten_no_request_is_taken(
         network.is_cut = True
         for i in range(3):
             await settled(a, headers, 1, f"r{i}")
-        with pytest.raises(GroupUnavailableError, match="usage cannot be recorded now"):
+        with pytest.raises(AccountsUnavailableError, match="usage cannot be recorded now"):
             await reserve(a, headers)
         network.is_cut = False
 

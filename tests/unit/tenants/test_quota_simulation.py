@@ -206,7 +206,7 @@ class World:
     def answer(self, gateway_id: str, reply: Reply) -> None:
         if gateway_id not in self.dead:
             self.is_in_reply = True
-            self.books[gateway_id].take_reply(reply)
+            self.books[gateway_id].take_reply(reply, self.now_s)
             self.is_in_reply = False
 
     def answer_again(self) -> None:
