@@ -19,7 +19,7 @@ from serving.gateway.accounts import OpenAccounts, PermissionDeniedError, Princi
 from serving.gateway.admission import Admission
 from serving.gateway.interceptors import StatusInterceptor
 from serving.gateway.reflection import add_reflection
-from serving.gateway.server import HEALTH, bind
+from serving.gateway.server import HEALTH, bind, check_protobuf
 from serving.tenants.directory import KeyDirectory
 from serving.tenants.records import StoreUnavailableError
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 _MAX_CONCURRENT_CALLS = 64
+_MAX_CONNECTIONS = 256
 _NUM_THREADS = 4
 """Calls that ask the database at a time."""
 _TIMEOUT_S = 30.0
@@ -109,6 +110,7 @@ class AdminServer:
         """Listen and serve. Returns the port. Raises ConfigError when the address cannot be had, StoreUnavailableError."""
         if self._server is not None:
             raise RuntimeError("an admin server starts once")
+        check_protobuf()
         await self._operators.refresh()
         interceptor = StatusInterceptor(
             Admission(_MAX_CONCURRENT_CALLS),
@@ -266,7 +268,10 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # or two servers would share a port unnoticed
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", 2 * _MAX_CONCURRENT_CALLS),
+    ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s otherwise, for keepalive too
     ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_S * 1000),
 ]

@@ -31,6 +31,10 @@ _OPTIONAL = (
     "max_tokens", "ignore_eos", "n", "logprobs", "prompt_logprobs",
 )  # fmt: skip
 
+MAX_REPEATED_MESSAGES = 16384
+_MAX_EXPLAINED_BYTES = 256 << 10
+"""What is wrong in more than this is not looked for: it is no slip of the pen, and each field found costs time."""
+
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -192,23 +196,51 @@ def model_card(card: ModelCard) -> pb.ModelCard:
     )
 
 
-def refuse_unknown_fields(message: Message, path: str = "") -> None:
-    """Raise ValidationError if the client set a field that this server does not know, here or in a message within."""
+def refuse_unknown_fields(message: Message) -> None:
+    """Raise ValidationError if the client set a field that this server does not know, in a message within too, or if there are
+    more messages within than anybody needs: of both there can be millions, and whatever looks at each holds up the others."""
+    _refuse_many_messages(message, "")
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    num_unknown_bytes = message.ByteSize() - known.ByteSize()
+    if num_unknown_bytes > _MAX_EXPLAINED_BYTES:
+        raise ValidationError("", f"{num_unknown_bytes} bytes of the request are fields that this server does not know")
+    if num_unknown_bytes:
+        _refuse_unknown_field(message, "")
+
+
+def _refuse_many_messages(message: Message, path: str) -> None:
+    for field, value in message.ListFields():
+        if _is_map_or_scalar(field):
+            continue
+        where = _join(path, field, 0)
+        if not field.is_repeated:
+            _refuse_many_messages(value, where)
+        elif len(value) > MAX_REPEATED_MESSAGES:
+            where = where.removesuffix("[0]")
+            raise ValidationError(where, f"{where} has {len(value)} entries and may have {MAX_REPEATED_MESSAGES}")
+
+
+def _refuse_unknown_field(message: Message, path: str) -> None:
     for unknown in _unknown_fields(message):
         where = path or message.DESCRIPTOR.name
         raise ValidationError(
             path, f"{where} has a field of number {unknown.field_number}, which this server does not know"
         )
     for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
-            continue
-        for index, inner in enumerate(value if field.is_repeated else [value]):
-            refuse_unknown_fields(inner, _join(path, field, index))
+        if not _is_map_or_scalar(field):
+            for index, inner in enumerate(value if field.is_repeated else [value]):
+                _refuse_unknown_field(inner, _join(path, field, index))
+
+
+def _is_map_or_scalar(field: FieldDescriptor) -> bool:
+    return field.message_type is None or field.message_type.GetOptions().map_entry
 
 
 def explain_undecodable(descriptor: Descriptor, data: bytes) -> ValidationError:
     """Why protobuf refused `data` as a message of this type: names the text field that is not UTF-8, if one is not."""
-    path = _invalid_text(descriptor, data, "")
+    path = _invalid_text(descriptor, data, "") if len(data) <= _MAX_EXPLAINED_BYTES else None
     if path is None:
         return ValidationError("", f"the request is not a readable {descriptor.full_name} message")
     return ValidationError(path, f"{path} is not valid UTF-8")

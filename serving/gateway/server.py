@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2_grpc
 
 from model_parallel.errors import ConfigError
@@ -20,7 +21,7 @@ from serving.gateway.generation import Generator
 from serving.gateway.health import HealthMonitor
 from serving.gateway.http.app import HttpFrontEnd
 from serving.gateway.http.endpoints import PATHS
-from serving.gateway.http.listener import ConnectionLimits, HttpListener
+from serving.gateway.http.listener import ConnectionLimits, HttpListener, make_room
 from serving.gateway.interceptors import StatusInterceptor
 from serving.gateway.observer import Observe, unobserved
 from serving.gateway.reflection import add_reflection
@@ -37,7 +38,9 @@ METHODS = (
 """What metrics may name."""
 
 _MAX_CONNECTION_AGE_S = 600
-
+_KEEPALIVE_S = 30.0
+_KEEPALIVE_TIMEOUT_S = 10.0
+"""A dead peer is noticed within the sum, and its requests end."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ class GatewayServer:
         """Listen and serve. Raises ConfigError when an address cannot be had."""
         if self._server is not None:
             raise RuntimeError("a gateway server starts once")
+        check_protobuf()
+        make_room(self._config)
         await self._health.refresh()
         ports = Ports(await self._start_grpc(), await self._start_http())
         self._health_task = asyncio.create_task(self._health.run())
@@ -155,15 +160,29 @@ class GatewayServer:
             ("grpc.max_send_message_length", self._limits.max_message_bytes),
             # Twice as many as may run: one connection can then learn that the gateway is full, not wait in HTTP/2.
             ("grpc.max_concurrent_streams", 2 * self._config.max_concurrent_requests),
-            # A dead peer is noticed within 40 s, and its requests end.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            # A burst is refused by us, with a reason and a delay. gRPC by itself cancels what is beyond a thousand.
+            ("grpc.server.max_pending_requests", 2 * self._config.max_concurrent_requests),
+            ("grpc.server.max_pending_requests_hard_limit", 4 * self._config.max_concurrent_requests),
+            ("grpc.max_allowed_incoming_connections", self._config.max_grpc_connections),
+            ("grpc.server_handshake_timeout_ms", round(1000 * self._config.header_timeout_s)),
+            ("grpc.keepalive_time_ms", round(1000 * _KEEPALIVE_S)),
+            ("grpc.keepalive_timeout_ms", round(1000 * _KEEPALIVE_TIMEOUT_S)),
+            ("grpc.http2.ping_timeout_ms", round(1000 * _KEEPALIVE_TIMEOUT_S)),  # 60 s otherwise, for keepalive too
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             # Connections are renewed, so that an L4 balancer can spread them over new gateways; streams on them finish.
             ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_S * 1000),
         ]
+
+
+def check_protobuf() -> None:
+    """Refuse protobuf's parser in Python, which is slow and has had recursion without a bound. Raises ConfigError."""
+    if (parser := api_implementation.Type()) != "upb":
+        raise ConfigError(
+            f"protobuf runs its parser {parser!r}, and only upb, its own default, is safe with strangers' bytes; "
+            "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+        )
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:

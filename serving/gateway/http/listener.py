@@ -5,6 +5,7 @@ import logging
 import resource
 import socket
 import ssl
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,10 @@ _MAX_HEADERS = 100
 _MAX_PIPELINED = 16
 _MAX_UNREAD_BYTES = 32 << 10
 _NUM_OTHER_FILES = 512
-"""What a gateway has open besides HTTP connections."""
+"""What a gateway has open besides its clients' connections."""
+_KEEPALIVE_S = 30
+_KEEPALIVE_TIMEOUT_S = 10
+"""As for gRPC: a peer that has vanished without a word is noticed within the sum."""
 _MAX_OVERHEAD = 8
 """Bytes on the wire for each byte of a body: six when every chunk holds one."""
 
@@ -39,6 +43,7 @@ class ConnectionLimits:
     """Bounds on connections, and on what comes over one."""
 
     max_connections: int
+    max_connections_per_address: int
     max_header_bytes: int
     max_body_bytes: int
     header_timeout_s: float
@@ -49,6 +54,7 @@ class ConnectionLimits:
     def of(cls, config: GatewayConfig, limits: LimitsConfig) -> "ConnectionLimits":
         return cls(
             max_connections=config.max_connections,
+            max_connections_per_address=config.max_connections_per_address,
             max_header_bytes=limits.max_header_bytes,
             max_body_bytes=limits.max_message_bytes,
             header_timeout_s=config.header_timeout_s,
@@ -64,9 +70,13 @@ class BoundedProtocol(HttpToolsProtocol):
     headers begins to run, and with their end that for its body.
     """
 
-    def __init__(self, limits: ConnectionLimits, *args: Any, **options: Any) -> None:
+    def __init__(self, limits: ConnectionLimits, num_by_address: Counter[str], *args: Any, **options: Any) -> None:
+        """`num_by_address` counts the open connections of the listener."""
         super().__init__(*args, **options)
         self._limits = limits
+        self._num_by_address = num_by_address
+        self._address: str | None = None
+        """None while the connection is not counted."""
         self._receive_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._in_headers = True
@@ -75,17 +85,32 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if len(self.connections) >= self._limits.max_connections:
+        if refusal := self._has_no_room_for(transport.get_extra_info("peername")[0]):
             self.transport = transport
-            self._refuse(503, "server_is_overloaded", "this gateway has too many connections", "retry-after: 1\r\n")
+            self._refuse(503, "server_is_overloaded", refusal, "retry-after: 1\r\n")
             return
         super().connection_made(transport)
         # What a client leaves unread lies here and in the kernel, and is bounded in both.
         transport.set_write_buffer_limits(_MAX_UNREAD_BYTES)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_UNREAD_BYTES)
+        bound_kernel(transport.get_extra_info("socket"), self._limits.slow_reader_timeout_s)
         self._expect(self._limits.header_timeout_s)
 
+    def _has_no_room_for(self, address: str) -> str:
+        """Why not, or "" when the connection is counted from now on."""
+        if len(self.connections) >= self._limits.max_connections:
+            return "this gateway has too many connections"
+        if self._num_by_address[address] >= self._limits.max_connections_per_address:
+            return "this gateway has too many connections from your address"
+        self._num_by_address[address] += 1
+        self._address = address
+        return ""
+
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._address is not None:
+            self._num_by_address[self._address] -= 1
+            if not self._num_by_address[self._address]:
+                del self._num_by_address[self._address]  # or addresses that never come back would stay
+            self._address = None
         self._expect(None)
         self.resume_writing()
         super().connection_lost(exc)
@@ -203,6 +228,7 @@ class HttpListener:
         self._limits = limits
         self._tls = tls
         self._state = ServerState()
+        self._num_by_address: Counter[str] = Counter()
         self._config = Config(
             app, lifespan="off", ws="none", log_config=None, log_level="error", access_log=False,
             server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE_S,
@@ -211,8 +237,7 @@ class HttpListener:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen. Returns the port. Raises ConfigError when the address, or enough open files, cannot be had."""
-        _make_room(self._limits.max_connections)
+        """Listen. Returns the port. Raises ConfigError when the address cannot be had."""
         loop = asyncio.get_running_loop()
         options: dict[str, Any] = {}
         if self._tls is not None:
@@ -251,18 +276,36 @@ class HttpListener:
         self._server = None
 
     def _protocol(self) -> BoundedProtocol:
-        return BoundedProtocol(self._limits, self._config, self._state, {}, asyncio.get_running_loop())
+        return BoundedProtocol(
+            self._limits, self._num_by_address, self._config, self._state, {}, asyncio.get_running_loop()
+        )
 
 
-def _make_room(num_connections: int) -> None:
-    """Let this process open as many files as its connections need: whoever runs out of files accepts nobody."""
-    needed = num_connections + _NUM_OTHER_FILES
+def bound_kernel(sock: socket.socket, slow_reader_timeout_s: float) -> None:
+    """What the kernel keeps for a peer that does not read, and how long it believes in one that does not answer."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_UNREAD_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_TIMEOUT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 1)
+    # The same while something is not acknowledged, which the kernel would try to deliver for a quarter of an hour. It is also
+    # how long a peer without room may stay so, and that is what slow readers are given.
+    timeout_s = max(_KEEPALIVE_S + _KEEPALIVE_TIMEOUT_S, slow_reader_timeout_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * timeout_s))
+
+
+def make_room(config: GatewayConfig) -> None:
+    """Let this process open as many files as its connections need: whoever runs out of files accepts nobody. Raises
+    ConfigError when the system forbids it."""
+    num_http = 0 if config.http_port is None else config.max_connections
+    needed = num_http + config.max_grpc_connections + _NUM_OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"gateway.max_connections is {num_connections}, which needs {needed} open files, and the system allows {hard}; "
-            "lower it, or raise the limit (ulimit -Hn)"
+            f"gateway.max_connections is {config.max_connections} and gateway.max_grpc_connections "
+            f"{config.max_grpc_connections}; they need {needed} open files, and the system allows {hard}; "
+            "lower them, or raise the limit (ulimit -Hn)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
