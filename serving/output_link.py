@@ -39,7 +39,9 @@ CONNECT_TIMEOUT_S = 5.0
 MAX_STRANGERS = 32
 """Unproved connections at a time."""
 MAX_UNREAD_STEPS = 64
-"""A request of which so much lies unread is held until all of that is read."""
+HOLD_AFTER_S = 0.1
+"""A request of which so much lies unread for so long is held until all of that is read. An event loop that was busy finds as much
+at once, and reads it at once."""
 MAX_BUFFERED_BYTES = 1 << 20
 """When a gateway leaves so much on the way, all that runs for it is held."""
 LATE_S = 10.0
@@ -158,8 +160,8 @@ class Inbox:
         self.engine, self._connection = connection.engine, connection
         self._unread.append(outputs)
         self._arrived.set()
-        if len(self._unread) >= MAX_UNREAD_STEPS:
-            self._hold(True)
+        if len(self._unread) == MAX_UNREAD_STEPS:
+            asyncio.get_running_loop().call_later(HOLD_AFTER_S, self._hold_if_unread)
 
     def end(self, error: Exception | None) -> None:
         """The group does no more for this request. Without an error all outputs have been sent."""
@@ -169,6 +171,10 @@ class Inbox:
     def close(self) -> None:
         """Nobody reads any more."""
         self._receiver.forget(self._request_ids)
+
+    def _hold_if_unread(self) -> None:
+        if len(self._unread) >= MAX_UNREAD_STEPS:
+            self._hold(True)
 
     def _hold(self, is_held: bool) -> None:
         if self._connection is not None and is_held != self._is_held:
