@@ -304,4 +304,4 @@ def _most_likely(parts: Sequence[Sequence[float]], count: int, softmax: _Softmax
     """The `count` highest of all ranks' (logit, token id) pairs, laid flat, as (token id, log-probability)."""
     pairs = [(part[i], int(part[i + 1])) for part in parts for i in range(0, len(part), 2) if part[i + 1] != _NO_TOKEN]
     pairs.sort(key=lambda pair: (-pair[0], pair[1]))
-    return tuple((token_id, softmax.log_probability(logit)) for logit, token_id in pairs[:count])
+    return tuple([(token_id, softmax.log_probability(logit)) for logit, token_id in pairs[:count]])

@@ -123,8 +123,10 @@ def build_batch(
         cos_TD=angles_TD.cos(),
         sin_TD=angles_TD.sin(),
         runs=tuple(
-            SequenceRun(first_row=row, num_tokens=count, start=start, block_table=blocks_X[first:end])
-            for (row, count, start, first), end in zip(layout.runs, ends, strict=True)
+            [
+                SequenceRun(first_row=row, num_tokens=count, start=start, block_table=blocks_X[first:end])
+                for (row, count, start, first), end in zip(layout.runs, ends, strict=True)
+            ]
         ),
         runs_S4=tensor(layout.runs),
         blocks=blocks_X,

@@ -20,7 +20,7 @@ from model_parallel.errors import EngineError
 from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.interface import LayerCache
 from model_parallel.kernels.select import select_kernels
-from model_parallel.memory import check_cache_fits
+from model_parallel.memory import Workload, activation_bytes, check_cache_fits
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
 from model_parallel.model.quantization import int8_converter
@@ -28,6 +28,7 @@ from model_parallel.model.sampler import Sampler
 from model_parallel.runtime.batch import SequenceState, build_batch, lay_out, rotary_frequencies
 from model_parallel.runtime.collectives import Collectives, SoloCollectives
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
+from model_parallel.runtime.heap import reserve_heap
 from model_parallel.runtime.recorded_steps import RecordedSteps
 from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
@@ -76,6 +77,15 @@ class Rank:
         self.sampler = Sampler(self.kernels, collectives, self.model.vocabulary, largest_part)
         self.sequences: dict[int, SequenceState] = {}
         self.last_step_id = 0
+        if self.device.type == "cpu":
+            scheduler = config.scheduler
+            workload = Workload(
+                max_model_len=scheduler.max_model_len,
+                max_num_seqs=scheduler.max_num_seqs,
+                max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            )
+            dtype_name = config.parallel.dtype
+            reserve_heap(activation_bytes(model_config, tp_size, rank, dtype=dtype_name, workload=workload))
 
     def _allocate_caches(self, model: ModelConfig, rank: int, dtype: torch.dtype) -> list[LayerCache]:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, self.config.parallel.tp_size, rank)
@@ -150,7 +160,9 @@ class Rank:
         hidden_TE = self._forward(rows)
         scored = self._score_prompts(rows, first_rows[:-1], hidden_TE)
         sampled = self._sample(rows, [end - 1 for end in first_rows[1:]], hidden_TE)
-        return tuple(self._result(row, sampled, scored) for row in rows)
+        # Of a list: a tuple made of a generator is allocated at one length and freed at another, and CPython keeps 2,000
+        # freed tuples of each length, which takes minutes to fill and 0.3 MB a length.
+        return tuple([self._result(row, sampled, scored) for row in rows])
 
     def _forward(self, rows: tuple[Row, ...]) -> Tensor:
         """[T, E]: hidden states, row after row, then padding."""
@@ -173,7 +185,7 @@ class Rank:
         result = sampled.get(row.seq_id, RowResult(row.seq_id))
         if row.sample:  # After an error, too: the next step is planned already and counts on a token.
             self.sequences[row.seq_id].append(result.token_id or 0)
-        prompt_logprobs = tuple(entry for entry in scored.get(row.seq_id, []) if entry is not None)
+        prompt_logprobs = tuple([entry for entry in scored.get(row.seq_id, []) if entry is not None])
         if len(prompt_logprobs) < len(scored.get(row.seq_id, [])):
             return RowResult(row.seq_id, error_kind="numerical_error")
         return RowResult(row.seq_id, result.token_id, result.logprobs, prompt_logprobs, result.error_kind)

@@ -1,0 +1,45 @@
+"""Requests that have ended leave nothing behind in the gateway, however they ended."""
+
+import asyncio
+
+import grpc
+import psutil
+import pytest
+
+from protos import inference_pb2 as pb
+from tests.support.live_objects import LiveObjects
+from tests.unit.gateway.conftest import Running, Serve
+from tests.unit.gateway.fakes import FakeBackend, say
+from tests.unit.gateway.http_client import CHAT, client
+
+NUM_ROUNDS, REQUESTS_A_ROUND = 150, 6
+
+
+async def _serve(gateway: Running) -> None:
+    """In each round an answer, a stream, one that is left half way and a mistake over gRPC, and two over HTTP."""
+    async with client(gateway) as http:
+        for _ in range(NUM_ROUNDS):
+            request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
+            await gateway.stub.Generate(request)
+            async for _ in gateway.stub.GenerateStream(request):
+                pass
+            left = gateway.stub.GenerateStream(request)
+            await left.read()
+            left.cancel()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await gateway.stub.Generate(pb.GenerateRequest(model="nobody"))
+            for stream in (False, True):
+                assert (await http.post("/v1/chat/completions", json={**CHAT, "stream": stream})).is_success
+    await gateway.backend.closed()
+
+
+async def test_requests_leave_nothing_behind(serve: Serve) -> None:
+    process = psutil.Process()
+    async with serve(FakeBackend(say("one two three")), http_port=0) as gateway, asyncio.timeout(60):
+        await _serve(gateway)  # caches fill up
+        before, num_fds, num_threads = LiveObjects(), process.num_fds(), process.num_threads()
+        await _serve(gateway)
+        assert before.leaked(NUM_ROUNDS * REQUESTS_A_ROUND) == {}
+        # One or two may come and go with connections; a leak would be of one a request.
+        assert process.num_fds() - num_fds < NUM_ROUNDS // 10
+        assert process.num_threads() - num_threads < NUM_ROUNDS // 10
