@@ -135,6 +135,9 @@ class SchedulerConfig:
     """Sequences that run at the same time."""
     max_num_batched_tokens: int = 512
     """Tokens computed in one step, decode and prefill together; a longer prompt is prefilled in chunks."""
+    max_prefill_tokens: int | None = None
+    """Prompt tokens of one step, but for those of light sequences (engine/fair_queue.py); as many as fit when None. A small
+    number keeps steps short, so that whoever comes waits less."""
     max_model_len: int = 4096
     """Longest sequence, prompt and answer together."""
     max_waiting_requests: int = 256
@@ -149,6 +152,7 @@ class SchedulerConfig:
             "scheduler",
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            max_prefill_tokens=1 if self.max_prefill_tokens is None else self.max_prefill_tokens,
             max_model_len=self.max_model_len,
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,

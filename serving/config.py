@@ -126,6 +126,11 @@ class ModelEntry(_Section):
     prefix_caching: bool = True
     max_num_seqs: int = Field(64, ge=1)
     max_num_batched_tokens: int = Field(512, ge=1)
+    max_prefill_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Prompt tokens of a step, but for tenants below their share; all that fit when unset.",
+    )
     max_waiting_requests: int = Field(256, ge=1)
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)

@@ -54,6 +54,7 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
     scheduler = SchedulerConfig(
         max_num_seqs=entry.max_num_seqs,
         max_num_batched_tokens=entry.max_num_batched_tokens,
+        max_prefill_tokens=entry.max_prefill_tokens,
         max_model_len=max_model_len,
         max_waiting_requests=entry.max_waiting_requests,
     )

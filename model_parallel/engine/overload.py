@@ -22,6 +22,37 @@ than 4 waiting. So one tenant never fills a queue of 5 or more, and nobody who w
 """
 
 
+DEADLINE_MARGIN = 1.25
+"""A run may take so many times longer than estimated. What is accepted and then expires is work for nothing."""
+
+
+class StepTimes:
+    """How long a step takes, by the number of sequences in it: a straight line through what was measured, by least squares."""
+
+    def __init__(self) -> None:
+        self._num = self._rows = self._time_s = self._rows_squared = self._rows_time_s = 0.0
+
+    def record(self, num_rows: int, step_s: float) -> None:
+        """A step with so many sequences took so long."""
+        decay = math.exp(-step_s / WINDOW_S)
+        self._num = self._num * decay + 1
+        self._rows = self._rows * decay + num_rows
+        self._time_s = self._time_s * decay + step_s
+        self._rows_squared = self._rows_squared * decay + num_rows * num_rows
+        self._rows_time_s = self._rows_time_s * decay + num_rows * step_s
+
+    def estimate_s(self, num_rows: int) -> float:
+        """Of a step with so many; 0 before anything was measured. More sequences never take less time, nor fewer more a piece."""
+        if not self._num:
+            return 0.0
+        mean_rows, mean_s = self._rows / self._num, self._time_s / self._num
+        variance = self._rows_squared / self._num - mean_rows**2
+        covariance = self._rows_time_s / self._num - mean_rows * mean_s
+        # Below a variance of 0.01 all steps had the same number, and a quotient would be noise.
+        slope = min(max(0.0, covariance / variance), mean_s / mean_rows) if variance > 0.01 else 0.0
+        return mean_s + slope * (num_rows - mean_rows)
+
+
 class Pace:
     """How fast the group takes on what waits, and how long a sequence then runs."""
 
@@ -32,7 +63,7 @@ class Pace:
         self._was_backlogged = False
         self._num_output_tokens = 0.0
         self._num_ended = 0.0
-        self._run_s = 0.0
+        self._step_times = StepTimes()
 
     def record_step(self, now_s: float, num_admitted_tokens: int, *, is_backlogged: bool) -> None:
         """A step was planned that admits so many prompt tokens, and something still waits or not.
@@ -46,23 +77,27 @@ class Pace:
             self._elapsed_s = self._elapsed_s * decay + passed_s
         self._last_s, self._was_backlogged = now_s, is_backlogged
 
-    def record_end(self, num_output_tokens: int, run_s: float) -> None:
-        """A sequence came to its own end after so long."""
+    def record_decode(self, num_rows: int, step_s: float) -> None:
+        """Sequences got a token in a step of so many, and had the one before so long ago."""
+        self._step_times.record(num_rows, step_s)
+
+    def record_end(self, num_output_tokens: int) -> None:
+        """A sequence came to its own end, or to that of its time."""
         decay = math.exp(-1 / WINDOW_ENDED)
         self._num_ended = self._num_ended * decay + 1
         self._num_output_tokens = self._num_output_tokens * decay + num_output_tokens
-        self._run_s = self._run_s * decay + run_s
 
     def wait_s(self, num_tokens: float) -> float | None:
         """How long it takes until so many prompt tokens are admitted; None before anything was measured."""
         return num_tokens * self._elapsed_s / self._num_tokens if self._num_tokens else None
 
-    def run_s(self, max_tokens: int) -> float:
-        """How long a sequence runs at most, if its answer is not more than twice as long as others; 0 before any has ended."""
-        if not self._num_output_tokens:
+    def run_s(self, max_tokens: int, num_running: int) -> float:
+        """How long a sequence runs among so many, if its answer is not more than twice as long as others; 0 before any has
+        ended."""
+        if not self._num_ended:
             return 0.0
         num_tokens = min(max_tokens, 2 * self._num_output_tokens / self._num_ended)
-        return num_tokens * self._run_s / self._num_output_tokens
+        return num_tokens * self._step_times.estimate_s(num_running)
 
 
 class Deadlines:
@@ -115,7 +150,9 @@ def check_fits(request: EngineRequest, kv: KVBlocks, config: SchedulerConfig) ->
         )
 
 
-def check_room(requests: Sequence[EngineRequest], queue: FairQueue, pace: Pace, config: SchedulerConfig) -> None:
+def check_room(
+    requests: Sequence[EngineRequest], queue: FairQueue, num_running: int, pace: Pace, config: SchedulerConfig
+) -> None:
     """Raises RequestError when the choices of one client request cannot wait: "overloaded" for lack of room, or because
     after the wait too little is left of their deadline; "invalid" when there never is enough room.
 
@@ -151,10 +188,12 @@ def check_room(requests: Sequence[EngineRequest], queue: FairQueue, pace: Pace, 
             f"{tenant.num_waiting_tokens} prompt tokens of this tenant are waiting and this prompt has {num_tokens}; "
             f"it may have {SHARE_OF_ROOM} times as many as there is room left, which is {room}"
         )
-    wait_s = pace.wait_s(num_ahead)
-    if first.deadline_s is not None and wait_s:
-        run_s = pace.run_s(first.sampling.max_tokens - len(first.output_token_ids))
-        if wait_s + run_s > first.deadline_s:
-            raise refusal(
-                f"it would wait about {wait_s:.1f} s and run {run_s:.1f} s, and its deadline is in {first.deadline_s:.1f} s"
-            )
+    if first.deadline_s is None or not (queue or num_running):  # An idle group tries, and learns how fast it is.
+        return
+    wait_s = pace.wait_s(num_ahead) or 0.0
+    num_beside = min(config.max_num_seqs, num_running + len(queue) + num_requests)
+    run_s = pace.run_s(first.sampling.max_tokens - len(first.output_token_ids), num_beside)
+    if wait_s + DEADLINE_MARGIN * run_s > first.deadline_s:
+        raise refusal(
+            f"it would wait about {wait_s:.1f} s and run {run_s:.1f} s, and its deadline is in {first.deadline_s:.1f} s"
+        )

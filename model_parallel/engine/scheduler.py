@@ -26,6 +26,8 @@ class _Draft:
     now_s: float
     budget: int
     """Tokens that it still has room for."""
+    prefill_budget: int
+    """Prompt tokens among those, but for light sequences."""
     new_sequences: list[NewSequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
@@ -35,7 +37,8 @@ class Scheduler:
 
     **Order.** Sequences are admitted as `FairQueue` says. A step computes one token for each that decodes, then prompts of light
     sequences, then the other prompts, in order of admission, and admits while there is room. What the group can take on
-    is never left idle for the sake of fairness.
+    is never left idle for the sake of fairness. With `max_prefill_tokens` steps are kept short, so that a light sequence, which
+    waits for those under way, does not wait long.
 
     **Preemption.** When blocks run out, the victim is in the lowest class, of the tenant that runs most for its weight beyond its
     first one, the sequence admitted last. A light sequence that is next and does not fit takes its room in the same way, from
@@ -129,7 +132,7 @@ class Scheduler:
         for request in requests:
             check_fits(request, self._kv, self._config)
         try:
-            check_room(requests, self._queue, self._pace, self._config)
+            check_room(requests, self._queue, len(self._running), self._pace, self._config)
         except RequestError as error:
             self._totals.num_refused += error.kind == "overloaded"
             raise
@@ -171,7 +174,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when there is nothing to compute before more results are in, and nothing to tell the ranks."""
-        draft = _Draft(now_s=self._clock(), budget=self._config.max_num_batched_tokens)
+        budget = self._config.max_num_batched_tokens
+        draft = _Draft(now_s=self._clock(), budget=budget, prefill_budget=self._config.max_prefill_tokens or budget)
         for seq_id in self._deadlines.take_expired(draft.now_s):
             if seq_id in self._sequences:
                 self._end(self._sequences[seq_id], FinishReason.DEADLINE)
@@ -203,6 +207,7 @@ class Scheduler:
         """
         _check_answers(plan, result)
         now_s = self._clock()
+        self._record_decode(plan, now_s)
         for row, row_result in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.seq_id)
             if sequence is not None:  # Otherwise it ended while the step was under way.
@@ -230,6 +235,15 @@ class Scheduler:
             num_running = sum(sequence.seq_id in self._running for sequence in sequences)
             if num_running != self._queue.tenant_of(sequences[0].request).num_running:
                 raise RuntimeError(f"a tenant runs {num_running} sequences and is said to run others")
+
+    def _record_decode(self, plan: StepPlan, now_s: float) -> None:
+        """A sequence that was preempted or paused had its last token long ago; the others had theirs in the step before."""
+        living = (self._sequences.get(row.seq_id) for row in plan.rows)
+        times = [
+            sequence.last_token_s for sequence in living if sequence is not None and sequence.last_token_s is not None
+        ]
+        if times:
+            self._pace.record_decode(len(plan.rows), now_s - max(times))
 
     def _accept(self, request: EngineRequest, now_s: float) -> None:
         self._last_seq_id += 1
@@ -260,7 +274,7 @@ class Scheduler:
         light = [sequence for sequence in self._running.values() if sequence.is_light and sequence.num_uncomputed > 1]
         room = self._config.max_num_batched_tokens - len(self._running) - sum(s.num_uncomputed for s in light)
         num_tokens = 0
-        while room > 0 and (sequence := self._queue.first()) and self._queue.is_light(sequence):
+        while room > 0 and (sequence := self._next()) and self._queue.is_light(sequence):
             while not self._try_to_admit(sequence):
                 if sequence.num_pending or not self._make_room_for(sequence):
                     return num_tokens
@@ -271,10 +285,23 @@ class Scheduler:
     def _admit_in_order(self, draft: _Draft) -> int:
         """Admit whoever is next while the step has room, and plan their first rows. Returns the prompt tokens admitted."""
         num_tokens = 0
-        while draft.budget and (sequence := self._queue.first()) and self._try_to_admit(sequence):
+        while draft.budget and draft.prefill_budget and (sequence := self._next()) and self._try_to_admit(sequence):
             self._plan_rows(draft, [sequence])
             num_tokens += sequence.num_prompt_tokens
         return num_tokens
+
+    def _next(self) -> Sequence | None:
+        """Who is to be admitted next. Those who cannot be in time any more are ended and not computed."""
+        while sequence := self._queue.first():
+            deadline_s, sampling = sequence.request.deadline_s, sequence.request.sampling
+            if deadline_s is None or not self._running:
+                return sequence
+            num_left = sampling.max_tokens - len(sequence.request.output_token_ids)
+            run_s = self._pace.run_s(num_left, len(self._running) + 1)
+            if sequence.was_admitted or self._clock() + run_s <= sequence.accepted_s + deadline_s:
+                return sequence
+            self._end(sequence, FinishReason.DEADLINE)
+        return None
 
     def _try_to_admit(self, sequence: Sequence) -> bool:
         if sequence.num_pending or len(self._running) == self._config.max_num_seqs:
@@ -343,6 +370,9 @@ class Scheduler:
         """A row for each as long as the step has room."""
         for sequence in sequences:
             num_tokens = min(sequence.num_uncomputed, draft.budget, self._config.max_prefill_chunk)
+            if sequence.num_uncomputed > 1 and not sequence.is_light:
+                num_tokens = min(num_tokens, draft.prefill_budget)
+                draft.prefill_budget -= num_tokens
             if num_tokens == 0:
                 return
             is_new = sequence.started_s is None
@@ -424,9 +454,9 @@ class Scheduler:
             self._finished.append(sequence.seq_id)
         self._totals.count_finished(reason)
         now_s = self._clock()
-        if sequence.started_s is not None and reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if sequence.started_s is not None and reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
             num_output = len(sequence.token_ids) - sequence.num_prompt_tokens - len(sequence.request.output_token_ids)
-            self._pace.record_end(num_output, now_s - sequence.started_s)
+            self._pace.record_end(num_output)
         timings = sequence.timings(now_s)
         last = msgspec.structs.replace(output, num_cached_tokens=sequence.num_cached_tokens, timings=timings)
         self._outputs.append(last)

@@ -17,6 +17,7 @@ from model_parallel.engine.request import (
 from model_parallel.errors import RequestError
 from serving.config import LimitsConfig
 from serving.gateway.accounts import Accounts, OpenAccounts, Principal
+from serving.gateway.admission import RecentRefusals
 from serving.gateway.backend import Backend, GroupUnavailableError, ModelCard
 from serving.gateway.call import Call, CancelledInGroupError, DeadlineExceededError
 from serving.gateway.choices import Choice, Chunk, Summary
@@ -79,6 +80,7 @@ class Generator:
         self._limits = limits
         self._backend = backend
         self._accounts: Accounts = accounts or OpenAccounts()
+        self._refusals = RecentRefusals(clock)
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
@@ -197,12 +199,19 @@ class Generator:
     async def _run(
         self, card: ModelCard, requests: list[EngineRequest], meter: Meter
     ) -> AsyncGenerator[EngineOutput, None]:
-        steps = self._backend.generate(card.name, requests, meter.submit())
-        async with aclosing(steps):
-            async for outputs in steps:
-                meter.received(outputs)
-                for output in outputs:
-                    yield output
+        self._refusals.check(card.name, card.num_groups, requests)
+        passage = meter.submit()
+        steps = self._backend.generate(card.name, requests, passage)
+        try:
+            async with aclosing(steps):
+                async for outputs in steps:
+                    meter.received(outputs)
+                    for output in outputs:
+                        yield output
+        except RequestError as error:
+            if error.kind == "overloaded" and passage.engine:
+                self._refusals.remember(card.name, passage.engine, requests, error)
+            raise
 
     def _requests(
         self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]

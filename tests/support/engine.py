@@ -34,6 +34,7 @@ class Harness:
         max_waiting_requests: int = 64,
         max_waiting_tokens: int = 1 << 20,
         max_prefill_chunk: int = 1 << 30,
+        max_prefill_tokens: int | None = None,
         max_under_way: int = 1,
     ) -> None:
         self.clock = ManualClock()
@@ -48,6 +49,7 @@ class Harness:
                 max_waiting_requests=max_waiting_requests,
                 max_waiting_tokens=max_waiting_tokens,
                 max_prefill_chunk=max_prefill_chunk,
+                max_prefill_tokens=max_prefill_tokens,
             ),
             CacheConfig(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             epoch=1,

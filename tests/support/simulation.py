@@ -1,4 +1,5 @@
-"""The real engine and scheduler on ranks that compute nothing: a step takes `step_s` of virtual time, whatever is in it."""
+"""The real engine and scheduler on ranks that compute nothing: a step takes `step_s` of virtual time, and `row_s` for each
+sequence in it."""
 
 import random
 from collections import defaultdict, deque
@@ -40,12 +41,13 @@ class Simulation:
         max_waiting_requests: int = 64,
         max_under_way: int = 2,
         step_s: float = 1.0,
+        row_s: float = 0.0,
         is_fair: bool = True,
     ) -> None:
         """Without `is_fair` the scheduler is not told whose a request is, so that everybody is served in order of arrival."""
         self.rng = random.Random(seed)
         self.now_s = 0.0
-        self._step_s = step_s
+        self._step_s, self._row_s = step_s, row_s
         self.sent: list[Sent] = []
         self.num_refused: dict[str, int] = defaultdict(int)
         self.plans: list[StepPlan] = []
@@ -74,7 +76,7 @@ class Simulation:
     def collect(self) -> StepResult:
         plan = self._submitted.popleft()
         self.plans.append(plan)
-        self.now_s += self._step_s
+        self.now_s += self._step_s + self._row_s * len(plan.rows)
         return StepResult(
             plan.epoch, plan.step_id, tuple(RowResult(r.seq_id, 1 if r.sample else None) for r in plan.rows)
         )

@@ -29,6 +29,7 @@ class RandomRun:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + self.rng.choice([0, 1, 10, 60]),
             max_prefill_chunk=self.rng.choice([1, 3, 7, 1 << 30]),
+            max_prefill_tokens=self.rng.choice([None, None, 2, 9]),
             max_model_len=60,
             max_waiting_requests=8,
             max_under_way=self.rng.choice([1, 2, 2, 3]),

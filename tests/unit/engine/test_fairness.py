@@ -5,6 +5,8 @@ from statistics import fmean
 
 import pytest
 
+from model_parallel.engine.request import FinishReason
+from tests.support.engine import Harness, make_request
 from tests.support.simulation import Simulation, arrivals
 
 NUM_STEPS = 1200
@@ -173,3 +175,23 @@ def test_a_small_tenant_waits_about_as_if_it_were_alone() -> None:
 
 def percentile(values: list[float], percent: float) -> float:
     return sorted(values)[min(len(values) - 1, int(percent / 100 * len(values)))]
+
+
+def test_prompts_of_a_step_are_bounded_but_for_those_of_who_has_not_used_its_share() -> None:
+    harness = Harness(
+        max_num_seqs=8, max_num_batched_tokens=64, max_prefill_tokens=10, max_model_len=80, num_blocks=256
+    )
+    for number in range(4):
+        harness.add(make_request(f"a{number}", [1] * 30, max_tokens=30, tenant="large"))
+    for _ in range(3):
+        harness.step()
+        assert sum(row.num_tokens for row in harness.executor.plans[-1].rows) == 10
+    for _ in range(15):
+        harness.step()
+    harness.add(make_request("b9", [2] * 40, max_tokens=3, tenant="small"))
+    harness.step()
+    prompts = [row.num_tokens for row in harness.executor.plans[-1].rows if row.num_tokens > 1]
+    assert 40 in prompts and sum(prompts) <= 50
+    harness.run()
+    for request_id in harness.outputs:
+        assert harness.finish_reason(request_id) is FinishReason.LENGTH

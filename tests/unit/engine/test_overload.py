@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_parallel.engine.overload import Deadlines, Pace
+from model_parallel.engine.overload import Deadlines, Pace, StepTimes
 from model_parallel.engine.request import FinishReason
 from model_parallel.errors import RequestError
 from tests.support.engine import Harness, make_request
@@ -125,11 +125,39 @@ def test_pace_is_measured_while_something_waits() -> None:
 
 def test_a_run_is_expected_to_be_at_most_twice_as_long_as_others() -> None:
     pace = Pace()
-    assert pace.run_s(100) == 0
+    pace.record_decode(8, 0.2)
+    assert pace.run_s(100, 8) == 0
     for _ in range(10):
-        pace.record_end(20, 4.0)
-    assert pace.run_s(10) == pytest.approx(2.0)
-    assert pace.run_s(1000) == pytest.approx(8.0)
+        pace.record_end(20)
+    assert pace.run_s(10, 8) == pytest.approx(2.0)
+    assert pace.run_s(1000, 8) == pytest.approx(8.0)
+
+
+def test_step_times_lie_on_a_line_over_the_number_of_sequences() -> None:
+    times = StepTimes()
+    assert times.estimate_s(4) == 0
+    for num_rows in (1, 2, 8, 12) * 5:
+        times.record(num_rows, 0.01 + 0.002 * num_rows)
+    assert [times.estimate_s(n) for n in (1, 10, 32)] == pytest.approx([0.012, 0.03, 0.074])
+
+
+@pytest.mark.parametrize(
+    ("measured", "num_rows", "expected_s"),
+    [
+        ([(16, 0.5)], 32, 0.5),  # one number of sequences tells nothing of others
+        ([(16, 0.5)], 1, 0.5),
+        ([(10, 0.1), (20, 0.8)], 1, 0.45 / 15),  # steeper than in proportion: fewer do not come out below nothing
+        ([(10, 0.8), (20, 0.1)], 40, 0.45),  # falling: noise
+    ],
+)
+def test_a_line_through_little_is_no_wild_guess(
+    measured: list[tuple[int, float]], num_rows: int, expected_s: float
+) -> None:
+    times = StepTimes()
+    for _ in range(3):
+        for rows, step_s in measured:
+            times.record(rows, step_s)
+    assert times.estimate_s(num_rows) == pytest.approx(expected_s, rel=0.1)
 
 
 def test_the_estimate_is_about_what_the_wait_is_then() -> None:
@@ -181,6 +209,40 @@ def test_what_would_expire_while_it_waits_is_refused_at_once() -> None:
     assert sum(sent.max_tokens for sent in in_time) > 0.8 * stats.num_generation_tokens * len(accepted) / len(
         simulation.sent
     )
+
+
+def test_a_batch_does_not_grow_until_nobody_is_in_time() -> None:
+    """Sixteen at a time would take 0.17 s a step and 10 s an answer, and none has more than 6 s."""
+    simulation = Simulation(step_s=0.01, row_s=0.01)
+    for _ in range(4000):
+        send_some(simulation, "a", 0.5, deadline_s=6.0)
+        simulation.step()
+    settled = [sent for sent in simulation.sent if 40 < sent.arrived_s < simulation.now_s - 7]
+    in_time = sum(sent.max_tokens for sent in settled if sent.finish_reason is FinishReason.LENGTH)
+    assert in_time > 0.8 * sum(sent.max_tokens for sent in settled)
+    # What a step brings without any deadline is 16 tokens in 0.17 s.
+    assert in_time / (simulation.now_s - 47) > 0.75 * 16 / 0.17
+
+
+def test_nothing_is_computed_for_who_cannot_be_in_time_any_more() -> None:
+    """Answers of one length end together, so that some wait for a whole run more than was estimated."""
+    simulation = Simulation(step_s=0.05, max_num_seqs=8)
+    for _ in range(2000):
+        simulation.send("a", 20, 50, deadline_s=6.0)
+        simulation.step()
+    settled = [sent for sent in simulation.sent if 20 < sent.arrived_s < simulation.now_s - 7]
+    late = [sent for sent in settled if sent.finish_reason is FinishReason.DEADLINE]
+    assert 0 < len(late) < len(settled) / 2
+    assert all(sent.first_token_s is None for sent in late)
+
+
+def test_an_idle_group_tries_whatever_it_has_measured() -> None:
+    simulation = Simulation(step_s=1.0)
+    assert simulation.send("a", 10, 100) is None
+    for _ in range(110):
+        simulation.step()
+    assert simulation.send("a", 10, 100, deadline_s=50.0) is None
+    assert "run 100.0 s, and its deadline is in 50.0 s" in str(simulation.send("a", 10, 100, deadline_s=50.0))
 
 
 def test_a_small_tenant_is_neither_refused_nor_late_beside_an_overload() -> None:

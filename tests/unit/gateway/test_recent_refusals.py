@@ -1,0 +1,129 @@
+"""What a gateway does not ask a full group again, and what it does."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+import pytest
+
+from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingParams
+from model_parallel.errors import RequestError
+from protos import inference_pb2 as pb
+from serving.gateway import admission
+from serving.gateway.admission import MAX_REMEMBERED, REMEMBERED_S, RecentRefusals
+from tests.unit.gateway.conftest import Serve
+from tests.unit.gateway.fakes import FakeBackend
+
+FULL = RequestError("64 requests are waiting; at most 64 may", kind="overloaded", retry_after_s=3.0)
+
+
+def demand(
+    num_prompt: int = 10, max_tokens: int = 20, deadline_s: float | None = 5.0, tenant: str = "a", priority: int = 0
+) -> list[EngineRequest]:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return [
+        EngineRequest(
+            request_id="r",
+            prompt_token_ids=(1,) * num_prompt,
+            sampling=sampling,
+            deadline_s=deadline_s,
+            tenant=tenant,
+            priority=priority,
+        )
+    ]
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def is_asked(refusals: RecentRefusals, requests: Sequence[EngineRequest], num_groups: int = 1) -> bool:
+    try:
+        refusals.check("m", num_groups, requests)
+    except RequestError as error:
+        assert (str(error), error.kind, error.retry_after_s) == (str(FULL), "overloaded", 3.0)
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        (demand(), False),
+        (demand(num_prompt=11, max_tokens=21, deadline_s=4.0), False),
+        (demand(deadline_s=5.05), False),  # as good as the same moment
+        (demand() * 2, False),
+        (demand(num_prompt=9), True),
+        (demand(max_tokens=19), True),
+        (demand(deadline_s=6.0), True),
+        (demand(deadline_s=None), True),
+        (demand(tenant="b"), True),
+        (demand(priority=-1), True),
+    ],
+)
+def test_a_refusal_holds_for_what_asks_for_as_much(requests: list[EngineRequest], expected: bool) -> None:
+    refusals = RecentRefusals(Clock())
+    assert is_asked(refusals, requests)
+    refusals.remember("m", "group-1", demand(), FULL)
+    assert is_asked(refusals, requests) is expected
+
+
+def test_it_holds_for_a_moment() -> None:
+    clock = Clock()
+    refusals = RecentRefusals(clock)
+    refusals.remember("m", "group-1", demand(), FULL)
+    clock.now_s += 0.49 * REMEMBERED_S
+    assert not is_asked(refusals, demand())
+    clock.now_s += 0.52 * REMEMBERED_S
+    assert is_asked(refusals, demand())
+
+
+def test_all_groups_have_to_be_full() -> None:
+    refusals = RecentRefusals(Clock())
+    for _ in range(2):
+        refusals.remember("m", "group-1", demand(), FULL)
+    assert is_asked(refusals, demand(), num_groups=2)
+    refusals.remember("m", "group-2", demand(), FULL)
+    assert not is_asked(refusals, demand(), num_groups=2)
+
+
+def test_what_is_easier_takes_the_place() -> None:
+    refusals = RecentRefusals(Clock())
+    for max_tokens in (30, 10, 20):
+        refusals.remember("m", "group-1", demand(max_tokens=max_tokens), FULL)
+    assert not is_asked(refusals, demand(max_tokens=10))
+
+
+def test_old_refusals_are_forgotten() -> None:
+    clock = Clock()
+    refusals = RecentRefusals(clock)
+    for number in range(3 * MAX_REMEMBERED):
+        clock.now_s += REMEMBERED_S
+        refusals.remember("m", "group-1", demand(tenant=str(number)), FULL)
+    assert len(refusals._refused) <= MAX_REMEMBERED
+
+
+async def test_a_burst_asks_a_full_group_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "REMEMBERED_S", 1000.0)  # however slow the machine is
+    num_asked = 0
+
+    async def refuse(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        nonlocal num_asked
+        num_asked += 1
+        raise FULL
+        yield ()  # makes it a generator
+
+    async with serve(FakeBackend(refuse)) as gateway:
+        request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))
+
+        async def code() -> grpc.StatusCode:
+            return await gateway.stub.Generate(request, timeout=10).code()
+
+        assert await code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert num_asked == 1
+        codes = await asyncio.gather(*(code() for _ in range(20)))
+        assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert num_asked == 1
