@@ -12,7 +12,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test lint bench proof-7b $(SUITES:%=test-%) FORCE
+.PHONY: help demo serve test nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ $(filter-out test-integration,$(SUITES:%=test-%)): test-%: $(STAMP)
 test-integration: $(STAMP)
 	@echo 'pytest tests/integration, a process a file'
 	@for file in tests/integration/test_*.py; do $(BIN)/python -m pytest "$$file" || exit 1; done
+
+nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: half an hour, machine idle
+	$(BIN)/python -m pytest -m nightly tests/unit tests/numerics
+	$(BIN)/python -m pytest -m nightly tests/nightly
 
 lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/ruff check

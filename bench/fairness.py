@@ -41,7 +41,7 @@ TIMEOUT_S = 60.0
 WARM_UP_S = 10.0
 START_S = 5.0
 """Within which a client process has its requests ready."""
-MAX_NUM_SEQS, MAX_PREFILL_TOKENS = 16, 64
+MAX_NUM_SEQS, MAX_PREFILL_TOKENS = 16, 32
 """A newcomer waits for the step that runs and for the next, so steps are kept short; its own prompt may fill a step. With the
 defaults the stack makes about as many tokens, and the ratio is larger (docs/performance.md)."""
 MAX_RATIO = 1.3

@@ -266,7 +266,11 @@ def main() -> None:
         "machine": facts,
         "model": MODEL,
         "tp_size": arguments.tp,
-        "shape": {"prompt_tokens": SHAPE.prompt_tokens, "new_tokens": SHAPE.new_tokens, "deadline_s": DEADLINE_S},
+        "shape": {
+            "prompt_tokens": [min(SHAPE.prompt_tokens), max(SHAPE.prompt_tokens)],
+            "new_tokens": [min(SHAPE.new_tokens), max(SHAPE.new_tokens)],
+            "deadline_s": DEADLINE_S,
+        },
         "seconds": arguments.seconds,
         "times": arguments.times,
         **result,
