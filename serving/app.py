@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -238,12 +239,15 @@ def _group_application(spec: GroupSpec, placement: GroupPlacement, config: Servi
         placement_group_bundles=list(placement.bundles),
         placement_group_strategy=placement.strategy,
         ray_actor_options={"num_cpus": 0},
+        request_router_config=RequestRouterConfig(
+            request_router_class="serving.routing.LeastLoadedRouter"  # type: ignore[arg-type]  # its **kwargs are typed wrongly
+        ),
         # The engine's own bounds decide what is refused; Serve's only keep it from queueing without bound.
         max_ongoing_requests=2 * (scheduler.max_num_seqs + scheduler.max_waiting_requests),
         max_queued_requests=scheduler.max_waiting_requests,
         **_lifecycle(config),
     )(ReplicaGroup)
-    application: serve.Application = deployment.bind(spec)
+    application: serve.Application = deployment.bind(spec, config.gateway.drain_timeout_s)
     return application
 
 

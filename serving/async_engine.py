@@ -1,4 +1,4 @@
-"""The engine's thread on one side; on the other an event loop, where client requests wait for their end."""
+"""The engine's thread on one side; on the other an event loop, which takes requests in and hands their outputs on."""
 
 import asyncio
 import logging
@@ -24,17 +24,13 @@ class OutputSink(Protocol):
         ...
 
 
-class SinkLostError(Exception):
-    """Nobody takes the outputs any more."""
-
-
 @dataclass(slots=True, eq=False)
 class _Run:
     """One client request."""
 
     sink: OutputSink
     observe: Callable[[Sequence[EngineOutput]], Any]
-    ended: asyncio.Future[None]
+    on_end: Callable[[], Any]
     running: set[str]
     """Ids of its sequences that have not ended."""
     is_held: bool = False
@@ -62,35 +58,37 @@ class AsyncEngine:
         """Sequences whose end has not been delivered."""
         return len(self._runs)
 
-    async def run(
+    def num_open_of(self, sink: OutputSink) -> int:
+        """The same, of one sink."""
+        return sum(run.sink is sink for run in self._runs.values())
+
+    def start(
         self,
         requests: Sequence[EngineRequest],
         sink: OutputSink,
         observe: Callable[[Sequence[EngineOutput]], Any] = lambda _: None,
+        on_end: Callable[[], Any] = lambda: None,
     ) -> None:
-        """Run the choices of one client request. Returns when `sink` has all outputs, and tells `observe` of them too.
+        """Run the choices of one client request; `sink` gets all outputs, and `observe` is told of them too.
 
-        Cancelling it aborts what still runs. Raises RequestError when the engine refuses, GroupFailedError when it has failed,
-        SinkLostError.
+        `on_end` is called once: after the last output, or when the request is cancelled or its sink is gone.
+        Raises RequestError when the engine refuses and GroupFailedError when it has failed; then nothing has started.
         """
-        run = _Run(sink, observe, self._loop.create_future(), set())
-        try:
-            self._engine.add(*requests)
-            run.running = {request.request_id for request in requests}
-            self._runs.update(dict.fromkeys(run.running, run))
-            if sink in self._full_sinks:
-                self._pause_or_resume(run)
-            self._wake.set()
-            await run.ended
-        finally:
-            for request_id in run.running:
-                del self._runs[request_id]
-                self._engine.abort(request_id, FinishReason.CANCELLED)
-            self._wake.set()
+        self._engine.add(*requests)
+        run = _Run(sink, observe, on_end, {request.request_id for request in requests})
+        self._runs.update(dict.fromkeys(run.running, run))
+        if sink in self._full_sinks:
+            self._pause_or_resume(run)
+        self._wake.set()
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """End the client requests that these belong to, without another output. Nothing happens to ids that are not here."""
+        for run in self._runs_with(request_ids):
+            self._end(run)
 
     def hold(self, request_ids: Sequence[str], *, is_held: bool) -> None:
         """Pause a client request until it is held no more. Nothing happens to ids that have ended or were never here."""
-        for run in {self._runs[request_id] for request_id in request_ids if request_id in self._runs}:
+        for run in self._runs_with(request_ids):
             run.is_held = is_held
             self._pause_or_resume(run)
 
@@ -104,8 +102,7 @@ class AsyncEngine:
         """End all requests of a sink that is gone."""
         self._full_sinks.discard(sink)
         for run in self._runs_of(sink):
-            if not run.ended.done():
-                run.ended.set_exception(SinkLostError("nobody takes the outputs any more"))
+            self._end(run)
 
     def fail(self, reason: str) -> None:
         """The executor has lost a rank between steps: end all requests. May be called from any thread."""
@@ -120,6 +117,16 @@ class AsyncEngine:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("the engine thread did not end within %.0f s", timeout_s)
+
+    def _runs_with(self, request_ids: Sequence[str]) -> set[_Run]:
+        return {self._runs[request_id] for request_id in request_ids if request_id in self._runs}
+
+    def _end(self, run: _Run) -> None:
+        for request_id in run.running:
+            del self._runs[request_id]
+            self._engine.abort(request_id, FinishReason.CANCELLED)
+        self._wake.set()
+        run.on_end()
 
     def _runs_of(self, sink: OutputSink) -> set[_Run]:
         return {run for run in self._runs.values() if run.sink is sink}
@@ -167,5 +174,4 @@ class AsyncEngine:
         for sink, belonging in by_sink.items():
             sink.send(belonging)
         for run in ended:
-            if not run.ended.done():
-                run.ended.set_result(None)
+            run.on_end()

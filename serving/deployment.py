@@ -1,11 +1,12 @@
 """The two Ray Serve deployments, and how one reaches the other.
 
 A replica of `ReplicaGroup` is the leader of one group of ranks and lives in the first bundle of the group's placement group,
-which Serve frees when the leader ends. A replica of `Gateway` is a node's front end. It sends a request to a group through Serve,
-which chooses the group and tells when it is lost: bytes (msgpack) by value. Outputs come back over `output_link`.
+which Serve frees when the leader ends. A replica of `Gateway` is a node's front end. It hands a request to a group through Serve
+(bytes, msgpack, by value), to the group that `routing` chooses. All that follows goes over `output_link`.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -29,10 +30,11 @@ from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import GroupFailedError, RequestError
-from serving.async_engine import AsyncEngine, SinkLostError
+from serving.async_engine import AsyncEngine
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
 from serving.gateway.backend import GroupUnavailableError, ModelCard, Passage
 from serving.gateway.server import METHODS, GatewayServer, Ports
+from serving.group_loads import loads_of_this_process
 from serving.log import configure_logging, request_id
 from serving.models import GroupSpec
 from serving.observability.gateway import GatewayWatch
@@ -46,6 +48,9 @@ from serving.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+DRAIN_POLL_S = 0.1
+HAND_OVER_S = 1.0
+"""How long a request whose client has gone may still be on its way to a group."""
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 10.0
 """How long a group that was well and answers late is taken to be well."""
@@ -62,7 +67,7 @@ class GroupCall(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GroupReply(msgspec.Struct, frozen=True, array_like=True):
-    """The end of a call. Its outputs were sent to the return address, unless it was refused."""
+    """Whether the group has taken the request in. If so, its outputs go to the return address."""
 
     engine: str
     """Id of the group."""
@@ -78,7 +83,8 @@ class ReplicaGroup:
 
     _async_engine: AsyncEngine | None = None
 
-    async def __init__(self, spec: GroupSpec) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: GroupSpec, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._drain_timeout_s = drain_timeout_s
         self._engine_id = serve.get_replica_context().replica_id.unique_id
         configure_logging(f"group {spec.card.name} {self._engine_id}")
         self._tracing = open_tracing()
@@ -106,27 +112,30 @@ class ReplicaGroup:
         self._encode = msgspec.msgpack.Encoder().encode
 
     async def generate(self, encoded_call: bytes) -> bytes:
-        """Run the choices of one client request (msgpack, GroupCall) to their ends. Returns a GroupReply (msgpack)."""
+        """Take in the choices of one client request (msgpack, GroupCall). Returns a GroupReply (msgpack)."""
         call = self._decode(encoded_call)
         request_id.set(call.requests[0].request_id)
-        reply = GroupReply(engine=self._engine_id)
-        with GroupSpan(self._tracing, self._model, self._engine_id, call.trace_context) as span:
-            try:
-                engine = self._running_engine()
-                sink = await self._senders.to(call.return_address)
-                await engine.run(call.requests, sink, span.received)
-            except RequestError as error:
-                span.failed(error.kind)
-                reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
-            except GroupFailedError:
-                span.failed("unavailable")
-                logger.exception("a request reached a lost group")
-                reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")
-            except (OSError, TimeoutError, SinkLostError) as error:
-                span.failed("unavailable")
-                logger.warning("no outputs can be sent to a gateway at %s: %s", call.return_address.host, error)
-                reply = GroupReply(self._engine_id, "unavailable", "the replica group could not send its answer")
-        return self._encode(reply)
+        span = GroupSpan(self._tracing, self._model, self._engine_id, call.trace_context)
+        refusal_kind, refusal, retry_after_s = "", "", None
+        try:
+            engine = self._running_engine()
+            sink = await self._senders.to(call.return_address)
+            engine.start(call.requests, sink, span.received, span.end)
+        except RequestError as error:
+            refusal_kind, refusal, retry_after_s = error.kind, str(error), error.retry_after_s
+        except GroupFailedError:
+            logger.exception("a request reached a lost group")
+            refusal_kind, refusal = "unavailable", "the replica group was lost"
+        except (OSError, TimeoutError) as error:
+            logger.warning("no outputs can be sent to a gateway at %s: %s", call.return_address.host, error)
+            refusal_kind, refusal = "unavailable", "the replica group could not send its answer"
+        except asyncio.CancelledError:
+            span.end()
+            raise
+        if refusal_kind:
+            span.failed(refusal_kind)
+            span.end()
+        return self._encode(GroupReply(self._engine_id, refusal_kind, refusal, retry_after_s))
 
     def _running_engine(self) -> AsyncEngine:
         if self._async_engine is None:
@@ -176,10 +185,14 @@ class ReplicaGroup:
         if problem is not None:
             raise GroupFailedError(problem)
 
-    def __del__(self) -> None:
-        """Called by Serve when the replica ends in good order."""
+    async def __del__(self) -> None:
+        """Called by Serve when the replica ends in good order: what it has taken in runs to its end, in bounded time."""
         if self._async_engine is not None:
-            self._async_engine.close(self._step_timeout_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._drain_timeout_s):
+                    while self._async_engine.num_open:
+                        await asyncio.sleep(DRAIN_POLL_S)
+            await asyncio.to_thread(self._async_engine.close, self._step_timeout_s)
             self._senders.close()
         if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself
             self._executor.shutdown()
@@ -197,7 +210,7 @@ class ServeBackend:
         self._could_serve_s: dict[str, float] = {}
         """When (monotonic) a group of each model last said that it can."""
         self._calls: set[asyncio.Task[bytes]] = set()
-        """Of requests whose group has not told that they have ended."""
+        """Of requests that no group has answered for yet."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
         self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
@@ -209,13 +222,14 @@ class ServeBackend:
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], passage: Passage
     ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
-        encoded = self._encode(GroupCall(tuple(requests), passage.trace_context, self._receiver.address))
         num_open = len(requests)
         inbox = self._receiver.open([request.request_id for request in requests])
-        response = self._groups[model].generate.remote(encoded)
-        call = asyncio.create_task(_value(response))
-        self._calls.add(call)
-        call.add_done_callback(partial(self._take_end, model, inbox))
+        call = GroupCall(tuple(requests), passage.trace_context, self._receiver.address)
+        # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
+        hand_over = asyncio.create_task(_value(self._groups[model].generate.remote(self._encode(call))))
+        del call
+        self._calls.add(hand_over)
+        hand_over.add_done_callback(partial(self._take_reply, model, inbox))
         try:
             while num_open:
                 outputs = await inbox.next()
@@ -224,20 +238,23 @@ class ServeBackend:
                 yield outputs
         finally:
             passage.engine = inbox.engine
-            inbox.close()
-            if num_open:
-                response.cancel()  # type: ignore[no-untyped-call]
+            inbox.close(cancel=num_open > 0)
+            # A group that has just taken it in is told to drop it when its answer comes; nobody else's answer is waited for.
+            asyncio.get_running_loop().call_later(HAND_OVER_S, hand_over.cancel)
 
-    def _take_end(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:
-        """A group has told that a request has ended, or can tell nothing any more."""
+    def _take_reply(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:
+        """A group has answered for a request, or none can."""
         self._calls.discard(call)
-        error: Exception | None = None
+        error: Exception
         try:
             reply = self._decode(call.result())
+            if not reply.refusal_kind:
+                inbox.accepted(reply.engine)
+                return
             inbox.engine = reply.engine
             if reply.refusal_kind == "unavailable":
                 error = GroupUnavailableError(reply.refusal)
-            elif reply.refusal_kind:
+            else:
                 error = RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
         except BackPressureError:
             error = RequestError("every replica group of this model is full", kind="overloaded")
@@ -248,7 +265,7 @@ class ServeBackend:
             error = GroupUnavailableError(f"the replica group of model {model!r} was lost")
         except Exception as bug:
             error = bug
-        inbox.end(error)
+        inbox.fail(error)
 
     async def can_serve(self, model: str) -> bool:
         probe = self._groups[model].probe.remote()
@@ -284,8 +301,12 @@ class ServeBackend:
 
 
 async def _value(response: Any) -> Any:
-    """A Serve response as a coroutine, which is what can be waited for with a bound."""
-    return await response
+    """A Serve response as a coroutine, which is what can be waited for with a bound. Cancelling it cancels the call."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 class Gateway:
@@ -302,7 +323,7 @@ class Gateway:
     ) -> None:
         configure_logging("gateway", error_messages=False)
         tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
-        self._receiver = OutputReceiver()
+        self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
         backend = ServeBackend(cards, groups, self._receiver)
         self._watch = GatewayWatch(cards, METHODS, open_tracing())

@@ -1,16 +1,17 @@
-"""The way of outputs from the leaders of groups to a gateway: one connection from each, one frame a step for all requests.
+"""The way between the leaders of groups and a gateway: one connection each, with a frame a step for all requests.
 
-Serve carries a request to a group and tells when it has ended. Tokens do not travel through Serve, because an item for each
-stream and step costs both sides more than the token (docs/performance.md).
+Serve carries a request to a group and tells whether the group has taken it in. All that follows travels here, because an item for
+each stream and step costs both sides of Serve more than the token, and a call that is held open 40 KiB (docs/performance.md).
 
 A gateway listens at a port of its own (`OutputReceiver`). The leader of a group connects when the first request of that gateway
 comes (`OutputSenders`), and proves itself by the secret that came with the request:
 
     leader → gateway   MAGIC · secret, and nothing is read before that is right · frame with the id of the group
-    leader → gateway   a frame a step: its outputs
-    gateway → leader   a frame when a client does not read, or reads again: Hold
+    leader → gateway   a frame a step: Step
+    gateway → leader   a frame when a client has gone, or does not read, or reads again: Order
 
 Frame: length (u32, big-endian) · payload, msgpack. What a frame holds is a step of one group, so the bound is generous.
+A connection that is lost ends the requests that went over it, at both ends.
 """
 
 import asyncio
@@ -21,13 +22,14 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 
 from model_parallel.engine.request import EngineOutput
 from serving.async_engine import AsyncEngine
 from serving.gateway.backend import GroupUnavailableError
+from serving.group_loads import GroupLoads
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ at once, and reads it at once."""
 MAX_BUFFERED_BYTES = 1 << 20
 """When a gateway leaves so much on the way, all that runs for it is held."""
 LATE_S = 10.0
-"""How long the last outputs of a request may take after the word that it has ended, which travels another way."""
+"""How long the connection of a group may take after the word that it has taken a request in, which travels another way."""
+TELL_LOAD_S = 0.25
+"""A gateway hears so late what a group has to do for others."""
 DEAD_PEER_S = 15
 """Data that is not acknowledged for so long ends the connection."""
 _LENGTH = struct.Struct("!I")
@@ -61,11 +65,19 @@ class ReturnAddress(msgspec.Struct, frozen=True, array_like=True):
     secret: bytes
 
 
-class Hold(msgspec.Struct, frozen=True, array_like=True):
-    """Compute no more of these requests while they are held."""
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """What a group has made of a gateway's requests in one step; nothing, when it only tells how busy it is."""
+
+    outputs: Outputs
+    num_elsewhere: int
+    """Open sequences of other gateways."""
+
+
+class Order(msgspec.Struct, frozen=True, array_like=True):
+    """What shall become of requests: no more is computed while they are held, or ever."""
 
     request_ids: tuple[str, ...]
-    is_held: bool
+    kind: Literal["hold", "resume", "cancel"]
 
 
 class _Frames(asyncio.Protocol):
@@ -115,7 +127,8 @@ class _Frames(asyncio.Protocol):
         raise NotImplementedError
 
     def send_frame(self, payload: bytes) -> None:
-        self.transport.write(_LENGTH.pack(len(payload)) + payload)
+        if not self.transport.is_closing():  # Otherwise the other end has gone, and both ends have been told.
+            self.transport.write(_LENGTH.pack(len(payload)) + payload)
 
 
 # The gateway's side.
@@ -126,66 +139,83 @@ class Inbox:
 
     def __init__(self, receiver: "OutputReceiver", request_ids: Sequence[str]) -> None:
         self.engine = ""
-        """Id of the group that runs it, known from its first output on."""
+        """Id of the group that runs it, known from the word that it has taken it in or from its first output."""
+        self.request_ids = tuple(request_ids)
+        self.connection: _FromLeader | None = None
         self._receiver = receiver
-        self._request_ids = tuple(request_ids)
         self._unread: deque[Outputs] = deque()
         self._arrived = asyncio.Event()
-        self._connection: _FromLeader | None = None
+        self._is_accepted = False
         self._is_held = False
-        self._has_ended = False
+        self._is_closed = False
         self._error: Exception | None = None
 
     async def next(self) -> Outputs:
-        """What has come since, whole steps. Who asks has done with what came before.
-
-        Raises what `end` was told, and GroupUnavailableError when the last outputs do not come.
-        """
+        """What has come since, whole steps. Who asks has done with what came before. Raises what `fail` was told."""
         while not self._unread:
             if self._error is not None:
                 raise self._error
             self._arrived.clear()
             self._hold(False)
-            try:
-                async with asyncio.timeout(LATE_S if self._has_ended else None):
-                    await self._arrived.wait()
-            except TimeoutError as error:
-                raise GroupUnavailableError("the replica group's last outputs were lost") from error
+            await self._arrived.wait()
         outputs = tuple(output for step in self._unread for output in step)
         self._unread.clear()
         return outputs
 
+    def accepted(self, engine: str) -> None:
+        """A group has taken the request in; its connection is there, or will be within LATE_S."""
+        self.engine = engine
+        if self._is_closed:
+            self._receiver.order(engine, Order(self.request_ids, "cancel"))
+            return
+        self._is_accepted = True
+        self._receiver.loads.begin(engine, len(self.request_ids))
+        self.connection = self._receiver.connection_of(engine)
+        if self.connection is None:
+            asyncio.get_running_loop().call_later(LATE_S, self._check_connected)
+
     def put(self, outputs: Outputs, connection: "_FromLeader") -> None:
         """One step's, of this request."""
-        self.engine, self._connection = connection.engine, connection
+        self.engine, self.connection = connection.engine, connection
         self._unread.append(outputs)
         self._arrived.set()
         if len(self._unread) == MAX_UNREAD_STEPS:
             asyncio.get_running_loop().call_later(HOLD_AFTER_S, self._hold_if_unread)
 
-    def end(self, error: Exception | None) -> None:
-        """The group does no more for this request. Without an error all outputs have been sent."""
-        self._has_ended, self._error = True, error
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come."""
+        self._error = error
         self._arrived.set()
 
-    def close(self) -> None:
-        """Nobody reads any more."""
-        self._receiver.forget(self._request_ids)
+    def close(self, *, cancel: bool) -> None:
+        """Nobody reads any more; with `cancel` the request has not ended, and shall."""
+        self._is_closed = True
+        self._receiver.forget(self.request_ids)
+        if self._is_accepted:
+            self._receiver.loads.end(self.engine, len(self.request_ids))
+        if cancel and self.connection is not None:
+            self.connection.send_order(Order(self.request_ids, "cancel"))
+
+    def _check_connected(self) -> None:
+        if self.connection is None:
+            self.fail(GroupUnavailableError("the connection to the replica group was lost"))
 
     def _hold_if_unread(self) -> None:
         if len(self._unread) >= MAX_UNREAD_STEPS:
             self._hold(True)
 
     def _hold(self, is_held: bool) -> None:
-        if self._connection is not None and is_held != self._is_held:
+        if self.connection is not None and is_held != self._is_held:
             self._is_held = is_held
-            self._connection.send_frame(msgspec.msgpack.encode(Hold(self._request_ids, is_held)))
+            self.connection.send_order(Order(self.request_ids, "hold" if is_held else "resume"))
 
 
 class OutputReceiver:
     """A gateway's end of all connections. One start, one stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, loads: GroupLoads) -> None:
+        """`loads` is kept up to date."""
+        self.loads = loads
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self.connections: set[_FromLeader] = set()
         self._inboxes: dict[str, Inbox] = {}
@@ -224,15 +254,38 @@ class OutputReceiver:
         for request_id in request_ids:
             self._inboxes.pop(request_id, None)
 
+    def connection_of(self, engine: str) -> "_FromLeader | None":
+        """The one from this group, if there is one."""
+        of_engine = (connection for connection in self.connections if connection.engine == engine)
+        return next((connection for connection in of_engine if not connection.transport.is_closing()), None)
+
+    def order(self, engine: str, order: Order) -> None:
+        """Send it to a group, unless that is lost."""
+        connection = self.connection_of(engine)
+        if connection is not None:
+            connection.send_order(order)
+
     def take(self, outputs: Outputs, connection: "_FromLeader") -> None:
         """One step of a group."""
         by_inbox: dict[Inbox, list[EngineOutput]] = {}
+        unwanted: list[str] = []
         for output in outputs:
             inbox = self._inboxes.get(output.request_id)
-            if inbox is not None:  # Otherwise the client has gone, and the group will hear of it.
+            if inbox is not None:
                 by_inbox.setdefault(inbox, []).append(output)
+            elif output.finish_reason is None:
+                unwanted.append(output.request_id)
         for inbox, belonging in by_inbox.items():
             inbox.put(tuple(belonging), connection)
+        if unwanted:  # Their clients have gone, and the group has not heard of it yet or was not known then.
+            connection.send_order(Order(tuple(unwanted), "cancel"))
+
+    def lose(self, connection: "_FromLeader") -> None:
+        """What ran over it has no end."""
+        self.connections.discard(connection)
+        self.loads.forget(connection.engine)
+        for inbox in {inbox for inbox in self._inboxes.values() if inbox.connection is connection}:
+            inbox.fail(GroupUnavailableError("the replica group was lost"))
 
 
 class _FromLeader(_Frames):
@@ -244,7 +297,7 @@ class _FromLeader(_Frames):
         """Id of the group; empty until it has told."""
         self._receiver = receiver
         self._is_proved = False
-        self._decode = msgspec.msgpack.Decoder(Outputs).decode
+        self._decode = msgspec.msgpack.Decoder(Step).decode
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -255,7 +308,7 @@ class _FromLeader(_Frames):
         asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_S, self._check_proved)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._receiver.connections.discard(self)
+        self._receiver.lose(self)
 
     def take_received(self, received: bytearray) -> None:
         if not self._is_proved:
@@ -270,9 +323,19 @@ class _FromLeader(_Frames):
 
     def take_frame(self, payload: bytes) -> None:
         if not self.engine:
-            self.engine = msgspec.msgpack.decode(payload, type=str)
+            engine = msgspec.msgpack.decode(payload, type=str)
+            former = self._receiver.connection_of(engine)
+            if former is not None:  # The group has lost it.
+                former.transport.abort()
+            self.engine = engine
         else:
-            self._receiver.take(self._decode(payload), self)
+            step = self._decode(payload)
+            self._receiver.loads.tell(self.engine, step.num_elsewhere)
+            self._receiver.take(step.outputs, self)
+
+    def send_order(self, order: Order) -> None:
+        """To the group."""
+        self.send_frame(msgspec.msgpack.encode(order))
 
     def _check_proved(self) -> None:
         if not self.engine and not self.transport.is_closing():
@@ -292,16 +355,30 @@ class ToGateway(_Frames):
         super().__init__()
         self._engine = engine
         self._on_lost = on_lost
+        self._num_elsewhere = 0
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Hold).decode
+        self._decode = msgspec.msgpack.Decoder(Order).decode
 
     def send(self, outputs: Sequence[EngineOutput]) -> None:
         """One step's outputs for this gateway."""
-        self.send_frame(self._encode(outputs))
+        self.send_frame(self._encode(Step(tuple(outputs), self._num_elsewhere)))
+
+    def tell_load(self) -> None:
+        """Say how busy the group is, if that has changed, and again and again."""
+        if self.transport.is_closing():
+            return
+        num_elsewhere = self._engine.num_open - self._engine.num_open_of(self)
+        if num_elsewhere != self._num_elsewhere:
+            self._num_elsewhere = num_elsewhere
+            self.send(())
+        asyncio.get_running_loop().call_later(TELL_LOAD_S, self.tell_load)
 
     def take_frame(self, payload: bytes) -> None:
-        hold = self._decode(payload)
-        self._engine.hold(hold.request_ids, is_held=hold.is_held)
+        order = self._decode(payload)
+        if order.kind == "cancel":
+            self._engine.cancel(order.request_ids)
+        else:
+            self._engine.hold(order.request_ids, is_held=order.kind == "hold")
 
     def pause_writing(self) -> None:
         self._engine.hold_all(self, is_held=True)
@@ -346,6 +423,7 @@ class OutputSenders:
             raise
         connection.transport.write(MAGIC + address.secret)
         connection.send_frame(msgspec.msgpack.encode(self._engine_id))
+        connection.tell_load()
         return connection
 
     def close(self) -> None:

@@ -1,8 +1,6 @@
 """OpenTelemetry spans, sent over OTLP when $OTEL_EXPORTER_OTLP_ENDPOINT is set and not made at all otherwise."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from opentelemetry.trace import (
@@ -78,7 +76,7 @@ def end_span(span: Span, failure: str = "") -> None:
 
 
 class GroupSpan:
-    """A context around one request in its group: the span group.generate, if the gateway's is traced."""
+    """One request in its group: the span group.generate, if the gateway's is traced. End it."""
 
     def __init__(self, tracing: Tracing, model: str, engine: str, trace_context: Mapping[str, str]) -> None:
         is_traced = tracing.is_on and bool(trace_context)
@@ -87,15 +85,6 @@ class GroupSpan:
         self._failure = ""
         self._has_tokens = False
         self._span.set_attributes({"gen_ai.request.model": model, "packtrain.engine": engine})
-
-    def __enter__(self) -> "GroupSpan":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        is_cancelled = isinstance(error, (asyncio.CancelledError, GeneratorExit))
-        end_span(self._span, self._failure or ("" if error is None or is_cancelled else type(error).__name__))
 
     def received(self, outputs: Sequence[EngineOutput]) -> None:
         """Outputs that go to the gateway."""
@@ -111,3 +100,7 @@ class GroupSpan:
     def failed(self, kind: str) -> None:
         """The group refuses the request, or is lost."""
         self._failure = kind
+
+    def end(self) -> None:
+        """The group has done with the request."""
+        end_span(self._span, self._failure)

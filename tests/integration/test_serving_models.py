@@ -12,7 +12,7 @@ from serving.client import Client, chat_prompt
 from serving.config import parse_config
 from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
-from tests.support.stack import MODEL, group_handle, running_stack
+from tests.support.stack import MODEL, group_handle, running_stack, story, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,21 @@ def test_groups_of_a_model_share_its_work_and_give_the_same_answers(app: Running
     assert len({tuple(answer.choices[0].token_ids) for answer in answers}) == 1
     totals = group_handle().broadcast("stats").results(timeout_s=10)
     assert all(stats["num_prefix_query_tokens"] > 0 for stats in totals), "both groups took part"
+
+
+def test_every_request_goes_to_the_group_with_the_fewest_open_sequences(app: RunningApp) -> None:
+    """Long after Serve has done with them: each is counted until it ends."""
+    with Client(app.address) as client:
+        streams = []
+        for num_choices in (4, 1, 1, 1, 1, 1, 1):
+            streams.append(client.stub.GenerateStream(story(900, n=num_choices), timeout=100))
+            next(streams[-1])
+        assert _num_open_by_group() == [5, 5]
+        for stream in streams:
+            stream.cancel()
+        wait_until(lambda: sum(_num_open_by_group()) == 0, 15, "all are cancelled in their groups")
+
+
+def _num_open_by_group() -> list[float]:
+    totals = group_handle().broadcast("stats").results(timeout_s=10)
+    return [sum(stats[f"num_{state}"] for state in ("running", "waiting", "paused")) for stats in totals]

@@ -8,7 +8,7 @@ import pytest
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError, RequestError
-from serving.async_engine import AsyncEngine, SinkLostError
+from serving.async_engine import AsyncEngine
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 
@@ -46,15 +46,35 @@ class Sink:
         return [token for output in self.outputs if output.request_id == request_id for token in output.token_ids]
 
 
+class Run:
+    """A client request."""
+
+    def __init__(self, engine: AsyncEngine, sink: Sink, *requests: EngineRequest) -> None:
+        self._ended = asyncio.Event()
+        engine.start(requests, sink, on_end=self._end)
+
+    def _end(self) -> None:
+        assert not self.has_ended, "it is told once"
+        self._ended.set()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
+    async def end(self) -> None:
+        async with asyncio.timeout(10):
+            await self._ended.wait()
+
+
 async def _collect(engine: AsyncEngine, *request_ids: str, max_tokens: int = 6) -> list[EngineOutput]:
     sink = Sink()
-    await engine.run([_request(request_id, max_tokens) for request_id in request_ids], sink)
+    await Run(engine, sink, *(_request(request_id, max_tokens) for request_id in request_ids)).end()
     return sink.outputs
 
 
-async def _start(engine: AsyncEngine, sink: Sink, *requests: EngineRequest) -> asyncio.Task[None]:
+async def _start(engine: AsyncEngine, sink: Sink, *requests: EngineRequest) -> Run:
     """A request whose first output has come."""
-    run = asyncio.create_task(engine.run(requests, sink))
+    run = Run(engine, sink, *requests)
     async with asyncio.timeout(5):
         await sink.came.wait()
     return run
@@ -87,13 +107,17 @@ async def test_many_streams_at_a_time(engine: AsyncEngine, harness: Harness) -> 
     await _until_idle(engine, harness)
 
 
-async def test_cancelling_the_reader_frees_its_blocks(engine: AsyncEngine, harness: Harness) -> None:
-    reader = asyncio.create_task(_collect(engine, "a", max_tokens=100))
-    await asyncio.sleep(0.02)
-    reader.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reader
+async def test_what_is_cancelled_frees_its_blocks_and_gives_no_more(engine: AsyncEngine, harness: Harness) -> None:
+    sink = Sink()
+    run = await _start(engine, sink, _request("a", 100), _request("b", 100))
+    other = Run(engine, Sink(), _request("c", 20))
+    engine.cancel(["b", "nobody"])
+    assert run.has_ended
+    num_outputs = len(sink.outputs)
+    await other.end()
     await _until_idle(engine, harness)
+    assert len(sink.outputs) == num_outputs
+    engine.cancel(["a"])
 
 
 async def test_one_sink_gets_a_steps_outputs_in_one_call_and_only_its_own(engine: AsyncEngine) -> None:
@@ -104,8 +128,9 @@ async def test_one_sink_gets_a_steps_outputs_in_one_call_and_only_its_own(engine
             calls.append({output.request_id for output in outputs})
 
     ours, other = Counting(), Sink()
-    runs = [engine.run([_request(name, 20)], ours) for name in ("a", "b")]
-    await asyncio.gather(*runs, engine.run([_request("c", 20)], other))
+    runs = [Run(engine, ours, _request(name, 20)) for name in ("a", "b")]
+    runs.append(Run(engine, other, _request("c", 20)))
+    await asyncio.gather(*(run.end() for run in runs))
     assert {"a", "b"} in calls and len(calls) < 40
     assert other.tokens("c") == solo_output(_request("c", 20))
     assert "c" not in set.union(*calls)
@@ -120,7 +145,7 @@ async def test_what_is_held_is_paused_until_it_is_held_no_more(engine: AsyncEngi
     assert harness.engine.stats.kv_usage == 0
     assert (await _collect(engine, "c", max_tokens=90))[-1].finish_reason is FinishReason.LENGTH
     engine.hold(["a", "b"], is_held=False)
-    await run
+    await run.end()
     for request_id in ("a", "b"):
         assert sink.tokens(request_id) == solo_output(_request(request_id, 90))
     engine.hold(["a"], is_held=True)
@@ -131,16 +156,16 @@ async def test_a_sink_that_is_full_pauses_all_that_is_its_own(engine: AsyncEngin
     sink, other = Sink(), Sink()
     runs = [await _start(engine, sink, _request("a", 90))]
     engine.hold_all(sink, is_held=True)
-    runs.append(asyncio.create_task(engine.run([_request("b", 90)], sink)))
-    await engine.run([_request("c", 20)], other)
+    runs.append(Run(engine, sink, _request("b", 90)))
+    await Run(engine, other, _request("c", 20)).end()
     await _until_asleep(harness)
     assert harness.engine.num_paused == 2
     engine.hold(["a"], is_held=True)
     engine.hold_all(sink, is_held=False)
-    await runs[1]
+    await runs[1].end()
     assert harness.engine.num_paused == 1
     engine.hold(["a"], is_held=False)
-    await runs[0]
+    await runs[0].end()
     assert sink.tokens("b") == solo_output(_request("b", 90))
     await _until_idle(engine, harness)
 
@@ -148,13 +173,11 @@ async def test_a_sink_that_is_full_pauses_all_that_is_its_own(engine: AsyncEngin
 async def test_a_sink_that_is_gone_ends_all_that_is_its_own(engine: AsyncEngine, harness: Harness) -> None:
     sink, other = Sink(), Sink()
     lost = [await _start(engine, sink, _request(name, 100)) for name in ("a", "b")]
-    kept = asyncio.create_task(engine.run([_request("c", 20)], other))
-    await asyncio.sleep(0)
+    kept = Run(engine, other, _request("c", 20))
+    assert (engine.num_open, engine.num_open_of(sink)) == (3, 2)
     engine.drop(sink)
-    for run in lost:
-        with pytest.raises(SinkLostError):
-            await run
-    await kept
+    assert all(run.has_ended for run in lost)
+    await kept.end()
     assert other.tokens("c") == solo_output(_request("c", 20))
     await _until_idle(engine, harness)
 
@@ -168,7 +191,7 @@ async def test_a_paused_sequence_expires_while_nothing_else_runs(
     engine.hold(["a"], is_held=True)
     await _until_asleep(harness)
     harness.clock.now_s += 11
-    await run
+    await run.end()
     assert sink.outputs[-1].finish_reason is FinishReason.DEADLINE
 
 

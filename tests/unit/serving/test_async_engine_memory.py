@@ -74,17 +74,19 @@ async def _serve(engine: AsyncEngine, first: int) -> None:
             tenant=f"tenant {index % 5}",
             deadline_s=1e-9 if index % 7 == 0 else 60.0,
         )
-        run = asyncio.create_task(engine.run([request], sink))
+        ended = asyncio.Event()
+        engine.start([request], sink, on_end=ended.set)
         async with asyncio.timeout(10):
             if is_cancelled:
                 await sink.came.wait()
-                run.cancel()
-            await asyncio.gather(run, return_exceptions=True)
+                engine.cancel([request.request_id])
+            await ended.wait()
         with pytest.raises(RequestError, match="empty"):
-            await engine.run([make_request(f"x{index}", [])], sink)
+            engine.start([make_request(f"x{index}", [])], sink)
     async with asyncio.timeout(10):
         while engine.num_open or engine._engine.has_work:
             await asyncio.sleep(0.005)
+    await asyncio.sleep(0)  # outputs that nobody wants wait in the event loop
 
 
 async def test_requests_leave_nothing_behind(engine: AsyncEngine) -> None:

@@ -3,16 +3,17 @@
 import asyncio
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from serving import output_link
-from serving.async_engine import AsyncEngine, SinkLostError
+from serving.async_engine import AsyncEngine
 from serving.gateway.backend import GroupUnavailableError
-from serving.output_link import MAGIC, Inbox, OutputReceiver, OutputSenders
+from serving.group_loads import GroupLoads
+from serving.output_link import MAGIC, Inbox, OutputReceiver, OutputSenders, Step
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 
@@ -26,25 +27,43 @@ class Group:
         self.harness = Harness(max_num_seqs=8, max_waiting_requests=32)
         self.harness.executor.during_step = lambda: time.sleep(0.001)
         self.engine = AsyncEngine(self.harness.engine, asyncio.get_running_loop())
+        self.name = name
         self.senders = OutputSenders(name, self.engine)
 
+    async def start(self, receiver: OutputReceiver, *requests: EngineRequest) -> asyncio.Event:
+        """Returns what is set when they have ended here."""
+        ended = asyncio.Event()
+        self.engine.start(requests, await self.senders.to(receiver.address), on_end=ended.set)
+        return ended
+
     async def run(self, receiver: OutputReceiver, *requests: EngineRequest) -> None:
-        await self.engine.run(requests, await self.senders.to(receiver.address))
+        ended = await self.start(receiver, *requests)
+        async with asyncio.timeout(10):
+            await ended.wait()
 
     async def until_asleep(self) -> None:
-        async with asyncio.timeout(5):
-            while self.harness.engine.has_work:
-                await asyncio.sleep(0.005)
+        await until(lambda: not self.harness.engine.has_work)
 
     def close(self) -> None:
         self.senders.close()
         self.engine.close(5)
 
 
+async def listening() -> OutputReceiver:
+    receiver = OutputReceiver(GroupLoads())
+    await receiver.start(HOST)
+    return receiver
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 @pytest.fixture
 async def receiver() -> AsyncIterator[OutputReceiver]:
-    receiver = OutputReceiver()
-    await receiver.start(HOST)
+    receiver = await listening()
     yield receiver
     await receiver.stop()
 
@@ -116,9 +135,7 @@ async def test_a_gateway_that_takes_nothing_pauses_all_that_runs_for_it(receiver
     sink = await group.senders.to(receiver.address)
     run = asyncio.create_task(group.run(receiver, request("a")))
     sink.pause_writing()
-    async with asyncio.timeout(5):
-        while not group.harness.engine.num_paused:
-            await asyncio.sleep(0.005)
+    await until(lambda: group.harness.engine.num_paused)
     inbox = receiver.open(["b"])
     sink.resume_writing()
     await run
@@ -127,18 +144,15 @@ async def test_a_gateway_that_takes_nothing_pauses_all_that_runs_for_it(receiver
 
 
 async def test_a_gateway_that_is_gone_ends_what_ran_for_it_and_a_new_one_is_found(group: Group) -> None:
-    receiver = OutputReceiver()
-    await receiver.start(HOST)
+    receiver = await listening()
     inbox = receiver.open(["a"])
-    run = asyncio.create_task(group.run(receiver, request("a", 100)))
+    ended = await group.start(receiver, request("a", 100))
     await inbox.next()
     await receiver.stop()
-    with pytest.raises(SinkLostError):
-        await run
+    await until(ended.is_set)
     with pytest.raises(OSError):
         await group.run(receiver, request("b"))
-    successor = OutputReceiver()
-    await successor.start(HOST)
+    successor = await listening()
     inbox = successor.open(["c"])
     await group.run(successor, request("c", 5))
     assert tokens(await read(inbox), "c") == solo_output(request("c", 5))
@@ -146,19 +160,97 @@ async def test_a_gateway_that_is_gone_ends_what_ran_for_it_and_a_new_one_is_foun
     group.harness.engine.check_integrity()
 
 
-async def test_the_end_of_a_call_may_come_before_its_last_outputs(
+async def test_a_group_that_is_gone_ends_what_it_had_taken_in(receiver: OutputReceiver, group: Group) -> None:
+    running, waiting = receiver.open(["a"]), receiver.open(["b"])
+    await group.start(receiver, request("a", 100))
+    await running.next()
+    for inbox in (running, waiting):
+        inbox.accepted("group-1")
+    group.close()
+    with pytest.raises(GroupUnavailableError, match="the replica group was lost"):
+        await read(running)
+    with pytest.raises(GroupUnavailableError, match="the replica group was lost"):
+        await read(waiting)
+    for inbox in (running, waiting):
+        inbox.close(cancel=True)
+    assert receiver.loads.of("group-1") == 0
+
+
+@pytest.mark.parametrize("comes", [True, False])
+async def test_the_word_that_a_group_has_a_request_may_come_before_its_connection(
+    receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    monkeypatch.setattr(output_link, "LATE_S", 0.05)
+    inbox = receiver.open(["a"])
+    inbox.accepted("group-1")
+    if comes:
+        await group.run(receiver, request("a", 50))
+        assert tokens(await read(inbox), "a") == solo_output(request("a", 50))
+    else:
+        with pytest.raises(GroupUnavailableError, match="connection to the replica group"):
+            await read(inbox)
+
+
+async def test_a_request_that_is_closed_is_cancelled_in_its_group(receiver: OutputReceiver, group: Group) -> None:
+    inbox = receiver.open(["a", "b"])
+    ended = await group.start(receiver, request("a"), request("b"))
+    await inbox.next()
+    inbox.close(cancel=True)
+    await until(ended.is_set)
+    await group.until_asleep()
+    group.harness.engine.check_integrity()
+
+
+async def test_a_client_may_go_before_the_group_has_answered(receiver: OutputReceiver, group: Group) -> None:
+    """Then the group is told when it answers; if its answer is lost, with the first output that nobody wants."""
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    for has_answered in (True, False):
+        inbox = receiver.open(["a"])
+        inbox.close(cancel=True)
+        if has_answered:
+            (connection,) = group.senders._connections.values()
+            connection.result().pause_writing()  # no output gives it away
+        ended = await group.start(receiver, request("a", 100))
+        if has_answered:
+            inbox.accepted("group-1")
+        await until(ended.is_set)
+        if has_answered:
+            connection.result().resume_writing()
+        await group.until_asleep()
+        assert group.harness.engine.stats.num_generation_tokens < 100
+        assert receiver.loads.of("group-1") == 0
+
+
+async def test_gateways_know_what_a_group_does_for_all_of_them(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(output_link, "TELL_LOAD_S", 0.005)
+    other = await listening()
+    ours = receiver.open(["a"])
+    theirs = [other.open([name]) for name in ("b", "c")]
+    for target, inbox, name in ((receiver, ours, "a"), (other, theirs[0], "b"), (other, theirs[1], "c")):
+        (await group.senders.to(target.address)).pause_writing()
+        await group.start(target, request(name))
+        inbox.accepted("group-1")
+    await until(lambda: (receiver.loads.of("group-1"), other.loads.of("group-1")) == (3, 3))
+    theirs[0].close(cancel=True)
+    await until(lambda: (receiver.loads.of("group-1"), other.loads.of("group-1")) == (2, 2))
+    await other.stop()
+    await until(lambda: receiver.loads.of("group-1") == 1)
+
+
+async def test_a_group_that_connects_anew_has_one_connection(receiver: OutputReceiver, group: Group) -> None:
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    again = OutputSenders("group-1", group.engine)
+    await again.to(receiver.address)
+    await until(lambda: len(receiver.connections) == 1 and receiver.connection_of("group-1"))
     inbox = receiver.open(["a"])
-    inbox.end(None)
-    reading = asyncio.create_task(read(inbox))
-    await group.run(receiver, request("a", 5))
-    assert tokens(await reading, "a") == solo_output(request("a", 5))
-    monkeypatch.setattr(output_link, "LATE_S", 0.02)
-    inbox = receiver.open(["lost"])
-    inbox.end(None)
-    with pytest.raises(GroupUnavailableError, match="lost"):
-        await inbox.next()
+    inbox.accepted("group-1")
+    group.engine.start([request("a", 5)], await again.to(receiver.address))
+    assert tokens(await read(inbox), "a") == solo_output(request("a", 5))
+    again.close()
 
 
 async def test_what_comes_at_once_to_a_busy_event_loop_is_not_held(
@@ -176,28 +268,25 @@ async def test_what_comes_at_once_to_a_busy_event_loop_is_not_held(
     assert group.harness.engine.stats.num_pauses == 0
 
 
-async def test_a_failed_call_ends_its_inbox_after_what_has_come(
+async def test_a_failure_is_told_after_what_has_come(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_link, "HOLD_AFTER_S", 0.001)
     inbox = receiver.open(["a"])
-    run = asyncio.create_task(group.run(receiver, request("a", 100)))
+    await group.start(receiver, request("a", 100))
     assert await inbox.next()
-    async with asyncio.timeout(5):
-        while not group.harness.engine.num_paused:  # as nobody reads
-            await asyncio.sleep(0.005)
-    inbox.end(GroupUnavailableError("the group was lost"))
+    await until(lambda: group.harness.engine.num_paused)  # as nobody reads
+    inbox.fail(GroupUnavailableError("the group was lost"))
     assert await inbox.next()
     with pytest.raises(GroupUnavailableError, match="was lost"):
         await inbox.next()
-    run.cancel()
 
 
 async def test_outputs_of_a_request_that_nobody_reads_any_more_are_dropped(
     receiver: OutputReceiver, group: Group
 ) -> None:
     inbox = receiver.open(["a"])
-    inbox.close()
+    inbox.close(cancel=False)
     await group.run(receiver, request("a", 5))
     other = receiver.open(["b"])
     await group.run(receiver, request("b", 5))
@@ -236,9 +325,7 @@ async def test_strangers_that_say_nothing_are_closed_and_never_too_many(
     for reader, writer in strangers:
         assert await _is_closed(reader)
         writer.close()
-    async with asyncio.timeout(5):
-        while receiver.connections:
-            await asyncio.sleep(0.005)
+    await until(lambda: not receiver.connections)
 
 
 @pytest.mark.parametrize(
@@ -260,11 +347,12 @@ async def test_what_is_no_output_ends_the_connection(receiver: OutputReceiver, f
 async def test_frames_may_arrive_in_any_pieces(receiver: OutputReceiver) -> None:
     inbox = receiver.open(["a"])
     output = EngineOutput(request_id="a", token_ids=(7,), finish_reason=FinishReason.LENGTH)
-    frames = [msgspec.msgpack.encode("group-1"), msgspec.msgpack.encode((output, output))]
+    frames = [msgspec.msgpack.encode("group-1"), msgspec.msgpack.encode(Step((output, output), 3))]
     _, writer = await asyncio.open_connection(HOST, receiver.address.port)
     for byte in MAGIC + receiver.secret + b"".join(struct.pack("!I", len(frame)) + frame for frame in frames):
         writer.write(bytes([byte]))
         await writer.drain()
         await asyncio.sleep(0)
     assert await inbox.next() == (output, output)
+    assert receiver.loads.of("group-1") == 3
     writer.close()

@@ -1,0 +1,23 @@
+"""Which group of a model a request goes to: the one with the fewest open sequences."""
+
+import random
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+from serving.group_loads import loads_of_this_process
+
+
+class LeastLoadedRouter(FIFOMixin, RequestRouter):
+    """Serve's router for the groups of a model. Ties are broken at random, or gateways would agree on a group."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """All groups, the least loaded first; Serve takes the next when one does not answer."""
+        loads = loads_of_this_process()
+
+        def load(replica: RunningReplica) -> tuple[int, float]:
+            on_their_way = self.replica_queue_len_cache.get(replica.replica_id) or 0
+            return on_their_way + loads.of(replica.replica_id.unique_id), random.random()
+
+        return [[replica] for replica in sorted(candidate_replicas, key=load)]
