@@ -12,7 +12,7 @@ from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.fair_queue import FairQueue
 from model_parallel.engine.kv_blocks import KVBlocks
 from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan, StepResult
-from model_parallel.engine.overload import Deadlines, Pace, check_fits, check_room
+from model_parallel.engine.overload import DEADLINE_MARGIN, Deadlines, Pace, check_fits, check_room
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.sequence import Sequence
 from model_parallel.engine.stats import SchedulerStats, Totals
@@ -291,14 +291,16 @@ class Scheduler:
         return num_tokens
 
     def _next(self) -> Sequence | None:
-        """Who is to be admitted next. Those who cannot be in time any more are ended and not computed."""
+        """Who is to be admitted next. Those who cannot be in time any more are ended and not computed; while others wait, that is
+        whoever may well not be: a run that expires is work for nothing, which one of those would have had."""
         while sequence := self._queue.first():
             deadline_s, sampling = sequence.request.deadline_s, sequence.request.sampling
             if deadline_s is None or not self._running:
                 return sequence
             num_left = sampling.max_tokens - len(sequence.request.output_token_ids)
             run_s = self._pace.run_s(num_left, len(self._running) + 1)
-            if sequence.was_admitted or self._clock() + run_s <= sequence.accepted_s + deadline_s:
+            margin = DEADLINE_MARGIN if len(self._queue) > 1 else 1.0
+            if sequence.was_admitted or self._clock() + margin * run_s <= sequence.accepted_s + deadline_s:
                 return sequence
             self._end(sequence, FinishReason.DEADLINE)
         return None

@@ -47,7 +47,7 @@ class Simulation:
         """Without `is_fair` the scheduler is not told whose a request is, so that everybody is served in order of arrival."""
         self.rng = random.Random(seed)
         self.now_s = 0.0
-        self._step_s, self._row_s = step_s, row_s
+        self.step_s, self.row_s = step_s, row_s
         self.sent: list[Sent] = []
         self.num_refused: dict[str, int] = defaultdict(int)
         self.plans: list[StepPlan] = []
@@ -76,7 +76,7 @@ class Simulation:
     def collect(self) -> StepResult:
         plan = self._submitted.popleft()
         self.plans.append(plan)
-        self.now_s += self._step_s + self._row_s * len(plan.rows)
+        self.now_s += self.step_s + self.row_s * len(plan.rows)
         return StepResult(
             plan.epoch, plan.step_id, tuple(RowResult(r.seq_id, 1 if r.sample else None) for r in plan.rows)
         )
@@ -126,7 +126,7 @@ class Simulation:
                 sent.first_token_s = self.now_s
             sent.finish_reason = output.finish_reason or sent.finish_reason
         if self.now_s == before_s:
-            self.now_s += self._step_s
+            self.now_s += self.step_s
         waiting = frozenset(self.sent[int(s.request.request_id)].tenant for s in self.scheduler._queue)
         self.history.append((dict(self.service), waiting))
 

@@ -1,5 +1,6 @@
 """A group that is asked for more than it can do: who is refused, what they are told, and how it gets well again."""
 
+import math
 import random
 
 import pytest
@@ -234,6 +235,19 @@ def test_nothing_is_computed_for_who_cannot_be_in_time_any_more() -> None:
     late = [sent for sent in settled if sent.finish_reason is FinishReason.DEADLINE]
     assert 0 < len(late) < len(settled) / 2
     assert all(sent.first_token_s is None for sent in late)
+
+
+def test_little_is_computed_in_vain_on_a_machine_that_gets_slower_and_faster() -> None:
+    """By a quarter, within twenty seconds. Among several who wait, one is taken who is in time even then."""
+    simulation = Simulation(max_num_seqs=8)
+    while simulation.now_s < 200:
+        speed = 1 + 0.25 * math.sin(simulation.now_s / 7)
+        simulation.step_s, simulation.row_s = 0.01 * speed, 0.004 * speed
+        if simulation.rng.random() < 0.8:
+            simulation.send("a", 16, simulation.rng.randrange(40, 80), deadline_s=5.0)
+        simulation.step()
+    in_vain = [sent for sent in simulation.sent if sent.first_token_s and sent.finish_reason is FinishReason.DEADLINE]
+    assert len(in_vain) < 0.02 * sum(sent.finish_reason is FinishReason.LENGTH for sent in simulation.sent)
 
 
 def test_an_idle_group_tries_whatever_it_has_measured() -> None:
