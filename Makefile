@@ -34,7 +34,7 @@ test-integration: $(STAMP)
 	@echo 'pytest tests/integration, a process a file'
 	@for file in tests/integration/test_*.py; do $(BIN)/python -m pytest "$$file" || exit 1; done
 
-nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: half an hour, machine idle
+nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: 20 minutes, machine idle
 	$(BIN)/python -m pytest -m nightly tests/unit tests/numerics
 	$(BIN)/python -m pytest -m nightly tests/nightly
 

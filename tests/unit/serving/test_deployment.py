@@ -15,11 +15,11 @@ from model_parallel.errors import GroupFailedError, RequestError
 from serving import deployment
 from serving.deployment import GroupCall, ReplicaGroup, ServeBackend
 from serving.gateway.backend import GroupUnavailableError, Passage
-from serving.group_loads import GroupLoads
 from serving.observability.tracing import Tracing
 from serving.output_link import OutputReceiver
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
+from tests.support.link import listening, until
 
 MODEL = "tiny"
 
@@ -85,16 +85,9 @@ class Response:
         self._group.num_cancelled += 1
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 @pytest.fixture
 async def receiver() -> AsyncIterator[OutputReceiver]:
-    receiver = OutputReceiver(GroupLoads())
-    await receiver.start("127.0.0.1")
+    receiver = await listening()
     yield receiver
     await receiver.stop()
 

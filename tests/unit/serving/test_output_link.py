@@ -3,7 +3,7 @@
 import asyncio
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
@@ -12,12 +12,10 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from serving import output_link
 from serving.async_engine import AsyncEngine
 from serving.gateway.backend import GroupUnavailableError
-from serving.group_loads import GroupLoads
 from serving.output_link import MAGIC, Inbox, OutputReceiver, OutputSenders, Step
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-
-HOST = "127.0.0.1"
+from tests.support.link import HOST, listening, until
 
 
 class Group:
@@ -47,18 +45,6 @@ class Group:
     def close(self) -> None:
         self.senders.close()
         self.engine.close(5)
-
-
-async def listening() -> OutputReceiver:
-    receiver = OutputReceiver(GroupLoads())
-    await receiver.start(HOST)
-    return receiver
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture
