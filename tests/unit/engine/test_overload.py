@@ -237,6 +237,33 @@ def test_nothing_is_computed_for_who_cannot_be_in_time_any_more() -> None:
     assert all(sent.first_token_s is None for sent in late)
 
 
+def storm(num_retries: int) -> tuple[int, int]:
+    """Ten times too much from clients who send again at once what was refused or has expired, so many times. Returns the tokens of
+    answers that were in time, and all that were made."""
+    simulation = Simulation(step_s=0.05, max_waiting_requests=256)
+    left: dict[int, int] = {}
+    """Retries that are left, by the number of the one that is waited for."""
+    again: list[int] = []
+    for _ in range(2000):
+        refused = []
+        for retries in again + [num_retries] * arrivals(simulation.rng, 10 * CAPACITY):
+            if simulation.send("a", 60, simulation.rng.randint(20, 100), deadline_s=10.0):
+                refused.append(retries)
+            else:
+                left[len(simulation.sent) - 1] = retries
+        simulation.step()
+        expired = [number for number in left if simulation.sent[number].finish_reason is FinishReason.DEADLINE]
+        again = [retries - 1 for retries in refused + [left.pop(number) for number in expired] if retries]
+    in_time = sum(sent.max_tokens for sent in simulation.sent if sent.finish_reason is FinishReason.LENGTH)
+    return in_time, simulation.engine.stats.num_generation_tokens
+
+
+def test_a_storm_of_retries_multiplies_no_work() -> None:
+    (in_time, _), (in_time_of_storm, made) = storm(0), storm(5)
+    assert in_time_of_storm > 0.95 * in_time
+    assert made < 1.1 * in_time_of_storm
+
+
 def test_little_is_computed_in_vain_on_a_machine_that_gets_slower_and_faster() -> None:
     """By a quarter, within twenty seconds. Among several who wait, one is taken who is in time even then."""
     simulation = Simulation(max_num_seqs=8)
