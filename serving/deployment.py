@@ -252,8 +252,10 @@ class ServeBackend:
                 inbox.accepted(reply.engine)
                 return
             inbox.engine = reply.engine
+            if reply.refusal_kind in ("overloaded", "unavailable"):
+                self._receiver.loads.refused(reply.engine)
             if reply.refusal_kind == "unavailable":
-                error = GroupUnavailableError(reply.refusal)
+                error = GroupUnavailableError(reply.refusal, may_have_run=False)
             else:
                 error = RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
         except BackPressureError:

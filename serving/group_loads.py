@@ -1,16 +1,24 @@
-"""How busy the groups are, as a gateway knows it.
+"""How busy the groups are, as a gateway knows it, and who refuses.
 
 A call of Serve ends as soon as a group has taken a request in, so what Serve counts is only what is on its way. The rest is
 counted here: a gateway knows its own open sequences, and every group tells it of those of other gateways (`output_link`).
 """
 
+import time
 from collections import Counter
+from collections.abc import Callable
+
+AVOIDED_S = 0.25
+"""A group that has refused a request comes last for so long. Otherwise one that is full of few long sequences, or that is lost
+and so has none, would be sent everything."""
 
 
 class GroupLoads:
     """Open sequences of the groups, as one gateway knows them. One thread writes; any may read."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._avoided_until_s: dict[str, float] = {}
         self._own: Counter[str] = Counter()
         self._elsewhere: dict[str, int] = {}
 
@@ -31,6 +39,16 @@ class GroupLoads:
     def forget(self, engine: str) -> None:
         """The group cannot tell any more."""
         self._elsewhere.pop(engine, None)
+
+    def refused(self, engine: str) -> None:
+        """The group has not taken a request in."""
+        now_s = self._clock()
+        avoided = {name: until_s for name, until_s in self._avoided_until_s.items() if now_s < until_s}
+        self._avoided_until_s = avoided | {engine: now_s + AVOIDED_S}
+
+    def is_avoided(self, engine: str) -> bool:
+        """It has refused something just now."""
+        return self._clock() < self._avoided_until_s.get(engine, 0.0)
 
     def of(self, engine: str) -> int:
         """Open sequences of a group; 0 of one that has told nothing yet."""

@@ -1,4 +1,4 @@
-"""Which group of a model a request goes to: the one with the fewest open sequences."""
+"""Which group of a model a request goes to: the one with the fewest open sequences, of those that have not just refused."""
 
 import random
 
@@ -16,8 +16,8 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):
         """All groups, the least loaded first; Serve takes the next when one does not answer."""
         loads = loads_of_this_process()
 
-        def load(replica: RunningReplica) -> tuple[int, float]:
-            on_their_way = self.replica_queue_len_cache.get(replica.replica_id) or 0
-            return on_their_way + loads.of(replica.replica_id.unique_id), random.random()
+        def load(replica: RunningReplica) -> tuple[bool, int, float]:
+            engine, on_their_way = replica.replica_id.unique_id, self.replica_queue_len_cache.get(replica.replica_id)
+            return loads.is_avoided(engine), loads.of(engine) + (on_their_way or 0), random.random()
 
         return [[replica] for replica in sorted(candidate_replicas, key=load)]

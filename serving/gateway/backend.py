@@ -73,6 +73,7 @@ class Backend(Protocol):
         Ends after every choice had its finish_reason. Closing the iterator (`aclose`), or cancelling the task that waits on it,
         aborts what still runs; while it is left alone, little more is computed. Raises RequestError (kind "overloaded" or
         "draining") when the group refuses the request, and GroupUnavailableError when no group can take it or the group is lost.
+        After a refusal the next call goes to another group, if there is one.
         """
         ...
 
@@ -83,3 +84,8 @@ class Backend(Protocol):
 
 class GroupUnavailableError(Exception):
     """No live replica group, or the one that ran the request is lost. The message is fit for a client to read."""
+
+    def __init__(self, message: str, *, may_have_run: bool = True) -> None:
+        """Without `may_have_run`, the group has said that it has not begun; another one may."""
+        super().__init__(message)
+        self.may_have_run = may_have_run

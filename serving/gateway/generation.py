@@ -18,7 +18,7 @@ from model_parallel.errors import RequestError
 from serving.config import LimitsConfig
 from serving.gateway.accounts import Accounts, OpenAccounts, Principal
 from serving.gateway.admission import RecentRefusals
-from serving.gateway.backend import Backend, GroupUnavailableError, ModelCard
+from serving.gateway.backend import Backend, GroupUnavailableError, ModelCard, Passage
 from serving.gateway.call import Call, CancelledInGroupError, DeadlineExceededError
 from serving.gateway.choices import Choice, Chunk, Summary
 from serving.gateway.metering import Meter
@@ -199,19 +199,28 @@ class Generator:
     async def _run(
         self, card: ModelCard, requests: list[EngineRequest], meter: Meter
     ) -> AsyncGenerator[EngineOutput, None]:
-        self._refusals.check(card.name, card.num_groups, requests)
-        passage = meter.submit()
-        steps = self._backend.generate(card.name, requests, passage)
-        try:
-            async with aclosing(steps):
-                async for outputs in steps:
-                    meter.received(outputs)
-                    for output in outputs:
-                        yield output
-        except RequestError as error:
-            if error.kind == "overloaded" and passage.engine:
+        """Asks one group after the other until one takes the request in."""
+        passage: Passage | None = None
+        for num_others in reversed(range(card.num_groups)):
+            self._refusals.check(card.name, card.num_groups, requests)
+            passage = passage or meter.submit()
+            passage.engine = ""
+            try:
+                async with aclosing(self._backend.generate(card.name, requests, passage)) as steps:
+                    async for outputs in steps:
+                        meter.received(outputs)
+                        for output in outputs:
+                            yield output
+                return
+            except RequestError as error:
+                if error.kind != "overloaded" or not passage.engine:
+                    raise
                 self._refusals.remember(card.name, passage.engine, requests, error)
-            raise
+                if not num_others:
+                    raise
+            except GroupUnavailableError as error:
+                if error.may_have_run or not num_others:
+                    raise
 
     def _requests(
         self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]

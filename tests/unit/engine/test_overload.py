@@ -238,8 +238,10 @@ def test_nothing_is_computed_for_who_cannot_be_in_time_any_more() -> None:
 
 
 def storm(num_retries: int) -> tuple[int, int]:
-    """Ten times too much from clients who send again at once what was refused or has expired, so many times. Returns the tokens of
-    answers that were in time, and all that were made."""
+    """Ten times too much from clients who send again at once what was refused or has expired, so many times.
+
+    Returns the tokens of answers that were in time, and all that were made.
+    """
     simulation = Simulation(step_s=0.05, max_waiting_requests=256)
     left: dict[int, int] = {}
     """Retries that are left, by the number of the one that is waited for."""

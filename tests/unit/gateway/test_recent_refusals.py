@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
+import msgspec
 import pytest
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingParams
@@ -11,8 +12,9 @@ from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
 from serving.gateway import admission
 from serving.gateway.admission import MAX_REMEMBERED, REMEMBERED_S, RecentRefusals
+from serving.gateway.backend import GroupUnavailableError, ModelCard, Passage
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend
+from tests.unit.gateway.fakes import FakeBackend, card
 
 FULL = RequestError("64 requests are waiting; at most 64 may", kind="overloaded", retry_after_s=3.0)
 
@@ -127,3 +129,49 @@ async def test_a_burst_asks_a_full_group_once(serve: Serve, monkeypatch: pytest.
         codes = await asyncio.gather(*(code() for _ in range(20)))
         assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert num_asked == 1
+
+
+REFUSED = GroupUnavailableError("the replica group was lost", may_have_run=False)
+LOST = GroupUnavailableError("the replica group was lost")
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected", "num_asked"),
+    [
+        ([FULL, None], "OK", 2),
+        ([REFUSED, FULL, None], "OK", 3),
+        ([FULL, REFUSED, FULL], "RESOURCE_EXHAUSTED", 3),
+        ([FULL, FULL, REFUSED], "UNAVAILABLE", 3),
+        ([LOST, None], "UNAVAILABLE", 1),
+        ([RequestError("the prompt is empty", kind="invalid"), None], "INVALID_ARGUMENT", 1),
+    ],
+)
+async def test_one_group_after_the_other_is_asked_until_one_takes_the_request(
+    serve: Serve, answers: Sequence[Exception | None], expected: str, num_asked: int
+) -> None:
+    cards = [msgspec.structs.replace(card("tiny"), num_groups=3)]
+    backend = RefusingBackend(answers, cards)
+    async with serve(backend) as gateway:
+        request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))
+        assert (await gateway.stub.Generate(request, timeout=10).code()).name == expected
+    assert backend.num_asked == num_asked
+
+
+class RefusingBackend(FakeBackend):
+    """Answers in order; None is a real answer. Each comes from another group."""
+
+    def __init__(self, answers: Sequence[Exception | None], cards: Sequence[ModelCard]) -> None:
+        super().__init__(cards=cards)
+        self._answers = answers
+        self.num_asked = 0
+
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], passage: Passage
+    ) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        self.num_asked += 1
+        answer = self._answers[self.num_asked - 1]
+        async for outputs in super().generate(model, requests, passage):
+            passage.engine = f"group-{self.num_asked}"
+            if answer is not None:
+                raise answer
+            yield outputs

@@ -141,7 +141,12 @@ async def test_an_answer_is_not_a_call_that_is_held_open(backend: ServeBackend, 
     assert group.harness.engine.stats.num_finished_cancelled == 1
 
 
-async def test_refusals_are_told_as_the_group_said_them(backend: ServeBackend, group: Group) -> None:
+async def test_refusals_are_told_as_the_group_said_them(
+    backend: ServeBackend, receiver: OutputReceiver, group: Group
+) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        await outputs_of(backend, make_request("wrong", []))
+    assert not receiver.loads.is_avoided("g1"), "it was the client"
     running = [asyncio.create_task(outputs_of(backend, request(f"r{number}"))) for number in range(4)]
     await until(lambda: group.harness.engine.stats.num_running == 4)
     running += [asyncio.create_task(outputs_of(backend, request(f"w{number}"))) for number in range(4)]
@@ -153,8 +158,10 @@ async def test_refusals_are_told_as_the_group_said_them(backend: ServeBackend, g
     await asyncio.gather(*running)
     group.leader._async_engine.fail("rank 1 is gone")
     await until(lambda: not group.harness.engine.has_work)
-    with pytest.raises(GroupUnavailableError, match="was lost"):
+    with pytest.raises(GroupUnavailableError, match="was lost") as lost:
         await outputs_of(backend, request("later"))
+    assert not lost.value.may_have_run
+    assert receiver.loads.is_avoided("g1")
 
 
 async def test_a_group_that_fails_ends_what_it_runs(backend: ServeBackend, group: Group) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ray.serve.request_router import ReplicaID
 
 from serving import routing
-from serving.group_loads import GroupLoads
+from serving.group_loads import AVOIDED_S, GroupLoads
 from serving.routing import LeastLoadedRouter
 
 
@@ -51,6 +51,24 @@ async def test_the_least_loaded_comes_first_and_all_are_tried(monkeypatch: pytes
     assert await _order(router, "b", "c", "a") == ["a", "c", "b"]
     loads.forget("b")
     assert await _order(router, "c", "a", "b") == ["b", "a", "c"]
+
+
+async def test_who_has_just_refused_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    loads = GroupLoads(lambda: now_s)
+    monkeypatch.setattr(routing, "loads_of_this_process", lambda: loads)
+    loads.begin("b", 5)
+    loads.begin("c", 3)
+    loads.refused("a")
+    assert await _order(_router({}), "a", "b", "c") == ["c", "b", "a"]
+    now_s += AVOIDED_S / 2
+    loads.refused("c")
+    assert await _order(_router({}), "a", "b", "c") == ["b", "a", "c"]
+    now_s += AVOIDED_S / 2
+    assert await _order(_router({}), "a", "b", "c") == ["a", "b", "c"]
+    now_s += AVOIDED_S
+    loads.refused("d")
+    assert list(loads._avoided_until_s) == ["d"], "what is long ago is forgotten"
 
 
 async def test_equals_share(monkeypatch: pytest.MonkeyPatch) -> None:
