@@ -1,9 +1,12 @@
 """Several models and several replica groups behind one gateway."""
 
+import os
+import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import grpc
+import psutil
 import pytest
 
 from protos import inference_pb2 as pb
@@ -30,7 +33,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
             "chat": {"format": "llama-2"},
         },
     ]
-    with running_stack(parse_config({"models": models, "gateway": {"port": 0, "http_port": 0}}, origin="test")) as app:
+    data = {"models": models, "gateway": {"port": 0, "http_port": 0}, "admin": {"metrics_port": 0}}
+    with running_stack(parse_config(data, origin="test")) as app:
         yield app
 
 
@@ -86,3 +90,30 @@ def test_every_request_goes_to_the_group_with_the_fewest_open_sequences(app: Run
 def _num_open_by_group() -> list[float]:
     totals = group_handle().broadcast("stats").results(timeout_s=10)
     return [sum(stats[f"num_{state}"] for state in ("running", "waiting", "paused")) for stats in totals]
+
+
+def test_while_one_group_is_lost_another_serves(app: RunningApp) -> None:
+    """Nothing that comes after the loss fails, though the lost group has the fewest open sequences."""
+    with Client(app.address) as client, ThreadPoolExecutor(2) as threads:
+        streams = [client.stub.GenerateStream(story(900), timeout=100) for _ in range(2)]
+        assert all(next(stream) for stream in streams)
+        ends = [threads.submit(_end_of, stream) for stream in streams]
+        leader, rank = group_handle().broadcast("pids").results(timeout_s=10)[0]
+        os.kill(rank, signal.SIGKILL)
+        (lost,), (other,) = wait(ends, timeout=15, return_when=FIRST_COMPLETED)
+        assert lost.result() is grpc.StatusCode.UNAVAILABLE
+        for _ in range(20):
+            assert len(_ask(client, MODEL, "Hello").choices[0].token_ids) == 8
+        for stream in streams:
+            stream.cancel()
+        assert other.result(timeout=15) in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
+        wait_until(lambda: not psutil.pid_exists(leader), 15, "the lost group is gone")
+
+
+def _end_of(stream: grpc.Call) -> grpc.StatusCode:
+    try:
+        for _ in stream:
+            pass
+    except grpc.RpcError:
+        return stream.code()
+    return grpc.StatusCode.OK
