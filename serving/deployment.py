@@ -144,10 +144,10 @@ class ReplicaGroup:
             self._executor.set_failure_callback(self._async_engine.fail)
         return self._async_engine
 
-    async def probe(self) -> tuple[str | None, str, bool]:
-        """(what is wrong with the group, the kernel backends in use, whether answers do not depend on what else runs)."""
+    async def probe(self) -> tuple[str, str | None, str, bool]:
+        """(the group's id, what is wrong with it, its kernel backends, whether answers do not depend on what else runs)."""
         kernels = ", ".join(sorted(self._executor.kernels_names))
-        return self._executor.health.problem(), kernels, self._executor.deterministic
+        return self._engine_id, self._executor.health.problem(), kernels, self._executor.deterministic
 
     async def stats(self) -> dict[str, float]:
         """Load and totals of the group's scheduler."""
@@ -239,8 +239,10 @@ class ServeBackend:
         finally:
             passage.engine = inbox.engine
             inbox.close(cancel=num_open > 0)
-            # A group that has just taken it in is told to drop it when its answer comes; nobody else's answer is waited for.
-            asyncio.get_running_loop().call_later(HAND_OVER_S, hand_over.cancel)
+            if (
+                not hand_over.done()
+            ):  # A group may be taking it in. It is told to drop it when it answers, if that is soon.
+                asyncio.get_running_loop().call_later(HAND_OVER_S, hand_over.cancel)
 
     def _take_reply(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:
         """A group has answered for a request, or none can."""
@@ -270,23 +272,25 @@ class ServeBackend:
         inbox.fail(error)
 
     async def can_serve(self, model: str) -> bool:
-        probe = self._groups[model].probe.remote()
-        try:
-            problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)
-        except TimeoutError:
-            # A busy machine is slow to answer, so the last word counts for a while.
-            return time.monotonic() - self._could_serve_s.get(model, -math.inf) < STALE_AFTER_S
-        except (RayError, RayServeException) as error:
-            logger.warning("no replica group of %s can be reached: %s", model, type(error).__name__)
-            return False
-        if problem is not None:
+        for _ in range(self._models[model].num_groups):
+            probe = self._groups[model].probe.remote()
+            try:
+                engine, problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)
+            except TimeoutError:
+                # A busy machine is slow to answer, so the last word counts for a while.
+                return time.monotonic() - self._could_serve_s.get(model, -math.inf) < STALE_AFTER_S
+            except (RayError, RayServeException) as error:
+                logger.warning("no replica group of %s can be reached: %s", model, type(error).__name__)
+                return False
+            if problem is None:
+                self._could_serve_s[model] = time.monotonic()
+                card = self._models[model]
+                if card.kernels != kernels:
+                    self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
+                return True
             logger.warning("a replica group of %s is lost: %s", model, problem)
-            return False
-        self._could_serve_s[model] = time.monotonic()
-        if self._models[model].kernels != kernels:
-            card = self._models[model]
-            self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
-        return True
+            self._receiver.loads.refused(engine)  # so that another one is asked next
+        return False
 
     async def reports(self, reader: str) -> dict[str, list[GroupReport]]:
         """What every group of every model tells the gateway `reader`; a group that does not answer in time is left out."""

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
-import msgspec
 import pytest
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingParams
@@ -149,7 +148,7 @@ LOST = GroupUnavailableError("the replica group was lost")
 async def test_one_group_after_the_other_is_asked_until_one_takes_the_request(
     serve: Serve, answers: Sequence[Exception | None], expected: str, num_asked: int
 ) -> None:
-    cards = [msgspec.structs.replace(card("tiny"), num_groups=3)]
+    cards = [card(num_groups=3)]
     backend = RefusingBackend(answers, cards)
     async with serve(backend) as gateway:
         request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))

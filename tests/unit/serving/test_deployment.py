@@ -20,6 +20,7 @@ from serving.output_link import OutputReceiver
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 from tests.support.link import listening, until
+from tests.unit.gateway.fakes import card
 
 MODEL = "tiny"
 
@@ -239,3 +240,26 @@ async def test_a_lost_group_takes_nothing_in(group: Group) -> None:
     group.leader._running_engine().fail("rank 0 is gone")
     with pytest.raises(GroupFailedError):
         group.leader._async_engine.start([request("a")], SimpleNamespace(send=print))
+
+
+@pytest.mark.parametrize(
+    ("problems", "expected", "num_asked"),
+    [([None], True, 1), (["rank 1 is gone", None], True, 2), (["rank 1 is gone", "rank 0 is gone", None], False, 2)],
+)
+async def test_a_model_can_be_served_while_one_of_its_groups_can(
+    receiver: OutputReceiver, problems: list[str | None], expected: bool, num_asked: int
+) -> None:
+    asked: list[str] = []
+
+    async def probe() -> tuple[str, str | None, str, bool]:
+        asked.append(f"g{len(asked)}")
+        return asked[-1], problems[len(asked) - 1], "cpu-scalar", True
+
+    handle: Any = SimpleNamespace(probe=SimpleNamespace(remote=probe))
+    backend = ServeBackend([card(MODEL, num_groups=2)], {MODEL: handle}, receiver)
+    assert await backend.can_serve(MODEL) is expected
+    assert len(asked) == num_asked
+    assert [receiver.loads.is_avoided(name) for name in asked] == [
+        problem is not None for problem in problems[:num_asked]
+    ]
+    assert backend.models[MODEL].kernels == ("cpu-scalar" if expected else "reference")
