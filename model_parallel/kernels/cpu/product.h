@@ -63,9 +63,15 @@ struct Int8MixedSteps : MixedSteps {
   }
 };
 
-// out[R][kPanel] = R rows of x times one panel. `ahead` is memory that will be needed soon, as much of it as of the panel.
+// Memory that will be needed soon, and how much further to look with each step.
+struct Ahead {
+  const char* data;
+  int64_t step_bytes;
+};
+
+// out[R][kPanel] = R rows of x times one panel.
 template <class Steps, int R>
-void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* panel, const char* ahead, float* out) {
+void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* panel, Ahead ahead, float* out) {
   constexpr int kColumn = Steps::kColumnBytes;
   constexpr int kBytes = Vec::kLanes * kColumn, kHalfBytes = kHalf * kColumn, kStepBytes = kPanel * kColumn;
   const int64_t num_whole = num_inputs / Steps::kInputs;
@@ -75,7 +81,8 @@ void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* p
     const char* p = panel;
     for (int64_t step = 0; step < num_whole; ++step, p += kStepBytes) {
       const auto first = Steps::weights(p), second = Steps::weights(p + kHalfBytes);
-      for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(ahead + step * kStepBytes + line, 0, 2);
+      const char* soon = ahead.data + step * ahead.step_bytes;
+      for (int line = 0; line < kStepBytes; line += 64) __builtin_prefetch(soon + line, 0, 2);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const auto xr = Steps::broadcast(x + r * num_inputs + step * Steps::kInputs);
@@ -99,7 +106,7 @@ void multiply_tile(const typename Steps::X* x, int64_t num_inputs, const char* p
 }
 
 template <class Steps, int R = Vec::kProductRows>
-void multiply_rows(int num_rows, const typename Steps::X* x, int64_t num_inputs, const char* panel, const char* ahead,
+void multiply_rows(int num_rows, const typename Steps::X* x, int64_t num_inputs, const char* panel, Ahead ahead,
                    float* out) {
   if constexpr (R == 1) {
     multiply_tile<Steps, 1>(x, num_inputs, panel, ahead, out);
@@ -131,17 +138,29 @@ void finish_row(const float* sums, bool gated, Out* out, int64_t num_outputs) {
   }
 }
 
-// The sums of one panel, `scales` times them where there are any, as outputs of job.num_rows rows. Until the first tile of rows
-// is through, `ahead` bytes further on is fetched from memory.
+constexpr int64_t kAheadBytes = 8192;
+
+// What a tile fetches from memory: all tiles of rows together the `next` panel as it is stored, so that memory and arithmetic work
+// at the same time, or, when there is one tile, what lies a little further on.
 template <class Steps>
-void multiply_panel(const Product& job, int64_t panel, const char* weights, const float* scales, int64_t ahead, float* sums) {
+Ahead ahead_of(const Product& job, const char* panel, const char* next, int64_t tile) {
+  const int64_t num_tiles = num_row_tiles(job), bytes = job.weight.panel_bytes();
+  if (num_tiles == 1) return {panel + kAheadBytes, kPanel * Steps::kColumnBytes};
+  const int64_t num_fetches = num_tiles * job.weight.num_inputs / Steps::kInputs + 1;
+  return {next + bytes * tile / num_tiles, (bytes + num_fetches - 1) / num_fetches};
+}
+
+// The sums of one panel, `scales` times them where there are any, as outputs of job.num_rows rows.
+template <class Steps>
+void multiply_panel(const Product& job, int64_t panel, const char* weights, const float* scales, const char* next,
+                    float* sums) {
   const Linear& weight = job.weight;
   const auto* x = static_cast<const typename Steps::X*>(job.x);
   const int64_t num_tiles = num_row_tiles(job), first = panel * weight.outputs_per_panel();
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     const int64_t row = job.num_rows * tile / num_tiles, end = job.num_rows * (tile + 1) / num_tiles;
     multiply_rows<Steps>(static_cast<int>(end - row), x + row * weight.num_inputs, weight.num_inputs, weights,
-                         weights + (tile > 0 ? 0 : ahead), sums);
+                         ahead_of<Steps>(job, weights, next, tile), sums);
     for (int64_t r = row; r < end; ++r) {
       const int64_t num_outputs = weight.num_outputs - first, at = r * weight.num_outputs + first;
       float* row_sums = sums + (r - row) * kPanel;
@@ -155,18 +174,13 @@ void multiply_panel(const Product& job, int64_t panel, const char* weights, cons
   }
 }
 
-constexpr int64_t kAheadBytes = 8192;
-
 template <class Steps>
 void multiply_panels(const Product& job, int64_t first_panel, int64_t last_panel, float* sums) {
   const int64_t panel_bytes = job.weight.panel_bytes(), scale_bytes = job.weight.scale_bytes();
-  // A panel comes from memory while its first tile of rows is multiplied: time to fetch the next one when other tiles follow,
-  // and otherwise what lies a little further on.
-  const int64_t ahead = num_row_tiles(job) > 1 ? panel_bytes : kAheadBytes;
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const char* data = job.weight.panels + panel * panel_bytes;
     const auto* scales = scale_bytes ? reinterpret_cast<const float*>(data) : nullptr;
-    multiply_panel<Steps>(job, panel, data + scale_bytes, scales, ahead, sums);
+    multiply_panel<Steps>(job, panel, data + scale_bytes, scales, data + panel_bytes, sums);
   }
 }
 
@@ -182,7 +196,8 @@ void multiply_expanded_panels(const Product& job, int64_t first_panel, int64_t l
     const char* data = job.weight.panels + panel * job.weight.panel_bytes();
     const auto* values = reinterpret_cast<const int8_t*>(data + job.weight.scale_bytes());
     expand(values, job.weight.num_steps() * kPanel * 2, expanded);
-    multiply_panel<Steps>(job, panel, reinterpret_cast<const char*>(expanded), reinterpret_cast<const float*>(data), 0, sums);
+    multiply_panel<Steps>(job, panel, reinterpret_cast<const char*>(expanded), reinterpret_cast<const float*>(data),
+                          data + job.weight.panel_bytes(), sums);
   }
 }
 
