@@ -264,7 +264,10 @@ EXPORT void packtrain_attention(Kernels* kernels, const Attention* attention, in
     const int64_t grain = num_positions < kFewPositions ? count : 1;
     share_out(kernels->pool, count, grain, kernels->isa->attend_scratch_bytes(job),
               [&](int64_t begin, int64_t end, char* scratch) {
-                for (int64_t piece = begin; piece < end; ++piece) kernels->isa->attend(job, pieces[piece], scratch);
+                for (int64_t piece = begin; piece < end; ++piece) {
+                  const AttentionPiece* next = piece + 1 < count ? &pieces[piece + 1] : nullptr;
+                  kernels->isa->attend(job, pieces[piece], next, scratch);
+                }
               });
   });
 }

@@ -1,5 +1,8 @@
 // Rotary embedding, the paged cache, and attention over it.
 //
+// The cache is read once, from blocks that lie anywhere, so memory would be waited for at each. Hence every tile fetches what is
+// read next, the piece's next tile or the first one of the next piece, line by line beside its own.
+//
 // Attention goes over the cached positions in tiles of a fixed number, with a running maximum and sum for every row (online
 // softmax, Milakov & Gimelshein 2018; Dao et al. 2022). A row takes part in a tile only up to its own position, so what it
 // computes does not depend on the rows that share the tile, and nothing after it in the cache is ever read into it.
@@ -46,6 +49,7 @@ void write_rows(const Attention& job, int64_t first_row, int64_t last_row) {
 // Neighbouring cached positions of one block whose scores fill a vector.
 struct KeyLanes {
   const char* keys;
+  const char* next_keys;  // what is fetched meanwhile
   int64_t num_lanes;
   int64_t position;  // of the first, within the tile
 };
@@ -62,7 +66,7 @@ struct PieceMemory {
   int64_t out_width, score_width;  // floats of a row
   Running* running;
   KeyLanes* lanes;
-  const T** values;
+  const T **values, **next_values;  // by block of the tile
   float *out, *scores;
   T* queries;
 
@@ -72,6 +76,7 @@ struct PieceMemory {
     take(memory, running, kQueryRows);
     take(memory, lanes, job.blocks_per_tile() * lanes_per_block);
     take(memory, values, job.blocks_per_tile());
+    take(memory, next_values, job.blocks_per_tile());
     take(memory, out, kQueryRows * out_width);
     take(memory, scores, kQueryRows * score_width);
     take(memory, queries, kQueryRows * job.head_dim);
@@ -88,7 +93,7 @@ struct PieceMemory {
 // At least what PieceMemory takes.
 inline int64_t attend_scratch_bytes(const Attention& job) {
   const int64_t row = sizeof(Running) + (job.head_dim * 2 + job.tile() + 2 * Vec::kLanes) * sizeof(float);
-  return kQueryRows * row + job.tile() * (sizeof(KeyLanes) + sizeof(void*)) + 6 * 64;
+  return kQueryRows * row + job.tile() * (sizeof(KeyLanes) + 2 * sizeof(void*)) + 7 * 64;
 }
 
 inline Vec::F add_score(Vec::F sum, Vec::Words query, Vec::Words key, const uint16_t*) {
@@ -112,6 +117,7 @@ void score(const Attention& job, const PieceMemory<T>& s, int64_t row, const Key
   for (int64_t d = 0, at = 0; d < dim; d += kElementsPerWord<T>, at += job.block_size * 4) {
     Vec::Words key[N];
     for (int n = 0; n < N; ++n) key[n] = Vec::words(lanes[n].keys + at, lanes[n].num_lanes);
+    for (int n = 0; n < N; ++n) __builtin_prefetch(lanes[n].next_keys + at, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec::Words query = Vec::set_word(word_at(queries + r * dim + d));
@@ -143,7 +149,9 @@ void add_values(const Attention& job, const PieceMemory<T>& s, int64_t row, int6
   }
   for (int64_t j = begin; j < end;) {
     const T* value = s.values[j / size] + j % size * dim + d;
-    for (const int64_t stop = smaller(end, (j / size + 1) * size); j < stop; ++j, value += dim) {
+    const T* next_value = s.next_values[j / size] + j % size * dim + d;
+    for (const int64_t stop = smaller(end, (j / size + 1) * size); j < stop; ++j, value += dim, next_value += dim) {
+      for (int64_t line = 0; line < N * Vec::kLanes; line += 64 / sizeof(T)) __builtin_prefetch(next_value + line, 0, 2);
       Vec::F v[N];
       for (int n = 0; n < N; ++n) v[n] = N == 1 ? Vec::load(value, dim - d) : Vec::load(value + n * Vec::kLanes);
 #pragma GCC unroll 8
@@ -205,8 +213,16 @@ void attend_rows(const Attention& job, const PieceMemory<T>& s, int64_t first, i
   }
 }
 
+// Elements before the keys of the piece's head in the block that holds position `start` of its run.
+inline int64_t block_at(const Attention& job, const AttentionPiece& piece, int64_t start) {
+  const int64_t block = job.blocks[piece.run.first_block + start / job.block_size];
+  return (block * job.num_kv_heads + piece.kv_head) * job.part_elements();
+}
+
+inline int64_t context_of(const AttentionPiece& piece) { return piece.run.start + piece.first_token + piece.num_tokens; }
+
 template <class T>
-void attend_piece(const Attention& job, const AttentionPiece& piece, char* memory) {
+void attend_piece(const Attention& job, const AttentionPiece& piece, const AttentionPiece* next, char* memory) {
   PieceMemory<T> s(job, memory);
   const int64_t dim = job.head_dim, size = job.block_size, num_rows = piece.num_tokens * piece.num_heads;
   const int64_t first_row = piece.run.first_row + piece.first_token;
@@ -219,17 +235,24 @@ void attend_piece(const Attention& job, const AttentionPiece& piece, char* memor
   }
   memset(s.out, 0, num_rows * s.out_width * sizeof(float));
 
-  const int64_t context = first_position + piece.num_tokens;
-  const int64_t block_elements = job.num_kv_heads * job.part_elements(), head_elements = piece.kv_head * job.part_elements();
+  const int64_t context = context_of(piece);
   for (int64_t start = 0; start < context; start += job.tile()) {
     const int64_t num_positions = smaller(job.tile(), context - start);
     int64_t num_lanes = 0;
     for (int64_t b = 0; b * size < num_positions; ++b) {
-      const int64_t at = job.blocks[piece.run.first_block + start / size + b] * block_elements + head_elements;
+      const int64_t position = start + b * size, at = block_at(job, piece, position);
+      int64_t next_at = at;
+      if (position + job.tile() < context) {
+        next_at = block_at(job, piece, position + job.tile());
+      } else if (next != nullptr && b * size < context_of(*next)) {
+        next_at = block_at(job, *next, b * size);
+      }
       s.values[b] = static_cast<const T*>(job.values) + at;
+      s.next_values[b] = static_cast<const T*>(job.values) + next_at;
       const char* keys = reinterpret_cast<const char*>(static_cast<const T*>(job.keys) + at);
+      const char* next_keys = reinterpret_cast<const char*>(static_cast<const T*>(job.keys) + next_at);
       for (int64_t c = 0; c < smaller(size, num_positions - b * size); c += Vec::kLanes) {
-        s.lanes[num_lanes++] = {keys + c * 4, smaller(Vec::kLanes, size - c), b * size + c};
+        s.lanes[num_lanes++] = {keys + c * 4, next_keys + c * 4, smaller(Vec::kLanes, size - c), b * size + c};
       }
     }
     int64_t num_seen[kQueryRows];
@@ -256,9 +279,9 @@ inline void write_cache(const Attention& job, int64_t first_row, int64_t last_ro
   write_rows<uint16_t>(job, first_row, last_row);
 }
 
-inline void attend(const Attention& job, const AttentionPiece& piece, char* scratch) {
-  if (job.type == kFloat32) return attend_piece<float>(job, piece, scratch);
-  attend_piece<uint16_t>(job, piece, scratch);
+inline void attend(const Attention& job, const AttentionPiece& piece, const AttentionPiece* next, char* scratch) {
+  if (job.type == kFloat32) return attend_piece<float>(job, piece, next, scratch);
+  attend_piece<uint16_t>(job, piece, next, scratch);
 }
 
 inline Isa make_isa(const char* name) {

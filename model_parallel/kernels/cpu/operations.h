@@ -77,7 +77,7 @@ struct Attention {
   int64_t blocks_per_tile() const { return block_size < kTile ? kTile / block_size : 1; }
   int64_t tile() const { return blocks_per_tile() * block_size; }
 
-  static constexpr int64_t kTile = 64;  // cached positions, about, between two corrections of the running maximum
+  static constexpr int64_t kTile = 128;  // cached positions, about, between two corrections of the running maximum
 };
 
 // Some query heads, all of one key/value head, of some neighbouring tokens of a run: at most kQueryRows of (token, head).
@@ -97,7 +97,7 @@ struct Isa {
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
   void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);
-  void (*attend)(const Attention&, const AttentionPiece&, char* scratch);
+  void (*attend)(const Attention&, const AttentionPiece&, const AttentionPiece* next, char* scratch);
   int64_t (*attend_scratch_bytes)(const Attention&);
 };
 
