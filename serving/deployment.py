@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict
@@ -48,6 +49,7 @@ from serving.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+SWITCH_INTERVAL_S = 0.0005
 DRAIN_POLL_S = 0.1
 HAND_OVER_S = 1.0
 """How long a request whose client has gone may still be on its way to a group."""
@@ -87,6 +89,8 @@ class ReplicaGroup:
         self._drain_timeout_s = drain_timeout_s
         self._engine_id = serve.get_replica_context().replica_id.unique_id
         configure_logging(f"group {spec.card.name} {self._engine_id}")
+        # The engine's thread has a step to send while the event loop works on calls, and would wait so long for Python's lock.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._tracing = open_tracing()
         self._reader = ReaderLease()
         self._model = spec.card.name

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from model_parallel.engine.request import EngineRequest
 from model_parallel.errors import RequestError
 
+REMEMBERED_SHARE = 0.2
+"""How long a refusal holds for the next request, as a part of the time after which the group expects to have room: so much of
+its queue is gone by then. Half as long at least, so that gateways do not ask in time."""
 REMEMBERED_S = 0.1
-"""How long a refusal holds for the next request, at most. Half as long at least, so that gateways do not ask in time."""
+"""The same where the group cannot tell. As much later may be a deadline that is taken for the same."""
+MAX_REMEMBERED_S = 1.0
 MAX_REMEMBERED = 1024
 
 
@@ -118,7 +122,7 @@ class RecentRefusals:
 
     A refusal by a group costs several times as much as one here, and under overload all but a few requests are refused. A
     tenant's refusal is nobody else's, and holds only for what asks for as much: the group decides by the tenant's own part of
-    its queue, by size and by deadline. Room that comes free is seen REMEMBERED_S later at most.
+    its queue, by size and by deadline. Room that comes free is seen a little later.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -146,8 +150,14 @@ class RecentRefusals:
         groups = self._refused.setdefault(_key(model, requests), {})
         before = groups.get(engine)
         if before is None or now_s >= before.until_s or before.demand.is_no_easier_than(demand):
-            until_s = now_s + random.uniform(0.5, 1.0) * REMEMBERED_S
+            until_s = now_s + random.uniform(0.5, 1.0) * _remembered_s(error)
             groups[engine] = _Refused(demand, until_s, str(error), error.retry_after_s)
+
+
+def _remembered_s(error: RequestError) -> float:
+    if error.retry_after_s is None:
+        return REMEMBERED_S
+    return min(REMEMBERED_SHARE * error.retry_after_s, MAX_REMEMBERED_S)
 
 
 def _key(model: str, requests: Sequence[EngineRequest]) -> tuple[str, str, int]:

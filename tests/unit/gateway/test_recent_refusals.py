@@ -10,7 +10,7 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingP
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
 from serving.gateway import admission
-from serving.gateway.admission import MAX_REMEMBERED, REMEMBERED_S, RecentRefusals
+from serving.gateway.admission import MAX_REMEMBERED, MAX_REMEMBERED_S, REMEMBERED_S, REMEMBERED_SHARE, RecentRefusals
 from serving.gateway.backend import GroupUnavailableError, ModelCard, Passage
 from tests.unit.gateway.conftest import Serve
 from tests.unit.gateway.fakes import FakeBackend, card
@@ -72,14 +72,20 @@ def test_a_refusal_holds_for_what_asks_for_as_much(requests: list[EngineRequest]
     assert is_asked(refusals, requests) is expected
 
 
-def test_it_holds_for_a_moment() -> None:
+@pytest.mark.parametrize(
+    ("retry_after_s", "held_s"),
+    [(3.0, 3.0 * REMEMBERED_SHARE), (0.01, 0.01 * REMEMBERED_SHARE), (100.0, MAX_REMEMBERED_S), (None, REMEMBERED_S)],
+)
+def test_it_holds_for_a_part_of_the_time_until_there_is_room(retry_after_s: float | None, held_s: float) -> None:
     clock = Clock()
     refusals = RecentRefusals(clock)
-    refusals.remember("m", "group-1", demand(), FULL)
-    clock.now_s += 0.49 * REMEMBERED_S
-    assert not is_asked(refusals, demand())
-    clock.now_s += 0.52 * REMEMBERED_S
-    assert is_asked(refusals, demand())
+    error = RequestError(str(FULL), kind="overloaded", retry_after_s=retry_after_s)
+    refusals.remember("m", "group-1", demand(), error)
+    clock.now_s += 0.49 * held_s
+    with pytest.raises(RequestError):
+        refusals.check("m", 1, demand())
+    clock.now_s += 0.52 * held_s
+    refusals.check("m", 1, demand())
 
 
 def test_all_groups_have_to_be_full() -> None:
@@ -102,13 +108,14 @@ def test_old_refusals_are_forgotten() -> None:
     clock = Clock()
     refusals = RecentRefusals(clock)
     for number in range(3 * MAX_REMEMBERED):
-        clock.now_s += REMEMBERED_S
+        clock.now_s += MAX_REMEMBERED_S
         refusals.remember("m", "group-1", demand(tenant=str(number)), FULL)
     assert len(refusals._refused) <= MAX_REMEMBERED
 
 
 async def test_a_burst_asks_a_full_group_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "REMEMBERED_S", 1000.0)  # however slow the machine is
+    for name in ("REMEMBERED_SHARE", "REMEMBERED_S", "MAX_REMEMBERED_S"):  # however slow the machine is
+        monkeypatch.setattr(admission, name, 1000.0)
     num_asked = 0
 
     async def refuse(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
