@@ -45,7 +45,7 @@ lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/lint-imports
 	$(BIN)/python -m protos.generate --check
 
-bench: $(STAMP) ## time engine, peers, growth, serving, start and gateway anew, and write docs/performance.md: 17 minutes, machine idle
+bench: $(STAMP) ## time engine, peers, growth, serving, start and gateway anew, and write docs/performance.md: 20 minutes, machine idle
 	$(BIN)/python -m bench.engine
 	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.serving_overhead

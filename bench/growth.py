@@ -4,7 +4,7 @@ A sequence's prompt is computed once; after that the prefix cache gives it back,
 times, in turn with all others. Contexts longer than the model was made for give no sensible text, and take the same time.
 Writes bench/results/growth.json; `python -m bench.report` draws it.
 
-    python -m bench.growth [--rounds 3] [--json FILE]
+    python -m bench.growth [--rounds 10] [--json FILE]
 """
 
 import argparse
@@ -163,7 +163,7 @@ def measure(path: Path, num_rounds: int, report: Callable[[str], None]) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     console = Console(width=130, highlight=False)

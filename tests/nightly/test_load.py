@@ -5,13 +5,14 @@ import pytest
 from bench import fairness, idle_streams, overload
 from tests.support.stack import running_stack
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def report(line: str) -> None:
     print(line)  # pytest shows it with a failure
 
 
+@pytest.mark.nightly
 def test_ten_times_too_much() -> None:
     with running_stack(overload.configuration(tp_size=1)) as app:
         result = overload.measure(app.address, seconds=20, times=10, report=report)
@@ -19,6 +20,7 @@ def test_ten_times_too_much() -> None:
     assert all(result["holds"].values()), "\n".join(overload.describe(result))
 
 
+@pytest.mark.nightly
 def test_a_small_tenant_beside_a_large_one() -> None:
     """As long as by hand: with fewer requests the p99 is the slowest of all."""
     with (
@@ -29,6 +31,7 @@ def test_a_small_tenant_beside_a_large_one() -> None:
     assert result["holds"], "\n".join(fairness.describe(result))
 
 
+@pytest.mark.nightly
 def test_idle_streams_are_held() -> None:
     num_streams = 500
     with (
