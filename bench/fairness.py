@@ -10,7 +10,6 @@ stack can serve, so most of its requests are refused, and none is sent again.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -26,8 +25,9 @@ from rich.console import Console
 
 from bench.clients import Ended, Load, Metadata, Outcome, Shape, client_processes, open_loop, percentile
 from bench.peers.environments import MODEL
+from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
 from serving.bench.machine import machine_facts
-from serving.config import ServingConfig, parse_config, prepare_environment
+from serving.config import ServingConfig, prepare_environment
 from serving.tenants.database import Database
 from serving.tenants.records import KeyGrant, Tenant
 from serving.tenants.store import Store
@@ -174,18 +174,8 @@ def describe(result: Mapping[str, Any]) -> list[str]:
 
 def configuration(database_url: str, tp_size: int) -> ServingConfig:
     """What is not said here is the default."""
-    entry: dict[str, Any] = {"name": MODEL, "source": MODEL, "dtype": "bfloat16", "tensor_parallel_size": tp_size}
-    entry |= {"max_num_seqs": MAX_NUM_SEQS, "max_prefill_tokens": MAX_PREFILL_TOKENS}
-    entry["threads_per_rank"] = max(1, (os.cpu_count() or 1) // tp_size)
-    return parse_config(
-        {
-            "models": [entry],
-            "tenancy": {"database": database_url},
-            "gateway": {"port": 0, "http_port": None},
-            "admin": {"port": None, "metrics_port": None},
-        },
-        origin="the benchmark's configuration",
-    )
+    entry = {"max_num_seqs": MAX_NUM_SEQS, "max_prefill_tokens": MAX_PREFILL_TOKENS}
+    return stack_config(entry | on_all_cores(tp_size), tenancy={"database": database_url}, admin=NO_ADMIN)
 
 
 def main() -> None:
@@ -197,18 +187,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     prepare_environment()
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
-
     console = Console(width=130, highlight=False)
     facts = machine_facts()
-    with tenants_database() as (url, credentials):
-        app = start(configuration(url, arguments.tp), console.print)
-        try:
-            result = measure(
-                app.address, credentials, arguments.rate, arguments.times, arguments.seconds, console.print
-            )
-        finally:
-            app.stop()
+    with (
+        tenants_database() as (url, credentials),
+        running(configuration(url, arguments.tp), console.print) as app,
+    ):
+        result = measure(app.address, credentials, arguments.rate, arguments.times, arguments.seconds, console.print)
     result = {
         "machine": facts,
         "model": MODEL,

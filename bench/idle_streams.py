@@ -31,8 +31,9 @@ from bench.clients import STREAM, Load, Metadata, Shape, client_processes, close
 from bench.fairness import LARGE, SMALL, tenants_database
 from bench.memory_growth import Usage, served_processes
 from bench.peers.environments import MODEL
+from bench.stack import NO_ADMIN, running, stack_config
 from serving.bench.machine import machine_facts
-from serving.config import ServingConfig, parse_config, prepare_environment
+from serving.config import ServingConfig, prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "idle_streams.json"
 FRONT_ENDS = ("grpc", "http")
@@ -265,33 +266,24 @@ def measure(
 @contextmanager
 def served(database_url: str, num_streams: int, report: Callable[[str], None]) -> Iterator[dict[str, str]]:
     """The stack, with room for all streams. Addresses by front end."""
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
-
-    app = start(configuration(database_url, len(FRONT_ENDS) * (num_streams + NUM_FIRST)), report)
-    try:
+    with running(configuration(database_url, len(FRONT_ENDS) * (num_streams + NUM_FIRST)), report) as app:
         yield {"grpc": app.address, "http": f"{app.host}:{app.http_port}"}
-    finally:
-        app.stop()
 
 
 def configuration(database_url: str, num_streams: int) -> ServingConfig:
     """What is not said here is the default. One tenant alone fills four fifths of the queue."""
-    entry = {"name": MODEL, "source": MODEL, "dtype": "bfloat16", "max_num_seqs": MAX_NUM_SEQS}
     most = num_streams + num_streams // 2
-    return parse_config(
-        {
-            "models": [entry | {"max_waiting_requests": most, "kv_cache_tokens": KV_CACHE_TOKENS}],
-            "tenancy": {"database": database_url},
-            "gateway": {
-                "port": 0,
-                "http_port": 0,
-                "max_concurrent_requests": most,
-                "max_connections": most,
-                "max_connections_per_address": most,
-            },
-            "admin": {"port": None, "metrics_port": None},
+    return stack_config(
+        {"max_num_seqs": MAX_NUM_SEQS, "max_waiting_requests": most, "kv_cache_tokens": KV_CACHE_TOKENS},
+        tenancy={"database": database_url},
+        gateway={
+            "port": 0,
+            "http_port": 0,
+            "max_concurrent_requests": most,
+            "max_connections": most,
+            "max_connections_per_address": most,
         },
-        origin="the benchmark's configuration",
+        admin=NO_ADMIN,
     )
 
 

@@ -26,11 +26,12 @@ import psutil
 from rich.console import Console
 
 from bench.peers.environments import MODEL
+from bench.stack import running, stack_config
 from bench.stats import fit_line, growth
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.bench.machine import machine_facts
-from serving.config import parse_config, prepare_environment
+from serving.config import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "memory_growth.json"
 MAX_GROWTH_BYTES = 5_000_000
@@ -185,24 +186,15 @@ def judge(samples: Samples, num_warm_up: int) -> dict[str, Any]:
 
 
 def measure(minutes: float, warm_up_minutes: float, num_streams: int, tp_size: int, console: Console) -> dict[str, Any]:
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
-
-    entry = {"name": MODEL, "source": MODEL, "dtype": "bfloat16", "tensor_parallel_size": tp_size}
-    config = parse_config(
-        {"models": [entry], "gateway": {"port": 0, "http_port": None}}, origin="the benchmark's configuration"
-    )
     facts = machine_facts()
     ends: Counter[str] = Counter()
-    app = start(config, console.print)
-    try:
+    with running(stack_config({"tensor_parallel_size": tp_size}), console.print) as app:
         served = served_processes()
         until_s = time.monotonic() + 60 * (minutes + warm_up_minutes)
         load = threading.Thread(target=lambda: asyncio.run(keep_asking(app.address, num_streams, until_s, ends)))
         load.start()
         samples = sample(served, until_s)
         load.join(REQUEST_TIMEOUT_S)
-    finally:
-        app.stop()
     return {
         "machine": facts,
         "model": MODEL,

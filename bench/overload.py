@@ -10,7 +10,6 @@ one request after another tells when latency is normal again. The clients run on
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import threading
@@ -27,8 +26,9 @@ from rich.console import Console
 from bench.clients import Ended, Load, Outcome, Shape, client_processes, closed_loop, open_loop, percentile
 from bench.memory_growth import served_processes
 from bench.peers.environments import MODEL
+from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
 from serving.bench.machine import machine_facts
-from serving.config import ServingConfig, parse_config, prepare_environment
+from serving.config import ServingConfig, prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "overload.json"
 SHAPE = Shape(prompt_tokens=(64,), new_tokens=tuple(range(192, 321)))
@@ -232,17 +232,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
 
 def configuration(tp_size: int) -> ServingConfig:
     """What is not said here is the default."""
-    entry: dict[str, Any] = {"name": MODEL, "source": MODEL, "dtype": "bfloat16", "tensor_parallel_size": tp_size}
-    entry["max_num_seqs"] = MAX_NUM_SEQS
-    entry["threads_per_rank"] = max(1, (os.cpu_count() or 1) // tp_size)
-    return parse_config(
-        {
-            "models": [entry],
-            "gateway": {"port": 0, "http_port": None},
-            "admin": {"port": None, "metrics_port": None},
-        },
-        origin="the benchmark's configuration",
-    )
+    return stack_config({"max_num_seqs": MAX_NUM_SEQS} | on_all_cores(tp_size), admin=NO_ADMIN)
 
 
 def main() -> None:
@@ -253,15 +243,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     prepare_environment()
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
-
     console = Console(width=130, highlight=False)
     facts = machine_facts()
-    app = start(configuration(arguments.tp), console.print)
-    try:
+    with running(configuration(arguments.tp), console.print) as app:
         result = measure(app.address, arguments.seconds, arguments.times, console.print)
-    finally:
-        app.stop()
     result = {
         "machine": facts,
         "model": MODEL,

@@ -120,26 +120,27 @@ class ReplicaGroup:
         call = self._decode(encoded_call)
         request_id.set(call.requests[0].request_id)
         span = GroupSpan(self._tracing, self._model, self._engine_id, call.trace_context)
-        refusal_kind, refusal, retry_after_s = "", "", None
+        reply = GroupReply(self._engine_id)
         try:
             engine = self._running_engine()
             sink = await self._senders.to(call.return_address)
             engine.start(call.requests, sink, span.received, span.end)
         except RequestError as error:
-            refusal_kind, refusal, retry_after_s = error.kind, str(error), error.retry_after_s
+            reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
         except GroupFailedError:
             logger.exception("a request reached a lost group")
-            refusal_kind, refusal = "unavailable", "the replica group was lost"
+            reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")
         except (OSError, TimeoutError) as error:
             logger.warning("no outputs can be sent to a gateway at %s: %s", call.return_address.host, error)
-            refusal_kind, refusal = "unavailable", "the replica group could not send its answer"
-        except asyncio.CancelledError:
+            reply = GroupReply(self._engine_id, "unavailable", "the replica group could not send its answer")
+        except BaseException as error:  # a bug, or the call was cancelled
+            span.failed("" if isinstance(error, asyncio.CancelledError) else type(error).__name__)
             span.end()
             raise
-        if refusal_kind:
-            span.failed(refusal_kind)
+        if reply.refusal_kind:
+            span.failed(reply.refusal_kind)
             span.end()
-        return self._encode(GroupReply(self._engine_id, refusal_kind, refusal, retry_after_s))
+        return self._encode(reply)
 
     def _running_engine(self) -> AsyncEngine:
         if self._async_engine is None:
@@ -243,9 +244,8 @@ class ServeBackend:
         finally:
             passage.engine = inbox.engine
             inbox.close(cancel=num_open > 0)
-            if (
-                not hand_over.done()
-            ):  # A group may be taking it in. It is told to drop it when it answers, if that is soon.
+            if not hand_over.done():
+                # A group may be taking it in. It is told to drop it when it answers, if that is soon.
                 asyncio.get_running_loop().call_later(HAND_OVER_S, hand_over.cancel)
 
     def _take_reply(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:

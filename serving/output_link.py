@@ -140,7 +140,7 @@ class Inbox:
     def __init__(self, receiver: "OutputReceiver", request_ids: Sequence[str]) -> None:
         self.engine = ""
         """Id of the group that runs it, known from the word that it has taken it in or from its first output."""
-        self.request_ids = tuple(request_ids)
+        self._request_ids = tuple(request_ids)
         self.connection: _FromLeader | None = None
         self._receiver = receiver
         self._unread: deque[Outputs] = deque()
@@ -166,10 +166,10 @@ class Inbox:
         """A group has taken the request in; its connection is there, or will be within LATE_S."""
         self.engine = engine
         if self._is_closed:
-            self._receiver.order(engine, Order(self.request_ids, "cancel"))
+            self._receiver.order(engine, Order(self._request_ids, "cancel"))
             return
         self._is_accepted = True
-        self._receiver.loads.begin(engine, len(self.request_ids))
+        self._receiver.loads.begin(engine, len(self._request_ids))
         self.connection = self._receiver.connection_of(engine)
         if self.connection is None:
             asyncio.get_running_loop().call_later(LATE_S, self._check_connected)
@@ -190,11 +190,11 @@ class Inbox:
     def close(self, *, cancel: bool) -> None:
         """Nobody reads any more; with `cancel` the request has not ended, and shall."""
         self._is_closed = True
-        self._receiver.forget(self.request_ids)
+        self._receiver.forget(self._request_ids)
         if self._is_accepted:
-            self._receiver.loads.end(self.engine, len(self.request_ids))
+            self._receiver.loads.end(self.engine, len(self._request_ids))
         if cancel and self.connection is not None:
-            self.connection.send_order(Order(self.request_ids, "cancel"))
+            self.connection.send_order(Order(self._request_ids, "cancel"))
 
     def _check_connected(self) -> None:
         if self.connection is None:
@@ -207,7 +207,7 @@ class Inbox:
     def _hold(self, is_held: bool) -> None:
         if self.connection is not None and is_held != self._is_held:
             self._is_held = is_held
-            self.connection.send_order(Order(self.request_ids, "hold" if is_held else "resume"))
+            self.connection.send_order(Order(self._request_ids, "hold" if is_held else "resume"))
 
 
 class OutputReceiver:

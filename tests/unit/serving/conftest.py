@@ -1,10 +1,13 @@
-"""Event loops for the tests here."""
+"""Event loops for the tests here, and the gateway's end of the link to groups."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import uvloop
+
+from serving.output_link import OutputReceiver
+from tests.support.link import listening
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -15,3 +18,10 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
     if item.path.stem == "test_output_link":
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[OutputReceiver]:
+    receiver = await listening()
+    yield receiver
+    await receiver.stop()

@@ -19,7 +19,7 @@ from serving.observability.tracing import Tracing
 from serving.output_link import OutputReceiver
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-from tests.support.link import listening, until
+from tests.support.link import until
 from tests.unit.gateway.fakes import card
 
 MODEL = "tiny"
@@ -84,13 +84,6 @@ class Response:
 
     def cancel(self) -> None:
         self._group.num_cancelled += 1
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[OutputReceiver]:
-    receiver = await listening()
-    yield receiver
-    await receiver.stop()
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ class Group:
         self.harness = Harness(max_num_seqs=8, max_waiting_requests=32)
         self.harness.executor.during_step = lambda: time.sleep(0.001)
         self.engine = AsyncEngine(self.harness.engine, asyncio.get_running_loop())
-        self.name = name
         self.senders = OutputSenders(name, self.engine)
 
     async def start(self, receiver: OutputReceiver, *requests: EngineRequest) -> asyncio.Event:
@@ -45,13 +44,6 @@ class Group:
     def close(self) -> None:
         self.senders.close()
         self.engine.close(5)
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[OutputReceiver]:
-    receiver = await listening()
-    yield receiver
-    await receiver.stop()
 
 
 @pytest.fixture
