@@ -48,7 +48,7 @@ def load_shard(
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
-    check_tied(info, checkpoint, table)
+    check_tied_head(checkpoint, table)
     total = sum(math.prod(shard.shape) for shard in table.values()) * dtype.itemsize
     done = 0
     parts_of: dict[str, list[str]] = {}
@@ -94,7 +94,7 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
             )
 
 
-def check_tied(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str, Shard]) -> None:
+def check_tied_head(checkpoint: Checkpoint, table: dict[str, Shard]) -> None:
     """A tied checkpoint may repeat its embedding as LM head; this rank's rows of both must then be the same.
 
     Reads these rows, a few at a time. Raises CheckpointError with both ways out.
@@ -116,6 +116,6 @@ def check_tied(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str, Sh
     if not same:
         raise CheckpointError(
             f"{stored.file}: {LM_HEAD} differs from {EMBEDDING}, and the configuration says that they are tied. To use "
-            f"{LM_HEAD}, set tie_word_embeddings to false in {info.path / 'config.json'}; to use the embedding, delete "
+            f"{LM_HEAD}, set tie_word_embeddings to false in {stored.file.parent / 'config.json'}; to use the embedding, delete "
             f"{LM_HEAD} from the file"
         )

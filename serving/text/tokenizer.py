@@ -37,6 +37,7 @@ class Tokenizer:
         self._token_bytes = vocabulary.token_bytes
         vocab_size = info.config.vocab_size
         self._control = {text: token for text, token in vocabulary.control.items() if token.id < vocab_size}
+        self._control_texts = {token.id: text for text, token in vocabulary.control.items()}
         self._marks = _any_of(self._control)
         named_bos = vocabulary.bos_token_id
         self.bos_token_id = info.config.bos_token_id if named_bos is None or named_bos >= vocab_size else named_bos
@@ -60,9 +61,14 @@ class Tokenizer:
     def has_control_token(self, text: str) -> bool:
         return text in self._control
 
-    def control_text(self, token_id: int) -> str:
-        """How a control token is written; "" for any other."""
-        return next((text for text, token in self._control.items() if token.id == token_id), "")
+    def control_token_text(self, token_id: int | None) -> str | None:
+        """How a control token is written; None for any other."""
+        return self._control_texts.get(token_id) if token_id is not None else None
+
+    def spelt_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, a control token its own spelling."""
+        text = self._control_texts.get(token_id)
+        return self.token_bytes(token_id) if text is None else text.encode()
 
     def split_markup(self, markup: str) -> list[str | ControlToken]:
         """Markup as texts and the control tokens between them, the longest where several begin."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from model_parallel.checkpoint.detect import describe
-from model_parallel.checkpoint.loader import check_complete, check_tied, open_checkpoint
+from model_parallel.checkpoint.loader import check_complete, check_tied_head, open_checkpoint
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, shard_table
 from tests.support.shards import load_parts
@@ -309,7 +309,7 @@ def test_a_tied_configuration_with_another_head(single: Path) -> None:
     write_config(single, tie_word_embeddings=True)
     info = describe(single)
     with pytest.raises(CheckpointError) as error:
-        check_tied(info, open_checkpoint(info), shard_table(info.config, 1, 0))
+        check_tied_head(open_checkpoint(info), shard_table(info.config, 1, 0))
     assert "set tie_word_embeddings to false in" in str(error.value)
     assert f"delete {LM_HEAD} from the file" in str(error.value)
 
