@@ -104,8 +104,32 @@ class AdminConfig(_Section):
 class ChatConfig(_Section):
     """How chat messages become tokens."""
 
-    format: Literal["llama-2", "chatml"]
+    format: Literal[
+        "llama-2", "llama-3", "chatml", "zephyr", "phi-3", "vicuna", "mistral-v0.1", "mistral-v0.2", "mistral-v0.3",
+        "custom", "none",
+    ] = Field(description="custom: as the strings below say. none: the model has no chat.")  # fmt: skip
     default_system: str = Field("", description="System message used when a conversation brings none.")
+    begin: str = Field("", max_length=4096, description='Before everything. "{bos}" and "{eos}" stand for these tokens.')
+    system: str = Field(
+        "", max_length=4096, description='Around a system message, "{content}". Empty: there are none.'
+    )
+    user: str = Field("", max_length=4096, description='Around a user message: "USER: {content}\\n".')
+    assistant: str = Field("", max_length=4096, description="Around an answer that was given.")
+    answer: str = Field("", max_length=4096, description="Opens the answer.")
+    trim: bool = Field(False, description="Drop spaces around messages.")
+
+    @model_validator(mode="after")
+    def _strings_are_custom(self) -> "ChatConfig":
+        strings = {name: getattr(self, name) for name in ("begin", "system", "user", "assistant", "answer", "trim")}
+        if self.format != "custom":
+            if given := [name for name, value in strings.items() if value]:
+                raise ValueError(f"{', '.join(given)} can be set with format: custom alone, not {self.format}")
+            return self
+        for name in ("system", "user", "assistant"):
+            text = strings[name]
+            if (text or name != "system") and text.count("{content}") != 1:
+                raise ValueError(f'{name} is {text!r:.80}; it must hold "{{content}}" once')
+        return self
 
 
 class ModelEntry(_Section):
@@ -134,7 +158,13 @@ class ModelEntry(_Section):
     max_waiting_requests: int = Field(256, ge=1)
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
-    chat: ChatConfig | None = Field(None, description="Recognised from the checkpoint when unset.")
+    chat: ChatConfig | None = Field(None, description="Read out of the checkpoint's own template when unset.")
+    generation_config: Literal["auto", "vllm-like", "none"] = Field(
+        "auto",
+        description="What requests that leave sampling fields unset get. auto: temperature, top_p, top_k and min_p of the "
+        "checkpoint's generation_config.json where it says do_sample: true, and repetition_penalty; vllm-like: all of them "
+        "whatever do_sample says, and max_new_tokens; none: neutral values.",
+    )
 
 
 class RayConfig(_Section):

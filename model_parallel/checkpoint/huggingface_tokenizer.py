@@ -19,14 +19,16 @@ def read_tokenizer_settings(directory: Path, config: dict[str, Any]) -> Tokenize
     special_map = read_optional_json(directory / "special_tokens_map.json")
     added = _added_tokens_json(directory / "added_tokens.json")
     added |= _added_tokens_decoder(path, config.get("added_tokens_decoder") or {})
-    named = [token for source in (config, special_map) for token in _named_tokens(source)]
+    special = [token for source in (config, special_map) for token in _named_tokens(source)]
+    named = {key: text for source in (special_map, config) for key, text in _roles(source).items()}
     return TokenizerSettings(
         add_bos=settings.flag("add_bos_token"),
         class_name=settings.text("tokenizer_class"),
         legacy=settings.flag("legacy"),
         add_prefix_space=settings.flag("add_prefix_space"),
         added=tuple(added[token_id] for token_id in sorted(added)),
-        special_texts=frozenset(named),
+        named=tuple(sorted(named.items())),
+        special_texts=frozenset(special),
         bos_text=next((text for s in (config, special_map) if (text := token_text(s.get("bos_token")))), ""),
         eos_texts=tuple(
             dict.fromkeys(text for s in (config, special_map) if (text := token_text(s.get("eos_token"))))
@@ -43,13 +45,17 @@ def token_text(token: object) -> str:
 
 def _named_tokens(source: dict[str, Any]) -> list[str]:
     """Texts of everything called …_token, and of the lists of special tokens."""
-    found = [token_text(value) for key, value in source.items() if key.endswith("_token")]
+    found = [*_roles(source).values()]
     for key in _LISTS:
         values = source.get(key) or []
         if isinstance(values, dict):
             values = [*values.values()]
         found += [token_text(value) for value in values] if isinstance(values, list) else []
     return [text for text in found if text]
+
+
+def _roles(source: dict[str, Any]) -> dict[str, str]:
+    return {key: text for key, value in source.items() if key.endswith("_token") and (text := token_text(value))}
 
 
 def _added_tokens_json(path: Path) -> dict[int, AddedToken]:

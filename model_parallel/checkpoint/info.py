@@ -34,6 +34,8 @@ class TokenizerSettings:
     first; None where the checkpoint does not say."""
     add_prefix_space: bool | None = None
     added: tuple[AddedToken, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()
+    """Roles and texts of special tokens ("bos_token", "<s>"), as chat templates know them."""
     special_texts: frozenset[str] = frozenset()
     """Texts of tokens that are named in a special role."""
     bos_text: str = ""

@@ -15,7 +15,13 @@ from serving.observability.log import configure_logging
 from serving.observability.tracing import open_tracing
 from serving.tenants.client.accounts import TenantAccounts
 from serving.tenants.client.link import ActorLink
-from serving.text.tokenizer import load_tokenizer
+from serving.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def _tokenizer_of(card: ModelCard) -> Tokenizer:
+    """What the chat format writes is control to the tokenizer."""
+    literals = {} if card.chat is None else card.chat.literals
+    return load_tokenizer(Path(card.source), markup="".join(literals.values()))
 
 
 class Gateway:
@@ -31,7 +37,7 @@ class Gateway:
         tenancy: TenancyConfig | None,
     ) -> None:
         configure_logging("gateway", error_messages=False)
-        tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
+        tokenizers = {card.name: _tokenizer_of(card) for card in cards}
         self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
         backend = ServeBackend(cards, groups, self._receiver)

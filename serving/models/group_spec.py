@@ -1,5 +1,6 @@
 """From a `models:` entry of the configuration to what gateways and replica groups are made of."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from model_parallel.errors import ConfigError
 from model_parallel.memory import Device, Workload, kv_cache_tokens, plan_group
 from serving.config import ChatConfig, ModelEntry
 from serving.contracts.models import ModelCard
+from serving.models.chat import resolve_text
 from serving.models.fetch import KNOWN_MODELS, resolve_source
+from serving.models.generation_defaults import default_sampling
 from serving.models.licence import licence_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,16 +119,18 @@ def _max_model_len(entry: ModelEntry, max_position: int, cache_tokens: int) -> i
     return entry.max_model_len
 
 
-def _chat(entry: ModelEntry, info: CheckpointInfo) -> ChatConfig | None:
-    if entry.chat is not None:
-        return entry.chat
-    if known := KNOWN_MODELS.get(entry.source):
+def _chat(entry: ModelEntry) -> ChatConfig | None:
+    """What the configuration says, or what is known of a model that can be fetched by name."""
+    if entry.chat is None and (known := KNOWN_MODELS.get(entry.source)):
         return ChatConfig.model_validate({"format": known.chat_format, "default_system": known.chat_default_system})
-    return ChatConfig.model_validate({"format": info.chat_format}) if info.chat_format else None
+    return entry.chat
 
 
 def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelCard:
-    chat = _chat(entry, info)
+    text = resolve_text(info, _chat(entry))
+    for warning in (*info.warnings, *text.warnings):
+        _log.warning("%s", warning)
+    chat = text.chat_format
     return ModelCard(
         name=entry.name,
         source=str(info.path),
@@ -131,10 +138,13 @@ def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelC
         num_parameters=info.config.num_parameters,
         vocab_size=info.config.vocab_size,
         max_model_len=max_model_len,
-        bos_token_id=info.config.bos_token_id,
-        eos_token_ids=info.config.eos_token_ids,
-        chat_format=chat.format if chat else "",
-        chat_default_system=chat.default_system if chat else "",
+        bos_token_id=text.tokenizer.bos_token_id,
+        eos_token_ids=text.eos_token_ids,
+        chat_format=chat.name if chat else "",
+        chat_default_system=(chat.default_system or chat.shown_system) if chat else "",
+        chat=chat,
+        generation_config=entry.generation_config,
+        default_sampling=default_sampling(info, entry.generation_config),
         dtype=entry.dtype,
         device=entry.device,
         tensor_parallel_size=entry.tensor_parallel_size,

@@ -159,6 +159,7 @@ NAMED_FORMATS: Mapping[str, ChatFormat] = MappingProxyType(
                 answered="[/INST] ",
                 following=f"{EOS}[INST] ",
                 system=("", "\n\n"),
+                trims_assistant=True,
                 system_before_last=True,
             ),
         )

@@ -17,7 +17,7 @@ from serving.text.chat import ChatMessage, render_parts
 from serving.text.chat_formats import NAMED_FORMATS, TEMPLATE, with_tokens
 
 _RUNNER = Path(__file__).with_name("template_runner.py")
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 120.0
 _LEFT, _RIGHT = " \n\t ", "\t \n "
 """Spaces around a probe's messages: those that are gone in the text were trimmed."""
 _KINDS = {"s": SYSTEM, "u": USER, "a": ASSISTANT}

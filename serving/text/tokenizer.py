@@ -88,10 +88,15 @@ class Tokenizer:
         Raises RequestError for a text that is not Unicode (a lone surrogate, which JSON can smuggle in), and for one that would
         become a control token, which no known tokenizer does.
         """
-        ids = self.encode_parts([Part(text, is_markup=True)]) if parse_special else self._encode(text, is_first=True)
-        if add_bos and self._vocabulary.add_bos and self.bos_token_id is not None:
-            if not (parse_special and ids[:1] == [self.bos_token_id]):
-                ids.insert(0, self.bos_token_id)
+        if parse_special:
+            bos_text = self.control_token_text(self.bos_token_id) or ""
+            begins_with_bos = bool(bos_text) and text.startswith(bos_text)
+            ids = self.encode_parts([Part(text.removeprefix(bos_text), is_markup=True)])
+        else:
+            begins_with_bos = False
+            ids = self._encode(text, is_first=True)
+        if (begins_with_bos or (add_bos and self._vocabulary.add_bos)) and self.bos_token_id is not None:
+            ids.insert(0, self.bos_token_id)
         return ids
 
     def encode_parts(self, parts: Iterable[Part], *, every_part_is_first: bool = False) -> list[int]:

@@ -276,7 +276,7 @@ PUBLISHED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "Mistral 0.1": (_MISTRAL_0_1, "mistral-v0.1"),
         "Mistral 0.2": (_MISTRAL_0_2, "mistral-v0.2"),
         "Mistral 0.2 with a system message": (_MISTRAL_0_2_SYSTEM, "template"),
-        "Mistral 0.3": (_MISTRAL_0_3, "template"),
+        "Mistral 0.3": (_MISTRAL_0_3, "mistral-v0.3"),
         "ChatML": (_CHATML, "chatml"),
         "ChatML after BOS": ("{{ bos_token }}" + _CHATML, "template"),
         "ChatML with a default system message": (_chatml_default("You are a helpful assistant."), "chatml"),

@@ -95,8 +95,10 @@ class Generator:
         for field, prompt in check_generate(query, card, self._limits).items():
             token_ids = await encoder.encode(field, prompt)
             max_tokens = output_budget(len(token_ids), query.max_tokens, card, field)
+            if query.max_tokens is None:
+                max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
-            sequences += [(token_ids, _sampling_params(query, seed=seed, max_tokens=max_tokens))] * num_choices
+            sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
@@ -250,8 +252,10 @@ class Generator:
         ]
 
 
-def _sampling_params(query: GenerateQuery, *, seed: int, max_tokens: int) -> SamplingParams:
-    given = {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+def _sampling_params(query: GenerateQuery, card: ModelCard, *, seed: int, max_tokens: int) -> SamplingParams:
+    defaults = {field: value for field, value in card.default_sampling.items() if field in _SAME_NAME}
+    given = defaults | {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+    given |= {"top_k": int(given["top_k"])} if "top_k" in given else {}
     return SamplingParams(
         **given,
         seed=seed,

@@ -190,6 +190,8 @@ def model_card(card: ModelCard) -> pb.ModelCard:
         num_groups=card.num_groups,
         deterministic=card.deterministic,
         kernels=card.kernels,
+        generation_config=card.generation_config,
+        default_sampling=card.default_sampling,
         licence=pb.Licence(
             name=card.licence.name, notice=card.licence.notice, use_policy_url=card.licence.use_policy_url
         ),
