@@ -109,10 +109,10 @@ class ChatConfig(_Section):
         "custom", "none",
     ] = Field(description="custom: as the strings below say. none: the model has no chat.")  # fmt: skip
     default_system: str = Field("", description="System message used when a conversation brings none.")
-    begin: str = Field("", max_length=4096, description='Before everything. "{bos}" and "{eos}" stand for these tokens.')
-    system: str = Field(
-        "", max_length=4096, description='Around a system message, "{content}". Empty: there are none.'
+    begin: str = Field(
+        "", max_length=4096, description='Before everything. "{bos}" and "{eos}" stand for these tokens.'
     )
+    system: str = Field("", max_length=4096, description='Around a system message, "{content}". Empty: there are none.')
     user: str = Field("", max_length=4096, description='Around a user message: "USER: {content}\\n".')
     assistant: str = Field("", max_length=4096, description="Around an answer that was given.")
     answer: str = Field("", max_length=4096, description="Opens the answer.")

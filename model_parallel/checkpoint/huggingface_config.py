@@ -152,7 +152,9 @@ def _rope(settings: Settings, head_dim: int, max_position: int) -> tuple[float, 
     """theta, divisors of the frequencies, and the scaling in words. Older files give rope_theta and rope_scaling, newer ones
     both in rope_parameters; a file that has both must not say two things.
     """
-    given = {key: _rope_object(settings, key) for key in ("rope_parameters", "rope_scaling") if settings.values.get(key)}
+    given = {
+        key: _rope_object(settings, key) for key in ("rope_parameters", "rope_scaling") if settings.values.get(key)
+    }
     thetas = {"rope_theta": settings.optional_real("rope_theta")}
     thetas |= {f"{key}.rope_theta": rope.optional_real("rope_theta") for key, rope in given.items()}
     different = {key: theta for key, theta in thetas.items() if theta is not None}
@@ -160,10 +162,14 @@ def _rope(settings: Settings, head_dim: int, max_position: int) -> tuple[float, 
         raise CheckpointError(f"{settings.path} says {different}; one rope_theta is needed")
     theta = next(iter(different.values()), 10000.0)
     scalings = [
-        scaling for key, rope in given.items() if any(scaling := _scaling(settings, key, rope, theta, head_dim, max_position))
+        scaling
+        for key, rope in given.items()
+        if any(scaling := _scaling(settings, key, rope, theta, head_dim, max_position))
     ]
     if len({divisors for divisors, _ in scalings}) > 1:
-        raise CheckpointError(f"{settings.path}: rope_scaling and rope_parameters say different things; keep one of them")
+        raise CheckpointError(
+            f"{settings.path}: rope_scaling and rope_parameters say different things; keep one of them"
+        )
     return (theta, *(scalings[0] if scalings else ((), "")))
 
 
@@ -172,7 +178,9 @@ def _rope_object(settings: Settings, key: str) -> Settings:
     if not isinstance(given, dict):
         raise CheckpointError(f"{settings.path}: {key} is {given!r:.80}, which is not supported; an object is needed")
     if nested := sorted(name for name, value in given.items() if isinstance(value, dict)):
-        raise CheckpointError(f"{settings.path}: {key} has {nested}, one scaling a kind of layer, which is not supported")
+        raise CheckpointError(
+            f"{settings.path}: {key} has {nested}, one scaling a kind of layer, which is not supported"
+        )
     return Settings(Path(f"{settings.path}: {key}"), given)  # so that errors name the field around theirs
 
 

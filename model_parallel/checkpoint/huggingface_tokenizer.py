@@ -30,9 +30,7 @@ def read_tokenizer_settings(directory: Path, config: dict[str, Any]) -> Tokenize
         named=tuple(sorted(named.items())),
         special_texts=frozenset(special),
         bos_text=next((text for s in (config, special_map) if (text := token_text(s.get("bos_token")))), ""),
-        eos_texts=tuple(
-            dict.fromkeys(text for s in (config, special_map) if (text := token_text(s.get("eos_token"))))
-        ),
+        eos_texts=tuple(dict.fromkeys(text for s in (config, special_map) if (text := token_text(s.get("eos_token"))))),
     )
 
 
@@ -61,8 +59,8 @@ def _roles(source: dict[str, Any]) -> dict[str, str]:
 def _added_tokens_json(path: Path) -> dict[int, AddedToken]:
     """Ids by text. An older form of the file is a list, which transformers does not read either."""
     tokens = {}
-    for text, token_id in read_optional_json(path).items():
-        token_id = _checked_id(path, text, token_id)
+    for text, given in read_optional_json(path).items():
+        token_id = _checked_id(path, text, given)
         tokens[token_id] = AddedToken(id=token_id, text=text, special=None)
     return tokens
 

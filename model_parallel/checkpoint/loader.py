@@ -106,9 +106,7 @@ def check_tied_head(checkpoint: Checkpoint, table: dict[str, Shard]) -> None:
     if same:
         rows = range(shard.start, shard.stop)
         step = max(1, _TIED_CHUNK_ELEMENTS // shard.full_shape[1])
-        parts = (
-            replace(shard, start=start, stop=min(start + step, rows.stop)) for start in rows[::step]
-        )
+        parts = (replace(shard, start=start, stop=min(start + step, rows.stop)) for start in rows[::step])
         same = all(
             torch.equal(*(checkpoint.read(name, part, torch.float32) for name in (LM_HEAD, EMBEDDING)))
             for part in parts

@@ -26,7 +26,7 @@ _NOT_THE_FILE = ("is a link", "is a directory", "is a Git LFS pointer", "is a po
 
 
 def what_it_is(path: Path) -> str:
-    """What a file is instead of what its name says, as the rest of a sentence that begins with its path; "" when it looks right."""
+    """What a file is instead of what its name says, to follow its path in a sentence; "" when it looks right."""
     if path.is_symlink() and not path.exists():
         return f"is a link to {path.readlink()}, which does not exist; download it again"
     if path.is_dir():
@@ -71,7 +71,7 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
 
 
 def _cut_safetensors(path: Path, size: int, head: bytes) -> str:
-    """Whether a file is shorter or longer than its own header says; what is wrong inside of the header is the library's to say."""
+    """Whether a file is shorter or longer than its own header says; what is wrong inside it is the library's to say."""
     header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if size >= _LENGTH_BYTES and header_bytes > _MAX_SAFETENSORS_HEADER:
         return ""

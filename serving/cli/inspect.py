@@ -95,8 +95,8 @@ def inspect(
     source: Annotated[Path, typer.Argument(help="Directory in Hugging Face's or Meta's format, or GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is, and check that nothing of it is missing or left over. Of the weights only a head that is said to be
-    tied is read."""
+    """Say what a checkpoint is, and check that nothing of it is missing or left over. Only a head that is said
+    to be tied is read of the weights."""
     found = inspect_checkpoint(describe(source))
     if as_json:
         typer.echo(json.dumps(found, indent=2))

@@ -129,4 +129,3 @@ def template_tokens(info: CheckpointInfo, tokenizer: Tokenizer) -> dict[str, str
         if name not in tokens and text is not None:
             tokens[name] = text
     return tokens
-

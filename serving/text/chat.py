@@ -46,7 +46,7 @@ class ChatError(ValueError):
 
 
 def named_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
-    """A known format with this tokenizer's tokens. Raises ConfigError for one that is not known, or that the model cannot have."""
+    """A known format with this tokenizer's tokens. Raises ConfigError for one that is not known, or that it cannot have."""
     if name not in NAMED_FORMATS:
         raise ConfigError(f"chat format {name!r} is not known; allowed: {', '.join(NAMED_FORMATS)}")
     known = NAMED_FORMATS[name]
@@ -54,9 +54,7 @@ def named_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
     bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
     if (BOS in written and bos is None) or (EOS in written and eos is None):
         raise ConfigError(f"the {name} chat format needs a tokenizer with BOS and EOS")
-    made = with_tokens(
-        known, bos=tokenizer.control_token_text(bos) or "", eos=tokenizer.control_token_text(eos) or ""
-    )
+    made = with_tokens(known, bos=tokenizer.control_token_text(bos) or "", eos=tokenizer.control_token_text(eos) or "")
     check_control_tokens(made, tokenizer)
     return made
 
@@ -158,9 +156,7 @@ def _check_order(messages: Sequence[ChatMessage], chat_format: ChatFormat, *, co
     for index, message in enumerate(conversation, start=num_system):
         if chat_format.literal(before, message.role) is None:
             expected = USER if before in (START, SYSTEM, ASSISTANT) else ASSISTANT
-            raise ChatError(
-                index, f"role is {message.role!r}; roles must alternate user/assistant, here {expected!r}"
-            )
+            raise ChatError(index, f"role is {message.role!r}; roles must alternate user/assistant, here {expected!r}")
         before = message.role
     last = messages[-1].role
     if continues_last:

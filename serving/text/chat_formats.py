@@ -89,10 +89,11 @@ def _alternating(
         right += [between(USER, ASSISTANT), between(USER, ANSWER)]
     if trims_assistant:
         left.append(between(USER, ASSISTANT))
-        right += [between(ASSISTANT, USER), *([between(ASSISTANT, SYSTEM)] if between(ASSISTANT, SYSTEM) in literals else [])]
-    return ChatFormat(
-        name=name, literals=literals, trimmed_left=tuple(left), trimmed_right=tuple(right), **settings
-    )
+        right += [
+            between(ASSISTANT, USER),
+            *([between(ASSISTANT, SYSTEM)] if between(ASSISTANT, SYSTEM) in literals else []),
+        ]
+    return ChatFormat(name=name, literals=literals, trimmed_left=tuple(left), trimmed_right=tuple(right), **settings)
 
 
 def _tagged(name: str, end: str, *, begin: str = "") -> ChatFormat:
@@ -104,9 +105,7 @@ def _tagged(name: str, end: str, *, begin: str = "") -> ChatFormat:
 def _with_headers(name: str, opens: str, closes: str, end: str, *, begin: str = "", trim: bool = False) -> ChatFormat:
     system, user, assistant = (f"{opens}{role}{closes}{CONTENT}{end}" for role in _ROLES)
     answer = f"{opens}{ASSISTANT}{closes}"
-    return from_strings(
-        name, begin=begin, system=system, user=user, assistant=assistant, answer=answer, trim=trim
-    )
+    return from_strings(name, begin=begin, system=system, user=user, assistant=assistant, answer=answer, trim=trim)
 
 
 NAMED_FORMATS: Mapping[str, ChatFormat] = MappingProxyType(
@@ -125,7 +124,9 @@ NAMED_FORMATS: Mapping[str, ChatFormat] = MappingProxyType(
                 system_joins_user=True,
                 every_part_is_first=True,
             ),
-            _with_headers("llama-3", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", begin=BOS, trim=True),
+            _with_headers(
+                "llama-3", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", begin=BOS, trim=True
+            ),
             _with_headers("chatml", "<|im_start|>", "\n", "<|im_end|>\n"),
             _tagged("zephyr", EOS),
             _tagged("phi-3", "<|end|>"),

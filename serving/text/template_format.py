@@ -1,7 +1,7 @@
 """A checkpoint's chat template as plain strings (contracts/chat.py), found by what it writes around probe conversations.
 
-Nothing is guessed from how a template looks: what it writes between two messages is read off, and the format so found must give the
-template's own text, character by character, for other conversations. What it does not, is said.
+Nothing is guessed from how a template looks: what it writes between two messages is read off, and the format so found must give
+the template's own text, character by character, for other conversations. What it does not, is said.
 """
 
 import json
@@ -61,8 +61,7 @@ _SPECIAL: Mapping[str, tuple[Conversation, ...]] = {
     ),
 }
 _LONG = tuple(
-    ChatMessage((USER, ASSISTANT)[index % 2] if index else SYSTEM, f"word{index}")
-    for index in [0, *range(2, 14), 14]
+    ChatMessage((USER, ASSISTANT)[index % 2] if index else SYSTEM, f"word{index}") for index in [0, *range(2, 14), 14]
 )
 
 
@@ -138,7 +137,9 @@ def _read(probes: Sequence[tuple[str, list[ChatMessage], bool]], texts: Sequence
         order = None if isinstance(text, Exception) else _order(messages, text)
         if order is None or isinstance(text, Exception):
             if shape in _NEEDED:
-                reason = f"refuses a plain conversation ({text})" if isinstance(text, Exception) else "leaves messages out"
+                reason = (
+                    f"refuses a plain conversation ({text})" if isinstance(text, Exception) else "leaves messages out"
+                )
                 raise TemplateError(reason)
             continue
         if shape in ("suau", "suauau"):

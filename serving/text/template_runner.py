@@ -2,9 +2,9 @@
 
     python template_runner.py < request.json > answer.json
 
-A template is a program that came with the weights. It runs here alone: when a model is started or inspected, never for a request, in
-jinja2's sandbox for untrusted templates (as transformers runs it), with bounds on memory, time and output, no files to write, no
-processes to start, and no secrets in its environment or arguments. Imports nothing of the project.
+A template is a program that came with the weights. It runs here alone: when a model is started or inspected, never for a
+request, in jinja2's sandbox for untrusted templates (as transformers runs it), with bounds on memory, time and output, no files
+to write, and no secrets in its environment or arguments. Imports nothing of the project.
 """
 
 import json

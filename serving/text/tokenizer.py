@@ -118,12 +118,13 @@ class Tokenizer:
                 continue
             before = pieces[index - 1] if index else None
             after = pieces[index + 1] if index + 1 < len(pieces) else None
+            text = piece
             if isinstance(before, ControlToken) and before.rstrip:
-                piece = piece.lstrip()
+                text = text.lstrip()
             if isinstance(after, ControlToken) and after.lstrip:
-                piece = piece.rstrip()
-            if piece:
-                ids += self._encode(piece, is_first=every_part_is_first or not index)
+                text = text.rstrip()
+            if text:
+                ids += self._encode(text, is_first=every_part_is_first or not index)
         return ids
 
     def _encode(self, text: str, *, is_first: bool) -> list[int]:

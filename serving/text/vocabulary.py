@@ -51,5 +51,3 @@ def special_ids(info: CheckpointInfo) -> set[int]:
     """Control tokens by their ids."""
     bos = info.config.bos_token_id
     return {*info.config.eos_token_ids, *(() if bos is None else (bos,))}
-
-

@@ -87,8 +87,12 @@ _ZEPHYR = """{% for message in messages %}
 {% endfor %}"""
 _VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
-    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = \"" + VICUNA_SYSTEM + "\" %}"
-    "{% endif %}{{ bos_token }}{% for message in loop_messages %}" + _ALTERNATE + "{% if loop.index0 == 0 %}{{ system_message "
+    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = \""
+    + VICUNA_SYSTEM
+    + '" %}'
+    "{% endif %}{{ bos_token }}{% for message in loop_messages %}"
+    + _ALTERNATE
+    + "{% if loop.index0 == 0 %}{{ system_message "
     "+ ' ' }}{% endif %}{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
     "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -96,7 +100,9 @@ _VICUNA = (
 _VICUNA_WITH_SPACES = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
     "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = '' %}{% endif %}"
-    "{% for message in loop_messages %}" + _ALTERNATE + "{% if loop.index0 == 0 %}{{ bos_token + system_message }}{% endif %}"
+    "{% for message in loop_messages %}"
+    + _ALTERNATE
+    + "{% if loop.index0 == 0 %}{{ bos_token + system_message }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'].strip() }}{% elif message['role'] == 'assistant' %}"
     "{{ ' ASSISTANT: ' + message['content'].strip() + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
     "{{ ' ASSISTANT:' }}{% endif %}"
@@ -147,7 +153,8 @@ _MISTRAL_0_3 = """{%- if messages[0]["role"] == "system" %}
 {%- set ns = namespace() %}
 {%- set ns.index = 0 %}
 {%- for message in loop_messages %}
-    {%- if not (message.role == "tool" or message.role == "tool_results" or (message.tool_calls is defined and message.tool_calls is not none)) %}
+    {%- if not (message.role == "tool" or message.role == "tool_results" or
+        (message.tool_calls is defined and message.tool_calls is not none)) %}
         {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
             {{- raise_exception("After the optional system message, conversation roles must alternate user/assistant/...") }}
         {%- endif %}
@@ -217,7 +224,8 @@ _CHATML_TOOLS = """{%- if tools %}
     {%- endif %}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or
+        (message.role == "assistant" and not message.tool_calls) %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- elif message.role == "assistant" %}
         {{- '<|im_start|>' + message.role }}
@@ -283,7 +291,10 @@ PUBLISHED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "ChatML, last message left open": (_CHATML_OPEN_LAST, "chatml"),
         "ChatML without the last line break": (_CHATML.replace("assistant\n", "assistant"), "template"),
         "ChatML without line breaks after the end": (_CHATML.replace(" + '\n'}}", "}}"), "template"),
-        "ChatML with trimmed messages": (_CHATML.replace("message['content']", "message['content'] | trim"), "template"),
+        "ChatML with trimmed messages": (
+            _CHATML.replace("message['content']", "message['content'] | trim"),
+            "template",
+        ),
         "ChatML with tools": (_CHATML_TOOLS, "chatml"),
         "tools only in ChatML": (_TOOLS_ONLY_CHATML, "template"),
         "Phi-3": (_PHI_3, "phi-3"),

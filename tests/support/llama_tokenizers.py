@@ -97,8 +97,8 @@ def tokenizer_json() -> str:
 
 
 def tokenizer_json_with(texts: Sequence[str], *, scheme: str = "") -> str:
-    """The same with control tokens after its 500; with `scheme` ("always", "first", "never") the space that texts begin with is of
-    the kind that newer files have, a Metaspace step."""
+    """The same with control tokens after its 500; with `scheme` ("always", "first", "never") the space that texts begin with is
+    of the kind that newer files have, a Metaspace step."""
     data = json.loads(tokenizer_json())
     for i, text in enumerate(texts):
         data["added_tokens"].append(data["added_tokens"][1] | {"id": 500 + i, "content": text})
@@ -119,7 +119,10 @@ def byte_level_json(texts: Sequence[str]) -> str:
     library.decoder = decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>", *texts]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     library.train_from_iterator(CORPUS, trainer)
     return str(library.to_str())

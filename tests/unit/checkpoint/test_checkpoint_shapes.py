@@ -148,7 +148,10 @@ def test_heads_that_are_null_are_as_many_as_the_query_heads(single: Path) -> Non
         ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, (4.0,) * 4),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, (4.0,) * 4),
         (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 4}},
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "rope_scaling": {"type": "linear", "factor": 4},
+            },
             (4.0,) * 4,
         ),
     ],
@@ -266,7 +269,7 @@ def test_shards_without_an_index(sharded: Path, saved: Path, suffix: str) -> Non
         describe(sharded)
     (sharded / "kept").rename(gone)
     (sharded / gone.name.replace("00007", "00008")).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="files of 7 and of 8 parts.*delete the stale ones"):
+    with pytest.raises(CheckpointError, match=r"files of 7 and of 8 parts.*delete the stale ones"):
         describe(sharded)
 
 
@@ -287,7 +290,9 @@ def test_a_single_file_beside_shards_without_an_index(sharded: Path, saved: Path
 def test_missing_shards_are_all_named(sharded: Path) -> None:
     for number in (2, 5):
         (sharded / f"model-{number:05}-of-00007.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="names model-00002-of-00007.safetensors, model-00005.*, which are missing"):
+    with pytest.raises(
+        CheckpointError, match=r"names model-00002-of-00007.safetensors, model-00005.*, which are missing"
+    ):
         describe(sharded)
     torch.save({}, sharded / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=f"to load pytorch_model.bin instead, delete {INDEX}"):
@@ -435,12 +440,19 @@ def test_end_tokens_beyond_the_vocabulary(single: Path) -> None:
     assert info.config.eos_token_ids == (2,)
     assert "special token 101 is not below the vocabulary's 101; answers end at 2" in info.warnings[0]
     write_config(single, eos_token_id=101)
-    with pytest.raises(CheckpointError, match="special token 101 .* no answer would ever end"):
+    with pytest.raises(CheckpointError, match=r"special token 101 .* no answer would ever end"):
         describe(single)
 
 
 def test_generation_settings(single: Path) -> None:
-    values = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "max_length": 4096, "eos_token_id": [2, 3]}
+    values = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 50,
+        "max_length": 4096,
+        "eos_token_id": [2, 3],
+    }
     (single / "generation_config.json").write_text(json.dumps(values | {"min_p": None}))
     info = describe(single)
     found = info.generation

@@ -295,7 +295,7 @@ def test_linear_scaling(tmp_path: Path, values: dict[str, str | float], divisor:
 def test_other_scaling_is_refused(tmp_path: Path) -> None:
     tiny = TinyGguf()
     tiny.values |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
-    with pytest.raises(CheckpointError, match="llama.rope.scaling.type is 'yarn'.*made without it"):
+    with pytest.raises(CheckpointError, match=r"llama.rope.scaling.type is 'yarn'.*made without it"):
         describe(tiny.write(tmp_path / "x.gguf"))
 
 

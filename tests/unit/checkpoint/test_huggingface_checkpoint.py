@@ -76,7 +76,11 @@ def test_configuration(tmp_path: Path) -> None:
     assert info.config.num_parameters == model.num_parameters()
     assert (info.config.head_dim, info.config.rope_theta, info.config.rms_norm_eps) == (16, 5e5, 1e-5)
     assert (info.config.bos_token_id, info.config.eos_token_ids) == (1, (2, 7, 9))
-    assert (info.chat_template, info.add_bos, info.tokenizer_kind) == ("{{ '[INST] <<SYS>>' }}", True, "tokenizer.model")
+    assert (info.chat_template, info.add_bos, info.tokenizer_kind) == (
+        "{{ '[INST] <<SYS>>' }}",
+        True,
+        "tokenizer.model",
+    )
     assert not info.config.tie_word_embeddings
 
 
@@ -131,7 +135,10 @@ def test_progress_counts_the_shard(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "default, linear, llama3 and dynamic scaling are"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "made without longrope scaling"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}}, "rope_scaling is {'type': 'dynamic'"),
-        ({"rope_scaling": LLAMA_3_SCALING, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "different things"),
+        (
+            {"rope_scaling": LLAMA_3_SCALING, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "different things",
+        ),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "one rope_theta is needed"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters is {'rope_type': 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"rope_parameters has \['full_attention'\]"),
@@ -141,7 +148,10 @@ def test_progress_counts_the_shard(tmp_path: Path) -> None:
         ({"sliding_window": -1}, "sliding_window is -1"),
         ({"vocab_size": 101.5}, "vocab_size is 101.5; a whole number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq., which cannot be read; serve the model.s unquantised"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantised .gptq., which cannot be read; serve the model.s unquantised",
+        ),
         ({"hidden_size": "48"}, "hidden_size is '48'"),
         ({"hidden_size": None}, "does not give hidden_size"),
         ({"hidden_size": True}, "hidden_size is True"),

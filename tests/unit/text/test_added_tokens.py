@@ -46,7 +46,10 @@ def load(directory: Path, vocabulary: dict[str, str | bytes], **files: Any) -> T
     [
         {"tokenizer_config__json": {"added_tokens_decoder": {"505": IM_END}, "eos_token": "<|im_end|>"}},
         {"added_tokens__json": {"<|im_end|>": 505}, "tokenizer_config__json": {"eos_token": "<|im_end|>"}},
-        {"added_tokens__json": {"<|im_end|>": 505}, "special_tokens_map__json": {"eos_token": {"content": "<|im_end|>"}}},
+        {
+            "added_tokens__json": {"<|im_end|>": 505},
+            "special_tokens_map__json": {"eos_token": {"content": "<|im_end|>"}},
+        },
     ],
 )
 def test_an_end_token_that_only_the_tokenizers_files_name(
@@ -100,7 +103,11 @@ def test_a_token_in_the_place_of_a_byte_is_refused(tmp_path: Path) -> None:
 
 
 def test_bos_of_the_tokenizers_files(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:
-    config = {"bos_token": "<|start|>", "add_bos_token": True, "added_tokens_decoder": {"500": IM_END | {"content": "<|start|>"}}}
+    config = {
+        "bos_token": "<|start|>",
+        "add_bos_token": True,
+        "added_tokens_decoder": {"500": IM_END | {"content": "<|start|>"}},
+    }
     tokenizer = load(tmp_path, vocabulary, tokenizer_config__json=config)
     assert tokenizer.bos_token_id == 500
     assert tokenizer.encode("a")[0] == 500
@@ -115,7 +122,10 @@ def test_spaces_around_control_tokens_in_markup(tmp_path: Path) -> None:
     library = Library.from_str(text)
     tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=text))
     for markup in ("<|user|>\n a <|end|>\n b", "<|user|> <|end|>", "x <|end|><|user|>\n"):
-        assert tokenizer.encode_parts([Part(markup, is_markup=True)]) == library.encode(markup, add_special_tokens=False).ids
+        assert (
+            tokenizer.encode_parts([Part(markup, is_markup=True)])
+            == library.encode(markup, add_special_tokens=False).ids
+        )
 
 
 def test_parse_special(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:
@@ -173,7 +183,9 @@ def test_several_unknown_pieces(tmp_path: Path) -> None:
 
 def test_no_unknown_piece(tmp_path: Path) -> None:
     kept = [p for p in pieces() if p.piece != "<unk>"]
-    path = write_gguf(tmp_path / "x.gguf", [p.piece for p in kept], [p.type for p in kept], bos_token_id=0, eos_token_id=1)
+    path = write_gguf(
+        tmp_path / "x.gguf", [p.piece for p in kept], [p.type for p in kept], bos_token_id=0, eos_token_id=1
+    )
     tokenizer = load_tokenizer(path)
     assert tokenizer.vocab_size == 499
     assert tokenizer.decode(tokenizer.encode("🙂 hello", add_bos=False)) == "🙂 hello"

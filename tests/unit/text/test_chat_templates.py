@@ -174,7 +174,9 @@ def test_what_a_template_does_to_messages_is_told(tmp_path: Path) -> None:
 # ---- from a checkpoint's files to its format ----
 
 
-def checkpoint(directory: Path, template: str = "", control: tuple[str, ...] = CONTROL_TOKENS, **config: object) -> Path:
+def checkpoint(
+    directory: Path, template: str = "", control: tuple[str, ...] = CONTROL_TOKENS, **config: object
+) -> Path:
     settings = config | ({"chat_template": template} if template else {})
     return llama_directory(
         directory, tokenizer__json=tokenizer_json_with(control), tokenizer_config__json=json.dumps(settings)
@@ -244,7 +246,9 @@ def test_a_plain_string_format(tmp_path: Path) -> None:
     expected = text.tokenizer.encode_parts([])
     assert expected == []
     assert ids[0] == 1 and ids.count(2) == 1
-    assert text.tokenizer.decode(ids).replace("\n ###", "\n###") == "Be brief.\n\n### Q: a\n### A: b\n### Q: </s>c\n### A:"
+    assert (
+        text.tokenizer.decode(ids).replace("\n ###", "\n###") == "Be brief.\n\n### Q: a\n### A: b\n### Q: </s>c\n### A:"
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,9 +303,7 @@ def test_legacy_decides_about_the_space_after_a_control_token(tmp_path: Path) ->
         directory = tmp_path / str(legacy)
         directory.mkdir()
         config = {"legacy": legacy, "added_tokens_decoder": added}
-        llama_directory(
-            directory, tokenizer__model=sentencepiece_model(), tokenizer_config__json=json.dumps(config)
-        )
+        llama_directory(directory, tokenizer__model=sentencepiece_model(), tokenizer_config__json=json.dumps(config))
         text = resolve_text(describe(directory), ChatConfig(format="chatml"))
         assert text.chat_format is not None
         ids = render_chat([ChatMessage(USER, "x")], chat_format=text.chat_format, tokenizer=text.tokenizer)
@@ -317,4 +319,6 @@ def test_literals_of_two_roles_that_cannot_follow(derived: dict[str, Derived]) -
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer.json is a Git LFS pointer"):
-        resolve_text(describe(llama_directory(tmp_path, tokenizer__json="version https://git-lfs.github.com/spec/v1\n")))
+        resolve_text(
+            describe(llama_directory(tmp_path, tokenizer__json="version https://git-lfs.github.com/spec/v1\n"))
+        )
