@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from model_parallel.checkpoint.detect import CheckpointInfo
 from model_parallel.errors import ConfigError
 from serving.config import ChatConfig
@@ -112,8 +114,7 @@ def _configured(chat: ChatConfig, tokenizer: Tokenizer) -> ChatFormat | None:
         made = named_format(known.name, tokenizer)
     if not chat.default_system:
         return made
-    fields = {name: getattr(made, name) for name in made.__struct_fields__}
-    return ChatFormat(**(fields | {"default_system": chat.default_system}))
+    return replace(made, default_system=chat.default_system)
 
 
 def _first(tokenizer: Tokenizer) -> int | None:

@@ -7,6 +7,8 @@ them.
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from msgspec.structs import replace
+
 from serving.contracts.chat import ANSWER, ASSISTANT, START, SYSTEM, USER, ChatFormat, between
 
 CONTENT = "{content}"
@@ -69,7 +71,9 @@ def _alternating(
     opens_answer: str | None = None,
     trims_user: bool = False,
     trims_assistant: bool = False,
-    **settings: bool,
+    system_before_last: bool = False,
+    system_joins_user: bool = False,
+    every_part_is_first: bool = False,
 ) -> ChatFormat:
     """One in which user and assistant take turns, and the system message stands inside a user's: `system` has what stands
     before it and after it."""
@@ -81,7 +85,7 @@ def _alternating(
     }
     if system is not None:
         literals |= {between(START, SYSTEM): first + system[0], between(SYSTEM, USER): system[1]}
-        if settings.get("system_before_last"):
+        if system_before_last:
             literals[between(ASSISTANT, SYSTEM)] = following + system[0]
     left, right = [], []
     if trims_user:
@@ -93,7 +97,15 @@ def _alternating(
             between(ASSISTANT, USER),
             *([between(ASSISTANT, SYSTEM)] if between(ASSISTANT, SYSTEM) in literals else []),
         ]
-    return ChatFormat(name=name, literals=literals, trimmed_left=tuple(left), trimmed_right=tuple(right), **settings)
+    return ChatFormat(
+        name=name,
+        literals=literals,
+        trimmed_left=tuple(left),
+        trimmed_right=tuple(right),
+        system_before_last=system_before_last,
+        system_joins_user=system_joins_user,
+        every_part_is_first=every_part_is_first,
+    )
 
 
 def _tagged(name: str, end: str, *, begin: str = "") -> ChatFormat:
@@ -172,5 +184,4 @@ CHAT_FORMATS = tuple(NAMED_FORMATS)
 def with_tokens(chat_format: ChatFormat, *, bos: str, eos: str) -> ChatFormat:
     """The format with the texts of a tokenizer's tokens."""
     literals = {key: text.replace(BOS, bos).replace(EOS, eos) for key, text in chat_format.literals.items()}
-    fields = {name: getattr(chat_format, name) for name in chat_format.__struct_fields__}
-    return ChatFormat(**(fields | {"literals": literals}))
+    return replace(chat_format, literals=literals)

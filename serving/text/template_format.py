@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from serving.contracts.chat import ANSWER, ASSISTANT, START, SYSTEM, USER, ChatFormat, between
 from serving.text.chat import ChatMessage, render_parts
 from serving.text.chat_formats import NAMED_FORMATS, TEMPLATE, with_tokens
@@ -165,9 +167,9 @@ def _read(probes: Sequence[tuple[str, list[ChatMessage], bool]], texts: Sequence
         trimmed_right=tuple(sorted(right)),
         system_before_last=True in before_last,
     )
-    joined = _fields(found) | {"system_joins_user": True}
     # Only Llama 2 and what is made like it trims the system text along with an empty message.
-    return ChatFormat(**joined) if between(USER, ANSWER) in right and between(SYSTEM, USER) not in left else found
+    joins = between(USER, ANSWER) in right and between(SYSTEM, USER) not in left
+    return replace(found, system_joins_user=joins)
 
 
 def _order(messages: Sequence[ChatMessage], text: str) -> list[ChatMessage] | None:
@@ -245,26 +247,19 @@ def _text(chat_format: ChatFormat, messages: Conversation) -> str:
     return "".join(part.text for part in render_parts(messages, chat_format))
 
 
-def _fields(chat_format: ChatFormat) -> dict[str, object]:
-    return {name: getattr(chat_format, name) for name in chat_format.__struct_fields__}
-
-
 def _named(found: ChatFormat, tokens: Mapping[str, str]) -> ChatFormat:
     """With the name of the known format that is the same up to a system text of its own, and that text."""
-    trims = {
-        "trimmed_left": tuple(key for key in found.trimmed_left if not key.startswith("kept ")),
-        "trimmed_right": tuple(key for key in found.trimmed_right if not key.startswith("kept ")),
-    }
-    found = ChatFormat(**(_fields(found) | trims))
+    found = replace(
+        found,
+        trimmed_left=tuple(key for key in found.trimmed_left if not key.startswith("kept ")),
+        trimmed_right=tuple(key for key in found.trimmed_right if not key.startswith("kept ")),
+    )
     shown = _own_system(found)
     for name, known in NAMED_FORMATS.items():
         made = with_tokens(known, bos=tokens.get("bos_token", ""), eos=tokens.get("eos_token", ""))
         if _is_like(found, made, without_start=bool(shown)):
-            fields = _fields(found) | {
-                "name": name, "shown_system": shown, "every_part_is_first": made.every_part_is_first,
-            }  # fmt: skip
-            return ChatFormat(**fields)
-    return ChatFormat(**(_fields(found) | {"shown_system": shown}))
+            return replace(found, name=name, shown_system=shown, every_part_is_first=made.every_part_is_first)
+    return replace(found, shown_system=shown)
 
 
 def _own_system(found: ChatFormat) -> str:
@@ -279,7 +274,7 @@ def _own_system(found: ChatFormat) -> str:
 def _is_like(found: ChatFormat, known: ChatFormat, *, without_start: bool) -> bool:
     """The same for every order of roles that both have."""
     both = found.literals.keys() & known.literals.keys()
-    ignored = {between(START, USER)} if without_start else set()
+    ignored = {between(START, USER), between(START, ASSISTANT)} if without_start else set()
     needed = {between(USER, ASSISTANT), between(ASSISTANT, USER), between(USER, ANSWER)}
     if not needed <= both or found.system_before_last != known.system_before_last:
         return False

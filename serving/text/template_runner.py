@@ -27,7 +27,7 @@ _MAX_TEXT_CHARS = 1 << 18
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`, which marks answers for training, is its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  (jinja2's type)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
