@@ -132,7 +132,7 @@ def test_a_step_sent_ahead_has_its_time_from_the_answer_before_it() -> None:
     executor.shutdown()
 
 
-def test_a_rank_lost_with_steps_under_way_is_told_once_by_collect() -> None:
+def test_a_rank_lost_with_steps_in_flight_is_told_once_by_collect() -> None:
     second_has_come = threading.Event()
 
     def one_answer(connection: Connection[LeaderMessage]) -> None:
