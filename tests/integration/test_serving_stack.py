@@ -23,6 +23,7 @@ from serving.client import Client, chat_prompt
 from serving.tokenizer import load_tokenizer
 from tests.support.ranks import reference_from_gguf
 from tests.support.stack import MODEL, group_handle, group_stats, running_stack, stack_config, story, wait_until
+from tests.support.waiting import PATIENCE_S
 
 QUESTION = chat_prompt([("user", "What is the capital of France?")])
 
@@ -41,9 +42,11 @@ def client(app: RunningApp) -> Iterator[Client]:
 
 def _assert_idle() -> None:
     """Nothing runs, every KV block has come back, and the books agree."""
-    wait_until(lambda: group_stats()["num_running"] == group_stats()["num_waiting"] == 0, 10, "all requests have ended")
+    wait_until(
+        lambda: group_stats()["num_running"] == group_stats()["num_waiting"] == 0, PATIENCE_S, "all requests have ended"
+    )
     assert group_stats()["kv_usage"] == 0
-    group_handle().check_integrity.remote().result(timeout_s=10)  # type: ignore[attr-defined]
+    group_handle().check_integrity.remote().result(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
 
 
 def test_a_sensible_answer_is_streamed(client: Client) -> None:
@@ -90,7 +93,7 @@ def test_health_is_serving(app: RunningApp) -> None:
     with grpc.insecure_channel(app.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", "packtrain.v1.Inference"):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_S)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
 from serving.gateway.backend import Licence, ModelCard, Passage
+from tests.support.waiting import until
 
 BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
 TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
@@ -97,9 +98,7 @@ class FakeBackend:
 
     async def closed(self) -> None:
         """Wait until every iterator is closed."""
-        async with asyncio.timeout(5):
-            while self.num_open:
-                await asyncio.sleep(0.005)
+        await until(lambda: not self.num_open)
 
 
 def steps(*answers: Sequence[Sequence[int]], finish: FinishReason = FinishReason.STOP, eos: bool = True) -> Script:
@@ -148,5 +147,4 @@ def say(*texts: str, finish: FinishReason = FinishReason.STOP) -> Script:
 async def for_ever(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
     """One token, then nothing until it is closed."""
     yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),)),)
-    await asyncio.sleep(60)
-    raise AssertionError("nobody closed the iterator")
+    await asyncio.Event().wait()

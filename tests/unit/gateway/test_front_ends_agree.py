@@ -21,6 +21,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.gateway.server import GatewayServer
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend, say
 from tests.unit.gateway.http_client import JSON
 
@@ -58,7 +59,7 @@ class FrontEnds:
         ports = await self._server.start()
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}")
         self._stub: Any = InferenceStub(self._channel)
-        self._http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}", verify=False, timeout=20)
+        self._http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}", verify=False, timeout=PATIENCE_S)
 
     def close(self) -> None:
         self._runner.run(self._close())
@@ -73,7 +74,7 @@ class FrontEnds:
         return self._runner.run(self._over_grpc(method, request))
 
     async def _over_grpc(self, method: str, request: Any) -> Verdict:
-        call = getattr(self._stub, method)(request, timeout=20)
+        call = getattr(self._stub, method)(request, timeout=PATIENCE_S)
         try:
             answers = [each async for each in call] if method == "GenerateStream" else [await call]
         except grpc.aio.AioRpcError as error:

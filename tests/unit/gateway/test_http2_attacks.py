@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from protos import inference_pb2 as pb
+from tests.support.waiting import PATIENCE_S, until
 from tests.unit.gateway.conftest import Running, Serve
 from tests.unit.gateway.fakes import FakeBackend, for_ever
 
@@ -117,7 +118,7 @@ class Attacker:
         finally:
             writer.transport.abort()
             if attacker._listening is not None:
-                await asyncio.wait_for(attacker._listening, 10)
+                await asyncio.wait_for(attacker._listening, PATIENCE_S)
 
     async def flood(self, attack: Attack, num_frames: int) -> bool:
         """Send as fast as the gateway takes it. Returns whether it took everything: not when it has ended the connection, or
@@ -143,14 +144,12 @@ class Attacker:
 
     async def until(self, kinds: tuple[int, ...], count: int) -> None:
         """Wait until so many frames of these kinds have come."""
-        async with asyncio.timeout(10):
-            while sum(self.num_received[kind] for kind in kinds) < count:
-                await asyncio.sleep(0.002)
+        await until(lambda: sum(self.num_received[kind] for kind in kinds) >= count)
 
     async def ended(self) -> None:
         """Wait until the gateway closes the connection."""
         assert self._listening is not None
-        await asyncio.wait_for(asyncio.shield(self._listening), 10)
+        await asyncio.wait_for(asyncio.shield(self._listening), PATIENCE_S)
 
     async def _listen(self) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -170,7 +169,7 @@ class Attacker:
 async def keep_asking(gateway: Running, asked: list[int]) -> None:
     """What everybody else does. Raises when it is not answered within seconds."""
     while True:
-        answer = await gateway.stub.Tokenize(pb.TokenizeRequest(model="tiny", text="hello"), timeout=10)
+        answer = await gateway.stub.Tokenize(pb.TokenizeRequest(model="tiny", text="hello"), timeout=PATIENCE_S)
         asked.append(len(answer.token_ids))
 
 
@@ -182,9 +181,7 @@ async def bystander(gateway: Running) -> AsyncIterator[None]:
     try:
         yield
         num_asked = len(asked)
-        async with asyncio.timeout(10):
-            while len(asked) < num_asked + 3 and not asking.done():
-                await asyncio.sleep(0.002)
+        await until(lambda: not (len(asked) < num_asked + 3 and not asking.done()))
     finally:
         asking.cancel()
         with suppress(asyncio.CancelledError):
@@ -252,9 +249,7 @@ async def test_the_gateway_cannot_be_made_to_reset_requests(serve: Serve, wrong:
     async with serve(FakeBackend(for_ever), max_concurrent_requests=64) as gateway:
         async with Attacker.connect(gateway, reads=True) as attacker:
             await attacker.flood(lambda index: request(2 * index + 1) + wrong(2 * index + 1), 50)
-            async with asyncio.timeout(10):
-                while not attacker.is_ended and attacker.num_received[DATA] < 50:
-                    await asyncio.sleep(0.002)
+            await until(lambda: not (not attacker.is_ended and attacker.num_received[DATA] < 50))
             if not attacker.is_ended:
                 assert gateway.backend.num_open == 50
                 assert attacker.num_received[RST_STREAM] == 0

