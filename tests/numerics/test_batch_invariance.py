@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -128,7 +128,6 @@ def request(name: str, prompt: list[int], max_tokens: int) -> EngineRequest:
 @example(Case(prompt_len=130, chunk=WHOLE, num_others=31, has_prefix_hit=True))
 @example(Case(prompt_len=130, chunk=WHOLE, num_others=31, has_prefix_hit=False))
 @example(Case(prompt_len=130, chunk=1, num_others=0, has_prefix_hit=False))
-@settings(max_examples=60, deadline=None)
 @given(CASES)
 def test_logits_are_those_of_the_sequence_alone(group: WatchedGroup, case: Case) -> None:
     draw = torch.Generator().manual_seed(case.seed)

@@ -23,6 +23,7 @@ from model_parallel.runtime.collectives import SoloCollectives
 from model_parallel.runtime.cuda_graphs import DecodeInputs, padded_sizes
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
+from tests.support.effort import by_day
 from tests.support.kernels import attention_plan
 
 # numpy warns of infinities and NaN, of which a GPU says nothing.
@@ -65,7 +66,7 @@ def kernels() -> CudaKernels:
     return CudaKernels(device="cpu", num_multiprocessors=2)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(by_day(6, by_night=30)))
 def test_sequences_in_chunks_beside_each_other(kernels: CudaKernels, seed: int) -> None:
     """Random maps and shapes."""
     draw = random.Random(seed)

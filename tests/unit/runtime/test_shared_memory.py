@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.errors import GroupFailedError
@@ -46,7 +46,6 @@ def on_all(
     return list(pool.map(call, group))
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     size=st.integers(2, 5),
     counts=st.lists(st.one_of(st.integers(0, 2000), st.integers(SLOT_FLOATS - 2, 3 * SLOT_FLOATS)), max_size=6),
