@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from serving.fetch import fetch_model
+from serving.models.fetch import fetch_model
 from tests.support.effort import DAY, NIGHT
 
 # By day the same cases each time, so that a change does not fail by the luck of a draw. By night many others, which are told

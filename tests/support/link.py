@@ -1,7 +1,7 @@
 """The gateway's end of the link to its groups."""
 
-from serving.group_loads import GroupLoads
-from serving.output_link import OutputReceiver
+from serving.gateway.groups.loads import GroupLoads
+from serving.gateway.groups.output_receiver import OutputReceiver
 
 HOST = "127.0.0.1"
 
