@@ -1,4 +1,4 @@
-"""The CUDA backend in Triton's interpreter against float64 and the reference; test_cuda_triton.py runs this file.
+"""The CUDA backend in Triton's interpreter against float64 and the reference; `make test-triton-interpreted`.
 
 The interpreter is slow, so shapes are small. It shows that indices, masks and sums are right, not that a GPU agrees.
 """
@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this machine")
+if triton.__version__.startswith("3.6."):
+    pytest.skip(
+        "the interpreter of Triton 3.6, which torch 2.11 brings, does not work with numpy 2.4", allow_module_level=True
+    )
 from triton.runtime import interpreter
 
 from model_parallel.collectives.interface import SoloCollectives
