@@ -24,7 +24,7 @@ serve: $(STAMP) ## the same stack, until Ctrl-C
 	$(BIN)/packtrain serve
 
 test: $(STAMP) ## every suite, and what ran at the end
-	$(BIN)/python -m tests.run
+	$(BIN)/python -m tests.run $(if $(COVERAGE),--coverage) $(if $(WITHOUT_AVX512),--without-avx512)
 
 $(SUITES:%=test-%): test-%: $(STAMP)
 	$(BIN)/python -m tests.run $*

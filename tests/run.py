@@ -62,6 +62,8 @@ SUITES = (
     Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
     Suite(name="packaging", arguments=("tests/packaging",)),
 )
+WITHOUT_AVX512 = {"PACKTRAIN_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""Of our kernels, torch's and oneDNN's. Tests that name an instruction set still get it."""
 NIGHT = ("--hypothesis-profile=night", "--timeout=7200")
 NIGHTLY_SUITES = (
     *(
@@ -153,7 +155,7 @@ def run_suite(suite: Suite, options: Sequence[str]) -> Outcome:
     outcome = Outcome()
     waiting: list[tuple[str, ...]] = [suite.arguments]
     if suite.file_by_file:
-        waiting = [(str(file.relative_to(ROOT)),) for file in sorted((ROOT / suite.arguments[0]).glob("test_*.py"))]
+        waiting = [(str(file),) for file in sorted((ROOT / suite.arguments[0]).glob("test_*.py"))]
     reports = [REPORTS / f"{suite.name.replace(' ', '-')}-{number}.xml" for number in range(len(waiting))]
     unused, running = list(reports), list[Part]()
     try:
@@ -213,11 +215,14 @@ def main() -> int:
     parser.add_argument(
         "--loaded", type=int, default=0, metavar="TIMES", help="so often, beside a busy process on each core"
     )
+    parser.add_argument("--without-avx512", action="store_true", help="as on a machine that lacks it")
     parser.add_argument("--coverage", action="store_true", help="of the unit tests, with the floor of pyproject.toml")
     arguments = parser.parse_args()
     known = {suite.name: suite for suite in (NIGHTLY_SUITES if arguments.nightly else SUITES)}
     if unknown := set(arguments.suites) - known.keys():
         parser.error(f"there is no suite {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+    if arguments.without_avx512:
+        os.environ.update(WITHOUT_AVX512)
     REPORTS.mkdir(exist_ok=True)
     has_failed = False
     with load_on_every_core(bool(arguments.loaded)):

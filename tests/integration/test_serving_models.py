@@ -101,7 +101,7 @@ def test_while_one_group_is_lost_another_serves(app: RunningApp) -> None:
         ends = [threads.submit(_end_of, stream) for stream in streams]
         leader, rank = group_handle().broadcast("pids").results(timeout_s=PATIENCE_S)[0]
         os.kill(rank, signal.SIGKILL)
-        (lost,), (other,) = wait(ends, timeout=15, return_when=FIRST_COMPLETED)
+        (lost,), (other,) = wait(ends, timeout=PATIENCE_S, return_when=FIRST_COMPLETED)
         assert lost.result() is grpc.StatusCode.UNAVAILABLE
         for _ in range(20):
             assert len(_ask(client, MODEL, "Hello").choices[0].token_ids) == 8

@@ -7,12 +7,12 @@ import torch
 
 from model_parallel.errors import EngineError
 from model_parallel.kernels.cpu import CpuKernels
+from model_parallel.kernels.cpu.backend import INSTRUCTION_SETS
 from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache, SequenceRun
 from model_parallel.kernels.reference import ReferenceKernels
 
 BACKENDS = ("cpu", "reference")
-INSTRUCTION_SETS = ("avx512_bf16", "avx2", "scalar")
-"""Of the C++ kernels, the best one first. A machine that has one has those after it."""
+__all__ = ["BACKENDS", "INSTRUCTION_SETS", "attention_plan", "cpu_kernels", "poisoned_cache", "use_backend"]
 
 
 def cpu_kernels(instruction_set: str, *, num_threads: int) -> CpuKernels:

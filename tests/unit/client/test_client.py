@@ -41,7 +41,7 @@ def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list
     try:
         with Client(f"127.0.0.1:{port}", api_key=api_key) as client:
             client.models()
-            chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=5)
+            chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=PATIENCE_S)
             assert [chunk.text for chunk in chunks] == ["a"]
     finally:
         server.stop(0).wait(PATIENCE_S)

@@ -125,7 +125,7 @@ def test_results_do_not_change_when_a_rank_runs_ahead_and_overwrites_its_input(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_absent_peer_is_noticed_by_the_deadline(kind: str, pool: ThreadPoolExecutor) -> None:
-    group = make_group(kind, 3, pool, timeout_s=0.3)
+    group = make_group(kind, 3, pool, timeout_s=0.3)  # must expire
     calls = [pool.submit(c.all_reduce, torch.ones(4)) for c in group[:2]]
     for call in calls:
         with pytest.raises(GroupFailedError, match=r"rank [01]"):

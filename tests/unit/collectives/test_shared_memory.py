@@ -90,7 +90,7 @@ def test_strided_input_is_left_alone_and_contiguous_input_holds_the_sum(pool: Th
 
 
 def test_late_peer_is_named(pool: ThreadPoolExecutor) -> None:
-    group = make_group(3, timeout_s=0.2)
+    group = make_group(3, timeout_s=0.2)  # must expire
     waiting = [pool.submit(group[rank].all_reduce, torch.ones(4)) for rank in (0, 2)]
     for call, rank in zip(waiting, (0, 2), strict=True):
         with pytest.raises(GroupFailedError, match=rf"^rank {rank}: rank 1 did not come within 0\.2 s$"):
@@ -156,9 +156,9 @@ def test_groups_that_come_and_go_leave_nothing(pool: ThreadPoolExecutor) -> None
 
 def test_memory_that_cannot_be_had_fails_the_start(tmp_path: Path) -> None:
     with pytest.raises(GroupFailedError, match=r"rank 1 cannot map \d+ bytes of shared memory: .*No such file"):
-        SharedMemoryCollectives(str(tmp_path / "absent"), 1, 2, timeout_s=1)
+        SharedMemoryCollectives(str(tmp_path / "absent"), 1, 2, timeout_s=1)  # must expire
     with pytest.raises(GroupFailedError, match="rank 0 cannot map"):
-        SharedMemoryCollectives("/dev/full", 0, 2, timeout_s=1)
+        SharedMemoryCollectives("/dev/full", 0, 2, timeout_s=1)  # must expire
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])

@@ -192,7 +192,7 @@ async def test_cancel_closes_the_backend_at_once(serve: Serve, method: str) -> N
 async def test_a_deadline_closes_the_backend(serve: Serve) -> None:
     async with serve(FakeBackend(for_ever)) as gateway:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(gateway.stub.GenerateStream(ask(), timeout=0.3))
+            await collect(gateway.stub.GenerateStream(ask(), timeout=0.3))  # must expire
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await gateway.backend.closed()
 

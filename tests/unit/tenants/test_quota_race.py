@@ -173,7 +173,7 @@ async def test_losses_and_restarts_change_nothing(store: Store, url: str, seed: 
     async with gateways(network) as pair:
         racing = asyncio.create_task(race(pair, headers, num_requests=300, num_places=100))
         for _ in range(3):
-            await asyncio.wait([racing], timeout=0.01)
+            await asyncio.wait([racing], timeout=0.01)  # must expire
             await network.restart()
         await racing
     check_books(store, {"tenant:t": 100 * 20})
