@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import count
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.engine.fair_queue import MAX_IDLE_TENANTS, FairQueue
@@ -203,7 +203,6 @@ ACTS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(ACTS, st.sampled_from([0.0, 40.0]))
 def test_whatever_happens(acts: list[Act], burst: float) -> None:
     """The queue stays sound, floors never fall, and nobody who waits is further below the floor than a burst."""

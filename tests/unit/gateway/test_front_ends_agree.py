@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import httpx2
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, say
@@ -22,11 +21,13 @@ from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.gateway.server import GatewayServer
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.http_client import JSON
 
 # By faults.md's contract. What has no entry must not come from either side.
 STATUS = {200: grpc.StatusCode.OK, 400: grpc.StatusCode.INVALID_ARGUMENT, 404: grpc.StatusCode.NOT_FOUND}
-NUM_NIGHTLY = int(os.environ.get("FUZZ_EXAMPLES", "20000"))
+ALL_NIGHT = 67
+"""Times as many examples as elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class FrontEnds:
         ports = await self._server.start()
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}")
         self._stub: Any = InferenceStub(self._channel)
-        self._http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}", verify=False, timeout=20)
+        self._http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}", verify=False, timeout=PATIENCE_S)
 
     def close(self) -> None:
         self._runner.run(self._close())
@@ -73,7 +74,7 @@ class FrontEnds:
         return self._runner.run(self._over_grpc(method, request))
 
     async def _over_grpc(self, method: str, request: Any) -> Decision:
-        call = getattr(self._stub, method)(request, timeout=20)
+        call = getattr(self._stub, method)(request, timeout=PATIENCE_S)
         try:
             answers = [each async for each in call] if method == "GenerateStream" else [await call]
         except grpc.aio.AioRpcError as error:
@@ -265,10 +266,6 @@ def agree(front_ends: FrontEnds, drawn: dict[str, Any], *, generates: bool) -> N
     (compare_generation if generates else compare_tokens)(front_ends, drawn)
 
 
-QUICK: Any = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=300, **QUICK)
 @given(generations, st.sampled_from([True, True, True, False]))
 def test_both_front_ends_give_the_same_verdict(front_ends: FrontEnds, drawn: dict[str, Any], generates: bool) -> None:
     agree(front_ends, drawn, generates=generates)
@@ -286,7 +283,6 @@ FIELDS = sorted({
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 
 
-@settings(max_examples=300, **QUICK)
 @given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), anything, max_size=5))
 def test_no_json_is_the_servers_fault(front_ends: FrontEnds, path: str, body: dict[str, Any]) -> None:
     status, _ = front_ends.over_http(path, {"model": "tiny"} | body)
@@ -294,8 +290,7 @@ def test_no_json_is_the_servers_fault(front_ends: FrontEnds, path: str, body: di
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
-@settings(max_examples=NUM_NIGHTLY, **QUICK)
+@settings(max_examples=ALL_NIGHT * settings.default.max_examples)
 @given(generations, st.sampled_from([True, True, True, False]))
 def test_they_do_all_night(front_ends: FrontEnds, drawn: dict[str, Any], generates: bool) -> None:
     agree(front_ends, drawn, generates=generates)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.kernels.cpu import CpuKernels
@@ -36,7 +36,6 @@ def _product_bound(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype
     return exact, chain + ROUNDING[out_dtype] * (exact.abs() + chain)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), offset=st.integers(0, 3))
 def test_products(kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, offset: int) -> None:
     torch.manual_seed(seed)
@@ -50,7 +49,6 @@ def test_products(kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch
         assert ((out.double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=20, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_logits_are_not_rounded(
     kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int
@@ -61,7 +59,6 @@ def test_logits_are_not_rounded(
     assert ((kernels.logits(x, kernels.pack_head(weight)).double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), offset=st.integers(0, 3))
 def test_int8_products(
     kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, offset: int
@@ -79,7 +76,6 @@ def test_int8_products(
         assert ((out.double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), is_int8=st.booleans(), seed=st.integers(0, 99))
 def test_gated_products(
     kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, is_int8: bool, seed: int
@@ -110,7 +106,6 @@ def test_a_gate_far_from_zero_stays_finite(kernels: CpuKernels, dtype: torch.dty
     assert torch.allclose(out, F.silu(x.double()) * x.double(), rtol=2.0**-8, atol=1e-30)
 
 
-@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 300), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_norms(kernels: CpuKernels, rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
@@ -125,7 +120,6 @@ def test_norms(kernels: CpuKernels, rows: int, columns: int, dtype: torch.dtype,
         assert ((out.double() - exact).abs() <= tolerance * exact.abs()).all()
 
 
-@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 5000), seed=st.integers(0, 99))
 def test_softmax_parts(kernels: CpuKernels, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from serving.tenants.client.balances import tighter
 from serving.tenants.client.leases import LeaseBook
 from serving.tenants.messages import Amounts, Costs, Decision
 from serving.tenants.records import Limits
+from tests.support.effort import by_day
 from tests.support.usage import usage_record
 
 T = "tenant:t"
@@ -114,7 +115,7 @@ def test_what_is_old_and_of_no_use_is_forgotten() -> None:
     assert book.rates(T, LIMITS, world.now_s) == RateLimits()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(by_day(15, by_night=300)))
 def test_what_is_told_is_what_can_be_had(seed: int) -> None:
     """After any history of two gateways, as many tokens as it says fit, and not one more."""
     rng = random.Random(seed)

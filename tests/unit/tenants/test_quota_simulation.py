@@ -15,6 +15,7 @@ from serving.tenants.authority.quota import Account, Changes, Gateway, Holding, 
 from serving.tenants.client.leases import LeaseBook, WaitingRequest
 from serving.tenants.messages import Amounts, Costs, Decision, Exchange, Reply
 from serving.tenants.records import Limits
+from tests.support.effort import by_day
 from tests.support.usage import usage_record
 
 TENANT, KEYS = "tenant:t", ("key:a", "key:b")
@@ -323,7 +324,7 @@ def cost_of(of: Limits, num_tokens: int) -> Amounts:
     )
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(by_day(50, by_night=1500)))
 def test_nothing_is_overspent_and_nothing_is_lost(seed: int) -> None:
     world = World(seed)
     actions = {
