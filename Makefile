@@ -12,7 +12,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test test-loaded nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
+.PHONY: help demo serve docs test test-loaded nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-loaded: $(STAMP) ## every suite five times, beside a busy process on each c
 
 nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: for hours, machine idle
 	$(BIN)/python -m tests.run --nightly
+
+docs: $(STAMP) ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/ruff check

@@ -86,7 +86,6 @@ class FakeBackend:
         self.requests = list(requests)
         self.num_open += 1
         try:
-            yield GroupOutputs("group-1", ())
             async for outputs in self.script(requests):
                 self.started.set()
                 yield GroupOutputs("group-1", outputs)
