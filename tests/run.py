@@ -183,10 +183,10 @@ def summary(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     yield f"{'suite':{width}}  tests  passed  skipped  failed  seconds"
     for name, each in outcomes.items():
         counts = f"{each.num_tests:5}  {each.num_passed:6}  {each.skips.total():7}  {each.num_failed:6}"
-        verdict = ""
+        decision = ""
         if each.has_failed:
-            verdict = "  FAILED" if each.num_tests else "  FAILED: no test was collected"
-        yield f"{name:{width}}  {counts}  {each.duration_s:7.0f}{verdict}"
+            decision = "  FAILED" if each.num_tests else "  FAILED: no test was collected"
+        yield f"{name:{width}}  {counts}  {each.duration_s:7.0f}{decision}"
     for name, each in outcomes.items():
         for reason, number in each.skips.most_common():
             yield f"skipped in {name}: {number} × {reason}"

@@ -50,7 +50,7 @@ def test_what_ran_and_what_was_skipped_is_counted(
 
 
 @pytest.mark.parametrize(
-    ("text", "verdict"),
+    ("text", "decision"),
     [
         ("x = 1", "FAILED: no test was collected"),
         ("def test_wrong(): assert 0", "FAILED"),
@@ -58,10 +58,10 @@ def test_what_ran_and_what_was_skipped_is_counted(
         ("import os\ndef test_dies(): os._exit(0)", "FAILED: no test was collected"),
     ],
 )
-def test_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, verdict: str) -> None:
+def test_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, decision: str) -> None:
     outcome = outcome_of(tmp_path, monkeypatch, one=text)
     assert outcome.has_failed
-    assert list(summary({"a suite": outcome}))[1].endswith(verdict)
+    assert list(summary({"a suite": outcome}))[1].endswith(decision)
 
 
 def test_a_suite_that_does_not_exist_is_refused() -> None:

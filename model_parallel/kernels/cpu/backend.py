@@ -212,7 +212,7 @@ class CpuKernels:
     def linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         return self._product(x_TI, weight, x_TI.dtype)
 
-    def addend(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         return self._product(x_TI, weight, torch.float32)
 
     def gated_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:

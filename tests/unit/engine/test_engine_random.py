@@ -33,7 +33,7 @@ class RandomRun:
             max_prefill_tokens=self.rng.choice([None, None, 2, 9]),
             max_model_len=60,
             max_waiting_requests=8,
-            max_under_way=self.rng.choice([1, 2, 2, 3]),
+            max_in_flight=self.rng.choice([1, 2, 2, 3]),
         )
         self.harness.executor.during_step = self.during_step
         self.requests: list[EngineRequest] = []
@@ -103,7 +103,7 @@ class RandomRun:
             assert had_ended or request.deadline_s is not None
 
     def during_step(self) -> None:
-        self.seen["light"] += sum(sequence.is_light for sequence in self.harness.scheduler._running.values())
+        self.seen["light"] += sum(sequence.is_below_fair_share for sequence in self.harness.scheduler._running.values())
         if self.rng.random() < 0.02:
             self.abort()
         if self.rng.random() < 0.02:

@@ -1,4 +1,4 @@
-"""The same request over gRPC and over HTTP gets the same verdict: status by the contract, field by its name, and the answer."""
+"""The same request over gRPC and over HTTP gets the same decision: status by the contract, field by its name, and the answer."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ ALL_NIGHT = 67
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What a front end said: the status in gRPC's words, the field at fault, the texts of an answer."""
 
     code: grpc.StatusCode
@@ -70,10 +70,10 @@ class FrontEnds:
         await self._channel.close()
         await self._server.stop(0)
 
-    def over_grpc(self, method: str, request: Any) -> Verdict:
+    def over_grpc(self, method: str, request: Any) -> Decision:
         return self._runner.run(self._over_grpc(method, request))
 
-    async def _over_grpc(self, method: str, request: Any) -> Verdict:
+    async def _over_grpc(self, method: str, request: Any) -> Decision:
         call = getattr(self._stub, method)(request, timeout=PATIENCE_S)
         try:
             answers = [each async for each in call] if method == "GenerateStream" else [await call]
@@ -81,19 +81,19 @@ class FrontEnds:
             status = await rpc_status.aio.from_call(call)
             bad = error_details_pb2.BadRequest()
             named = [detail for detail in status.details if detail.Unpack(bad)] if status else []
-            return Verdict(error.code(), bad.field_violations[0].field if named else "", ())
-        return Verdict(grpc.StatusCode.OK, "", _grpc_answer(method, answers))
+            return Decision(error.code(), bad.field_violations[0].field if named else "", ())
+        return Decision(grpc.StatusCode.OK, "", _grpc_answer(method, answers))
 
-    def over_http(self, path: str, body: Any) -> tuple[int, Verdict]:
+    def over_http(self, path: str, body: Any) -> tuple[int, Decision]:
         return self._runner.run(self._over_http(path, body))
 
-    async def _over_http(self, path: str, body: Any) -> tuple[int, Verdict]:
+    async def _over_http(self, path: str, body: Any) -> tuple[int, Decision]:
         # Unlike JSON's own rules, Python's spell NaN and Infinity, which the gateway must refuse by field.
         answer = await self._http.post(path, content=json.dumps(body).encode(), headers=JSON)
         code = STATUS.get(answer.status_code, grpc.StatusCode.INTERNAL)
         if answer.status_code != 200:
-            return answer.status_code, Verdict(code, answer.json()["error"]["param"] or "", ())
-        return 200, Verdict(code, "", _http_answer(answer))
+            return answer.status_code, Decision(code, answer.json()["error"]["param"] or "", ())
+        return 200, Decision(code, "", _http_answer(answer))
 
 
 def _grpc_answer(method: str, answers: list[Any]) -> tuple[Any, ...]:
@@ -232,9 +232,9 @@ def compare_generation(front_ends: FrontEnds, drawn: dict[str, Any]) -> None:
     status, over_http = front_ends.over_http(path, body)
     assert status in STATUS, (status, drawn)
     if over_grpc.code is grpc.StatusCode.NOT_FOUND:
-        over_grpc = Verdict(over_grpc.code, "model", ())  # which gRPC has no place for
+        over_grpc = Decision(over_grpc.code, "model", ())  # which gRPC has no place for
     event(over_grpc.code.name)
-    assert over_http == Verdict(over_grpc.code, names.get(over_grpc.field, over_grpc.field), over_grpc.answer)
+    assert over_http == Decision(over_grpc.code, names.get(over_grpc.field, over_grpc.field), over_grpc.answer)
 
 
 def compare_tokens(front_ends: FrontEnds, drawn: dict[str, Any]) -> None:
@@ -259,7 +259,7 @@ def compare_tokens(front_ends: FrontEnds, drawn: dict[str, Any]) -> None:
     base, bracket, index = over_grpc.field.partition("[")
     names = {"input": "prompt", "text": "prompt", "token_ids": "tokens", "add_bos": "add_special_tokens"}
     field = "model" if over_grpc.code is grpc.StatusCode.NOT_FOUND else names.get(base, base) + bracket + index
-    assert over_http == Verdict(over_grpc.code, field, over_grpc.answer)
+    assert over_http == Decision(over_grpc.code, field, over_grpc.answer)
 
 
 def agree(front_ends: FrontEnds, drawn: dict[str, Any], *, generates: bool) -> None:

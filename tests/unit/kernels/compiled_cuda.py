@@ -84,4 +84,4 @@ def test_elementwise(kernels: CudaKernels, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("num_rows", [1, 40, 128])
 def test_int8_products(kernels: CudaKernels, num_rows: int, dtype: torch.dtype) -> None:
     weight = cuda_checks.random_int8(kernels, 64, 4096)
-    kernels.addend(torch.zeros(num_rows, 4096, dtype=dtype), weight)
+    kernels.partial_sum(torch.zeros(num_rows, 4096, dtype=dtype), weight)

@@ -43,7 +43,7 @@ def test_products(kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch
     x = _random(num_rows, num_inputs, dtype=dtype, offset=offset)
     weight = _random(num_outputs, num_inputs, dtype=dtype, offset=offset)
     packed = kernels.pack_linear(weight)
-    for out, out_dtype in ((kernels.linear(x, packed), dtype), (kernels.addend(x, packed), torch.float32)):
+    for out, out_dtype in ((kernels.linear(x, packed), dtype), (kernels.partial_sum(x, packed), torch.float32)):
         exact, bound = _product_bound(x, weight, out_dtype)
         assert out.dtype == out_dtype
         assert ((out.double() - exact).abs() <= bound).all()
@@ -69,7 +69,7 @@ def test_int8_products(
     x = _random(num_rows, num_inputs, dtype=dtype, offset=offset)
     matrix, weight = _int8(num_outputs, num_inputs)
     packed, head = kernels.pack_linear(matrix), kernels.pack_head(matrix)
-    results = (kernels.linear(x, packed), dtype), (kernels.addend(x, packed), torch.float32)
+    results = (kernels.linear(x, packed), dtype), (kernels.partial_sum(x, packed), torch.float32)
     for out, out_dtype in (*results, (kernels.logits(x.float(), head), torch.float32)):
         exact, bound = _product_bound(x, weight, out_dtype)
         assert out.dtype == out_dtype
@@ -185,7 +185,7 @@ def _every_operation(
     logits = kernels.logits(x.float(), head)  # type: ignore[arg-type]
     return [
         kernels.linear(x, linear),  # type: ignore[arg-type]
-        kernels.addend(x, linear),  # type: ignore[arg-type]
+        kernels.partial_sum(x, linear),  # type: ignore[arg-type]
         kernels.gated_linear(x, gated),  # type: ignore[arg-type]
         logits,
         kernels.rms_norm(x.float(), norm_weight, 1e-5),

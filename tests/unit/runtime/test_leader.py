@@ -18,7 +18,6 @@ from model_parallel.runtime.rank_link import (
     Connection,
     Failed,
     LeaderMessage,
-    LinkError,
     Progress,
     Ready,
     Result,
@@ -26,6 +25,7 @@ from model_parallel.runtime.rank_link import (
     Step,
     connect,
 )
+from model_parallel.transport.frames import LinkError
 from tests.support.executors import execute
 from tests.support.fake_rank import group_config, plan
 from tests.support.waiting import PATIENCE_S, wait_until
@@ -139,7 +139,7 @@ def test_a_step_sent_ahead_has_its_time_from_the_answer_before_it(monkeypatch: p
     executor.shutdown()
 
 
-def test_a_rank_lost_with_steps_under_way_is_told_once_by_collect() -> None:
+def test_a_rank_lost_with_steps_in_flight_is_told_once_by_collect() -> None:
     second_has_come = threading.Event()
 
     def one_answer(connection: Connection[LeaderMessage]) -> None:
@@ -252,7 +252,7 @@ def test_callback_may_shut_the_group_down() -> None:
     executor = ScriptedExecutor(good(0), good(1))
     done = threading.Event()
     executor.set_failure_callback(lambda reason: (executor.shutdown(), done.set()))
-    executor._links[1].connection.sever()
+    executor._links[1].connection.shutdown()
     assert done.wait(PATIENCE_S)
 
 

@@ -361,7 +361,7 @@ async def test_an_authority_that_was_replaced_decides_nothing_more(store: Store,
         await settled(a, headers, 5, "r0")
         network.service = AuthorityService(url, refresh_s=0.05)
         await (await settled(a, headers, 5, "r1")).recorded()
-        exchange = Exchange(gateway_id="other", number=1, settlements=(), reports=(), asks=())
+        exchange = Exchange(gateway_id="other", number=1, settlements=(), reports=(), lease_requests=())
         with pytest.raises(SupersededError):
             await old.exchange(msgspec.msgpack.encode(exchange))
         await old.close()

@@ -13,7 +13,7 @@ import pytest
 from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.quota import Account, Changes, Gateway, Holding, QuotaAuthority, StaleExchangeError
 from serving.tenants.client.leases import LeaseBook, WaitingRequest
-from serving.tenants.messages import Amounts, Costs, Exchange, Reply, Verdict
+from serving.tenants.messages import Amounts, Costs, Decision, Exchange, Reply
 from serving.tenants.records import Limits
 from tests.support.effort import by_day
 from tests.support.usage import usage_record
@@ -132,9 +132,9 @@ class World:
                 self.waiting.append((request_id, book.ask(costs, self.now_s, self.verdict_taker(request_id, request))))
 
     def verdict_taker(self, request_id: str, request: Request):  # type: ignore[no-untyped-def]
-        def take(verdict: Verdict) -> None:
+        def take(decision: Decision) -> None:
             self.waiting = [item for item in self.waiting if item[0] != request_id]
-            if verdict.kind == "granted":
+            if decision.kind == "granted":
                 self.admit(request_id, request)
 
         return take
@@ -195,8 +195,8 @@ class World:
         self.disk.commit(self.authority)
         if exchange.number > last:
             self.refund(exchange)
-            for ask, verdict in zip(exchange.asks, reply.verdicts, strict=True):
-                if verdict.kind == "granted":
+            for ask, decision in zip(exchange.lease_requests, reply.decisions, strict=True):
+                if decision.kind == "granted":
                     self.take_from_buckets(ask.costs)
         if fate == "crash after commit":
             self.restart()
