@@ -38,6 +38,8 @@ METHODS = (
 """What metrics may name."""
 
 _MAX_CONNECTION_AGE_S = 600
+_MAX_UNREQUESTED_S = 3600
+"""Longer than any deadline: a call waits for a gateway that is busy as long as its client does."""
 _KEEPALIVE_S = 30.0
 _KEEPALIVE_TIMEOUT_S = 10.0
 """A dead peer is noticed within the sum, and its requests end."""
@@ -163,6 +165,8 @@ class GatewayServer:
             # A burst is refused by us, with a reason and a delay. gRPC by itself cancels what is beyond a thousand.
             ("grpc.server.max_pending_requests", 2 * self._config.max_concurrent_requests),
             ("grpc.server.max_pending_requests_hard_limit", 4 * self._config.max_concurrent_requests),
+            # gRPC cancels what the event loop has not taken up within 30 s, and no client tries again after CANCELLED.
+            ("grpc.server_max_unrequested_time_in_server", _MAX_UNREQUESTED_S),
             ("grpc.max_allowed_incoming_connections", self._config.max_grpc_connections),
             ("grpc.server_handshake_timeout_ms", round(1000 * self._config.header_timeout_s)),
             ("grpc.keepalive_time_ms", round(1000 * _KEEPALIVE_S)),
