@@ -51,7 +51,7 @@ def cache_choice(environment: Mapping[str, str] = os.environ) -> tuple[Path, Unu
 def readable_caches(environment: Mapping[str, str] = os.environ) -> list[Path]:
     """Where to look for what is kept, the one to write to first: a home that is read-only may hold models all the same."""
     first, unusable = cache_choice(environment)
-    return [first] if unusable is None else [first, Path(unusable.path)]
+    return [first, Path(unusable.path)] if unusable is not None and unusable.path else [first]
 
 
 def _home_cache(environment: Mapping[str, str]) -> "Path | Unusable":
