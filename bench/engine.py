@@ -9,7 +9,6 @@ not installed (`python -m bench.peers install`) are named as missing.
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -24,6 +23,7 @@ from bench.peers.environments import MODEL, Peers, default_directory
 from bench.timing import WORKLOADS, Contender, Timing, as_table, time_in_turn
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import QUANTIZATIONS, ParallelConfig
+from model_parallel.machine import read_machine
 from serving.models.fetch import fetch_model
 
 RESULT = Path(__file__).parent / "results" / "engine.json"
@@ -51,7 +51,7 @@ def measure(
     peers: Peers, num_repeats: int, wanted: Callable[[str], bool], report: Callable[[str], None]
 ) -> dict[str, Any]:
     """The whole run, as plain data."""
-    num_cores = os.cpu_count() or 1
+    num_cores = read_machine().num_cpus
     facts = machine_facts()
     path = fetch_model(MODEL)
     model = describe(path).config

@@ -2,7 +2,8 @@
 
 Ray's head and raylet end with their starter (PR_SET_PDEATHSIG), but a killed raylet's agents linger for a minute, and a stopped
 worker for ever. So the cluster gets a directory of its own, in which each of its processes keeps files open, and a guard
-sleeps on a pipe from the starter: when the pipe closes, it kills whatever has files of that directory open, and removes the directory.
+sleeps on a pipe from the starter: when the pipe closes, it kills whatever has files of that directory open,
+and removes the directory.
 """
 
 import fcntl

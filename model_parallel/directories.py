@@ -85,7 +85,7 @@ def temporary_parents(environment: Mapping[str, str] = os.environ) -> Iterator[P
 
 
 def why_not_writable(path: Path, *, create: bool = True) -> str:
-    """"" when a file of some bytes can be written there; `create` makes missing directories."""
+    """ "" when a file of some bytes can be written there; `create` makes missing directories."""
     try:
         if create:
             path.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ class Gpu:
 
 
 def _run(command: tuple[str, ...]) -> str:
-    """"" when the command is not there or fails: then there is no GPU that could be used."""
+    """ "" when the command is not there or fails: then there is no GPU that could be used."""
     if shutil.which(command[0]) is None:
         return ""
     try:

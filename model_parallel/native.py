@@ -39,9 +39,14 @@ class Library:
     """One shared library and what it is made from."""
 
     name: str
-    sources: tuple[Path, ...]
-    """Headers included; compiled are those that end in .cpp."""
+    directory: Path
+    """All its .cpp and .h files are one library."""
     flags: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Headers included; compiled are those that end in .cpp."""
+        return tuple(sorted(path for path in self.directory.iterdir() if path.suffix in (".cpp", ".h")))
 
     @property
     def source_id(self) -> str:
@@ -52,17 +57,13 @@ class Library:
         return digest.hexdigest()[:24]
 
 
-def _files(directory: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in directory.iterdir() if path.suffix in (".cpp", ".h")))
-
-
 CPU_KERNELS = Library(
     name="cpu_kernels",
-    sources=_files(_PACKAGE / "kernels" / "cpu"),
+    directory=_PACKAGE / "kernels" / "cpu",
     # A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
     flags=("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
-SHARED_MEMORY = Library(name="shared_memory", sources=_files(_PACKAGE / "runtime" / "shared_memory"))
+SHARED_MEMORY = Library(name="shared_memory", directory=_PACKAGE / "collectives" / "shared_memory")
 LIBRARIES = (CPU_KERNELS, SHARED_MEMORY)
 
 
@@ -79,13 +80,22 @@ def load_library(library: Library) -> ctypes.CDLL:
     if compiler is None:
         if (loaded := _load_any(library)) is not None:
             return loaded
-        raise NativeBuildError(f"{_COMPILER} is not installed, and nothing compiled before is in {next(library_directories())}")
+        raise NativeBuildError(
+            f"{_COMPILER} is not installed, and nothing compiled before is in {next(library_directories())}"
+        )
     try:
         return _load_or_build(library, compiler)
     except NativeBuildError:
         if (loaded := _load_any(library)) is not None:
             return loaded
         raise
+
+
+def is_compiled(library: Library) -> bool:
+    """Whether something made from these sources is kept where `load_library` looks first; a quick look."""
+    with suppress(OSError):
+        return any(any(directory.glob(f"{library.source_id}-*.so")) for directory in library_directories())
+    return False
 
 
 def _load_or_build(library: Library, compiler: str) -> ctypes.CDLL:
@@ -129,7 +139,9 @@ def _load(path: Path) -> ctypes.CDLL | None:
 
 def _compiler_id(compiler: str) -> str:
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S).stdout
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeBuildError(f"{compiler} cannot be run: {error}") from error
     return hashlib.sha256(version).hexdigest()[:8]

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,8 +49,9 @@ def engine(
     from bench.engine_timing import default_shapes
     from bench.machine import describe_machine
     from bench.timing import Timing, as_table
+    from model_parallel.machine import read_machine
 
-    num_cores = os.cpu_count() or 1
+    num_cores = read_machine().num_cpus
     if tp is None and threads is None:
         shapes = default_shapes(num_cores)
     else:

@@ -138,7 +138,9 @@ def cluster_parent(environment: Mapping[str, str] = os.environ, candidates: Iter
     tried = list(temporary_parents(environment) if candidates is None else candidates)
     for parent in tried:
         if len(os.fsencode(parent)) > MAX_PARENT_BYTES:
-            reasons.append(f"the path {parent} has more than {MAX_PARENT_BYTES} bytes, which is too long for Ray's sockets")
+            reasons.append(
+                f"the path {parent} has more than {MAX_PARENT_BYTES} bytes, which is too long for Ray's sockets"
+            )
         elif (free := os.statvfs(parent)).f_bavail * free.f_frsize < _MIN_FREE_BYTES:
             reasons.append(f"{parent} has less than {_MIN_FREE_BYTES >> 20} MiB free")
         else:

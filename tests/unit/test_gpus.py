@@ -32,7 +32,9 @@ def test_visible_devices(visible: str | None, expected: list[int]) -> None:
     assert indices(visible) == expected
 
 
-@pytest.mark.parametrize("listed", ["", "Failed to initialize NVML: Driver/library version mismatch\n", "0, x, y, [N/A], 1\n"])
+@pytest.mark.parametrize(
+    "listed", ["", "Failed to initialize NVML: Driver/library version mismatch\n", "0, x, y, [N/A], 1\n"]
+)
 def test_a_driver_that_does_not_work_is_no_gpu(listed: str) -> None:
     assert indices(None, listed) == []
 

@@ -17,7 +17,9 @@ class FakeRoot:
         self.root = root
         self.mounts: list[str] = []
         self.groups: list[str] = []
-        self.write("proc/meminfo", f"MemTotal: {16 * GIB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {12 * GIB // 1024} kB\n")
+        self.write(
+            "proc/meminfo", f"MemTotal: {16 * GIB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {12 * GIB // 1024} kB\n"
+        )
 
     def write(self, path: str, text: str | int) -> None:
         file = self.root / path.lstrip("/")
@@ -31,7 +33,7 @@ class FakeRoot:
             self.write(f"{point}{path}/{name.replace('_', '.', 1)}", value)
 
     def v1(self, controllers: str, path: str, *, top: str = "/", **files: str | int) -> None:
-        point = f"/sys/fs/cgroup/{controllers.split(',')[0]}"
+        point = f"/sys/fs/cgroup/{controllers.split(',', maxsplit=1)[0]}"
         self.mounts.append(f"35 31 0:32 {top} {point} rw - cgroup cgroup rw,{controllers}")
         self.groups.append(f"{len(self.groups) + 2}:{controllers}:{path}")
         below = path.removeprefix(top.rstrip("/")) if path.startswith(top) else ""
@@ -67,7 +69,9 @@ def test_v2_limits(fake: FakeRoot) -> None:
         memory_stat=f"anon 1\ninactive_file {100 * MIB}\nactive_file 7",
     )  # fmt: skip
     machine = fake.read()
-    assert machine.num_cpus == 1, "one and a half CPUs' worth of time is slower for two threads that wait for each other"
+    assert machine.num_cpus == 1, (
+        "one and a half CPUs' worth of time is slower for two threads that wait for each other"
+    )
     assert machine.cpu_limit.endswith("/sys/fs/cgroup/job/cpu.max")
     assert machine.total_memory_bytes == 900 * MIB
     assert machine.available_memory_bytes == 700 * MIB, "the file cache is given up first"

@@ -18,9 +18,10 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
         pytest.skip("g++ is not installed")
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(native, "private_directories", lambda: iter([tmp_path / "private"]))
-    source = tmp_path / "answer.cpp"
-    source.write_text(SOURCE % 42)
-    return Library(name="answer", sources=(source,))
+    directory = tmp_path / "sources"
+    directory.mkdir()
+    (directory / "answer.cpp").write_text(SOURCE % 42)
+    return Library(name="answer", directory=directory)
 
 
 def compiled(tmp_path: Path, place: str = "cache") -> list[Path]:
@@ -31,7 +32,9 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
-def test_code_is_compiled_once_below_the_cache(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_compiled_once_below_the_cache(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert load_library(library).answer() == 42
     (path,) = compiled(tmp_path)
     assert path.name.startswith(library.source_id)
@@ -48,7 +51,9 @@ def test_without_a_compiler_what_is_there_is_used(
     assert load_library(library).answer() == 42
 
 
-def test_without_a_compiler_and_with_nothing_there_it_says_so(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_and_with_nothing_there_it_says_so(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_compiler(monkeypatch)
     with pytest.raises(NativeBuildError, match=r"g\+\+ is not installed"):
         load_library(library)
