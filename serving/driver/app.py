@@ -156,7 +156,8 @@ def _start(
         _check_database(database_url(config.tenancy))
     preflight.finish()
     report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
-    guard = None if preflight.parent is None else Guard(preflight.parent)
+    keep_logs = logging.getLogger().isEnabledFor(logging.DEBUG)
+    guard = None if preflight.parent is None else Guard(preflight.parent, keep_directory=keep_logs)
     try:
         _join_ray(config, specs, guard)
         if guard is None:
@@ -196,9 +197,18 @@ def _check_database(url: str) -> None:
 
 
 def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | None) -> None:
-    if guard is None:
-        ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
-        return
+    """Raises StartError for whatever Ray has against it: it raises plain Exception too."""
+    try:
+        if guard is None:
+            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            _start_private_cluster(config, specs, guard)
+    except Exception as error:
+        what = "did not start" if guard else f"at {config.ray.address} (--ray-address) cannot be joined"
+        raise StartError(f"Ray {what}: {plain_reason(str(error))}") from error
+
+
+def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard) -> None:
     needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
     with suppress(FileNotFoundError):
         tempfile.gettempdir()  # this process keeps its own, whatever its children get

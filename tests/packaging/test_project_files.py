@@ -36,7 +36,7 @@ def make(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
             "test",
             [f"pytest tests/{suite}" for suite in ("unit", "numerics", "distributed", "integration", "packaging")],
         ),
-        ("nightly", ["-m nightly tests/unit tests/numerics", "-m nightly tests/nightly"]),
+        ("nightly", ["-m nightly tests/unit tests/numerics tests/packaging", "-m nightly tests/nightly"]),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports", "protos.generate --check"]),
         (
             "bench",
@@ -49,6 +49,16 @@ def test_make_target_runs(target: str, commands: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     for command in commands:
         assert command in done.stdout
+
+
+@pytest.mark.parametrize(("target", "installs_tools"), [("demo", False), ("serve", False), ("test-unit", True)])
+def test_serving_installs_only_what_it_needs(target: str, installs_tools: bool, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    commands = make("--dry-run", target, directory=tmp_path).stdout
+    assert "pip install --editable . " in commands
+    assert "python -m model_parallel.native" in commands, "compiled while packages come"
+    assert ("[dev,clients]" in commands) == installs_tools
 
 
 def test_plain_make_lists_the_targets() -> None:
