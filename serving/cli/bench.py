@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_parallel.errors import ConfigError
+from serving.cli.terminal import standard_output
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import api_key
 
@@ -56,7 +57,7 @@ def engine(
         shapes = default_shapes(num_cores)
     else:
         shapes = [(tp or 1, threads or max(1, num_cores // (tp or 1)))]
-    console = Console(highlight=False)
+    console = standard_output()
     if profile:
         profile_shapes(model, shapes, dtype=dtype, quantization=quantization, device=device, console=console)
         return
@@ -204,7 +205,7 @@ def load(
     for measure, value in result.items():
         if value is not None:
             table.add_row(measure, f"{value:.2f}" if isinstance(value, float) else str(value))
-    Console(highlight=False).print(table)
+    standard_output().print(table)
     _write(result, json_file)
 
 

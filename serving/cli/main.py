@@ -23,6 +23,7 @@ from serving.client.client import Client, chat_prompt, explain
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import api_key
 from serving.contracts.addresses import parse_target
+from serving.contracts.start_failure import StartError
 from serving.models.fetch import FetchError, fetch_model
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -71,7 +72,7 @@ def _account(error: Exception) -> tuple[str, int]:
         return str(error), EXIT_CONFIG
     if isinstance(error, grpc.RpcError):
         return explain(error), 1
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ == "StartError":
+    if isinstance(error, ConnectionError | TimeoutError | StartError):
         return str(error), 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

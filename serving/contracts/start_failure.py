@@ -14,6 +14,10 @@ _MARK = "packtrain-start-failure:"
 _MARKED = re.compile(re.escape(_MARK) + r'("(?:[^"\\]|\\.)*")')
 
 
+class StartError(Exception):
+    """The stack did not come up. The message is for the person who started it."""
+
+
 class StartFailedError(RuntimeError):
     """What `telling_start_failures` turns an error into."""
 

@@ -27,7 +27,7 @@ from serving.admin.thread import AdminThread
 from serving.config import ServingConfig
 from serving.contracts.addresses import host_port, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
-from serving.contracts.start_failure import plain_reason
+from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver.environment import cluster_environment
 from serving.driver.preflight import Preflight, begin
 from serving.gateway.deployment import Gateway
@@ -49,10 +49,6 @@ HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 80 << 20
 """Ray takes no less than 75 MiB."""
-
-
-class StartError(Exception):
-    """The stack did not come up. The message is for the person who started it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

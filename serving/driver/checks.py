@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_parallel.directories import cache_choice
-from model_parallel.errors import ConfigError, EngineError
+from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.native import LIBRARIES, is_compiled
 from serving.config import AdminConfig, ServingConfig
@@ -21,7 +21,7 @@ Probe = Callable[[str, int], int]
 """(address, port) to the errno of listening there; 0 when it works."""
 
 
-class StartRefusedError(EngineError):
+class StartRefusedError(ConfigError):
     """Nothing was started. Each line of the message is one problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
