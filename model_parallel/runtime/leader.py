@@ -24,11 +24,9 @@ from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import CheckpointError, ConfigError, EngineError, GroupFailedError
 from model_parallel.native import NativeBuildError
 from model_parallel.runtime.rank_link import (
-    SECRET_BYTES,
     Ack,
     Connection,
     Failed,
-    LinkError,
     Listener,
     Progress,
     RankMessage,
@@ -38,6 +36,8 @@ from model_parallel.runtime.rank_link import (
     Step,
     Stop,
 )
+from model_parallel.transport.authentication import SECRET_BYTES
+from model_parallel.transport.frames import LinkError
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class SocketExecutor(ABC):
                 return
             self._failure = reason
         for link in self._links:
-            link.connection.sever()
+            link.connection.shutdown()
         self._kill_ranks()
         self._report()
 
@@ -358,7 +358,7 @@ class SocketExecutor(ABC):
             else:
                 self._kill_ranks()
             for link in self._links:
-                link.connection.sever()
+                link.connection.shutdown()
             if self._monitor is not None and self._monitor is not threading.current_thread():
                 self._monitor.join(STOP_TIMEOUT_S)
             self._reap_ranks()

@@ -95,8 +95,8 @@ class ReplicaGroup:
             span.failed("" if isinstance(error, asyncio.CancelledError) else type(error).__name__)
             span.end()
             raise
-        if reply.refusal_kind:
-            span.failed(reply.refusal_kind)
+        if reply.error_kind:
+            span.failed(reply.error_kind)
             span.end()
         return self._encode(reply)
 

@@ -17,7 +17,7 @@ async def listening() -> OutputReceiver:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for it, but not long."""
-    async with asyncio.timeout(5):
+    """Wait for it; a busy machine may take long."""
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)

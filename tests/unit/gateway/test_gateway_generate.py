@@ -9,9 +9,8 @@ from grpc_status import rpc_status
 
 from bench.support.fake_backend import BOS, EOS, IM_END, IM_START, FakeBackend, card, for_ever, say, steps
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
-from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.contracts.errors import GroupUnavailableError
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
 from tests.unit.gateway.conftest import Serve
 
 
@@ -234,12 +233,17 @@ Code = grpc.StatusCode
 @pytest.mark.parametrize(
     ("script", "code", "reason", "retry"),
     [
-        (failing(RequestError("queue is full", kind="overloaded")), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
+        (failing(GroupRefusedError("queue is full", kind="overloaded")), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
         (failing(GroupUnavailableError("no live group")), Code.UNAVAILABLE, "NO_GROUP", True),
         (failing(GroupUnavailableError("lost"), after=2), Code.UNAVAILABLE, "NO_GROUP", True),
-        (failing(RequestError("prompt over the KV cache")), Code.INVALID_ARGUMENT, "INVALID_REQUEST", False),
+        (
+            failing(GroupRefusedError("prompt over the KV cache", kind="invalid")),
+            Code.INVALID_ARGUMENT,
+            "INVALID_REQUEST",
+            False,
+        ),
         (failing(ZeroDivisionError("/secret/path prompt")), Code.INTERNAL, "INTERNAL", False),
-        (failing(RequestError("/secret twice", kind="duplicate")), Code.INTERNAL, "INTERNAL", False),
+        (failing(GroupRefusedError("/secret twice", kind="duplicate")), Code.INTERNAL, "INTERNAL", False),
         (ending(FinishReason.ERROR, "unavailable"), Code.UNAVAILABLE, "NO_GROUP", True),
         (ending(FinishReason.ERROR, "numerical_error"), Code.INTERNAL, "NUMERICAL_ERROR", False),
         (ending(FinishReason.DEADLINE), Code.DEADLINE_EXCEEDED, "DEADLINE", False),

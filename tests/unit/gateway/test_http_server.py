@@ -13,7 +13,7 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.errors import ConfigError, RequestError
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.accounts import OpenAccounts, Principal, RateLimits, Reservation, UsageRecord
-from serving.contracts.errors import GroupUnavailableError, QuotaExceededError, UnauthenticatedError
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError, QuotaExceededError, UnauthenticatedError
 from serving.gateway.server import GatewayServer, check_listening
 from tests.unit.gateway.conftest import Running, Serve
 from tests.unit.gateway.http_client import CHAT, COMPLETION, answer_to, client, events, post, raw_request
@@ -169,7 +169,7 @@ def failing(error: Exception, *, after: str = "") -> Any:
 
 
 FAULTS: list[tuple[Exception, int, str, bool]] = [
-    (RequestError("full", kind="overloaded"), 503, "server_is_overloaded", True),
+    (GroupRefusedError("full", kind="overloaded"), 503, "server_is_overloaded", True),
     (GroupUnavailableError("no group"), 503, "service_unavailable", True),
     (RequestError("nan", kind="numerical_error"), 500, "numerical_error", False),
     (ZeroDivisionError("/secret/place"), 500, "internal_error", False),

@@ -46,9 +46,9 @@ class TracedBackend(FakeBackend):
 
     context: dict[str, str]
 
-    async def generate(self, model: str, requests: Sequence[EngineRequest], passage: Any) -> AsyncIterator[Any]:
-        self.context = passage.trace_context
-        async for outputs in super().generate(model, requests, passage):
+    async def generate(self, model: str, requests: Sequence[EngineRequest], trace_context: Any) -> AsyncIterator[Any]:
+        self.context = trace_context
+        async for outputs in super().generate(model, requests, trace_context):
             yield outputs
 
 

@@ -136,35 +136,35 @@ async def test_one_sink_gets_a_steps_outputs_in_one_call_and_only_its_own(engine
     assert "c" not in set.union(*calls)
 
 
-async def test_what_is_held_is_paused_until_it_is_held_no_more(engine: AsyncEngine, harness: Harness) -> None:
+async def test_what_is_paused_stays_so_until_it_is_resumed(engine: AsyncEngine, harness: Harness) -> None:
     sink = Sink()
     run = await _start(engine, sink, _request("a", 90), _request("b", 90))
-    engine.hold(["a", "b", "nobody"], is_held=True)
+    engine.set_paused(["a", "b", "nobody"], is_paused=True)
     await _until_asleep(harness)
     assert harness.engine.num_paused == 2
     assert harness.engine.stats.kv_usage == 0
     assert (await _collect(engine, "c", max_tokens=90))[-1].finish_reason is FinishReason.LENGTH
-    engine.hold(["a", "b"], is_held=False)
+    engine.set_paused(["a", "b"], is_paused=False)
     await run.end()
     for request_id in ("a", "b"):
         assert sink.tokens(request_id) == solo_output(_request(request_id, 90))
-    engine.hold(["a"], is_held=True)
+    engine.set_paused(["a"], is_paused=True)
     await _until_idle(engine, harness)
 
 
 async def test_a_sink_that_is_full_pauses_all_that_is_its_own(engine: AsyncEngine, harness: Harness) -> None:
     sink, other = Sink(), Sink()
     runs = [await _start(engine, sink, _request("a", 90))]
-    engine.hold_all(sink, is_held=True)
+    engine.set_sink_paused(sink, is_paused=True)
     runs.append(Run(engine, sink, _request("b", 90)))
     await Run(engine, other, _request("c", 20)).end()
     await _until_asleep(harness)
     assert harness.engine.num_paused == 2
-    engine.hold(["a"], is_held=True)
-    engine.hold_all(sink, is_held=False)
+    engine.set_paused(["a"], is_paused=True)
+    engine.set_sink_paused(sink, is_paused=False)
     await runs[1].end()
     assert harness.engine.num_paused == 1
-    engine.hold(["a"], is_held=False)
+    engine.set_paused(["a"], is_paused=False)
     await runs[0].end()
     assert sink.tokens("b") == solo_output(_request("b", 90))
     await _until_idle(engine, harness)
@@ -188,7 +188,7 @@ async def test_a_paused_sequence_expires_while_nothing_else_runs(
     monkeypatch.setattr("serving.replica.async_engine.LOOK_AFTER_PAUSED_S", 0.01)
     sink = Sink()
     run = await _start(engine, sink, make_request("a", [1], max_tokens=90, deadline_s=10.0))
-    engine.hold(["a"], is_held=True)
+    engine.set_paused(["a"], is_paused=True)
     await _until_asleep(harness)
     harness.clock.now_s += 11
     await run.end()

@@ -16,7 +16,6 @@ from model_parallel.runtime.rank_link import (
     Connection,
     Failed,
     LeaderMessage,
-    LinkError,
     Progress,
     Ready,
     Result,
@@ -24,6 +23,7 @@ from model_parallel.runtime.rank_link import (
     Step,
     connect,
 )
+from model_parallel.transport.frames import LinkError
 from tests.support.executors import execute
 from tests.support.fake_rank import group_config, plan
 
@@ -246,7 +246,7 @@ def test_callback_may_shut_the_group_down() -> None:
     executor = ScriptedExecutor(good(0), good(1))
     done = threading.Event()
     executor.set_failure_callback(lambda reason: (executor.shutdown(), done.set()))
-    executor._links[1].connection.sever()
+    executor._links[1].connection.shutdown()
     assert done.wait(10)
 
 
