@@ -3,13 +3,13 @@
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from cluster.guard import MAX_PARENT_BYTES, PREFIX, Guard
+from tests.support.waiting import PATIENCE_S, wait_until
 
 # Opens a file in the directory and forks away, as a daemon does; then sleeps far longer than the test.
 DAEMON = """
@@ -39,10 +39,7 @@ def _daemon(directory: Path) -> psutil.Process:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert wait_until(condition)
 
 
 def test_dismissing_ends_what_is_left_and_removes_the_directory(tmp_path: Path) -> None:
@@ -58,7 +55,7 @@ def test_kill_9_of_the_starter_ends_what_it_left_and_leaves_no_directory(tmp_pat
     starter, directory = _starter(tmp_path)
     daemon = _daemon(directory)
     starter.send_signal(signal.SIGKILL)
-    starter.communicate(timeout=30)
+    starter.communicate(timeout=PATIENCE_S)
     _wait(lambda: not daemon.is_running() and not directory.exists())
 
 
@@ -68,7 +65,7 @@ def test_the_next_guard_removes_what_a_killed_guard_left(tmp_path: Path) -> None
     (guard,) = psutil.Process(starter.pid).children()
     guard.kill()
     starter.kill()
-    starter.communicate(timeout=30)
+    starter.communicate(timeout=PATIENCE_S)
     _wait(lambda: not guard.is_running())
     assert directory.exists() and daemon.is_running(), "nobody was left to do it"
     other = Guard(tmp_path)

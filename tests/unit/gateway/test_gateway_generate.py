@@ -11,6 +11,7 @@ from bench.support.fake_backend import BOS, EOS, IM_END, IM_START, FakeBackend, 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from protos import inference_pb2 as pb
 from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Serve
 
 
@@ -180,7 +181,7 @@ async def test_chat_uses_the_models_format_and_its_text_is_only_text(serve: Serv
 async def test_cancel_closes_the_backend_at_once(serve: Serve, method: str) -> None:
     async with serve(FakeBackend(for_ever)) as gateway:
         call = getattr(gateway.stub, method)(ask())
-        await asyncio.wait_for(gateway.backend.started.wait(), 5)
+        await asyncio.wait_for(gateway.backend.started.wait(), PATIENCE_S)
         assert gateway.backend.num_open == 1
         call.cancel()
         await gateway.backend.closed()
@@ -190,7 +191,7 @@ async def test_cancel_closes_the_backend_at_once(serve: Serve, method: str) -> N
 async def test_a_deadline_closes_the_backend(serve: Serve) -> None:
     async with serve(FakeBackend(for_ever)) as gateway:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(gateway.stub.GenerateStream(ask(), timeout=0.3))
+            await collect(gateway.stub.GenerateStream(ask(), timeout=0.3))  # must expire
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await gateway.backend.closed()
 
@@ -257,7 +258,7 @@ async def test_failures_have_their_status(
     async with serve(FakeBackend(script), retry_delay_s=2) as gateway:
         call = getattr(gateway.stub, method)(ask())
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await (collect(call) if method == "GenerateStream" else call)
         except grpc.aio.AioRpcError:
             pass

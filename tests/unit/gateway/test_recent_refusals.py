@@ -20,6 +20,7 @@ from serving.gateway.core.admission import (
     REMEMBERED_SHARE,
     RecentRefusals,
 )
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Serve
 
 FULL = GroupRefusedError("64 requests are waiting; at most 64 may", kind="overloaded", retry_after_s=3.0)
@@ -135,7 +136,7 @@ async def test_a_burst_asks_a_full_group_once(serve: Serve, monkeypatch: pytest.
         request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))
 
         async def code() -> grpc.StatusCode:
-            return await gateway.stub.Generate(request, timeout=10).code()
+            return await gateway.stub.Generate(request, timeout=PATIENCE_S).code()
 
         assert await code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert num_asked == 1
@@ -166,7 +167,7 @@ async def test_one_group_after_the_other_is_asked_until_one_takes_the_request(
     backend = RefusingBackend(answers, cards)
     async with serve(backend) as gateway:
         request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))
-        assert (await gateway.stub.Generate(request, timeout=10).code()).name == expected
+        assert (await gateway.stub.Generate(request, timeout=PATIENCE_S).code()).name == expected
     assert backend.num_asked == num_asked
 
 

@@ -143,7 +143,7 @@ async def test_a_client_that_leaves_and_a_deadline_are_told_apart(watched: Watch
         await stream.read()
         stream.cancel()
         with pytest.raises(grpc.aio.AioRpcError):
-            await gateway.stub.Generate(request(), timeout=0.2)
+            await gateway.stub.Generate(request(), timeout=0.2)  # must expire
         await gateway.backend.closed()
         await gateway.idle()
         labels = {"front_end": "grpc", "model_name": "tiny"}

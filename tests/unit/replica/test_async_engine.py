@@ -11,6 +11,7 @@ from model_parallel.errors import GroupFailedError, RequestError
 from serving.replica.async_engine import AsyncEngine
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
+from tests.support.waiting import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ async def harness() -> Harness:
 async def engine(harness: Harness) -> AsyncIterator[AsyncEngine]:
     engine = AsyncEngine(harness.engine, asyncio.get_running_loop())
     yield engine
-    engine.close(5)
+    engine.close(PATIENCE_S)
 
 
 def _request(request_id: str, max_tokens: int) -> EngineRequest:
@@ -62,7 +63,7 @@ class Run:
         return self._ended.is_set()
 
     async def end(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await self._ended.wait()
 
 
@@ -75,21 +76,17 @@ async def _collect(engine: AsyncEngine, *request_ids: str, max_tokens: int = 6) 
 async def _start(engine: AsyncEngine, sink: Sink, *requests: EngineRequest) -> Run:
     """A request whose first output has come."""
     run = Run(engine, sink, *requests)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await sink.came.wait()
     return run
 
 
 async def _until_asleep(harness: Harness) -> None:
-    async with asyncio.timeout(5):
-        while harness.engine.has_work:
-            await asyncio.sleep(0.005)
+    await until(lambda: not harness.engine.has_work)
 
 
 async def _until_idle(engine: AsyncEngine, harness: Harness) -> None:
-    async with asyncio.timeout(5):
-        while engine.num_open or harness.engine.has_work:
-            await asyncio.sleep(0.005)
+    await until(lambda: not (engine.num_open or harness.engine.has_work))
     harness.engine.check_integrity()
     assert harness.engine.stats.kv_usage == 0
 
@@ -203,7 +200,7 @@ async def test_a_refusal_of_one_choice_takes_the_others_back(engine: AsyncEngine
 
 async def test_a_lost_group_ends_every_stream(engine: AsyncEngine, harness: Harness) -> None:
     readers = [asyncio.create_task(_collect(engine, f"r{i}", max_tokens=100)) for i in range(6)]
-    await asyncio.sleep(0.02)
+    await until(lambda: harness.engine.stats.num_running == 4 and harness.engine.stats.num_waiting == 2)
     engine.fail("rank 1 is gone")
     for reader in readers:
         last = (await reader)[-1]

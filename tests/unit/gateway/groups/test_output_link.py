@@ -22,7 +22,8 @@ from serving.replica.async_engine import AsyncEngine
 from serving.replica.output_sender import OutputSenders
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-from tests.support.link import HOST, listening, until
+from tests.support.link import HOST, listening
+from tests.support.waiting import PATIENCE_S, until
 
 
 class Group:
@@ -42,7 +43,7 @@ class Group:
 
     async def run(self, receiver: OutputReceiver, *requests: EngineRequest) -> None:
         ended = await self.start(receiver, *requests)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await ended.wait()
 
     async def until_asleep(self) -> None:
@@ -50,7 +51,7 @@ class Group:
 
     def close(self) -> None:
         self.senders.close()
-        self.engine.close(5)
+        self.engine.close(PATIENCE_S)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def request(request_id: str, max_tokens: int = 90) -> EngineRequest:
 
 async def read(inbox: Inbox, num_choices: int = 1) -> list[EngineOutput]:
     outputs: list[EngineOutput] = []
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while sum(output.finish_reason is not None for output in outputs) < num_choices:
             outputs += (await inbox.next()).outputs
     return outputs
@@ -292,7 +293,7 @@ async def test_outputs_of_a_request_that_nobody_reads_any_more_are_dropped(
 
 
 async def _is_closed(reader: asyncio.StreamReader) -> bool:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         try:
             return await reader.read() == b""
         except ConnectionResetError:

@@ -21,7 +21,7 @@ from serving.observability.tracing import Tracing
 from serving.replica.deployment import ReplicaGroup
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-from tests.support.link import until
+from tests.support.waiting import PATIENCE_S, until
 
 MODEL = "tiny"
 
@@ -47,8 +47,8 @@ class Group:
             _engine=self.harness.engine,
             _executor=SimpleNamespace(set_failure_callback=lambda fail: None, shutdown=lambda: None),
             _tracing=Tracing(),
-            _drain_timeout_s=5.0,
-            _step_timeout_s=5.0,
+            _drain_timeout_s=PATIENCE_S,
+            _step_timeout_s=PATIENCE_S,
             _decode=msgspec.msgpack.Decoder(GroupCall).decode,
             _encode=msgspec.msgpack.encode,
         )
@@ -106,7 +106,7 @@ def request(request_id: str, max_tokens: int = 100) -> EngineRequest:
 
 async def outputs_of(backend: ServeBackend, *requests: EngineRequest) -> list[EngineOutput]:
     outputs: list[EngineOutput] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async for step in backend.generate(MODEL, requests, {}):
             outputs += step.outputs
     return outputs
@@ -219,7 +219,7 @@ async def test_a_leader_that_ends_lets_what_it_runs_end(backend: ServeBackend, g
 
 async def test_a_leader_that_ends_waits_only_so_long(backend: ServeBackend, group: Group) -> None:
     group.leader._drain_timeout_s = 0.02
-    group.harness.executor.during_step = lambda: time.sleep(0.01)
+    group.harness.executor.during_step = lambda: time.sleep(0.05)  # 5 s for its 100 tokens
     running = asyncio.create_task(outputs_of(backend, request("a")))
     await until(lambda: group.harness.engine.stats.num_running)
     await group.end()
