@@ -45,6 +45,10 @@ _SWITCHES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Serve's own log goes to its files; the terminal belongs to the command line.
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Of processes that Ray starts. A machine that has other work to do may take longer than the minute that Ray gives them.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
 }
 _NO_PROXY = ("localhost", "127.0.0.1", "::1")
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
