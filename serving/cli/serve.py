@@ -230,7 +230,7 @@ def _quiet_ray() -> None:
     """What Ray and Serve say by the way does not stand between our lines; `--debug` lets it through."""
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         return
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what matters of its errors, our own line tells
     for name in ("ray.serve", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: record.levelno > logging.ERROR)
 

@@ -196,7 +196,7 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     """Raises StartError for whatever Ray has against it: it raises plain Exception too."""
     try:
         if guard is None:
-            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
         else:
             _start_private_cluster(config, specs, guard)
     except Exception as error:
@@ -218,7 +218,7 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,
             _temp_dir=str(guard.directory),
         )
 
