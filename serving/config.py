@@ -3,12 +3,28 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from model_parallel.errors import ConfigError
+
+AUTO: Literal["auto"] = "auto"
+"""Of settings that Packtrain chooses by itself: see serving/models/sizes.py."""
+
+
+def _none_if_auto(value: object) -> object:
+    return None if value == AUTO else value
+
+
+def _host(value: object) -> object:
+    """`[::1]`, as addresses are printed, is taken as `::1`."""
+    is_bracketed = isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]")
+    return value.strip()[1:-1] if isinstance(value, str) and is_bracketed else value
+
+
+Host = Annotated[str, BeforeValidator(_host), Field(min_length=1)]
 
 
 class _Section(BaseModel):
@@ -46,7 +62,7 @@ class TlsConfig(_Section):
 class GatewayConfig(_Section):
     """The two front ends: gRPC, and HTTP in OpenAI's form."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
+    host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
     port: int = Field(
         50051,
         ge=0,
@@ -94,7 +110,7 @@ class TenancyConfig(_Section):
 class AdminConfig(_Section):
     """What operators reach: packtrain.v1.Admin and /metrics, on ports of their own."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
+    host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
     port: int | None = Field(
         50052, ge=0, le=65535, description="Of packtrain.v1.Admin; needs tenancy. null turns it off."
     )
@@ -115,13 +131,19 @@ class ModelEntry(_Section):
     source: str = Field(min_length=1, description="A name that `packtrain fetch` knows, a directory, or a GGUF file.")
     tensor_parallel_size: int = Field(1, ge=1)
     num_groups: int = Field(1, ge=1)
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = Field(AUTO, description="auto: cuda where there is a GPU for every rank.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        AUTO, description="auto: the checkpoint's own; bfloat16 where the device cannot compute in that."
+    )
     quantization: Literal["int8"] | None = Field(None, description="Keep weight matrices in eight bits a weight.")
-    threads_per_rank: int = Field(1, ge=1, description="Threads of a CPU rank.")
+    threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=1, description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks."
+    )
     cpus_per_rank: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for a rank.")
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus answer; the model's own when unset.")
-    kv_cache_tokens: int = Field(16384, ge=16, description="Tokens that a group's KV cache holds.")
+    kv_cache_tokens: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=16, description="Tokens that a group's KV cache holds. auto, or unset: what free memory has room for."
+    )
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
     max_num_seqs: int = Field(64, ge=1)
@@ -198,11 +220,27 @@ def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
 def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
-        return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80})")
+        hint = _meant(str(value), message) if kind == "literal_error" else ""
+        return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80}){hint}")
     known = _fields_at(location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
+
+
+_OTHER_WORDS = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
+    "float": "float32", "gpu": "cuda", "nvidia": "cuda", "w8a16": "int8", "8bit": "int8", "llama2": "llama-2",
+}  # fmt: skip
+"""What other systems call the values of ours."""
+
+
+def _meant(value: str, message: str) -> str:
+    """A hint at the allowed value that was probably meant; `message` quotes those that are allowed."""
+    allowed = message.split("'")[1::2]
+    word = _OTHER_WORDS.get(value.lower().removeprefix("torch."), value.lower())
+    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 _SECTIONS: dict[str, type[_Section]] = {
@@ -221,14 +259,6 @@ _SECTIONS: dict[str, type[_Section]] = {
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     section = _SECTIONS.get(".".join(part for part in location if isinstance(part, str)))
     return sorted(section.model_fields) if section else []
-
-
-def cache_directory() -> Path:
-    """Where fetched models are kept: $PACKTRAIN_CACHE, else $XDG_CACHE_HOME/packtrain, else ~/.cache/packtrain."""
-    if own := os.environ.get("PACKTRAIN_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "packtrain"
 
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -264,19 +294,3 @@ def tracing_is_on() -> bool:
         if protocol != "grpc":
             raise ConfigError(f"{name} is {protocol!r}; traces are sent by grpc alone")
     return True
-
-
-def prepare_environment() -> None:
-    """Set Ray's switches for this process and all that it starts; must run before ray is imported.
-
-    Handles carry values instead of object references (ray.serve reads it at import). No usage reports are sent.
-    """
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray forks its head from this process; gRPC's own fork handlers can leave the child hanging.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    # A call that comes after the end must fail. Without this it starts a new cluster, which nobody would ever stop.
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Serve's own log goes to its files; the terminal belongs to the command line.
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")

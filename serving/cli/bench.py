@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_parallel.errors import ConfigError
+from serving.cli.terminal import standard_output
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import api_key
 
@@ -50,13 +50,14 @@ def engine(
     from bench.engine_timing import default_shapes
     from bench.machine import describe_machine
     from bench.timing import Timing, as_table
+    from model_parallel.machine import read_machine
 
-    num_cores = os.cpu_count() or 1
+    num_cores = read_machine().num_cpus
     if tp is None and threads is None:
         shapes = default_shapes(num_cores)
     else:
         shapes = [(tp or 1, threads or max(1, num_cores // (tp or 1)))]
-    console = Console(highlight=False)
+    console = standard_output()
     if profile:
         profile_shapes(model, shapes, dtype=dtype, quantization=quantization, device=device, console=console)
         return
@@ -204,7 +205,7 @@ def load(
     for measure, value in result.items():
         if value is not None:
             table.add_row(measure, f"{value:.2f}" if isinstance(value, float) else str(value))
-    Console(highlight=False).print(table)
+    standard_output().print(table)
     _write(result, json_file)
 
 

@@ -1,7 +1,7 @@
 """The front ends of one process, gRPC and HTTP: their servers, from binding to draining."""
 
 import asyncio
-import ipaddress
+import errno
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +15,13 @@ from model_parallel.errors import ConfigError
 from protos import inference_pb2, inference_pb2_grpc
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig
 from serving.contracts.accounts import Accounts, OpenAccounts
+from serving.contracts.addresses import (
+    explain_listening,
+    host_port,
+    is_loopback,
+    listening_addresses,
+    why_not_listening,
+)
 from serving.contracts.observer import Observe, unobserved
 from serving.gateway.core.admission import Admission
 from serving.gateway.core.backend import Backend
@@ -190,21 +197,24 @@ def check_protobuf() -> None:
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    """Have the server listen, over TLS with `credentials`. Returns the port. Raises ConfigError."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        if credentials is not None:
-            return server.add_secure_port(address, credentials)
-        return server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: is the port taken, or the address another machine's?"
-        ) from error
+    """Have the server listen on every address of a host, over TLS with `credentials`. Returns the port, which is the same
+    for all. Raises ConfigError."""
+    for address in listening_addresses(host):
+        where = host_port(address, port)
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(where)
+                continue
+            port = server.add_secure_port(where, credentials)
+        except RuntimeError as error:
+            number = why_not_listening(address, port) or errno.EADDRINUSE
+            raise ConfigError(f"cannot listen: {explain_listening(number, address, port)}") from error
+    return port
 
 
 def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
     """Refuse to be open to others by accident. Raises ConfigError."""
-    if _is_loopback(config.host):
+    if is_loopback(config.host):
         return
     if not (has_keys or config.insecure):
         raise ConfigError(
@@ -217,15 +227,8 @@ def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
 
 def check_admin_listening(admin: AdminConfig, *, has_keys: bool, insecure: bool) -> None:
     """The same for the operators' ports. Raises ConfigError."""
-    if not (_is_loopback(admin.host) or has_keys or insecure):
+    if not (is_loopback(admin.host) or has_keys or insecure):
         raise ConfigError(
             f"admin.host is {admin.host!r}, which others can reach, and there are no keys; configure tenancy, "
             "listen on 127.0.0.1, or set gateway.insecure (--insecure) to show metrics to everybody"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

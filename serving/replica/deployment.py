@@ -22,6 +22,7 @@ from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import GroupFailedError, RequestError
 from serving.contracts.group_link import GroupCall, GroupReply
 from serving.contracts.group_report import GroupReport
+from serving.contracts.start_failure import telling_start_failures
 from serving.models.group_spec import GroupSpec
 from serving.observability.log import configure_logging, request_id
 from serving.observability.tracing import GroupSpan, open_tracing
@@ -62,9 +63,10 @@ class ReplicaGroup:
         )
         self._step_timeout_s = spec.parallel.step_timeout_s
         on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
-        self._executor = await asyncio.to_thread(
-            RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
-        )
+        with telling_start_failures():
+            self._executor = await asyncio.to_thread(
+                RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
+            )
         self._iterations = IterationTokens()
         scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
         self._engine = Engine(self._executor, scheduler, on_step=self._iterations.observe)
