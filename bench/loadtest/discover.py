@@ -21,7 +21,7 @@ from bench.loadtest.work import Facts
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.client_tls import ClientTls
+from serving.client.tls import ClientTls
 
 TIMEOUT_S = 10.0
 UNKNOWN_VOCABULARY = 30_000

@@ -15,7 +15,7 @@ from bench.loadtest.scenario import Tenant
 from bench.loadtest.targets import Target
 from bench.loadtest.work import Content
 from protos import inference_pb2 as pb
-from serving.client_tls import ClientTls
+from serving.client.tls import ClientTls
 
 _METHODS = {"generate-stream": "GenerateStream", "generate": "Generate", "score": "Score"}
 _SERVICE = "/packtrain.v1.Inference/"

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,7 +21,6 @@ from bench.loadtest.wire import (
     Failed,
     FromSender,
     Halt,
-    Hello,
     Peer,
     Plan,
     Progress,
@@ -29,8 +28,8 @@ from bench.loadtest.wire import (
     accept,
 )
 from model_parallel.errors import ConfigError
-from model_parallel.runtime.link import MAX_FRAME_BYTES, LinkError
-from serving.client_tls import ClientTls
+from model_parallel.runtime.rank_link import MAX_FRAME_BYTES, LinkError
+from serving.client.tls import ClientTls
 from serving.config import LOAD_SECRET_VARIABLE
 
 START_TIMEOUT_S = 60.0
@@ -94,20 +93,12 @@ class Interrupt:
 OnProgress = Callable[[int, Progress], None]
 
 
-async def lead(
-    scenario: Scenario,
-    resolved: Sequence[Resolved],
-    senders: Senders,
-    tls: ClientTls | None,
-    *,
-    stop: asyncio.Event,
-    report: Callable[[str], None] = lambda line: None,
-    on_begin: Callable[[], None] = lambda: None,
-    on_progress: OnProgress = lambda index, progress: None,
-) -> Run:
-    """One run. Raises ConfigError, ConnectionError; LinkError when no sender is left."""
+@contextlib.asynccontextmanager
+async def crew(
+    senders: Senders, tls: ClientTls | None, report: Callable[[str], None] = lambda line: None
+) -> "AsyncIterator[Crew]":
+    """The processes that send, for as long as the block. Raises ConnectionError when not all come, LinkError when one dies."""
     count = senders.num_processes + senders.num_joined
-    _check_count(scenario, count)
     secret = (senders.secret if senders.num_joined else secrets.token_hex(32)).encode()
     arrived: asyncio.Queue[Peer[FromSender]] = asyncio.Queue(maxsize=count)
 
@@ -118,13 +109,16 @@ async def lead(
             writer.close()
 
     host = senders.listen_host if senders.num_joined else "127.0.0.1"
-    server = await asyncio.start_server(greet, host, senders.listen_port if senders.num_joined else 0)
+    try:
+        server = await asyncio.start_server(greet, host, senders.listen_port if senders.num_joined else 0)
+    except OSError as error:
+        raise ConfigError(f"--listen: cannot listen at {host}:{senders.listen_port}: {error}") from error
     port = server.sockets[0].getsockname()[1]
     async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(_close, server)
         local_host = "127.0.0.1" if host in ("0.0.0.0", "127.0.0.1") else host
         processes = _Processes(local_host, port, secret.decode(), tls, senders.owns_targets)
         stack.push_async_callback(processes.stop)
+        stack.callback(server.close)
         await processes.start(senders.num_processes)
         if senders.num_joined:
             report(f"waiting for {senders.num_joined} processes to join at {host}:{port}")
@@ -132,13 +126,33 @@ async def lead(
         peers = await _gather_peers(arrived, count, timeout_s, processes)
         for peer in peers:
             stack.callback(peer.close)
-        conductor = _Conductor(peers, scenario, on_progress)
+        yield Crew(peers, processes)
+
+
+class Crew:
+    """Processes that are ready to send, run after run."""
+
+    def __init__(self, peers: Sequence[Peer[FromSender]], processes: "_Processes") -> None:
+        self._peers, self._processes = peers, processes
+
+    async def run(
+        self,
+        scenario: Scenario,
+        resolved: Sequence[Resolved],
+        stop: asyncio.Event,
+        *,
+        on_begin: Callable[[], None] = lambda: None,
+        on_progress: OnProgress = lambda index, progress: None,
+    ) -> Run:
+        """Raises ConfigError, ConnectionError; LinkError when a sender is lost before the run, or all are in it."""
+        _check_count(scenario, len(self._peers))
+        conductor = _Conductor(self._peers, scenario, on_progress)
         try:
             await conductor.prepare(resolved)
             on_begin()
             return await conductor.run(stop)
         except LinkError as error:
-            raise LinkError(f"{error}. {await processes.complaint()}".strip()) from error
+            raise LinkError(f"{error}. {await self._processes.complaint()}".strip()) from error
 
 
 def _check_count(scenario: Scenario, count: int) -> None:
@@ -150,10 +164,6 @@ def _check_count(scenario: Scenario, count: int) -> None:
             )
 
 
-async def _close(server: asyncio.Server) -> None:
-    server.close()
-
-
 async def _gather_peers(
     arrived: "asyncio.Queue[Peer[FromSender]]", count: int, timeout_s: float, processes: "_Processes"
 ) -> list[Peer[FromSender]]:
@@ -161,11 +171,13 @@ async def _gather_peers(
     deadline_s = asyncio.get_running_loop().time() + timeout_s
     while len(peers) < count:
         try:
-            peers.append(await asyncio.wait_for(arrived.get(), 0.25))
+            peer = await asyncio.wait_for(arrived.get(), 0.25)
         except TimeoutError:
             await processes.check()
             if asyncio.get_running_loop().time() > deadline_s:
                 raise ConnectionError(f"{len(peers)} of {count} processes joined within {timeout_s:g} s") from None
+            continue
+        peers.append(peer)
     return peers
 
 
@@ -233,7 +245,6 @@ class _Conductor:
         warm_up_s = self._scenario.warmup_requests * len(self._scenario.tenants) * self._scenario.timeout_s
         async with asyncio.timeout(START_TIMEOUT_S + warm_up_s):
             for index, peer in enumerate(self._peers):
-                await self._expect(peer, Hello)
                 await peer.send(Plan(text, list(resolved), index, len(self._peers)))
             for peer in self._peers:
                 await self._expect(peer, Connected)

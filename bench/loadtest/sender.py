@@ -5,7 +5,6 @@ It joins the process that leads, gets its part of the work, and hands over what 
 
 import asyncio
 import contextlib
-import platform
 import signal
 import sys
 import time
@@ -27,7 +26,6 @@ from bench.loadtest.wire import (
     Failed,
     FromLeader,
     Halt,
-    Hello,
     Peer,
     Plan,
     Progress,
@@ -35,8 +33,8 @@ from bench.loadtest.wire import (
     join,
 )
 from model_parallel.errors import ConfigError
-from model_parallel.runtime.link import LinkError
-from serving.client_tls import ClientTls
+from model_parallel.runtime.rank_link import LinkError
+from serving.client.tls import ClientTls
 from serving.config import api_key, environment_key, load_test_secret
 
 PROGRESS_S = 0.5
@@ -65,12 +63,8 @@ def transport_of(tenant: Tenant, model: str, tls: ClientTls | None) -> Transport
     return HttpTransport(tenant, model, key_of(tenant), context, keep_answers=keep)
 
 
-async def send_part(peer: Peer[FromLeader], tls: ClientTls | None, *, owns_targets: bool) -> None:
-    """Everything that a sender does once it has joined. Raises LinkError when the leader is gone."""
-    await peer.send(Hello(platform.node()[:128]))
-    plan = await peer.receive()
-    if not isinstance(plan, Plan):
-        return
+async def _one_run(peer: Peer[FromLeader], plan: Plan, tls: ClientTls | None, *, owns_targets: bool) -> None:
+    """This process's part of one run. Raises LinkError when the leader is gone."""
     try:
         scenario = Scenario.model_validate_json(plan.scenario)
         check_allowed([tenant.parsed_target for tenant in scenario.tenants], owns_targets)
@@ -95,7 +89,7 @@ async def send_part(peer: Peer[FromLeader], tls: ClientTls | None, *, owns_targe
 async def _run(peer: Peer[FromLeader], runner: Runner) -> None:
     begin = await peer.receive()
     if not isinstance(begin, Begin):
-        return
+        raise LinkError(f"the leader sent {type(begin).__name__} instead of Begin")
     stop = asyncio.Event()
     running = asyncio.create_task(runner.run(time.monotonic() + begin.after_s, stop))
     orders = asyncio.create_task(_await_halt(peer))
@@ -132,10 +126,13 @@ async def _tell(peer: Peer[FromLeader], runner: Runner) -> None:
 
 
 async def run_sender(host: str, port: int, secret: bytes, tls: ClientTls | None, *, owns_targets: bool) -> None:
-    """Join a load test and do this process's part. Raises LinkError."""
+    """Join a load test and do this process's part of every run, until the leader goes away, which raises LinkError."""
     peer = await join(host, port, secret)
     try:
-        await send_part(peer, tls, owns_targets=owns_targets)
+        while True:
+            plan = await peer.receive()
+            if isinstance(plan, Plan):  # an order to halt may come after its run has ended
+                await _one_run(peer, plan, tls, owns_targets=owns_targets)
     finally:
         peer.close()
 

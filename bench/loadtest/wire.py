@@ -6,7 +6,7 @@ Handshake (fixed sizes, so that nothing is parsed before both sides have proved 
     sender → leader   nonce_s · HMAC-SHA256(secret, "sender" · nonce_l · nonce_s)
     leader → sender   HMAC-SHA256(secret, "leader" · nonce_l · nonce_s)
 
-Frames are those of `model_parallel.runtime.link`: length, checksum, msgpack.
+Frames are those of `model_parallel.runtime.rank_link`: length, checksum, msgpack.
 """
 
 import asyncio
@@ -18,18 +18,12 @@ import msgspec
 
 from bench.loadtest.records import Health, Record
 from bench.loadtest.runner import Resolved
-from model_parallel.runtime.link import FrameReader, LinkError, encode_frame
+from model_parallel.runtime.rank_link import FrameReader, LinkError, encode_frame
 
 HANDSHAKE_TIMEOUT_S = 10.0
 RECORDS_A_FRAME = 500
 _NONCE_BYTES, _MAC_BYTES = 32, 32
 _READ_BYTES = 1 << 18
-
-
-class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Sender → leader, first."""
-
-    host: str
 
 
 class Plan(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -87,7 +81,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 FromLeader = Plan | Begin | Halt
-FromSender = Hello | Connected | Progress | Records | Done | Failed
+FromSender = Connected | Progress | Records | Done | Failed
 Message = TypeVar("Message")
 
 
