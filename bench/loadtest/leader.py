@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import msgspec
 from bench.loadtest.records import Health, Record
 from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Scenario
+from bench.loadtest.sender import command
 from bench.loadtest.wire import (
     Begin,
     Connected,
@@ -185,10 +185,7 @@ class _Processes:
     """The senders of this machine."""
 
     def __init__(self, host: str, port: int, secret: str, tls: ClientTls | None, owns_targets: bool) -> None:
-        files = [] if tls is None else [tls.ca, tls.certificate, tls.private_key]
-        self._arguments = [
-            host, str(port), "owned" if owns_targets else "", "" if tls is None else "tls", *(str(f or "") for f in files)
-        ]  # fmt: skip
+        self._command = command(host, port, tls, owns_targets=owns_targets)
         self._environment = os.environ | {LOAD_SECRET_VARIABLE: secret}
         self._started: list[asyncio.subprocess.Process] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop()
@@ -196,10 +193,12 @@ class _Processes:
     async def start(self, count: int) -> None:
         for _ in range(count):
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.loadtest.sender", *self._arguments,
-                env=self._environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+                *self._command,
+                env=self._environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
                 stderr=self._errors,
-            )  # fmt: skip
+            )
             self._started.append(process)
 
     async def check(self) -> None:

@@ -6,6 +6,7 @@ It joins the process that leads, gets its part of the work, and hands over what 
 import asyncio
 import contextlib
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ from bench.loadtest.wire import (
 from model_parallel.errors import ConfigError
 from model_parallel.runtime.rank_link import LinkError
 from serving.client.tls import ClientTls
-from serving.config import api_key, environment_key, load_test_secret
+from serving.config import LOAD_SECRET_VARIABLE, api_key, environment_key, load_test_secret
 
 PROGRESS_S = 0.5
 CONNECT_TIMEOUT_S = 10.0
@@ -126,27 +127,57 @@ async def _tell(peer: Peer[FromLeader], runner: Runner) -> None:
 
 
 async def run_sender(host: str, port: int, secret: bytes, tls: ClientTls | None, *, owns_targets: bool) -> None:
-    """Join a load test and do this process's part of every run, until the leader goes away, which raises LinkError."""
+    """Join a load test and do this process's part of every run, until the leader goes away. Raises LinkError if it cannot join."""
     peer = await join(host, port, secret)
     try:
-        while True:
-            plan = await peer.receive()
-            if isinstance(plan, Plan):  # an order to halt may come after its run has ended
-                await _one_run(peer, plan, tls, owns_targets=owns_targets)
+        with contextlib.suppress(LinkError):  # the leader is gone, and nobody is left to tell
+            while True:
+                plan = await peer.receive()
+                if isinstance(plan, Plan):  # an order to halt may come after its run has ended
+                    await _one_run(peer, plan, tls, owns_targets=owns_targets)
     finally:
         peer.close()
 
 
+def command(host: str, port: int, tls: ClientTls | None, *, owns_targets: bool) -> list[str]:
+    """That starts a sender. The secret goes by its environment."""
+    files = [] if tls is None else [str(file or "") for file in (tls.ca, tls.certificate, tls.private_key)]
+    flags = ["owned" if owns_targets else "", "" if tls is None else "tls"]
+    return [sys.executable, "-m", "bench.loadtest.sender", host, str(port), *flags, *files]
+
+
+def join_with(
+    host: str, port: int, secret: str, tls: ClientTls | None, num_processes: int, *, owns_targets: bool
+) -> int:
+    """Senders for a test that is led elsewhere, until it is over. The status: 0 when all could join. Raises ConfigError."""
+    if not secret:
+        raise ConfigError(f"${LOAD_SECRET_VARIABLE} is not set; it must be that of the machine that leads")
+    parts = [
+        subprocess.Popen(command(host, port, tls, owns_targets=owns_targets), stdin=subprocess.DEVNULL)
+        for _ in range(num_processes)
+    ]
+    try:
+        return max(part.wait() for part in parts)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        for part in parts:
+            part.kill()
+            part.wait()
+
+
 def main() -> None:
-    """host port owns ca cert key; "" for a file that is not there."""
+    """host port owns tls [ca cert key]; "" for a file that is not there."""
     host, port, owns, use_tls, *files = sys.argv[1:]
     # Ctrl-C reaches the whole group; what to do then is the leader's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tls = ClientTls(*(Path(name) if name else None for name in files)) if use_tls == "tls" else None
     part = run_sender(host, int(port), load_test_secret().encode(), tls, owns_targets=owns == "owned")
-    # When the leader is gone, nobody is left to tell.
-    with contextlib.suppress(LinkError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
-        loop.run(part)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+            loop.run(part)
+    except LinkError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

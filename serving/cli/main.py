@@ -23,6 +23,7 @@ from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
 from serving.cli import bench as bench_commands
 from serving.cli import inspect, plan
+from serving.cli import load as load_command
 from serving.cli import tenants as tenants_cli
 from serving.client.client import Client, StreamTimes, chat_prompt, explain
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
@@ -240,6 +241,7 @@ def version() -> None:
 inspect.register(app)
 plan.register(app)
 bench_commands.register(app)
+load_command.register(app)
 tenants_cli.register(app)
 
 
