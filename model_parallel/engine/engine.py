@@ -27,16 +27,16 @@ class Engine:
         executor: Executor,
         scheduler: Scheduler,
         *,
-        max_under_way: int = 2,
+        max_in_flight: int = 2,
         on_step: Callable[[StepPlan], None] | None = None,
     ) -> None:
-        """`max_under_way` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
+        """`max_in_flight` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
         told of each step when its results are in."""
         self._executor = executor
         self._scheduler = scheduler
-        self._max_under_way = max_under_way
+        self._max_in_flight = max_in_flight
         self._on_step = on_step
-        self._under_way: deque[StepPlan] = deque()
+        self._in_flight: deque[StepPlan] = deque()
         self._failure: str | None = None
         self._lock = threading.Lock()
 
@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._under_way and self._failure is None)
+        return self._scheduler.has_work or bool(self._in_flight and self._failure is None)
 
     @property
     def num_paused(self) -> int:
@@ -91,9 +91,9 @@ class Engine:
         if self._failure is None:
             try:
                 self._submit()
-                if self._under_way:
+                if self._in_flight:
                     result = self._executor.collect()
-                    plan = self._under_way.popleft()
+                    plan = self._in_flight.popleft()
                     if self._on_step is not None:
                         self._on_step(plan)
                     with self._lock:
@@ -104,13 +104,13 @@ class Engine:
             return self._scheduler.take_outputs()
 
     def _submit(self) -> None:
-        while len(self._under_way) < self._max_under_way:
+        while len(self._in_flight) < self._max_in_flight:
             with self._lock:
                 plan = self._scheduler.schedule()
             if plan is None:
                 return
             self._executor.submit(plan)
-            self._under_way.append(plan)
+            self._in_flight.append(plan)
 
     def fail(self, reason: str) -> None:
         """Treat the group as lost, as when the executor reports a dead rank between steps. The first reason is kept."""
