@@ -2,8 +2,8 @@
 
     python -m bench.load_client [--seconds 5] [--repeats 3] [--json FILE]
 
-Requests of one token tell requests/s, long streams tell tokens/s. A closed loop with as many users as keep it busy; what counts is
-per second of the sending process's own processor time, since the mock runs beside it.
+Requests of one token tell requests/s, long streams tell tokens/s, in a closed loop whose users keep the sender busy. What counts
+is per second of the sending process's own processor time, since the mock runs beside it.
 """
 
 import argparse
@@ -99,7 +99,9 @@ def main() -> None:
     arguments = parser.parse_args()
     work = asyncio.run(measure_all(arguments.seconds, arguments.repeats))
     for name, of in work.items():
-        print(f"{name}: {of['requests_per_core_s']:.0f} requests and {of['tokens_per_core_s']:.0f} tokens per second of a core")
+        print(
+            f"{name}: {of['requests_per_core_s']:.0f} requests and {of['tokens_per_core_s']:.0f} tokens per second of a core"
+        )
     result: dict[str, Any] = {"machine": machine_facts(), "users": NUM_USERS, "work": work, "holds": holds(work)}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.exit(not result["holds"])

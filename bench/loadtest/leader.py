@@ -28,7 +28,7 @@ from bench.loadtest.wire import (
     accept,
 )
 from model_parallel.errors import ConfigError
-from model_parallel.runtime.rank_link import MAX_FRAME_BYTES, LinkError
+from model_parallel.transport.frames import MAX_FRAME_BYTES, LinkError
 from serving.client.tls import ClientTls
 from serving.config import LOAD_SECRET_VARIABLE
 

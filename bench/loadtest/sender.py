@@ -34,7 +34,7 @@ from bench.loadtest.wire import (
     join,
 )
 from model_parallel.errors import ConfigError
-from model_parallel.runtime.rank_link import LinkError
+from model_parallel.transport.frames import LinkError
 from serving.client.tls import ClientTls
 from serving.config import LOAD_SECRET_VARIABLE, api_key, environment_key, load_test_secret
 
@@ -127,7 +127,7 @@ async def _tell(peer: Peer[FromLeader], runner: Runner) -> None:
 
 
 async def run_sender(host: str, port: int, secret: bytes, tls: ClientTls | None, *, owns_targets: bool) -> None:
-    """Join a load test and do this process's part of every run, until the leader goes away. Raises LinkError if it cannot join."""
+    """Join a load test and do this process's part of every run, until the leader goes away. Raises LinkError before that."""
     peer = await join(host, port, secret)
     try:
         with contextlib.suppress(LinkError):  # the leader is gone, and nobody is left to tell

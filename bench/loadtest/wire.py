@@ -1,28 +1,30 @@
-"""Between the process that leads a load test and those that send: one TCP connection each, authenticated both ways, then frames.
+"""Between the process that leads a load test and those that send: one connection each, authenticated both ways, then frames.
 
-Handshake (fixed sizes, so that nothing is parsed before both sides have proved that they know the run's secret):
-
-    leader → sender   nonce_l
-    sender → leader   nonce_s · HMAC-SHA256(secret, "sender" · nonce_l · nonce_s)
-    leader → sender   HMAC-SHA256(secret, "leader" · nonce_l · nonce_s)
-
-Frames are those of `model_parallel.runtime.rank_link`: length, checksum, msgpack.
+Handshake and frames are those of `model_parallel.transport`; a frame's payload is msgpack.
 """
 
 import asyncio
-import hmac
-import secrets
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from bench.loadtest.records import Health, Record
 from bench.loadtest.runner import Resolved
-from model_parallel.runtime.rank_link import FrameReader, LinkError, encode_frame
+from model_parallel.transport.authentication import (
+    ANSWER_BYTES,
+    CHALLENGE_BYTES,
+    HANDSHAKE_TIMEOUT_S,
+    HELLO_BYTES,
+    answer_challenge,
+    check_answer,
+    make_challenge,
+    make_hello,
+    parse_hello,
+)
+from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
 
-HANDSHAKE_TIMEOUT_S = 10.0
+MAGIC = b"pktload1"
 RECORDS_A_FRAME = 500
-_NONCE_BYTES, _MAC_BYTES = 32, 32
 _READ_BYTES = 1 << 18
 
 
@@ -123,16 +125,14 @@ class Peer(Generic[Message]):
 
 async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> Peer[FromSender]:
     """The leader's side of the handshake. Raises LinkError for a stranger."""
-    nonce_l = secrets.token_bytes(_NONCE_BYTES)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            writer.write(nonce_l)
-            answer = await reader.readexactly(_NONCE_BYTES + _MAC_BYTES)
-            nonces = nonce_l + answer[:_NONCE_BYTES]
-            if not hmac.compare_digest(answer[_NONCE_BYTES:], hmac.digest(secret, b"sender" + nonces, "sha256")):
-                raise LinkError("it does not know the run's secret")
-            writer.write(hmac.digest(secret, b"leader" + nonces, "sha256"))
+            hello = await reader.readexactly(HELLO_BYTES)
+            parse_hello(hello, MAGIC)
+            challenge = make_challenge(secret, hello)
+            writer.write(challenge)
             await writer.drain()
+            check_answer(secret, hello, challenge, await reader.readexactly(ANSWER_BYTES))
     except (OSError, EOFError, TimeoutError) as error:
         raise LinkError(f"no handshake: {error}") from error
     return Peer(reader, writer, FromSender)
@@ -143,11 +143,10 @@ async def join(host: str, port: int, secret: bytes) -> Peer[FromLeader]:
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
-            nonce_l, nonce_s = await reader.readexactly(_NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
-            writer.write(nonce_s + hmac.digest(secret, b"sender" + nonce_l + nonce_s, "sha256"))
-            proof = await reader.readexactly(_MAC_BYTES)
-            if not hmac.compare_digest(proof, hmac.digest(secret, b"leader" + nonce_l + nonce_s, "sha256")):
-                raise LinkError(f"{host}:{port} does not know the run's secret")
+            hello = make_hello(MAGIC)
+            writer.write(hello)
+            writer.write(answer_challenge(secret, hello, await reader.readexactly(CHALLENGE_BYTES)))
+            await writer.drain()
     except (OSError, EOFError, TimeoutError) as error:
-        raise LinkError(f"{host}:{port} leads no load test with this secret: {error or 'no answer in time'}") from error
+        raise LinkError(f"nobody leads a load test at {host}:{port}: {error or 'no answer in time'}") from error
     return Peer(reader, writer, FromLeader)

@@ -1,6 +1,6 @@
 """Writes the sample files beside it. They are made up: nobody's data, in the formats that others publish.
 
-    python examples/load/make_samples.py
+python examples/load/make_samples.py
 """
 
 import csv

@@ -17,7 +17,7 @@ import pytest
 from tests.support.stack import wait_until
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "serving.cli.main", "load"]
+COMMAND = [sys.executable, "-m", "serving.cli", "load"]
 SMALL = ["--input-len", "4", "--output-len", "3"]
 pytestmark = pytest.mark.timeout(300)
 SECRET = "a secret of the test, long enough"
@@ -79,12 +79,20 @@ def test_over_http_with_a_sweep_of_users(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with mock_process("--first-token-s=0.02") as ports:
-        arguments = [f"--target=grpc://127.0.0.1:{ports['grpc']}", *SMALL, "--request-rate=20", "--duration=600", f"--json={path}"]
+        arguments = [
+            f"--target=grpc://127.0.0.1:{ports['grpc']}",
+            *SMALL,
+            "--request-rate=20",
+            "--duration=600",
+            f"--json={path}",
+        ]
         with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             own = psutil.Process(process.pid)
             wait_until(lambda: len(own.children()) == 1, 60, "a sender is there")
             (sender,) = own.children()
-            wait_until(lambda: bool(sender.net_connections("tcp")) and sender.cpu_times().user > 0.5, 120, "it is at work")
+            wait_until(
+                lambda: bool(sender.net_connections("tcp")) and sender.cpu_times().user > 0.5, 120, "it is at work"
+            )
             time.sleep(3)
             process.send_signal(signal.SIGINT)
             shown, _ = process.communicate(timeout=60)

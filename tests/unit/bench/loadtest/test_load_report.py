@@ -52,7 +52,9 @@ def test_a_report_is_whole_and_loads_nothing() -> None:
         {"name": EVIL, "tenants": [{"name": "a", "slo": {"ttft_ms": 150}}, {"name": "b"}]}, origin="x"
     )
     times = list(np.arange(0, 20, 0.2))
-    refused = record(outcome=Outcome.REFUSED, code="RESOURCE_EXHAUSTED", reason=EVIL, first_s=None, last_s=None, output_tokens=0)
+    refused = record(
+        outcome=Outcome.REFUSED, code="RESOURCE_EXHAUSTED", reason=EVIL, first_s=None, last_s=None, output_tokens=0
+    )
     records = sorted([*records_at(times), *records_at(times, tenant=1), refused], key=lambda r: r.intended_s)
     result = summarise(scenario, Run(records=records))
     text = report(scenario, result, records)
@@ -77,7 +79,9 @@ def test_a_curve_shows_each_rate() -> None:
 def test_plots_are_xml_and_stay_inside() -> None:
     draw = np.random.default_rng(0)
     plots = [
-        svg.lines("l & <l>", "x", "y", [svg.Series(name="<s>", points=[(0, 1), (1, 5), (2, 0)], has_marks=True)], limit=7),
+        svg.lines(
+            "l & <l>", "x", "y", [svg.Series(name="<s>", points=[(0, 1), (1, 5), (2, 0)], has_marks=True)], limit=7
+        ),
         svg.lines("one point", "x", "y", [svg.Series(name="s", points=[(3.0, 0.0)])]),
         svg.lines("none", "x", "y", []),
         svg.histogram("h", "ms", draw.exponential(10, 1000).tolist()),

@@ -46,7 +46,9 @@ def test_names_and_values_are_those_of_vllm_bench_serve() -> None:
         record(intended_s=0.0, sent_s=0.0, first_s=0.1, last_s=0.4, ended_s=0.4, output_tokens=4, prompt_tokens=10,
                gaps=array("f", [0.1, 0.2]).tobytes()),
         record(intended_s=0.0, sent_s=0.0, first_s=0.3, last_s=0.3, ended_s=2.0, output_tokens=1, prompt_tokens=10),
-        record(outcome=Outcome.REFUSED, code="RESOURCE_EXHAUSTED", reason="OVERLOADED", first_s=None, last_s=None, output_tokens=0),
+        record(
+            outcome=Outcome.REFUSED, code="RESOURCE_EXHAUSTED", reason="OVERLOADED", first_s=None, last_s=None, output_tokens=0
+        ),
     ]  # fmt: skip
     result = summary(records, scenario({"slo": {"ttft_ms": 200}}))
     assert set(VLLM_KEYS) <= set(result)
@@ -139,7 +141,7 @@ def test_a_queue_that_grows_is_not_steady() -> None:
 def test_tenants_are_told_apart_and_shares_compared() -> None:
     two = scenario({"name": "a", "weight": 2}, {"name": "b"})
     times = list(np.arange(0, 20, 0.1))
-    records = sorted(records_at(times) + records_at(times, tenant=1, output_tokens=2), key=lambda r: r.intended_s)
+    records = sorted(records_at(times) + records_at(times, tenant=1, output_tokens=2), key=lambda each: each.intended_s)
     result = summary(records, two)
     assert result["tenants"]["a"]["total_output_tokens"] == 5 * result["tenants"]["b"]["total_output_tokens"]
     # Service: 20 + 2 · 10 = 40 a request over weight 2, and 20 + 2 · 2 = 24 over 1.
@@ -176,7 +178,7 @@ def test_files_are_written(tmp_path: Any) -> None:
     records = [*records_at([0.0, 1.0]), record(outcome=Outcome.REFUSED, reason="=cmd()", first_s=None, last_s=None)]
     result = summary(records) | {"odd": math.inf}
     write_json(result, tmp_path / "r.json")
-    read = json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    read = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     assert read["completed"] == 2 and read["odd"] is None
     write_csv(scenario(), [records], tmp_path / "r.csv")
     lines = (tmp_path / "r.csv").read_text().splitlines()

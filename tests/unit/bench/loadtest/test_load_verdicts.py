@@ -62,9 +62,7 @@ def test_assertions_bring_their_percentiles_and_name_unknown_tenants() -> None:
         parse_assertion("large:ttft_p99<5s").check(RESULT)
 
 
-@given(
-    st.floats(0.1, 900), st.floats(0.2, 50), st.floats(0.01, 0.3), st.integers(1, 5)
-)
+@given(st.floats(0.1, 900), st.floats(0.2, 50), st.floats(0.01, 0.3), st.integers(1, 5))
 async def test_a_search_ends_at_the_capacity(capacity: float, start: float, precision: float, repeats: int) -> None:
     async def measure(rate: float) -> Probe:
         return Probe(rate, rate <= capacity, "", {})

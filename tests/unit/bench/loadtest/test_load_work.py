@@ -3,6 +3,8 @@
 import math
 import random
 import statistics
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def test_prompts_have_the_length_asked_for_and_ids_of_the_vocabulary(index: int)
 def test_lengths_have_the_means_asked_for() -> None:
     draw = random.Random(0)
     for lengths, mean in (
-        (Fixed(tokens=7), 7), (Uniform(kind="uniform", min=10, max=20), 15), (LogNormal(kind="lognormal", mean=200, sigma=0.7), 200),
+        (Fixed(tokens=7), 7), (Uniform(kind="uniform", min=10, max=20), 15),
+        (LogNormal(kind="lognormal", mean=200, sigma=0.7), 200),
         (ShareGptLike(kind="sharegpt", max=1 << 20), 161),
     ):  # fmt: skip
         # 20,000 draws of a log-normal with sigma 1 have a mean within 1 % (one standard deviation).
@@ -87,7 +90,7 @@ def test_a_conversation_grows_by_what_was_said() -> None:
 def test_traces_are_read_in_order_from_their_start(format_: str) -> None:
     entries = load_entries(trace(format_))
     assert len(entries) == 60
-    assert entries[0].at_s == 0 and all(a.at_s <= b.at_s for a, b in zip(entries, entries[1:], strict=False))
+    assert entries[0].at_s == 0 and all(a.at_s <= b.at_s for a, b in pairwise(entries))
     # The samples were drawn at three requests a second.
     assert entries[-1].at_s == pytest.approx(20, rel=0.5)
     twice = load_entries(trace(format_, speed=2))
@@ -155,13 +158,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @given(st.text(max_size=300))
 def test_whatever_a_trace_holds_it_is_read_or_refused(text: str) -> None:
-    import tempfile
-
     with tempfile.NamedTemporaryFile("w", suffix=".csv", encoding="utf-8", newline="") as file:
         file.write("timestamp,input_tokens,output_tokens\n" + text)
         file.flush()
         try:
-            entries = load_entries(tenant({"kind": "trace", "format": "csv", "path": file.name}, arrivals={"process": "trace"}))
+            entries = load_entries(
+                tenant({"kind": "trace", "format": "csv", "path": file.name}, arrivals={"process": "trace"})
+            )
         except ConfigError:
             return
         assert all(math.isfinite(entry.at_s) and entry.input_tokens >= 1 for entry in entries)

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.loadtest.replies import Outcome
+from bench.loadtest.sender import transport_of
 from bench.loadtest.summary import summarise
 from protos import inference_pb2 as pb
 from tests.support.load import mock, outcomes, run_here, scenario_of
@@ -62,7 +63,8 @@ async def test_sent_is_what_finished_was_refused_failed_or_was_cancelled(
     tenants = [
         {
             "name": name, "http": name == "b", "work": TINY, "arrivals": arrivals, "max_requests": 15,
-            "max_concurrency": None if limit is None else max(limit, count), "retries": {"max_attempts": attempts, "max_wait_s": 1},
+            "max_concurrency": None if limit is None else max(limit, count),
+            "retries": {"max_attempts": attempts, "max_wait_s": 1},
         }
         for name in ("a", "b")
     ]  # fmt: skip
@@ -120,7 +122,14 @@ async def test_a_session_sends_all_that_was_said_and_waits_for_its_answers() -> 
 async def test_a_refused_client_comes_back_when_it_was_told_to() -> None:
     async with mock(refuse=1.0, retry_after_s=0.05) as server:
         tenants = [
-            {"name": name, "http": http, "work": TINY, "arrivals": OPEN, "max_requests": 2, "retries": {"max_attempts": 3}}
+            {
+                "name": name,
+                "http": http,
+                "work": TINY,
+                "arrivals": OPEN,
+                "max_requests": 2,
+                "retries": {"max_attempts": 3},
+            }
             for name, http in (("grpc", False), ("http", True))
         ]
         run = await run_here(scenario_of(server, *tenants, duration_s=60))
@@ -142,7 +151,10 @@ async def test_a_stream_that_breaks_has_failed_and_keeps_what_it_brought() -> No
     async with mock(fail=1.0) as server:
         tenant = {"work": TINY, "arrivals": OPEN, "max_requests": 2}
         run = await run_here(scenario_of(server, tenant, tenant | {"name": "b", "http": True}))
-    assert {(r.outcome, r.code) for r in run.records} == {(Outcome.FAILED, "INTERNAL"), (Outcome.FAILED, "ERROR_IN_STREAM")}
+    assert {(r.outcome, r.code) for r in run.records} == {
+        (Outcome.FAILED, "INTERNAL"),
+        (Outcome.FAILED, "ERROR_IN_STREAM"),
+    }
     assert all(r.output_tokens == 1 for r in run.records)
 
 
@@ -156,7 +168,9 @@ async def test_what_is_too_slow_fails_by_its_deadline() -> None:
 async def test_what_does_not_end_is_cancelled_when_the_run_is_over() -> None:
     async with mock(first_token_s=60) as server:
         tenant = {"work": TINY, "arrivals": {"process": "closed", "users": 2}}
-        run = await run_here(scenario_of(server, tenant, tenant | {"name": "b", "http": True}, duration_s=0.1, drain_s=0.1))
+        run = await run_here(
+            scenario_of(server, tenant, tenant | {"name": "b", "http": True}, duration_s=0.1, drain_s=0.1)
+        )
     assert {r.outcome for r in run.records} == {Outcome.CANCELLED} and len(run.records) == 4
 
 
@@ -210,8 +224,6 @@ async def test_nothing_there_is_said_before_anything_is_sent() -> None:
     async with mock() as server:
         scenario = scenario_of(server, {"work": TINY}, {"name": "b", "http": True, "work": TINY})
     for tenant in scenario.tenants:
-        from bench.loadtest.sender import transport_of
-
         transport = transport_of(tenant, "mock", None)
         with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
             await transport.open(0.5)

