@@ -16,6 +16,7 @@ from protos import inference_pb2 as pb
 from serving import __version__
 from serving.cli import bench as bench_commands
 from serving.cli import doctor, inspect, plan, serve
+from serving.cli import load as load_command
 from serving.cli import tenants as tenants_cli
 from serving.cli.asking import print_speed, print_stream
 from serving.cli.terminal import EXIT_CONFIG, fail, fetch_progress, help_width, standard_output
@@ -198,6 +199,7 @@ doctor.register(app)
 inspect.register(app)
 plan.register(app)
 bench_commands.register(app)
+load_command.register(app)
 tenants_cli.register(app)
 
 
