@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.messages import StepPlan
@@ -44,6 +44,21 @@ class Engine:
     def failure(self) -> str | None:
         """Why the group is lost; None while it is not."""
         return self._failure
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For whoever drives the engine on a clock of its own."""
+        return self._scheduler
+
+    @property
+    def under_way(self) -> Sequence[StepPlan]:
+        """Steps that the ranks have, the oldest first."""
+        return self._under_way
+
+    def replace_under_way(self, plan: StepPlan) -> None:
+        """The ranks have this step instead of the one under way; see stretch.py."""
+        self._under_way.clear()
+        self._under_way.append(plan)
 
     @property
     def has_work(self) -> bool:
@@ -88,29 +103,38 @@ class Engine:
 
         After a failure of the group, only the last outputs of its requests are left to return.
         """
-        if self._failure is None:
+        self.submit()
+        return self.collect()
+
+    def submit(self) -> None:
+        """The first half of a step: give the ranks as many steps as they may have. Nothing happens when the group is lost."""
+        if self._failure is not None:
+            return
+        try:
+            while len(self._under_way) < self._max_under_way:
+                with self._lock:
+                    plan = self._scheduler.schedule()
+                if plan is None:
+                    return
+                self._executor.submit(plan)
+                self._under_way.append(plan)
+        except GroupFailedError as error:
+            self.fail(str(error))
+
+    def collect(self) -> list[EngineOutput]:
+        """The second half: wait for the oldest step under way, if there is one, and return what it brought."""
+        if self._failure is None and self._under_way:
             try:
-                self._submit()
-                if self._under_way:
-                    result = self._executor.collect()
-                    plan = self._under_way.popleft()
-                    if self._on_step is not None:
-                        self._on_step(plan)
-                    with self._lock:
-                        return self._scheduler.update(plan, result)
+                result = self._executor.collect()
+                plan = self._under_way.popleft()
+                if self._on_step is not None:
+                    self._on_step(plan)
+                with self._lock:
+                    return self._scheduler.update(plan, result)
             except GroupFailedError as error:
                 self.fail(str(error))
         with self._lock:
             return self._scheduler.take_outputs()
-
-    def _submit(self) -> None:
-        while len(self._under_way) < self._max_under_way:
-            with self._lock:
-                plan = self._scheduler.schedule()
-            if plan is None:
-                return
-            self._executor.submit(plan)
-            self._under_way.append(plan)
 
     def fail(self, reason: str) -> None:
         """Treat the group as lost, as when the executor reports a dead rank between steps. The first reason is kept."""

@@ -110,6 +110,16 @@ class KVBlocks:
         return self._pool.num_blocks
 
     @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self._block_size
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Full blocks are published and found again."""
+        return self._shares_prefixes
+
+    @property
     def num_free(self) -> int:
         """Blocks that nobody holds, published ones included."""
         return self._pool.num_free

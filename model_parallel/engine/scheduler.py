@@ -139,6 +139,10 @@ class Scheduler:
         for request in requests:
             self._accept(request, self._clock())
 
+    def sequence_of(self, request_id: str) -> Sequence:
+        """An accepted request as it is kept here, for reading alone. Raises KeyError when it has ended."""
+        return self._requests[request_id]
+
     def abort(self, request_id: str, reason: FinishReason) -> bool:
         """End a request now, whatever it is doing. Its last output comes with the next ones. False if it has ended."""
         sequence = self._requests.get(request_id)
