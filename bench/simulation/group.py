@@ -127,7 +127,7 @@ class VirtualGroup:
 
     def add(self, tick: int, request: EngineRequest) -> Run:
         """It arrives. Raises RequestError when it is refused."""
-        self._come_to(tick)
+        self.come_to(tick)
         self.engine.add(request)
         run = self.engine.scheduler.sequence_of(request.request_id)
         if self.ranks.next_tick is None:
@@ -137,7 +137,7 @@ class VirtualGroup:
 
     def abort(self, tick: int, request_id: str, reason: FinishReason) -> bool:
         """End a request; its last output comes with the next event. False when it has ended already."""
-        self._come_to(tick)
+        self.come_to(tick)
         found = self.engine.abort(request_id, reason)
         if found and self.ranks.next_tick is None:
             self.engine.submit()
@@ -146,7 +146,7 @@ class VirtualGroup:
 
     def fail(self, tick: int, reason: str) -> list[EngineOutput]:
         """The group is lost. Returns the last outputs of all its requests."""
-        self._come_to(tick)
+        self.come_to(tick)
         self.engine.fail(reason)
         self.ranks.shutdown()
         self.next_tick = None
@@ -191,7 +191,7 @@ class VirtualGroup:
     def _num_outputs_of(self, run: Run) -> int:
         return self._end_of(run.request.sampling.seed) - len(run.token_ids)
 
-    def _come_to(self, tick: int) -> None:
+    def come_to(self, tick: int) -> None:
         """Take those steps of a stretch that have ended before `tick`, and plan the next one as the scheduler has by then."""
         stretch = self._stretch
         if stretch is not None:

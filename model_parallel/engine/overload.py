@@ -104,10 +104,13 @@ class Pace:
         steps_s = map(sub, ends_s[1:], ends_s)
         self._step_times.record_many(num_rows, steps_s if last_s is None else chain((ends_s[0] - last_s,), steps_s))
 
-    def record_empty_steps(self, times_s: Iterable[float], *, is_backlogged: bool) -> None:
+    def record_empty_steps(self, times_s: Sequence[float], *, is_backlogged: bool) -> None:
         """Steps that admit nothing were planned at these moments."""
-        for now_s in times_s:
-            self.record_step(now_s, 0, is_backlogged=is_backlogged)
+        if is_backlogged or self._was_backlogged:
+            for now_s in times_s:
+                self.record_step(now_s, 0, is_backlogged=is_backlogged)
+        else:
+            self._last_s = times_s[-1]
 
     def record_end(self, num_output_tokens: int) -> None:
         """A sequence came to its own end, or to that of its time."""

@@ -104,6 +104,11 @@ class Scheduler:
         return bool(is_active) or self._deadlines.is_due(self._clock())
 
     @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that run, and that wait."""
+        return len(self._running), len(self._queue)
+
+    @property
     def num_paused(self) -> int:
         """Sequences that are paused. They can still expire, which only a step notices."""
         return len(self._paused)
