@@ -3,7 +3,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -171,6 +171,11 @@ class ServingConfig(_Section):
 
 def load_config(path: Path) -> ServingConfig:
     """Read a YAML file. Raises ConfigError naming each wrong field; an unknown key comes with the nearest known one."""
+    return parse_config(read_mapping(path, "models"), origin=str(path))
+
+
+def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain data. Raises ConfigError; `main_key` is what it says such a mapping has."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,8 +183,8 @@ def load_config(path: Path) -> ServingConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping with `models:`, not {type(data).__name__}")
-    return parse_config(data, origin=str(path))
+        raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, not {type(data).__name__}")
+    return data
 
 
 def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
@@ -187,39 +192,48 @@ def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
     try:
         return ServingConfig.model_validate(data)
     except ValidationError as error:
-        problems = error.errors()
-        # A list with a wrong item is also said to be too short; the item is what matters.
-        inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
-        lines = [_explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+        raise ConfigError(explain_errors(error, ServingConfig, origin)) from error
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+def explain_errors(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """One line for the user: each wrong field of `root` by its path, and the nearest known key for an unknown one."""
+    problems = error.errors()
+    # A list with a wrong item is also said to be too short; the item is what matters.
+    inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
+    lines = [_explain(root, problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
         return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80})")
-    known = _fields_at(location[:-1])
+    known = _fields_at(root, location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "": ServingConfig,
-    "models": ModelEntry,
-    "models.chat": ChatConfig,
-    "gateway": GatewayConfig,
-    "gateway.tls": TlsConfig,
-    "limits": LimitsConfig,
-    "tenancy": TenancyConfig,
-    "admin": AdminConfig,
-    "ray": RayConfig,
-}
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a path of pydantic's: field names, places in lists, and the tags of unions."""
+    sections = {root}
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if fields := [section.model_fields[part] for section in sections if part in section.model_fields]:
+            sections = set().union(
+                *(_sections_in(annotated) for found in fields for annotated in (found.annotation, *found.metadata))
+            )
+        else:  # a tag: of a union's members, the one that has it
+            sections = {s for s in sections if any(part in get_args(f.annotation) for f in s.model_fields.values())}
+    return sorted(set().union(*(section.model_fields for section in sections)))
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    section = _SECTIONS.get(".".join(part for part in location if isinstance(part, str)))
-    return sorted(section.model_fields) if section else []
+def _sections_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return set().union(*(_sections_in(part) for part in get_args(annotation)))
 
 
 def cache_directory() -> Path:
@@ -236,6 +250,21 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def api_key() -> str:
     """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those."""
     return os.environ.get("PACKTRAIN_API_KEY", "")
+
+
+def environment_key(variable: str, field: str) -> str:
+    """The API key in an environment variable that `field` names. Raises ConfigError when it is not set."""
+    if not (key := os.environ.get(variable)):
+        raise ConfigError(f"{field} is {variable!r}, which is not set in the environment")
+    return key
+
+
+LOAD_SECRET_VARIABLE = "PACKTRAIN_LOAD_SECRET"
+
+
+def load_test_secret() -> str:
+    """$PACKTRAIN_LOAD_SECRET, which the machines of one load test share; "" when unset."""
+    return os.environ.get(LOAD_SECRET_VARIABLE, "")
 
 
 def log_level() -> str:

@@ -1,0 +1,156 @@
+"""A process that sends: `python -m bench.loadtest.sender HOST PORT`, with the run's secret in its environment.
+
+It joins the process that leads, gets its part of the work, and hands over what it measured. It ends when the leader is gone.
+"""
+
+import asyncio
+import contextlib
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import uvloop
+
+from bench.loadtest.grpc_transport import GrpcTransport
+from bench.loadtest.http_transport import HttpTransport
+from bench.loadtest.replies import Outcome, Transport
+from bench.loadtest.runner import Runner, Share
+from bench.loadtest.scenario import Scenario, Tenant, has_turns
+from bench.loadtest.targets import check_allowed
+from bench.loadtest.wire import (
+    RECORDS_A_FRAME,
+    Begin,
+    Connected,
+    Done,
+    Failed,
+    FromLeader,
+    Halt,
+    Hello,
+    Peer,
+    Plan,
+    Progress,
+    Records,
+    join,
+)
+from model_parallel.errors import ConfigError
+from model_parallel.runtime.link import LinkError
+from serving.client_tls import ClientTls
+from serving.config import api_key, environment_key, load_test_secret
+
+PROGRESS_S = 0.5
+CONNECT_TIMEOUT_S = 10.0
+_ORDER = (Outcome.FINISHED, Outcome.REFUSED, Outcome.FAILED, Outcome.CANCELLED)
+
+
+def key_of(tenant: Tenant) -> str:
+    """The tenant's key, from where the scenario says; else that of the command line. Raises ConfigError."""
+    if tenant.api_key_env:
+        return environment_key(tenant.api_key_env, f"tenants.{tenant.name}.api_key_env")
+    if tenant.api_key_file:
+        try:
+            return tenant.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"tenants.{tenant.name}.api_key_file: {tenant.api_key_file}: {error}") from error
+    return api_key()
+
+
+def transport_of(tenant: Tenant, model: str, tls: ClientTls | None) -> Transport:
+    """Not connected yet. Raises ConfigError."""
+    keep, target = has_turns(tenant.work), tenant.parsed_target
+    if target.is_grpc:
+        return GrpcTransport(tenant, model, key_of(tenant), tls, keep_answers=keep)
+    context = (tls or ClientTls(None, None, None)).context("http/1.1") if target.is_secure else None
+    return HttpTransport(tenant, model, key_of(tenant), context, keep_answers=keep)
+
+
+async def send_part(peer: Peer[FromLeader], tls: ClientTls | None, *, owns_targets: bool) -> None:
+    """Everything that a sender does once it has joined. Raises LinkError when the leader is gone."""
+    await peer.send(Hello(platform.node()[:128]))
+    plan = await peer.receive()
+    if not isinstance(plan, Plan):
+        return
+    try:
+        scenario = Scenario.model_validate_json(plan.scenario)
+        check_allowed([tenant.parsed_target for tenant in scenario.tenants], owns_targets)
+        transports = [
+            transport_of(tenant, known.facts.model, tls)
+            for tenant, known in zip(scenario.tenants, plan.resolved, strict=True)
+        ]
+        runner = Runner(scenario, plan.resolved, transports, Share(plan.index, plan.count))
+        try:
+            await runner.open(CONNECT_TIMEOUT_S)
+            await peer.send(Connected())
+            await _run(peer, runner)
+            for begin in range(0, len(runner.records), RECORDS_A_FRAME):
+                await peer.send(Records(runner.records[begin : begin + RECORDS_A_FRAME]))
+            await peer.send(Done(runner.health(plan.index)))
+        finally:
+            await runner.close()
+    except (ConfigError, ConnectionError) as error:
+        await peer.send(Failed(str(error), is_connection=isinstance(error, ConnectionError)))
+
+
+async def _run(peer: Peer[FromLeader], runner: Runner) -> None:
+    begin = await peer.receive()
+    if not isinstance(begin, Begin):
+        return
+    stop = asyncio.Event()
+    running = asyncio.create_task(runner.run(time.monotonic() + begin.after_s, stop))
+    orders = asyncio.create_task(_await_halt(peer))
+    progress = asyncio.create_task(_tell(peer, runner))
+    try:
+        await asyncio.wait({running, orders}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            stop.set()
+        if orders.done():
+            orders.result()  # raises LinkError when the leader is gone
+        await running
+    finally:
+        running.cancel()
+        for task in (orders, progress):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, LinkError):
+                await task
+
+
+async def _await_halt(peer: Peer[FromLeader]) -> None:
+    while not isinstance(await peer.receive(), Halt):
+        pass
+
+
+async def _tell(peer: Peer[FromLeader], runner: Runner) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        tenants = [
+            [source.counts.sent, *(source.counts.outcomes[name] for name in _ORDER), source.counts.output_tokens]
+            for source in runner.sources
+        ]
+        ttfts_s, runner.recent_ttfts_s = runner.recent_ttfts_s, []
+        await peer.send(Progress(tenants, ttfts_s, runner.health(0).max_lag_s, time.process_time()))
+
+
+async def run_sender(host: str, port: int, secret: bytes, tls: ClientTls | None, *, owns_targets: bool) -> None:
+    """Join a load test and do this process's part. Raises LinkError."""
+    peer = await join(host, port, secret)
+    try:
+        await send_part(peer, tls, owns_targets=owns_targets)
+    finally:
+        peer.close()
+
+
+def main() -> None:
+    """host port owns ca cert key; "" for a file that is not there."""
+    host, port, owns, use_tls, *files = sys.argv[1:]
+    # Ctrl-C reaches the whole group; what to do then is the leader's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tls = ClientTls(*(Path(name) if name else None for name in files)) if use_tls == "tls" else None
+    part = run_sender(host, int(port), load_test_secret().encode(), tls, owns_targets=owns == "owned")
+    # When the leader is gone, nobody is left to tell.
+    with contextlib.suppress(LinkError), asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+        loop.run(part)
+
+
+if __name__ == "__main__":
+    main()
