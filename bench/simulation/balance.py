@@ -1,4 +1,4 @@
-"""Routing among very many groups: what the rule of `serving.group_loads.preference` picks, in constant time.
+"""Routing among very many groups: what the rule of `serving.gateway.groups.loads.preference` picks, in constant time.
 
 The rule sorts all groups for every request. Here the groups lie in buckets by their number of open sequences, so that a choice among
 thousands costs as much as among two; tests/unit/simulation/test_balance.py compares the two.
@@ -6,7 +6,7 @@ thousands costs as much as among two; tests/unit/simulation/test_balance.py comp
 
 import random
 
-from serving.group_loads import GroupLoads
+from serving.gateway.groups.loads import GroupLoads
 
 
 class Balance:

@@ -4,37 +4,11 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 from bench.simulation.clock import to_ticks
 from model_parallel.engine.messages import StepPlan
+from model_parallel.engine.step_times import StepWork
 from model_parallel.errors import ConfigError
-
-
-class StepWork(NamedTuple):
-    """What a step has to compute."""
-
-    num_tokens: int
-    """Decode and prefill together."""
-    num_decodes: int
-    """Rows of one token."""
-    num_context_tokens: int
-    """Tokens in the cache that those attend to, each its own included."""
-    num_pairs: float
-    """Of prefill: each token with each that it attends to."""
-
-    @classmethod
-    def of(cls, plan: StepPlan) -> "StepWork":
-        num_tokens = num_decodes = num_context_tokens = 0
-        num_pairs = 0.0
-        for row in plan.rows:
-            num_tokens += row.num_tokens
-            if row.num_tokens == 1:
-                num_decodes += 1
-                num_context_tokens += row.start + 1
-            else:
-                num_pairs += row.num_tokens * (row.start + (row.num_tokens + 1) / 2)
-        return cls(num_tokens, num_decodes, num_context_tokens, num_pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
 from model_parallel.engine.sequence import Sequence as Run
 from model_parallel.errors import RequestError
-from serving.gateway.admission import RecentRefusals
-from serving.group_loads import GroupLoads
-from serving.output_link import TELL_LOAD_S
+from serving.gateway.core.admission import RecentRefusals
+from serving.gateway.groups.loads import GroupLoads
+from serving.replica.output_sender import TELL_LOAD_S
 from serving.tenants.messages import Verdict
 from serving.tenants.records import Limits
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from serving.gateway.accounts import UsageRecord
-from serving.tenants.accounts import LINGER_S, reservation_cost
-from serving.tenants.leases import LeaseBook
+from serving.contracts.accounts import UsageRecord
+from serving.tenants.client.accounts import LINGER_S, reservation_cost
+from serving.tenants.client.leases import LeaseBook
 from serving.tenants.messages import Costs, Verdict
-from serving.tenants.quota import QuotaAuthority
+from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.records import Limits
 
 EXCHANGE_S = 0.003
