@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from bench.loadtest.scenario import MAX_DURATION_S, MAX_REQUESTS, OpenLoop, Part, Synthetic, Trace, TraceTimes
+from bench.loadtest.files import load_entries
+from bench.loadtest.scenario import (
+    MAX_DURATION_S,
+    MAX_REQUESTS,
+    OpenLoop,
+    Part,
+    Synthetic,
+    Tenant,
+    Trace,
+    TraceTimes,
+)
 from bench.simulation.clock import MAX_S
 from model_parallel.errors import ConfigError
 from serving.config import explain_errors, read_mapping
@@ -131,14 +141,45 @@ class SimulationScenario(Part):
 
 
 def load_scenario(path: Path) -> SimulationScenario:
-    """Of a YAML file; names of files in it are relative to its directory. Raises ConfigError that names each wrong field."""
+    """Of a YAML file. Raises ConfigError that names each wrong field."""
+    return parse_scenario(read_scenario(path), origin=str(path))
+
+
+def read_scenario(path: Path) -> dict[str, Any]:
+    """A YAML file as plain data, with names of files in it made relative to its directory. Raises ConfigError."""
     data = read_mapping(path, "groups")
     tenants = data.get("tenants")
     for tenant in tenants if isinstance(tenants, list) else ():
         work = tenant.get("work") if isinstance(tenant, dict) else None
         if isinstance(work, dict) and isinstance(work.get("path"), str):
             work["path"] = str(path.parent / work["path"])
-    return parse_scenario(data, origin=str(path))
+    return data
+
+
+def scenario_of_trace(path: Path, *, model: str, profile: str, speed: float) -> SimulationScenario:
+    """One tenant who sends what a trace has. Raises ConfigError."""
+    work = {"kind": "trace", "path": str(path), "format": trace_format(path), "speed": speed, "max_entries": MAX_REQUESTS}
+    tenant = {"name": "trace", "work": work, "arrivals": {"process": "trace"}}
+    last_s = load_entries(Tenant.model_validate(tenant))[-1].at_s
+    if last_s + 1 > MAX_SIMULATED_S:
+        raise ConfigError(f"trace: {path} spans {last_s:.0f} s; at most {MAX_SIMULATED_S:.0f} s are simulated")
+    data = {"name": path.name, "duration_s": last_s + 1, "drain_s": 3600.0, "tenants": [tenant]}
+    return parse_scenario(data | {"groups": {"model": model, "profile": profile}}, origin=str(path))
+
+
+def trace_format(path: Path) -> str:
+    """By its first line. Raises ConfigError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline(1 << 16)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"trace: {path} cannot be read: {error}") from error
+    if first.lstrip().startswith("{"):
+        return "mooncake"
+    columns = {column.strip() for column in first.split(",")}
+    if {"ContextTokens", "GeneratedTokens"} <= columns:
+        return "azure"
+    return "burstgpt" if {"Request tokens", "Response tokens"} <= columns else "csv"
 
 
 def parse_scenario(data: dict[str, Any], *, origin: str) -> SimulationScenario:
