@@ -1,9 +1,9 @@
-"""The simulation beside the real stack on this machine: the same requests at the same moments, and the figures of both in one table.
+"""The simulation beside the real stack on this machine: the same requests at the same moments, and both figures in one table.
 
-For each number of groups and ranks the stack is started, its capacity is measured by a closed loop, and a cost model is fitted to the
-steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with requests
-that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop), and the
-simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one, or within `FLOOR` of it: a
+For each number of groups and ranks the stack is started, its capacity is measured by a closed loop, and a cost model is fitted to
+the steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with requests
+that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop),
+and the simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one, or within `FLOOR` of it: a
 percentile of few requests cannot be told closer than that, and a count not closer than its own chance.
 
     python -m bench.simulation_truth [--groups 1 2] [--tp 1 2] [--loads 0.3 0.6 0.9 1.2] [--seconds 60] [--json FILE]
@@ -33,7 +33,8 @@ from bench.markdown import table
 from bench.simulation.clock import to_ticks
 from bench.simulation.cost import CostTable, StepCost
 from bench.simulation.fit import encode_profile, fit, read_samples
-from bench.simulation.fleet import Fleet, FleetSpec, GroupShape
+from bench.simulation.fleet import Fleet
+from bench.simulation.parts import FleetSpec, GroupShape
 from bench.simulation.profiles import StepsFile
 from bench.simulation.report import Columns
 from bench.simulation.requests import REFUSED, Requests, Status, TenantTraits
@@ -122,7 +123,9 @@ def measured(requests: Sequence[Ended], num_preempted: int) -> dict[str, float]:
     )
 
 
-def simulated(profile: StepsFile, sent: Sequence[tuple[float, int, int]], num_groups: int, seed: int) -> dict[str, float]:
+def simulated(
+    profile: StepsFile, sent: Sequence[tuple[float, int, int]], num_groups: int, seed: int
+) -> dict[str, float]:
     """The same requests."""
     requests = Requests(
         tenants=[TenantTraits(name="default")],
@@ -213,9 +216,7 @@ def calibrate(
     return profile, capacity
 
 
-def compare(
-    num_groups: int, tp_size: int, loads: Sequence[float], seconds: float, console: Console
-) -> dict[str, Any]:
+def compare(num_groups: int, tp_size: int, loads: Sequence[float], seconds: float, console: Console) -> dict[str, Any]:
     """One shape of the stack."""
     port = free_port()
     cells = []
@@ -238,7 +239,9 @@ def compare(
                         "groups": num_groups, "tp": tp_size, "mix": mix, "load": load_share, "rate": rate,
                         "sent": len(outcome.requests), "late_s": outcome.late_s, "real": real, "simulated": ours,
                     })  # fmt: skip
-                    console.print(f"groups {num_groups}, TP {tp_size}, {mix}, {load_share:.0%}: {len(outcome.requests)} requests")
+                    console.print(
+                        f"groups {num_groups}, TP {tp_size}, {mix}, {load_share:.0%}: {len(outcome.requests)} requests"
+                    )
     return {"capacity": capacity, "profile": json.loads(encode_profile(profile)), "cells": cells}
 
 
@@ -276,7 +279,9 @@ def main() -> None:
     cells = [cell for shape in result["shapes"] for cell in shape["cells"]]
     console.print(as_table(cells), soft_wrap=True)
     checks = [agrees(name, cell["real"][name], cell["simulated"][name]) for cell in cells for name in cell["real"]]
-    console.print(f"{sum(checks)} of {len(checks)} figures agree; each cell is measured / simulated, bold where they do not")
+    console.print(
+        f"{sum(checks)} of {len(checks)} figures agree; each cell is measured / simulated, bold where they do not"
+    )
     sys.exit(not all(checks))
 
 

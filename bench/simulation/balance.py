@@ -1,7 +1,7 @@
 """Routing among very many groups: what the rule of `serving.gateway.groups.loads.preference` picks, in constant time.
 
-The rule sorts all groups for every request. Here the groups lie in buckets by their number of open sequences, so that a choice among
-thousands costs as much as among two; tests/unit/simulation/test_balance.py compares the two.
+The rule sorts all groups for every request. Here the groups lie in buckets by their number of open sequences, so that a choice
+among thousands costs as much as among two; tests/unit/bench/simulation/test_balance.py compares the two.
 """
 
 import random

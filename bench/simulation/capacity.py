@@ -1,4 +1,4 @@
-"""How many groups a load needs within a service level: the fewest, for each shape of a group, and the curve around the best one."""
+"""How many groups a load needs within a service level: the fewest, for each shape of a group, and the curve around them."""
 
 import math
 import multiprocessing

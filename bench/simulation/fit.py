@@ -3,6 +3,7 @@
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -98,7 +99,7 @@ def fit_cost(samples: Sequence[StepSample]) -> StepCost:
     seconds = np.array([sample.seconds for sample in samples])
     knots = [knot for knot in _KNOTS if tokens.min() <= knot <= tokens.max()]
     knots = sorted({float(tokens.min()), *map(float, knots), float(tokens.max())})
-    pieces = [np.clip(tokens, low, high) - low for low, high in zip(knots, knots[1:], strict=False)]
+    pieces = [np.clip(tokens, low, high) - low for low, high in pairwise(knots)]
     columns = [
         np.ones_like(tokens),
         *pieces,
@@ -115,7 +116,7 @@ def fit_cost(samples: Sequence[StepSample]) -> StepCost:
     if base_s <= 0:
         raise ConfigError("from: the steps tell no base; they must differ in their number of tokens")
     points = [(knots[0], float(base_s))]
-    for low, high, slope in zip(knots, knots[1:], slopes, strict=False):
+    for (low, high), slope in zip(pairwise(knots), slopes, strict=True):
         points.append((high, points[-1][1] + float(slope) * (high - low)))
     return StepCost(
         knots=tuple(points),

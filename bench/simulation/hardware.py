@@ -26,7 +26,17 @@ from model_parallel.memory import Device, Workload, plan_group
 from model_parallel.model.partition import partition_heads
 
 KNOT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
-COEFFICIENTS = ("step_s", "layer_s", "weights_c", "products_c", "cache_c", "attention_c", "row_s", "row_weights_c", "convert_c")
+COEFFICIENTS = (
+    "step_s",
+    "layer_s",
+    "weights_c",
+    "products_c",
+    "cache_c",
+    "attention_c",
+    "row_s",
+    "row_weights_c",
+    "convert_c",
+)
 MAX_TILED_TOKENS = 64
 """Up to so many tokens a product turns int8 weights into 16 bits tile by tile, again for other rows; beyond, all at once."""
 
@@ -95,9 +105,7 @@ def share_of(model: ModelConfig, tp_size: int, *, dtype: str, quantization: str)
     """Of the fullest rank. Raises ConfigError when a rank would have no head."""
     nowhere = Device(name="", memory_bytes=0, bandwidth_bytes_per_s=1.0)
     workload = Workload(max_model_len=1)
-    group = plan_group(
-        model, tp_size, dtype=dtype, quantization=quantization, device=nowhere, workload=workload
-    )
+    group = plan_group(model, tp_size, dtype=dtype, quantization=quantization, device=nowhere, workload=workload)
     fullest = max(group.ranks, key=lambda rank: rank.decode_bytes)
     heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, fullest.rank)
     bytes_per_weight = 1 if quantization else DTYPE_BYTES[dtype]

@@ -1,8 +1,8 @@
-"""What is known of machines: GPUs by their roofline, and machines whose engine was timed. One JSON file each, shipped or one's own.
+"""What is known of machines: GPUs by their roofline, and machines whose engine was timed. One JSON file each, shipped or not.
 
 Three kinds of file, told by the key `kind`:
 
-- `hardware`: a GPU's peak figures, and single steps that were timed on it, from which the coefficients are fitted when it is read;
+- `hardware`: a GPU's peak figures, and single steps that were timed on it; the coefficients are fitted to them when it is read;
 - `derived`: another GPU's coefficients on this one's peak figures. Nothing was timed on it, and whatever is made of it says so;
 - `steps`: coefficients fitted to the steps of one engine: one model, one tensor-parallel size, one dtype.
 """

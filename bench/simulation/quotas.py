@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serving.contracts.accounts import UsageRecord
+from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.client.accounts import LINGER_S, reservation_cost
 from serving.tenants.client.leases import LeaseBook
 from serving.tenants.messages import Costs, Verdict
-from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.records import Limits
 
 EXCHANGE_S = 0.003

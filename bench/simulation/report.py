@@ -101,9 +101,7 @@ def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int)
         **figures(columns, chosen, duration_s - warmup_s),
         "by_status": {names[s]: int(by_status[s]) for s in Status if by_status[s]},
         "tenants": by_tenant,
-        "jain_index": jain_index(
-            [by_tenant[t.name]["total_output_tokens"] / t.weight for t in requests.tenants]
-        ),
+        "jain_index": jain_index([by_tenant[t.name]["total_output_tokens"] / t.weight for t in requests.tenants]),
         "num_migrations": int(columns.num_migrations.sum()),
         "num_failures": fleet.num_failures,
         "num_preemptions": fleet.num_preemptions,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.simulation.cost import CostTable
-from bench.simulation.fleet import Fleet, FleetSpec, GroupShape
+from bench.simulation.fleet import Fleet
+from bench.simulation.parts import FleetSpec, GroupShape
 from bench.simulation.profiles import Machine, StepsFile, hardware, machine_for, read_profile
 from bench.simulation.report import energy_kwh, summarise
 from bench.simulation.requests import Requests
@@ -49,13 +50,23 @@ def resolve(groups: Groups) -> Plan:
     if isinstance(file, StepsFile):
         max_position = file.max_position
         machine = machine_for(
-            groups.profile, groups.model, None, groups.tensor_parallel_size, dtype=groups.dtype, quantization=quantization
+            groups.profile,
+            groups.model,
+            None,
+            groups.tensor_parallel_size,
+            dtype=groups.dtype,
+            quantization=quantization,
         )
     else:
         model = model_config(groups.model)
         max_position = model.max_position
         machine = machine_for(
-            groups.profile, groups.model, model, groups.tensor_parallel_size, dtype=groups.dtype, quantization=quantization
+            groups.profile,
+            groups.model,
+            model,
+            groups.tensor_parallel_size,
+            dtype=groups.dtype,
+            quantization=quantization,
         )
     max_model_len = max_position if groups.max_model_len is None else groups.max_model_len
     if max_model_len > max_position:

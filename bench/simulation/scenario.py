@@ -35,7 +35,9 @@ class Groups(Part):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["int8"] | None = None
     max_model_len: int | None = Field(None, ge=1, description="The model's own when unset.")
-    kv_cache_tokens: int | None = Field(None, ge=16, description="What fits beside the weights when unset (GPUs alone).")
+    kv_cache_tokens: int | None = Field(
+        None, ge=16, description="What fits beside the weights when unset (GPUs alone)."
+    )
     memory_utilisation: float = Field(0.9, gt=0, le=1)
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
@@ -43,15 +45,21 @@ class Groups(Part):
     max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)
     max_prefill_tokens: int | None = Field(None, ge=1)
     max_waiting_requests: int = Field(256, ge=1)
-    start_s: float | None = Field(None, ge=0, description="From an order to a group that serves; the profile's when unset.")
+    start_s: float | None = Field(
+        None, ge=0, description="From an order to a group that serves; the profile's when unset."
+    )
 
 
 class Gateways(Part):
     """Front ends."""
 
     num_gateways: int = Field(1, ge=1, le=1000)
-    request_s: float | None = Field(None, ge=0, le=10, description="From arrival to the group; the profile's when unset.")
-    output_s: float | None = Field(None, ge=0, le=10, description="From a step to the client; the profile's when unset.")
+    request_s: float | None = Field(
+        None, ge=0, le=10, description="From arrival to the group; the profile's when unset."
+    )
+    output_s: float | None = Field(
+        None, ge=0, le=10, description="From a step to the client; the profile's when unset."
+    )
 
 
 class TenantLimits(Part):
@@ -87,7 +95,9 @@ class SimulatedTenant(Part):
 class Failures(Part):
     """Groups that are lost."""
 
-    every_s: float | None = Field(None, gt=0, description="Mean of an exponential distribution; one group of all each time.")
+    every_s: float | None = Field(
+        None, gt=0, description="Mean of an exponential distribution; one group of all each time."
+    )
     at_s: list[float] = Field(default=[], max_length=10_000)
     migration: bool = Field(True, description="What was lost goes on in another group.")
     detect_s: float = Field(1.0, ge=0, le=3600, description="Until gateways know of a loss.")
@@ -97,7 +107,8 @@ class Scaling(Part):
     """How many groups there are over time."""
 
     policy: Literal["packtrain", "ongoing"] = Field(
-        "packtrain", description="packtrain: the autoscaler's own. ongoing: Ray Serve's, open requests / target_ongoing."
+        "packtrain",
+        description="packtrain: the autoscaler's own. ongoing: Ray Serve's, open requests / target_ongoing.",
     )
     min_groups: int = Field(1, ge=1, le=MAX_GROUPS)
     max_groups: int = Field(ge=1, le=MAX_GROUPS)
@@ -106,7 +117,9 @@ class Scaling(Part):
     period_s: float = Field(5.0, gt=0, le=600)
     target_ongoing: float = Field(16.0, gt=0, description="Of policy ongoing: open requests a group.")
     upscale_delay_s: float = Field(30.0, ge=0, description="Of policy ongoing.")
-    downscale_delay_s: float = Field(600.0, ge=0, description="Of both: the past that fewer groups must have been enough for.")
+    downscale_delay_s: float = Field(
+        600.0, ge=0, description="Of both: the past that fewer groups must have been enough for."
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -121,7 +134,9 @@ class SimulationScenario(Part):
     name: str = Field("simulation", max_length=128)
     seed: int = Field(0, ge=0, lt=2**63)
     duration_s: float = Field(600.0, gt=0, le=MAX_SIMULATED_S, description="After that nothing new arrives.")
-    drain_s: float = Field(600.0, ge=0, le=24 * 3600, description="How long what is open may go on; then it is cancelled.")
+    drain_s: float = Field(
+        600.0, ge=0, le=24 * 3600, description="How long what is open may go on; then it is cancelled."
+    )
     warmup_s: float = Field(0.0, ge=0, le=MAX_SIMULATED_S, description="Cut from the beginning of what is reported.")
     groups: Groups
     gateways: Gateways = Gateways()
@@ -158,7 +173,13 @@ def read_scenario(path: Path) -> dict[str, Any]:
 
 def scenario_of_trace(path: Path, *, model: str, profile: str, speed: float) -> SimulationScenario:
     """One tenant who sends what a trace has. Raises ConfigError."""
-    work = {"kind": "trace", "path": str(path), "format": trace_format(path), "speed": speed, "max_entries": MAX_REQUESTS}
+    work = {
+        "kind": "trace",
+        "path": str(path),
+        "format": trace_format(path),
+        "speed": speed,
+        "max_entries": MAX_REQUESTS,
+    }
     tenant = {"name": "trace", "work": work, "arrivals": {"process": "trace"}}
     last_s = load_entries(Tenant.model_validate(tenant))[-1].at_s
     if last_s + 1 > MAX_SIMULATED_S:

@@ -1,8 +1,9 @@
 """Many steps of pure decode at once: what a simulator needs to run a group faster than its scheduler would.
 
 While nobody comes, ends, is preempted or expires, every step computes one token for the same sequences. A `Stretch` finds how
-many such steps lie ahead and then changes the state of `Engine` and `Scheduler` to what `schedule` and `update` would have left, bit
-for bit; tests/unit/engine/test_stretch.py compares the two. Whoever changes what a decode step does to a scheduler changes it here too.
+many such steps lie ahead and then changes the state of `Engine` and `Scheduler` to what `schedule` and `update` would have
+left, bit for bit; tests/unit/engine/test_stretch.py compares the two. Whoever changes what a decode step does to a scheduler
+changes it here too.
 """
 
 import sys
@@ -78,9 +79,7 @@ def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretc
     return Stretch(plan, runs, num_steps, num_context_tokens, heap[0][0] if heap else None)
 
 
-def take(
-    engine: Engine, stretch: Stretch, ends_s: Sequence[float], began_s: float, tokens_of: TokensOf
-) -> StepPlan:
+def take(engine: Engine, stretch: Stretch, ends_s: Sequence[float], began_s: float, tokens_of: TokensOf) -> StepPlan:
     """Bring the engine to where it is when the first `len(ends_s)` steps of a stretch have been collected at these moments, the
     one before them at `began_s`. Returns the plan that is under way then, which replaces the one that was.
     """

@@ -77,7 +77,8 @@ def capacity(
     gpu: Annotated[str, typer.Option("--gpu", help="A profile: a100-80g, h100, h200, or a file.")],
     model: Annotated[str, typer.Option(help="A known name (llama-2-70b-chat), or a checkpoint.")] = "llama-2-70b-chat",
     trace: Annotated[
-        Path | None, typer.Option(help="Requests with their times: CSV, Azure's or BurstGPT's, or Mooncake's JSON lines.")
+        Path | None,
+        typer.Option(help="Requests with their times: CSV, Azure's or BurstGPT's, or Mooncake's JSON lines."),
     ] = None,
     scenario: Annotated[Path | None, typer.Option(help="Instead of a trace: the load of a scenario.")] = None,
     tp: Annotated[list[int] | None, typer.Option("--tp", min=1, help="Ranks of a group; several may be given.")] = None,
@@ -143,7 +144,10 @@ def capacity(
 @app.command()
 def fit(
     source: Annotated[
-        str, typer.Option("--from", help="A file of JSON lines, or the address of a gateway's metrics: http://host:9464/steps.")
+        str,
+        typer.Option(
+            "--from", help="A file of JSON lines, or the address of a gateway's metrics: http://host:9464/steps."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Write the profile here.")],
     request_ms: Annotated[float, typer.Option(min=0, help="From a request's arrival until the engine has it.")] = 3.0,
@@ -159,8 +163,8 @@ def fit(
     profile = msgspec.structs.replace(profile, request_s=request_ms / 1e3, output_s=output_ms / 1e3)
     out.write_bytes(encode_profile(profile))
     typer.echo(
-        f"{out}: {profile.model}, TP={profile.tensor_parallel_size}, {profile.quantization or profile.dtype}; {profile.num_steps} "
-        f"steps, median error {profile.median_error:.1%}, p90 {profile.p90_error:.1%}"
+        f"{out}: {profile.model}, TP={profile.tensor_parallel_size}, {profile.quantization or profile.dtype}; "
+        f"{profile.num_steps} steps, median error {profile.median_error:.1%}, p90 {profile.p90_error:.1%}"
     )
 
 
@@ -200,11 +204,18 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(f"profile {profile['name']} ({kind}): {profile['origin']}", soft_wrap=True)
 
 
-def print_capacity(
-    answers: list[dict[str, Any]], best: Mapping[str, Any] | None, slo: str, console: Console
-) -> None:
+def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None, slo: str, console: Console) -> None:
     """A row for each shape, and the curve around the best."""
-    table = Table("shape", "groups", "GPUs", "tokens/s", "busy", "cost / 1M tokens", "kWh / 1M tokens", title=f"fewest GPUs, {slo}")
+    table = Table(
+        "shape",
+        "groups",
+        "GPUs",
+        "tokens/s",
+        "busy",
+        "cost / 1M tokens",
+        "kWh / 1M tokens",
+        title=f"fewest GPUs, {slo}",
+    )
     for found in answers:
         row = found["best"]
         if row is None:
@@ -220,10 +231,13 @@ def print_capacity(
         console.print("[bold red]no shape keeps the service level[/]")
         return
     names = [key for key in best["curve"][0] if key.endswith("_s") and "tokens" not in key]
-    curve = Table("groups", "GPUs", "holds", *names, "lost", "busy", "cost / 1M tokens", title=f"around {best['shape']}")
+    curve = Table(
+        "groups", "GPUs", "holds", *names, "lost", "busy", "cost / 1M tokens", title=f"around {best['shape']}"
+    )
     for row in best["curve"]:
         curve.add_row(
-            str(row["num_groups"]), str(row["num_gpus"]), "yes" if row["holds"] else "no", *(_number(row[name]) for name in names),
+            str(row["num_groups"]), str(row["num_gpus"]), "yes" if row["holds"] else "no",
+            *(_number(row[name]) for name in names),
             str(row["refused"] + row["failed"]), f"{row['busy_share']:.0%}", _number(row["cost_per_million_output_tokens"]),
         )  # fmt: skip
     console.print(curve)

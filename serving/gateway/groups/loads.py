@@ -56,8 +56,8 @@ class GroupLoads:
 
 
 def preference(loads: GroupLoads, engine: str, num_on_their_way: int, tie: float) -> tuple[bool, int, float]:
-    """The rule of routing: groups are asked in this order. `num_on_their_way` are requests that it has not answered for yet; `tie`
-    is drawn at random, or gateways would agree on a group."""
+    """The rule of routing: groups are asked in this order. `num_on_their_way` are requests that it has not answered for yet;
+    `tie` is drawn at random, or gateways would agree on a group."""
     return loads.is_avoided(engine), loads.of(engine) + num_on_their_way, tie
 
 

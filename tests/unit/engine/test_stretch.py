@@ -71,9 +71,7 @@ def run(case: Case, *, jumps: bool) -> tuple[VirtualGroup, list[object]]:
             max_prefill_tokens=case.max_prefill_tokens,
             max_waiting_requests=12,
         ),
-        CacheConfig(
-            num_blocks=case.num_blocks, block_size=case.block_size, enable_prefix_caching=case.shares_prefixes
-        ),
+        CacheConfig(num_blocks=case.num_blocks, block_size=case.block_size, enable_prefix_caching=case.shares_prefixes),
         end_of=ends.__getitem__,
         jumps=jumps,
     )
