@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SUITES := unit numerics distributed integration packaging
+SUITES := unit triton-interpreted triton-compiled numerics distributed integration packaging
 
 # Interpreters to try, in order; 3.11 first, because constraints.txt is tested with it.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
@@ -12,7 +12,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
+.PHONY: help demo serve test test-loaded nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -23,20 +23,17 @@ demo: $(STAMP) ## fetch a small model, serve it at TP=2, stream one answer, stop
 serve: $(STAMP) ## the same stack, until Ctrl-C
 	$(BIN)/packtrain serve
 
-test: $(SUITES:%=test-%) ## every suite; one that collects nothing fails
+test: $(STAMP) ## every suite, and what ran at the end
+	$(BIN)/python -m tests.run $(if $(COVERAGE),--coverage) $(if $(WITHOUT_AVX512),--without-avx512)
 
-# One pytest a suite: it exits non-zero when its suite has no test.
-$(filter-out test-integration,$(SUITES:%=test-%)): test-%: $(STAMP)
-	$(BIN)/python -m pytest tests/$*
+$(SUITES:%=test-%): test-%: $(STAMP)
+	$(BIN)/python -m tests.run $*
 
-# A process a file: Ray's head is forked, which a process full of another file's gRPC threads can break.
-test-integration: $(STAMP)
-	@echo 'pytest tests/integration, a process a file'
-	@for file in tests/integration/test_*.py; do $(BIN)/python -m pytest "$$file" || exit 1; done
+test-loaded: $(STAMP) ## every suite five times, beside a busy process on each core: more than an hour
+	$(BIN)/python -m tests.run --loaded 5
 
-nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: 20 minutes, machine idle
-	$(BIN)/python -m pytest -m nightly tests/unit tests/numerics
-	$(BIN)/python -m pytest -m nightly tests/nightly
+nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: for hours, machine idle
+	$(BIN)/python -m tests.run --nightly
 
 lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/ruff check

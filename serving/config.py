@@ -132,6 +132,7 @@ class ModelEntry(_Section):
         description="Prompt tokens of a step, but for tenants below their share; all that fit when unset.",
     )
     max_waiting_requests: int = Field(256, ge=1)
+    max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
     chat: ChatConfig | None = Field(None, description="Recognised from the checkpoint when unset.")

@@ -75,7 +75,7 @@ class VirtualRanks:
         return range(first + start, first + stop)
 
     def replace(self, plan: StepPlan, end_tick: int) -> None:
-        """Instead of the step under way there is this one, which ends then; the ranks did nothing else since."""
+        """Instead of the step in flight there is this one, which ends then; the ranks did nothing else since."""
         self.busy_ticks += end_tick - self._last_tick
         self._last_tick = end_tick
         self._done.clear()
@@ -219,7 +219,7 @@ class VirtualGroup:
         """When the first step of a stretch ends, how long the second takes, and by how much each later one takes longer."""
         first_tick = self.ranks.next_tick
         if first_tick is None:
-            raise RuntimeError("no step is under way")
+            raise RuntimeError("no step is in flight")
         num_rows = len(stretch.runs)
         growth = self._costs.context_ticks * num_rows
         context_ticks = self._costs.context_ticks * stretch.num_context_tokens

@@ -15,7 +15,7 @@ class Status(IntEnum):
     NOT_SENT = 0
     """Its time never came: the simulation ended, or the turn before it had no answer."""
     OPEN = 1
-    """Under way. None is when a simulation has ended."""
+    """In flight. None is when a simulation has ended."""
     FINISHED = 2
     REFUSED_OVERLOADED = 3
     REFUSED_QUOTA = 4

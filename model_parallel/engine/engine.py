@@ -27,16 +27,16 @@ class Engine:
         executor: Executor,
         scheduler: Scheduler,
         *,
-        max_under_way: int = 2,
+        max_in_flight: int = 2,
         on_step: Callable[[StepPlan], None] | None = None,
     ) -> None:
-        """`max_under_way` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
+        """`max_in_flight` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
         told of each step when its results are in."""
         self._executor = executor
         self._scheduler = scheduler
-        self._max_under_way = max_under_way
+        self._max_in_flight = max_in_flight
         self._on_step = on_step
-        self._under_way: deque[StepPlan] = deque()
+        self._in_flight: deque[StepPlan] = deque()
         self._failure: str | None = None
         self._lock = threading.Lock()
 
@@ -51,18 +51,18 @@ class Engine:
         return self._scheduler
 
     @property
-    def under_way(self) -> Sequence[StepPlan]:
+    def in_flight(self) -> Sequence[StepPlan]:
         """Steps that the ranks have, the oldest first."""
-        return self._under_way
+        return self._in_flight
 
-    def replace_under_way(self, plan: StepPlan) -> None:
-        """The ranks have this step instead of the one under way; see stretch.py."""
-        self._under_way.clear()
-        self._under_way.append(plan)
+    def replace_in_flight(self, plan: StepPlan) -> None:
+        """The ranks have this step instead of the one in flight; see stretch.py."""
+        self._in_flight.clear()
+        self._in_flight.append(plan)
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._under_way and self._failure is None)
+        return self._scheduler.has_work or bool(self._in_flight and self._failure is None)
 
     @property
     def num_paused(self) -> int:
@@ -111,22 +111,22 @@ class Engine:
         if self._failure is not None:
             return
         try:
-            while len(self._under_way) < self._max_under_way:
+            while len(self._in_flight) < self._max_in_flight:
                 with self._lock:
                     plan = self._scheduler.schedule()
                 if plan is None:
                     return
                 self._executor.submit(plan)
-                self._under_way.append(plan)
+                self._in_flight.append(plan)
         except GroupFailedError as error:
             self.fail(str(error))
 
     def collect(self) -> list[EngineOutput]:
-        """The second half: wait for the oldest step under way, if there is one, and return what it brought."""
-        if self._failure is None and self._under_way:
+        """The second half: wait for the oldest step in flight, if there is one, and return what it brought."""
+        if self._failure is None and self._in_flight:
             try:
                 result = self._executor.collect()
-                plan = self._under_way.popleft()
+                plan = self._in_flight.popleft()
                 if self._on_step is not None:
                     self._on_step(plan)
                 with self._lock:

@@ -28,13 +28,13 @@ class Stretch:
     """Steps of pure decode that lie ahead. It holds as long as nobody touches the engine."""
 
     plan: StepPlan
-    """The one step under way."""
+    """The one step in flight."""
     runs: tuple[Run, ...]
     """In the order of its rows."""
     num_steps: int
     """So many can be taken in before something else happens than one more token for everybody."""
     num_context_tokens: int
-    """Tokens that the rows of the step under way attend to, their own included. Each step adds one a row."""
+    """Tokens that the rows of the step in flight attend to, their own included. Each step adds one a row."""
     deadline_s: float | None
     """A step may be planned before this moment only."""
 
@@ -45,11 +45,11 @@ def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretc
     `num_outputs_of` says how many tokens the ranks will draw for a sequence until the one that ends it, not counted that one:
     a stop token, which a scheduler does not know beforehand.
     """
-    scheduler, under_way = engine.scheduler, engine.under_way
+    scheduler, in_flight = engine.scheduler, engine.in_flight
     running = scheduler._running
-    if len(under_way) != 1 or engine.failure is not None or not running or scheduler._finished or scheduler._outputs:
+    if len(in_flight) != 1 or engine.failure is not None or not running or scheduler._finished or scheduler._outputs:
         return None
-    plan = under_way[0]
+    plan = in_flight[0]
     if len(plan.rows) != len(running) or plan.new_sequences:
         return None
     num_steps, num_context_tokens = sys.maxsize, 0
@@ -81,7 +81,7 @@ def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretc
 
 def take(engine: Engine, stretch: Stretch, ends_s: Sequence[float], began_s: float, tokens_of: TokensOf) -> StepPlan:
     """Bring the engine to where it is when the first `len(ends_s)` steps of a stretch have been collected at these moments, the
-    one before them at `began_s`. Returns the plan that is under way then, which replaces the one that was.
+    one before them at `began_s`. Returns the plan that is in flight then, which replaces the one that was.
     """
     scheduler, num_steps = engine.scheduler, len(ends_s)
     if not 0 < num_steps <= stretch.num_steps:
@@ -109,7 +109,7 @@ def take(engine: Engine, stretch: Stretch, ends_s: Sequence[float], began_s: flo
             for row, blocks in zip(stretch.plan.rows, added, strict=True)
         ),
     )
-    engine.replace_under_way(plan)
+    engine.replace_in_flight(plan)
     return plan
 
 
@@ -139,8 +139,8 @@ def _nobody_can_be_admitted(scheduler: Scheduler) -> bool:
     is_full = num_running == scheduler._config.max_num_seqs
     if not is_full and kv.shares_prefixes:
         return False  # what the cache has of a prompt changes as blocks are taken and published
-    for first, is_light in queue.firsts():
-        if first.request.deadline_s is not None or is_light or first.num_pending:
+    for first, is_below_fair_share in queue.firsts():
+        if first.request.deadline_s is not None or is_below_fair_share or first.num_pending:
             return False
         if not is_full and kv.num_blocks_for(len(first.token_ids)) + num_running <= kv.num_free:
             return False

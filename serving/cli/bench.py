@@ -162,7 +162,7 @@ def load(
         float, typer.Option(min=0.001, help="Requests a second; inf sends all at once.")
     ] = math.inf,
     burstiness: Annotated[float, typer.Option(min=0.01, help="1: Poisson; less: bursts; more: evenly.")] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests under way at a time.")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at a time.")] = None,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     goodput: Annotated[

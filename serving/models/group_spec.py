@@ -57,6 +57,7 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
         max_prefill_tokens=entry.max_prefill_tokens,
         max_model_len=max_model_len,
         max_waiting_requests=entry.max_waiting_requests,
+        max_waiting_tokens=entry.max_waiting_tokens,
     )
     return GroupSpec(
         card=_card(entry, info, max_model_len),

@@ -104,8 +104,8 @@ class ReplicaGroup:
             span.failed("" if isinstance(error, asyncio.CancelledError) else type(error).__name__)
             span.end()
             raise
-        if reply.refusal_kind:
-            span.failed(reply.refusal_kind)
+        if reply.error_kind:
+            span.failed(reply.error_kind)
             span.end()
         return self._encode(reply)
 
@@ -127,7 +127,7 @@ class ReplicaGroup:
 
     async def report(self, reader: str) -> bytes:
         """GroupReport (msgpack) for the gateway `reader`, with the numbers if the group counts with that one."""
-        report = GroupReport(engine=self._engine_id, is_well=self._executor.health.problem() is None)
+        report = GroupReport(engine=self._engine_id, is_healthy=self._executor.health.problem() is None)
         if self._reader.is_held_by(reader):
             report = msgspec.structs.replace(
                 report,

@@ -16,6 +16,7 @@ from protos import inference_pb2 as pb
 from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
 from serving.driver.app import APP_NAME, RunningApp, start
+from tests.support.waiting import PATIENCE_S
 
 MODEL = "smollm2-135m-instruct"
 
@@ -47,7 +48,7 @@ def group_handle(model: str = MODEL) -> "DeploymentHandle[object]":
 
 
 def group_stats(model: str = MODEL) -> dict[str, float]:
-    stats: dict[str, float] = group_handle(model).stats.remote().result(timeout_s=10)  # type: ignore[attr-defined]
+    stats: dict[str, float] = group_handle(model).stats.remote().result(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
     return stats
 
 

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from model_parallel.engine.request import EngineRequest
-from model_parallel.errors import RequestError
-from serving.contracts.errors import DrainingError, OverloadedError
+from serving.contracts.errors import DrainingError, GroupRefusedError, OverloadedError
 
 REMEMBERED_SHARE = 0.2
 """How long a refusal holds for the next request, as a part of the time after which the group expects to have room: so much of
@@ -129,7 +128,7 @@ class RecentRefusals:
         """By model, tenant and priority: the latest of each group."""
 
     def check(self, model: str, num_groups: int, requests: Sequence[EngineRequest]) -> None:
-        """Raises the RequestError of a group when all groups have refused what is no harder."""
+        """Raises the GroupRefusedError of a group when all groups have refused what is no harder."""
         now_s, demand = self._clock(), _Demand.of(requests)
         groups = self._refused.get(_key(model, requests), {})
         holding = [
@@ -138,9 +137,9 @@ class RecentRefusals:
             if now_s < refused.until_s and demand.is_no_easier_than(refused.demand)
         ]
         if len(holding) >= num_groups:
-            raise RequestError(holding[0].reason, kind="overloaded", retry_after_s=holding[0].retry_after_s)
+            raise GroupRefusedError(holding[0].reason, kind="overloaded", retry_after_s=holding[0].retry_after_s)
 
-    def remember(self, model: str, engine: str, requests: Sequence[EngineRequest], error: RequestError) -> None:
+    def remember(self, model: str, engine: str, requests: Sequence[EngineRequest], error: GroupRefusedError) -> None:
         """The group `engine` has refused because it is full."""
         now_s, demand = self._clock(), _Demand.of(requests)
         if len(self._refused) >= MAX_REMEMBERED:
@@ -152,7 +151,7 @@ class RecentRefusals:
             groups[engine] = _Refused(demand, until_s, str(error), error.retry_after_s)
 
 
-def _remembered_s(error: RequestError) -> float:
+def _remembered_s(error: GroupRefusedError) -> float:
     if error.retry_after_s is None:
         return REMEMBERED_S
     return min(REMEMBERED_SHARE * error.retry_after_s, MAX_REMEMBERED_S)

@@ -17,9 +17,13 @@ from model_parallel.engine.request import (
 from model_parallel.errors import RequestError
 from serving.config import LimitsConfig
 from serving.contracts.accounts import Accounts, OpenAccounts, Principal
-from serving.contracts.errors import CancelledInGroupError, DeadlineExceededError, GroupUnavailableError
+from serving.contracts.errors import (
+    CancelledInGroupError,
+    DeadlineExceededError,
+    GroupRefusedError,
+    GroupUnavailableError,
+)
 from serving.contracts.models import ModelCard
-from serving.contracts.observer import Passage
 from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
@@ -202,23 +206,23 @@ class Generator:
     async def _run(
         self, card: ModelCard, requests: list[EngineRequest], meter: Meter
     ) -> AsyncGenerator[EngineOutput, None]:
-        """Asks one group after the other until one takes the request in."""
-        passage: Passage | None = None
+        """Offers the request to one group after another until one accepts it."""
+        trace_context: Mapping[str, str] | None = None
         for num_others in reversed(range(card.num_groups)):
             self._refusals.check(card.name, card.num_groups, requests)
-            passage = passage or meter.submit()
-            passage.engine = ""
+            if trace_context is None:
+                trace_context = meter.submit()
             try:
-                async with aclosing(self._backend.generate(card.name, requests, passage)) as steps:
-                    async for outputs in steps:
-                        meter.received(outputs)
-                        for output in outputs:
+                async with aclosing(self._backend.generate(card.name, requests, trace_context)) as steps:
+                    async for step in steps:
+                        meter.received(step)
+                        for output in step.outputs:
                             yield output
                 return
-            except RequestError as error:
-                if error.kind != "overloaded" or not passage.engine:
+            except GroupRefusedError as error:
+                if error.kind != "overloaded" or not error.engine:
                     raise
-                self._refusals.remember(card.name, passage.engine, requests, error)
+                self._refusals.remember(card.name, error.engine, requests, error)
                 if not num_others:
                     raise
             except GroupUnavailableError as error:

@@ -81,7 +81,9 @@ class HttpFrontEnd:
                 response = of_http.response if of_http else error_response(error, self._retry_delay_s)
                 if response.status.code == "INTERNAL":
                     logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope))
-                watching.refused(response.status.code, response.status.reason, response.quota)
+                watching.failed(
+                    response.status.code, response.status.reason, quota=response.quota, engine=response.engine
+                )
                 await responder.send_error(response, of_http.headers if of_http else ())
 
     def _watch(self, scope: Scope) -> RequestObserver:

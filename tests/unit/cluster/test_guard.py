@@ -3,13 +3,13 @@
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from cluster.guard import Guard
+from tests.support.waiting import PATIENCE_S, wait_until
 
 # Opens a file in the directory and forks away, as a daemon does; then sleeps far longer than the test.
 DAEMON = """
@@ -38,10 +38,7 @@ def _daemon(directory: Path) -> psutil.Process:
 
 
 def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert wait_until(condition)
 
 
 def test_dismissing_ends_what_is_left_and_removes_the_directory() -> None:
@@ -59,7 +56,7 @@ def test_kill_9_of_the_starter_ends_what_it_left() -> None:
     directory = Path(starter.stdout.readline().strip())
     daemon = _daemon(directory)
     starter.send_signal(signal.SIGKILL)
-    starter.communicate(timeout=10)
+    starter.communicate(timeout=PATIENCE_S)
     _wait(lambda: not daemon.is_running())
     assert directory.exists(), "its logs may tell why"
     for file in directory.iterdir():
