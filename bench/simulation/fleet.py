@@ -15,13 +15,14 @@ from bench.simulation.quotas import Grant, Quotas
 from bench.simulation.requests import Outcomes, Requests, Status
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
 from model_parallel.errors import RequestError
-from serving.replica.output_sender import TELL_LOAD_S
-from serving.tenants.messages import Verdict
+from serving.contracts.errors import GroupRefusedError
+from serving.replica.output_sender import REPORT_LOAD_S
+from serving.tenants.messages import Decision
 from serving.tenants.records import Limits
 
 CONTROL, DELIVERY, ARRIVAL, GROUP = range(4)
 """Order of what happens at the same moment."""
-TELL_TICKS = to_ticks(TELL_LOAD_S)
+TELL_TICKS = to_ticks(REPORT_LOAD_S)
 
 
 class Controller(Protocol):
@@ -156,7 +157,7 @@ class Fleet:
             else:  # its client has gone meanwhile
                 self._settle_grant(job, 0, 0)
 
-        def refused(_: Verdict) -> None:
+        def refused(_: Decision) -> None:
             if self.outcomes.status[index] == Status.OPEN:
                 self._settle(job, Status.REFUSED_QUOTA)
 
@@ -168,7 +169,7 @@ class Fleet:
         gateway = job.gateway
         try:
             gateway.refusals.check(MODEL, max(1, len(gateway.balance)), (job.request,))
-        except RequestError:
+        except GroupRefusedError:
             self._settle(job, Status.REFUSED_OVERLOADED)
             return
         engine = gateway.balance.choose()
@@ -203,8 +204,11 @@ class Fleet:
                 self._settle(job, Status.REFUSED_INVALID)
                 return
             self.num_engine_refusals += 1
+            refusal = GroupRefusedError(
+                str(error), kind=error.kind, engine=member.name, retry_after_s=error.retry_after_s
+            )
             gateway.loads.refused(member.name)
-            gateway.refusals.remember(MODEL, member.name, (job.request,), error)
+            gateway.refusals.remember(MODEL, member.name, (job.request,), refusal)
             self._schedule(member)
             if job.num_tries < len(self.members):
                 self._dispatch(job)

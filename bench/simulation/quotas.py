@@ -7,7 +7,7 @@ from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.client.accounts import LINGER_S, reservation_cost
 from serving.tenants.client.leases import LeaseBook
-from serving.tenants.messages import Costs, Verdict
+from serving.tenants.messages import Costs, Decision
 from serving.tenants.records import Limits
 
 EXCHANGE_S = 0.003
@@ -68,7 +68,7 @@ class Quotas:
         tenant: str,
         num_tokens: int,
         on_granted: Callable[[Grant], None],
-        on_refused: Callable[[Verdict], None],
+        on_refused: Callable[[Decision], None],
     ) -> None:
         """Ask for the most that a request can use. One of the two is called, now or later."""
         costs: Costs = ((_subject(tenant), reservation_cost(self._limits[tenant], num_tokens)),)
@@ -77,11 +77,11 @@ class Quotas:
             on_granted(grant)
             return
 
-        def decided(verdict: Verdict) -> None:
-            if verdict.kind == "granted":
+        def decided(decision: Decision) -> None:
+            if decision.kind == "granted":
                 on_granted(grant)
             else:
-                on_refused(verdict)
+                on_refused(decision)
 
         line.book.ask(costs, self._clock(), decided)
         self._talk(line)
@@ -137,7 +137,7 @@ class Quotas:
                 self._talk(self._lines[gateway])
             line.book.take_reply(reply, self._clock())
             if line.book.num_waiting:
-                has_to_wait = any(verdict.kind == "wait" for verdict in reply.verdicts)
+                has_to_wait = any(decision.kind == "wait" for decision in reply.decisions)
                 self._schedule(RECALL_PAUSE_S if has_to_wait else 0.0, lambda: self._talk(line))
             elif line.book.num_unrecorded and not line.is_due:
                 line.is_due = True
