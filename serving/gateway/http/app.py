@@ -1,49 +1,44 @@
 """Around every HTTP request: an id, an observer, credentials, a permit, and the one place where exceptions become answers."""
 
-import asyncio
 import logging
-import math
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from email.utils import formatdate
 
 import grpc
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
 
-from serving.gateway.accounts import OPEN, Accounts
+from serving.gateway.accounts import Accounts, Principal
 from serving.gateway.admission import Admission
-from serving.gateway.call import Call, DeadlineExceededError, printable_label
+from serving.gateway.call import Call, printable_label
 from serving.gateway.generation import Generator
 from serving.gateway.health import HealthMonitor
-from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, Endpoint, Endpoints
-from serving.gateway.http.exchange import (
+from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, Endpoints, Handler
+from serving.gateway.http.requests import (
     BodyReader,
     ClientGoneError,
-    HttpError,
-    Receive,
     Request,
-    Responder,
-    Scope,
-    Send,
     cancelled_with_client,
-    headers_of,
-    rate_limit_headers,
+    deadline,
+    timeout_of,
 )
+from serving.gateway.http.responses import HeaderList, HttpError, error_event, error_response, rate_limit_headers
 from serving.gateway.observer import UNOBSERVED, Observe, RequestObserver, unobserved
-from serving.gateway.refusals import refusal_for
-from serving.gateway.validate import ValidationError
+from serving.gateway.refusals import Refusal, refusal_for
 from serving.log import request_id
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_HEADER = "x-request-timeout-s"
-_MAX_TIMEOUT_S = 86400.0
 _TRACE_HEADERS = ("traceparent", "tracestate")
-# The group ends a request at its deadline. This much later the gateway does, in case no group is there to do it.
-_DEADLINE_MARGIN_S = 1.0
+_CALL = "packtrain.call"
+"""Where in a request's scope its Call is."""
 
 
 class HttpFrontEnd:
-    """The ASGI application."""
+    """The ASGI application: Starlette's router, behind what holds for every path."""
 
     def __init__(
         self,
@@ -57,106 +52,138 @@ class HttpFrontEnd:
         observe: Observe = unobserved,
     ) -> None:
         self._observe = observe
-        self._generator = generator
+        self._clock = generator.clock
         self._accounts = accounts
-        self._admission = admission
-        self._routes = Endpoints(generator, health).routes
-        self._bodies = BodyReader(max_body_bytes)
         self._retry_delay_s = retry_delay_s
+        bodies = BodyReader(max_body_bytes)
+        self._router = Router(
+            [
+                Route(
+                    MODELS + "{model:path}" if path == MODELS else path,
+                    _Open(handler) if path in OPEN_PATHS else _Admitted(handler, admission, bodies),
+                    methods=methods,
+                )
+                for path, methods, handler in Endpoints(generator, health).routes
+            ],
+            redirect_slashes=False,
+            default=_no_such_path,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request_id.set(uuid.uuid4().hex)
-        headers = [("x-request-id", request_id.get())]
-        if labels := headers_of(scope, "x-client-request-id") or headers_of(scope, "x-request-id"):
-            headers.append(("x-client-request-id", printable_label(labels[0])))
-        responder = Responder(receive, send, headers)
-        with self._watch(scope) as watching:
+        headers = Headers(scope=scope)
+        answer = _Answer(send, headers)
+        scope["app"] = self  # so that the router raises what it would else answer by itself
+        with self._watch(scope["path"], headers) as watching:
             try:
-                await self._answer(scope, receive, responder, watching)
+                scope[_CALL] = self._call(scope["path"], headers, answer, watching)
+                await self._router(scope, receive, answer.send)
             except ClientGoneError:
                 watching.ended(grpc.StatusCode.CANCELLED.name)
             except Exception as error:
-                refusal = refusal_for(error, self._retry_delay_s) if not isinstance(error, HttpError) else error.refusal
+                wrong = _wrong_method(error) if isinstance(error, HTTPException) else error
+                refusal = wrong.refusal if isinstance(wrong, HttpError) else refusal_for(wrong, self._retry_delay_s)
                 if refusal.code is grpc.StatusCode.INTERNAL:
-                    logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope))
+                    logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope["path"]))
                 watching.refused(refusal.code.name, refusal.reason, refusal.quota)
-                await responder.refuse(refusal, error.headers if isinstance(error, HttpError) else ())
+                more = wrong.headers if isinstance(wrong, HttpError) else ()
+                await _refuse(refusal, more, answer, scope, receive)
 
-    def _watch(self, scope: Scope) -> RequestObserver:
-        if scope["path"] in OPEN_PATHS:
+    def _watch(self, path: str, headers: Headers) -> RequestObserver:
+        if path in OPEN_PATHS:
             return UNOBSERVED
-        headers = {name: values[0] for name in _TRACE_HEADERS if (values := headers_of(scope, name))}
-        return self._observe("http", _known_path(scope), request_id.get(), headers)
+        trace = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
+        return self._observe("http", _known_path(path), request_id.get(), trace)
 
-    async def _answer(self, scope: Scope, receive: Receive, responder: Responder, watching: RequestObserver) -> None:
-        arrived_s = self._generator.clock()
-        path: str = scope["path"]
-        is_open = path in OPEN_PATHS
-        principal = OPEN if is_open else self._accounts.authenticate(headers_of(scope, "authorization"))
-        endpoint = self._endpoint(path, scope["method"])
-        timeout_s = None if is_open else _timeout_s(headers_of(scope, TIMEOUT_HEADER))
-        call = Call(
+    def _call(self, path: str, headers: Headers, answer: "_Answer", watching: RequestObserver) -> Call:
+        """Raises UnauthenticatedError, ValidationError."""
+        arrived_s = self._clock()
+        if path in OPEN_PATHS:
+            return Call(request_id=request_id.get(), arrived_s=arrived_s, timeout_s=None)
+        principal = self._accounts.authenticate(headers.getlist("authorization"))
+        watching.authenticated(principal)
+        if path in METERED_PATHS:
+            answer.limits_of(self._accounts, principal)
+        return Call(
             request_id=request_id.get(),
             arrived_s=arrived_s,
-            timeout_s=timeout_s,
+            timeout_s=timeout_of(headers),
             principal=principal,
             observer=watching,
         )
-        if is_open:
-            await responder.send(await endpoint(Request(call, path, b"")))
-            return
-        watching.authenticated(principal)
-        if path in METERED_PATHS:
-            responder.more_headers = lambda: rate_limit_headers(self._accounts.rate_limits(principal))
+
+
+class _Open:
+    """A path that needs nothing and costs nothing."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(Request(scope[_CALL], scope["path_params"], b""))
+        await response(scope, receive, send)
+
+
+class _Admitted:
+    """Any other path: its body is read, it needs a permit, and it ends with its deadline or its client."""
+
+    def __init__(self, handler: Handler, admission: Admission, bodies: BodyReader) -> None:
+        self._handler = handler
+        self._admission = admission
+        self._bodies = bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call: Call = scope[_CALL]
         body = await self._bodies.read(scope, receive)
-        async with cancelled_with_client(receive), _deadline(timeout_s):
+        async with cancelled_with_client(receive), deadline(call.timeout_s):
             with self._admission.permit():
-                await responder.send(await endpoint(Request(call, path, body)))
-
-    def _endpoint(self, path: str, method: str) -> Endpoint:
-        methods = self._routes.get(_route(path))
-        if methods is None:
-            raise HttpError(404, "unknown_url", "there is no such path; see /openapi.json")
-        endpoint = methods.get("GET" if method == "HEAD" else method)
-        if endpoint is None:
-            allowed = ", ".join(methods)
-            headers = [("allow", allowed)]
-            raise HttpError(405, "method_not_allowed", f"this path takes {allowed} and no other method", headers)
-        return endpoint
+                response = await self._handler(Request(call, scope["path_params"], body))
+                await response(scope, receive, send)
 
 
-def _route(path: str) -> str:
-    return MODELS if path.startswith(MODELS) else path
+class _Answer:
+    """The way back: adds the headers that every answer has, and knows whether one has begun."""
+
+    def __init__(self, send: Send, request_headers: Headers) -> None:
+        self._send = send
+        self._label = request_headers.get("x-client-request-id") or request_headers.get("x-request-id")
+        self._limits: Callable[[], HeaderList] = tuple
+        self.has_begun = False
+
+    def limits_of(self, accounts: Accounts, principal: Principal) -> None:
+        """Tell what is left of the sender's rates when the answer begins."""
+        self._limits = lambda: rate_limit_headers(accounts.rate_limits(principal))
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            headers = [("x-request-id", request_id.get()), *self._limits(), ("date", formatdate(usegmt=True))]
+            if self._label:
+                headers.append(("x-client-request-id", printable_label(self._label)))
+            message["headers"] += [(name.encode(), value.encode("latin-1")) for name, value in headers]
+        await self._send(message)
 
 
-def _known_path(scope: Scope) -> str:
+async def _refuse(refusal: Refusal, headers: HeaderList, answer: _Answer, scope: Scope, receive: Receive) -> None:
+    if answer.has_begun:
+        await answer.send({"type": "http.response.body", "body": error_event(refusal), "more_body": False})
+    else:
+        await error_response(refusal, headers)(scope, receive, answer.send)
+
+
+async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HttpError(404, "unknown_url", "there is no such path; see /openapi.json")
+
+
+def _wrong_method(error: HTTPException) -> HttpError:
+    """The router raises nothing else."""
+    allowed = ", ".join(sorted(set((error.headers or {})["Allow"].split(", ")) - {"HEAD"}))
+    message = f"this path takes {allowed} and no other method"
+    return HttpError(405, "method_not_allowed", message, [("allow", allowed)])
+
+
+def _known_path(path: str) -> str:
     """For metrics and logs, in which nothing of a client's own making may stand."""
-    path = _route(scope["path"])
+    path = MODELS if path.startswith(MODELS) else path
     return path if path in PATHS else "other"
-
-
-def _timeout_s(values: list[str]) -> float | None:
-    if not values:
-        return None
-    try:
-        timeout_s = float(values[0]) if len(values) == 1 else math.nan
-    except ValueError:
-        timeout_s = math.nan
-    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
-        raise ValidationError(
-            TIMEOUT_HEADER, f"{TIMEOUT_HEADER} must be one number of seconds, above 0 and at most {_MAX_TIMEOUT_S:g}"
-        )
-    return timeout_s
-
-
-@asynccontextmanager
-async def _deadline(timeout_s: float | None) -> AsyncIterator[None]:
-    timeout = asyncio.timeout(None if timeout_s is None else timeout_s + _DEADLINE_MARGIN_S)
-    try:
-        async with timeout:
-            yield
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        raise DeadlineExceededError("the deadline passed before the answer was complete") from None

@@ -2,22 +2,25 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+
+from starlette.responses import HTMLResponse, Response
 
 from serving.gateway.call import Call
 from serving.gateway.choices import Chunk
 from serving.gateway.generation import Generator
 from serving.gateway.health import HealthMonitor
 from serving.gateway.http.answers import AnswerForm, ChatForm, CompletionForm, identity, model
-from serving.gateway.http.exchange import Answer, EventStream, Request, event
 from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer
 from serving.gateway.http.openapi import document, page
+from serving.gateway.http.requests import Request
+from serving.gateway.http.responses import EventStream, event, json_answer
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.gateway.validate import GenerateQuery, TextPrompt, ValidationError
 
-Endpoint = Callable[[Request], Awaitable[Answer | EventStream]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 MODELS = "/v1/models/"
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
@@ -38,21 +41,21 @@ class Endpoints:
         self._generator = generator
         self._health = health
         self._started = int(time.time())
-        self.routes: Mapping[str, Mapping[str, Endpoint]] = {
-            "/v1/chat/completions": {"POST": self.chat_completions},
-            "/v1/completions": {"POST": self.completions},
-            "/v1/models": {"GET": self.list_models},
-            MODELS: {"GET": self.get_model},
-            "/tokenize": {"POST": self.tokenize},
-            "/detokenize": {"POST": self.detokenize},
-            "/healthz": {"GET": self.healthz},
-            "/readyz": {"GET": self.readyz},
-            "/health": {"GET": self.readyz},  # vLLM's name, which load generators ask for
-            "/openapi.json": {"GET": self.openapi},
-            "/docs": {"GET": self.docs},
-        }
+        self.routes: Sequence[tuple[str, Sequence[str], Handler]] = (
+            ("/v1/chat/completions", ["POST"], self.chat_completions),
+            ("/v1/completions", ["POST"], self.completions),
+            ("/v1/models", ["GET"], self.list_models),
+            (MODELS, ["GET"], self.get_model),
+            ("/tokenize", ["POST"], self.tokenize),
+            ("/detokenize", ["POST"], self.detokenize),
+            ("/healthz", ["GET"], self.healthz),
+            ("/readyz", ["GET"], self.readyz),
+            ("/health", ["GET"], self.readyz),  # vLLM's name, which load generators ask for
+            ("/openapi.json", ["GET"], self.openapi),
+            ("/docs", ["GET"], self.docs),
+        )
 
-    async def chat_completions(self, request: Request) -> Answer | EventStream:
+    async def chat_completions(self, request: Request) -> Response:
         body = ChatRequest.from_json(request.body)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
@@ -64,7 +67,7 @@ class Endpoints:
         )
         return await self._generate(query, request.call, form, body, body.field_names)
 
-    async def completions(self, request: Request) -> Answer | EventStream:
+    async def completions(self, request: Request) -> Response:
         body = CompletionRequest.from_json(request.body)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
@@ -85,7 +88,7 @@ class Endpoints:
         form: AnswerForm,
         body: ChatRequest | CompletionRequest,
         names: Mapping[str, str],
-    ) -> Answer | EventStream:
+    ) -> Response:
         seed = secrets.randbits(64) if query.seed is None else query.seed
         headers = (("x-seed", str(seed)),)
         if body.stream:
@@ -93,41 +96,43 @@ class Endpoints:
             return EventStream(_events(chunks, form, names), headers)
         with _called(names):
             async with aclosing(self._generator.generate(query, call, seed)) as chunks:
-                return Answer(form.whole([chunk async for chunk in chunks]), headers=headers)
+                return json_answer(form.whole([chunk async for chunk in chunks]), headers=headers)
 
-    async def list_models(self, request: Request) -> Answer:
+    async def list_models(self, request: Request) -> Response:
         cards = self._generator.visible_models(request.call.principal)
-        return Answer(ModelList(data=[model(card, self._started) for card in cards]))
+        return json_answer(ModelList(data=[model(card, self._started) for card in cards]))
 
-    async def get_model(self, request: Request) -> Answer:
-        card = self._generator.model_for(request.call, request.path.removeprefix(MODELS))
-        return Answer(model(card, self._started))
+    async def get_model(self, request: Request) -> Response:
+        card = self._generator.model_for(request.call, request.path_params["model"])
+        return json_answer(model(card, self._started))
 
-    async def tokenize(self, request: Request) -> Answer:
+    async def tokenize(self, request: Request) -> Response:
         body = TokenizeRequest.from_json(request.body)
         with _called(body.field_names):
             token_ids = await self._generator.tokenize(body.query(), request.call)
         card = self._generator.models[body.model]
-        return Answer(TokenizeAnswer(count=len(token_ids), max_model_len=card.max_model_len, tokens=list(token_ids)))
+        return json_answer(
+            TokenizeAnswer(count=len(token_ids), max_model_len=card.max_model_len, tokens=list(token_ids))
+        )
 
-    async def detokenize(self, request: Request) -> Answer:
+    async def detokenize(self, request: Request) -> Response:
         body = DetokenizeRequest.from_json(request.body)
         with _called(body.field_names):
-            return Answer(DetokenizeAnswer(self._generator.detokenize(body.model, body.tokens, request.call)))
+            return json_answer(DetokenizeAnswer(self._generator.detokenize(body.model, body.tokens, request.call)))
 
-    async def healthz(self, request: Request) -> Answer:
-        return Answer({"status": "ok"})
+    async def healthz(self, request: Request) -> Response:
+        return json_answer({"status": "ok"})
 
-    async def readyz(self, request: Request) -> Answer:
+    async def readyz(self, request: Request) -> Response:
         if self._health.is_serving:
-            return Answer({"status": "ready"})
-        return Answer({"status": "not ready"}, 503, [("retry-after", "1")])
+            return json_answer({"status": "ready"})
+        return json_answer({"status": "not ready"}, 503, [("retry-after", "1")])
 
-    async def openapi(self, request: Request) -> Answer:
-        return Answer(document())
+    async def openapi(self, request: Request) -> Response:
+        return json_answer(document())
 
-    async def docs(self, request: Request) -> Answer:
-        return Answer(page(), media_type="text/html; charset=utf-8")
+    async def docs(self, request: Request) -> Response:
+        return HTMLResponse(page())
 
 
 async def _events(

@@ -17,8 +17,8 @@ from uvicorn.server import ServerState
 
 from model_parallel.errors import ConfigError
 from serving.config import GatewayConfig, LimitsConfig
-from serving.gateway.http.exchange import to_json
 from serving.gateway.http.objects import Error, ErrorAnswer
+from serving.gateway.http.responses import to_json
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from serving.gateway.accounts import RateLimit, RateLimits
-from serving.gateway.http.exchange import rate_limit_headers
+from serving.gateway.http.responses import rate_limit_headers
 from serving.tenants.leases import LeaseBook
 from serving.tenants.messages import Amounts, Costs, Verdict
 from serving.tenants.quota import QuotaAuthority

@@ -1,0 +1,132 @@
+"""What goes back over HTTP: JSON, server-sent events, and errors in OpenAI's form, as Starlette's responses."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+import grpc
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.gateway.accounts import RateLimits
+from serving.gateway.http.objects import Error, ErrorAnswer
+from serving.gateway.refusals import Refusal
+
+HeaderList = Sequence[tuple[str, str]]
+
+to_json = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
+
+_LINGER_S = 1.0
+_JSON = "application/json"
+_EVENT_HEADERS = {"content-type": "text/event-stream", "cache-control": "no-store", "x-accel-buffering": "no"}
+
+
+class HttpError(Exception):
+    """A request that is wrong as HTTP. gRPC answers these by itself."""
+
+    def __init__(self, status: int, code: str, message: str, headers: HeaderList = ()) -> None:
+        super().__init__(message)
+        grpc_code = {404: grpc.StatusCode.UNIMPLEMENTED, 413: grpc.StatusCode.RESOURCE_EXHAUSTED}
+        self.refusal = Refusal(
+            grpc_code.get(status, grpc.StatusCode.INVALID_ARGUMENT),
+            status, code.upper(), "invalid_request_error", code, message,
+        )  # fmt: skip
+        self.headers = headers
+
+
+def json_answer(content: msgspec.Struct | dict[str, Any], status: int = 200, headers: HeaderList = ()) -> Response:
+    """A whole answer."""
+    return Response(to_json(content), status, dict(headers), _JSON)
+
+
+class EventStream(Response):
+    """Server-sent events. The status line waits for the first, so what goes wrong before has a status of its own.
+
+    Not Starlette's StreamingResponse: that sends the status line first, and watches for a client that leaves with two more
+    tasks, where `cancelled_with_client` watches from before the first event on.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: HeaderList = ()) -> None:
+        self._events = events
+        self.status_code = 200
+        self.init_headers(_EVENT_HEADERS | dict(headers))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """All of it. Raises what making the events raises."""
+        async with aclosing(self._events) as events:
+            part = await anext(events)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            async for part in events:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+def event(data: msgspec.Struct) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+class LastResponse(Response):
+    """Closes the connection of a client that may still be sending. Closing at once would reset the connection, and the answer
+    would be lost."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reads on for a while before the end."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def error_response(refusal: Refusal, headers: HeaderList = ()) -> Response:
+    """The error as an answer."""
+    more = dict(headers)
+    if refusal.retry_after_s is not None:
+        more["retry-after"] = str(max(1, math.ceil(refusal.retry_after_s)))
+    if refusal.http_status == 401:
+        more["www-authenticate"] = "Bearer"
+    if refusal.reason == "DRAINING" or refusal.http_status == 413:
+        more["connection"] = "close"  # after a drain the next try finds another gateway
+    kind = LastResponse if refusal.http_status == 413 else Response
+    return kind(to_json(_error(refusal)), refusal.http_status, more, _JSON)
+
+
+def error_event(refusal: Refusal) -> bytes:
+    """The error as the end of a stream that has begun."""
+    return event(_error(refusal)) + DONE
+
+
+def _error(refusal: Refusal) -> ErrorAnswer:
+    return ErrorAnswer(
+        Error(message=refusal.message, type=refusal.error_type, param=refusal.field or None, code=refusal.error_code)
+    )
+
+
+def rate_limit_headers(limits: RateLimits) -> HeaderList:
+    """As OpenAI names and writes them."""
+    headers = []
+    for name, rate in (("requests", limits.requests), ("tokens", limits.tokens)):
+        if rate is not None:
+            headers += [
+                (f"x-ratelimit-limit-{name}", str(rate.limit)),
+                (f"x-ratelimit-remaining-{name}", str(rate.remaining)),
+                (f"x-ratelimit-reset-{name}", _duration(rate.reset_s)),
+            ]
+    return headers
+
+
+def _duration(seconds: float) -> str:
+    """Rounded up: "0s", "12ms", "7.5s", "1m0s"."""
+    ms = max(0, math.ceil(seconds * 1000))
+    if 0 < ms < 1000:
+        return f"{ms}ms"
+    minutes, ms = divmod(ms, 60_000)
+    return (f"{minutes}m" if minutes else "") + f"{ms / 1000:g}s"
