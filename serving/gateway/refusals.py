@@ -35,6 +35,8 @@ class Refusal:
     """The field that is wrong, by its path."""
     quota: str = ""
     """The quota that is used up."""
+    max_tokens: int | None = None
+    """Most output tokens that there is room for, where more were asked for."""
     retry_after_s: float | None = None
     """None when trying again does not help."""
 
@@ -44,10 +46,13 @@ def refusal_for(error: Exception, retry_delay_s: float) -> Refusal:
     code, text = grpc.StatusCode, str(error)
     match error:
         case ValidationError():
-            too_long = "context_length_exceeded" if error.is_too_long else None
+            reason, error_code = ("CONTEXT_LENGTH_EXCEEDED", "context_length_exceeded") if error.is_too_long else (
+                "INVALID_REQUEST", None
+            )  # fmt: skip
             return Refusal(
-                code.INVALID_ARGUMENT, 400, "INVALID_REQUEST", "invalid_request_error", too_long, text, error.field
-            )
+                code.INVALID_ARGUMENT, 400, reason, "invalid_request_error", error_code, text, error.field,
+                max_tokens=error.room,
+            )  # fmt: skip
         case RequestError(kind="invalid"):
             return Refusal(code.INVALID_ARGUMENT, 400, "INVALID_REQUEST", "invalid_request_error", None, text)
         case UnauthenticatedError():

@@ -2,21 +2,23 @@
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 
 import grpc
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.gateway.accounts import Accounts, Principal
 from serving.gateway.admission import Admission
 from serving.gateway.call import Call, printable_label
+from serving.gateway.fields import IGNORED_HEADER, ignored_header
 from serving.gateway.generation import Generator
 from serving.gateway.health import HealthMonitor
-from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, Endpoints, Handler
+from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, RESPONSES, Endpoints, Handler
 from serving.gateway.http.requests import (
     BodyReader,
     ClientGoneError,
@@ -26,13 +28,19 @@ from serving.gateway.http.requests import (
     timeout_of,
 )
 from serving.gateway.http.responses import HeaderList, HttpError, error_event, error_response, rate_limit_headers
+from serving.gateway.http.responses_form import response_error_event
 from serving.gateway.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.refusals import Refusal, refusal_for
+from serving.gateway.ticks import KEEP_ALIVE_HEADER, keep_alive_of
 from serving.log import request_id
 
 logger = logging.getLogger(__name__)
 
 _TRACE_HEADERS = ("traceparent", "tracestate")
+_EXPOSED_HEADERS = [
+    "x-request-id", "x-client-request-id", "x-seed", IGNORED_HEADER, "retry-after",
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+]  # fmt: skip
 _CALL = "packtrain.call"
 """Where in a request's scope its Call is."""
 
@@ -49,6 +57,7 @@ class HttpFrontEnd:
         *,
         max_body_bytes: int,
         retry_delay_s: float,
+        keep_alive_s: float | None = None,
         observe: Observe = unobserved,
     ) -> None:
         self._observe = observe
@@ -60,7 +69,7 @@ class HttpFrontEnd:
             [
                 Route(
                     MODELS + "{model:path}" if path == MODELS else path,
-                    _Open(handler) if path in OPEN_PATHS else _Admitted(handler, admission, bodies),
+                    _Open(handler) if path in OPEN_PATHS else _Admitted(handler, admission, bodies, keep_alive_s),
                     methods=methods,
                 )
                 for path, methods, handler in Endpoints(generator, health).routes
@@ -71,6 +80,9 @@ class HttpFrontEnd:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        path = scope["path"]
+        if len(path) > 1 and path.endswith("/") and not path.endswith("//"):
+            scope["path"] = path[:-1]  # a redirect would lose some clients' bodies
         request_id.set(uuid.uuid4().hex)
         headers = Headers(scope=scope)
         answer = _Answer(send, headers)
@@ -114,6 +126,17 @@ class HttpFrontEnd:
         )
 
 
+def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let web pages of these origins use `app` from browsers. Keys are theirs to send; cookies are not looked at."""
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED_HEADERS,
+    )
+
+
 class _Open:
     """A path that needs nothing and costs nothing."""
 
@@ -121,24 +144,33 @@ class _Open:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._handler(Request(scope[_CALL], scope["path_params"], b""))
+        response = await self._handler(Request(scope[_CALL], scope["path_params"], QueryParams()))
         await response(scope, receive, send)
 
 
 class _Admitted:
     """Any other path: its body is read, it needs a permit, and it ends with its deadline or its client."""
 
-    def __init__(self, handler: Handler, admission: Admission, bodies: BodyReader) -> None:
+    def __init__(self, handler: Handler, admission: Admission, bodies: BodyReader, keep_alive_s: float | None) -> None:
         self._handler = handler
         self._admission = admission
         self._bodies = bodies
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call: Call = scope[_CALL]
-        body = await self._bodies.read(scope, receive)
+        request = Request(
+            call,
+            scope["path_params"],
+            QueryParams(scope["query_string"]),
+            await self._bodies.read(scope, receive),
+            keep_alive_of(Headers(scope=scope).getlist(KEEP_ALIVE_HEADER), self._keep_alive_s),
+        )
         async with cancelled_with_client(receive), deadline(call.timeout_s):
             with self._admission.permit():
-                response = await self._handler(Request(call, scope["path_params"], body))
+                response = await self._handler(request)
+                if request.ignored:
+                    response.headers[IGNORED_HEADER] = ignored_header(request.ignored)
                 await response(scope, receive, send)
 
 
@@ -167,7 +199,8 @@ class _Answer:
 
 async def _refuse(refusal: Refusal, headers: HeaderList, answer: _Answer, scope: Scope, receive: Receive) -> None:
     if answer.has_begun:
-        await answer.send({"type": "http.response.body", "body": error_event(refusal), "more_body": False})
+        make = response_error_event if scope["path"] == RESPONSES else error_event
+        await answer.send({"type": "http.response.body", "body": make(refusal), "more_body": False})
     else:
         await error_response(refusal, headers)(scope, receive, answer.send)
 

@@ -4,15 +4,19 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope
 
 from serving.gateway.admission import OverloadedError
 from serving.gateway.call import Call, DeadlineExceededError
+from serving.gateway.http.body import Body, parse
 from serving.gateway.http.responses import HttpError
 from serving.gateway.validate import ValidationError
+
+T = TypeVar("T", bound=Body)
 
 TIMEOUT_HEADER = "x-request-timeout-s"
 _MAX_TIMEOUT_S = 86400.0
@@ -32,7 +36,19 @@ class Request:
 
     call: Call
     path_params: Mapping[str, str]
-    body: bytes
+    query_params: QueryParams
+    body: bytes = b""
+    keep_alive_s: float | None = None
+    """How long a stream may be silent."""
+    ignored: list[str] = field(default_factory=list)
+    """The endpoint adds what it does not look at."""
+
+    def read(self, schema: type[T]) -> T:
+        """The body. Raises ValidationError."""
+        body, names = parse(schema, self.body)
+        self.ignored.extend(names)
+        self.call.observer.ignored(len(names))
+        return body
 
 
 class BodyReader:

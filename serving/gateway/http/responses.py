@@ -14,11 +14,13 @@ from starlette.types import Receive, Scope, Send
 from serving.gateway.accounts import RateLimits
 from serving.gateway.http.objects import Error, ErrorAnswer
 from serving.gateway.refusals import Refusal
+from serving.gateway.ticks import with_ticks
 
 HeaderList = Sequence[tuple[str, str]]
 
 to_json = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
 
 _LINGER_S = 1.0
 _JSON = "application/json"
@@ -50,20 +52,35 @@ class EventStream(Response):
     tasks, where `cancelled_with_client` watches from before the first event on.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: HeaderList = ()) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: HeaderList = (),
+        *,
+        keep_alive_s: float | None = None,
+        end: bytes = DONE,
+    ) -> None:
+        """With `keep_alive_s` there is a comment after every silence of that length. The first sends the status line too."""
         self._events = events
+        self._keep_alive_s = keep_alive_s
+        self._end = end
         self.status_code = 200
         self.init_headers(_EVENT_HEADERS | dict(headers))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All of it. Raises what making the events raises."""
-        async with aclosing(self._events) as events:
-            part = await anext(events)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            async for part in events:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        parts: AsyncGenerator[bytes | None, None] = self._events
+        if self._keep_alive_s is not None:
+            parts = with_ticks(self._events, self._keep_alive_s)
+        has_begun = False
+        async with aclosing(parts):
+            async for part in parts:
+                if not has_begun:
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                    has_begun = True
+                body = _KEEP_ALIVE if part is None else part
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
 def event(data: msgspec.Struct) -> bytes:
