@@ -9,9 +9,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from model_parallel.engine.request import TokenLogprobs
-from serving.detokenizer import IncrementalDetokenizer
-from serving.gateway.backend import ModelCard
-from serving.gateway.choices import Chunk, Summary
+from serving.contracts.models import ModelCard
+from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.http.objects import (
     CachedTokens,
     ChatChoice,
@@ -32,7 +31,8 @@ from serving.gateway.http.objects import (
 )
 from serving.gateway.http.responses import event
 from serving.gateway.http.schemas import StreamOptions
-from serving.tokenizer import Tokenizer
+from serving.text.detokenizer import IncrementalDetokenizer
+from serving.text.tokenizer import Tokenizer
 
 
 class Identity(TypedDict):

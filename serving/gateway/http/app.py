@@ -12,12 +12,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.gateway.accounts import Accounts, Principal
-from serving.gateway.admission import Admission
-from serving.gateway.call import Call, printable_label
-from serving.gateway.fields import IGNORED_HEADER, ignored_header
-from serving.gateway.generation import Generator
-from serving.gateway.health import HealthMonitor
+from serving.contracts.accounts import Accounts, Principal
+from serving.contracts.observer import UNOBSERVED, Observe, RequestObserver, unobserved
+from serving.gateway.core.admission import Admission
+from serving.gateway.core.call import Call, printable_label
+from serving.gateway.core.error_responses import ErrorResponse, error_response
+from serving.gateway.core.fields import IGNORED_HEADER, ignored_header
+from serving.gateway.core.generation import Generator
+from serving.gateway.core.health import HealthMonitor
+from serving.gateway.core.ticks import KEEP_ALIVE_HEADER, keep_alive_of
 from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, RESPONSES, Endpoints, Handler
 from serving.gateway.http.requests import (
     BodyReader,
@@ -27,12 +30,9 @@ from serving.gateway.http.requests import (
     deadline,
     timeout_of,
 )
-from serving.gateway.http.responses import HeaderList, HttpError, error_event, error_response, rate_limit_headers
+from serving.gateway.http.responses import HeaderList, HttpError, error_answer, error_event, rate_limit_headers
 from serving.gateway.http.responses_form import response_error_event
-from serving.gateway.observer import UNOBSERVED, Observe, RequestObserver, unobserved
-from serving.gateway.refusals import Refusal, refusal_for
-from serving.gateway.ticks import KEEP_ALIVE_HEADER, keep_alive_of
-from serving.log import request_id
+from serving.observability.log import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +95,12 @@ class HttpFrontEnd:
                 watching.ended(grpc.StatusCode.CANCELLED.name)
             except Exception as error:
                 wrong = _wrong_method(error) if isinstance(error, HTTPException) else error
-                refusal = wrong.refusal if isinstance(wrong, HttpError) else refusal_for(wrong, self._retry_delay_s)
-                if refusal.code is grpc.StatusCode.INTERNAL:
+                of_http = wrong if isinstance(wrong, HttpError) else None
+                response = of_http.response if of_http else error_response(wrong, self._retry_delay_s)
+                if response.status.code == "INTERNAL":
                     logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope["path"]))
-                watching.refused(refusal.code.name, refusal.reason, refusal.quota)
-                more = wrong.headers if isinstance(wrong, HttpError) else ()
-                await _refuse(refusal, more, answer, scope, receive)
+                watching.refused(response.status.code, response.status.reason, response.quota)
+                await answer.send_error(response, of_http.headers if of_http else (), scope, receive)
 
     def _watch(self, path: str, headers: Headers) -> RequestObserver:
         if path in OPEN_PATHS:
@@ -196,13 +196,13 @@ class _Answer:
             message["headers"] += [(name.encode(), value.encode("latin-1")) for name, value in headers]
         await self._send(message)
 
-
-async def _refuse(refusal: Refusal, headers: HeaderList, answer: _Answer, scope: Scope, receive: Receive) -> None:
-    if answer.has_begun:
-        make = response_error_event if scope["path"] == RESPONSES else error_event
-        await answer.send({"type": "http.response.body", "body": make(refusal), "more_body": False})
-    else:
-        await error_response(refusal, headers)(scope, receive, answer.send)
+    async def send_error(self, error: ErrorResponse, headers: HeaderList, scope: Scope, receive: Receive) -> None:
+        """As the answer, or as the last event of a stream that has begun."""
+        if self.has_begun:
+            make = response_error_event if scope["path"] == RESPONSES else error_event
+            await self._send({"type": "http.response.body", "body": make(error), "more_body": False})
+        else:
+            await error_answer(error, headers)(scope, receive, self.send)
 
 
 async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:

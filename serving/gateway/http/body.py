@@ -12,8 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from serving.gateway.fields import MAX_UINT64, Unsupported, asks_for_nothing
-from serving.gateway.validate import ValidationError
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.fields import MAX_UINT64, Unsupported, asks_for_nothing
 
 T = TypeVar("T", bound="Body")
 

@@ -8,9 +8,11 @@ from importlib.metadata import version
 
 from starlette.responses import HTMLResponse, Response
 
-from serving.gateway.choices import Chunk
-from serving.gateway.generation import Generator, draw_seed
-from serving.gateway.health import HealthMonitor
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.choices import Chunk
+from serving.gateway.core.generation import Generator, draw_seed
+from serving.gateway.core.health import HealthMonitor
+from serving.gateway.core.validate import GenerateQuery, TextPrompt
 from serving.gateway.http.answers import AnswerForm, ChatForm, CompletionForm, identity, model
 from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer, TokenizerInfo, Version
 from serving.gateway.http.openapi import document, page
@@ -18,7 +20,6 @@ from serving.gateway.http.requests import Request
 from serving.gateway.http.responses import DONE, EventStream, json_answer
 from serving.gateway.http.responses_form import ResponsesForm, ResponsesRequest
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from serving.gateway.validate import GenerateQuery, TextPrompt, ValidationError
 
 Handler = Callable[[Request], Awaitable[Response]]
 

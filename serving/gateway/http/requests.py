@@ -10,11 +10,10 @@ from typing import TypeVar
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope
 
-from serving.gateway.admission import OverloadedError
-from serving.gateway.call import Call, DeadlineExceededError
+from serving.contracts.errors import DeadlineExceededError, OverloadedError, ValidationError
+from serving.gateway.core.call import Call
 from serving.gateway.http.body import Body, parse
 from serving.gateway.http.responses import HttpError
-from serving.gateway.validate import ValidationError
 
 T = TypeVar("T", bound=Body)
 

@@ -6,15 +6,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
-import grpc
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving.gateway.accounts import RateLimits
+from serving.contracts.accounts import RateLimits
+from serving.contracts.errors import Status
+from serving.gateway.core.error_responses import ErrorResponse
+from serving.gateway.core.ticks import with_ticks
 from serving.gateway.http.objects import Error, ErrorAnswer
-from serving.gateway.refusals import Refusal
-from serving.gateway.ticks import with_ticks
 
 HeaderList = Sequence[tuple[str, str]]
 
@@ -32,11 +32,10 @@ class HttpError(Exception):
 
     def __init__(self, status: int, code: str, message: str, headers: HeaderList = ()) -> None:
         super().__init__(message)
-        grpc_code = {404: grpc.StatusCode.UNIMPLEMENTED, 413: grpc.StatusCode.RESOURCE_EXHAUSTED}
-        self.refusal = Refusal(
-            grpc_code.get(status, grpc.StatusCode.INVALID_ARGUMENT),
-            status, code.upper(), "invalid_request_error", code, message,
-        )  # fmt: skip
+        grpc_code = {404: "UNIMPLEMENTED", 413: "RESOURCE_EXHAUSTED"}.get(status, "INVALID_ARGUMENT")
+        self.response = ErrorResponse(
+            status=Status(code=grpc_code, http_status=status, reason=code.upper(), error_code=code), message=message
+        )
         self.headers = headers
 
 
@@ -103,27 +102,28 @@ class LastResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def error_response(refusal: Refusal, headers: HeaderList = ()) -> Response:
-    """The error as an answer."""
-    more = dict(headers)
-    if refusal.retry_after_s is not None:
-        more["retry-after"] = str(max(1, math.ceil(refusal.retry_after_s)))
-    if refusal.http_status == 401:
+def error_answer(error: ErrorResponse, headers: HeaderList = ()) -> Response:
+    """The error as a whole answer."""
+    more, status = dict(headers), error.status.http_status
+    if error.retry_after_s is not None:
+        more["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if status == 401:
         more["www-authenticate"] = "Bearer"
-    if refusal.reason == "DRAINING" or refusal.http_status == 413:
+    if error.status.reason == "DRAINING" or status == 413:
         more["connection"] = "close"  # after a drain the next try finds another gateway
-    kind = LastResponse if refusal.http_status == 413 else Response
-    return kind(to_json(_error(refusal)), refusal.http_status, more, _JSON)
+    kind = LastResponse if status == 413 else Response
+    return kind(to_json(_error_object(error)), status, more, _JSON)
 
 
-def error_event(refusal: Refusal) -> bytes:
+def error_event(error: ErrorResponse) -> bytes:
     """The error as the end of a stream that has begun."""
-    return event(_error(refusal)) + DONE
+    return event(_error_object(error)) + DONE
 
 
-def _error(refusal: Refusal) -> ErrorAnswer:
+def _error_object(error: ErrorResponse) -> ErrorAnswer:
+    status = error.status
     return ErrorAnswer(
-        Error(message=refusal.message, type=refusal.error_type, param=refusal.field or None, code=refusal.error_code)
+        Error(message=error.message, type=status.error_type, param=error.field or None, code=status.error_code)
     )
 
 

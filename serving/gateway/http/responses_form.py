@@ -9,15 +9,15 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from model_parallel.engine.request import FinishReason
-from serving.chat import ChatMessage
-from serving.gateway.backend import ModelCard
-from serving.gateway.choices import Chunk, Summary
-from serving.gateway.fields import UNSUPPORTED, Unsupported
+from serving.contracts.models import ModelCard
+from serving.gateway.core.choices import Chunk, Summary
+from serving.gateway.core.error_responses import ErrorResponse
+from serving.gateway.core.fields import UNSUPPORTED, Unsupported
+from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
 from serving.gateway.http.responses import to_json
 from serving.gateway.http.schemas import Message, StreamOptions
-from serving.gateway.refusals import Refusal
-from serving.gateway.validate import ChatPrompt, GenerateQuery, normalised
+from serving.text.chat import ChatMessage
 
 _WHOLE_INPUT = Unsupported(instead="send the whole conversation as input")
 _UNSUPPORTED = {
@@ -271,13 +271,13 @@ class ResponsesForm:
         )
 
 
-def response_error_event(refusal: Refusal) -> bytes:
+def response_error_event(error: ErrorResponse) -> bytes:
     """The error as the end of a stream that has begun."""
-    error = {
-        "type": "error", "code": refusal.error_code, "message": refusal.message, "param": refusal.field or None,
+    data = {
+        "type": "error", "code": error.status.error_code, "message": error.message, "param": error.field or None,
         "sequence_number": 0,
     }  # fmt: skip
-    return _named("error", error)
+    return _named("error", data)
 
 
 def _named(kind: str, data: Any) -> bytes:

@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from serving.chat import ChatMessage
-from serving.gateway.fields import UNSUPPORTED, Unsupported
-from serving.gateway.http.body import Body, Object, parse
-from serving.gateway.validate import (
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.fields import UNSUPPORTED, Unsupported
+from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
     Prompt,
@@ -20,9 +19,10 @@ from serving.gateway.validate import (
     TextPrompt,
     TokenizeQuery,
     TokenPrompt,
-    ValidationError,
     normalised,
 )
+from serving.gateway.http.body import Body, Object, parse
+from serving.text.chat import ChatMessage
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of /v1/completions, as OpenAI has it."""
