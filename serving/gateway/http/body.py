@@ -157,7 +157,7 @@ def _read_json(body: bytes) -> Any:
 def _number(spelling: str) -> int | float:
     """5.0 and 1e2 are the whole numbers that they are, as JSON has but one kind of number."""
     value = float(spelling)
-    return int(Decimal(spelling)) if value.is_integer() and abs(value) <= MAX_UINT64 else value
+    return int(Decimal(spelling)) if value.is_integer() and abs(value) <= MAX_UINT64 + 1 else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

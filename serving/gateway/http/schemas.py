@@ -21,14 +21,11 @@ from serving.gateway.core.validate import (
     TokenPrompt,
     normalised,
 )
-from serving.gateway.http.body import Body, Object, parse
+from serving.gateway.http.body import Body, Object
 from serving.text.chat import ChatMessage
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of /v1/completions, as OpenAI has it."""
-
-Ignored = tuple[str, ...]
-"""Paths of fields that a request brought and that were not looked at."""
 
 
 class StreamOptions(Object, frozen=True, kw_only=True):
@@ -100,11 +97,6 @@ class CompletionRequest(_Sampling, frozen=True, kw_only=True):
     @classmethod
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED_IN_COMPLETIONS
-
-    @classmethod
-    def from_json(cls, body: bytes) -> tuple["CompletionRequest", Ignored]:
-        """Raises ValidationError."""
-        return parse(cls, body)
 
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
@@ -200,11 +192,6 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED_IN_CHAT
 
-    @classmethod
-    def from_json(cls, body: bytes) -> tuple["ChatRequest", Ignored]:
-        """Raises ValidationError."""
-        return parse(cls, body)
-
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
         top_logprobs = _number_of("top_logprobs", self.top_logprobs)
@@ -246,11 +233,6 @@ class TokenizeRequest(Body, frozen=True, kw_only=True):
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED_IN_TOKENIZE
 
-    @classmethod
-    def from_json(cls, body: bytes) -> tuple["TokenizeRequest", Ignored]:
-        """Raises ValidationError."""
-        return parse(cls, body)
-
     def query(self) -> TokenizeQuery:
         """The request as plain data. Raises ValidationError."""
         if self.prompt is not None and self.messages is not None:
@@ -271,11 +253,6 @@ class DetokenizeRequest(Body, frozen=True, kw_only=True):
     tokens: list[int] = msgspec.field(default_factory=list)
 
     field_names: ClassVar[dict[str, str]] = {"token_ids": "tokens"}
-
-    @classmethod
-    def from_json(cls, body: bytes) -> tuple["DetokenizeRequest", Ignored]:
-        """Raises ValidationError."""
-        return parse(cls, body)
 
 
 _UNSUPPORTED_IN_COMPLETIONS = {
