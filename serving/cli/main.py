@@ -24,7 +24,8 @@ from protos import inference_pb2 as pb
 from serving.cli import bench as bench_commands
 from serving.cli import inspect, plan
 from serving.cli import tenants as tenants_cli
-from serving.client.client import Client, StreamTimes, chat_prompt, explain
+from serving.client.client import CONNECT_TIMEOUT_S, Client, StreamTimes, chat_prompt, explain
+from serving.client.conversation import fit
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import ServingConfig, api_key, load_config, parse_config, prepare_environment
 from serving.models.fetch import KNOWN_MODELS, FetchError, fetch_model
@@ -188,16 +189,22 @@ def chat(
     with _client(address, tls, ca, cert, key) as client:
         client.wait_until_connected()
         name = model or _only_model(client)
+        card = client.stub.GetModel(pb.GetModelRequest(model=name), timeout=CONNECT_TIMEOUT_S).model
         messages: list[tuple[str, str]] = [("system", system)] if system else []
         while line := _ask():
-            messages.append(("user", line))
+            room = fit(client.stub, card, [*messages, ("user", line)], max_tokens)
+            if room is None:
+                sys.stderr.write(f"that is too long for this model, which reads {card.max_model_len} tokens in all\n")
+                continue
+            if room.num_left_out:
+                sys.stderr.write(f"({room.num_left_out} earlier messages no longer fit the model and are left out)\n")
             request = pb.GenerateRequest(
                 model=name,
-                prompt=chat_prompt(messages),
-                sampling=pb.Sampling(temperature=temperature, max_tokens=max_tokens),
+                prompt=chat_prompt(room.messages),
+                sampling=pb.Sampling(temperature=temperature, max_tokens=room.max_tokens),
             )
             answer, _, _ = _print_stream(client, request)
-            messages.append(("assistant", answer))
+            messages = [*room.messages, ("assistant", answer)]
 
 
 @app.command()
