@@ -20,7 +20,9 @@ class LimitsConfig(_Section):
     """Bounds on one client request. A request outside them is refused with INVALID_ARGUMENT."""
 
     max_choices: int = Field(8, ge=1, le=64, description="Most choices (n) of one request.")
-    max_stop_strings: int = Field(4, ge=0, le=64)
+    max_stop_strings: int = Field(
+        32, ge=0, le=64, description="OpenAI allows 4; code completion in editors sends a dozen."
+    )
     max_stop_string_bytes: int = Field(64, ge=1, le=4096)
     max_stop_token_ids: int = Field(16, ge=0, le=1024)
     max_logit_bias: int = Field(300, ge=0, le=4096)

@@ -188,14 +188,16 @@ async def test_a_stream_that_waits_gives_signs_of_life(serve: Serve, asked: bool
     go_on = asyncio.Event()
     config = {} if asked else {"stream_keep_alive_s": 1}
     headers = {"x-packtrain-keep-alive-s": "1"} if asked else {}
-    async with serve(FakeBackend(slow(go_on)), http_port=0, **config) as gateway, client(gateway, timeout=60) as http:
-        async with http.stream(
-            "POST", "/v1/completions", json=COMPLETION | {"stream": True}, headers=headers
-        ) as answer:
-            parts = answer.aiter_text()
-            assert await anext(parts) == ": keep-alive\n\n"
-            go_on.set()
-            rest = "".join([part async for part in parts])
+    body = COMPLETION | {"stream": True}
+    async with (
+        serve(FakeBackend(slow(go_on)), http_port=0, **config) as gateway,
+        client(gateway, timeout=60) as http,
+        http.stream("POST", "/v1/completions", json=body, headers=headers) as answer,
+    ):
+        parts = answer.aiter_text()
+        assert await anext(parts) == ": keep-alive\n\n"
+        go_on.set()
+        rest = "".join([part async for part in parts])
     assert rest.endswith("data: [DONE]\n\n") and '"text":"o"' in rest
 
 
