@@ -84,6 +84,8 @@ class Unsupported:
         )
 
 
+INSTEAD_OF_CALLS = "put what was called, and its result, into messages of the roles assistant and user"
+
 _MAX_TOKENS = Unsupported(neutral=(-1,), instead="send max_tokens")
 _STOP = Unsupported(instead="send stop")
 _CONSTRAINED = Unsupported(refused=({},), instead="ask for the form in the prompt")

@@ -11,7 +11,7 @@ from typing import Any
 from serving.config import LimitsConfig
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.contracts.models import ModelCard
-from serving.gateway.core.fields import GREEDY_BELOW, SAMPLING, Integer
+from serving.gateway.core.fields import GREEDY_BELOW, INSTEAD_OF_CALLS, SAMPLING, Integer
 from serving.text.chat import ChatMessage
 
 
@@ -209,6 +209,11 @@ def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: Lim
             _check_count("messages", messages, limits.max_chat_messages)
             for index, message in enumerate(messages):
                 _num_bytes(f"messages[{index}]", message.content)
+                if message.role in ("tool", "function"):
+                    raise ValidationError(
+                        f"messages[{index}]",
+                        f"messages[{index}] has the role {message.role!r}; this server knows no calls: {INSTEAD_OF_CALLS}",
+                    )
             if continues_last and (messages[-1].role != "assistant" or not messages[-1].content):
                 raise ValidationError(
                     "continue_final_message",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.fields import UNSUPPORTED, Unsupported
+from serving.gateway.core.fields import INSTEAD_OF_CALLS, UNSUPPORTED, Unsupported
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -142,7 +142,7 @@ class ContentPart(Object, frozen=True, kw_only=True):
 
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-_CALLS = Unsupported(instead="put what was called, and its result, into messages of the roles assistant and user")
+_CALLS = Unsupported(instead=INSTEAD_OF_CALLS)
 
 
 class Message(Object, frozen=True, kw_only=True):
@@ -164,8 +164,6 @@ class Message(Object, frozen=True, kw_only=True):
 
     def plain(self, where: str) -> ChatMessage:
         """Raises ValidationError."""
-        if self.role in ("tool", "function"):
-            raise ValidationError(where, f"{where}.role is {self.role!r}; this server knows no calls: {_CALLS.instead}")
         parts = [self.content] if isinstance(self.content, str) else self.content or []
         texts = [
             part if isinstance(part, str) else part.plain(f"{where}.content[{index}]")
