@@ -2,11 +2,12 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_parallel.errors import ConfigError
 
@@ -35,7 +36,9 @@ class LimitsConfig(_Section):
     """Bounds on one client request. A request outside them is refused with INVALID_ARGUMENT."""
 
     max_choices: int = Field(8, ge=1, le=64, description="Most choices (n) of one request.")
-    max_stop_strings: int = Field(4, ge=0, le=64)
+    max_stop_strings: int = Field(
+        32, ge=0, le=64, description="OpenAI allows 4; code completion in editors sends a dozen."
+    )
     max_stop_string_bytes: int = Field(64, ge=1, le=4096)
     max_stop_token_ids: int = Field(16, ge=0, le=1024)
     max_logit_bias: int = Field(300, ge=0, le=4096)
@@ -43,6 +46,10 @@ class LimitsConfig(_Section):
     max_chat_messages: int = Field(1024, ge=1, le=16384)
     max_continuations: int = Field(16, ge=1, le=256, description="Most continuations of one Score request.")
     max_prompts: int = Field(16, ge=1, le=256, description="Most prompts of one HTTP completion request.")
+    clamp_max_tokens: bool = Field(
+        False,
+        description="Answer with as many tokens as there is room for where max_tokens asks for more; else refuse.",
+    )
     max_message_bytes: int = Field(
         4 << 20, ge=1024, description="Largest gRPC message taken or sent, and largest HTTP body taken."
     )
@@ -91,9 +98,28 @@ class GatewayConfig(_Section):
         description="How long an HTTP request's headers, or a gRPC connection's first frame, may take to arrive.",
     )
     body_timeout_s: float = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
+    stream_keep_alive_s: float | None = Field(
+        None,
+        ge=1,
+        le=300,
+        description="After how long a silence an HTTP stream gets a comment. The first sends the status line, and what goes "
+        "wrong from then on is an event. Unset is never, unless the client asks (x-packtrain-keep-alive-s).",
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        (),
+        description='Web pages\' origins, such as "https://chat.example", that may use HTTP from browsers; "*" is all.',
+    )
     slow_reader_timeout_s: float = Field(
         30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."
     )
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: scheme, host and port, as browsers send it, without a path")
+        return origins
 
 
 class TenancyConfig(_Section):
@@ -157,6 +183,11 @@ class ModelEntry(_Section):
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
+    allow_parse_special: bool = Field(
+        False,
+        description="Let requests that set parse_special have control tokens read in their text. Whoever may send text to "
+        "such a caller can then forge roles and ends of turns.",
+    )
     chat: ChatConfig | None = Field(None, description="Recognised from the checkpoint when unset.")
 
 

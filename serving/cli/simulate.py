@@ -176,7 +176,7 @@ def profiles() -> None:
     table = Table("name", "kind", "origin")
     for name in shipped_profiles():
         file = read_profile(name)
-        table.add_row(name, type(file).__struct_config__.tag, file.origin)
+        table.add_row(name, str(type(file).__struct_config__.tag), file.origin)
     Console(highlight=False).print(table)
 
 
