@@ -10,10 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
+from model_parallel.errors import CheckpointError
+from serving.cli.terminal import standard_output
 from serving.models.chat import resolve_text
 from serving.models.generation_defaults import RULES, default_sampling
 from serving.models.known_llama import llama_2_size
 from serving.models.licence import licence_of
+from serving.models.verify import verify
 
 
 def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
@@ -22,13 +25,12 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
     Raises CheckpointError naming file and tensor when one is missing, left over, or of a wrong shape or type, and ConfigError
     for a chat format that the tokenizer cannot have.
     """
-    from model_parallel.checkpoint.loader import check_complete, check_tied_head, open_checkpoint
+    from model_parallel.checkpoint.loader import check_complete, open_checkpoint
     from model_parallel.model.partition import shard_table
 
     checkpoint = open_checkpoint(info)
     table = shard_table(info.config, 1, 0)
     check_complete(info, checkpoint, table)
-    check_tied_head(checkpoint, table)
     text = resolve_text(info) if info.tokenizer_kind else None
     chat = text.chat_format if text is not None else None
     rules = {rule: default_sampling(info, rule) for rule in RULES}
@@ -95,13 +97,15 @@ def inspect(
     source: Annotated[Path, typer.Argument(help="Directory in Hugging Face's or Meta's format, or GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is, and check that nothing of it is missing or left over. Only a head that is said
-    to be tied is read of the weights."""
-    found = inspect_checkpoint(describe(source))
+    """Say what a checkpoint is, and check all that `serve` checks of it: files, tensors, tokenizer, control tokens."""
+    info = describe(source)
+    if problems := verify(info):
+        raise CheckpointError("\n".join(problems))
+    found = inspect_checkpoint(info)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        print_inspection(found, Console())
+        print_inspection(found, standard_output())
 
 
 def register(app: typer.Typer) -> None:

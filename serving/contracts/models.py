@@ -41,6 +41,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str
     """Kernel backend that computes it: "reference", or "cpu-" and the instruction set; "" until a group has told."""
     licence: Licence
+    allow_parse_special: bool = False
+    """Callers may have control tokens read in the text of a prompt."""
     chat: ChatFormat | None = None
     """How conversations become prompts; None is the known format that chat_format names."""
     generation_config: str = "none"

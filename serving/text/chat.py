@@ -150,6 +150,8 @@ def _check_order(messages: Sequence[ChatMessage], chat_format: ChatFormat, *, co
             raise ChatError(index, "a system message may only come first")
     if messages[0].role == SYSTEM and not _has_system(chat_format):
         raise ChatError(0, f"the model's chat format ({chat_format.name}) has no system messages")
+    if continues_last:
+        _check_continued(messages)
     conversation = messages[1:] if messages[0].role == SYSTEM else messages
     num_system = len(messages) - len(conversation)
     before = START if not num_system or chat_format.system_before_last else SYSTEM
@@ -159,14 +161,23 @@ def _check_order(messages: Sequence[ChatMessage], chat_format: ChatFormat, *, co
             raise ChatError(index, f"role is {message.role!r}; roles must alternate user/assistant, here {expected!r}")
         before = message.role
     last = messages[-1].role
-    if continues_last:
-        if last != ASSISTANT:
-            raise ChatError(len(messages) - 1, f"the last message is of {last!r}; the assistant's can be continued")
-        if len(conversation) < 2 or conversation[-2].role != USER:
-            raise ChatError(max(len(messages) - 2, 0), "a message of the user's is needed before the one to continue")
-    elif last != USER:
+    if not continues_last and last != USER:
         hint = ", or continue_final_message true" if last == ASSISTANT else ""
         raise ChatError(len(messages) - 1, f"the last message is of {last!r}; it must be the user's{hint}")
+
+
+def _check_continued(messages: Sequence[ChatMessage]) -> None:
+    """The last message is the beginning of the answer to the one before it."""
+    if messages[-1].role != ASSISTANT:
+        raise ChatError(
+            len(messages) - 1, f"the last message is of {messages[-1].role!r}; only the assistant's can be continued"
+        )
+    if len(messages) < 2:
+        raise ChatError(0, "a message of the user's is needed first")
+    if messages[-2].role != USER:
+        raise ChatError(
+            len(messages) - 2, f"the message before the last is of {messages[-2].role!r}; it must be the user's"
+        )
 
 
 def _has_system(chat_format: ChatFormat) -> bool:
