@@ -14,7 +14,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test test-loaded nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
+.PHONY: help demo serve docs test test-loaded nightly lint bench proof-7b $(SUITES:%=test-%) FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -37,12 +37,17 @@ test-loaded: $(STAMP) ## every suite five times, beside a busy process on each c
 nightly: $(STAMP) ## the long cases of the same suites, and load on the served stack: for hours, machine idle
 	$(BIN)/python -m tests.run --nightly
 
+docs: $(STAMP) ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# mypy takes longest, so the rest runs beside it. What it knows of the libraries outlives a checkout.
+lint: export MYPY_CACHE_DIR ?= $(HOME)/.cache/packtrain/mypy
 lint: $(STAMP) ## style, types, import contracts, generated stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m protos.generate --check
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/lint-imports && $(BIN)/python -m protos.generate --check; rest=$$?; \
+	wait $$types && exit $$rest
 
 bench: $(STAMP) ## time engine, peers, growth, serving, start and gateway anew, and write docs/performance.md: 20 minutes, machine idle
 	$(BIN)/python -m bench.engine

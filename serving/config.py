@@ -2,11 +2,12 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_parallel.errors import ConfigError
 
@@ -35,7 +36,9 @@ class LimitsConfig(_Section):
     """Bounds on one client request. A request outside them is refused with INVALID_ARGUMENT."""
 
     max_choices: int = Field(8, ge=1, le=64, description="Most choices (n) of one request.")
-    max_stop_strings: int = Field(4, ge=0, le=64)
+    max_stop_strings: int = Field(
+        32, ge=0, le=64, description="OpenAI allows 4; code completion in editors sends a dozen."
+    )
     max_stop_string_bytes: int = Field(64, ge=1, le=4096)
     max_stop_token_ids: int = Field(16, ge=0, le=1024)
     max_logit_bias: int = Field(300, ge=0, le=4096)
@@ -43,6 +46,10 @@ class LimitsConfig(_Section):
     max_chat_messages: int = Field(1024, ge=1, le=16384)
     max_continuations: int = Field(16, ge=1, le=256, description="Most continuations of one Score request.")
     max_prompts: int = Field(16, ge=1, le=256, description="Most prompts of one HTTP completion request.")
+    clamp_max_tokens: bool = Field(
+        False,
+        description="Answer with as many tokens as there is room for where max_tokens asks for more; else refuse.",
+    )
     max_message_bytes: int = Field(
         4 << 20, ge=1024, description="Largest gRPC message taken or sent, and largest HTTP body taken."
     )
@@ -91,9 +98,28 @@ class GatewayConfig(_Section):
         description="How long an HTTP request's headers, or a gRPC connection's first frame, may take to arrive.",
     )
     body_timeout_s: float = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
+    stream_keep_alive_s: float | None = Field(
+        None,
+        ge=1,
+        le=300,
+        description="After how long a silence an HTTP stream gets a comment. The first sends the status line, and what goes "
+        "wrong from then on is an event. Unset is never, unless the client asks (x-packtrain-keep-alive-s).",
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        (),
+        description='Web pages\' origins, such as "https://chat.example", that may use HTTP from browsers; "*" is all.',
+    )
     slow_reader_timeout_s: float = Field(
         30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."
     )
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: scheme, host and port, as browsers send it, without a path")
+        return origins
 
 
 class TenancyConfig(_Section):
@@ -157,6 +183,11 @@ class ModelEntry(_Section):
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
+    allow_parse_special: bool = Field(
+        False,
+        description="Let requests that set parse_special have control tokens read in their text. Whoever may send text to "
+        "such a caller can then forge roles and ends of turns.",
+    )
     chat: ChatConfig | None = Field(None, description="Recognised from the checkpoint when unset.")
 
 
@@ -194,6 +225,11 @@ class ServingConfig(_Section):
 
 def load_config(path: Path) -> ServingConfig:
     """Read a YAML file. Raises ConfigError naming each wrong field; an unknown key comes with the nearest known one."""
+    return parse_config(read_mapping(path, "models"), origin=str(path))
+
+
+def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain data. Raises ConfigError; `main_key` is what it says such a mapping has."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -201,8 +237,8 @@ def load_config(path: Path) -> ServingConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping with `models:`, not {type(data).__name__}")
-    return parse_config(data, origin=str(path))
+        raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, not {type(data).__name__}")
+    return data
 
 
 def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
@@ -210,19 +246,24 @@ def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
     try:
         return ServingConfig.model_validate(data)
     except ValidationError as error:
-        problems = error.errors()
-        # A list with a wrong item is also said to be too short; the item is what matters.
-        inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
-        lines = [_explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+        raise ConfigError(explain_errors(error, ServingConfig, origin)) from error
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+def explain_errors(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """One line for the user: each wrong field of `root` by its path, and the nearest known key for an unknown one."""
+    problems = error.errors()
+    # A list with a wrong item is also said to be too short; the item is what matters.
+    inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
+    lines = [_explain(root, problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
         hint = _meant(str(value), message) if kind == "literal_error" else ""
         return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80}){hint}")
-    known = _fields_at(location[:-1])
+    known = _fields_at(root, location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
@@ -243,22 +284,26 @@ def _meant(value: str, message: str) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "": ServingConfig,
-    "models": ModelEntry,
-    "models.chat": ChatConfig,
-    "gateway": GatewayConfig,
-    "gateway.tls": TlsConfig,
-    "limits": LimitsConfig,
-    "tenancy": TenancyConfig,
-    "admin": AdminConfig,
-    "ray": RayConfig,
-}
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a path of pydantic's: field names, places in lists, and the tags of unions."""
+    sections = {root}
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if fields := [section.model_fields[part] for section in sections if part in section.model_fields]:
+            sections = set().union(
+                *(_sections_in(annotated) for found in fields for annotated in (found.annotation, *found.metadata))
+            )
+        else:  # a tag: of a union's members, the one that has it
+            sections = {s for s in sections if any(part in get_args(f.annotation) for f in s.model_fields.values())}
+    return sorted(set().union(*(section.model_fields for section in sections)))
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    section = _SECTIONS.get(".".join(part for part in location if isinstance(part, str)))
-    return sorted(section.model_fields) if section else []
+def _sections_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return set().union(*(_sections_in(part) for part in get_args(annotation)))
 
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -267,6 +312,21 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def api_key() -> str:
     """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those."""
     return os.environ.get("PACKTRAIN_API_KEY", "")
+
+
+def environment_key(variable: str, field: str) -> str:
+    """The API key in an environment variable that `field` names. Raises ConfigError when it is not set."""
+    if not (key := os.environ.get(variable)):
+        raise ConfigError(f"{field} is {variable!r}, which is not set in the environment")
+    return key
+
+
+LOAD_SECRET_VARIABLE = "PACKTRAIN_LOAD_SECRET"
+
+
+def load_test_secret() -> str:
+    """$PACKTRAIN_LOAD_SECRET, which the machines of one load test share; "" when unset."""
+    return os.environ.get(LOAD_SECRET_VARIABLE, "")
 
 
 def log_level() -> str:

@@ -22,8 +22,12 @@ class ByteTokenizer:
     control_token_ids = frozenset({BOS, EOS, IM_START, IM_END})
     strips_leading_space = False
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_bos else []
+        if parse_special and "</s>" in text:
+            before, _, after = text.partition("</s>")
+            rest = self.encode(after, add_bos=False, parse_special=True)
+            return [*ids, *self.encode(before, add_bos=False), EOS, *rest]
         data = text.encode()
         position = 0
         while position < len(data):
@@ -36,6 +40,12 @@ class ByteTokenizer:
         if token_id >= self.vocab_size or token_id in self.control_token_ids:
             return b""
         return b"ab" if token_id == AB else bytes([token_id])
+
+    def spelt_bytes(self, token_id: int) -> bytes:
+        return (self.control_token_text(token_id) or "").encode() or self.token_bytes(token_id)
+
+    def control_token_text(self, token_id: int | None) -> str | None:
+        return {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}.get(token_id or 0)
 
     def control_token_id(self, text: str) -> int:
         return {"<|im_start|>": IM_START, "<|im_end|>": IM_END}[text]
@@ -86,7 +96,6 @@ class FakeBackend:
         self.requests = list(requests)
         self.num_open += 1
         try:
-            yield GroupOutputs("group-1", ())
             async for outputs in self.script(requests):
                 self.started.set()
                 yield GroupOutputs("group-1", outputs)

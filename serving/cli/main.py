@@ -15,11 +15,13 @@ from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
 from serving import __version__
 from serving.cli import bench as bench_commands
-from serving.cli import doctor, inspect, plan, serve
+from serving.cli import doctor, inspect, plan, serve, simulate
+from serving.cli import load as load_command
 from serving.cli import tenants as tenants_cli
 from serving.cli.asking import print_speed, print_stream
 from serving.cli.terminal import EXIT_CONFIG, fail, fetch_progress, help_width, standard_output
-from serving.client.client import Client, chat_prompt, explain
+from serving.client.client import CONNECT_TIMEOUT_S, Client, chat_prompt, explain
+from serving.client.conversation import fit
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
 from serving.config import api_key
 from serving.contracts.addresses import parse_target
@@ -144,16 +146,22 @@ def chat(
     with _client(address, tls, ca, cert, key) as client:
         client.wait_until_connected()
         name = model or _only_model(client)
+        card = client.stub.GetModel(pb.GetModelRequest(model=name), timeout=CONNECT_TIMEOUT_S).model
         messages: list[tuple[str, str]] = [("system", system)] if system else []
         while line := _ask():
-            messages.append(("user", line))
+            room = fit(client.stub, card, [*messages, ("user", line)], max_tokens)
+            if room is None:
+                sys.stderr.write(f"that is too long for this model, which reads {card.max_model_len} tokens in all\n")
+                continue
+            if room.num_left_out:
+                sys.stderr.write(f"({room.num_left_out} earlier messages no longer fit the model and are left out)\n")
             request = pb.GenerateRequest(
                 model=name,
-                prompt=chat_prompt(messages),
-                sampling=pb.Sampling(temperature=temperature, max_tokens=max_tokens),
+                prompt=chat_prompt(room.messages),
+                sampling=pb.Sampling(temperature=temperature, max_tokens=room.max_tokens),
             )
             answer, _, _ = print_stream(client, request)
-            messages.append(("assistant", answer))
+            messages = [*room.messages, ("assistant", answer)]
 
 
 @app.command()
@@ -198,7 +206,9 @@ doctor.register(app)
 inspect.register(app)
 plan.register(app)
 bench_commands.register(app)
+load_command.register(app)
 tenants_cli.register(app)
+simulate.register(app)
 
 
 def _only_model(client: Client) -> str:

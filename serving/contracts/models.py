@@ -39,3 +39,5 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str
     """Kernel backend that computes it: "reference", or "cpu-" and the instruction set; "" until a group has told."""
     licence: Licence
+    allow_parse_special: bool = False
+    """Callers may have control tokens read in the text of a prompt."""

@@ -165,4 +165,5 @@ def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelC
         deterministic=False,
         kernels="",
         licence=licence_of(info),
+        allow_parse_special=entry.allow_parse_special,
     )

@@ -19,15 +19,20 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
 class MetricsEndpoint:
-    """Serves GET /metrics from a thread, so that making up a page does not hold up tokens."""
+    """Serves GET /metrics, and /steps, from a thread, so that making up a page does not hold up tokens."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Listens from now on; port 0 picks a free one. Raises ConfigError when the address cannot be had."""
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, steps_page: Callable[[], bytes] | None = None
+    ) -> None:
+        """Listens from now on; port 0 picks a free one. `steps_page` makes what GET /steps answers, and may raise TimeoutError.
+        Raises ConfigError when the address cannot be had."""
         address = listening_addresses(host)[0]
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server_class = type("_Server", (_Server,), {"address_family": family})
         try:
-            self._server: WSGIServer = make_server(address, port, _application(registry), server_class, _Handler)
+            self._server: WSGIServer = make_server(
+                address, port, _application(registry, steps_page), server_class, _Handler
+            )
         except OSError as error:
             reason = explain_listening(error.errno or errno.EIO, address, port)
             raise ConfigError(f"admin.metrics_port: {reason}") from error
@@ -65,10 +70,18 @@ class _Handler(WSGIRequestHandler):
         """Scrapes are not logged."""
 
 
-def _application(registry: CollectorRegistry) -> Any:
+def _application(registry: CollectorRegistry, steps_page: Callable[[], bytes] | None) -> Any:
     metrics = make_wsgi_app(registry)
 
     def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/steps" and steps_page is not None:
+            try:
+                lines = steps_page()
+            except TimeoutError:
+                start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+                return [b"the replica groups do not answer in time\n"]
+            start_response("200 OK", [("Content-Type", "application/x-ndjson")])
+            return [lines]
         if environ["PATH_INFO"] != "/metrics":
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [b"metrics are at /metrics\n"]

@@ -122,6 +122,10 @@ class GatewayMetrics:
             "packtrain_quota_refusals", "Requests refused because a quota was used up.", ("tenant", "quota"),
             registry=registry,
         )  # fmt: skip
+        self.ignored_fields = Counter(
+            "packtrain_ignored_fields", "Fields of requests that this server does not know and did not look at.",
+            ("method",), registry=registry,
+        )  # fmt: skip
         self.tenant_requests = Counter(
             "packtrain_tenant_requests", "Metered requests.", ("tenant", "model_name", "outcome"), registry=registry
         )

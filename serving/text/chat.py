@@ -30,23 +30,34 @@ class ChatError(ValueError):
 
 
 def render_chat(
-    messages: Sequence[ChatMessage], *, chat_format: str, default_system: str, tokenizer: Tokenizer
+    messages: Sequence[ChatMessage],
+    *,
+    chat_format: str,
+    default_system: str,
+    tokenizer: Tokenizer,
+    continues_last: bool = False,
 ) -> list[int]:
-    """The prompt that asks for the assistant's next answer. `default_system` is used when there is no system message.
+    """The prompt that asks for the assistant's next answer. `default_system` is used when there is no system message. With
+    `continues_last` the last message, which must be the assistant's, is left open.
 
     Raises ChatError for a wrong conversation, and ConfigError for a format that the model cannot have.
     """
     if chat_format not in ("llama-2", "chatml"):
         raise ConfigError(f"chat format {chat_format!r} is not known; allowed: llama-2, chatml")
-    _check_roles(messages, alternate=chat_format == "llama-2")
+    messages, begun = (messages[:-1], messages[-1].content) if continues_last else (messages, "")
+    _check_roles(messages, alternate=chat_format == "llama-2", before_last=continues_last)
+    if chat_format == "llama-2" and any(tag in begun for tag in _LLAMA_2_TAGS):
+        raise ChatError(len(messages), f"special tags are not allowed in a message: {', '.join(_LLAMA_2_TAGS)}")
     if messages[0].role != "system" and default_system:
         messages = [ChatMessage("system", default_system), *messages]
-    return _llama_2(messages, tokenizer) if chat_format == "llama-2" else _chatml(messages, tokenizer)
+    return _llama_2(messages, begun, tokenizer) if chat_format == "llama-2" else _chatml(messages, begun, tokenizer)
 
 
-def _check_roles(messages: Sequence[ChatMessage], *, alternate: bool) -> None:
+def _check_roles(messages: Sequence[ChatMessage], *, alternate: bool, before_last: bool) -> None:
     if not messages:
-        raise ChatError(0, "at least one message is needed")
+        raise ChatError(
+            0, "a message of the user's is needed first" if before_last else "at least one message is needed"
+        )
     num_system = messages[0].role == "system"
     for index, message in enumerate(messages):
         if message.role not in ROLES:
@@ -59,10 +70,15 @@ def _check_roles(messages: Sequence[ChatMessage], *, alternate: bool) -> None:
         if alternate and any(tag in message.content for tag in _LLAMA_2_TAGS):
             raise ChatError(index, f"special tags are not allowed in a message: {', '.join(_LLAMA_2_TAGS)}")
     if messages[-1].role != "user":
-        raise ChatError(len(messages) - 1, f"the last message is of {messages[-1].role!r}; it must be the user's")
+        raise ChatError(
+            len(messages) - 1,
+            f"the {'message before the last' if before_last else 'last message'} is of {messages[-1].role!r}; "
+            "it must be the user's"
+            + (", or continue_final_message true" if messages[-1].role == "assistant" and not before_last else ""),
+        )
 
 
-def _llama_2(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
+def _llama_2(messages: Sequence[ChatMessage], begun: str, tokenizer: Tokenizer) -> list[int]:
     """BOS [INST] user [/INST] assistant EOS BOS [INST] …; the system text stands inside the first user turn."""
     if tokenizer.bos_token_id is None or not tokenizer.eos_token_ids:
         raise ConfigError("the llama-2 chat format needs a tokenizer with BOS and EOS")
@@ -75,17 +91,18 @@ def _llama_2(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]
         system = ""
         ids.append(tokenizer.bos_token_id)
         if index + 1 == len(messages):
-            return ids + tokenizer.encode(text, add_bos=False)
+            # As an answer in the middle, without the space and EOS that end it.
+            return ids + tokenizer.encode(f"{text} {begun.lstrip()}" if begun else text, add_bos=False)
         ids += tokenizer.encode(f"{text} {messages[index + 1].content.strip()} ", add_bos=False)
         ids.append(tokenizer.eos_token_ids[0])
     return ids
 
 
-def _chatml(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[int]:
+def _chatml(messages: Sequence[ChatMessage], begun: str, tokenizer: Tokenizer) -> list[int]:
     """<|im_start|>role, line break, content<|im_end|>, line break; then the assistant's turn is opened."""
     start, end = tokenizer.control_token_id("<|im_start|>"), tokenizer.control_token_id("<|im_end|>")
     ids: list[int] = []
     for message in messages:
         ids += [start, *tokenizer.encode(f"{message.role}\n{message.content}", add_bos=False), end]
         ids += tokenizer.encode("\n", add_bos=False)
-    return [*ids, start, *tokenizer.encode("assistant\n", add_bos=False)]
+    return [*ids, start, *tokenizer.encode(f"assistant\n{begun}", add_bos=False)]

@@ -41,6 +41,9 @@ class Tokenizer:
         self._encode = encode
         self._token_bytes = token_bytes
         self._control = {text: i for text, i in control.items() if i < info.config.vocab_size}
+        self._control_bytes = {i: text.encode() for text, i in control.items()}
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._add_bos = add_bos
         self.bos_token_id = info.config.bos_token_id
         self.eos_token_ids = info.config.eos_token_ids
@@ -60,8 +63,9 @@ class Tokenizer:
             raise ConfigError(f"the model's tokenizer has no control token {text!r}")
         return self._control[text]
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Token ids of `text`; with `add_bos`, after BOS if this model's texts begin with it.
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`; with `add_bos`, after BOS if this model's texts begin with it. With `parse_special` the
+        spelling of a control token becomes that token, which is for text of trusted origin alone.
 
         Raises RequestError for a text that is not Unicode (a lone surrogate, which JSON can smuggle in), and for one that would
         become a control token, which no known tokenizer does.
@@ -72,12 +76,23 @@ class Tokenizer:
             raise RequestError(
                 f"the text holds a lone surrogate at character {error.start}, which is no text"
             ) from error
+        ids = self._parsed(text) if parse_special else self._plain(text)
+        if add_bos and self._add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
         ids = list(self._encode(text))
         if not self.control_token_ids.isdisjoint(ids):
             raise RequestError("the text holds characters that this model's tokenizer reads as a control token")
-        if add_bos and self._add_bos and self.bos_token_id is not None:
-            ids.insert(0, self.bos_token_id)
         return ids
+
+    def _parsed(self, text: str) -> list[int]:
+        ids, position = [], 0
+        for match in self._control_pattern.finditer(text):
+            ids += [*self._plain(text[position : match.start()]), self._control[match[0]]]
+            position = match.end()
+        return ids + self._plain(text[position:])
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for; nothing for a control token, and for an id that only the logits have.
@@ -87,6 +102,15 @@ class Tokenizer:
         if token_id >= len(self._token_bytes) or token_id in self.control_token_ids:
             return b""
         return self._token_bytes[token_id]
+
+    def spelt_bytes(self, token_id: int) -> bytes:
+        """The same, with a control token as it is spelt."""
+        return self._control_bytes.get(token_id) or self.token_bytes(token_id)
+
+    def control_token_text(self, token_id: int | None) -> str | None:
+        """How a control token is spelt; None for another token."""
+        text = None if token_id is None else self._control_bytes.get(token_id)
+        return None if text is None else text.decode()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD."""

@@ -70,7 +70,7 @@ def test_starting_and_stopping_many_times_leaves_nothing_open() -> None:
         executor = SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
         assert tokens(execute(executor, plan(1, (0, turn)))) == [3 * turn]
         executor.shutdown()
-    assert not list(Path("/dev/shm").glob("*packtrain*"))
+    assert not list(Path("/dev/shm").glob("*packtrain-store*"))
 
 
 def listening_addresses(pid: int) -> set[str]:

@@ -9,18 +9,19 @@ import ssl
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from model_parallel.errors import ConfigError
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.addresses import explain_listening, listening_addresses, open_listener
-from serving.gateway.http.exchange import to_json
 from serving.gateway.http.objects import Error, ErrorAnswer
+from serving.gateway.http.responses import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._expect(self._limits.body_timeout_s)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = partial(_without_chunks, app, cycle)
+        super()._start_asgi_task(cycle, app)
+
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
@@ -221,6 +227,24 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Any) -> None:
+    """HTTP/1.0 has no chunks, which uvicorn sends all the same: an answer of unknown length ends with the connection."""
+
+    has_length = True
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message["body"])
+        await send(message)
+
+    await app(scope, receive, send_plain)
 
 
 class HttpListener:

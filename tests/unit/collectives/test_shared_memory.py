@@ -151,7 +151,7 @@ def test_groups_that_come_and_go_leave_nothing(pool: ThreadPoolExecutor) -> None
             collectives.close()
         del group, collectives
     assert (len(os.listdir("/proc/self/fd")), num_mapped()) == (files, mapped)
-    assert not list(Path("/dev/shm").glob("*packtrain*")), "it never has a name"
+    assert not list(Path("/dev/shm").glob("*packtrain-store*")), "it never has a name"
 
 
 def test_memory_that_cannot_be_had_fails_the_start(tmp_path: Path) -> None:
