@@ -136,8 +136,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 512
     """Tokens computed in one step, decode and prefill together; a longer prompt is prefilled in chunks."""
     max_prefill_tokens: int | None = None
-    """Prompt tokens of one step, but for those of light sequences (engine/fair_queue.py); as many as fit when None. A small
-    number keeps steps short, so that whoever comes waits less."""
+    """Prompt tokens of one step, without those of sequences below their fair share (engine/fair_queue.py); as many as fit when
+    None. A small number keeps steps short, so that a new request waits less."""
     max_model_len: int = 4096
     """Longest sequence, prompt and answer together."""
     max_waiting_requests: int = 256

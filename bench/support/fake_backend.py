@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
+from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import Licence, ModelCard
-from serving.contracts.observer import Passage
 
 BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
 TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
@@ -90,16 +90,15 @@ class FakeBackend:
         self.healthy = dict.fromkeys(self.models, True)
 
     async def generate(
-        self, model: str, requests: Sequence[EngineRequest], passage: Passage
-    ) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncIterator[GroupOutputs]:
         assert model in self.models
-        passage.engine = "group-1"
         self.requests = list(requests)
         self.num_open += 1
         try:
             async for outputs in self.script(requests):
                 self.started.set()
-                yield outputs
+                yield GroupOutputs("group-1", outputs)
         finally:
             self.num_open -= 1
 
@@ -107,8 +106,8 @@ class FakeBackend:
         return self.healthy[model]
 
     async def closed(self) -> None:
-        """Wait until every iterator is closed."""
-        async with asyncio.timeout(5):
+        """Wait until every iterator is closed. Raises TimeoutError when one is left."""
+        async with asyncio.timeout(60):
             while self.num_open:
                 await asyncio.sleep(0.005)
 
@@ -159,5 +158,4 @@ def say(*texts: str, finish: FinishReason = FinishReason.STOP) -> Script:
 async def for_ever(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
     """One token, then nothing until it is closed."""
     yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),)),)
-    await asyncio.sleep(60)
-    raise AssertionError("nobody closed the iterator")
+    await asyncio.Event().wait()

@@ -44,8 +44,7 @@ def load_shard(
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
-    if LM_HEAD in checkpoint.names() and LM_HEAD not in table:
-        _check_tied(checkpoint, table[EMBEDDING])
+    check_tied_head(checkpoint, table)
     total = sum(math.prod(shard.shape) for shard in table.values()) * dtype.itemsize
     done = 0
     parts_of: dict[str, list[str]] = {}
@@ -88,9 +87,12 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
             raise CheckpointError(f"{stored.file}: {name} is of type {stored.type}, which cannot be read")
 
 
-def _check_tied(checkpoint: Checkpoint, shard: Shard) -> None:
-    """A tied checkpoint may repeat its embedding as LM head; this rank's rows of both must then be the same."""
-    stored = checkpoint.tensors[LM_HEAD]
+def check_tied_head(checkpoint: Checkpoint, table: dict[str, Shard]) -> None:
+    """A tied checkpoint may repeat its embedding as LM head; this rank's rows of both must then be the same, else
+    CheckpointError."""
+    if LM_HEAD not in checkpoint.names() or LM_HEAD in table:
+        return
+    stored, shard = checkpoint.tensors[LM_HEAD], table[EMBEDDING]
     same = stored.readable and stored.shape == shard.full_shape
     if not same or not torch.equal(*(checkpoint.read(name, shard, torch.float32) for name in (LM_HEAD, EMBEDDING))):
         raise CheckpointError(

@@ -27,19 +27,23 @@ class SequenceState:
     sampling: SamplingParams
     block_ids: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
-    """Occurrences of each output token, for penalties."""
+    """Occurrences of each output token, for the presence and frequency penalties."""
+    distinct_ids: dict[int, None] = field(default_factory=dict)
+    """Every token of prompt and output once, for the repetition penalty."""
 
     @classmethod
     def begin(cls, new: NewSequence) -> "SequenceState":
         output = new.token_ids[new.num_prompt_tokens :]
         state = cls(new.seq_id, list(new.token_ids), new.num_prompt_tokens, new.choice, new.sampling)
         state.output_counts.update(output)
+        state.distinct_ids.update(dict.fromkeys(new.token_ids))
         return state
 
     def append(self, token_id: int) -> None:
         """Take the token just sampled as the sequence's next."""
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
+        self.distinct_ids[token_id] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

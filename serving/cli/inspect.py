@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
+from model_parallel.errors import CheckpointError
+from serving.cli.terminal import standard_output
 from serving.models.known_llama import llama_2_size
 from serving.models.licence import licence_of
+from serving.models.verify import verify
 
 
 def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
@@ -76,12 +79,15 @@ def inspect(
     source: Annotated[Path, typer.Argument(help="Directory in Hugging Face's or Meta's format, or GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is, and check that nothing of it is missing or left over. Weights are not read."""
-    found = inspect_checkpoint(describe(source))
+    """Say what a checkpoint is, and check all that `serve` checks of it: files, tensors, tokenizer, control tokens."""
+    info = describe(source)
+    if problems := verify(info):
+        raise CheckpointError("\n".join(problems))
+    found = inspect_checkpoint(info)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        print_inspection(found, Console())
+        print_inspection(found, standard_output())
 
 
 def register(app: typer.Typer) -> None:

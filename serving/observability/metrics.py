@@ -6,12 +6,12 @@ ones and at most MAX_TENANTS of them. Everything else is "other".
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Summary
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from serving import __version__
 from serving.observability.groups import GroupCollector
 
 MAX_TENANTS = 200
@@ -144,7 +144,7 @@ class GatewayMetrics:
             "packtrain_event_loop_lag_seconds", "How late the gateway's event loop is.", buckets=_LAG_BUCKETS,
             registry=registry,
         )  # fmt: skip
-        Info("packtrain_build", "The version that runs.", registry=registry).info({"version": version("packtrain")})
+        Info("packtrain_build", "The version that runs.", registry=registry).info({"version": __version__})
         self.groups = GroupCollector(num_groups, self._forget_engine)
         registry.register(self.groups)
         ProcessCollector(registry=registry)

@@ -62,7 +62,7 @@ def imports(path: Path) -> Iterator[str]:
 def distribution(module: str) -> str | None:
     """The distribution that `module` comes from; None for the standard library and our own packages."""
     top, *rest = module.split(".")
-    if top in sys.stdlib_module_names or top in PACKAGES:
+    if top in sys.stdlib_module_names or top in (*PACKAGES, "bench"):
         return None
     if top in ("google", "opentelemetry"):
         return SHARED[f"{top}.{rest[0]}"]

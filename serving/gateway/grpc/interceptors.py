@@ -148,7 +148,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 response = error_response(error, self._retry_delay_s)
                 if response.status.code == "INTERNAL":
                     logger.exception("request %s (%s) failed", request_id.get(), method)
-                watching.refused(response.status.code, response.status.reason, response.quota)
+                watching.failed(
+                    response.status.code, response.status.reason, quota=response.quota, engine=response.engine
+                )
                 await context.abort(grpc.StatusCode[response.status.code], response.message, _trailers(response))
 
     def _watch(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> RequestObserver:

@@ -99,7 +99,9 @@ class HttpFrontEnd:
                 response = of_http.response if of_http else error_response(wrong, self._retry_delay_s)
                 if response.status.code == "INTERNAL":
                     logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope["path"]))
-                watching.refused(response.status.code, response.status.reason, response.quota)
+                watching.failed(
+                    response.status.code, response.status.reason, quota=response.quota, engine=response.engine
+                )
                 await answer.send_error(response, of_http.headers if of_http else (), scope, receive)
 
     def _watch(self, path: str, headers: Headers) -> RequestObserver:

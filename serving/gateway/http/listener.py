@@ -1,6 +1,7 @@
 """HTTP connections: uvicorn's protocol, with the bounds on what a peer may send, and how slowly, that it lacks."""
 
 import asyncio
+import errno
 import logging
 import resource
 import socket
@@ -18,6 +19,7 @@ from uvicorn.server import ServerState
 
 from model_parallel.errors import ConfigError
 from serving.config import GatewayConfig, LimitsConfig
+from serving.contracts.addresses import explain_listening, listening_addresses, open_listener
 from serving.gateway.http.objects import Error, ErrorAnswer
 from serving.gateway.http.responses import to_json
 
@@ -258,7 +260,8 @@ class HttpListener:
             server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE_S,
         )  # fmt: skip
         self._config.load()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        """One for each address of the host."""
 
     async def start(self, host: str, port: int) -> int:
         """Listen. Returns the port. Raises ConfigError when the address cannot be had."""
@@ -271,21 +274,19 @@ class HttpListener:
                 "ssl_shutdown_timeout": _TLS_TIMEOUT_S,
             }
         try:
-            self._server = await loop.create_server(
-                self._protocol, host, port, backlog=_BACKLOG, reuse_port=False, **options
-            )
+            for address in listening_addresses(host):
+                sock = open_listener(address, port)
+                port = sock.getsockname()[1]  # the same for every address
+                self._servers.append(await loop.create_server(self._protocol, sock=sock, backlog=_BACKLOG, **options))
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} for HTTP: is the port taken, or the address another machine's?"
-            ) from error
-        bound: int = self._server.sockets[0].getsockname()[1]
-        return bound
+            number = error.errno or errno.EIO
+            raise ConfigError(f"cannot listen for HTTP: {explain_listening(number, address, port)}") from error
+        return port
 
     async def stop(self, grace_s: float) -> None:
         """Close the port; what still runs after `grace_s` is cut off."""
-        if self._server is None:
-            return
-        self._server.close()
+        for server in self._servers:
+            server.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         if self._state.tasks:
@@ -296,8 +297,9 @@ class HttpListener:
             connection.transport.abort()
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                await self._server.wait_closed()
-        self._server = None
+                for server in self._servers:
+                    await server.wait_closed()
+        self._servers = []
 
     def _protocol(self) -> BoundedProtocol:
         return BoundedProtocol(

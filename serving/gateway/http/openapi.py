@@ -2,11 +2,11 @@
 
 import html
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
+from serving import __version__
 from serving.gateway.http import objects, responses_form, schemas
 
 # Path: (method, what it does, request, answer, event of a stream)
@@ -43,7 +43,7 @@ def document() -> dict[str, Any]:
     )
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Packtrain", "version": version("packtrain")},
+        "info": {"title": "Packtrain", "version": __version__},
         "security": [{"key": []}],
         "paths": {path: _operation(path, *entry) for path, entry in _PATHS.items()},
         "components": {

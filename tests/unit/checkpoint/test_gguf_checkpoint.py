@@ -17,6 +17,7 @@ from model_parallel.checkpoint.loader import load_shard, open_checkpoint
 from model_parallel.checkpoint.names import from_gguf
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import FINAL_NORM, Shard, shard_table
+from tests.support.effort import rest_by_night
 from tests.support.shards import load_parts
 
 CPU = torch.device("cpu")
@@ -37,21 +38,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def smollm2_whole(smollm2_path: Path) -> dict[str, torch.Tensor]:
-    return load(smollm2_path, 1, 0)
-
-
-def test_same_tensors_as_transformers(smollm2_path: Path, smollm2_whole: dict[str, torch.Tensor]) -> None:
-    config = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
-    theirs = load_gguf_checkpoint(str(smollm2_path), return_tensors=True, model_to_load=empty)["tensors"]
-    assert theirs.keys() == smollm2_whole.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(tensor, smollm2_whole[name]), name
-
-
 def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
     theirs = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
     info = describe(smollm2_path)
@@ -65,21 +51,6 @@ def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
     assert (ours.bos_token_id, ours.eos_token_ids) == (1, (2,))
     assert ours.num_parameters == 134515008
     assert (info.format, info.chat_format, info.licence, info.add_bos) == ("gguf", "chatml", "apache-2.0", False)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3, 9])
-def test_every_rank_reads_its_part(smollm2_path: Path, smollm2_whole: dict[str, torch.Tensor], num_ranks: int) -> None:
-    """Together the ranks cover every tensor, and each part is that of the whole."""
-    config = describe(smollm2_path).config
-    covered: dict[str, set[int]] = {name: set() for name in smollm2_whole}
-    for rank in range(num_ranks):
-        table = shard_table(config, num_ranks, rank)
-        for name, part in load(smollm2_path, num_ranks, rank).items():
-            assert part.is_contiguous()
-            assert torch.equal(part, smollm2_whole[name][table[name].index]), (rank, name)
-            covered[name].update(range(table[name].start, table[name].stop))
-    for name, shard in shard_table(config, num_ranks, 0).items():
-        assert shard.axis is None or covered[name] == set(range(shard.full_shape[shard.axis]))
 
 
 def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -137,6 +108,52 @@ class TinyGguf:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+@pytest.fixture(scope="module", params=rest_by_night(["tiny", "smollm2"], by_day=["tiny"]))
+def whole_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that transformers can read too: quantised as SmolLM2's is, or that one itself."""
+    if request.param == "smollm2":
+        path: Path = request.getfixturevalue("smollm2_path")
+        return path
+    tiny = TinyGguf()
+    for name, kind in {
+        "blk.0.attn_q": Type.Q4_1, "blk.0.attn_k": Type.Q4_1, "blk.0.attn_v": Type.Q8_0, "blk.0.ffn_down": Type.Q4_1,
+        "token_embd": Type.Q8_0, "blk.0.ffn_up": Type.F16,
+    }.items():  # fmt: skip
+        tiny.types[f"{name}.weight"] = kind
+        tiny.tensors[f"{name}.weight"] = gguf.quants.quantize(tiny.tensors[f"{name}.weight"], kind)
+    return tiny.write(tmp_path_factory.mktemp("whole") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(whole_file: Path) -> dict[str, torch.Tensor]:
+    return load(whole_file, 1, 0)
+
+
+def test_same_tensors_as_transformers(whole_file: Path, whole: dict[str, torch.Tensor]) -> None:
+    config = AutoConfig.from_pretrained(whole_file.parent, gguf_file=whole_file.name)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    theirs = load_gguf_checkpoint(str(whole_file), return_tensors=True, model_to_load=empty)["tensors"]
+    assert theirs.keys() == whole.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_every_rank_reads_its_part(whole_file: Path, whole: dict[str, torch.Tensor], num_ranks: int) -> None:
+    """Together the ranks cover every tensor, and each part is that of the whole."""
+    config = describe(whole_file).config
+    covered: dict[str, set[int]] = {name: set() for name in whole}
+    for rank in range(num_ranks):
+        table = shard_table(config, num_ranks, rank)
+        for name, part in load(whole_file, num_ranks, rank).items():
+            assert part.is_contiguous()
+            assert torch.equal(part, whole[name][table[name].index]), (rank, name)
+            covered[name].update(range(table[name].start, table[name].stop))
+    for name, shard in shard_table(config, num_ranks, 0).items():
+        assert shard.axis is None or covered[name] == set(range(shard.full_shape[shard.axis]))
 
 
 QUANTISED = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]

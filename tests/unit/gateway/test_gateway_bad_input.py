@@ -9,7 +9,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, say
@@ -305,7 +305,6 @@ samplings = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 async def test_no_values_bring_an_unexpected_status(data: st.DataObject) -> None:
     """Everything is served or refused; what the validator passes, SamplingParams can hold."""
@@ -322,7 +321,6 @@ async def test_no_values_bring_an_unexpected_status(data: st.DataObject) -> None
         assert error_response(error, 1.0).status.code in (INVALID.name, NOT_FOUND.name), error
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=64), position=st.integers(0, 40), byte=st.integers(0, 255))
 def test_no_bytes_break_the_explanation(data: bytes, position: int, byte: int) -> None:
     """Noise, and a good request with one byte changed."""

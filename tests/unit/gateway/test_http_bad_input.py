@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.contracts.errors import ValidationError
@@ -261,7 +261,6 @@ SCHEMAS = {schema: sorted(schema.__struct_fields__) for schema in (
 )}  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(list(SCHEMAS)), st.data())
 def test_any_json_becomes_a_request_or_a_named_error(schema: Any, data: st.DataObject) -> None:
     names = st.one_of(st.sampled_from(SCHEMAS[schema]), st.text(max_size=6))
@@ -275,7 +274,6 @@ def test_any_json_becomes_a_request_or_a_named_error(schema: Any, data: st.DataO
         str(error).encode()
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_become_a_request_or_a_named_error(body: bytes) -> None:
     with suppress(ValidationError):

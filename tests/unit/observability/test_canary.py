@@ -24,6 +24,7 @@ from serving.client.client import chat_prompt
 from serving.contracts.accounts import OpenAccounts, Principal
 from serving.contracts.errors import GroupUnavailableError, UnauthenticatedError
 from serving.observability.log import JsonFormatter, TextFormatter
+from tests.support.waiting import PATIENCE_S
 from tests.unit.observability.conftest import Watch, Watched
 
 CANARY = "heliotrope"
@@ -117,7 +118,7 @@ def by_http(url: str) -> str:
             for body in bodies:
                 request = Request(url + path, json.dumps(body).encode(), headers)
                 try:
-                    with urlopen(request, timeout=10) as answer:
+                    with urlopen(request, timeout=PATIENCE_S) as answer:
                         answer.read()
                 except HTTPError as error:
                     told += error.read().decode()

@@ -1,6 +1,8 @@
 """Health by progress, on a clock of the test's own."""
 
-from cluster.health import GroupHealth
+import pytest
+
+from model_parallel.runtime.health import GroupHealth
 
 
 class Clock:
@@ -23,6 +25,7 @@ def test_step_is_healthy_until_it_takes_too_long() -> None:
     health.step_began()
     clock.now += 2.0
     assert health.problem() is None
+    assert health.seconds_left() == 0
     clock.now += 0.1
     assert health.problem() == "a step has been running for 2.1 s; the limit is 2 s"
     health.step_ended()
@@ -41,8 +44,13 @@ def test_every_step_counts_from_its_own_beginning() -> None:
 
 def test_failure_is_for_good_and_the_first_reason_stays() -> None:
     health = GroupHealth(2.0, clock=Clock())
-    health.failed("rank 1 is lost")
-    health.failed("rank 0 is lost")
+    assert health.fail("rank 1 is lost")
+    assert not health.fail("rank 0 is lost")
     health.step_began()
     health.step_ended()
-    assert health.problem() == "rank 1 is lost"
+    assert health.problem() == health.failure == "rank 1 is lost"
+
+
+def test_no_time_is_left_of_no_step() -> None:
+    with pytest.raises(RuntimeError, match="no step"):
+        GroupHealth(2.0).seconds_left()

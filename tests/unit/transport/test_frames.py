@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.config import GroupConfig
 from model_parallel.errors import ConfigError
-from model_parallel.runtime import rank_link as link
-from model_parallel.runtime.rank_link import FrameReader, LeaderMessage, LinkError, Start, Step, Stop, encode_frame
+from model_parallel.runtime.rank_link import LeaderMessage, Start, Step, Stop
+from model_parallel.transport import frames as link
+from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
 from tests.support.fake_rank import group_config, plan
 
 PAYLOADS = st.lists(st.binary(max_size=300), max_size=5)
