@@ -4,10 +4,10 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 
 from starlette.responses import HTMLResponse, Response
 
+from serving import __version__
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.choices import Chunk
 from serving.gateway.core.generation import Generator, draw_seed
@@ -149,7 +149,7 @@ class Endpoints:
         )
 
     async def version(self, request: Request) -> Response:
-        return json_answer(Version(version("packtrain")))
+        return json_answer(Version(__version__))
 
     async def healthz(self, request: Request) -> Response:
         return json_answer({"status": "ok"})
