@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -120,8 +119,12 @@ def load(
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """Flags that stand on the command line."""
-    default = click.core.ParameterSource.DEFAULT
-    return {name: value for name, value in context.params.items() if context.get_parameter_source(name) is not default}
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            given[name] = value
+    return given
 
 
 def _alone(given: dict[str, Any], allowed: frozenset[str], flag: str) -> None:
