@@ -119,13 +119,12 @@ def load(
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """Flags that stand on the command line."""
-    # By name: typer brings a click of its own, whose enumeration is another one than click's.
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name != "DEFAULT"
-    }
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            given[name] = value
+    return given
 
 
 def _alone(given: dict[str, Any], allowed: frozenset[str], flag: str) -> None:
