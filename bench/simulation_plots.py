@@ -1,8 +1,8 @@
 """Draws the pictures of docs/simulation.md from the JSON files that `packtrain simulate … --json` writes.
 
-    python -m bench.simulation_plots over-time RESULT.json docs/plots/simulation-over-time.svg
-    python -m bench.simulation_plots curve CAPACITY.json docs/plots/simulation-capacity.svg
-    python -m bench.simulation_plots scale bench/results/simulation_scale.json docs/plots/simulation-scale.svg
+python -m bench.simulation_plots over-time RESULT.json docs/plots/simulation-over-time.svg
+python -m bench.simulation_plots curve CAPACITY.json docs/plots/simulation-capacity.svg
+python -m bench.simulation_plots scale bench/results/simulation_scale.json docs/plots/simulation-scale.svg
 """
 
 import argparse
@@ -41,7 +41,9 @@ def curve(data: Mapping[str, Any]) -> Figure:
     axes = figure.subplots(1, 2)
     for found in data["answers"]:
         rows = [row for row in found["curve"] if row["num_gpus"]]
-        names = [name for name in (rows[0] if rows else {}) if name.startswith(("ttft", "tpot")) and name.endswith("_s")]
+        names = [
+            name for name in (rows[0] if rows else {}) if name.startswith(("ttft", "tpot")) and name.endswith("_s")
+        ]
         for axis, name in zip(axes, names, strict=False):
             kept = [row for row in rows if row[name] != float("inf")]
             axis.plot([row["num_gpus"] for row in kept], [row[name] for row in kept], marker="o", label=found["shape"])
@@ -60,7 +62,9 @@ def scale(data: Mapping[str, Any]) -> Figure:
     requests = [size["requests"] for size in sizes]
     costs = [size["cost_a_request"] * size["requests"] for size in sizes]
     axis.loglog(requests, costs, marker="o", label="measured")
-    axis.loglog(requests, [costs[-1] * number / requests[-1] for number in requests], linestyle=":", label="in proportion")
+    axis.loglog(
+        requests, [costs[-1] * number / requests[-1] for number in requests], linestyle=":", label="in proportion"
+    )
     for size, x, y in zip(sizes, requests, costs, strict=True):
         axis.annotate(f"{size['num_groups']:,} groups", (x, y), textcoords="offset points", xytext=(6, -10))
     axis.set_xlabel("requests")
