@@ -146,6 +146,19 @@ class RayConfig(_Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of the private cluster; what the groups need when unset."
     )
+    detached: bool = Field(
+        False,
+        description="Of a cluster that is joined: what was deployed goes on when the command ends, and the next one takes it over.",
+    )
+    wait_for_nodes_s: float = Field(
+        0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_a_joined_cluster(self) -> "RayConfig":
+        if self.address is None and (self.detached or self.wait_for_nodes_s):
+            raise ValueError("ray.detached and ray.wait_for_nodes_s need ray.address: a private cluster ends with its command")
+        return self
 
 
 class ServingConfig(_Section):
