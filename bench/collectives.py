@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from model_parallel.collectives.gloo import TorchCollectives
+from model_parallel.collectives.interface import Collectives
+from model_parallel.collectives.rendezvous import Rendezvous
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.config import ParallelConfig
-from model_parallel.runtime.collectives import Collectives, TorchCollectives
 from model_parallel.runtime.leader import LOOPBACK, store_file
-from model_parallel.runtime.link import Rendezvous
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
 WIDTH = 576
 ROWS = (1, 32, 512)

@@ -17,14 +17,14 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.engine_timing import EngineContender, Limit, default_shapes, shape_name, weights_name
+from bench.machine import describe_machine, machine_facts
 from bench.peers.contenders import start_peers
 from bench.peers.environments import MODEL, Peers, default_directory
+from bench.timing import WORKLOADS, Contender, Timing, as_table, time_in_turn
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import QUANTIZATIONS, ParallelConfig
-from serving.bench.engine import EngineContender, Limit, default_shapes, shape_name, weights_name
-from serving.bench.machine import describe_machine, machine_facts
-from serving.bench.timing import WORKLOADS, Contender, Timing, as_table, time_in_turn
-from serving.fetch import fetch_model
+from serving.models.fetch import fetch_model
 
 RESULT = Path(__file__).parent / "results" / "engine.json"
 NUM_KV_TOKENS = 16_384

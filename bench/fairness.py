@@ -24,13 +24,13 @@ from typing import Any
 from rich.console import Console
 
 from bench.clients import Ended, Load, Metadata, Outcome, Shape, client_processes, open_loop, percentile
+from bench.machine import machine_facts
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
-from serving.bench.machine import machine_facts
 from serving.config import ServingConfig, prepare_environment
-from serving.tenants.database import Database
 from serving.tenants.records import KeyGrant, Tenant
-from serving.tenants.store import Store
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 
 RESULT = Path(__file__).parent / "results" / "fairness.json"
 SMALL, LARGE = "small", "large"

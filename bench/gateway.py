@@ -22,20 +22,20 @@ from typing import Any
 import grpc
 import ray
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig, prepare_environment
-from serving.gateway.generation import Generator
+from serving.gateway.core.generation import Generator
+from serving.gateway.grpc.servicer import InferenceServicer
 from serving.gateway.server import GatewayServer
-from serving.gateway.servicer import InferenceServicer
-from serving.tenants.accounts import TenantAccounts
-from serving.tenants.actor import start_authority, stop_authority
-from serving.tenants.database import Database
-from serving.tenants.link import ActorLink
+from serving.tenants.authority.actor import start_authority, stop_authority
+from serving.tenants.client.accounts import TenantAccounts
+from serving.tenants.client.link import ActorLink
 from serving.tenants.records import KeyGrant, Plan, Tenant
-from serving.tenants.store import Store
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 
 RESULT = Path(__file__).parent / "results" / "gateway.json"
 NUM_WARM_UP = 100

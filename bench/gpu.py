@@ -24,20 +24,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import DTYPE_BYTES, ModelConfig
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
 from model_parallel.kernels.interface import Int8Matrix, LayerCache
 from model_parallel.kernels.select import select_kernels
 from model_parallel.memory import DEVICE_RESERVE_BYTES, kv_bytes_per_token, weight_bytes
+from model_parallel.model.batch import SequenceState, build_batch, lay_out, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, fused_name, shard_table
 from model_parallel.model.quantization import largest_weights, quantize
 from model_parallel.model.sampler import Sampler
-from model_parallel.runtime.batch import SequenceState, build_batch, lay_out, rotary_frequencies
-from model_parallel.runtime.collectives import SoloCollectives
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
-from serving.known_llama import LLAMA_2
+from serving.models.known_llama import LLAMA_2
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = "bfloat16"

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from bench.engine_timing import EngineContender, Limit, default_shapes
+from bench.machine import machine_facts
 from bench.peers.environments import MODEL
+from bench.timing import PAUSE_S
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import DTYPE_BYTES, ModelConfig, ParallelConfig
 from model_parallel.engine.request import EngineRequest, SamplingParams
-from serving.bench.engine import EngineContender, Limit, default_shapes
-from serving.bench.machine import machine_facts
-from serving.bench.timing import PAUSE_S
-from serving.fetch import fetch_model
+from serving.models.fetch import fetch_model
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
 DTYPE = "bfloat16"

@@ -29,10 +29,10 @@ from rich.console import Console
 
 from bench.clients import STREAM, Load, Metadata, Shape, client_processes, closed_loop, percentile
 from bench.fairness import LARGE, SMALL, tenants_database
+from bench.machine import machine_facts
 from bench.memory_growth import Usage, served_processes
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, running, stack_config
-from serving.bench.machine import machine_facts
 from serving.config import ServingConfig, prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "idle_streams.json"
@@ -219,7 +219,7 @@ def measure(
     """On a running stack, which serves nobody else. `addresses` by front end."""
     from ray import serve  # noqa: PLC0415  # after prepare_environment
 
-    from serving.app import APP_NAME  # noqa: PLC0415
+    from serving.driver.app import APP_NAME  # noqa: PLC0415
 
     group = serve.get_deployment_handle(f"ReplicaGroup-{MODEL}", APP_NAME)
     processes = {name: process for name, process in served_processes().items() if not name.startswith("rank")}

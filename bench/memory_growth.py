@@ -25,12 +25,12 @@ import grpc.aio
 import psutil
 from rich.console import Console
 
+from bench.machine import machine_facts
 from bench.peers.environments import MODEL
 from bench.stack import running, stack_config
 from bench.stats import fit_line, growth
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.bench.machine import machine_facts
 from serving.config import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "memory_growth.json"
@@ -119,7 +119,7 @@ def served_processes() -> dict[str, psutil.Process]:
     """Gateway, leader and ranks of the running stack, by name."""
     from ray import serve  # noqa: PLC0415  # after prepare_environment
 
-    from serving.app import APP_NAME  # noqa: PLC0415
+    from serving.driver.app import APP_NAME  # noqa: PLC0415
 
     handle: Any = serve.get_deployment_handle(f"ReplicaGroup-{MODEL}", APP_NAME)
     leader, *ranks = handle.pids.remote().result(timeout_s=30)

@@ -24,10 +24,10 @@ import psutil
 from rich.console import Console
 
 from bench.clients import Ended, Load, Outcome, Shape, client_processes, closed_loop, open_loop, percentile
+from bench.machine import machine_facts
 from bench.memory_growth import served_processes
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
-from serving.bench.machine import machine_facts
 from serving.config import ServingConfig, prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "overload.json"

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
-from model_parallel.runtime.batch import SequenceState, build_batch
-from model_parallel.runtime.collectives import SoloCollectives
+from model_parallel.model.batch import SequenceState, build_batch
 from model_parallel.runtime.rank import Rank
-from serving.fetch import resolve_source
-from serving.tokenizer import load_tokenizer
+from serving.models.fetch import resolve_source
+from serving.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/texts/alice-1.txt", ROOT / "LICENSE")

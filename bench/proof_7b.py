@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.support.synthetic_llama import SIZES, Format
 from protos import inference_pb2 as pb
-from serving.client import Client
+from serving.client.client import Client
 from serving.config import parse_config, prepare_environment
-from tests.support.synthetic_llama import SIZES, Format
 
 NAME = "llama-2-7b"
 TP_SIZE = 2
@@ -54,7 +54,7 @@ def rank_pids() -> list[int]:
     from ray import serve  # noqa: PLC0415  # after prepare_environment
     from ray.serve.handle import DeploymentHandle  # noqa: PLC0415
 
-    from serving.app import APP_NAME  # noqa: PLC0415
+    from serving.driver.app import APP_NAME  # noqa: PLC0415
 
     handle: DeploymentHandle[Any] = serve.get_deployment_handle(f"ReplicaGroup-{NAME}", APP_NAME)
     pids: tuple[int, ...] = handle.pids.remote().result(timeout_s=30)
@@ -78,7 +78,7 @@ def stream(address: str, console: Console) -> tuple[float, float]:
 
 
 def prove(path: Path, console: Console) -> None:
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
+    from serving.driver.app import start  # noqa: PLC0415  # after prepare_environment
 
     entry = {
         "name": NAME, "source": str(path), "tensor_parallel_size": TP_SIZE, "dtype": "bfloat16",

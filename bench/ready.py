@@ -20,11 +20,11 @@ from typing import Any
 import grpc
 from rich.console import Console
 
+from bench.machine import machine_facts
 from bench.peers.environments import MODEL, ROOT
 from protos import inference_pb2 as pb
-from serving.bench.machine import machine_facts
-from serving.client import Client, chat_prompt
-from serving.fetch import fetch_model
+from serving.client.client import Client, chat_prompt
+from serving.models.fetch import fetch_model
 
 RESULT = Path(__file__).parent / "results" / "ready.json"
 TIMEOUT_S = 120.0
@@ -43,7 +43,7 @@ def first_answer_s(tp_size: int) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "serving.cli",
+        "serving.cli.main",
         "serve",
         "--tp",
         str(tp_size),

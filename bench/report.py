@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import engine, growth, memory_growth, ready, serving_overhead
+from bench.machine import describe_machine
 from bench.markdown import replace_section, table
 from bench.plots import context_batches, draw_all, over_batch, over_context, step_floor_s
 from bench.stats import fit_line
 from bench.targets import verdicts
-from serving.bench.machine import describe_machine
-from serving.bench.timing import Timing, as_rows
+from bench.timing import Timing, as_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"

@@ -18,6 +18,7 @@ from typing import Any
 import grpc.aio
 import uvloop
 
+from bench.machine import machine_facts
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineRequest, SamplingParams
@@ -25,9 +26,8 @@ from model_parallel.engine.scheduler import Scheduler
 from model_parallel.runtime.executors import SpawnedExecutor
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.bench.machine import machine_facts
 from serving.config import ServingConfig, parse_config, prepare_environment
-from serving.models import GroupSpec, resolve_model
+from serving.models.group_spec import GroupSpec, resolve_model
 
 RESULT = Path(__file__).parent / "results" / "serving_overhead.json"
 MODEL = "smollm2-135m-instruct"
@@ -90,7 +90,7 @@ def make_engine(spec: GroupSpec) -> tuple[Engine, SpawnedExecutor]:
 
 def measure(config: ServingConfig, num_streams: int, num_rounds: int) -> list[tuple[float, float]]:
     """(engine alone, served) tokens/s of each round, after one round that is not counted."""
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
+    from serving.driver.app import start  # noqa: PLC0415  # after prepare_environment
 
     engine, executor = make_engine(resolve_model(config.models[0]))
     app = start(config, print)

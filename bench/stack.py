@@ -9,7 +9,7 @@ from bench.peers.environments import MODEL
 from serving.config import ServingConfig, parse_config
 
 if TYPE_CHECKING:
-    from serving.app import RunningApp
+    from serving.driver.app import RunningApp
 
 NO_ADMIN = {"port": None, "metrics_port": None}
 
@@ -29,7 +29,7 @@ def on_all_cores(tp_size: int) -> dict[str, int]:
 @contextmanager
 def running(config: ServingConfig, report: Callable[[str], Any]) -> Iterator["RunningApp"]:
     """Serves within the block. `report` is told of the stages of the start."""
-    from serving.app import start  # noqa: PLC0415  # after prepare_environment
+    from serving.driver.app import start  # noqa: PLC0415  # after prepare_environment
 
     app = start(config, report)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.markdown import table
 from bench.peers.contenders import LLAMA_BF16, LLAMA_Q8_0, VLLM
-from serving.bench.timing import WORKLOADS, Timing, Workload
+from bench.timing import WORKLOADS, Timing, Workload
 
 LIMIT_BF16 = "limit, bfloat16 weights"
 ONE, EIGHT, MANY, PREFILL = WORKLOADS

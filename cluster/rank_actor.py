@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cluster import ray_api
 from cluster.placement import RankLocation
-from model_parallel.runtime.link import Launch
+from model_parallel.runtime.rank_link import Launch
 
 
 class RankActor:

@@ -8,6 +8,7 @@ from cluster import ray_api
 from cluster.health import GroupHealth
 from cluster.placement import RankLocation, order_ranks
 from cluster.rank_actor import RankActor
+from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, GroupFailedError
@@ -20,7 +21,7 @@ from model_parallel.runtime.leader import (
     local_rendezvous,
     store_file,
 )
-from model_parallel.runtime.link import Launch, Rendezvous
+from model_parallel.runtime.rank_link import Launch
 
 
 class RayExecutor(SocketExecutor):

@@ -23,7 +23,7 @@ class CheckpointError(EngineError):
 class RequestError(EngineError):
     """One request cannot be served.
 
-    `kind` is a stable label that metrics, logs and the API share: "invalid", "overloaded", "draining", "duplicate",
+    `kind` is a stable label that metrics, logs and the API share: "invalid", "overloaded", "duplicate",
     "numerical_error".
     """
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.fetch import fetch_model
+from serving.models.fetch import fetch_model
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from bench.engine_timing import UNLIMITED_REPEATS
 from bench.peers.environments import INSTALL_COMMAND, Peers
 from bench.peers.process import PeerProcess
-from serving.bench.engine import UNLIMITED_REPEATS
-from serving.bench.timing import ContenderFailedError
+from bench.timing import ContenderFailedError
 
 LLAMA_BF16, LLAMA_Q8_0 = "llama.cpp BF16", "llama.cpp Q8_0"
 VLLM, TRANSFORMERS = "vLLM-CPU", "transformers generate"

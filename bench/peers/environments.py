@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from serving.config import cache_directory
-from serving.fetch import fetch_model
+from serving.models.fetch import fetch_model
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"

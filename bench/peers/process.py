@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.environments import ROOT
-from serving.bench.timing import ContenderFailedError, Workload
+from bench.timing import ContenderFailedError, Workload
 
 READY_TIMEOUT_S = 600.0
 """vLLM compiles for two minutes."""

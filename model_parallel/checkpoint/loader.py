@@ -9,11 +9,11 @@ import torch
 from model_parallel.checkpoint.detect import CheckpointInfo
 from model_parallel.checkpoint.gguf import GgufCheckpoint
 from model_parallel.checkpoint.huggingface import HuggingFaceCheckpoint
-from model_parallel.checkpoint.mapped import empty_shard
 from model_parallel.checkpoint.meta import MetaCheckpoint
 from model_parallel.checkpoint.names import is_known_buffer
 from model_parallel.checkpoint.stored import Checkpoint
 from model_parallel.errors import CheckpointError
+from model_parallel.host_memory import empty_shard
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard, fused_name
 
 _NAMES_SHOWN = 5

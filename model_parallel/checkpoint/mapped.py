@@ -4,7 +4,6 @@ Both kinds of file are mapped the way `torch.load(mmap=True)` does: privately an
 view of the file and only what is copied is read.
 """
 
-import ctypes
 import json
 import mmap
 import struct
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from model_parallel.checkpoint.stored import StoredTensor
 from model_parallel.errors import CheckpointError
+from model_parallel.host_memory import advise
 
 _SAFETENSORS_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
@@ -132,20 +132,4 @@ def copy_mapped(source: Tensor, out: Tensor) -> None:
         out[start : start + step].copy_(part)
         # From the part's first element to its last: never beyond the mapping, whose pages are the file's own.
         last = sum((n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True))
-        _advise(part.data_ptr(), (last + 1) * part.element_size(), mmap.MADV_DONTNEED)
-
-
-def empty_shard(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for weights; on the CPU of huge pages where they can be had, which also halve the time to load."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu":
-        _advise(out.data_ptr(), out.nbytes, mmap.MADV_HUGEPAGE)
-    return out
-
-
-def _advise(address: int, num_bytes: int, advice: int) -> None:
-    """Advise the whole pages inside a range. A system that does not take the advice loses speed or memory, nothing else."""
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if stop > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+        advise(part.data_ptr(), (last + 1) * part.element_size(), mmap.MADV_DONTNEED)

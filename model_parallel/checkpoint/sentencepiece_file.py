@@ -1,7 +1,7 @@
 """The pieces of a sentencepiece model, read without its library: what a vocabulary's size and special tokens are.
 
 A ModelProto (sentencepiece_model.proto) is a protobuf message whose field 1 repeats, one SentencePiece a token in the order
-of the ids; of that, field 1 is the text. The tokenizer itself is made by the library (serving/tokenizer.py).
+of the ids; of that, field 1 is the text. The tokenizer itself is made by the library (serving/text/tokenizer.py).
 """
 
 from collections.abc import Iterator

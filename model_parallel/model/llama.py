@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_parallel.collectives.interface import Collectives
 from model_parallel.config import ModelConfig
 from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache
 from model_parallel.model.attention import Attention
 from model_parallel.model.layers import FeedForward
 from model_parallel.model.partition import EMBEDDING, FINAL_NORM, LM_HEAD, HeadPartition, even_range, partition_heads
-from model_parallel.runtime.collectives import Collectives
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from model_parallel.collectives.interface import Collectives
 from model_parallel.kernels.interface import Int8Matrix
 from model_parallel.model.partition import EMBEDDING, Shard
-from model_parallel.runtime.collectives import Collectives
 
 LARGEST_VALUE = 127
 _CHUNK_ELEMENTS = 1 << 22

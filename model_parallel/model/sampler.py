@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model_parallel.collectives.interface import Collectives
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
 from model_parallel.kernels.interface import Kernels
+from model_parallel.model.batch import SequenceState
 from model_parallel.model.randomness import draw_key, gumbel_noise
-from model_parallel.runtime.batch import SequenceState
-from model_parallel.runtime.collectives import Collectives
 
 FIRST_CANDIDATES = 64
 """Candidates a rank offers at first when a row is filtered; four times as many each time they do not suffice."""

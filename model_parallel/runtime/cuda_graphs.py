@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from model_parallel.kernels.interface import AttentionPlan, LayerCache, SequenceRun
+from model_parallel.model.batch import Layout, rotary_angles
 from model_parallel.model.llama import Llama
-from model_parallel.runtime.batch import Layout, rotary_angles
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ from typing import TypeVar
 import msgspec
 import torch
 
+from model_parallel.collectives.interface import Collectives, SoloCollectives
+from model_parallel.collectives.threads import Exchange, ThreadCollectives
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, GroupFailedError
-from model_parallel.runtime.collectives import Collectives, Exchange, SoloCollectives, ThreadCollectives
 from model_parallel.runtime.leader import (
     LOOPBACK,
     RANK_CLASS,
@@ -27,8 +28,8 @@ from model_parallel.runtime.leader import (
     local_rendezvous,
     store_file,
 )
-from model_parallel.runtime.link import Launch
 from model_parallel.runtime.rank import Rank
+from model_parallel.runtime.rank_link import Launch
 from model_parallel.runtime.rank_process import RankFactory, RankWorker
 
 T = TypeVar("T")

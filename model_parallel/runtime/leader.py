@@ -17,11 +17,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from model_parallel.collectives.rendezvous import Rendezvous
+from model_parallel.collectives.shared_memory import library
 from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import CheckpointError, ConfigError, EngineError, GroupFailedError
 from model_parallel.native import NativeBuildError
-from model_parallel.runtime.link import (
+from model_parallel.runtime.rank_link import (
     SECRET_BYTES,
     Ack,
     Connection,
@@ -31,13 +33,11 @@ from model_parallel.runtime.link import (
     Progress,
     RankMessage,
     Ready,
-    Rendezvous,
     Result,
     Start,
     Step,
     Stop,
 )
-from model_parallel.runtime.shared_memory import library
 
 logger = logging.getLogger(__name__)
 

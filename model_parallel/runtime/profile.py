@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model_parallel.collectives.interface import Collectives
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.kernels.cpu.backend import PackedWeight
 from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache, Weight
-from model_parallel.runtime.collectives import Collectives
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
 

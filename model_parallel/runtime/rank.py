@@ -13,24 +13,24 @@ from torch import Tensor
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import load_shard
+from model_parallel.collectives.interface import Collectives, SoloCollectives
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import TokenLogprobs
 from model_parallel.errors import EngineError
+from model_parallel.host_memory import reserve_heap
 from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.interface import LayerCache
 from model_parallel.kernels.select import select_kernels
 from model_parallel.memory import Workload, activation_bytes, check_cache_fits
+from model_parallel.model.batch import SequenceState, build_batch, lay_out, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
 from model_parallel.model.quantization import int8_converter
 from model_parallel.model.sampler import Sampler
-from model_parallel.runtime.batch import SequenceState, build_batch, lay_out, rotary_frequencies
-from model_parallel.runtime.collectives import Collectives, SoloCollectives
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
-from model_parallel.runtime.heap import reserve_heap
 from model_parallel.runtime.recorded_steps import RecordedSteps
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCORED_ROWS = 64

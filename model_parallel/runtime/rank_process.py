@@ -20,12 +20,15 @@ from typing import Protocol, cast
 import msgspec
 import torch
 
+from model_parallel.collectives.cuda import join_gpus
+from model_parallel.collectives.gloo import TorchCollectives
+from model_parallel.collectives.interface import Collectives, SoloCollectives
+from model_parallel.collectives.rendezvous import Rendezvous
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, EngineError, GroupFailedError
-from model_parallel.runtime.collectives import Collectives, SoloCollectives, TorchCollectives
-from model_parallel.runtime.cuda_collectives import join_gpus
-from model_parallel.runtime.link import (
+from model_parallel.runtime.rank_link import (
     Ack,
     Connection,
     Failed,
@@ -34,14 +37,12 @@ from model_parallel.runtime.link import (
     LinkError,
     Progress,
     Ready,
-    Rendezvous,
     Result,
     Start,
     Step,
     Stop,
     connect,
 )
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
 _PR_SET_PDEATHSIG = 1
 _BLAME_DELAY_S = 0.1

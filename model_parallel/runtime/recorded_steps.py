@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from model_parallel.collectives.interface import SoloCollectives
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.cpu.recording import Program, Workspace
 from model_parallel.kernels.interface import AttentionPlan, LayerCache
+from model_parallel.model.batch import Layout, rotary_angles
 from model_parallel.model.llama import Llama
-from model_parallel.runtime.batch import Layout, rotary_angles
-from model_parallel.runtime.collectives import SoloCollectives
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 
 
 class _Inputs:

@@ -14,20 +14,20 @@ from grpc_health.v1 import health_pb2_grpc
 from model_parallel.errors import ConfigError
 from protos import inference_pb2, inference_pb2_grpc
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig
-from serving.gateway.accounts import Accounts, OpenAccounts
-from serving.gateway.admission import Admission
-from serving.gateway.backend import Backend
-from serving.gateway.generation import Generator
-from serving.gateway.health import HealthMonitor
+from serving.contracts.accounts import Accounts, OpenAccounts
+from serving.contracts.observer import Observe, unobserved
+from serving.gateway.core.admission import Admission
+from serving.gateway.core.backend import Backend
+from serving.gateway.core.generation import Generator
+from serving.gateway.core.health import HealthMonitor
+from serving.gateway.grpc.interceptors import StatusInterceptor
+from serving.gateway.grpc.reflection import add_reflection
+from serving.gateway.grpc.servicer import InferenceServicer
 from serving.gateway.http.app import HttpFrontEnd
 from serving.gateway.http.endpoints import PATHS
 from serving.gateway.http.listener import ConnectionLimits, HttpListener, make_room
-from serving.gateway.interceptors import StatusInterceptor
-from serving.gateway.observer import Observe, unobserved
-from serving.gateway.reflection import add_reflection
-from serving.gateway.servicer import InferenceServicer
 from serving.gateway.tls import load_tls
-from serving.tokenizer import Tokenizer
+from serving.text.tokenizer import Tokenizer
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH = "grpc.health.v1.Health"

@@ -8,9 +8,9 @@ from contextlib import suppress
 from uuid import uuid4
 
 from serving.config import AdminConfig
-from serving.gateway.backend import ModelCard
+from serving.contracts.group_report import PERIOD_S, GroupReport
+from serving.contracts.models import ModelCard
 from serving.observability.endpoint import MetricsEndpoint
-from serving.observability.groups import PERIOD_S, GroupReport
 from serving.observability.metrics import GatewayMetrics
 from serving.observability.requests import Telemetry
 from serving.observability.tracing import Tracing

@@ -3,74 +3,19 @@
 Every gateway asks every group. A group counts in the metrics of one gateway at a time, so that sums over gateways are true.
 """
 
-import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from model_parallel.engine.messages import StepPlan
+from serving.contracts.group_report import ITERATION_TOKENS_BUCKETS, GroupReport
 
-PERIOD_S = 2.0
-"""Between two looks at the groups."""
-READER_LEASE_S = 5 * PERIOD_S
-"""How long a group waits for the gateway that it counts with, before it counts with another."""
 FORGET_AFTER_S = 60.0
 """How long the series of a group that has gone are still shown, so that a scrape sees how they ended."""
 
-ITERATION_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _LABELS = ("model_name", "engine")
-
-
-class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One group at this moment."""
-
-    engine: str
-    """Id of the group, new with every incarnation."""
-    is_well: bool = True
-    stats: dict[str, float] = {}
-    """Load and totals of its scheduler, by name. Empty when the group counts with another gateway."""
-    iteration_counts: tuple[int, ...] = ()
-    """Steps by their number of tokens: one number for each of ITERATION_TOKENS_BUCKETS, and one for more."""
-    num_iteration_tokens: int = 0
-    cache_config: dict[str, str] = {}
-
-
-class IterationTokens:
-    """Histogram of the tokens that each step computes. Kept by the engine's thread."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(ITERATION_TOKENS_BUCKETS) + 1)
-        self.total = 0
-
-    def observe(self, plan: StepPlan) -> None:
-        """A step has been computed. One that only forgets sequences does not count."""
-        if not plan.rows:
-            return
-        num_tokens = sum(row.num_tokens for row in plan.rows)
-        self.counts[bisect_left(ITERATION_TOKENS_BUCKETS, num_tokens)] += 1
-        self.total += num_tokens
-
-
-class ReaderLease:
-    """Which gateway a group counts with: the first that asks, as long as it keeps asking."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._reader = ""
-        self._until_s = 0.0
-
-    def is_held_by(self, reader: str) -> bool:
-        """Whether `reader` is the one; it has asked now."""
-        now_s = self._clock()
-        if reader != self._reader and now_s < self._until_s:
-            return False
-        self._reader, self._until_s = reader, now_s + READER_LEASE_S
-        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,9 @@ from types import TracebackType
 from opentelemetry.trace import Span, SpanKind
 
 from model_parallel.engine.request import EngineOutput, SamplingParams
-from serving.gateway.accounts import Principal, UsageRecord
-from serving.gateway.backend import Passage
-from serving.gateway.observer import RequestObserver
-from serving.log import log_event
+from serving.contracts.accounts import Principal, UsageRecord
+from serving.contracts.observer import Passage, RequestObserver
+from serving.observability.log import log_event
 from serving.observability.metrics import EngineMetrics, GatewayMetrics
 from serving.observability.tracing import Tracing, end_span, trace_context
 
@@ -29,7 +28,7 @@ _FINISHED_REASON = {
 }  # fmt: skip
 """vLLM's word for each outcome of a request that a group ran."""
 _REJECTIONS = frozenset({"OVERLOADED", "DRAINING", "NO_ACCOUNTS", "NO_GROUP", "NO_DATABASE", "QUOTA"})
-"""Reasons of `serving.gateway.refusals` that have nothing to do with the request itself."""
+"""Reasons of `serving.gateway.core.error_responses` that have nothing to do with the request itself."""
 _GROUP_REJECTIONS = frozenset({"OVERLOADED", "DRAINING"})
 """Those that are a group's, once the request went to one."""
 _FAILURE_CODES = frozenset({"INTERNAL", "UNAVAILABLE", "UNKNOWN", "DATA_LOSS", "DEADLINE_EXCEEDED"})

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from serving.gateway.accounts import Principal, UnauthenticatedError
+from serving.contracts.accounts import Principal
+from serving.contracts.errors import UnauthenticatedError
 from serving.tenants.keys import new_key, read_credentials
 from serving.tenants.records import Limits
 

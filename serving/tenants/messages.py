@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from serving.gateway.accounts import UsageRecord
+from serving.contracts.accounts import UsageRecord
 
 
 class Amounts(msgspec.Struct, frozen=True, array_like=True):

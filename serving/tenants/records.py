@@ -1,16 +1,10 @@
-"""Plans, tenants and keys as plain data, checked when made. Knows neither the database nor the wire.
-
-TenancyError
-├── NotFoundError           no plan, tenant or key of that name
-├── AlreadyExistsError      the name is taken
-└── StoreUnavailableError   the database cannot be asked now
-"""
+"""Plans, tenants and keys as plain data, checked when made. Knows neither the database nor the wire."""
 
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from serving.gateway.validate import ValidationError
+from serving.contracts.errors import ValidationError
 
 MAX_NAME_LENGTH = 64
 MAX_LABEL_LENGTH = 200
@@ -27,22 +21,6 @@ LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent_requests",
 
 _SLUG = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.ASCII)
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*", re.ASCII)
-
-
-class TenancyError(Exception):
-    """What was asked for cannot be done."""
-
-
-class NotFoundError(TenancyError):
-    """There is no such plan, tenant or key."""
-
-
-class AlreadyExistsError(TenancyError):
-    """There is one of that name."""
-
-
-class StoreUnavailableError(TenancyError):
-    """The database cannot be asked now. Trying again can help."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

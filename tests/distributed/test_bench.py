@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench.engine_timing import EngineContender
 from bench.peers.environments import ROOT
 from bench.peers.process import PeerProcess
+from bench.support.synthetic_llama import twin
+from bench.timing import WORKLOADS, ContenderFailedError, Timing, Workload
 from model_parallel.config import ParallelConfig
-from serving.bench.engine import EngineContender
-from serving.bench.timing import WORKLOADS, ContenderFailedError, Timing, Workload
-from serving.cli import app
-from tests.support.synthetic_llama import twin
+from serving.cli.main import app
 
 WORK = Workload(2, 4, 3)
 WORKER = """

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from serving.tenants.database import Database
-from serving.tenants.records import KeyGrant, StoreUnavailableError, Tenant
-from serving.tenants.store import Store
+from serving.contracts.errors import StoreUnavailableError
+from serving.tenants.records import KeyGrant, Tenant
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 
 # ruff: noqa: F401, F811
 from tests.unit.tenants.conftest import Clock, clock

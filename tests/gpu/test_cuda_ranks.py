@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import CacheConfig, GroupConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import ConfigError
-from model_parallel.runtime.collectives import SoloCollectives
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from model_parallel.runtime.executors import InProcessExecutor, SpawnedExecutor
 from model_parallel.runtime.rank import Rank

@@ -13,8 +13,8 @@ import pytest
 from ray import serve
 
 from protos import inference_pb2 as pb
-from serving.app import APP_NAME, RunningApp
-from serving.client import Client
+from serving.client.client import Client
+from serving.driver.app import APP_NAME, RunningApp
 from tests.support.otlp import Collector, running_collector
 from tests.support.stack import MODEL, running_stack, stack_config, story, wait_until
 

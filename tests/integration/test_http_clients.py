@@ -18,12 +18,12 @@ import yaml
 from transformers import AutoTokenizer
 
 from protos import inference_pb2 as pb
-from serving.app import RunningApp
-from serving.client import Client
+from serving.client.client import Client
 from serving.config import AdminConfig, TenancyConfig
-from serving.tenants.database import Database
+from serving.driver.app import RunningApp
 from serving.tenants.records import KeyGrant, Tenant
-from serving.tenants.store import Store
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 from tests.support.ranks import reference_from_gguf
 from tests.support.stack import MODEL, group_stats, running_stack, stack_config, wait_until
 

@@ -12,8 +12,8 @@ import pytest
 from ray.util import placement_group_table
 
 from protos.inference_pb2_grpc import InferenceStub
-from serving.app import RunningApp
-from serving.client import Client
+from serving.client.client import Client
+from serving.driver.app import RunningApp
 from tests.support.stack import (
     group_handle,
     group_stats,

@@ -17,9 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.exceptions import RayError
 
 from model_parallel.errors import ConfigError
-from serving.app import StartError, start
-from serving.client import Client
+from serving.client.client import Client
 from serving.config import parse_config
+from serving.driver.app import StartError, start
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 
@@ -29,7 +29,7 @@ class Served:
 
     def __init__(self, config: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serving.cli", "serve", str(config)], stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "serving.cli.main", "serve", str(config)], stderr=subprocess.PIPE, text=True
         )
         self.output = ""
         assert self.process.stderr is not None

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from protos import inference_pb2 as pb
-from serving.app import RunningApp
-from serving.client import Client, chat_prompt
+from serving.client.client import Client, chat_prompt
 from serving.config import parse_config
+from serving.driver.app import RunningApp
 from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, group_handle, running_stack, story, wait_until

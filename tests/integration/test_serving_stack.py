@@ -18,9 +18,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.app import RunningApp
-from serving.client import Client, chat_prompt
-from serving.tokenizer import load_tokenizer
+from serving.client.client import Client, chat_prompt
+from serving.driver.app import RunningApp
+from serving.text.tokenizer import load_tokenizer
 from tests.support.ranks import reference_from_gguf
 from tests.support.stack import MODEL, group_handle, group_stats, running_stack, stack_config, story, wait_until
 

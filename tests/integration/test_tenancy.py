@@ -14,16 +14,16 @@ import ray
 from ray.exceptions import RayError
 
 from model_parallel.errors import ConfigError
-from serving.gateway.accounts import QuotaExceededError, UnauthenticatedError
-from serving.tenants import accounts as accounts_module
-from serving.tenants.accounts import TenantAccounts
-from serving.tenants.actor import start_authority, stop_authority
-from serving.tenants.database import Database
-from serving.tenants.ledger import Ledger
-from serving.tenants.link import NAME, NAMESPACE, ActorLink
+from serving.contracts.errors import QuotaExceededError, UnauthenticatedError
+from serving.tenants.authority.actor import start_authority, stop_authority
+from serving.tenants.authority.ledger import Ledger
+from serving.tenants.client import accounts as accounts_module
+from serving.tenants.client.accounts import TenantAccounts
+from serving.tenants.client.link import NAME, NAMESPACE, ActorLink
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
-from serving.tenants.store import Store
-from serving.tenants.usage import all_usage
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
+from serving.tenants.store.usage import all_usage
 from tests.support.usage import usage_record
 
 NUM_TOKENS, NUM_USED = 50, 20

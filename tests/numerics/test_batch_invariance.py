@@ -11,14 +11,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model_parallel.collectives.interface import SoloCollectives
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.engine.messages import Row
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.runtime.collectives import SoloCollectives
 from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 from tests.support.kernels import use_backend
 from tests.support.local_engine import LocalGroup
 from tests.support.ranks import save_random_llama

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from bench.support.synthetic_llama import Format, SyntheticLlama, full_width, meta_logits, twin
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.stored import StoredTensor
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from tests.support.local_engine import LocalGroup
 from tests.support.ranks import group_config, prompt_logits
 from tests.support.shards import load_parts
-from tests.support.synthetic_llama import Format, SyntheticLlama, full_width, meta_logits, twin
 
 PROMPT_LEN = 32
 MAX_RELATIVE_ERROR = 2e-3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from serving.tokenizer import load_tokenizer
+from serving.text.tokenizer import load_tokenizer
 from tests.support.kernels import BACKENDS, use_backend
 from tests.support.ranks import group_config, prompt_logits, reference_from_gguf, save_random_llama
 

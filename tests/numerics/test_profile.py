@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from model_parallel.collectives.interface import Collectives, SoloCollectives
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.engine.messages import NewSequence, Row, StepPlan
 from model_parallel.engine.request import SamplingParams
-from model_parallel.runtime.collectives import Collectives, SoloCollectives
 from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.profile import ProfiledRank, StepProfile
 from model_parallel.runtime.rank import Rank
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 from tests.support.ranks import group_config, on_threads, save_random_llama
 
 NUM_LAYERS, PROMPT, NUM_STEPS = 3, tuple(range(4, 24)), 6

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import load_shard
+from model_parallel.collectives.interface import Collectives, SoloCollectives
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.kernels.interface import Int8Matrix
 from model_parallel.memory import weight_bytes
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, shard_table
 from model_parallel.model.quantization import int8_converter
-from model_parallel.runtime.collectives import Collectives, SoloCollectives
 from model_parallel.runtime.rank import Rank
 from tests.support.kernels import BACKENDS, use_backend
 from tests.support.local_engine import LocalGroup

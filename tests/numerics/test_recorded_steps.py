@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from model_parallel.collectives.interface import Collectives, SoloCollectives
+from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
-from model_parallel.runtime.batch import SequenceState, build_batch, lay_out
-from model_parallel.runtime.collectives import Collectives, SoloCollectives
+from model_parallel.model.batch import SequenceState, build_batch, lay_out
 from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
-from model_parallel.runtime.shared_memory.collectives import SharedMemoryCollectives
 from tests.support.ranks import group_config, on_threads, save_random_llama
 
 BLOCK_SIZE, BLOCKS_A_SEQUENCE = 16, 6

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("cluster", "model_parallel", "protos", "serving")
+PACKAGES = ("bench", "cluster", "model_parallel", "protos", "serving")
 DIST_INFO = "packtrain-0.1.0.dist-info"
 
 
@@ -55,6 +55,6 @@ def test_metadata(wheel: ZipFile) -> None:
 def test_console_script(wheel: ZipFile) -> None:
     assert wheel.read(f"{DIST_INFO}/entry_points.txt").decode().split("\n")[:2] == [
         "[console_scripts]",
-        "packtrain = serving.cli:main",
+        "packtrain = serving.cli.main:main",
     ]
-    assert callable(import_module("serving.cli").main)
+    assert callable(import_module("serving.cli.main").main)

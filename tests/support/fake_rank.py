@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from model_parallel.collectives.interface import Collectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.errors import CheckpointError
-from model_parallel.runtime.collectives import Collectives
 
 FAKE_RANK = "tests.support.fake_rank:FakeRank"
 RAISE, HANG, EXIT = -1, -2, -3

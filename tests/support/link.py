@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
-from serving.group_loads import GroupLoads
-from serving.output_link import OutputReceiver
+from serving.gateway.groups.loads import GroupLoads
+from serving.gateway.groups.output_receiver import OutputReceiver
 
 HOST = "127.0.0.1"
 

@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.support.synthetic_llama import SyntheticLlama, twin
 from model_parallel.checkpoint.detect import describe
 from model_parallel.errors import CheckpointError
 from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.shards import load_parts
-from tests.support.synthetic_llama import SyntheticLlama, twin
 
 FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect",
              "shutil.rmtree", "os.remove", "os.rename", "os.mkdir", "os.symlink")  # fmt: skip

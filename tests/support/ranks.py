@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from model_parallel.collectives.interface import Collectives, SoloCollectives
+from model_parallel.collectives.threads import Exchange, ThreadCollectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
-from model_parallel.runtime.batch import SequenceState, build_batch
-from model_parallel.runtime.collectives import Collectives, Exchange, SoloCollectives, ThreadCollectives
+from model_parallel.model.batch import SequenceState, build_batch
 from model_parallel.runtime.rank import Rank
 
 T = TypeVar("T")

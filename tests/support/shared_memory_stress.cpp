@@ -1,7 +1,7 @@
 // Ranks as threads, exchanging sizes around the borders of a slot, with delays, across the wrap of the turn counter.
-// Built with a sanitizer by tests/unit/runtime/test_shared_memory.py. Exits with 1 at the first wrong number.
+// Built with a sanitizer by tests/unit/collectives/test_shared_memory.py. Exits with 1 at the first wrong number.
 
-#include "../../model_parallel/runtime/shared_memory/collectives.cpp"
+#include "../../model_parallel/collectives/shared_memory/collectives.cpp"
 
 #include <cstdio>
 #include <cstdlib>

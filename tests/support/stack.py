@@ -13,9 +13,9 @@ from ray.serve.handle import DeploymentHandle
 
 from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
-from serving.app import APP_NAME, RunningApp, start
-from serving.client import Client
+from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
+from serving.driver.app import APP_NAME, RunningApp, start
 
 MODEL = "smollm2-135m-instruct"
 

@@ -6,8 +6,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from model_parallel.runtime.collectives import sum_in_order
-from model_parallel.runtime.cuda_collectives import WORKSPACE_BYTES, SymmetricCollectives, _open_workspace
+from model_parallel.collectives.cuda import WORKSPACE_BYTES, SymmetricCollectives, _open_workspace
+from model_parallel.collectives.interface import sum_in_order
 
 NO_SYMMETRIC_MEMORY = 3
 NUM_ELEMENTS = (1, 2, 7, 576, 64 * 4096 + 3, 512 * 4096, WORKSPACE_BYTES // 4 + 1001)

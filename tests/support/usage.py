@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serving.gateway.accounts import UsageRecord
+from serving.contracts.accounts import UsageRecord
 
 
 def usage_record(request_id: str, **changes: Any) -> UsageRecord:

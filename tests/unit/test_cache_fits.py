@@ -7,7 +7,7 @@ import pytest
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig, SchedulerConfig
 from model_parallel.errors import ConfigError
 from model_parallel.memory import DEVICE_RESERVE_BYTES, GIB, check_cache_fits
-from serving.known_llama import LLAMA_2
+from serving.models.known_llama import LLAMA_2
 
 BLOCK_BYTES = 16 * 524_288
 """16 tokens of Llama 2 7B in bfloat16."""

@@ -24,9 +24,12 @@ print(*(module for module in banned if module in sys.modules))
         ("model_parallel.engine", ["ray", "torch"]),
         ("cluster.health", ["ray", "torch"]),
         ("cluster.placement", ["ray", "torch"]),
-        ("serving.gateway", ["ray", "torch", "cluster", "sqlalchemy"]),
+        ("serving.contracts", ["ray", "torch", "cluster", "sqlalchemy", "opentelemetry"]),
+        ("serving.gateway.core", ["ray", "torch", "cluster", "sqlalchemy"]),
+        ("serving.gateway.server", ["ray", "torch", "cluster", "sqlalchemy"]),
+        ("serving.tenants.client.accounts", ["ray", "torch", "cluster", "sqlalchemy"]),
         ("serving.observability", ["ray", "torch", "cluster", "sqlalchemy", "opentelemetry.sdk"]),
-        ("serving.cli", ["ray", "torch", "sqlalchemy"]),
+        ("serving.cli.main", ["ray", "torch", "sqlalchemy"]),
     ],
 )
 def test_import_is_light(name: str, banned: list[str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.support.synthetic_llama import twin
 from model_parallel.checkpoint.detect import describe
 from model_parallel.errors import ConfigError
 from model_parallel.memory import (
@@ -16,9 +17,8 @@ from model_parallel.memory import (
     plan_group,
     smallest_tp_size,
 )
-from serving.known_llama import LLAMA_2
+from serving.models.known_llama import LLAMA_2
 from tests.support.shards import load_parts
-from tests.support.synthetic_llama import twin
 
 A100 = DEVICES["a100-80g"]
 FULL = Workload(max_model_len=4096)

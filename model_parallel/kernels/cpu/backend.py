@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model_parallel.checkpoint.mapped import empty_shard
 from model_parallel.errors import EngineError
+from model_parallel.host_memory import empty_shard
 from model_parallel.kernels.cpu.recording import Program, Workspace
 from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
 from model_parallel.native import load_library

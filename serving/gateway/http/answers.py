@@ -9,8 +9,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from model_parallel.engine.request import TokenLogprobs
-from serving.gateway.backend import ModelCard
-from serving.gateway.choices import Chunk, Summary
+from serving.contracts.models import ModelCard
+from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.http.objects import (
     CachedTokens,
     ChatChoice,
@@ -29,7 +29,7 @@ from serving.gateway.http.objects import (
     Usage,
 )
 from serving.gateway.http.schemas import StreamOptions
-from serving.tokenizer import Tokenizer
+from serving.text.tokenizer import Tokenizer
 
 
 class Identity(TypedDict):

@@ -9,11 +9,14 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from serving.gateway.accounts import OPEN, Accounts
-from serving.gateway.admission import Admission
-from serving.gateway.call import Call, DeadlineExceededError, printable_label
-from serving.gateway.generation import Generator
-from serving.gateway.health import HealthMonitor
+from serving.contracts.accounts import OPEN, Accounts
+from serving.contracts.errors import DeadlineExceededError, ValidationError
+from serving.contracts.observer import UNOBSERVED, Observe, RequestObserver, unobserved
+from serving.gateway.core.admission import Admission
+from serving.gateway.core.call import Call, printable_label
+from serving.gateway.core.error_responses import error_response
+from serving.gateway.core.generation import Generator
+from serving.gateway.core.health import HealthMonitor
 from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, Endpoint, Endpoints
 from serving.gateway.http.exchange import (
     BodyReader,
@@ -28,10 +31,7 @@ from serving.gateway.http.exchange import (
     headers_of,
     rate_limit_headers,
 )
-from serving.gateway.observer import UNOBSERVED, Observe, RequestObserver, unobserved
-from serving.gateway.refusals import refusal_for
-from serving.gateway.validate import ValidationError
-from serving.log import request_id
+from serving.observability.log import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,12 @@ class HttpFrontEnd:
             except ClientGoneError:
                 watching.ended(grpc.StatusCode.CANCELLED.name)
             except Exception as error:
-                refusal = refusal_for(error, self._retry_delay_s) if not isinstance(error, HttpError) else error.refusal
-                if refusal.code is grpc.StatusCode.INTERNAL:
+                of_http = error if isinstance(error, HttpError) else None
+                response = of_http.response if of_http else error_response(error, self._retry_delay_s)
+                if response.status.code == "INTERNAL":
                     logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope))
-                watching.refused(refusal.code.name, refusal.reason, refusal.quota)
-                await responder.refuse(refusal, error.headers if isinstance(error, HttpError) else ())
+                watching.refused(response.status.code, response.status.reason, response.quota)
+                await responder.send_error(response, of_http.headers if of_http else ())
 
     def _watch(self, scope: Scope) -> RequestObserver:
         if scope["path"] in OPEN_PATHS:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from serving.gateway.validate import ValidationError
+from serving.contracts.errors import ValidationError
 
 T = TypeVar("T")
 

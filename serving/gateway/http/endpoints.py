@@ -6,16 +6,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mappi
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
-from serving.gateway.call import Call
-from serving.gateway.choices import Chunk
-from serving.gateway.generation import Generator
-from serving.gateway.health import HealthMonitor
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.call import Call
+from serving.gateway.core.choices import Chunk
+from serving.gateway.core.generation import Generator
+from serving.gateway.core.health import HealthMonitor
+from serving.gateway.core.validate import GenerateQuery, TextPrompt
 from serving.gateway.http.answers import AnswerForm, ChatForm, CompletionForm, identity, model
 from serving.gateway.http.exchange import Answer, EventStream, Request, event
 from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer
 from serving.gateway.http.openapi import document, page
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from serving.gateway.validate import GenerateQuery, TextPrompt, ValidationError
 
 Endpoint = Callable[[Request], Awaitable[Answer | EventStream]]
 

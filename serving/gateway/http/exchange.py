@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Any
 
-import grpc
 import msgspec
 
-from serving.gateway.accounts import RateLimits
-from serving.gateway.admission import OverloadedError
-from serving.gateway.call import Call
+from serving.contracts.accounts import RateLimits
+from serving.contracts.errors import OverloadedError, Status
+from serving.gateway.core.call import Call
+from serving.gateway.core.error_responses import ErrorResponse
 from serving.gateway.http.objects import Error, ErrorAnswer
-from serving.gateway.refusals import Refusal
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -40,11 +39,10 @@ class HttpError(Exception):
 
     def __init__(self, status: int, code: str, message: str, headers: HeaderList = ()) -> None:
         super().__init__(message)
-        grpc_code = {404: grpc.StatusCode.UNIMPLEMENTED, 413: grpc.StatusCode.RESOURCE_EXHAUSTED}
-        self.refusal = Refusal(
-            grpc_code.get(status, grpc.StatusCode.INVALID_ARGUMENT),
-            status, code.upper(), "invalid_request_error", code, message,
-        )  # fmt: skip
+        grpc_code = {404: "UNIMPLEMENTED", 413: "RESOURCE_EXHAUSTED"}.get(status, "INVALID_ARGUMENT")
+        self.response = ErrorResponse(
+            status=Status(code=grpc_code, http_status=status, reason=code.upper(), error_code=code), message=message
+        )
         self.headers = headers
 
 
@@ -148,7 +146,7 @@ def _duration(seconds: float) -> str:
 
 
 class Responder:
-    """Sends one answer, or one refusal, or a refusal in the middle of a stream."""
+    """Sends one answer, or one error, or an error in the middle of a stream."""
 
     def __init__(self, receive: Receive, send: Send, headers: HeaderList) -> None:
         self._receive = receive
@@ -174,24 +172,27 @@ class Responder:
                 await self._send_part(part)
         await self._send_part(DONE, is_last=True)
 
-    async def refuse(self, refusal: Refusal, headers: HeaderList = ()) -> None:
+    async def send_error(self, response: ErrorResponse, headers: HeaderList = ()) -> None:
         """The error in OpenAI's form: as the answer, or as the last event of a stream that has begun."""
         error = Error(
-            message=refusal.message, type=refusal.error_type, param=refusal.field or None, code=refusal.error_code
+            message=response.message,
+            type=response.status.error_type,
+            param=response.field or None,
+            code=response.status.error_code,
         )
         if self._is_streaming:
             await self._send_part(event(ErrorAnswer(error)) + DONE, is_last=True)
             return
         more = [*headers]
-        if refusal.retry_after_s is not None:
-            more.append(("retry-after", str(max(1, math.ceil(refusal.retry_after_s)))))
-        if refusal.http_status == 401:
+        if response.retry_after_s is not None:
+            more.append(("retry-after", str(max(1, math.ceil(response.retry_after_s)))))
+        if response.status.http_status == 401:
             more.append(("www-authenticate", "Bearer"))
-        if refusal.reason == "DRAINING":
+        if response.status.reason == "DRAINING":
             more.append(("connection", "close"))  # the next try then finds another gateway
         await self._send_whole(
-            refusal.http_status, to_json(ErrorAnswer(error)), "application/json", more,
-            linger=refusal.http_status == 413,
+            response.status.http_status, to_json(ErrorAnswer(error)), "application/json", more,
+            linger=response.status.http_status == 413,
         )  # fmt: skip
 
     async def _send_whole(

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from serving.chat import ChatMessage
-from serving.gateway.http.body import Neutral, parse
-from serving.gateway.validate import (
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
     Prompt,
@@ -18,8 +17,9 @@ from serving.gateway.validate import (
     TextPrompt,
     TokenizeQuery,
     TokenPrompt,
-    ValidationError,
 )
+from serving.gateway.http.body import Neutral, parse
+from serving.text.chat import ChatMessage
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of /v1/completions, as OpenAI has it."""

@@ -7,15 +7,15 @@ from typing import Any
 import psutil
 import pytest
 
+from bench.engine_timing import floor_s
+from bench.machine import processor_name
 from bench.markdown import begin, end, replace_section
 from bench.memory_growth import SAMPLE_S, Usage, judge
 from bench.plots import draw_all, step_floor_s
 from bench.report import PAGE, SECTIONS, render_engine, render_growth, write_page
 from bench.stats import fit_line, growth
 from bench.targets import LIMIT_BF16, verdicts
-from serving.bench.engine import floor_s
-from serving.bench.machine import processor_name
-from serving.bench.timing import WORKLOADS, Timing, Workload
+from bench.timing import WORKLOADS, Timing, Workload
 
 MACHINE = {
     "date": "2026-01-02", "num_cores": 2, "processor": "a CPU", "memory_gib": 24, "torch": "2", "load_average": 0.1,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from serving.bench.timing import ContenderFailedError, Timing, Workload, as_rows, time_in_turn
+from bench.timing import ContenderFailedError, Timing, Workload, as_rows, time_in_turn
 
 SHORT, LONG = Workload(1, 8, 4), Workload(2, 64, 8)
 

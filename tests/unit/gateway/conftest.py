@@ -6,10 +6,10 @@ from typing import Any
 import grpc
 import pytest
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.server import GatewayServer
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
 
 
 @dataclass

@@ -13,12 +13,12 @@ import grpc
 import psutil
 import pytest
 
+from bench.support.fake_backend import FakeBackend, for_ever
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.gateway import server as server_module
 from serving.gateway.http.listener import BoundedProtocol, bound_kernel
 from tests.unit.gateway.conftest import Running, Serve
-from tests.unit.gateway.fakes import FakeBackend, for_ever
 from tests.unit.gateway.http_client import COMPLETION, connection, post, raw_request
 from tests.unit.gateway.test_http2_attacks import PREFACE, SETTINGS, frame
 
@@ -177,7 +177,7 @@ import asyncio, os, resource, sys
 import uvloop
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.server import GatewayServer
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
+from bench.support.fake_backend import ByteTokenizer, FakeBackend
 
 async def main():
     backend = FakeBackend()

@@ -15,13 +15,13 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, say
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.gateway.server import GatewayServer
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend, say
 from tests.unit.gateway.http_client import JSON
 
 # By faults.md's contract. What has no entry must not come from either side.

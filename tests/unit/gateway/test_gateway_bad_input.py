@@ -12,25 +12,24 @@ from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, say
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from protos import inference_pb2 as pb
 from serving.config import LimitsConfig
-from serving.gateway.call import Call
-from serving.gateway.convert import explain_undecodable, generate_query
-from serving.gateway.generation import Generator
-from serving.gateway.refusals import refusal_for
-from serving.gateway.validate import (
+from serving.contracts.errors import UnknownModelError, ValidationError
+from serving.gateway.core.call import Call
+from serving.gateway.core.error_responses import error_response
+from serving.gateway.core.generation import Generator
+from serving.gateway.core.validate import (
     GenerateQuery,
     TextPrompt,
     TokenPrompt,
-    UnknownModelError,
-    ValidationError,
     check_generate,
     find_model,
     output_budget,
 )
+from serving.gateway.grpc.convert import explain_undecodable, generate_query
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend, card, say
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 BIG = 2**31 - 1
@@ -323,7 +322,7 @@ async def test_no_values_bring_an_unexpected_status(data: st.DataObject) -> None
         async for _ in generator.generate(generate_query(request), call, 1):
             pass
     except Exception as error:
-        assert refusal_for(error, 1.0).code in (INVALID, NOT_FOUND), error
+        assert error_response(error, 1.0).status.code in (INVALID.name, NOT_FOUND.name), error
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,9 +5,9 @@ from collections import Counter
 
 import grpc
 
+from bench.support.fake_backend import FakeBackend, for_ever
 from protos import inference_pb2 as pb
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend, for_ever
 
 
 async def test_no_call_of_a_burst_is_cancelled_by_grpc(serve: Serve) -> None:

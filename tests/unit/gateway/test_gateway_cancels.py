@@ -8,9 +8,9 @@ from contextlib import suppress
 import grpc
 import pytest
 
+from bench.support.fake_backend import FakeBackend, say
 from protos import inference_pb2 as pb
 from tests.unit.gateway.conftest import Running, Serve
-from tests.unit.gateway.fakes import FakeBackend, say
 
 ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
 NUM_PERMITS = 64

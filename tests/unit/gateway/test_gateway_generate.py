@@ -7,12 +7,12 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from bench.support.fake_backend import BOS, EOS, IM_END, IM_START, FakeBackend, card, for_ever, say, steps
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.gateway.backend import GroupUnavailableError
+from serving.contracts.errors import GroupUnavailableError
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import BOS, EOS, IM_END, IM_START, FakeBackend, card, for_ever, say, steps
 
 
 def ask(text: str = "hi", model: str = "tiny", **sampling: Any) -> pb.GenerateRequest:
@@ -235,7 +235,6 @@ Code = grpc.StatusCode
     ("script", "code", "reason", "retry"),
     [
         (failing(RequestError("queue is full", kind="overloaded")), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
-        (failing(RequestError("going", kind="draining")), Code.UNAVAILABLE, "DRAINING", True),
         (failing(GroupUnavailableError("no live group")), Code.UNAVAILABLE, "NO_GROUP", True),
         (failing(GroupUnavailableError("lost"), after=2), Code.UNAVAILABLE, "NO_GROUP", True),
         (failing(RequestError("prompt over the KV cache")), Code.INVALID_ARGUMENT, "INVALID_REQUEST", False),

@@ -6,10 +6,10 @@ import grpc
 import psutil
 import pytest
 
+from bench.support.fake_backend import FakeBackend, say
 from protos import inference_pb2 as pb
 from tests.support.live_objects import LiveObjects
 from tests.unit.gateway.conftest import Running, Serve
-from tests.unit.gateway.fakes import FakeBackend, say
 from tests.unit.gateway.http_client import CHAT, client
 
 NUM_ROUNDS, REQUESTS_A_ROUND = 150, 6

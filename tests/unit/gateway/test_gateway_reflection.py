@@ -8,8 +8,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from bench.support.fake_backend import FakeBackend, say
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend, say
 
 SERVICES = [
     "grpc.health.v1.Health",

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.support.fake_backend import AB, BOS, EOS, TIMINGS, ByteTokenizer, FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from protos import inference_pb2 as pb
-from serving.gateway import convert
-from serving.gateway.prompts import PromptEncoder
-from serving.gateway.validate import TextPrompt
+from serving.gateway.core.prompts import PromptEncoder
+from serving.gateway.core.validate import TextPrompt
+from serving.gateway.grpc import convert
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import AB, BOS, EOS, TIMINGS, ByteTokenizer, FakeBackend, card
 
 A, B, C = ord("a"), ord("b"), ord("c")
 

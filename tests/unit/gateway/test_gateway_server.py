@@ -7,13 +7,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, for_ever
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.server import GatewayServer
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend, for_ever
 
 INFERENCE = "packtrain.v1.Inference"
 Status = health_pb2.HealthCheckResponse

@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager, suppress
 import psutil
 import pytest
 
+from bench.support.fake_backend import FakeBackend, for_ever
 from protos import inference_pb2 as pb
 from tests.unit.gateway.conftest import Running, Serve
-from tests.unit.gateway.fakes import FakeBackend, for_ever
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 2, 3, 4, 6, 7, 8, 9
 ACK, END_STREAM, END_HEADERS = 0x1, 0x1, 0x4

@@ -7,9 +7,9 @@ from typing import Any
 import openai
 import pytest
 
+from bench.support.fake_backend import AB, BOS, EOS, FakeBackend, say, steps
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from tests.unit.gateway.conftest import Running, Serve
-from tests.unit.gateway.fakes import AB, BOS, EOS, FakeBackend, say, steps
 from tests.unit.gateway.http_client import CHAT, COMPLETION, client, events, post
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving.contracts.errors import ValidationError
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from serving.gateway.validate import ValidationError
 from tests.unit.gateway.conftest import Serve
 from tests.unit.gateway.http_client import CHAT, COMPLETION, client, post
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from bench.support.fake_backend import FakeBackend, for_ever
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import ConfigError
 from serving.config import LimitsConfig
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend, for_ever
 from tests.unit.gateway.http_client import COMPLETION, answer_to, client, connection, post, raw_request
 
 BODY = b'{"model":"tiny","prompt":"hi"}'

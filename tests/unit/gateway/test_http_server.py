@@ -8,22 +8,14 @@ from typing import Any
 
 import pytest
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, for_ever, say
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import ConfigError, RequestError
 from serving.config import GatewayConfig, LimitsConfig
-from serving.gateway.accounts import (
-    OpenAccounts,
-    Principal,
-    QuotaExceededError,
-    RateLimits,
-    Reservation,
-    UnauthenticatedError,
-    UsageRecord,
-)
-from serving.gateway.backend import GroupUnavailableError
+from serving.contracts.accounts import OpenAccounts, Principal, RateLimits, Reservation, UsageRecord
+from serving.contracts.errors import GroupUnavailableError, QuotaExceededError, UnauthenticatedError
 from serving.gateway.server import GatewayServer, check_listening
 from tests.unit.gateway.conftest import Running, Serve
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend, for_ever, say
 from tests.unit.gateway.http_client import CHAT, COMPLETION, answer_to, client, events, post, raw_request
 
 STREAM = COMPLETION | {"stream": True}
@@ -178,7 +170,6 @@ def failing(error: Exception, *, after: str = "") -> Any:
 
 FAULTS: list[tuple[Exception, int, str, bool]] = [
     (RequestError("full", kind="overloaded"), 503, "server_is_overloaded", True),
-    (RequestError("stopping", kind="draining"), 503, "service_unavailable", True),
     (GroupUnavailableError("no group"), 503, "service_unavailable", True),
     (RequestError("nan", kind="numerical_error"), 500, "numerical_error", False),
     (ZeroDivisionError("/secret/place"), 500, "internal_error", False),

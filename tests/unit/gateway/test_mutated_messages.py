@@ -17,20 +17,20 @@ import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
+from bench.support.fake_backend import FakeBackend
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
 from model_parallel.errors import ConfigError
 from protos import admin_pb2, inference_pb2
+from serving.admin.service import AdminServer
 from serving.config import AdminConfig
-from serving.gateway import convert
-from serving.gateway.admin import AdminServer
-from serving.gateway.convert import explain_undecodable, refuse_unknown_fields
-from serving.gateway.validate import ValidationError
-from serving.tenants.database import Database
+from serving.contracts.errors import ValidationError
+from serving.gateway.grpc import convert
+from serving.gateway.grpc.convert import explain_undecodable, refuse_unknown_fields
 from serving.tenants.records import KeyGrant, Tenant
-from serving.tenants.store import Store
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 from tests.support.mutated_messages import mutants
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"]

@@ -6,14 +6,22 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import pytest
 
+from bench.support.fake_backend import FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingParams
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.gateway import admission
-from serving.gateway.admission import MAX_REMEMBERED, MAX_REMEMBERED_S, REMEMBERED_S, REMEMBERED_SHARE, RecentRefusals
-from serving.gateway.backend import GroupUnavailableError, ModelCard, Passage
+from serving.contracts.errors import GroupUnavailableError
+from serving.contracts.models import ModelCard
+from serving.contracts.observer import Passage
+from serving.gateway.core import admission
+from serving.gateway.core.admission import (
+    MAX_REMEMBERED,
+    MAX_REMEMBERED_S,
+    REMEMBERED_S,
+    REMEMBERED_SHARE,
+    RecentRefusals,
+)
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend, card
 
 FULL = RequestError("64 requests are waiting; at most 64 may", kind="overloaded", retry_after_s=3.0)
 

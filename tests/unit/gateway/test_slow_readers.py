@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 import psutil
 import pytest
 
+from bench.support.fake_backend import FakeBackend
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from tests.unit.gateway.conftest import Serve
-from tests.unit.gateway.fakes import FakeBackend
 from tests.unit.gateway.test_http2_attacks import SETTINGS, WINDOW_UPDATE, Attacker, frame, request
 from tests.unit.gateway.test_http_connections import deaf_client
 

@@ -9,6 +9,7 @@ import grpc
 import httpx2
 import pytest
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
@@ -16,7 +17,6 @@ from serving.config import GatewayConfig, LimitsConfig, TlsConfig
 from serving.gateway.server import GatewayServer
 from serving.gateway.tls import load_tls
 from tests.support.certificates import Authority, Pair
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
 from tests.unit.gateway.http_client import COMPLETION
 
 ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))

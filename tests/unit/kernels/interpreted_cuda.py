@@ -12,14 +12,14 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import ModelConfig
 from model_parallel.kernels.cuda import CudaKernels
 from model_parallel.kernels.interface import LayerCache
 from model_parallel.kernels.reference import ReferenceKernels
+from model_parallel.model.batch import Layout, rotary_angles, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import fused_name, shard_table
-from model_parallel.runtime.batch import Layout, rotary_angles, rotary_frequencies
-from model_parallel.runtime.collectives import SoloCollectives
 from model_parallel.runtime.cuda_graphs import DecodeInputs, padded_sizes
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads

@@ -7,13 +7,13 @@ from typing import Any
 import grpc
 import pytest
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
-from serving.gateway.accounts import Accounts
+from serving.contracts.accounts import Accounts
 from serving.gateway.server import METHODS, GatewayServer
 from serving.observability.gateway import GatewayWatch
 from serving.observability.tracing import Tracing
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
 
 
 @dataclass

@@ -16,14 +16,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import generate_latest
 
+from bench.support.fake_backend import FakeBackend, Script, say
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.client import chat_prompt
-from serving.gateway.accounts import OpenAccounts, Principal, UnauthenticatedError
-from serving.gateway.backend import GroupUnavailableError
-from serving.log import JsonFormatter, TextFormatter
-from tests.unit.gateway.fakes import FakeBackend, Script, say
+from serving.client.client import chat_prompt
+from serving.contracts.accounts import OpenAccounts, Principal
+from serving.contracts.errors import GroupUnavailableError, UnauthenticatedError
+from serving.observability.log import JsonFormatter, TextFormatter
 from tests.unit.observability.conftest import Watch, Watched
 
 CANARY = "heliotrope"

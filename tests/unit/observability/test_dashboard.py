@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bench.support.fake_backend import card
 from model_parallel.engine.request import EngineOutput, SamplingParams, Timings
-from serving.gateway.accounts import Principal
+from serving.contracts.accounts import Principal
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
 from serving.observability.tracing import Tracing
 from tests.support.usage import usage_record
-from tests.unit.gateway.fakes import card
 from tests.unit.observability.test_group_metrics import report
 
 ROOT = Path(__file__).parents[3]

@@ -9,14 +9,14 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.support.fake_backend import card
 from model_parallel.errors import ConfigError
 from serving.config import AdminConfig
+from serving.contracts.group_report import GroupReport
 from serving.gateway.server import METHODS, check_admin_listening
 from serving.observability.endpoint import MetricsEndpoint
 from serving.observability.gateway import GatewayWatch
-from serving.observability.groups import GroupReport
 from serving.observability.tracing import Tracing
-from tests.unit.gateway.fakes import card
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

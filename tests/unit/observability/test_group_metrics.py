@@ -5,20 +5,16 @@ from dataclasses import asdict
 import pytest
 from prometheus_client.samples import Sample
 
+from bench.support.fake_backend import card
 from model_parallel.engine.messages import Row, StepPlan
 from model_parallel.engine.stats import SchedulerStats
+from serving.contracts.group_report import GroupReport
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
-from serving.observability.groups import (
-    FORGET_AFTER_S,
-    READER_LEASE_S,
-    GroupReport,
-    IterationTokens,
-    ReaderLease,
-)
+from serving.observability.groups import FORGET_AFTER_S
 from serving.observability.metrics import _one_two_five
 from serving.observability.tracing import Tracing
-from tests.unit.gateway.fakes import card
+from serving.replica.reports import READER_LEASE_S, IterationTokens, ReaderLease
 
 STATS = asdict(
     SchedulerStats(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model_parallel.errors import ConfigError
 from serving.config import log_format, log_level, tracing_is_on
-from serving.log import JsonFormatter, TextFormatter, request_id
+from serving.observability.log import JsonFormatter, TextFormatter, request_id
 
 HOSTILE = "evil\r\n2026 INFO forged\x1b[2J\x9b31m\u2028\x7f\x00"
 
@@ -100,7 +100,7 @@ def test_traces_over_another_protocol_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_a_process_logs_json_when_told_to() -> None:
     code = (
-        "import logging; from serving.log import configure_logging, log_event; configure_logging('gateway');"
+        "import logging; from serving.observability.log import configure_logging, log_event; configure_logging('gateway');"
         "log_event(logging.getLogger('x'), logging.INFO, 'hello', num=1)"
     )
     environment = {"PACKTRAIN_LOG_FORMAT": "json", "PACKTRAIN_LOG_LEVEL": "debug"}

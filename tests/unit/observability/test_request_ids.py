@@ -6,8 +6,8 @@ import socket
 import grpc
 import pytest
 
+from bench.support.fake_backend import FakeBackend, say
 from protos import inference_pb2 as pb
-from tests.unit.gateway.fakes import FakeBackend, say
 from tests.unit.observability.conftest import Watch, Watched
 from tests.unit.observability.test_canary import everything_logged
 

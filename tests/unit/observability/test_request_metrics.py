@@ -6,18 +6,18 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import pytest
 
+from bench.support.fake_backend import FakeBackend, Script, card, for_ever, say, steps
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.gateway.accounts import OpenAccounts, Principal, QuotaExceededError, Reservation
-from serving.gateway.backend import GroupUnavailableError
-from serving.gateway.observer import RequestObserver
+from serving.contracts.accounts import OpenAccounts, Principal, Reservation
+from serving.contracts.errors import GroupUnavailableError, QuotaExceededError
+from serving.contracts.observer import RequestObserver
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
 from serving.observability.metrics import MAX_TENANTS
 from serving.observability.requests import MAX_LINES_PER_S, _LineBudget
 from serving.observability.tracing import Tracing
-from tests.unit.gateway.fakes import FakeBackend, Script, card, for_ever, say, steps
 from tests.unit.observability.conftest import Watch
 
 TINY = {"model_name": "tiny", "engine": "group-1"}

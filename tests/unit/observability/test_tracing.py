@@ -11,12 +11,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.trace import SpanKind, StatusCode
 
+from bench.support.fake_backend import FakeBackend, say
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
-from serving.gateway.backend import GroupUnavailableError
+from serving.contracts.errors import GroupUnavailableError
 from serving.observability.tracing import GroupSpan, Tracing, end_span, open_tracing, trace_context
 from tests.support.otlp import running_collector
-from tests.unit.gateway.fakes import FakeBackend, say
 from tests.unit.observability.conftest import Watch
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from protos import generate, inference_pb2
-from serving.gateway.backend import ModelCard
+from serving.contracts.models import ModelCard
 
 
 def test_the_committed_stubs_are_fresh() -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
+from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.engine.messages import StepResult
 from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
 from model_parallel.runtime.executors import visible_devices
 from model_parallel.runtime.leader import LOOPBACK, SocketExecutor
-from model_parallel.runtime.link import (
+from model_parallel.runtime.rank_link import (
     Ack,
     Connection,
     Failed,
@@ -18,7 +19,6 @@ from model_parallel.runtime.link import (
     LinkError,
     Progress,
     Ready,
-    Rendezvous,
     Result,
     Start,
     Step,

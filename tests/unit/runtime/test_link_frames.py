@@ -5,19 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.config import GroupConfig
 from model_parallel.errors import ConfigError
-from model_parallel.runtime import link
-from model_parallel.runtime.link import (
-    FrameReader,
-    LeaderMessage,
-    LinkError,
-    Rendezvous,
-    Start,
-    Step,
-    Stop,
-    encode_frame,
-)
+from model_parallel.runtime import rank_link as link
+from model_parallel.runtime.rank_link import FrameReader, LeaderMessage, LinkError, Start, Step, Stop, encode_frame
 from tests.support.fake_rank import group_config, plan
 
 PAYLOADS = st.lists(st.binary(max_size=300), max_size=5)

@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from model_parallel.errors import ConfigError
-from model_parallel.runtime import link
-from model_parallel.runtime.link import Connection, LeaderMessage, LinkError, Listener, RankMessage, Stop, connect
+from model_parallel.runtime import rank_link as link
+from model_parallel.runtime.rank_link import Connection, LeaderMessage, LinkError, Listener, RankMessage, Stop, connect
 
 SECRET = bytes(range(32))
 EPOCH = 7

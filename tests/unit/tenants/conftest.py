@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.tenants.database import Database
-from serving.tenants.store import Store
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 
 NOON_UNIX_S = 1_800_000_000.0
 

@@ -19,10 +19,11 @@ from grpc_status import rpc_status
 from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from protos import admin_pb2_grpc
+from serving.admin.service import ADMIN, AdminServer
 from serving.config import AdminConfig
-from serving.gateway.admin import ADMIN, AdminServer
-from serving.tenants.records import KeyGrant, Plan, StoreUnavailableError, Tenant
-from serving.tenants.store import Store
+from serving.contracts.errors import StoreUnavailableError
+from serving.tenants.records import KeyGrant, Plan, Tenant
+from serving.tenants.store.store import Store
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 from tests.unit.tenants.test_usage import keep, record
 

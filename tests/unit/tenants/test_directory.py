@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.gateway.accounts import UnauthenticatedError
+from serving.contracts.errors import UnauthenticatedError
 from serving.tenants import directory as directory_module
 from serving.tenants.directory import REFUSAL, KeyDirectory, Snapshot
 from serving.tenants.keys import new_key
 from serving.tenants.records import KeyGrant, Limits, Plan, Tenant
-from serving.tenants.store import Store
+from serving.tenants.store.store import Store
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 
 

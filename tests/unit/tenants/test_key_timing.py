@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from serving.gateway.accounts import UnauthenticatedError
+from serving.contracts.errors import UnauthenticatedError
 from serving.tenants.directory import KeyDirectory
 from serving.tenants.records import KeyGrant, Plan, Tenant
-from serving.tenants.store import Store
+from serving.tenants.store.store import Store
 
 NUM_SAMPLES = 1_000_000
 """Of each kind."""

@@ -1,6 +1,6 @@
 """A gateway's half of the conversation, message by message."""
 
-from serving.tenants.leases import LeaseBook
+from serving.tenants.client.leases import LeaseBook
 from serving.tenants.messages import GRANTED, NOTHING, Amounts, Costs, Lease, Reply, Report, Verdict
 
 COSTS: Costs = (("tenant:t", Amounts(requests=1, tokens=50, slots=1, budget=50)),)

@@ -1,12 +1,12 @@
 """What is committed is there after a restart: nothing less, and nothing that was not committed."""
 
-from serving.gateway.accounts import UsageRecord
-from serving.tenants.ledger import Ledger
+from serving.contracts.accounts import UsageRecord
+from serving.tenants.authority.ledger import Ledger
+from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.messages import NOTHING, Amounts, Ask, Exchange, Reply, Report, Settlement
-from serving.tenants.quota import QuotaAuthority
 from serving.tenants.records import Limits, UsageFilter
-from serving.tenants.store import Store
-from serving.tenants.usage import all_usage
+from serving.tenants.store.store import Store
+from serving.tenants.store.usage import all_usage
 from tests.support.usage import usage_record
 
 LIMITS = {

@@ -10,17 +10,17 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.server import GatewayServer, Ports
-from serving.tenants import accounts as accounts_module
-from serving.tenants.accounts import AuthorityUnreachableError, TenantAccounts
-from serving.tenants.authority import AuthorityService
+from serving.tenants.authority.service import AuthorityService
+from serving.tenants.client import accounts as accounts_module
+from serving.tenants.client.accounts import AuthorityUnreachableError, TenantAccounts
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
-from serving.tenants.store import Store
-from serving.tenants.usage import all_usage
-from tests.unit.gateway.fakes import ByteTokenizer, FakeBackend
+from serving.tenants.store.store import Store
+from serving.tenants.store.usage import all_usage
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 PREFIX = "x-ratelimit-"

@@ -11,11 +11,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from model_parallel.errors import ConfigError
-from serving.gateway.accounts import UsageRecord
-from serving.tenants import migrations
-from serving.tenants.database import Database
-from serving.tenants.schema import Base, UsageRow
-from serving.tenants.store import Store
+from serving.contracts.accounts import UsageRecord
+from serving.tenants.store import migrations
+from serving.tenants.store.database import Database
+from serving.tenants.store.schema import Base, UsageRow
+from serving.tenants.store.store import Store
 
 SCRIPTS = ScriptDirectory(str(Path(migrations.__file__).parent))
 
@@ -89,7 +89,8 @@ def test_a_usage_record_has_a_column_for_each_of_its_fields() -> None:
 def test_a_change_of_the_schema_is_logged_once_and_an_opening_is_not(tmp_path: Path) -> None:
     """In a process of its own, which has the logging of a server."""
     program = (
-        "import sys; from serving.log import configure_logging; from serving.tenants.database import Database;"
+        "import sys; from serving.observability.log import configure_logging;"
+        "from serving.tenants.store.database import Database;"
         "configure_logging('authority'); Database(sys.argv[1]).close(); Database(sys.argv[1]).close()"
     )
     command = [sys.executable, "-c", program, f"sqlite:///{tmp_path / 'new.db'}"]

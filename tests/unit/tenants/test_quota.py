@@ -2,8 +2,8 @@
 
 import pytest
 
+from serving.tenants.authority.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
 from serving.tenants.messages import Amounts, Ask, Exchange, Reply, Report, Settlement, Verdict
-from serving.tenants.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
 from serving.tenants.records import Limits
 from tests.support.usage import usage_record
 

@@ -10,23 +10,23 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from serving.gateway.accounts import (
+from serving.contracts.accounts import Reservation, UsageRecord
+from serving.contracts.errors import (
     AccountsUnavailableError,
     QuotaExceededError,
-    Reservation,
+    StoreUnavailableError,
     UnauthenticatedError,
-    UsageRecord,
 )
-from serving.tenants import accounts as accounts_module
-from serving.tenants import authority as authority_module
-from serving.tenants.accounts import AuthorityUnreachableError, TenantAccounts
-from serving.tenants.authority import AuthorityService
-from serving.tenants.ledger import Ledger, SupersededError
+from serving.tenants.authority import service as authority_module
+from serving.tenants.authority.ledger import Ledger, SupersededError
+from serving.tenants.authority.quota import BUSY_RETRY_S, Changes, QuotaAuthority
+from serving.tenants.authority.service import AuthorityService
+from serving.tenants.client import accounts as accounts_module
+from serving.tenants.client.accounts import AuthorityUnreachableError, TenantAccounts
 from serving.tenants.messages import Exchange
-from serving.tenants.quota import BUSY_RETRY_S, Changes, QuotaAuthority
-from serving.tenants.records import KeyGrant, StoreUnavailableError, Tenant, UsageFilter
-from serving.tenants.store import Store
-from serving.tenants.usage import all_usage
+from serving.tenants.records import KeyGrant, Tenant, UsageFilter
+from serving.tenants.store.store import Store
+from serving.tenants.store.usage import all_usage
 from tests.support.usage import usage_record
 
 NUM_TOKENS = 50

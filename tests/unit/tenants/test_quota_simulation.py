@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from serving.gateway.accounts import UsageRecord
-from serving.tenants.leases import LeaseBook, WaitingRequest
+from serving.contracts.accounts import UsageRecord
+from serving.tenants.authority.quota import Account, Changes, Gateway, Holding, QuotaAuthority, StaleExchangeError
+from serving.tenants.client.leases import LeaseBook, WaitingRequest
 from serving.tenants.messages import Amounts, Costs, Exchange, Reply, Verdict
-from serving.tenants.quota import Account, Changes, Gateway, Holding, QuotaAuthority, StaleExchangeError
 from serving.tenants.records import Limits
 from tests.support.usage import usage_record
 

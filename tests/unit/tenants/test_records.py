@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.gateway.validate import ValidationError
+from serving.contracts.errors import ValidationError
 from serving.tenants.records import LIMITS, KeyGrant, Limits, Plan, Tenant, UsageFilter
 
 COUNTS = st.none() | st.integers(1, 10**15)

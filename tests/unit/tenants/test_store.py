@@ -8,17 +8,10 @@ from sqlalchemy import make_url
 
 from model_parallel.errors import ConfigError
 from serving.config import TenancyConfig
-from serving.gateway.validate import ValidationError
-from serving.tenants.database import Database
-from serving.tenants.records import (
-    AlreadyExistsError,
-    KeyGrant,
-    NotFoundError,
-    Plan,
-    StoreUnavailableError,
-    Tenant,
-)
-from serving.tenants.store import MAX_OVERLAP_S, Store, database_url
+from serving.contracts.errors import AlreadyExistsError, NotFoundError, StoreUnavailableError, ValidationError
+from serving.tenants.records import KeyGrant, Plan, Tenant
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import MAX_OVERLAP_S, Store, database_url
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 
 

@@ -10,10 +10,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from model_parallel.errors import ConfigError
-from serving.tenants import cli
-from serving.tenants.database import Database
+from serving.cli import tenants as cli
 from serving.tenants.directory import KeyDirectory
-from serving.tenants.store import Store
+from serving.tenants.store.database import Database
+from serving.tenants.store.store import Store
 from tests.unit.tenants.test_usage import keep, record
 
 Run = Callable[..., Result]

@@ -2,11 +2,11 @@ from itertools import pairwise
 
 import pytest
 
-from serving.gateway.accounts import UsageRecord
+from serving.contracts.accounts import UsageRecord
 from serving.tenants.records import UsageFilter
-from serving.tenants.schema import UsageRow
-from serving.tenants.store import Store
-from serving.tenants.usage import UsageSum, all_usage, list_usage, sum_usage
+from serving.tenants.store.schema import UsageRow
+from serving.tenants.store.store import Store
+from serving.tenants.store.usage import UsageSum, all_usage, list_usage, sum_usage
 
 
 def record(index: int, **changes: object) -> UsageRecord:
@@ -49,7 +49,7 @@ def test_records_come_back_as_they_were_in_the_order_of_their_start(used: Store)
 
 
 def test_pages_join_without_gap_or_repeat(used: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.tenants.usage.PAGE_SIZE", 3)
+    monkeypatch.setattr("serving.tenants.store.usage.PAGE_SIZE", 3)
     ids = [record.request_id for record in all_usage(used.database, UsageFilter())]
     assert len(ids) == 20 and all(first < second for first, second in pairwise(ids))
 

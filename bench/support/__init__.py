@@ -1,0 +1,1 @@
+"""Models and backends made for benchmarks and tests."""

@@ -1,0 +1,153 @@
+"""A tokenizer of bytes and a backend that says what it is told to."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
+from serving.contracts.models import Licence, ModelCard
+from serving.contracts.observer import Passage
+
+BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
+TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
+
+Script = Callable[[Sequence[EngineRequest]], AsyncIterator[tuple[EngineOutput, ...]]]
+
+
+class ByteTokenizer:
+    """Token b is byte b; 256 to 259 are control tokens; 260 is "ab", so that tokens depend on what follows."""
+
+    vocab_size = 261
+    bos_token_id = BOS
+    eos_token_ids = (EOS,)
+    control_token_ids = frozenset({BOS, EOS, IM_START, IM_END})
+    strips_leading_space = False
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        ids = [BOS] if add_bos else []
+        data = text.encode()
+        position = 0
+        while position < len(data):
+            is_ab = data[position : position + 2] == b"ab"
+            ids.append(AB if is_ab else data[position])
+            position += 2 if is_ab else 1
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id >= self.vocab_size or token_id in self.control_token_ids:
+            return b""
+        return b"ab" if token_id == AB else bytes([token_id])
+
+    def control_token_id(self, text: str) -> int:
+        return {"<|im_start|>": IM_START, "<|im_end|>": IM_END}[text]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
+
+
+def card(name: str = "tiny", *, chat_format: str = "chatml", **changes: object) -> ModelCard:
+    values = {
+        "name": name,
+        "source": "/secret/place",
+        "architecture": "LlamaForCausalLM",
+        "num_parameters": 1234,
+        "vocab_size": 270,  # wider than the tokenizer
+        "max_model_len": 100,
+        "bos_token_id": BOS,
+        "eos_token_ids": (EOS,),
+        "chat_format": chat_format,
+        "dtype": "float32",
+        "device": "cpu",
+        "tensor_parallel_size": 2,
+        "num_groups": 1,
+        "deterministic": True,
+        "kernels": "reference",
+        "licence": Licence(name="Apache-2.0"),
+    }
+    return ModelCard(**(values | changes))  # type: ignore[arg-type]
+
+
+class FakeBackend:
+    """Runs `script` for each request, and remembers what came and what was closed."""
+
+    def __init__(self, script: Script | None = None, cards: Sequence[ModelCard] = ()) -> None:
+        self.models: Mapping[str, ModelCard] = {
+            each.name: each for each in cards or (card(), card("plain", chat_format=""))
+        }
+        self.script = script or say("Paris")
+        self.requests: list[EngineRequest] = []
+        self.num_open = 0
+        self.started = asyncio.Event()
+        self.healthy = dict.fromkeys(self.models, True)
+
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], passage: Passage
+    ) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        assert model in self.models
+        passage.engine = "group-1"
+        self.requests = list(requests)
+        self.num_open += 1
+        try:
+            async for outputs in self.script(requests):
+                self.started.set()
+                yield outputs
+        finally:
+            self.num_open -= 1
+
+    async def can_serve(self, model: str) -> bool:
+        return self.healthy[model]
+
+    async def closed(self) -> None:
+        """Wait until every iterator is closed."""
+        async with asyncio.timeout(5):
+            while self.num_open:
+                await asyncio.sleep(0.005)
+
+
+def steps(*answers: Sequence[Sequence[int]], finish: FinishReason = FinishReason.STOP, eos: bool = True) -> Script:
+    """Step i brings answers[c][i] for choice c, of those that have an i-th; the last one ends the choice."""
+
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        for step in range(max(map(len, answers))):
+            await asyncio.sleep(0)
+            yield tuple(
+                _output(request, answer, step, finish, eos)
+                for request, answer in zip(requests, answers, strict=True)
+                if step < len(answer)
+            )
+
+    return script
+
+
+def _output(
+    request: EngineRequest, answer: Sequence[Sequence[int]], step: int, finish: FinishReason, eos: bool
+) -> EngineOutput:
+    is_last = step == len(answer) - 1
+    ends = is_last and eos and finish is FinishReason.STOP
+    token_ids = (*answer[step], *((EOS,) if ends else ()))
+    top = request.sampling.logprobs
+    return EngineOutput(
+        request_id=request.request_id,
+        choice=request.choice,
+        token_ids=token_ids,
+        logprobs=()
+        if top is None
+        else tuple(
+            TokenLogprobs(token, -0.5, tuple((other, -0.5 - other) for other in range(top))) for token in token_ids
+        ),
+        finish_reason=finish if is_last else None,
+        stop_token_id=EOS if ends else None,
+        num_cached_tokens=3,
+        timings=TIMINGS,
+    )
+
+
+def say(*texts: str, finish: FinishReason = FinishReason.STOP) -> Script:
+    """Choice c answers texts[c], a byte a step."""
+    return steps(*([[byte] for byte in text.encode()] for text in texts), finish=finish)
+
+
+async def for_ever(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+    """One token, then nothing until it is closed."""
+    yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),)),)
+    await asyncio.sleep(60)
+    raise AssertionError("nobody closed the iterator")

@@ -1,0 +1,1 @@
+"""How ranks exchange tensors: in one process, through shared memory, over Gloo, NCCL or symmetric memory."""

@@ -1,0 +1,1 @@
+"""Frames and authentication of the connections between processes."""

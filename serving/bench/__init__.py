@@ -1,1 +1,0 @@
-"""`packtrain bench`: how fast an engine, and a gateway under load, are on this machine."""

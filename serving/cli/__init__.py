@@ -1,0 +1,1 @@
+"""The `packtrain` command: one module for each group of commands."""

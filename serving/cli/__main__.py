@@ -1,0 +1,5 @@
+"""`python -m serving.cli` is the `packtrain` command."""
+
+from serving.cli.main import main
+
+main()

@@ -1,0 +1,234 @@
+"""The `packtrain bench` commands. What they measure with is imported when they run: torch takes seconds."""
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model_parallel.errors import ConfigError
+from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
+from serving.config import api_key
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+NUM_KV_TOKENS = 16_384
+
+app = typer.Typer(help="Measure an engine, or a gateway under load.", no_args_is_help=True)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
+
+
+@app.command()
+def engine(
+    model: Annotated[str, typer.Option(help="A known name, a directory, or a GGUF file.")] = DEFAULT_MODEL,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks; unset, 1 and 2 on the same cores.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of a CPU rank; unset, all cores are shared out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option(help="int8, or nothing.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Of every workload.")] = 3,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Instead: where a decode step's time goes, operation by operation.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the engine on fixed work, without Ray and gateway, beside the limit that a CPU sets.
+
+    Work is named sequences × prompt tokens→new tokens. Medians of runs in turn.
+    """
+    from bench.engine_timing import default_shapes
+    from bench.machine import describe_machine
+    from bench.timing import Timing, as_table
+
+    num_cores = os.cpu_count() or 1
+    if tp is None and threads is None:
+        shapes = default_shapes(num_cores)
+    else:
+        shapes = [(tp or 1, threads or max(1, num_cores // (tp or 1)))]
+    console = Console(highlight=False)
+    if profile:
+        profile_shapes(model, shapes, dtype=dtype, quantization=quantization, device=device, console=console)
+        return
+    result = time_shapes(
+        model, shapes, dtype=dtype, quantization=quantization, device=device, repeats=repeats, console=console
+    )
+    timings = [Timing.from_data(row) for row in result["timings"]]
+    console.print(as_table(timings, f"{model}; {describe_machine(result['machine'])}"))
+    _write(result, json_file)
+    if result["failures"]:
+        raise typer.Exit(1)
+
+
+def profile_shapes(
+    model: str,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    dtype: str,
+    quantization: str,
+    device: str,
+    console: Console,
+) -> None:
+    """Print the profile of each of `shapes` on the work that decodes. Raises ConfigError, CheckpointError, GroupFailedError."""
+    from bench.engine_profile import as_table, profile_decode
+    from bench.engine_timing import Limit, shape_name
+    from bench.timing import WORKLOADS
+    from model_parallel.checkpoint.detect import describe
+    from model_parallel.config import DTYPE_BYTES, ParallelConfig
+    from serving.models.fetch import resolve_source
+
+    path = resolve_source(model)
+    config = describe(path).config
+    if device != "cpu":
+        raise ConfigError(f"device is {device!r}; floors of operations are known for cpu alone")
+    for tp_size, num_threads in shapes:
+        parallel = ParallelConfig(tp_size=tp_size, num_threads=num_threads, dtype=dtype, quantization=quantization)
+        limit = Limit(config, bytes_per_weight=DTYPE_BYTES[dtype], num_threads=tp_size * num_threads, name="limit")
+        limit.measure()
+        # A rank has its part of the machine's cores, and so of their bandwidth and arithmetic.
+        bandwidth, rate = limit.bandwidths[0] / tp_size, limit.rates[0] / tp_size
+        for work in (work for work in WORKLOADS if not work.is_prefill):
+            profile = profile_decode(path, parallel, work, vocab_size=config.vocab_size)
+            rows = profile.rows(bandwidth=bandwidth, rate=rate)
+            console.print(as_table(rows, f"{shape_name(parallel)}, {work}"))
+        console.print(f"means over the decode steps of rank 0; {limit.detail}, shared by {tp_size} ranks")
+
+
+def time_shapes(
+    model: str,
+    shapes: Sequence[tuple[int, int]],
+    *,
+    dtype: str,
+    quantization: str,
+    device: str,
+    repeats: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Each of `shapes` (ranks, threads of each) on the fixed work, as plain data. Raises ConfigError, CheckpointError."""
+    from bench.engine_timing import EngineContender, Limit
+    from bench.machine import machine_facts
+    from bench.timing import WORKLOADS, Contender, time_in_turn
+    from model_parallel.checkpoint.detect import describe
+    from model_parallel.config import DTYPE_BYTES, ParallelConfig
+    from serving.models.fetch import resolve_source
+
+    facts, path = machine_facts(), resolve_source(model)
+    config = describe(path).config
+    longest = max(work.num_prompt_tokens + work.num_new_tokens for work in WORKLOADS)
+    if longest > config.max_position:
+        raise ConfigError(f"{model} is made for {config.max_position} tokens, and the work takes {longest}")
+    contenders: list[Contender] = []
+    with contextlib.ExitStack() as stack:
+        for tp_size, num_threads in shapes:
+            parallel = ParallelConfig(
+                tp_size=tp_size, num_threads=num_threads, dtype=dtype, quantization=quantization, device=device
+            )
+            parallel.check_fits(config)
+            started = EngineContender(path, parallel, num_kv_tokens=NUM_KV_TOKENS, max_model_len=longest)
+            stack.callback(started.close)
+            console.print(f"{started.name}: ready after {started.ready_s:.1f} s ({started.detail})")
+            contenders.append(started)
+        if device == "cpu":
+            bytes_per_weight = 1 if quantization else DTYPE_BYTES[dtype]
+            cores = max(tp_size * num_threads for tp_size, num_threads in shapes)
+            name = f"limit, {8 * bytes_per_weight} bits a weight"
+            contenders.append(Limit(config, bytes_per_weight=bytes_per_weight, num_threads=cores, name=name))
+        timings, failures = time_in_turn(contenders, WORKLOADS, repeats, console.print)
+    return {
+        "machine": facts,
+        "model": model,
+        "num_repeats": repeats,
+        "failures": failures,
+        "timings": [timing.as_data() for timing in timings],
+    }
+
+
+@app.command()
+def load(
+    address: Annotated[str, typer.Option(help="Where the gateway listens (gRPC).")] = DEFAULT_ADDRESS,
+    model: Annotated[str | None, typer.Option(help="Served model; needed when there are several.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 200,
+    request_rate: Annotated[
+        float, typer.Option(min=0.001, help="Requests a second; inf sends all at once.")
+    ] = math.inf,
+    burstiness: Annotated[float, typer.Option(min=0.01, help="1: Poisson; less: bursts; more: evenly.")] = 1.0,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests under way at a time.")] = None,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="Bound in ms that a good request keeps: ttft:500, tpot:50 or e2el:9000.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts and arrivals.")] = 0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that one request may take.")] = 600.0,
+    json_file: JsonFile = None,
+    tls: UseTls = False,
+    ca: CaFile = None,
+    cert: CertFile = None,
+    key: KeyFile = None,
+) -> None:
+    """Put load on a running gateway; the result has the names of `vllm bench serve`."""
+    from bench.open_loop import LoadPlan, run_load, served_models, summarise
+
+    bounds_ms = parse_goodput(goodput or [])
+    secured = client_tls(tls, ca, cert, key)
+    cards = served_models(address, api_key(), secured)
+    if model is None and len(cards) != 1:
+        raise ConfigError(f"{len(cards)} models are served ({', '.join(cards)}); choose one with --model")
+    name = model or next(iter(cards))
+    if name not in cards:
+        raise ConfigError(f"model is {name!r}; served: {', '.join(cards)}")
+    plan = LoadPlan(
+        model=name,
+        vocab_size=cards[name].vocab_size,
+        num_prompts=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        seed=seed,
+        timeout_s=timeout,
+    )
+    result = summarise(*asyncio.run(run_load(address, plan, api_key(), secured)), bounds_ms)
+    table = Table(show_header=False, title=f"{num_prompts} × {input_len}→{output_len} on {name}")
+    for measure, value in result.items():
+        if value is not None:
+            table.add_row(measure, f"{value:.2f}" if isinstance(value, float) else str(value))
+    Console(highlight=False).print(table)
+    _write(result, json_file)
+
+
+def parse_goodput(bounds: Sequence[str]) -> dict[str, float]:
+    """{measure: milliseconds} of "ttft:500". Raises ConfigError."""
+    from bench.open_loop import GOODPUT_MEASURES
+
+    found: dict[str, float] = {}
+    for bound in bounds:
+        name, _, number = bound.partition(":")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            raise ConfigError(f"goodput is {bound!r}; it must be like ttft:500, in milliseconds") from None
+        if name not in GOODPUT_MEASURES:
+            raise ConfigError(f"goodput is {bound!r}; measures are {', '.join(GOODPUT_MEASURES)}")
+    return found
+
+
+def _write(result: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    parent.add_typer(app, name="bench")

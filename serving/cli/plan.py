@@ -1,0 +1,197 @@
+"""`packtrain plan`: what serving a model takes, before there are weights or machines."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from model_parallel.checkpoint.detect import describe
+from model_parallel.config import DTYPE_BYTES, QUANTIZATIONS, ModelConfig
+from model_parallel.errors import ConfigError
+from model_parallel.memory import (
+    DEVICES,
+    GIB,
+    Device,
+    GroupMemory,
+    Workload,
+    plan_group,
+    smallest_tp_size,
+    weight_bytes,
+)
+from model_parallel.model.partition import shard_table
+from serving.models.known_llama import known_config
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def model_config(model: str) -> ModelConfig:
+    """Of a path to a checkpoint, or of a known model's name. Raises ConfigError, CheckpointError."""
+    return describe(Path(model)).config if Path(model).exists() else known_config(model)
+
+
+def choose_device(gpu: str | None, *, memory_gib: float | None, bandwidth_gb_per_s: float | None) -> Device:
+    """A known GPU, numbers of one's own, or a known one with numbers changed. Raises ConfigError."""
+    if gpu is not None and gpu.lower() not in DEVICES:
+        raise ConfigError(
+            f"gpu is {gpu!r}; known: {', '.join(DEVICES)}. Give --memory-gib and --bandwidth for another one"
+        )
+    known = DEVICES[gpu.lower()] if gpu is not None else None
+    memory_bytes = known.memory_bytes if known else None
+    bandwidth = known.bandwidth_bytes_per_s if known else None
+    if memory_gib is not None:
+        memory_bytes = int(memory_gib * GIB)
+    if bandwidth_gb_per_s is not None:
+        bandwidth = bandwidth_gb_per_s * 1e9
+    if memory_bytes is None or bandwidth is None:
+        raise ConfigError("--gpu, or both --memory-gib and --bandwidth, must be given")
+    return Device(name=known.name if known else "given", memory_bytes=memory_bytes, bandwidth_bytes_per_s=bandwidth)
+
+
+def smallest_that_fits(
+    config: ModelConfig,
+    tp_size: int,
+    *,
+    dtype: str,
+    quantization: str,
+    device: Device,
+    workload: Workload,
+    utilisation: float,
+) -> dict[str, Any]:
+    """With the same devices the fewest ranks, and with as many ranks the known device with the least memory; None: none."""
+    kept: dict[str, Any] = {
+        "dtype": dtype, "quantization": quantization, "workload": workload, "utilisation": utilisation,
+    }  # fmt: skip
+    devices = sorted(DEVICES.values(), key=lambda d: (d.memory_bytes, d.bandwidth_bytes_per_s))
+    fitting = (d.name for d in devices if plan_group(config, tp_size, device=d, **kept).fits)
+    fewest = smallest_tp_size(config, device=device, **kept)
+    return {"tensor_parallel_size": fewest, "gpu": next(fitting, None)}
+
+
+def as_data(
+    config: ModelConfig, group: GroupMemory, *, model: str, dtype: str, quantization: str, smallest: dict[str, Any]
+) -> dict[str, Any]:
+    """The plan as plain data, in bytes, tokens and seconds."""
+    batch = group.largest_batch
+    return {
+        "model": model,
+        "dtype": dtype,
+        "quantization": quantization,
+        "gpu": group.device.name,
+        "tensor_parallel_size": len(group.ranks),
+        "parameters": config.num_parameters,
+        "weight_bytes": sum(weight_bytes(shard_table(config, 1, 0), dtype=dtype, quantization=quantization).values()),
+        "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype],
+        "max_model_len": group.workload.max_model_len,
+        "fits": group.fits,
+        "kv_tokens": group.kv_tokens,
+        "largest_batch": batch,
+        "decode_floor_s": group.decode_floor_s(0),
+        "decode_floor_largest_batch_s": group.decode_floor_s(batch),
+        "smallest_that_fits": smallest,
+        "ranks": [
+            {
+                "rank": r.rank,
+                "query_heads": [r.heads.query_heads.start, r.heads.query_heads.stop - 1],
+                "kv_heads": [r.heads.kv_heads.start, r.heads.kv_heads.stop - 1],
+                "weight_bytes": r.weight_bytes,
+                "activation_bytes": r.activation_bytes,
+                "kv_bytes_per_token": r.kv_bytes_per_token,
+                "kv_tokens": r.kv_tokens,
+                "budget_bytes": r.budget_bytes,
+            }
+            for r in group.ranks
+        ],
+    }
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """`as_data`'s result as tables."""
+
+    def gib(num_bytes: int) -> str:
+        return f"{num_bytes / GIB:.2f} GiB"
+
+    numbers = f"{plan['dtype']} {plan['quantization']}".rstrip()
+    title = f"{plan['model']}, {numbers}, TP={plan['tensor_parallel_size']} on {plan['gpu']}"
+    table = Table(
+        "rank", "query heads", "kv heads", "weights", "activations", "KV / token", "KV tokens that fit", title=title
+    )
+    for r in plan["ranks"]:
+        heads = (f"{first}-{last}" if first < last else str(first) for first, last in (r["query_heads"], r["kv_heads"]))
+        table.add_row(
+            str(r["rank"]), *heads, gib(r["weight_bytes"]), gib(r["activation_bytes"]),
+            f"{r['kv_bytes_per_token']:,} B", f"{r['kv_tokens']:,}",
+        )  # fmt: skip
+    console.print(table)
+    group = Table(show_header=False)
+    group.add_row("parameters", f"{plan['parameters']:,}")
+    group.add_row("weights, once", gib(plan["weight_bytes"]))
+    group.add_row("KV cache of a token, once", f"{plan['kv_bytes_per_token']:,} bytes")
+    group.add_row("may be used of a rank's memory", gib(plan["ranks"][0]["budget_bytes"]))
+    if plan["fits"]:
+        floor_s, batch, batch_s = plan["decode_floor_s"], plan["largest_batch"], plan["decode_floor_largest_batch_s"]
+        group.add_row("KV cache of the group", f"{plan['kv_tokens']:,} tokens")
+        group.add_row(f"largest batch of {plan['max_model_len']:,} tokens", str(batch))
+        group.add_row(
+            "decode floor, one short sequence", f"{floor_s * 1e3:.2f} ms a token, {1 / floor_s:,.0f} tokens/s"
+        )
+        group.add_row("decode floor, largest batch", f"{batch_s * 1e3:.2f} ms a step, {batch / batch_s:,.0f} tokens/s")
+    smallest = plan["smallest_that_fits"]
+    fewest, gpu = smallest["tensor_parallel_size"], smallest["gpu"]
+    group.add_row("fits", "yes" if plan["fits"] else "[bold red]no[/]")
+    group.add_row(f"smallest TP on {plan['gpu']}", str(fewest) if fewest else "none")
+    group.add_row(f"smallest GPU at TP={plan['tensor_parallel_size']}", gpu or "none")
+    console.print(group)
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A known name (llama-2-70b-chat), or a checkpoint's directory or file.")],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantization: Annotated[str, typer.Option(help="int8: weight matrices in eight bits.")] = "",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt plus answer; the model's own if unset.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that may run at the same time.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
+    memory_gib: Annotated[float | None, typer.Option(min=0.001, help="Memory of a rank's device, in GiB.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(min=0.001, help="Its bandwidth, in GB/s.")] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of that memory that may be used.")] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a model takes: memory, heads of each rank, KV cache, and whether it fits. No weights are needed.
+
+    Ends with status 1 when it does not fit.
+    """
+    config = model_config(model)
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(f'quantization is {quantization!r}; allowed: int8, or "" for none')
+    if context is not None and context > config.max_position:
+        raise ConfigError(f"context is {context}, and the model's own length is {config.max_position} tokens")
+    device = choose_device(gpu, memory_gib=memory_gib, bandwidth_gb_per_s=bandwidth)
+    workload = Workload(
+        max_model_len=context or config.max_position,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    rest: dict[str, Any] = numbers | {"device": device, "workload": workload, "utilisation": utilisation}
+    group = plan_group(config, tp, **rest)
+    smallest = smallest_that_fits(config, tp, **rest)
+    data = as_data(config, group, model=model, smallest=smallest, **numbers)
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+    else:
+        print_plan(data, Console())
+    if not group.fits:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(plan)

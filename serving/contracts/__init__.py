@@ -1,0 +1,1 @@
+"""Plain data and exceptions that several processes share. Imports none of the other rooms but config."""

@@ -1,0 +1,229 @@
+"""Every exception that ends a request, with the status that answers it on gRPC and on HTTP (in OpenAI's form).
+
+ServingError
+├── ValidationError            a field is wrong
+├── UnknownModelError          no served model has this name
+├── UnauthenticatedError       no key, or not a valid one
+├── PermissionDeniedError      the key does not allow this
+├── QuotaExceededError         the tenant or the key has used up a limit
+├── AccountsUnavailableError   keys, quotas or usage records cannot be reached now
+├── OverloadedError            as many requests are open as are allowed
+├── DrainingError              the gateway stops
+├── GroupUnavailableError      no live replica group, or the one that ran the request is lost
+├── DeadlineExceededError      the client's deadline passed
+├── CancelledInGroupError      the group cancelled the request, and this gateway did not ask for it
+├── SlowReaderError            the client does not read its answer
+└── TenancyError
+    ├── NotFoundError          no plan, tenant or key of that name
+    ├── AlreadyExistsError     the name is taken
+    └── StoreUnavailableError  the database cannot be reached now
+
+The engine's own errors (`model_parallel.errors.RequestError`) get their status in `serving.gateway.core.error_responses`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """One answer, in both forms."""
+
+    code: str
+    """Name of the gRPC status code."""
+    http_status: int
+    reason: str
+    """A stable label, for google.rpc.ErrorInfo, logs and metrics."""
+    error_type: str = "invalid_request_error"
+    error_code: str | None = None
+    """`type` and `code` of OpenAI's error object."""
+    is_retryable: bool = False
+    """Trying again can help."""
+
+
+def _unavailable(reason: str) -> Status:
+    return Status(
+        code="UNAVAILABLE",
+        http_status=503,
+        reason=reason,
+        error_type="service_unavailable_error",
+        error_code="service_unavailable",
+        is_retryable=True,
+    )
+
+
+INVALID_REQUEST = Status(code="INVALID_ARGUMENT", http_status=400, reason="INVALID_REQUEST")
+CONTEXT_LENGTH_EXCEEDED = Status(
+    code="INVALID_ARGUMENT", http_status=400, reason="INVALID_REQUEST", error_code="context_length_exceeded"
+)
+OVERLOADED = Status(
+    code="RESOURCE_EXHAUSTED",
+    http_status=503,
+    reason="OVERLOADED",
+    error_type="service_unavailable_error",
+    error_code="server_is_overloaded",
+    is_retryable=True,
+)
+
+
+class ServingError(Exception):
+    """A request that cannot be answered. The message is fit for the client to read."""
+
+    status: ClassVar[Status]
+    field: str = ""
+    """The field that is wrong, by its path."""
+    quota: str = ""
+    """The quota that is used up."""
+    retry_after_s: float | None = None
+    """When to try again, where that is known."""
+
+    def answered_by(self) -> Status:
+        """The status of this one error; the class's own unless the error says more."""
+        return self.status
+
+
+class ValidationError(ServingError, ValueError):
+    """A request that can never be served. `field` is the one to correct, "" when the request has no readable fields."""
+
+    status = INVALID_REQUEST
+
+    def __init__(self, field: str, message: str, *, is_too_long: bool = False) -> None:
+        """`is_too_long` when prompt and answer do not fit the model."""
+        super().__init__(message)
+        self.field = field
+        self.is_too_long = is_too_long
+
+    def answered_by(self) -> Status:
+        return CONTEXT_LENGTH_EXCEEDED if self.is_too_long else self.status
+
+
+class UnknownModelError(ServingError, LookupError):
+    """No served model has this name."""
+
+    status = Status(code="NOT_FOUND", http_status=404, reason="MODEL_NOT_FOUND", error_code="model_not_found")
+    field = "model"
+
+
+class UnauthenticatedError(ServingError):
+    """No key, a wrong, expired or revoked one, or more than one. Says the same in every case."""
+
+    status = Status(code="UNAUTHENTICATED", http_status=401, reason="UNAUTHENTICATED", error_code="invalid_api_key")
+
+
+class PermissionDeniedError(ServingError):
+    """The key is valid and does not allow this."""
+
+    status = Status(
+        code="PERMISSION_DENIED", http_status=403, reason="PERMISSION_DENIED", error_code="permission_denied"
+    )
+
+
+class QuotaExceededError(ServingError):
+    """The tenant, or the key, has used up what it may."""
+
+    status = Status(
+        code="RESOURCE_EXHAUSTED",
+        http_status=429,
+        reason="QUOTA",
+        error_type="rate_limit_exceeded",
+        error_code="rate_limit_exceeded",
+    )
+    _BUDGET_SPENT: ClassVar[Status] = Status(
+        code="RESOURCE_EXHAUSTED",
+        http_status=429,
+        reason="QUOTA",
+        error_type="insufficient_quota",
+        error_code="insufficient_quota",
+    )
+
+    def __init__(self, message: str, *, quota: str, retry_after_s: float | None) -> None:
+        """`quota` is a stable label such as "tokens_per_minute"; `retry_after_s` is None when waiting does not help."""
+        super().__init__(message)
+        self.quota = quota
+        self.retry_after_s = retry_after_s
+
+    def answered_by(self) -> Status:
+        return self._BUDGET_SPENT if self.retry_after_s is None else self.status
+
+
+class AccountsUnavailableError(ServingError):
+    """Nobody can tell now what the sender may still use, or keep what it has used."""
+
+    status = _unavailable("NO_ACCOUNTS")
+
+
+class OverloadedError(ServingError):
+    """As many requests are open as are allowed."""
+
+    status = OVERLOADED
+
+
+class DrainingError(ServingError):
+    """The gateway is stopping."""
+
+    status = _unavailable("DRAINING")
+
+
+class GroupUnavailableError(ServingError):
+    """No live replica group, or the one that ran the request is lost."""
+
+    status = _unavailable("NO_GROUP")
+
+    def __init__(self, message: str, *, may_have_run: bool = True) -> None:
+        """Without `may_have_run`, the group has said that it has not begun; another one may."""
+        super().__init__(message)
+        self.may_have_run = may_have_run
+
+
+class DeadlineExceededError(ServingError):
+    """The client's deadline passed first."""
+
+    status = Status(
+        code="DEADLINE_EXCEEDED",
+        http_status=504,
+        reason="DEADLINE",
+        error_type="timeout_error",
+        error_code="deadline_exceeded",
+    )
+
+
+class CancelledInGroupError(ServingError):
+    """The replica group was told to cancel the request by someone other than this gateway."""
+
+    status = Status(
+        code="CANCELLED", http_status=499, reason="CANCELLED", error_type="server_error", error_code="cancelled"
+    )
+
+
+class SlowReaderError(ServingError):
+    """The client does not read its answer."""
+
+    status = Status(
+        code="RESOURCE_EXHAUSTED",
+        http_status=408,
+        reason="SLOW_READER",
+        error_type="timeout_error",
+        error_code="slow_reader",
+    )
+
+
+class TenancyError(ServingError):
+    """What was asked for cannot be done."""
+
+
+class NotFoundError(TenancyError):
+    """There is no such plan, tenant or key."""
+
+    status = Status(code="NOT_FOUND", http_status=404, reason="NOT_FOUND", error_code="not_found")
+
+
+class AlreadyExistsError(TenancyError):
+    """There is one of that name."""
+
+    status = Status(code="ALREADY_EXISTS", http_status=409, reason="ALREADY_EXISTS", error_code="already_exists")
+
+
+class StoreUnavailableError(TenancyError):
+    """The database cannot be reached now. The message is for operators: clients are told less."""
+
+    status = _unavailable("NO_DATABASE")

@@ -1,0 +1,69 @@
+"""What is told of a request while it runs, to whoever keeps metrics, traces and the access log.
+
+`serving/observability/` listens; without it a gateway works the same and tells nobody.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from model_parallel.engine.request import EngineOutput, SamplingParams
+from serving.contracts.accounts import Principal, UsageRecord
+
+
+@dataclass(slots=True)
+class Passage:
+    """What goes with a request to its group besides the request, and what comes to be known on the way."""
+
+    trace_context: dict[str, str] = field(default_factory=dict)
+    """Headers that make the group's span a child of the gateway's; empty when nothing is traced."""
+    engine: str = ""
+    """Id of the group that took the request; the Backend sets it before it yields or raises."""
+
+
+class RequestObserver:
+    """A context around one request, which is told what happens to it. This one does not listen."""
+
+    def __enter__(self) -> "RequestObserver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """The request is over. What is raised says how, unless `refused` or `ended` has."""
+
+    def authenticated(self, principal: Principal) -> None:
+        """Whose request it is."""
+
+    def resolved(self, model: str) -> None:
+        """It asks for this model, which is served and which the sender may use."""
+
+    def generates(self, operation: str, num_choices: int, sampling: SamplingParams) -> None:
+        """It wants tokens. `operation` is "chat" or "text_completion"."""
+
+    def submitted(self) -> Passage:
+        """It goes to a group now, with what is returned."""
+        return Passage()
+
+    def received(self, outputs: Sequence[EngineOutput]) -> None:
+        """Outputs have come from the group."""
+
+    def settled(self, record: UsageRecord) -> None:
+        """What it used is known."""
+
+    def refused(self, code: str, reason: str, quota: str = "") -> None:
+        """It is answered with this status (its gRPC name) for this reason; `quota` is the one that is used up."""
+
+    def ended(self, code: str) -> None:
+        """It ends with this status, and nobody is there to be told."""
+
+
+Observe = Callable[[str, str, str, Mapping[str, str]], RequestObserver]
+"""(front end, method, request id, headers) to an observer. Of the headers traceparent and tracestate count."""
+
+UNOBSERVED = RequestObserver()
+
+
+def unobserved(front_end: str, method: str, request_id: str, headers: Mapping[str, str]) -> RequestObserver:
+    """For a gateway that nobody watches."""
+    return UNOBSERVED

@@ -1,0 +1,30 @@
+"""What a front end knows of one call besides its content."""
+
+from dataclasses import dataclass
+
+from serving.contracts.accounts import OPEN, Principal
+from serving.contracts.observer import UNOBSERVED, RequestObserver
+
+_MAX_LABEL_CHARS = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One call."""
+
+    request_id: str
+    """Made by the server."""
+    arrived_s: float
+    """On the generator's clock."""
+    timeout_s: float | None
+    """Left of the client's deadline at arrival."""
+    principal: Principal = OPEN
+    observer: RequestObserver = UNOBSERVED
+    """Is told what happens to it."""
+    is_streamed: bool = False
+    """Parts of the answer go out before its end. Otherwise its usage is durable before any of it goes out."""
+
+
+def printable_label(value: str) -> str:
+    """A client's own name for its request, which is echoed and nothing else: cut, and fit for a header or a log."""
+    return "".join(character for character in value if " " <= character <= "~")[:_MAX_LABEL_CHARS]

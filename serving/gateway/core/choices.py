@@ -1,0 +1,105 @@
+"""From the engine's tokens to the text of one choice: detokenisation, stop strings, and where the choice ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model_parallel.engine.request import EngineOutput, FinishReason, Timings, TokenLogprobs
+from serving.text.detokenizer import IncrementalDetokenizer, StopStrings
+from serving.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What a whole request took, told once at its end."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    group: Timings | None
+    """Of the slowest choice, stage by stage."""
+    gateway_s: float
+    """From arrival until a group got the request."""
+    total_s: float
+    """From arrival to the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """What one step brought for one choice."""
+
+    index: int
+    prompt_token_ids: tuple[int, ...] = ()
+    """What the choice's prompt became; the same on every chunk."""
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    """STOP or LENGTH, on the last chunk of the choice."""
+    summary: Summary | None = None
+    """On the last chunk of the request."""
+
+
+class Choice:
+    """One choice on its way: the engine's outputs in, chunks of text out."""
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        *,
+        prompt_token_ids: tuple[int, ...],
+        reports_prompt: bool,
+        continues_text: bool,
+    ) -> None:
+        """The first choice of a prompt reports its log-probabilities. With `continues_text` the answer goes on where the
+        prompt's text ends, so a space that begins it is kept."""
+        self.index = index
+        self._prompt_token_ids = prompt_token_ids
+        self._reports_prompt = reports_prompt
+        self.finished = False
+        self.num_tokens = 0
+        self.last_output: EngineOutput | None = None
+        """The engine's output that ended the choice; None while it runs."""
+        self._detokenizer = IncrementalDetokenizer(tokenizer, continues_text=continues_text)
+        self._stops = StopStrings(stops)
+
+    def take(self, output: EngineOutput) -> Chunk:
+        """The chunk that an output makes. Tokens after a stop string are dropped, however many came with it.
+
+        The text of a token that ends the choice is not part of the answer; the token is.
+        """
+        speaks = output.token_ids if output.stop_token_id is None else output.token_ids[:-1]
+        text, num_tokens = self._push(speaks)
+        finish_reason = output.finish_reason
+        if self._stops.matched is None:
+            num_tokens = len(output.token_ids)
+            if finish_reason is not None:
+                text += self._stops.push(self._detokenizer.flush())
+                if self._stops.matched is None:
+                    text += self._stops.flush()
+        if self._stops.matched is not None:
+            finish_reason = FinishReason.STOP
+        self.finished = finish_reason is not None
+        if self.finished:
+            self.last_output = output
+        self.num_tokens += num_tokens
+        return Chunk(
+            index=self.index,
+            prompt_token_ids=self._prompt_token_ids,
+            text=text,
+            token_ids=output.token_ids[:num_tokens],
+            logprobs=output.logprobs[:num_tokens],
+            prompt_logprobs=output.prompt_logprobs if self._reports_prompt else (),
+            finish_reason=finish_reason,
+        )
+
+    def _push(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """Text of the tokens up to a stop string, and how many tokens that were."""
+        text = ""
+        for num_tokens, token_id in enumerate(token_ids, start=1):
+            text += self._stops.push(self._detokenizer.push((token_id,)))
+            if self._stops.matched is not None:
+                return text, num_tokens
+        return text, len(token_ids)

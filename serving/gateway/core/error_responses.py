@@ -1,0 +1,65 @@
+"""The status-code contract: how every exception is answered, on gRPC and on HTTP (in OpenAI's form).
+
+Our exceptions carry their status (`serving.contracts.errors`). The engine's RequestError is looked up by its kind. Every other
+exception is our own fault: it is answered as an internal error, and its text is not shown.
+"""
+
+import random
+from dataclasses import dataclass
+
+from model_parallel.errors import RequestError
+from serving.contracts.errors import INVALID_REQUEST, OVERLOADED, ServingError, Status, StoreUnavailableError
+
+_INTERNAL = Status(
+    code="INTERNAL", http_status=500, reason="INTERNAL", error_type="server_error", error_code="internal_error"
+)
+_OF_REQUEST_ERROR = {
+    "invalid": INVALID_REQUEST,
+    "overloaded": OVERLOADED,
+    "numerical_error": Status(
+        code="INTERNAL",
+        http_status=500,
+        reason="NUMERICAL_ERROR",
+        error_type="server_error",
+        error_code="numerical_error",
+    ),
+}
+"""By the kind of a RequestError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorResponse:
+    """One error as a client gets it."""
+
+    status: Status
+    message: str
+    field: str = ""
+    """The field that is wrong, by its path."""
+    quota: str = ""
+    """The quota that is used up."""
+    retry_after_s: float | None = None
+    """None when trying again does not help."""
+
+
+def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
+    """The answer to a request that raised `error`. `retry_delay_s` is told where nobody knows better."""
+    match error:
+        case StoreUnavailableError():
+            status, message = error.status, "the database cannot be reached now; the log says why"
+        case ServingError():
+            status, message = error.answered_by(), str(error)
+        case RequestError() if error.kind in _OF_REQUEST_ERROR:
+            status, message = _OF_REQUEST_ERROR[error.kind], str(error)
+        case _:
+            status, message = _INTERNAL, "internal error; it was logged under the request id"
+    retry_after_s = error.retry_after_s if isinstance(error, ServingError | RequestError) else None
+    if status.is_retryable:
+        # Clients that are refused together must not come back together.
+        retry_after_s = (retry_after_s or retry_delay_s) * random.uniform(1.0, 1.5)
+    return ErrorResponse(
+        status=status,
+        message=message,
+        field=error.field if isinstance(error, ServingError) else "",
+        quota=error.quota if isinstance(error, ServingError) else "",
+        retry_after_s=retry_after_s,
+    )

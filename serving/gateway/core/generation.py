@@ -1,0 +1,273 @@
+"""One client request from a query to its chunks or scores. Knows nothing of the wire: every front end shares it."""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from model_parallel.engine.request import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+)
+from model_parallel.errors import RequestError
+from serving.config import LimitsConfig
+from serving.contracts.accounts import Accounts, OpenAccounts, Principal
+from serving.contracts.errors import CancelledInGroupError, DeadlineExceededError, GroupUnavailableError
+from serving.contracts.models import ModelCard
+from serving.contracts.observer import Passage
+from serving.gateway.core.admission import RecentRefusals
+from serving.gateway.core.backend import Backend
+from serving.gateway.core.call import Call
+from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.metering import Meter
+from serving.gateway.core.prompts import PromptEncoder
+from serving.gateway.core.validate import (
+    ChatPrompt,
+    GenerateQuery,
+    ScoreQuery,
+    TextPrompt,
+    TokenizeQuery,
+    check_generate,
+    check_score,
+    check_token_ids,
+    check_tokenize,
+    find_model,
+    output_budget,
+)
+from serving.text.tokenizer import Tokenizer
+
+_SAME_NAME = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "ignore_eos", "logprobs", "prompt_logprobs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredTokens:
+    """Log-probabilities of one continuation's tokens, each with the most likely alternative."""
+
+    tokens: tuple[TokenLogprobs, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return sum(token.logprob for token in self.tokens)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Greedy decoding of the context would have given it."""
+        return all(token.top[0][0] == token.token_id for token in self.tokens)
+
+
+class Generator:
+    """Runs the requests of one gateway on the backend. Raises what `interceptors` maps to status codes."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizers: Mapping[str, Tokenizer],
+        limits: LimitsConfig,
+        *,
+        accounts: Accounts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
+        self.models: Mapping[str, ModelCard] = backend.models
+        self.tokenizers = tokenizers
+        self._encoders = {name: PromptEncoder(card, tokenizers[name]) for name, card in backend.models.items()}
+        self._limits = limits
+        self._backend = backend
+        self._accounts: Accounts = accounts or OpenAccounts()
+        self._refusals = RecentRefusals(clock)
+
+    async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
+        """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
+        end the request early."""
+        card = self.model_for(call, query.model)
+        encoder, num_choices = self._encoders[card.name], query.n or 1
+        sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
+        num_prompt_tokens = 0
+        for field, prompt in check_generate(query, card, self._limits).items():
+            token_ids = await encoder.encode(field, prompt)
+            max_tokens = output_budget(len(token_ids), query.max_tokens, card, field)
+            num_prompt_tokens += len(token_ids)
+            sequences += [(token_ids, _sampling_params(query, seed=seed, max_tokens=max_tokens))] * num_choices
+        call.observer.generates(
+            "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
+        )
+        choices = self._choices(query, card, [token_ids for token_ids, _ in sequences])
+        meter = await self._meter(call, card, num_prompt_tokens, sum(sampling.max_tokens for _, sampling in sequences))
+        with meter:
+            requests = self._requests(card, call, sequences)
+            last: Chunk | None = None
+            async with aclosing(self._run(card, requests, meter)) as outputs:
+                async for output in outputs:
+                    choice = choices[output.choice]
+                    if choice.finished:  # by a stop string, which the group does not know of
+                        continue
+                    _raise_failure(output)
+                    chunk = choice.take(output)
+                    meter.num_completion_tokens = sum(choice.num_tokens for choice in choices)
+                    if all(choice.finished for choice in choices):
+                        last = chunk
+                        break
+                    yield chunk
+            if last is None or last.finish_reason is None:
+                raise RuntimeError("the backend ended before every choice did")
+            last_outputs = [choice.last_output for choice in choices]
+            summary = await meter.close(last_outputs, last.finish_reason)
+        yield replace(last, summary=summary)
+
+    async def score(self, query: ScoreQuery, call: Call) -> tuple[list[ScoredTokens], Summary]:
+        """Scores of the continuations, in their order."""
+        card = self.model_for(call, query.model)
+        context, continuations = check_score(query, card, self._limits)
+        encoder = self._encoders[card.name]
+        pairs = [await encoder.encode_pair(context, index, end) for index, end in enumerate(continuations)]
+        greedy = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
+        sequences = [(whole, msgspec.structs.replace(greedy, prompt_logprobs_start=start)) for whole, start in pairs]
+        tokens: list[list[TokenLogprobs]] = [[] for _ in pairs]
+        last_outputs: list[EngineOutput | None] = [None] * len(pairs)
+        meter = await self._meter(call, card, sum(len(whole) for whole, _ in pairs), 0)
+        with meter:
+            requests = self._requests(card, call, sequences)
+            async with aclosing(self._run(card, requests, meter)) as outputs:
+                async for output in outputs:
+                    _raise_failure(output)
+                    tokens[output.choice] += output.prompt_logprobs
+                    if output.finish_reason is not None:
+                        last_outputs[output.choice] = output
+            if [len(scored) for scored in tokens] != [len(whole) - start for whole, start in pairs]:
+                raise RuntimeError("the backend did not report every prompt log-probability that was asked for")
+            summary = await meter.close(last_outputs, FinishReason.LENGTH)
+        return [ScoredTokens(tokens=tuple(scored)) for scored in tokens], summary
+
+    async def tokenize(self, query: TokenizeQuery, call: Call) -> tuple[int, ...]:
+        """Token ids of a text or a conversation."""
+        card = self.model_for(call, query.model)
+        prompt = check_tokenize(query, card, self._limits)
+        encoder = self._encoders[card.name]
+        if isinstance(prompt, TextPrompt):
+            return await encoder.encode_text("text", prompt.text, add_bos=query.add_bos is not False)
+        return await encoder.encode("messages", prompt)
+
+    def detokenize(self, model: str, token_ids: Sequence[int], call: Call) -> str:
+        """Text of token ids."""
+        card = self.model_for(call, model)
+        check_token_ids("token_ids", token_ids, card)
+        return self.tokenizers[card.name].decode(token_ids)
+
+    def visible_models(self, principal: Principal) -> list[ModelCard]:
+        """Those that the sender may use, by name."""
+        return [
+            self.models[name] for name in sorted(self.models) if principal.models is None or name in principal.models
+        ]
+
+    def model_for(self, call: Call, name: str) -> ModelCard:
+        """Raises UnknownModelError, PermissionDeniedError."""
+        card = find_model(self.models, name)
+        call.principal.check_model(name)
+        call.observer.resolved(name)
+        return card
+
+    def _choices(self, query: GenerateQuery, card: ModelCard, prompts: Sequence[tuple[int, ...]]) -> list[Choice]:
+        """One for each of `prompts`, in which the prompt of several choices stands several times."""
+        return [
+            Choice(
+                index,
+                self.tokenizers[card.name],
+                query.stop,
+                prompt_token_ids=token_ids,
+                reports_prompt=index % (query.n or 1) == 0,
+                continues_text=not isinstance(query.prompt, ChatPrompt),
+            )
+            for index, token_ids in enumerate(prompts)
+        ]
+
+    async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
+        """Reserves the most that the request can use. Raises QuotaExceededError."""
+        reservation = await self._accounts.reserve(
+            call.principal,
+            request_id=call.request_id,
+            model=card.name,
+            num_tokens=num_prompt_tokens + num_output_tokens,
+        )
+        return Meter(call, card.name, num_prompt_tokens, reservation, self.clock)
+
+    async def _run(
+        self, card: ModelCard, requests: list[EngineRequest], meter: Meter
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Asks one group after the other until one takes the request in."""
+        passage: Passage | None = None
+        for num_others in reversed(range(card.num_groups)):
+            self._refusals.check(card.name, card.num_groups, requests)
+            passage = passage or meter.submit()
+            passage.engine = ""
+            try:
+                async with aclosing(self._backend.generate(card.name, requests, passage)) as steps:
+                    async for outputs in steps:
+                        meter.received(outputs)
+                        for output in outputs:
+                            yield output
+                return
+            except RequestError as error:
+                if error.kind != "overloaded" or not passage.engine:
+                    raise
+                self._refusals.remember(card.name, passage.engine, requests, error)
+                if not num_others:
+                    raise
+            except GroupUnavailableError as error:
+                if error.may_have_run or not num_others:
+                    raise
+
+    def _requests(
+        self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]
+    ) -> list[EngineRequest]:
+        deadline_s = None
+        if call.timeout_s is not None:
+            deadline_s = call.timeout_s - (self.clock() - call.arrived_s)
+            if deadline_s <= 0:
+                raise DeadlineExceededError("the deadline passed before a replica group got the request")
+        return [
+            EngineRequest(
+                request_id=f"{call.request_id}-{choice}",
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                choice=choice,
+                eos_token_ids=card.eos_token_ids,
+                deadline_s=deadline_s,
+                cache_salt=call.principal.cache_salt,
+                tenant=call.principal.tenant_id,
+                weight=call.principal.weight,
+                priority=call.principal.priority,
+            )
+            for choice, (prompt, sampling) in enumerate(sequences)
+        ]
+
+
+def _sampling_params(query: GenerateQuery, *, seed: int, max_tokens: int) -> SamplingParams:
+    given = {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+    return SamplingParams(
+        **given,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(query.stop_token_ids),
+        logit_bias=tuple(query.logit_bias),
+    )
+
+
+def _raise_failure(output: EngineOutput) -> None:
+    match output.finish_reason:
+        case FinishReason.DEADLINE:
+            raise DeadlineExceededError("the deadline passed before the answer was complete")
+        case FinishReason.CANCELLED:
+            raise CancelledInGroupError("the request was cancelled")
+        case FinishReason.ERROR if output.error_kind == "unavailable":
+            raise GroupUnavailableError(output.error)
+        case FinishReason.ERROR:
+            raise RequestError(output.error, kind=output.error_kind)

@@ -1,0 +1,121 @@
+"""Counts what one request uses, and settles its reservation exactly once, however it ends."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from model_parallel.engine.request import EngineOutput, FinishReason, Timings
+from model_parallel.errors import RequestError
+from serving.contracts.accounts import Reservation, UsageRecord
+from serving.contracts.errors import CancelledInGroupError, DeadlineExceededError, GroupUnavailableError
+from serving.contracts.observer import Passage
+from serving.gateway.core.call import Call
+from serving.gateway.core.choices import Summary
+
+
+class Meter:
+    """A context around the run of one request. Leaving it without `close` charges what was used until then."""
+
+    def __init__(
+        self,
+        call: Call,
+        model: str,
+        num_prompt_tokens: int,
+        reservation: Reservation,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._call = call
+        self._model = model
+        self._num_prompt_tokens = num_prompt_tokens
+        self._reservation = reservation
+        self._clock = clock
+        self._started_unix_s = wall_clock() - (clock() - call.arrived_s)
+        self._submitted_s: float | None = None
+        self._is_settled = False
+        self.num_completion_tokens = 0
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._is_settled:
+            outcome = _outcome(error)
+            if outcome == "rejected":
+                self._num_prompt_tokens = 0
+            self._settle(self._summary(()), outcome)
+
+    def submit(self) -> Passage:
+        """The request goes to a group now."""
+        self._submitted_s = self._clock()
+        return self._call.observer.submitted()
+
+    def received(self, outputs: Sequence[EngineOutput]) -> None:
+        """Outputs have come from the group."""
+        self._call.observer.received(outputs)
+
+    async def close(self, last_outputs: Sequence[EngineOutput | None], reason: FinishReason) -> Summary:
+        """The request has ended well: settle it, with a durable record if the answer is not streamed."""
+        summary = self._summary([output for output in last_outputs if output is not None])
+        self._settle(summary, reason.value)
+        if not self._call.is_streamed:
+            await self._reservation.recorded()
+        return summary
+
+    def _settle(self, summary: Summary, outcome: str) -> None:
+        self._is_settled = True
+        group = summary.group or Timings()
+        record = UsageRecord(
+            request_id=self._call.request_id,
+            tenant_id=self._call.principal.tenant_id,
+            key_id=self._call.principal.key_id,
+            model=self._model,
+            num_prompt_tokens=summary.num_prompt_tokens if self._submitted_s is not None else 0,
+            num_cached_tokens=summary.num_cached_tokens,
+            num_completion_tokens=summary.num_completion_tokens,
+            outcome=outcome,
+            started_unix_s=self._started_unix_s,
+            gateway_s=summary.gateway_s,
+            queue_s=group.queue_s,
+            prefill_s=group.prefill_s,
+            decode_s=group.decode_s,
+            total_s=summary.total_s,
+        )
+        self._reservation.settle(record)
+        self._call.observer.settled(record)
+
+    def _summary(self, last_outputs: Sequence[EngineOutput]) -> Summary:
+        now_s = self._clock()
+        timings = [output.timings for output in last_outputs if output.timings is not None]
+        group = None
+        if timings:
+            group = Timings(
+                queue_s=max(timing.queue_s for timing in timings),
+                prefill_s=max(timing.prefill_s for timing in timings),
+                decode_s=max(timing.decode_s for timing in timings),
+            )
+        return Summary(
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_completion_tokens=self.num_completion_tokens,
+            num_cached_tokens=sum(output.num_cached_tokens for output in last_outputs),
+            group=group,
+            gateway_s=(now_s if self._submitted_s is None else self._submitted_s) - self._call.arrived_s,
+            total_s=now_s - self._call.arrived_s,
+        )
+
+
+def _outcome(error: BaseException | None) -> str:
+    match error:
+        case asyncio.CancelledError() | GeneratorExit() | CancelledInGroupError():
+            return "cancelled"
+        case DeadlineExceededError():
+            return "deadline"
+        case GroupUnavailableError():
+            return "unavailable"
+        case RequestError(kind="overloaded" | "invalid" | "duplicate"):
+            return "rejected"
+        case _:
+            return "error"

@@ -1,0 +1,261 @@
+"""What a client may ask. One validator for every front end: gRPC and HTTP build the same plain queries, checked here.
+
+An error names the field (as the HTTP API calls it: `temperature`, `stop[2]`, `messages[0]`), its value and what is
+allowed. Text of prompts is never quoted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from serving.config import LimitsConfig
+from serving.contracts.errors import UnknownModelError, ValidationError
+from serving.contracts.models import ModelCard
+from serving.text.chat import ChatMessage
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Text, to be tokenised with the beginning-of-sequence token before it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, oldest message first."""
+
+    messages: Sequence[ChatMessage]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+PromptList = Sequence[TextPrompt | TokenPrompt]
+"""Prompts of one request, which share everything else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateQuery:
+    """A prompt to answer, as the client sent it. None is unset; SamplingParams says what the fields mean."""
+
+    model: str
+    prompt: Prompt | PromptList | None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool | None = None
+    n: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreQuery:
+    """Continuations to score after one context. An empty text or token context is the beginning of a sequence."""
+
+    model: str
+    context: Prompt | None
+    continuations: Sequence[TextPrompt | TokenPrompt | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizeQuery:
+    """A text or a conversation to tokenise."""
+
+    model: str
+    prompt: TextPrompt | ChatPrompt | None
+    add_bos: bool | None = None
+    """Of a text; unset is true."""
+
+
+# Ranges that depend on nothing. Comparisons with NaN are false, so it is refused everywhere. The lower ends 0.01 keep
+# logits finite when they are divided by the value.
+_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: value == 0 or 0.01 <= value <= 2, "0 (greedy) or from 0.01 to 2"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0, at most 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda value: 0.01 <= value <= 2, "from 0.01 to 2"),
+    "presence_penalty": (lambda value: -2 <= value <= 2, "from -2 to 2"),
+    "frequency_penalty": (lambda value: -2 <= value <= 2, "from -2 to 2"),
+}
+_MAX_BIAS = 100
+
+
+def find_model(models: Mapping[str, ModelCard], name: str) -> ModelCard:
+    """Raises UnknownModelError, which lists the served models; ValidationError when no name is given."""
+    if not name:
+        raise ValidationError("model", f"model is empty; served: {', '.join(sorted(models))}")
+    if name not in models:
+        raise UnknownModelError(f"model {_quote(name)} is not served; served: {', '.join(sorted(models))}")
+    return models[name]
+
+
+def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> dict[str, Prompt]:
+    """Check all but the prompts' lengths, which only tokenising tells (`output_budget`). Returns the prompts, which are
+    there, by what errors call them. Raises ValidationError."""
+    prompts = _named_prompts(query.prompt, limits)
+    checked = {field: check_prompt(field, prompt, card, limits) for field, prompt in prompts.items()}
+    for field, prompt in checked.items():
+        if _is_empty(prompt):
+            raise ValidationError(field, f"{field} is empty; it needs at least one token")
+    for field, (is_allowed, allowed) in _RANGES.items():
+        value = getattr(query, field)
+        if value is not None and not is_allowed(value):
+            raise ValidationError(field, f"{field} is {value}; allowed: {allowed}")
+    _check_integer("top_k", query.top_k, 0, card.vocab_size)
+    _check_integer("seed", query.seed, 0, 2**64 - 1)
+    _check_integer("max_tokens", query.max_tokens, 1, card.max_model_len)
+    _check_integer("n", query.n, 1, limits.max_choices)
+    _check_integer("logprobs", query.logprobs, 0, limits.max_logprobs)
+    _check_integer("prompt_logprobs", query.prompt_logprobs, 0, limits.max_logprobs)
+    _check_stops(query, card, limits)
+    _check_count("logit_bias", query.logit_bias, limits.max_logit_bias)
+    for token_id, bias in query.logit_bias:
+        _check_integer("logit_bias", token_id, 0, card.vocab_size - 1, what="logit_bias has token id")
+        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise ValidationError(
+                "logit_bias", f"logit_bias[{token_id}] is {bias}; allowed: from -{_MAX_BIAS} to {_MAX_BIAS}"
+            )
+    return checked
+
+
+def check_score(
+    query: ScoreQuery, card: ModelCard, limits: LimitsConfig
+) -> tuple[Prompt, list[TextPrompt | TokenPrompt]]:
+    """Check all but lengths in tokens. Returns context and continuations, which are there. Raises ValidationError."""
+    context = check_prompt("context", query.context, card, limits)
+    if not query.continuations:
+        raise ValidationError("continuations", "continuations is empty; it needs at least one")
+    _check_count("continuations", query.continuations, limits.max_continuations)
+    continuations = []
+    for index, continuation in enumerate(query.continuations):
+        field = f"continuations[{index}]"
+        if continuation is None or _is_empty(continuation):
+            raise ValidationError(field, f"{field} is empty; it needs at least one token")
+        check_prompt(field, continuation, card, limits)
+        if {type(context), type(continuation)} == {TextPrompt, TokenPrompt}:
+            raise ValidationError(
+                field, f"{field} and the context mix text and token ids; where the text's tokens end would be a guess"
+            )
+        continuations.append(continuation)
+    return context, continuations
+
+
+def check_tokenize(query: TokenizeQuery, card: ModelCard, limits: LimitsConfig) -> Prompt:
+    """Returns the prompt, which is there. Raises ValidationError."""
+    if isinstance(query.prompt, ChatPrompt) and query.add_bos is not None:
+        raise ValidationError("add_bos", "add_bos is set beside chat, whose format decides about it; leave it unset")
+    return check_prompt("input", query.prompt, card, limits)
+
+
+def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: LimitsConfig) -> Prompt:
+    """Check what can be seen without tokenising; an empty text or token prompt passes. Returns the prompt, which is
+    there. Raises ValidationError."""
+    match prompt:
+        case None:
+            raise ValidationError(field, f"{field} is missing; give text, token ids or chat messages")
+        case TokenPrompt(token_ids):
+            check_token_ids(field, token_ids, card)
+        case ChatPrompt(messages):
+            if not card.chat_format:
+                raise ValidationError(
+                    "messages",
+                    f"messages were given, but model {card.name!r} has no chat format; give text or token ids",
+                )
+            if not messages:
+                raise ValidationError("messages", "messages is empty; it needs at least one")
+            _check_count("messages", messages, limits.max_chat_messages)
+            for index, message in enumerate(messages):
+                _num_bytes(f"messages[{index}]", message.content)
+        case TextPrompt(text):
+            _num_bytes(field, text)
+    return prompt
+
+
+def check_token_ids(field: str, token_ids: Sequence[int], card: ModelCard) -> None:
+    """Ids are checked against the width of the logits, which can exceed the tokenizer's. Raises ValidationError."""
+    if len(token_ids) > card.max_model_len:
+        raise ValidationError(field, f"{field} has {len(token_ids)} tokens; max_model_len is {card.max_model_len}")
+    for index, token_id in enumerate(token_ids):
+        _check_integer(f"{field}[{index}]", token_id, 0, card.vocab_size - 1)
+
+
+def output_budget(num_prompt_tokens: int, max_tokens: int | None, card: ModelCard, field: str = "prompt") -> int:
+    """Most output tokens after a prompt of that length. Raises ValidationError when prompt and answer do not fit."""
+    left = card.max_model_len - num_prompt_tokens
+    if left < 1:
+        raise ValidationError(
+            field,
+            f"{field} has {num_prompt_tokens} tokens; max_model_len is {card.max_model_len}, "
+            "at least one of them for the answer",
+            is_too_long=True,
+        )
+    if max_tokens is not None and max_tokens > left:
+        raise ValidationError(
+            "max_tokens",
+            f"max_tokens is {max_tokens} and {field} has {num_prompt_tokens} tokens; together they are over "
+            f"max_model_len, {card.max_model_len}",
+            is_too_long=True,
+        )
+    return left if max_tokens is None else max_tokens
+
+
+def _named_prompts(prompt: Prompt | PromptList | None, limits: LimitsConfig) -> dict[str, Prompt | None]:
+    if prompt is None or isinstance(prompt, Prompt):
+        return {"prompt": prompt}
+    if not prompt:
+        raise ValidationError("prompt", "prompt is empty; it needs at least one")
+    _check_count("prompt", prompt, limits.max_prompts)
+    return {f"prompt[{index}]": each for index, each in enumerate(prompt)}
+
+
+def _check_stops(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> None:
+    _check_count("stop", query.stop, limits.max_stop_strings)
+    for index, stop in enumerate(query.stop):
+        if not 1 <= (num_bytes := _num_bytes(f"stop[{index}]", stop)) <= limits.max_stop_string_bytes:
+            raise ValidationError(
+                f"stop[{index}]",
+                f"stop[{index}] has {num_bytes} bytes; allowed: from 1 to {limits.max_stop_string_bytes}",
+            )
+    _check_count("stop_token_ids", query.stop_token_ids, limits.max_stop_token_ids)
+    for index, token_id in enumerate(query.stop_token_ids):
+        _check_integer(f"stop_token_ids[{index}]", token_id, 0, card.vocab_size - 1)
+
+
+def _check_integer(field: str, value: int | None, low: int, high: int, *, what: str = "") -> None:
+    if value is not None and not low <= value <= high:
+        raise ValidationError(field, f"{what or f'{field} is'} {value}; allowed: from {low} to {high}")
+
+
+def _check_count(field: str, values: Sequence[object], limit: int) -> None:
+    if len(values) > limit:
+        raise ValidationError(field, f"{field} has {len(values)} entries; at most {limit} are allowed")
+
+
+def _num_bytes(field: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ValidationError(field, f"{field} holds half of a surrogate pair at character {error.start}") from None
+
+
+def _is_empty(prompt: Prompt) -> bool:
+    return prompt == TextPrompt("") or (isinstance(prompt, TokenPrompt) and not prompt.token_ids)
+
+
+def _quote(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")

@@ -1,0 +1,151 @@
+"""The gateway's Backend on Serve handles.
+
+A request goes through Serve (bytes, msgpack, by value) to the group that `router` chooses. Its outputs come back through
+`output_receiver`.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from model_parallel.engine.request import EngineOutput, EngineRequest
+from model_parallel.errors import RequestError
+from serving.contracts.errors import GroupUnavailableError
+from serving.contracts.group_link import GroupCall, GroupReply
+from serving.contracts.group_report import GroupReport
+from serving.contracts.models import ModelCard
+from serving.contracts.observer import Passage
+from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
+
+logger = logging.getLogger(__name__)
+
+HAND_OVER_S = 1.0
+"""How long a request whose client has gone may still be on its way to a group."""
+PROBE_TIMEOUT_S = 2.0
+STALE_AFTER_S = 10.0
+"""How long a group that was healthy and answers late is taken to be healthy."""
+Handle = DeploymentHandle[Any]
+
+
+class ServeBackend:
+    """The gateway's Backend on Serve handles. See serving/gateway/core/backend.py."""
+
+    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle], receiver: OutputReceiver) -> None:
+        """`receiver` must have started before the first request."""
+        self._models = {card.name: card for card in cards}
+        self._groups = groups
+        self._receiver = receiver
+        self._could_serve_s: dict[str, float] = {}
+        """When (monotonic) a group of each model last said that it can."""
+        self._calls: set[asyncio.Task[bytes]] = set()
+        """Of requests that no group has answered for yet."""
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(GroupReply).decode
+        self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
+
+    @property
+    def models(self) -> Mapping[str, ModelCard]:
+        return self._models
+
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], passage: Passage
+    ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+        num_open = len(requests)
+        inbox = self._receiver.open([request.request_id for request in requests])
+        call = GroupCall(tuple(requests), passage.trace_context, self._receiver.address)
+        # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
+        hand_over = asyncio.create_task(_value(self._groups[model].generate.remote(self._encode(call))))
+        del call
+        self._calls.add(hand_over)
+        hand_over.add_done_callback(partial(self._take_reply, model, inbox))
+        try:
+            while num_open:
+                outputs = await inbox.next()
+                num_open -= sum(output.finish_reason is not None for output in outputs)
+                passage.engine = inbox.engine
+                yield outputs
+        finally:
+            passage.engine = inbox.engine
+            inbox.close(cancel=num_open > 0)
+            if not hand_over.done():
+                # A group may be taking it in. It is told to drop it when it answers, if that is soon.
+                asyncio.get_running_loop().call_later(HAND_OVER_S, hand_over.cancel)
+
+    def _take_reply(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:
+        """A group has answered for a request, or none can."""
+        self._calls.discard(call)
+        error: Exception
+        try:
+            reply = self._decode(call.result())
+            if not reply.refusal_kind:
+                inbox.accepted(reply.engine)
+                return
+            inbox.engine = reply.engine
+            if reply.refusal_kind in ("overloaded", "unavailable"):
+                self._receiver.loads.refused(reply.engine)
+            if reply.refusal_kind == "unavailable":
+                error = GroupUnavailableError(reply.refusal, may_have_run=False)
+            else:
+                error = RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
+        except BackPressureError:
+            error = RequestError("every replica group of this model is full", kind="overloaded")
+        except (RequestCancelledError, asyncio.CancelledError):
+            error = GroupUnavailableError("the request was cancelled on its way to a replica group")
+        except (RayError, RayServeException) as lost:
+            logger.warning("a replica group of %s was lost: %s", model, type(lost).__name__)
+            error = GroupUnavailableError(f"the replica group of model {model!r} was lost")
+        except Exception as bug:
+            error = bug
+        inbox.fail(error)
+
+    async def can_serve(self, model: str) -> bool:
+        for _ in range(self._models[model].num_groups):
+            probe = self._groups[model].probe.remote()
+            try:
+                engine, problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)
+            except TimeoutError:
+                # A busy machine is slow to answer, so the last word counts for a while.
+                return time.monotonic() - self._could_serve_s.get(model, -math.inf) < STALE_AFTER_S
+            except (RayError, RayServeException) as error:
+                logger.warning("no replica group of %s can be reached: %s", model, type(error).__name__)
+                return False
+            if problem is None:
+                self._could_serve_s[model] = time.monotonic()
+                card = self._models[model]
+                if card.kernels != kernels:
+                    self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
+                return True
+            logger.warning("a replica group of %s is lost: %s", model, problem)
+            self._receiver.loads.refused(engine)  # so that another one is asked next
+        return False
+
+    async def reports(self, reader: str) -> dict[str, list[GroupReport]]:
+        """What every group of every model tells the gateway `reader`; a group that does not answer in time is left out."""
+        answers = await asyncio.gather(*(self._reports(handle, reader) for handle in self._groups.values()))
+        return dict(zip(self._groups, answers, strict=True))
+
+    async def _reports(self, handle: Handle, reader: str) -> list[GroupReport]:
+        broadcast = handle.broadcast("report", reader)
+        try:
+            items = await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError):
+            return []
+        return [self._decode_report(item) for item in items if isinstance(item, bytes)]
+
+
+async def _value(response: Any) -> Any:
+    """A Serve response as a coroutine, which is what can be waited for with a bound. Cancelling it cancels the call."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise

@@ -1,0 +1,1 @@
+"""The leader process of a replica group."""

@@ -1,0 +1,160 @@
+"""The leader process of one replica group: a Ray Serve deployment, one replica a group.
+
+The leader lives in the first bundle of the group's placement group, which Serve frees when the leader ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import msgspec
+from ray import serve
+
+from cluster.worker_group import RayExecutor
+from model_parallel.config import GroupConfig
+from model_parallel.engine.engine import Engine
+from model_parallel.engine.scheduler import Scheduler
+from model_parallel.errors import GroupFailedError, RequestError
+from serving.contracts.group_link import GroupCall, GroupReply
+from serving.contracts.group_report import GroupReport
+from serving.models.group_spec import GroupSpec
+from serving.observability.log import configure_logging, request_id
+from serving.observability.tracing import GroupSpan, open_tracing
+from serving.replica.async_engine import AsyncEngine
+from serving.replica.output_sender import OutputSenders
+from serving.replica.progress import ProgressFile
+from serving.replica.reports import IterationTokens, ReaderLease
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005
+DRAIN_POLL_S = 0.1
+
+
+class ReplicaGroup:
+    """The leader of one replica group: the engine's thread and the sockets to its ranks."""
+
+    _async_engine: AsyncEngine | None = None
+
+    async def __init__(self, spec: GroupSpec, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._drain_timeout_s = drain_timeout_s
+        self._engine_id = serve.get_replica_context().replica_id.unique_id
+        configure_logging(f"group {spec.card.name} {self._engine_id}")
+        # The engine's thread has a step to send while the event loop works on calls, and would wait so long for Python's lock.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._tracing = open_tracing()
+        self._reader = ReaderLease()
+        self._model = spec.card.name
+        self._cache = spec.cache
+        # A later incarnation has a higher epoch, on whatever node it comes to lie.
+        epoch = time.time_ns()
+        config = GroupConfig(
+            checkpoint_path=spec.card.source,
+            parallel=spec.parallel,
+            cache=spec.cache,
+            scheduler=spec.scheduler,
+            epoch=epoch,
+        )
+        self._step_timeout_s = spec.parallel.step_timeout_s
+        on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
+        self._executor = await asyncio.to_thread(
+            RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
+        )
+        self._iterations = IterationTokens()
+        scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
+        self._engine = Engine(self._executor, scheduler, on_step=self._iterations.observe)
+        self._decode = msgspec.msgpack.Decoder(GroupCall).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    async def generate(self, encoded_call: bytes) -> bytes:
+        """Take in the choices of one client request (msgpack, GroupCall). Returns a GroupReply (msgpack)."""
+        call = self._decode(encoded_call)
+        request_id.set(call.requests[0].request_id)
+        span = GroupSpan(self._tracing, self._model, self._engine_id, call.trace_context)
+        reply = GroupReply(self._engine_id)
+        try:
+            engine = self._running_engine()
+            sink = await self._senders.to(call.return_address)
+            engine.start(call.requests, sink, span.received, span.end)
+        except RequestError as error:
+            reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
+        except GroupFailedError:
+            logger.exception("a request reached a lost group")
+            reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")
+        except (OSError, TimeoutError) as error:
+            logger.warning("no outputs can be sent to a gateway at %s: %s", call.return_address.host, error)
+            reply = GroupReply(self._engine_id, "unavailable", "the replica group could not send its answer")
+        except BaseException as error:  # a bug, or the call was cancelled
+            span.failed("" if isinstance(error, asyncio.CancelledError) else type(error).__name__)
+            span.end()
+            raise
+        if reply.refusal_kind:
+            span.failed(reply.refusal_kind)
+            span.end()
+        return self._encode(reply)
+
+    def _running_engine(self) -> AsyncEngine:
+        if self._async_engine is None:
+            self._async_engine = AsyncEngine(self._engine, asyncio.get_running_loop())
+            self._senders = OutputSenders(self._engine_id, self._async_engine)
+            self._executor.set_failure_callback(self._async_engine.fail)
+        return self._async_engine
+
+    async def probe(self) -> tuple[str, str | None, str, bool]:
+        """(the group's id, what is wrong with it, its kernel backends, whether answers do not depend on what else runs)."""
+        kernels = ", ".join(sorted(self._executor.kernels_names))
+        return self._engine_id, self._executor.health.problem(), kernels, self._executor.deterministic
+
+    async def stats(self) -> dict[str, float]:
+        """Load and totals of the group's scheduler."""
+        return {name: float(value) for name, value in asdict(self._engine.stats).items()}
+
+    async def report(self, reader: str) -> bytes:
+        """GroupReport (msgpack) for the gateway `reader`, with the numbers if the group counts with that one."""
+        report = GroupReport(engine=self._engine_id, is_well=self._executor.health.problem() is None)
+        if self._reader.is_held_by(reader):
+            report = msgspec.structs.replace(
+                report,
+                stats=await self.stats(),
+                iteration_counts=tuple(self._iterations.counts),
+                num_iteration_tokens=self._iterations.total,
+                cache_config={
+                    "block_size": str(self._cache.block_size),
+                    "num_gpu_blocks": str(self._cache.num_blocks),
+                    "enable_prefix_caching": str(self._cache.enable_prefix_caching),
+                },
+            )
+        return self._encode(report)
+
+    async def check_integrity(self) -> None:
+        """Raise RuntimeError unless every KV block is accounted for."""
+        self._engine.check_integrity()
+
+    async def pids(self) -> tuple[int, ...]:
+        """Process ids of the leader and then of its ranks, in rank order."""
+        return (os.getpid(), *self._executor.pids)
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this replica and free its placement group."""
+        self._running_engine()
+        problem = self._executor.health.problem()
+        if problem is not None:
+            raise GroupFailedError(problem)
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica ends in good order: what it has taken in runs to its end, in bounded time."""
+        if self._async_engine is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._drain_timeout_s):
+                    while self._async_engine.num_open:
+                        await asyncio.sleep(DRAIN_POLL_S)
+            await asyncio.to_thread(self._async_engine.close, self._step_timeout_s)
+            self._senders.close()
+        if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself
+            self._executor.shutdown()
+            self._tracing.close()

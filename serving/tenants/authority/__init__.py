@@ -1,0 +1,1 @@
+"""The one process that decides on quotas and writes the usage ledger."""

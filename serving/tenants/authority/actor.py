@@ -1,0 +1,83 @@
+"""The quota authority as a Ray actor: one for each cluster, found by its name, restarted by Ray for as long as it is wanted."""
+
+import logging
+import os
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from model_parallel.errors import ConfigError
+from serving.observability.log import configure_logging
+from serving.tenants.authority.ledger import SupersededError
+from serving.tenants.authority.service import AuthorityService
+from serving.tenants.client.link import NAME, NAMESPACE
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+
+
+class AuthorityActor:
+    """AuthorityService behind Ray."""
+
+    def __init__(self, url: str, refresh_s: float) -> None:
+        """Must not fail: Ray gives up an actor that cannot be made. So the database is opened by the first call."""
+        configure_logging("quota authority")
+        self._settings = (url, refresh_s)
+        self._service = AuthorityService(url, refresh_s=refresh_s)
+
+    async def exchange(self, data: bytes) -> bytes:
+        try:
+            return await self._service.exchange(data)
+        except SupersededError:
+            # Two were alive for a moment. If this is the one that gateways reach, Ray starts it again, and it takes over.
+            logger.exception("ending")
+            os._exit(1)
+
+    async def sync(self, data: bytes) -> bytes:
+        return await self._service.sync(data)
+
+    async def close(self) -> None:
+        """Before it is ended in good order."""
+        await self._service.close()
+
+    async def settings(self) -> tuple[str, float]:
+        """The arguments that it was made with."""
+        return self._settings
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+def start_authority(url: str, *, refresh_s: float) -> None:
+    """Have it run on this node, which alone has a database file; detached, so that it outlives the process that started it.
+    Raises ConfigError when one with other settings runs in this cluster already, and TimeoutError."""
+    is_file = url.startswith("sqlite")
+    remote: Any = ray.remote(AuthorityActor)
+    actor = remote.options(
+        name=NAME,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=0,  # gateways repeat what was not answered
+        max_concurrency=1000,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=not is_file),
+    ).remote(url, refresh_s)
+    if ray.get(actor.settings.remote(), timeout=START_TIMEOUT_S) != (url, refresh_s):
+        raise ConfigError(
+            "tenancy: this cluster has a quota authority with other settings already; stop its server first"
+        )
+
+
+def stop_authority(timeout_s: float) -> None:
+    """Nothing happens where there is none."""
+    with suppress(ValueError):  # no actor of that name
+        actor = ray.get_actor(NAME, NAMESPACE)
+        with suppress(RayError):
+            ray.get(actor.close.remote(), timeout=timeout_s)
+        ray.kill(actor)

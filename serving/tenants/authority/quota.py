@@ -1,0 +1,335 @@
+"""The rules of quotas, without I/O: one authority decides, gateways hold leases of what it has set aside for them.
+
+A *subject* is a tenant or a key (`tenant:ID`, `key:ID`); a request counts against one of each, and both must have room.
+
+    budget    charged + held by gateways <= token_budget
+    slots     held by gateways <= max_concurrent_requests
+    rates     a bucket a limit: holds one minute's worth, refills steadily, gives when something is taken or leased, and counts
+              what is on lease and unused as still in it
+
+A gateway talks to the authority in numbered exchanges, one at a time. The same number again gets the same reply, so that a
+message may be lost or repeated anywhere. What a gateway holds it says absolutely, not as a change.
+"""
+
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from serving.tenants.authority.buckets import Bucket
+from serving.tenants.messages import (
+    GRANTED,
+    NOTHING,
+    WAIT,
+    Amounts,
+    Ask,
+    Exchange,
+    Lease,
+    Reply,
+    Report,
+    Settlement,
+    Standing,
+    Verdict,
+)
+from serving.tenants.records import LIMITS, Limits
+
+RECALL_TIMEOUT_S = 0.5
+"""How long a request may wait for other gateways to give back what they do not use."""
+BUSY_RETRY_S = 1.0
+"""When to come back for what running requests hold: nobody can know when they end."""
+_SHARE = 4
+"""Of what is left, a gateway gets at most 1 / (_SHARE · number of gateways) ahead of its need."""
+_MAX_LEASED_REQUESTS = 64
+
+NO_LIMITS = Limits()
+
+
+class StaleExchangeError(Exception):
+    """An exchange that is older than the last one. Nobody waits for its reply any more."""
+
+
+@dataclass(slots=True)
+class Holding:
+    """What one gateway has of one subject."""
+
+    held: Amounts = NOTHING
+    """Reserved by its requests, or free."""
+    free: Amounts = NOTHING
+    """Not used by any request when it last said so. It may have used some since; it cannot have more."""
+    is_lost: bool = False
+    """The gateway seems to be dead, so that this will not come back."""
+
+
+@dataclass(slots=True)
+class Gateway:
+    """How far the conversation with one gateway has come."""
+
+    number: int = 0
+    reply: Reply | None = None
+    is_silent: bool = False
+
+
+@dataclass(slots=True)
+class Account:
+    """The standing of one subject."""
+
+    limits: Limits = NO_LIMITS
+    charged: int = 0
+    """Tokens in all of its usage records."""
+    requests: Bucket = field(default_factory=Bucket)
+    tokens: Bucket = field(default_factory=Bucket)
+    holdings: dict[str, Holding] = field(default_factory=dict)
+    """By gateway."""
+
+    def refill(self, now_s: float) -> None:
+        self.requests.refill(
+            self.limits.requests_per_minute, sum(h.free.requests for h in self.holdings.values()), now_s
+        )
+        self.tokens.refill(self.limits.tokens_per_minute, sum(h.free.tokens for h in self.holdings.values()), now_s)
+
+    def available(self, limit: str) -> float:
+        """What can still be given out of a limit that is set."""
+        match limit:
+            case "requests_per_minute":
+                return self.requests.level
+            case "tokens_per_minute":
+                return self.tokens.level
+            case "max_concurrent_requests":
+                assert self.limits.max_concurrent_requests is not None
+                return self.limits.max_concurrent_requests - sum(h.held.slots for h in self.holdings.values())
+            case _:
+                assert self.limits.token_budget is not None
+                return self.limits.token_budget - self.charged - sum(h.held.budget for h in self.holdings.values())
+
+    def give(self, gateway_id: str, amounts: Amounts, *, is_ahead: bool) -> None:
+        """To a request that waits for it, or ahead of need."""
+        holding = self.holdings.setdefault(gateway_id, Holding())
+        holding.held += amounts
+        if is_ahead:
+            holding.free += amounts
+        self.requests.level -= amounts.requests
+        self.tokens.level -= amounts.tokens
+
+    def standing(self, subject: str) -> Standing:
+        """What is left of the rates."""
+        holdings = self.holdings.values()
+        return Standing(
+            subject=subject,
+            requests=self.requests.level + sum(holding.free.requests for holding in holdings),
+            tokens=self.tokens.level + sum(holding.free.tokens for holding in holdings),
+        )
+
+    def shortages(self, cost: Amounts) -> list["_Shortage"]:
+        """One for each limit that leaves too little room for `cost`."""
+        short = []
+        for name, needed in zip(LIMITS, cost, strict=True):
+            limit: int | None = getattr(self.limits, name)
+            if limit is not None and needed > max(available := self.available(name), 0):
+                short.append(_Shortage(name, needed, available, self._retry_after_s(name, limit, needed, available)))
+        return short
+
+    def _retry_after_s(self, name: str, limit: int, needed: int, available: float) -> float | None:
+        match name:
+            case "max_concurrent_requests":
+                return BUSY_RETRY_S
+            case "token_budget":
+                lost = sum(holding.held.budget for holding in self.holdings.values() if holding.is_lost)
+                return BUSY_RETRY_S if needed <= limit - self.charged - lost else None
+            case _:
+                return (needed - available) * 60 / limit if needed <= limit else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shortage:
+    limit: str
+    needed: int
+    available: float
+    retry_after_s: float | None
+
+
+@dataclass(slots=True)
+class Changes:
+    """What has to be durable before any reply goes out."""
+
+    settlements: list[Settlement] = field(default_factory=list)
+    """Whose records are new."""
+    accounts: set[str] = field(default_factory=set)
+    holdings: set[tuple[str, str]] = field(default_factory=set)
+    """(gateway, subject). One that is no longer there is to be deleted."""
+    gateways: set[str] = field(default_factory=set)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.settlements or self.accounts or self.holdings or self.gateways)
+
+
+class QuotaAuthority:
+    """Decides alone what may be used. Its state is what `ledger` loads, plus which part of the leases is unused."""
+
+    def __init__(
+        self,
+        accounts: Mapping[str, Account],
+        gateways: Mapping[str, Gateway],
+        clock: Callable[[], float],
+    ) -> None:
+        """`clock` gives seconds that go on through a restart. A step back in it stops the refill for a moment, no more."""
+        self.accounts = dict(accounts)
+        self.gateways = dict(gateways)
+        self._clock = clock
+        self._limits: Mapping[str, Limits] = {}
+        self._changes = Changes()
+        self._recalls: dict[str, set[str]] = {}
+
+    def set_limits(self, limits: Mapping[str, Limits]) -> None:
+        """By subject. A subject that is no longer there keeps its last limits for what it still runs."""
+        self._limits = limits
+        for subject, account in self.accounts.items():
+            account.limits = limits.get(subject, account.limits)
+
+    def exchange(self, message: Exchange, recorded: Container[str]) -> Reply:
+        """Charge, take back, give. `recorded` has the ids of those records that are in the ledger already. Raises
+        StaleExchangeError."""
+        gateway = self.gateways.setdefault(message.gateway_id, Gateway())
+        gateway.is_silent = False
+        if message.number == gateway.number and gateway.reply is not None:
+            return gateway.reply
+        if message.number <= gateway.number:
+            raise StaleExchangeError(f"exchange {message.number} comes after {gateway.number}")
+        for settlement in message.settlements:
+            if settlement.record.request_id not in recorded:
+                self._charge(settlement)
+        for report in message.reports:
+            self._take_report(message.gateway_id, report)
+        verdicts = tuple(self._decide(message.gateway_id, ask) for ask in message.asks)
+        leases = self._give_ahead(message.gateway_id, message.asks, verdicts)
+        gateway.number = message.number
+        gateway.reply = Reply(
+            number=message.number, verdicts=verdicts, leases=leases, standings=self._standings(message)
+        )
+        self._changes.gateways.add(message.gateway_id)
+        return gateway.reply
+
+    def expire(self, gateway_id: str) -> None:
+        """A gateway has been silent for too long. What its requests may have used of budgets stays withheld, since nobody knows;
+        the rest can be given to others."""
+        self.gateways[gateway_id].is_silent = True
+        for subject, account in self.accounts.items():
+            holding = account.holdings.get(gateway_id)
+            if holding is not None:
+                self._account(subject)  # refilled while the lease still counts as inside
+                self._set_holding(gateway_id, subject, Holding(Amounts(budget=holding.held.budget), is_lost=True))
+
+    def forget(self, gateway_id: str) -> None:
+        """The gateway will not come back. What is withheld for it stays withheld."""
+        if not any(gateway_id in account.holdings for account in self.accounts.values()):
+            self.gateways.pop(gateway_id, None)
+            self._changes.gateways.add(gateway_id)
+
+    def take_changes(self) -> Changes:
+        """All since the last call."""
+        changes, self._changes = self._changes, Changes()
+        return changes
+
+    def take_recalls(self) -> dict[str, set[str]]:
+        """By gateway, the subjects of which others need what it does not use."""
+        recalls, self._recalls = self._recalls, {}
+        return recalls
+
+    def _account(self, subject: str) -> Account:
+        account = self.accounts.get(subject)
+        if account is None:
+            account = self.accounts[subject] = Account(limits=self._limits.get(subject, NO_LIMITS))
+        account.refill(self._clock())
+        self._changes.accounts.add(subject)
+        return account
+
+    def _charge(self, settlement: Settlement) -> None:
+        record = settlement.record
+        for subject in settlement.subjects:
+            self._account(subject).charged += record.num_prompt_tokens + record.num_completion_tokens
+        self._changes.settlements.append(settlement)
+
+    def _take_report(self, gateway_id: str, report: Report) -> None:
+        account = self._account(report.subject)
+        self._set_holding(gateway_id, report.subject, Holding(report.held, report.free))
+        account.requests.level += report.returned.requests
+        account.tokens.level += report.returned.tokens
+        account.refill(self._clock())  # which takes away what no longer fits into the buckets
+
+    def _set_holding(self, gateway_id: str, subject: str, holding: Holding) -> None:
+        holdings = self.accounts[subject].holdings
+        if holding.held:
+            holdings[gateway_id] = holding
+        else:
+            holdings.pop(gateway_id, None)
+        self._changes.holdings.add((gateway_id, subject))
+
+    def _decide(self, gateway_id: str, ask: Ask) -> Verdict:
+        if gone := [subject for subject, _ in ask.costs if subject not in self._limits]:
+            return Verdict(kind="refused", subject=gone[0])
+        accounts = [(subject, self._account(subject), cost) for subject, cost in ask.costs]
+        short = [(subject, account, s) for subject, account, cost in accounts for s in account.shortages(cost)]
+        if not short:
+            self._give(gateway_id, ask.costs, is_ahead=False)
+            return GRANTED
+        if ask.waited_s < RECALL_TIMEOUT_S and all(self._can_recall(gateway_id, account, s) for _, account, s in short):
+            for subject, account, _ in short:
+                self._recall(gateway_id, subject, account)
+            return WAIT
+        # The sender hears of the one that keeps it waiting longest.
+        subject, _, worst = max(
+            short, key=lambda item: math.inf if item[2].retry_after_s is None else item[2].retry_after_s
+        )
+        return Verdict(kind="refused", subject=subject, limit=worst.limit, retry_after_s=worst.retry_after_s)
+
+    def _can_recall(self, gateway_id: str, account: Account, short: _Shortage) -> bool:
+        """Whether it would be enough if all others gave back what they do not use."""
+        index = LIMITS.index(short.limit)
+        unused = sum(tuple(h.free)[index] for other, h in account.holdings.items() if other != gateway_id)
+        return short.available + unused >= short.needed
+
+    def _recall(self, gateway_id: str, subject: str, account: Account) -> None:
+        for other, holding in account.holdings.items():
+            if other != gateway_id and holding.free:
+                self._recalls.setdefault(other, set()).add(subject)
+
+    def _give(self, gateway_id: str, costs: Sequence[tuple[str, Amounts]], *, is_ahead: bool) -> None:
+        for subject, cost in costs:
+            self.accounts[subject].give(gateway_id, cost, is_ahead=is_ahead)
+            self._changes.holdings.add((gateway_id, subject))
+
+    def _standings(self, message: Exchange) -> tuple[Standing, ...]:
+        """Of those that the exchange is about, with what it has changed."""
+        subjects = {report.subject for report in message.reports}
+        subjects.update(subject for ask in message.asks for subject, _ in ask.costs)
+        accounts = {subject: self.accounts[subject] for subject in sorted(subjects & self.accounts.keys())}
+        return tuple(account.standing(subject) for subject, account in accounts.items() if account.limits.has_rate)
+
+    def _give_ahead(self, gateway_id: str, asks: Sequence[Ask], verdicts: Sequence[Verdict]) -> tuple[Lease, ...]:
+        """For each pair of tenant and key, room for some more requests like the largest that was granted; near the edge none, so
+        that one gateway does not sit on what another needs."""
+        largest: dict[tuple[str, ...], Ask] = {}
+        for ask, verdict in zip(asks, verdicts, strict=True):
+            if verdict.kind == "granted":
+                pair = tuple(subject for subject, _ in ask.costs)
+                largest[pair] = max(
+                    ask, largest.get(pair, ask), key=lambda ask: max(max(cost) for _, cost in ask.costs)
+                )
+        leases = []
+        for ask in largest.values():
+            num_requests = self._num_ahead(ask)
+            if num_requests:
+                costs = tuple((subject, cost * num_requests) for subject, cost in ask.costs)
+                self._give(gateway_id, costs, is_ahead=True)
+                leases += [Lease(subject=subject, amounts=amounts) for subject, amounts in costs]
+        return tuple(leases)
+
+    def _num_ahead(self, ask: Ask) -> int:
+        num_gateways = sum(not gateway.is_silent for gateway in self.gateways.values())
+        num_requests = _MAX_LEASED_REQUESTS
+        for subject, cost in ask.costs:
+            account = self.accounts[subject]
+            for name, needed in zip(LIMITS, cost, strict=True):
+                if needed and getattr(account.limits, name) is not None:
+                    share = account.available(name) / (_SHARE * num_gateways)
+                    num_requests = min(num_requests, max(0, int(share // needed)))
+        return num_requests

@@ -1,0 +1,1 @@
+"""A gateway's half of tenancy: keys in memory, leases of quotas, balances."""

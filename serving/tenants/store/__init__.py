@@ -1,0 +1,1 @@
+"""The database: schema, migrations, and the SQL of tenants, keys and usage."""

@@ -1,0 +1,142 @@
+"""`packtrain inspect` and `packtrain plan`, and the licence that both and the model cards name."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from bench.support.synthetic_llama import twin
+from model_parallel.checkpoint.detect import describe
+from model_parallel.errors import CheckpointError, ConfigError
+from serving.cli import inspect, plan
+from serving.models.known_llama import KNOWN_CONFIGS, known_config
+from serving.models.licence import LLAMA_2_LICENCE, licence_of
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    app = typer.Typer()
+    plan.register(app)
+    inspect.register(app)
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "120"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout
+
+
+def run_json(*arguments: object) -> tuple[int, dict[str, Any]]:
+    status, text = run(*arguments, "--json")
+    data: dict[str, Any] = json.loads(text)
+    return status, data
+
+
+def test_plan_for_70b_without_weights() -> None:
+    status, data = run_json("plan", "--model", "llama-2-70b-chat", "--tp", 8, "--gpu", "a100-80g")
+    assert (status, data["fits"], data["parameters"]) == (0, True, 68_976_648_192)
+    assert data["kv_bytes_per_token"] == 327_680
+    assert [rank["kv_heads"] for rank in data["ranks"]] == [[i, i] for i in range(8)]
+    assert data["ranks"][7]["query_heads"] == [56, 63]
+    assert data["smallest_that_fits"] == {"tensor_parallel_size": 2, "gpu": "a100-40g"}
+    assert 0 < data["decode_floor_s"] < data["decode_floor_largest_batch_s"]
+
+
+def test_plan_says_what_would_fit() -> None:
+    status, data = run_json("plan", "--model", "meta-llama/Llama-2-70b-hf", "--gpu", "H100")
+    assert (status, data["fits"], data["kv_tokens"]) == (1, False, 0)
+    assert data["smallest_that_fits"] == {"tensor_parallel_size": 2, "gpu": None}
+    status, text = run("plan", "--model", "llama-2-70b", "--gpu", "h100")
+    assert status == 1
+    assert "smallest TP on h100" in text
+
+
+def test_plan_for_given_numbers_and_a_directory(tmp_path: Path) -> None:
+    path = twin("7b").write(tmp_path / "llama-2-7b", "meta")
+    flags = ("--memory-gib", 0.5, "--bandwidth", 20, "--dtype", "float32", "--context", 64, "--max-num-seqs", 2)
+    status, data = run_json("plan", "--model", path, "--tp", 3, *flags)
+    assert (status, data["gpu"], data["max_model_len"]) == (0, "given", 64)
+    assert data["kv_tokens"] == min(rank["kv_tokens"] for rank in data["ranks"])
+    status, text = run("plan", "--model", path, "--tp", 3, *flags)
+    assert "0-10" in text
+    assert "tokens/s" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "llama-2-80b", "--gpu", "h100"], "did you mean 'llama-2-70b'"),
+        (["--model", "llama-2-7b"], "--gpu, or both"),
+        (["--model", "llama-2-7b", "--memory-gib", 10], "--gpu, or both"),
+        (["--model", "llama-2-7b", "--gpu", "v100"], "gpu is 'v100'; known: a100-40g"),
+        (["--model", "llama-2-7b", "--gpu", "h100", "--dtype", "int8"], "dtype is 'int8'"),
+        (["--model", "llama-2-7b", "--gpu", "h100", "--context", 5000], "context is 5000"),
+        (["--model", "llama-2-7b", "--gpu", "h100", "--tp", 33], "33 and the model has 32 query heads"),
+    ],
+)
+def test_plan_refuses(flags: list[object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run("plan", *flags)
+
+
+def test_twelve_names_are_known() -> None:
+    assert len(KNOWN_CONFIGS) == 12
+    assert known_config("meta-llama/Llama-2-13b-chat-hf") is KNOWN_CONFIGS["llama-2-13b"]
+
+
+@pytest.mark.parametrize("form", ["meta", "hf"])
+def test_inspect(tmp_path: Path, form: Any) -> None:
+    model = twin("70b")
+    path = model.write(tmp_path / "llama-2-70b-chat", form)
+    status, data = run_json("inspect", path)
+    assert status == 0
+    assert data["format"] == ("meta" if form == "meta" else "huggingface")
+    assert data["dtypes"] == (["bfloat16"] if form == "meta" else ["F16"])
+    assert data["parameters"] == sum(model.tensor(name).numel() for name in model.shapes())
+    assert (data["query_heads"], data["kv_heads"], data["chat_format"]) == (64, 8, "llama-2")
+    assert data["licence"] == "LLAMA 2 Community License"
+    assert data["use_policy"] == "https://ai.meta.com/llama/use-policy"
+    assert data["tokenizer"] == str(path / "tokenizer.model")
+    assert len(data["files"]) == (8 if form == "meta" else 3)
+    _, text = run("inspect", path)
+    assert f"{data['parameters']:,}" in text
+    assert "Copyright (c) Meta Platforms, Inc." in text
+
+
+def test_inspect_of_something_broken(tmp_path: Path) -> None:
+    path = twin("13b").write(tmp_path / "model", "meta")
+    (path / "consolidated.01.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth"):
+        run("inspect", path)
+
+
+def test_licence_of_llama_2_by_name_or_by_size(tmp_path: Path) -> None:
+    info = describe(twin("7b").write(tmp_path / "model", "hf"))
+    assert licence_of(info).name == "not stated"
+    assert licence_of(replace(info, path=Path("/models/Llama-2-7b-chat-hf"))) == LLAMA_2_LICENCE
+    cached = Path("/cache/models--meta-llama--Llama-2-7b/snapshots/0123abc")
+    assert licence_of(replace(info, path=cached)) == LLAMA_2_LICENCE
+    assert licence_of(replace(info, config=known_config("llama-2-13b"))) == LLAMA_2_LICENCE
+    llama_1 = replace(known_config("llama-2-13b"), max_position=2048)
+    assert licence_of(replace(info, config=llama_1)).name == "not stated"
+    assert licence_of(replace(info, licence="llama2")) == LLAMA_2_LICENCE
+    own = replace(info, config=known_config("llama-2-7b"), licence="apache-2.0")
+    assert licence_of(own).name == "apache-2.0"
+
+
+def test_licence_of_the_model_card(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert describe(tmp_path).licence == ""
+    (tmp_path / "README.md").write_text("---\nlanguage:\n- en\nlicense: mit\n---\nlicense: none\n")
+    assert describe(tmp_path).licence == "mit"
+    (tmp_path / "README.md").write_text("# A model\nlicense: none\n")
+    assert describe(tmp_path).licence == ""
+
+
+def test_the_notice_file_has_the_notice() -> None:
+    assert LLAMA_2_LICENCE.notice in (Path(__file__).parents[3] / "NOTICE").read_text()

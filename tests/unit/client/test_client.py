@@ -1,0 +1,47 @@
+"""The key goes with every call of the client, and only when there is one."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from serving.client.client import Client
+
+
+class Recorder(inference_pb2_grpc.InferenceServicer):
+    """Notes the credentials of each call."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        self._note(context)
+        return pb.ListModelsResponse()
+
+    def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateStreamResponse]:
+        self._note(context)
+        yield pb.GenerateStreamResponse(text="a")
+
+    def _note(self, context: Any) -> None:
+        self.seen.append([str(value) for key, value in context.invocation_metadata() if key == "authorization"])
+
+
+@pytest.mark.parametrize(("api_key", "expected"), [("pt_1_2", ["Bearer pt_1_2"]), ("", [])])
+def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list[str]) -> None:
+    recorder = Recorder()
+    server = grpc.server(ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceServicer_to_server(recorder, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(f"127.0.0.1:{port}", api_key=api_key) as client:
+            client.models()
+            chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=5)
+            assert [chunk.text for chunk in chunks] == ["a"]
+    finally:
+        server.stop(0).wait(5)
+    assert recorder.seen == [expected, expected]

@@ -1,0 +1,261 @@
+"""A gateway's backend and a group's leader, with what lies between them; only Serve's call is a plain one."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from ray.serve.exceptions import BackPressureError
+
+from bench.support.fake_backend import card
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from model_parallel.errors import GroupFailedError, RequestError
+from serving.contracts.errors import GroupUnavailableError
+from serving.contracts.group_link import GroupCall
+from serving.contracts.observer import Passage
+from serving.gateway.groups import serve_backend
+from serving.gateway.groups.output_receiver import OutputReceiver
+from serving.gateway.groups.serve_backend import ServeBackend
+from serving.observability.tracing import Tracing
+from serving.replica.deployment import ReplicaGroup
+from tests.support.engine import Harness, make_request
+from tests.support.fake_executor import solo_output
+from tests.support.link import until
+
+MODEL = "tiny"
+
+
+class Leader(ReplicaGroup):
+    """Python would call __del__ too, and await nothing."""
+
+    def __del__(self) -> None: ...  # type: ignore[override]
+
+
+class Group:
+    """A leader with an engine on fake ranks, and a handle that reaches it."""
+
+    def __init__(self) -> None:
+        self.harness = Harness(max_num_seqs=4, max_waiting_requests=4)
+        self.harness.executor.during_step = lambda: time.sleep(0.001)
+        self.num_cancelled = 0
+        self.before_reply: Callable[[], Any] = lambda: None
+        self.leader: Any = Leader.__new__(Leader)
+        self.leader.__dict__.update(
+            _engine_id="g1",
+            _model=MODEL,
+            _engine=self.harness.engine,
+            _executor=SimpleNamespace(set_failure_callback=lambda fail: None, shutdown=lambda: None),
+            _tracing=Tracing(),
+            _drain_timeout_s=5.0,
+            _step_timeout_s=5.0,
+            _decode=msgspec.msgpack.Decoder(GroupCall).decode,
+            _encode=msgspec.msgpack.encode,
+        )
+
+    @property
+    def generate(self) -> Any:
+        """As a Serve handle has it."""
+        return SimpleNamespace(remote=lambda encoded: Response(self, encoded))
+
+    async def end(self) -> None:
+        """As Serve does."""
+        await ReplicaGroup.__del__(self.leader)
+
+    async def until_idle(self) -> None:
+        await until(lambda: not (self.leader._async_engine.num_open or self.harness.engine.has_work))
+        self.harness.engine.check_integrity()
+
+
+class Response:
+    """As Serve's."""
+
+    def __init__(self, group: Group, encoded: bytes) -> None:
+        self._group = group
+        self._encoded = encoded
+
+    def __await__(self) -> Any:
+        return self._reply().__await__()
+
+    async def _reply(self) -> bytes:
+        reply: bytes = await self._group.leader.generate(self._encoded)
+        await asyncio.sleep(0)
+        self._group.before_reply()
+        return reply
+
+    def cancel(self) -> None:
+        self._group.num_cancelled += 1
+
+
+@pytest.fixture
+async def group() -> AsyncIterator[Group]:
+    group = Group()
+    yield group
+    await group.end()
+
+
+@pytest.fixture
+def backend(receiver: OutputReceiver, group: Group) -> ServeBackend:
+    handle: Any = group
+    return ServeBackend([], {MODEL: handle}, receiver)
+
+
+def request(request_id: str, max_tokens: int = 100) -> EngineRequest:
+    return make_request(request_id, [1, 2, 3], max_tokens=max_tokens, seed=1)
+
+
+async def outputs_of(backend: ServeBackend, *requests: EngineRequest) -> list[EngineOutput]:
+    outputs: list[EngineOutput] = []
+    async with asyncio.timeout(10):
+        async for step in backend.generate(MODEL, requests, Passage()):
+            outputs += step
+    return outputs
+
+
+async def test_what_the_group_makes_comes_and_is_counted_until_its_end(
+    backend: ServeBackend, receiver: OutputReceiver, group: Group
+) -> None:
+    passage = Passage()
+    outputs = []
+    async for step in backend.generate(MODEL, [request("a", 50), request("b", 20)], passage):
+        outputs += step
+        await until(lambda: receiver.loads.of("g1") == 2)
+    for name, max_tokens in (("a", 50), ("b", 20)):
+        tokens = [token for output in outputs if output.request_id == name for token in output.token_ids]
+        assert tokens == solo_output(request(name, max_tokens))
+    assert (passage.engine, receiver.loads.of("g1")) == ("g1", 0)
+    await group.until_idle()
+
+
+async def test_an_answer_is_not_a_call_that_is_held_open(backend: ServeBackend, group: Group) -> None:
+    steps = backend.generate(MODEL, [request("a")], Passage())
+    await anext(steps)
+    await until(lambda: not backend._calls)
+    await steps.aclose()
+    await group.until_idle()
+    assert group.harness.engine.stats.num_finished_cancelled == 1
+
+
+async def test_refusals_are_told_as_the_group_said_them(
+    backend: ServeBackend, receiver: OutputReceiver, group: Group
+) -> None:
+    with pytest.raises(RequestError, match="empty"):
+        await outputs_of(backend, make_request("wrong", []))
+    assert not receiver.loads.is_avoided("g1"), "it was the client"
+    running = [asyncio.create_task(outputs_of(backend, request(f"r{number}"))) for number in range(4)]
+    await until(lambda: group.harness.engine.stats.num_running == 4)
+    running += [asyncio.create_task(outputs_of(backend, request(f"w{number}"))) for number in range(4)]
+    await until(lambda: group.harness.engine.stats.num_waiting == 4)
+    passage = Passage()
+    with pytest.raises(RequestError) as refused:
+        await anext(backend.generate(MODEL, [request("late")], passage))
+    assert (refused.value.kind, passage.engine) == ("overloaded", "g1")
+    await asyncio.gather(*running)
+    group.leader._async_engine.fail("rank 1 is gone")
+    await until(lambda: not group.harness.engine.has_work)
+    with pytest.raises(GroupUnavailableError, match="was lost") as lost:
+        await outputs_of(backend, request("later"))
+    assert not lost.value.may_have_run
+    assert receiver.loads.is_avoided("g1")
+
+
+async def test_a_group_that_fails_ends_what_it_runs(backend: ServeBackend, group: Group) -> None:
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    group.leader._async_engine.fail("rank 1 is gone")
+    last = (await running)[-1]
+    assert (last.finish_reason, last.error_kind) == (FinishReason.ERROR, "unavailable")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (BackPressureError(num_queued_requests=3, max_queued_requests=2), RequestError, "is full"),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
+        (asyncio.CancelledError(), GroupUnavailableError, "cancelled on its way"),
+    ],
+)
+async def test_a_call_that_fails_ends_its_request(
+    backend: ServeBackend, group: Group, raised: BaseException, expected: type[Exception], message: str
+) -> None:
+    def fail() -> None:
+        raise raised
+
+    group.before_reply = fail
+    group.harness.executor.during_step = lambda: time.sleep(0.05)  # no output comes before
+    with pytest.raises(expected, match=message):
+        await outputs_of(backend, request("a"))
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+async def test_a_client_that_leaves_while_the_group_takes_its_request_in(
+    backend: ServeBackend, receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    monkeypatch.setattr(serve_backend, "HAND_OVER_S", 0.02)
+    left = asyncio.Event()
+
+    class Late(Response):
+        async def _reply(self) -> bytes:
+            reply = await super()._reply()
+            await left.wait() if arrives else await asyncio.sleep(10)
+            return reply
+
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda encoded: Late(group, encoded)))
+    backend._groups = {MODEL: handle}
+    reader = asyncio.create_task(outputs_of(backend, request("a")))
+    await asyncio.sleep(0.005)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    left.set()
+    await until(lambda: not backend._calls)
+    await group.until_idle()
+    assert group.num_cancelled == (0 if arrives else 1)
+    assert receiver.loads.of("g1") == 0
+
+
+async def test_a_leader_that_ends_lets_what_it_runs_end(backend: ServeBackend, group: Group) -> None:
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    await group.end()
+    assert [token for output in await running for token in output.token_ids] == solo_output(request("a"))
+
+
+async def test_a_leader_that_ends_waits_only_so_long(backend: ServeBackend, group: Group) -> None:
+    group.leader._drain_timeout_s = 0.02
+    group.harness.executor.during_step = lambda: time.sleep(0.01)
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    await group.end()
+    with pytest.raises(GroupUnavailableError, match="was lost"):
+        await running
+
+
+async def test_a_lost_group_takes_nothing_in(group: Group) -> None:
+    group.leader._running_engine().fail("rank 0 is gone")
+    with pytest.raises(GroupFailedError):
+        group.leader._async_engine.start([request("a")], SimpleNamespace(send=print))
+
+
+@pytest.mark.parametrize(
+    ("problems", "expected", "num_asked"),
+    [([None], True, 1), (["rank 1 is gone", None], True, 2), (["rank 1 is gone", "rank 0 is gone", None], False, 2)],
+)
+async def test_a_model_can_be_served_while_one_of_its_groups_can(
+    receiver: OutputReceiver, problems: list[str | None], expected: bool, num_asked: int
+) -> None:
+    asked: list[str] = []
+
+    async def probe() -> tuple[str, str | None, str, bool]:
+        asked.append(f"g{len(asked)}")
+        return asked[-1], problems[len(asked) - 1], "cpu-scalar", True
+
+    handle: Any = SimpleNamespace(probe=SimpleNamespace(remote=probe))
+    backend = ServeBackend([card(MODEL, num_groups=2)], {MODEL: handle}, receiver)
+    assert await backend.can_serve(MODEL) is expected
+    assert len(asked) == num_asked
+    assert [receiver.loads.is_avoided(name) for name in asked] == [
+        problem is not None for problem in problems[:num_asked]
+    ]
+    assert backend.models[MODEL].kernels == ("cpu-scalar" if expected else "reference")

@@ -1,0 +1,72 @@
+"""The configuration: what is refused, and that the documentation names every key."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from model_parallel.errors import ConfigError
+from serving import config as config_module
+from serving.config import ServingConfig, load_config, parse_config
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"name": "m", "source": "s"}
+
+
+def _error(data: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, origin="test")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (
+            {"models": [{**MODEL, "tensor_parallel_sise": 2}]},
+            ["models.0.tensor_parallel_sise", "'tensor_parallel_size'"],
+        ),
+        ({"models": [MODEL], "gatway": {}}, ["gatway", "'gateway'"]),
+        ({"models": [MODEL], "gateway": {"prot": 1}}, ["gateway.prot", "'port'"]),
+        ({"models": [MODEL], "limits": {"zzz": 1}}, ["limits.zzz", "max_choices"]),
+        ({"models": []}, ["models", "at least 1"]),
+        ({}, ["models", "required"]),
+        ({"models": [{**MODEL, "tensor_parallel_size": 0}]}, ["models.0.tensor_parallel_size", "0"]),
+        ({"models": [{**MODEL, "dtype": "int4"}]}, ["models.0.dtype", "int4", "bfloat16"]),
+        ({"models": [MODEL, MODEL]}, ["'m'", "2 times"]),
+        ({"models": [MODEL], "gateway": {"port": 70000}}, ["gateway.port", "70000", "65535"]),
+        ({"models": [{**MODEL, "chat": {"format": "jinja"}}]}, ["models.0.chat.format", "jinja", "llama-2"]),
+    ],
+)
+def test_what_is_wrong_is_named(data: dict[str, object], parts: list[str]) -> None:
+    message = _error(data)
+    assert all(part in message for part in parts), message
+
+
+def test_one_mistake_is_one_message() -> None:
+    assert ";" not in _error({"models": [{"name": "m", "source": "s", "tensor_parallel_size": -1}]})
+
+
+@pytest.mark.parametrize("text", ["", "- a", "models: [", "3", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "packtrain.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(file))):
+        load_config(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_example_is_valid() -> None:
+    assert [entry.name for entry in load_config(ROOT / "examples/two-models.yaml").models] == ["small", "small-exact"]
+
+
+def test_every_key_is_documented() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    sections = [s for s in vars(config_module).values() if isinstance(s, type) and issubclass(s, BaseModel)]
+    keys = {key for section in sections if section is not ServingConfig for key in section.model_fields}
+    assert sorted(key for key in keys if f"`{key}" not in page and f"{key}`" not in page) == []

@@ -1,0 +1,48 @@
+"""The heap that steps of a CPU rank work in. In processes of their own, because settings of the C library are for all."""
+
+import subprocess
+import sys
+
+RESERVED_BYTES = 24_000_000
+PROGRAM = """
+import sys
+import torch
+from model_parallel.host_memory import reserve_heap
+
+def held_bytes():
+    with open("/proc/self/smaps_rollup") as rollup:
+        return next(1024 * int(line.split()[1]) for line in rollup if line.startswith("Anonymous:"))
+
+torch.ones(7_000_000)  # once such a block is freed, glibc takes smaller ones from the heap
+loaded, kept = [], []
+for _ in range(100):  # loading leaves holes of 400 kB
+    loaded.append(torch.ones(100_000))
+    kept.append(torch.ones(50))
+del loaded
+reserve_heap(int(sys.argv[1]))
+growths = []
+for num_rows in (1, 2, 4, 8):
+    before = held_bytes()
+    for _ in range(2):
+        results = [torch.ones(num_rows, 100_000) for _ in range(6)]
+        del results
+    growths.append(held_bytes() - before)
+print(*growths)
+"""
+
+
+def growths(num_bytes: int) -> list[int]:
+    """Bytes by which the heap grew with each larger step."""
+    run = [sys.executable, "-c", PROGRAM, str(num_bytes)]
+    return [
+        int(word) for word in subprocess.run(run, capture_output=True, check=True, text=True, timeout=60).stdout.split()
+    ]
+
+
+def test_steps_of_any_size_work_in_what_is_reserved() -> None:
+    # Some pages, for the interpreter's own objects.
+    assert max(growths(RESERVED_BYTES)) < 200_000
+
+
+def test_without_it_the_heap_grows_with_the_largest_step() -> None:
+    assert max(growths(0)) > 1_000_000

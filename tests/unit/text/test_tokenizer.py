@@ -1,0 +1,257 @@
+"""Token ids, compared with transformers and sentencepiece; and text never becomes a control token."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from model_parallel.errors import CheckpointError, ConfigError, RequestError
+from serving.text.tokenizer import Tokenizer, load_tokenizer
+from tests.support.llama_tokenizers import (
+    CONTROL_TEXTS,
+    TEXTS,
+    llama_directory,
+    pieces,
+    sentencepiece_model,
+    tokenizer_json,
+)
+
+ROOT = Path(__file__).parents[3]
+KINDS = ["smollm2", "sentencepiece", "tokenizer.json", "gguf-llama"]
+
+
+def write_gguf(path: Path, model: str) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "block_count": 1, "context_length": 8, "embedding_length": 8, "feed_forward_length": 8,
+        "attention.head_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model(model)
+    writer.add_token_list([p.piece for p in pieces()])
+    writer.add_token_scores([p.score for p in pieces()])
+    writer.add_token_types([p.type for p in pieces()])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_tensor("token_embd.weight", np.zeros((512, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizers_by_kind(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    new = tmp_path_factory.mktemp
+    return {
+        "smollm2": load_tokenizer(smollm2_path),
+        "sentencepiece": load_tokenizer(llama_directory(new("spm"), tokenizer__model=sentencepiece_model())),
+        "tokenizer.json": load_tokenizer(llama_directory(new("json"), tokenizer__json=tokenizer_json())),
+        "gguf-llama": load_tokenizer(write_gguf(new("gguf") / "llama.gguf", "llama")),
+    }
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request: pytest.FixtureRequest, tokenizers_by_kind: dict[str, Tokenizer]) -> Tokenizer:
+    return tokenizers_by_kind[request.param]
+
+
+def test_same_ids_as_transformers_on_smollm2(smollm2_path: Path, tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    """transformers ignores `tokenizer.ggml.pre`: it is given the pre-tokenizer of SmolLM2's own tokenizer.json."""
+    theirs = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    ours = tokenizers_by_kind["smollm2"]
+    for text in TEXTS:
+        if not any(character.isnumeric() for character in text):
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), repr(text)
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in [*TEXTS, "1234 5 67", "a1b22", "½ ² Ⅷ ٣٤", "3.14159, 2,000", " 12"]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer.json", "gguf-llama"])
+def test_same_ids_as_sentencepiece(kind: str, tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    ours = tokenizers_by_kind[kind]
+    for text in [*TEXTS, *CONTROL_TEXTS]:
+        if kind == "tokenizer.json" and "▁" in text:
+            continue  # the published form cannot tell the character from a space
+        ids = theirs.encode(text)
+        assert ours.encode(text, add_bos=False) == ids, repr(text)
+        assert ours.encode(text) == [1, *ids]
+        assert ours.decode(ids) == text.replace("▁", " ")
+
+
+def test_same_ids_as_transformers_on_llama_tokenizer(tokenizers_by_kind: dict[str, Tokenizer], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert tokenizers_by_kind["tokenizer.json"].encode(text, add_bos=False) == ids, repr(text)
+        if "▁" not in text:
+            assert tokenizers_by_kind["sentencepiece"].encode(text, add_bos=False) == ids, repr(text)
+            assert tokenizers_by_kind["sentencepiece"].decode(ids) == theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", CONTROL_TEXTS)
+def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_bos=False)
+    assert tokenizer.control_token_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids) == text
+
+
+# SmolLM2 has no token for some control characters, nor for the bytes that begin unassigned planes: they are dropped.
+KNOWN = st.text(
+    st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters="\x04\x06\x13\x14\x16\x1d")
+)
+
+
+@given(text=KNOWN | st.lists(st.sampled_from([*CONTROL_TEXTS, *TEXTS])).map("".join))
+def test_any_text_comes_back_without_control_tokens(tokenizers_by_kind: dict[str, Tokenizer], text: str) -> None:
+    for tokenizer in tokenizers_by_kind.values():
+        ids = tokenizer.encode(text, add_bos=False)
+        assert tokenizer.control_token_ids.isdisjoint(ids)
+        assert tokenizer.decode(ids) == (text.replace("▁", " ") if tokenizer.strips_leading_space else text)
+
+
+def test_a_lone_surrogate_is_refused(tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    for tokenizer in tokenizers_by_kind.values():
+        with pytest.raises(RequestError, match="surrogate at character 2"):
+            tokenizer.encode("ab\ud800")
+
+
+def test_byte_tokens_do_not_come_from_their_names(tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    for kind in KINDS[1:]:
+        tokenizer = tokenizers_by_kind[kind]
+        line_break = 3 + 0x0A
+        assert tokenizer.token_bytes(line_break) == b"\n"
+        assert line_break not in tokenizer.encode("<0x0A>")
+        assert line_break in tokenizer.encode("\n")
+
+
+def test_smollm2_special_tokens(tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers_by_kind["smollm2"]
+    assert (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_ids) == (49152, 1, (2,))
+    assert tokenizer.control_token_ids == frozenset(range(17))
+    assert tokenizer.control_token_id("<|im_end|>") == 2
+    assert tokenizer.encode("a") == tokenizer.encode("a", add_bos=False)  # its texts do not begin with BOS
+    with pytest.raises(ConfigError, match=r"no control token '<\|eot_id\|>'"):
+        tokenizer.control_token_id("<|eot_id|>")
+
+
+def test_tokens_without_text(tokenizer: Tokenizer) -> None:
+    """Control tokens, and ids that only the logits have, stand for nothing."""
+    for token_id in [*tokenizer.control_token_ids, tokenizer.vocab_size, tokenizer.vocab_size + 100]:
+        assert tokenizer.token_bytes(token_id) == b""
+    assert tokenizer.decode([*tokenizer.control_token_ids]) == ""
+
+
+def test_an_end_token_is_never_matched_in_text(tmp_path: Path) -> None:
+    """Even when a tokenizer.json calls it an ordinary added token."""
+    data = json.loads(tokenizer_json())
+    data["added_tokens"][2]["special"] = False
+    data["added_tokens"].append(data["added_tokens"][1] | {"id": 500, "content": "<|mark|>", "special": True})
+    data["added_tokens"].append(data["added_tokens"][1] | {"id": 501, "content": "<|word|>", "special": False})
+    tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+    assert tokenizer.control_token_ids == {0, 1, 2, 500}
+    assert {2, 500}.isdisjoint(tokenizer.encode("</s> <|mark|>", add_bos=False))
+    assert 501 in tokenizer.encode("<|word|>")
+    assert tokenizer.token_bytes(501) == b"<|word|>"
+    assert tokenizer.decode(tokenizer.encode("</s> <|mark|><|word|>")).replace(" ", "") == "</s><|mark|><|word|>"
+
+
+def test_tokens_beyond_the_logits(tmp_path: Path) -> None:
+    """A padding token that the model does not have is never used; a token of text would be, and is refused."""
+    data = json.loads(tokenizer_json())
+    data["model"]["vocab"].update({f"filler{i}": i for i in range(500, 512)})
+    extra = data["added_tokens"][1] | {"id": 512, "content": "<pad>", "special": True}
+    data["added_tokens"].append(extra)
+    tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+    assert 512 not in tokenizer.encode("<pad>")
+    with pytest.raises(ConfigError, match="<pad>"):
+        tokenizer.control_token_id("<pad>")
+    extra["special"] = False
+    with pytest.raises(CheckpointError, match="has the token 512, and the model's vocabulary 512"):
+        load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+
+
+def test_guard_against_a_tokenizer_that_would(tmp_path: Path) -> None:
+    """A vocabulary whose merges spell the end token: the text is refused, never passed on."""
+    data = json.loads(tokenizer_json())
+    data["added_tokens"] = []
+    vocab = data["model"]["vocab"]
+    vocab["</"], vocab["s>"] = 500, 501
+    data["model"]["merges"] = [["<", "/"], ["s", ">"], ["</", "s>"], *data["model"]["merges"]]
+    tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+    assert tokenizer.encode("hello")
+    with pytest.raises(RequestError, match="control token"):
+        tokenizer.encode("</s>")
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_bos_as_the_checkpoint_says(tmp_path: Path, stated: bool) -> None:
+    config = json.dumps({"add_bos_token": stated})
+    for files in ({"tokenizer__json": tokenizer_json()}, {"tokenizer__model": sentencepiece_model()}):
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        directory.mkdir()
+        tokenizer = load_tokenizer(llama_directory(directory, tokenizer_config__json=config, **files))
+        assert (tokenizer.encode("a")[0] == 1) == stated
+
+
+def test_threads(tokenizer: Tokenizer) -> None:
+    texts = TEXTS * 5
+    expected = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(tokenizer.encode, texts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no tokenizer"),
+        ({"tokenizer__json": "{"}, "tokenizer.json"),
+        ({"tokenizer__json": "{}"}, "not a valid tokenizer"),
+        ({"tokenizer__json": '{"added_tokens": [{"id": 3}]}'}, "not a valid tokenizer"),
+        ({"tokenizer__json": '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'}, "ByteLevel or ByteFallback"),
+        ({"tokenizer__model": b""}, "not a sentencepiece model"),
+        ({"tokenizer__model": b"IQ== 0\nIg== 1\n"}, "not a sentencepiece model"),
+    ],
+)
+def test_broken_tokenizers(tmp_path: Path, files: dict[str, str | bytes], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(llama_directory(tmp_path, **files))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("plamo2", "tokenizer.ggml.model is 'plamo2'"), ("gpt2", "tokenizer.ggml.pre is None; supported: gpt-2, smollm")],
+)
+def test_unknown_gguf_tokenizers_are_refused_by_name(tmp_path: Path, model: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(write_gguf(tmp_path / "x.gguf", model))
+
+
+def test_imports_stay_light() -> None:
+    script = (
+        "import sys, serving.text.chat, serving.text.detokenizer, serving.models.fetch; "
+        "print([m for m in ('torch', 'ray', 'transformers', 'jinja2') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
