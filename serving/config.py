@@ -154,10 +154,16 @@ class RayConfig(_Section):
         0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
     )
 
+    num_gateways: int | None = Field(
+        None,
+        ge=1,
+        description="Of a cluster that is joined: so many gateways, on nodes with the resource packtrain_gateway; one on every node when unset.",
+    )
+
     @model_validator(mode="after")
     def _belongs_to_a_joined_cluster(self) -> "RayConfig":
-        if self.address is None and (self.detached or self.wait_for_nodes_s):
-            raise ValueError("ray.detached and ray.wait_for_nodes_s need ray.address: a private cluster ends with its command")
+        if self.address is None and (self.detached or self.wait_for_nodes_s or self.num_gateways):
+            raise ValueError("detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node")
         return self
 
 
@@ -249,6 +255,11 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def api_key() -> str:
     """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those."""
     return os.environ.get("PACKTRAIN_API_KEY", "")
+
+
+def ray_address() -> str | None:
+    """$RAY_ADDRESS, which KubeRay sets in its pods; None when unset. For commands about the node that they run on."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def log_level() -> str:

@@ -22,7 +22,7 @@ from rich.table import Table
 from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
 from serving.cli import bench as bench_commands
-from serving.cli import inspect, plan
+from serving.cli import inspect, k8s, plan
 from serving.cli import tenants as tenants_cli
 from serving.client.client import Client, StreamTimes, chat_prompt, explain
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
@@ -241,6 +241,7 @@ inspect.register(app)
 plan.register(app)
 bench_commands.register(app)
 tenants_cli.register(app)
+k8s.register(app)
 
 
 def default_config() -> ServingConfig:

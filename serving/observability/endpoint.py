@@ -1,4 +1,7 @@
-"""The listener of /metrics. It is an operator's: a port of its own, never one of the front ends'."""
+"""The listener of /metrics, and of the probes /healthz and /readyz, which here need neither TLS nor a client's certificate.
+
+It is an operator's: a port of its own, never one of the front ends'.
+"""
 
 import ipaddress
 import socket
@@ -18,13 +21,16 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
 class MetricsEndpoint:
-    """Serves GET /metrics from a thread, so that making up a page does not hold up tokens."""
+    """Serves GET /metrics, /healthz and /readyz from a thread, so that making up a page does not hold up tokens."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Listens from now on; port 0 picks a free one. Raises ConfigError when the address cannot be had."""
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, is_ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Listens from now on; port 0 picks a free one. `is_ready` is what /readyz tells. Raises ConfigError when the address
+        cannot be had."""
         server_class = type("_Server", (_Server,), {"address_family": _family(host)})
         try:
-            self._server: WSGIServer = make_server(host, port, _application(registry), server_class, _Handler)
+            self._server: WSGIServer = make_server(host, port, _application(registry, is_ready), server_class, _Handler)
         except OSError as error:
             raise ConfigError(
                 f"admin.metrics_port: cannot listen on {host}:{port} ({error.strerror}); is the port taken?"
@@ -55,12 +61,20 @@ class _Handler(WSGIRequestHandler):
         """Scrapes are not logged."""
 
 
-def _application(registry: CollectorRegistry) -> Any:
+def _application(registry: CollectorRegistry, is_ready: Callable[[], bool]) -> Any:
     metrics = make_wsgi_app(registry)
+    text = [("Content-Type", "text/plain")]
 
     def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "/metrics":
-            start_response("404 Not Found", [("Content-Type", "text/plain")])
+        path = environ["PATH_INFO"]
+        if path == "/healthz" or (path == "/readyz" and is_ready()):
+            start_response("200 OK", text)
+            return [b"ok\n"]
+        if path == "/readyz":
+            start_response("503 Service Unavailable", text)
+            return [b"no replica group can serve, or the gateway is stopping\n"]
+        if path != "/metrics":
+            start_response("404 Not Found", text)
             return [b"metrics are at /metrics\n"]
         page: Iterable[bytes] = metrics(environ, start_response)
         return page

@@ -39,11 +39,11 @@ class GatewayWatch:
         self._endpoint: MetricsEndpoint | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, config: AdminConfig, ask_groups: AskGroups) -> int | None:
-        """Serve /metrics, unless it is turned off; returns the port. Raises ConfigError."""
+    def start(self, config: AdminConfig, ask_groups: AskGroups, is_ready: Callable[[], bool]) -> int | None:
+        """Serve /metrics, and what probes ask, unless it is turned off; returns the port. Raises ConfigError."""
         if config.metrics_port is None:
             return None
-        self._endpoint = MetricsEndpoint(self.metrics.registry, config.host, config.metrics_port)
+        self._endpoint = MetricsEndpoint(self.metrics.registry, config.host, config.metrics_port, is_ready)
         reader = uuid4().hex
         self._tasks = [
             asyncio.create_task(self._watch_groups(lambda: ask_groups(reader))),

@@ -113,7 +113,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- $_ := unset $config "tenancy" -}}
 {{- end -}}
 {{- $address := printf "%s:%s" (include "packtrain.headService" .) (include "packtrain.gcsPort" .) -}}
-{{- $_ := set $config "ray" (dict "address" $address "detached" true "wait_for_nodes_s" .Values.driver.waitForNodesSeconds) -}}
+{{- $_ := set $config "ray" (dict "address" $address "detached" true "num_gateways" .Values.gateway.replicas "wait_for_nodes_s" .Values.driver.waitForNodesSeconds) -}}
 {{- toYaml $config -}}
 {{- end -}}
 

@@ -95,3 +95,9 @@ readinessProbe:
   timeoutSeconds: 2
   failureThreshold: 2
 {{- end -}}
+
+{{/* Of every Ray node, where the values do not say otherwise. Packtrain sends everything by value, so that the object store stays all
+but empty; by default Ray would take a third of the memory for it, and a disk where /dev/shm is smaller than that. */}}
+{{- define "packtrain.startParameters" -}}
+object-store-memory: "100000000"
+{{- end -}}
