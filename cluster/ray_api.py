@@ -153,7 +153,7 @@ class ClusterControl:
         )
 
     def drain(self, node_id: str, reason: str, deadline_s: float) -> str:
-        """Have the cluster give the node nothing new, and Serve end its replicas there within `deadline_s`. Returns why not, or ""."""
+        """Have Ray give the node nothing new, and Serve end its replicas there within `deadline_s`. Returns why not, or ""."""
         preemption = 2  # DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION: idle or not
         deadline_ms = int(1000 * (time.time() + deadline_s))
         is_accepted, message = self._client.drain_node(node_id, preemption, reason, deadline_ms)

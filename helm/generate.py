@@ -1,4 +1,4 @@
-"""Makes what the chart repeats of other files: values.schema.json, README.md and the dashboard. `python helm/generate.py [--check]`.
+"""Makes what the chart repeats of other files: values.schema.json, README.md, the dashboard. `python helm/generate.py [--check]`.
 
 The schema's types are those of values.yaml, with the limits of `RULES`; what is under `config` is the server's own configuration
 (serving/config.py), less what the chart decides. README.md's table is made of the comments in values.yaml that begin with "# --".
@@ -30,7 +30,8 @@ _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        kind: {"type": "object", "additionalProperties": {"type": ["string", "number"]}} for kind in ("requests", "limits")
+        kind: {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+        for kind in ("requests", "limits")
     },
 }
 _START_PARAMETERS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -232,8 +233,9 @@ Chart {chart["version"]}, application {chart["appVersion"]}; Kubernetes {chart["
 helm install llm helm/packtrain --namespace llm --create-namespace --values my-values.yaml
 ```
 
-`packtrain k8s render serve.yaml --gpu a100-80g --gpus-per-node 8 > my-values.yaml` makes values of a configuration that `packtrain serve`
-reads, with the sizes worked out; `packtrain k8s check my-values.yaml` says whether they can work. `ci/` has values for common cases.
+`packtrain k8s render serve.yaml --gpu a100-80g --gpus-per-node 8 > my-values.yaml` makes values of a configuration that
+`packtrain serve` reads, with the sizes worked out; `packtrain k8s check my-values.yaml` says whether they can work. `ci/` has values
+for common cases.
 How to install, upgrade and mend it is in [docs/operations.md](../../docs/operations.md).
 
 ## Values
@@ -275,7 +277,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; end with 1 when a file is not up to date")
     only_check = parser.parse_args().check
-    stale = [path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in generated().items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for path in stale:
         print(f"{path.relative_to(ROOT)} is {'not up to date' if only_check else 'written'}")
         if not only_check:

@@ -148,7 +148,7 @@ class RayConfig(_Section):
     )
     detached: bool = Field(
         False,
-        description="Of a cluster that is joined: what was deployed goes on when the command ends, and the next one takes it over.",
+        description="Of a joined cluster: what was deployed goes on when the command ends, and the next one takes it over.",
     )
     wait_for_nodes_s: float = Field(
         0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
@@ -157,13 +157,15 @@ class RayConfig(_Section):
     num_gateways: int | None = Field(
         None,
         ge=1,
-        description="Of a cluster that is joined: so many gateways, on nodes with the resource packtrain_gateway; one on every node when unset.",
+        description="Of a joined cluster: so many gateways, on nodes with the resource packtrain_gateway. Unset: on every node.",
     )
 
     @model_validator(mode="after")
     def _belongs_to_a_joined_cluster(self) -> "RayConfig":
         if self.address is None and (self.detached or self.wait_for_nodes_s or self.num_gateways):
-            raise ValueError("detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node")
+            raise ValueError(
+                "detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node"
+            )
         return self
 
 

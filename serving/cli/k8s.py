@@ -124,7 +124,9 @@ def wait_for_weights(
     while not (directory / kubernetes.COMPLETE).exists():
         now_s = time.monotonic()
         if now_s > deadline_s:
-            raise ConfigError(f"{directory} has no {kubernetes.COMPLETE} after {timeout_s:g} s: see the log of the weights Job")
+            raise ConfigError(
+                f"{directory} has no {kubernetes.COMPLETE} after {timeout_s:g} s: see the log of the weights Job"
+            )
         if now_s - told_s >= every_s:
             there = kubernetes.bytes_below(directory)
             rate = max(0, there - before) / (now_s - told_s)

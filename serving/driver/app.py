@@ -91,7 +91,7 @@ class RunningApp:
         return f"{'http' if self.config.gateway.tls is None else 'https'}://{self.host}:{self.http_port}"
 
     def stop(self) -> None:
-        """Drain the gateways, then end groups, ranks and, when it is a private one, the cluster. A detached application goes on."""
+        """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
         if self.config.ray.detached:
             try:
                 if self.admin is not None:
@@ -228,9 +228,7 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[
     return config.gateway.host, ports[0]
 
 
-def _run(
-    config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
-) -> DeploymentHandle[Any]:
+def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> DeploymentHandle[Any]:
     requests = [
         GroupRequest(
             name=spec.card.name,

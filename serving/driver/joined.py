@@ -1,4 +1,4 @@
-"""A Ray cluster that was there before, such as KubeRay's: what its nodes must have, how to wait for them, and what runs there already."""
+"""A Ray cluster that was there before, such as KubeRay's: what its nodes must have, how they are waited for, what runs there."""
 
 import hashlib
 import json

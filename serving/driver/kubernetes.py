@@ -1,6 +1,6 @@
 """What a configuration takes on Kubernetes: machines, GPUs, memory and time, by the arithmetic of model_parallel/memory.py.
 
-Pure: from a configuration and a kind of machine to values of the chart helm/packtrain, and from values to what is wrong with them.
+Pure: from a configuration and a kind of machine to values of the chart helm/packtrain, and from values to what is wrong there.
 """
 
 import math
@@ -197,8 +197,8 @@ def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
         return
     if model.rank_bytes + DEVICE_RESERVE_BYTES > gpu.memory_bytes:
         yield (
-            f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB and {DEVICE_RESERVE_BYTES / GIB:.2f} GiB of reserve, "
-            f"and {gpu.name} has {gpu.memory_bytes / GIB:.2f} GiB"
+            f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB and "
+            f"{DEVICE_RESERVE_BYTES / GIB:.2f} GiB of reserve, and {gpu.name} has {gpu.memory_bytes / GIB:.2f} GiB"
         )
 
 
@@ -222,7 +222,8 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
             continue
         if any(need > has for need, has in zip(takes, size, strict=True)):
             problems.append(
-                f"{entry.name}: a group needs {takes[0]:g} GPUs and {takes[1]:g} CPUs, and a machine has {size[0]:g} and {size[1]:g}"
+                f"{entry.name}: a group needs {takes[0]:g} GPUs and {takes[1]:g} CPUs, "
+                f"and a machine has {size[0]:g} and {size[1]:g}"
             )
             continue
         for _ in range(entry.num_groups):
@@ -347,10 +348,14 @@ def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[
     for group in groups:
         lines.append(_group_line(group))
     for entry in config.models:
-        problems += _placement_problems(entry, groups, bool((chart_values.get("ray") or {}).get("autoscaling", {}).get("enabled")))
+        problems += _placement_problems(
+            entry, groups, bool((chart_values.get("ray") or {}).get("autoscaling", {}).get("enabled"))
+        )
         known = _model_config(entry, same_as.get(entry.name))
         if known is None:
-            lines.append(f"{entry.name}: memory not checked, {entry.source} is not here; --same-as {entry.name}=… names its like")
+            lines.append(
+                f"{entry.name}: memory not checked, {entry.source} is not here; --same-as {entry.name}=… names its like"
+            )
             continue
         fitting = [group for group in groups if _ranks_of(group, entry) >= 1]
         devices = {device.name: device for group in fitting if (device := group_device(group) or gpu)}
@@ -428,8 +433,8 @@ def _host_problems(model: ModelPlan, groups: list[dict[str, Any]]) -> Iterator[s
         needs += quantity(str(group["shmSize"]))
         if needs > has:
             yield (
-                f"{model.entry.name}: a group needs {needs / GIB:.1f} GiB on a machine of {group['groupName']} (ranks, Ray, /dev/shm), "
-                f"whose memory limit is {has / GIB:.1f} GiB"
+                f"{model.entry.name}: a group needs {needs / GIB:.1f} GiB (ranks, Ray, /dev/shm) on a machine of "
+                f"{group['groupName']}, whose memory limit is {has / GIB:.1f} GiB"
             )
 
 
@@ -437,7 +442,9 @@ def _group_line(group: Mapping[str, Any]) -> str:
     limits = group["resources"].get("limits") or {}
     gpus = limits.get("nvidia.com/gpu", 0)
     machines = group["replicas"] * group["numOfHosts"]
-    return f"{group['groupName']}: {machines} machines with {gpus} GPUs, {limits.get('cpu')} CPUs, {limits.get('memory')}"
+    return (
+        f"{group['groupName']}: {machines} machines with {gpus} GPUs, {limits.get('cpu')} CPUs, {limits.get('memory')}"
+    )
 
 
 def _model_line(model: ModelPlan, device: Device | None) -> str:
@@ -445,12 +452,24 @@ def _model_line(model: ModelPlan, device: Device | None) -> str:
     where = f" of {device.memory_bytes / GIB:.1f} GiB on {device.name}" if device else ""
     room = f"; {model.memory.kv_tokens} tokens of KV cache would fit" if device else ""
     return (
-        f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB{where}, {weights / GIB:.2f} GiB of them weights, with "
+        f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB{where}, "
+        f"{weights / GIB:.2f} GiB of them weights, with "
         f"{model.entry.kv_cache_tokens} tokens of KV cache{room}"
     )
 
 
-_UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+_UNITS = {
+    "": 1.0,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+}
 
 
 def quantity(text: str) -> float:

@@ -29,7 +29,11 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
     "no keys": ({"config": {"tenancy": None}}, "without a key", {"insecure": True}),
     "no token": ({"ray": {"auth": {"enabled": False}}}, "could run code", {"insecure": True}),
     "no network policy": ({"networkPolicy": {"enabled": False}}, "Ray's ports would be open", {"insecure": True}),
-    "a load balancer in clear": ({"service": {"type": "LoadBalancer"}}, "travel in clear", {"tls": {"existingSecret": "tls"}}),
+    "a load balancer in clear": (
+        {"service": {"type": "LoadBalancer"}},
+        "travel in clear",
+        {"tls": {"existingSecret": "tls"}},
+    ),
     "a node port in clear": ({"service": {"type": "NodePort"}}, "travel in clear", {"insecure": True}),
     "an ingress in clear": (
         {"ingress": {"enabled": True, "hosts": [{"host": "a.example"}]}},
@@ -54,14 +58,22 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
     "a secret in the environment": (
         {"common": {"containerEnv": [{"name": "HF_TOKEN", "value": "hf_1"}]}},
         "common.containerEnv: HF_TOKEN has its value in the values",
-        {"common": {"containerEnv": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}]}},
+        {
+            "common": {
+                "containerEnv": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}]
+            }
+        },
     ),
     "a secret in a group's environment": (
         {"additionalWorkerGroups": {"more": {"containerEnv": [{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]}}},
         "more.containerEnv: AWS_SECRET_ACCESS_KEY",
         None,
     ),
-    "a password in an argument": ({"head": {"rayStartParams": {"redis-password": "x"}}}, "would stand in the process list", None),
+    "a password in an argument": (
+        {"head": {"rayStartParams": {"redis-password": "x"}}},
+        "would stand in the process list",
+        None,
+    ),
     "client certificates without any": (
         {"tls": {"requireClientCertificate": True}},
         "tls.requireClientCertificate needs",
@@ -72,20 +84,36 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         "kubelet asks there whether a gateway is ready",
         {"tls": {"existingSecret": ""}},
     ),
-    "cert-manager without issuer": ({"tls": {"certManager": {"enabled": True}}}, "needs tls.certManager.issuerRef", None),
+    "cert-manager without issuer": (
+        {"tls": {"certManager": {"enabled": True}}},
+        "needs tls.certManager.issuerRef",
+        None,
+    ),
     "an image that moves": (
         {"weights": {"s3": {"image": "aws-cli:latest"}}},
         "means another image tomorrow",
         {"weights": {"s3": {"image": "aws-cli:2.31.0"}}},
     ),
-    "an image without tag": ({"weights": {"s3": {"image": "registry:5000/aws-cli"}}}, "means another image tomorrow", None),
+    "an image without tag": (
+        {"weights": {"s3": {"image": "registry:5000/aws-cli"}}},
+        "means another image tomorrow",
+        None,
+    ),
     "an init container's image that moves": (
         {"weights": {"source": "init", "initContainers": [{"name": "get", "image": "curl"}]}},
         "weights.initContainers[0].image",
         {"weights": {"source": "init", "initContainers": [{"name": "get", "image": "curl:8.10"}]}},
     ),
-    "Llama 2 without its licence": ({"config": models(LLAMA), "weights": ONE_CLAIM}, "license.accept: true", {"license": {"accept": True}}),
-    "Llama 2 by name": ({"config": models(SMALL | {"name": "llama2-chat"})}, "is Llama 2", {"license": {"accept": True}}),
+    "Llama 2 without its licence": (
+        {"config": models(LLAMA), "weights": ONE_CLAIM},
+        "license.accept: true",
+        {"license": {"accept": True}},
+    ),
+    "Llama 2 by name": (
+        {"config": models(SMALL | {"name": "llama2-chat"})},
+        "is Llama 2",
+        {"license": {"accept": True}},
+    ),
     "weights that are not mounted": (
         {"config": models(LLAMA), "license": {"accept": True}},
         "nothing is mounted at /models",
@@ -108,7 +136,10 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
     ),
     "GPUs where there are none": ({"config": models(ON_GPU)}, "no node holds more than 0 GPUs", {"worker": gpus(1)}),
     "more groups than nodes": (
-        {"config": models(ON_GPU | {"tensor_parallel_size": 8, "num_groups": 3}), "worker": gpus(8, replicas=2, maxReplicas=2)},
+        {
+            "config": models(ON_GPU | {"tensor_parallel_size": 8, "num_groups": 3}),
+            "worker": gpus(8, replicas=2, maxReplicas=2),
+        },
         "num_groups 3 of 8 ranks, and there are nodes for 2",
         {"worker": gpus(8, replicas=3, maxReplicas=3)},
     ),
@@ -123,7 +154,11 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"terminationGracePeriodSeconds": 105},
     ),
     "SQLite on two gateways": ({"gateway": {"replicas": 2}}, "which only one machine can use", {"config": POSTGRESQL}),
-    "groups on the head": ({"head": {"rayStartParams": {"num-cpus": "4"}}}, "replica groups would be placed there", None),
+    "groups on the head": (
+        {"head": {"rayStartParams": {"num-cpus": "4"}}},
+        "replica groups would be placed there",
+        None,
+    ),
     "groups on gateways": ({"gateway": {"rayStartParams": {"num-cpus": "1"}}}, "gateway.rayStartParams.num-cpus", None),
     "Redis without address": (
         {"gcsFaultTolerance": {"backend": "redis"}},
@@ -139,7 +174,11 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"worker": {"replicas": 2, "maxReplicas": 2}},
     ),
     "a claim without name": ({"weights": {"source": "pvc"}}, "existingClaim is missing", {"weights": ONE_CLAIM}),
-    "S3 without address": ({"weights": {"source": "s3"}}, "uri is missing", {"weights": {"source": "s3", "s3": {"uri": "s3://b/p"}}}),
+    "S3 without address": (
+        {"weights": {"source": "s3"}},
+        "uri is missing",
+        {"weights": {"source": "s3", "s3": {"uri": "s3://b/p"}}},
+    ),
     "nothing that fills /models": ({"weights": {"source": "init"}}, "nothing would fill /models", None),
     "routes without gateway": ({"gatewayApi": {"enabled": True}}, "needs gatewayApi.parentRefs", None),
     "an ingress without hosts": (

@@ -1,4 +1,4 @@
-"""Every rule of tests/support/chart_rules.py holds for all of the chart's own values, and is noticed when a template breaks it."""
+"""Every rule of tests/support/chart_rules.py holds for the chart's own values, and notices a template that breaks it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,9 @@ from tests.support import chart_rules as rules
 from tests.support.helm import CI_VALUES, changed_chart, render, rendered
 
 FILES = {path.name.removesuffix("-values.yaml"): path for path in CI_VALUES}
-HELPERS, CLUSTER, DRIVER, PODS = (f"templates/{name}" for name in ("_helpers.tpl", "raycluster.yaml", "driver.yaml", "_pods.tpl"))
+HELPERS, CLUSTER, DRIVER, PODS = (
+    f"templates/{name}" for name in ("_helpers.tpl", "raycluster.yaml", "driver.yaml", "_pods.tpl")
+)
 SERVICES, POLICIES = "templates/services.yaml", "templates/networkpolicies.yaml"
 
 # A template that breaks the rule: which rule, with which values, what is replaced in which file by what.
@@ -73,7 +75,9 @@ def test_rule_holds_for_the_default_values(rule: rules.Rule) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "values", "changes"), MUTANTS, ids=[f"{rule.__name__}-{number}" for number, (rule, *_) in enumerate(MUTANTS)]
+    ("rule", "values", "changes"),
+    MUTANTS,
+    ids=[f"{rule.__name__}-{number}" for number, (rule, *_) in enumerate(MUTANTS)],
 )
 def test_rule_finds_a_template_that_breaks_it(
     rule: rules.Rule, values: str, changes: Mapping[str, tuple[str, str]], tmp_path: Path

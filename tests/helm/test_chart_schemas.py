@@ -77,7 +77,9 @@ def test_kubernetes_schemas(file: Path, version: str) -> None:
 
 @by_file
 def test_kuberay_schema(file: Path) -> None:
-    errors = [f"{list(e.path)}: {e.message}" for e in raycluster_validator().iter_errors(only(rendered(file), "RayCluster"))]
+    errors = [
+        f"{list(e.path)}: {e.message}" for e in raycluster_validator().iter_errors(only(rendered(file), "RayCluster"))
+    ]
     assert errors == []
 
 

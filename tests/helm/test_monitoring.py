@@ -98,7 +98,11 @@ def test_alert_is_of_this_installation(name: str) -> None:
     ("old", "new", "words"),
     [
         ("packtrain_estimated_wait_seconds", "packtrain_estimated_wait", "does not exist"),
-        ("by (model_name, engine) (vllm:num_requests_running", "by (model, engine) (vllm:num_requests_running", "has no label"),
+        (
+            "by (model_name, engine) (vllm:num_requests_running",
+            "by (model, engine) (vllm:num_requests_running",
+            "has no label",
+        ),
         ('reason="OVERLOADED"', 'cause="OVERLOADED"', "has no label"),
     ],
 )
@@ -137,15 +141,15 @@ def test_links_of_the_operations_guide_lead_somewhere() -> None:
 def test_the_dashboard_is_the_projects_own() -> None:
     (config_map,) = (m for m in of_kind(rendered(MANY), "ConfigMap") if m["metadata"]["name"].endswith("-dashboard"))
     assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
-    assert json.loads(config_map["data"]["packtrain.json"]) == json.loads((ROOT / "docs/dashboards/packtrain.json").read_text())
+    assert json.loads(config_map["data"]["packtrain.json"]) == json.loads(
+        (ROOT / "docs/dashboards/packtrain.json").read_text()
+    )
 
 
 def test_the_pod_monitor_finds_the_gateways() -> None:
     manifests = rendered(MANY)
     monitor = only(manifests, "PodMonitor")["spec"]
-    (group,) = (
-        g for g in only(manifests, "RayCluster")["spec"]["workerGroupSpecs"] if g["groupName"] == "gateways"
-    )
+    (group,) = (g for g in only(manifests, "RayCluster")["spec"]["workerGroupSpecs"] if g["groupName"] == "gateways")
     assert monitor["selector"]["matchLabels"].items() <= group["template"]["metadata"]["labels"].items()
     ports = [port["name"] for port in group["template"]["spec"]["containers"][0]["ports"]]
     assert monitor["podMetricsEndpoints"][0]["port"] in ports

@@ -30,7 +30,9 @@ def runs_without_privileges(manifests: list[Manifest]) -> list[str]:
             found.append(f"{name} may run as root")
         if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
             found.append(f"{name} has no seccomp profile")
-        found += [f"{name} sees the host: {key}" for key in ("hostNetwork", "hostPID", "hostIPC") if pod["spec"].get(key)]
+        found += [
+            f"{name} sees the host: {key}" for key in ("hostNetwork", "hostPID", "hostIPC") if pod["spec"].get(key)
+        ]
         found += [f"{name} mounts the host: {v['name']}" for v in pod["spec"].get("volumes", []) if "hostPath" in v]
     for name, container in _each_container(manifests):
         context = container.get("securityContext", {})
@@ -132,7 +134,9 @@ def admin_port_is_apart(manifests: list[Manifest]) -> list[str]:
     admin, metrics = config["admin"].get("port"), config["admin"].get("metrics_port")
     found = []
     for service in of_kind(manifests, "Service"):
-        ports = {port.get("targetPort") for port in service["spec"]["ports"]} | {port["port"] for port in service["spec"]["ports"]}
+        ports = {port.get("targetPort") for port in service["spec"]["ports"]} | {
+            port["port"] for port in service["spec"]["ports"]
+        }
         if service["metadata"]["name"] != f"{NAME}-admin" and ports & {admin, metrics, "admin", "gateway-metrics"}:
             found.append(f"Service {service['metadata']['name']} opens an operators' port")
         if service["metadata"]["name"] == f"{NAME}-admin" and service["spec"]["type"] != "ClusterIP":
@@ -153,7 +157,9 @@ def exposed_with_tls(manifests: list[Manifest]) -> list[str]:
     for service in of_kind(manifests, "Service"):
         if service["spec"].get("type") in ("LoadBalancer", "NodePort") and not tls:
             found.append(f"Service {service['metadata']['name']} is open in clear")
-    found += [f"{i['metadata']['name']} is open in clear" for i in of_kind(manifests, "Ingress") if not i["spec"].get("tls")]
+    found += [
+        f"{i['metadata']['name']} is open in clear" for i in of_kind(manifests, "Ingress") if not i["spec"].get("tls")
+    ]
     for kind in ("GRPCRoute", "HTTPRoute"):
         for route in of_kind(manifests, kind):
             if not all("sectionName" in parent for parent in route["spec"]["parentRefs"]):
@@ -178,7 +184,9 @@ def grace_is_longer_than_the_drain(manifests: list[Manifest]) -> list[str]:
     groups = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
     for name, pod in {"head": cluster["headGroupSpec"]["template"], **groups}.items():
         grace_s = pod["spec"].get("terminationGracePeriodSeconds", 30)
-        command = pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+        command = (
+            pod["spec"]["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+        )
         if command[:3] != ["packtrain", "k8s", "drain"]:
             found.append(f"{name} ends without draining")
             continue
@@ -242,7 +250,10 @@ def state_outlives_the_head(manifests: list[Manifest]) -> list[str]:
     for name, template in pod_templates(manifests):
         for container in containers(template):
             variables = {v["name"]: v.get("value") for v in container.get("env", [])}
-            if "RAY_SERVE_USE_GRPC_BY_DEFAULT" in variables and variables.get("RAY_gcs_rpc_server_reconnect_timeout_s") != "600":
+            if (
+                "RAY_SERVE_USE_GRPC_BY_DEFAULT" in variables
+                and variables.get("RAY_gcs_rpc_server_reconnect_timeout_s") != "600"
+            ):
                 found.append(f"{name}/{container['name']} gives the head up too soon")
     return found
 
@@ -274,14 +285,20 @@ def nothing_passes_but_the_listed_flows(manifests: list[Manifest]) -> list[str]:
     components = policies.get("ray", {}).get("podSelector", {}).get("matchExpressions", [{}])[0].get("values")
     if components != ["head", "gateway", "worker", "driver"]:
         found.append("pods of the Ray cluster cannot reach each other, or others can")
-    for name, component, ports in (("gateway", "gateway", {"grpc", "http", "gateway-metrics"}), ("admin", "driver", {"admin"})):
+    for name, component, ports in (
+        ("gateway", "gateway", {"grpc", "http", "gateway-metrics"}),
+        ("admin", "driver", {"admin"}),
+    ):
         spec = policies.get(name)
         if spec is None:
             continue
         if spec["podSelector"]["matchLabels"].get("app.kubernetes.io/component") != component:
             found.append(f"policy {name} is for other pods")
         found += [
-            f"policy {name} opens {port['port']}" for rule in spec["ingress"] for port in rule["ports"] if port["port"] not in ports
+            f"policy {name} opens {port['port']}"
+            for rule in spec["ingress"]
+            for port in rule["ports"]
+            if port["port"] not in ports
         ]
     allowed = {"ray", "dns", "gateway", "admin", "database", "redis", "autoscaler", "weights", "extra"}
     found += [f"policy {name} is not among the listed flows" for name in policies.keys() - allowed]

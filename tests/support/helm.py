@@ -52,7 +52,7 @@ def missing(what: str) -> None:
 
 @functools.cache
 def helm() -> Path:
-    """Path of helm, fetched into the cache the first time. Fails, or skips outside continuous integration, when it cannot be had."""
+    """Path of helm, fetched into the cache the first time. When it cannot be had: fails in CI, skips elsewhere."""
     path = cache_directory() / "tools" / f"helm-{_SHA256[:12]}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def raycluster_validator() -> jsonschema.Draft202012Validator:
 
 
 def strict(schema: Any, path: tuple[str, ...] = ()) -> Any:
-    """The schema with nothing allowed beside the properties that it lists, and Kubernetes' own extensions in JSON schema's words."""
+    """The schema with nothing allowed beside the properties that it lists, and Kubernetes' extensions in JSON schema's words."""
     if isinstance(schema, list):
         return [strict(item, path) for item in schema]
     if not isinstance(schema, dict):
@@ -190,10 +190,14 @@ def strict(schema: Any, path: tuple[str, ...] = ()) -> Any:
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     made = {
-        key: {name: strict(value, (*path, name)) for name, value in inner.items()} if key == "properties" else strict(inner, path)
+        key: {name: strict(value, (*path, name)) for name, value in inner.items()}
+        if key == "properties"
+        else strict(inner, path)
         for key, inner in schema.items()
     }
-    is_open = "additionalProperties" in made or made.get("x-kubernetes-preserve-unknown-fields") or path == ("metadata",)
+    is_open = (
+        "additionalProperties" in made or made.get("x-kubernetes-preserve-unknown-fields") or path == ("metadata",)
+    )
     if "properties" in made and not is_open:
         made["additionalProperties"] = False
     return made

@@ -1,4 +1,4 @@
-"""The life of an installed chart, as processes: python -m tests.support.pod_scenario VALUES RESULT, as root, in namespaces of its own.
+"""The life of an installed chart, as processes: python -m tests.support.pod_scenario VALUES RESULT, as root in a sandbox.
 
 Writes what it saw to RESULT as JSON; tests/helm/test_pods.py asserts on it. Everything that it starts ends with it.
 """
@@ -38,7 +38,10 @@ def ray_container(pod: Pod) -> str:
 
 def looks(pod: Pod) -> dict[str, bool]:
     """Every probe of the pod's containers, taken once."""
-    specs = [*pod.spec["containers"], *(s for s in pod.spec.get("initContainers", []) if s.get("restartPolicy") == "Always")]
+    specs = [
+        *pod.spec["containers"],
+        *(s for s in pod.spec.get("initContainers", []) if s.get("restartPolicy") == "Always"),
+    ]
     probes = ("startupProbe", "livenessProbe", "readinessProbe")
     return {f"{spec['name']}/{name}": pod.probe(spec, name) for spec in specs for name in probes if name in spec}
 
@@ -89,7 +92,12 @@ class Streaming(threading.Thread):
 
 
 def replica_pids(pod: Pod) -> list[str]:
-    done = pod.exec(ray_container(pod), "sh", "-c", "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^ray::ServeReplica' && echo $p; done; true")
+    done = pod.exec(
+        ray_container(pod),
+        "sh",
+        "-c",
+        "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -q '^ray::ServeReplica' && echo $p; done; true",
+    )
     return sorted(done.stdout.split())
 
 
@@ -100,12 +108,13 @@ def live(pods: dict[str, Pod], facts: Facts) -> None:
         # KubeRay's own probe of a node answers long before a group has loaded.
         spec = gateway.spec["containers"][0]
 
-
         def holds(name: str) -> bool:
             for pod in pods.values():
                 for container in pod.containers.values():
                     if container.process.poll() not in (None, 0):
-                        raise RuntimeError(f"{pod.name}/{container.spec['name']} ended:\n{container.log.read_text()[-3000:]}")
+                        raise RuntimeError(
+                            f"{pod.name}/{container.spec['name']} ended:\n{container.log.read_text()[-3000:]}"
+                        )
             for future in starting.values():
                 if future.done():
                     future.result()
@@ -114,7 +123,7 @@ def live(pods: dict[str, Pod], facts: Facts) -> None:
         wait(lambda: holds("livenessProbe"), READY_S, "the gateway's node is alive")
         facts["early"] = looks(gateway)
         wait(lambda: holds("readinessProbe"), READY_S, "the gateway is ready")
-        for name, future in starting.items():
+        for future in starting.values():
             future.result()
     facts["ready"] = {name: looks(pod) for name, pod in pods.items()}
     address = f"{gateway.ip}:50051"
@@ -126,11 +135,22 @@ def live(pods: dict[str, Pod], facts: Facts) -> None:
     wait(lambda: status_of(address, key) == "OK", 30, "the key is known")
     facts["with key"], facts["without key"] = status_of(address, key), status_of(address, "")
     facts["where replicas are"] = {name: len(replica_pids(pod)) for name, pod in pods.items()}
-    facts["users"] = pods["workers-0"].exec("ray-worker", "sh", "-c", "id -u; grep -E 'NoNewPrivs|CapBnd' /proc/self/status").stdout.split()
+    facts["users"] = (
+        pods["workers-0"]
+        .exec("ray-worker", "sh", "-c", "id -u; grep -E 'NoNewPrivs|CapBnd' /proc/self/status")
+        .stdout.split()
+    )
     facts["read-only"] = pods["workers-0"].exec("ray-worker", "touch", "/etc/packtrain-was-here").returncode
     dashboard = "import socket; socket.create_connection(('rel-packtrain-head-svc.llm.svc.cluster.local', 8265), 3)"
     facts["dashboard from elsewhere"] = gateway.exec(ray_container(gateway), sys.executable, "-c", dashboard).returncode
-    no_token = ("env", "RAY_AUTH_TOKEN=wrong", "ray", "health-check", "--address", "rel-packtrain-head-svc.llm.svc.cluster.local:6379")
+    no_token = (
+        "env",
+        "RAY_AUTH_TOKEN=wrong",
+        "ray",
+        "health-check",
+        "--address",
+        "rel-packtrain-head-svc.llm.svc.cluster.local:6379",
+    )
     facts["a wrong token"] = gateway.exec(ray_container(gateway), *no_token).returncode
     facts["the right token"] = gateway.exec(ray_container(gateway), *no_token[2:]).returncode
 
@@ -190,10 +210,11 @@ def main() -> None:
         pods = pods_of(manifests, directory, image, environment)
         try:
             with all_killed(pods):
-                live(pods, facts)
-        except Exception as error:
-            facts["failed"] = f"{type(error).__name__}: {error}"
-            raise
+                try:
+                    live(pods, facts)
+                except Exception as error:
+                    facts["failed"] = f"{type(error).__name__}: {error}"[-4000:]
+                    raise
         finally:
             facts["logs"] = {path.name: path.read_text()[-3000:] for path in sorted((directory / "logs").glob("*.log"))}
             result.write_text(json.dumps(facts, indent=2))

@@ -1,7 +1,7 @@
 """Pods without Kubernetes: what the chart renders, run as kubelet would run it, in namespaces of this machine's kernel.
 
-Each pod has a network, processes and mounts of its own, its containers a read-only root, the volumes of the manifest and the user of
-its security context. What KubeRay adds to a RayCluster's pods (`ray start` and its environment) is added here as KubeRay 1.7 does it.
+Each pod has a network, processes and mounts of its own, its containers a read-only root, the volumes of the manifest and the user
+of its security context. What KubeRay adds to a RayCluster's pods (`ray start` and its environment) is added as KubeRay 1.7 does.
 Needs root: namespaces are made. Run by tests/support/pod_scenario.py, in a sandbox that takes everything with it when it ends.
 """
 
@@ -114,14 +114,28 @@ class Pod:
         while not condition():
             for container in self.containers.values():
                 if not container.is_running():
-                    raise RuntimeError(f"{self.name}: not {what}, and a container ended:\n{container.log.read_text()[-3000:]}")
+                    raise RuntimeError(
+                        f"{self.name}: not {what}, and a container ended:\n{container.log.read_text()[-3000:]}"
+                    )
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{self.name}: not {what} in time")
             time.sleep(0.5)
 
     def _make_namespaces(self) -> None:
         self._pause = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", sys.executable, "-c", _PAUSE]
+            [
+                "unshare",
+                "--net",
+                "--mount",
+                "--pid",
+                "--ipc",
+                "--uts",
+                "--fork",
+                "--kill-child",
+                sys.executable,
+                "-c",
+                _PAUSE,
+            ]
         )
         children = Path(f"/proc/{self._pause.pid}/task/{self._pause.pid}/children")
         deadline = time.monotonic() + _START_S
@@ -159,7 +173,9 @@ class Pod:
             if entry.is_symlink():
                 lines.append(f"ln -s {os.readlink(entry)} {target}")
             elif entry.is_dir() and entry.name not in own:
-                lines.append(f"mkdir {target} && mount --rbind {entry} {target} && mount -o remount,bind,ro {target} || true")
+                lines.append(
+                    f"mkdir {target} && mount --rbind {entry} {target} && mount -o remount,bind,ro {target} || true"
+                )
         for name in ("etc", "opt", "var", "home"):
             lines.append(f"mkdir -p {root}/{name}")
             for entry in sorted(Path("/", name).iterdir()) if name in ("etc", "opt") else []:
@@ -171,7 +187,10 @@ class Pod:
                 elif entry.is_file():
                     source = hosts if entry == Path("/etc/hosts") else entry
                     lines.append(f"touch {target} && mount --bind {source} {target}")
-        lines += [f"mkdir -p {root}/proc {root}/dev {root}/sys {root}/tmp {root}/root", f"mount -t proc proc {root}/proc"]
+        lines += [
+            f"mkdir -p {root}/proc {root}/dev {root}/sys {root}/tmp {root}/root",
+            f"mount -t proc proc {root}/proc",
+        ]
         lines += [f"mount --rbind /dev {root}/dev", f"mount --rbind /sys {root}/sys"]
         for inside, outside in self.cluster.image.items():
             lines.append(self._bind(outside, root / inside.lstrip("/"), read_only=True))
@@ -180,7 +199,9 @@ class Pod:
             source = self._volume(mount["name"])
             if "subPath" in mount:
                 source = source / mount["subPath"]
-            lines.append(self._bind(source, root / mount["mountPath"].lstrip("/"), read_only=bool(mount.get("readOnly"))))
+            lines.append(
+                self._bind(source, root / mount["mountPath"].lstrip("/"), read_only=bool(mount.get("readOnly")))
+            )
         if spec["securityContext"].get("readOnlyRootFilesystem"):
             lines.append(f"mount -o remount,ro {root}")
         run("nsenter", "-t", str(self._pid), "-n", "-m", "-p", "--", "bash", "-c", "\n".join(lines))
@@ -188,7 +209,9 @@ class Pod:
     @staticmethod
     def _bind(source: Path, target: Path, *, read_only: bool) -> str:
         make = f"mkdir -p {target}" if source.is_dir() else f"mkdir -p {target.parent} && touch {target}"
-        return f"{make} && mount --bind {source} {target}" + (f" && mount -o remount,bind,ro {target}" if read_only else "")
+        return f"{make} && mount --bind {source} {target}" + (
+            f" && mount -o remount,bind,ro {target}" if read_only else ""
+        )
 
     def _volume(self, name: str) -> Path:
         """The directory of a volume, made the first time. A claim's outlives the pod."""
@@ -203,7 +226,15 @@ class Pod:
             return directory
         directory.mkdir(parents=True)
         if volume.get("emptyDir", {}).get("medium") == "Memory":
-            run("mount", "-t", "tmpfs", "-o", f"size={volume['emptyDir']['sizeLimit'].removesuffix('i')},mode=1777", "shm", str(directory))
+            run(
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                f"size={volume['emptyDir']['sizeLimit'].removesuffix('i')},mode=1777",
+                "shm",
+                str(directory),
+            )
         files: Mapping[str, str] = {}
         if "configMap" in volume:
             files = self.cluster.config_maps[volume["configMap"]["name"]]
@@ -225,7 +256,7 @@ class Pod:
         return found
 
     def _command(self, spec: Manifest, command: list[str]) -> list[str]:
-        """Within the pod's namespaces and the container's root, as the user of the security context and with none of root's rights."""
+        """Within the pod's namespaces and the container's root, as the user of the security context, without root's rights."""
         context = {**self.spec["securityContext"], **spec["securityContext"]}
         user, group = str(context["runAsUser"]), str(context["runAsGroup"])
         rights = ["--no-new-privs"] if context.get("allowPrivilegeEscalation") is False else []
@@ -235,7 +266,16 @@ class Pod:
         return [
             *("nsenter", "-t", str(self._pid), "-n", "-m", "-p", "-i", "-u", "--"),
             *("chroot", str(self._root(spec)), "setpriv", f"--reuid={user}", f"--regid={group}"),
-            *(f"--groups={self.spec['securityContext']['fsGroup']}", *rights, "--", "env", "-i", "--chdir=/", *variables, *command),
+            *(
+                f"--groups={self.spec['securityContext']['fsGroup']}",
+                *rights,
+                "--",
+                "env",
+                "-i",
+                "--chdir=/",
+                *variables,
+                *command,
+            ),
         ]
 
     def start_container(self, spec: Manifest) -> Container:
@@ -243,7 +283,9 @@ class Pod:
         log.parent.mkdir(exist_ok=True)
         command = self._command(spec, [*spec["command"], *spec.get("args", [])])
         with log.open("ab") as file:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
         container = self.containers[spec["name"]] = Container(spec=spec, process=process, log=log)
         return container
 
@@ -264,7 +306,9 @@ class Pod:
 
     def _http(self, action: Manifest, timeout_s: float) -> bool:
         try:
-            with urllib.request.urlopen(f"http://{self.ip}:{action['port']}{action['path']}", timeout=timeout_s) as answer:
+            with urllib.request.urlopen(
+                f"http://{self.ip}:{action['port']}{action['path']}", timeout=timeout_s
+            ) as answer:
                 return 200 <= answer.status < 400
         except (urllib.error.URLError, OSError):
             return False
@@ -285,22 +329,25 @@ class Pod:
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
                 if entry.name.isdigit() and int(entry.name) != self._pid and os.readlink(entry / "ns/pid") == namespace:
-                    if line := (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip():
-                        lines.append(line)
-        return lines
+                    lines.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+        return [line for line in lines if line]
 
     def terminate(self) -> float:
-        """As kubelet ends a pod: preStop, SIGTERM, sidecars after the rest, SIGKILL after the grace period. Seconds that it took."""
+        """As kubelet ends a pod: preStop, SIGTERM, sidecars after the rest. The seconds, or TimeoutExpired after its grace."""
         grace_s = float(self.spec["terminationGracePeriodSeconds"])
         started = time.monotonic()
-        sidecars = {spec["name"] for spec in self.spec.get("initContainers", []) if spec.get("restartPolicy") == "Always"}
+        sidecars = {
+            spec["name"] for spec in self.spec.get("initContainers", []) if spec.get("restartPolicy") == "Always"
+        }
         for is_sidecar in (False, True):
             ending = [c for name, c in self.containers.items() if (name in sidecars) == is_sidecar and c.is_running()]
             for container in ending:
                 hook = container.spec.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
                 if hook:
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        done = self.exec(container.spec["name"], *hook, timeout_s=grace_s - (time.monotonic() - started))
+                        done = self.exec(
+                            container.spec["name"], *hook, timeout_s=grace_s - (time.monotonic() - started)
+                        )
                         with container.log.open("a") as log:
                             log.write(f"preStop: {done.stdout}{done.stderr}\n")
                 if (pid := container.main_pid()) is not None:
@@ -314,7 +361,8 @@ class Pod:
         """The machine is lost: nobody is told."""
         os.kill(self._pid, signal.SIGKILL)
         if self._pause is not None:
-            self._pause.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._pause.wait(120)
         with contextlib.suppress(RuntimeError):
             run("ip", "link", "del", f"v{self.ip.rpartition('.')[2]}")
         self.containers.clear()
@@ -347,7 +395,9 @@ def kuberay_start(template: Manifest, parameters: Mapping[str, str], *, is_head:
     return spec
 
 
-def pods_of(manifests: list[Manifest], directory: Path, image: Mapping[str, Path], environment: Mapping[str, str]) -> dict[str, Pod]:
+def pods_of(
+    manifests: list[Manifest], directory: Path, image: Mapping[str, Path], environment: Mapping[str, str]
+) -> dict[str, Pod]:
     """Head, gateways, workers and driver, not started."""
     ray = only(manifests, "RayCluster")
     name = ray["metadata"]["name"]
@@ -381,7 +431,7 @@ def pods_of(manifests: list[Manifest], directory: Path, image: Mapping[str, Path
 
 
 def image_of_this_checkout(directory: Path, model: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """What the Dockerfile puts into the image, from this checkout: commands, the small model; and the environment that it sets."""
+    """What the Dockerfile puts into the image, from this checkout: commands, the small model; and the environment there."""
     commands = directory / "bin"
     commands.mkdir()
     for name, target in (("packtrain", "-m serving.cli"), ("ray", "-m ray.scripts.scripts")):

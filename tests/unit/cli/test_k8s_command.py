@@ -30,7 +30,9 @@ def k8s(*arguments: str | Path) -> tuple[int, str]:
 def test_what_is_rendered_passes_the_check(tmp_path: Path) -> None:
     serve, values = tmp_path / "serve.yaml", tmp_path / "values.yaml"
     serve.write_text(SERVE)
-    status, output = k8s("render", serve, "--gpu", "a100-80g", "--gpus-per-node", "8", "--claim", "llama", "--accept-license")
+    status, output = k8s(
+        "render", serve, "--gpu", "a100-80g", "--gpus-per-node", "8", "--claim", "llama", "--accept-license"
+    )
     assert status == 0
     assert "# chat: 1 groups of 8 ranks; a rank holds 16.06 GiB of weights" in output
     assert yaml.safe_load(output)["worker"]["resources"]["limits"]["nvidia.com/gpu"] == 8
@@ -97,7 +99,12 @@ def test_weights_that_never_come(tmp_path: Path) -> None:
 
 
 def test_replicas_are_told_from_other_processes(tmp_path: Path) -> None:
-    for pid, title in (("10", b"ray::ServeReplica:packtrain:Gateway"), ("11", b"ray::IDLE"), ("self", b"ray::ServeReplica"), ("12", b"")):
+    for pid, title in (
+        ("10", b"ray::ServeReplica:packtrain:Gateway"),
+        ("11", b"ray::IDLE"),
+        ("self", b"ray::ServeReplica"),
+        ("12", b""),
+    ):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_bytes(title)
     assert replicas_here(tmp_path) == [10]
