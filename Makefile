@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SUITES := unit numerics distributed integration packaging
+SUITES := unit numerics distributed integration packaging helm
 
 # Interpreters to try, in order; 3.11 first, because constraints.txt is tested with it.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3

@@ -34,7 +34,7 @@ def make(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
         ("serve", ["packtrain serve"]),
         (
             "test",
-            [f"pytest tests/{suite}" for suite in ("unit", "numerics", "distributed", "integration", "packaging")],
+            [f"pytest tests/{suite}" for suite in ("unit", "numerics", "distributed", "integration", "packaging", "helm")],
         ),
         ("nightly", ["-m nightly tests/unit tests/numerics", "-m nightly tests/nightly"]),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports", "protos.generate --check"]),
@@ -67,7 +67,7 @@ def test_plain_make_lists_the_targets() -> None:
 
 def test_every_suite_is_run() -> None:
     suites = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
-    assert suites - {"gpu", "nightly"} == {"unit", "numerics", "distributed", "integration", "packaging"}
+    assert suites - {"gpu", "nightly"} == {"unit", "numerics", "distributed", "integration", "packaging", "helm"}
 
 
 def test_without_a_usable_python_make_says_so(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.support.helm import render
 from tests.support.pods import Facts, Pod, all_killed, image_of_this_checkout, make_bridge, pods_of
 
 MODEL = "smollm2-135m-instruct"
-READY_S = 400.0
+READY_S = 900.0
 
 
 def wait(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
