@@ -230,6 +230,27 @@ class RayConfig(_Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of the private cluster; what the groups need when unset."
     )
+    detached: bool = Field(
+        False,
+        description="Of a joined cluster: what was deployed goes on when the command ends, and the next one takes it over.",
+    )
+    wait_for_nodes_s: float = Field(
+        0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
+    )
+
+    num_gateways: int | None = Field(
+        None,
+        ge=1,
+        description="Of a joined cluster: so many gateways, on nodes with the resource packtrain_gateway. Unset: on every node.",
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_a_joined_cluster(self) -> "RayConfig":
+        if self.address is None and (self.detached or self.wait_for_nodes_s or self.num_gateways):
+            raise ValueError(
+                "detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node"
+            )
+        return self
 
 
 class ServingConfig(_Section):
@@ -357,6 +378,11 @@ LOAD_SECRET_VARIABLE = "PACKTRAIN_LOAD_SECRET"
 def load_test_secret() -> str:
     """$PACKTRAIN_LOAD_SECRET, which the machines of one load test share; "" when unset."""
     return os.environ.get(LOAD_SECRET_VARIABLE, "")
+
+
+def ray_address() -> str | None:
+    """$RAY_ADDRESS, which KubeRay sets in its pods; None when unset. For commands about the node that they run on."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def log_level() -> str:

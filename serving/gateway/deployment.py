@@ -63,7 +63,9 @@ class Gateway:
         observe = self._watch.telemetry.observe
         self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
         self._ports = await self._server.start()
-        self._metrics_port = self._watch.start(admin, backend.reports, backend.step_reports)
+        self._metrics_port = self._watch.start(
+            admin, backend.reports, backend.step_reports, lambda: self._server.is_serving
+        )
 
     async def ready(self) -> Ports:
         """Where the gateway listens; its health tells by now what the groups are."""

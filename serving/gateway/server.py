@@ -145,6 +145,11 @@ class GatewayServer:
             return None
         return await self._http.start(self._config.host, self._config.http_port)
 
+    @property
+    def is_serving(self) -> bool:
+        """Some group can serve, and the gateway is not stopping; what health and /readyz tell."""
+        return self._health.is_serving
+
     async def refresh_health(self) -> None:
         """Bring the health answers up to date now, and not at the next period's end."""
         await self._health.refresh()
