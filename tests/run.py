@@ -72,7 +72,7 @@ NIGHTLY_SUITES = (
         if each.name in ("unit", "triton-interpreted", "numerics")
     ),
     # Some of these measure time, so one after the other.
-    Suite(name="nightly cases", arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics")),
+    Suite(name="nightly cases", arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics", "tests/packaging")),
     Suite(name="nightly", arguments=(*NIGHT, "-m", "nightly", "tests/nightly")),
 )
 

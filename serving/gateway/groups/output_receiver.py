@@ -208,6 +208,7 @@ class OutputReceiver:
         """The requests that ran over it get nothing more."""
         self.connections.discard(connection)
         self.loads.forget(connection.engine)
+        self.loads.refused(connection.engine)  # so that what it ran goes elsewhere
         for inbox in {inbox for inbox in self._inboxes.values() if inbox.runs_over(connection)}:
             inbox.fail(GroupUnavailableError("the replica group was lost"))
 
