@@ -161,8 +161,8 @@ async def test_what_is_too_slow_fails_by_its_deadline() -> None:
     async with mock(first_token_s=30) as server:
         tenant = {"work": TINY, "arrivals": OPEN, "max_requests": 1}
         run = await run_here(
-            scenario_of(server, tenant, tenant | {"name": "b", "http": True}, timeout_s=0.2)
-        )  # must expire
+            scenario_of(server, tenant, tenant | {"name": "b", "http": True}, timeout_s=0.2)  # must expire
+        )
     assert {(r.outcome, r.code) for r in run.records} == {(Outcome.FAILED, "DEADLINE_EXCEEDED")}
 
 
