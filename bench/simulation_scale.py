@@ -1,8 +1,8 @@
 """How fast simulations run as they grow from one group to 1,250 of TP=8 (10,000 GPUs), each under the same load a group.
 
 The load of an hour has a daily rhythm and about 806 requests a group, so that 1,250 groups get 1,007,500. Processor time is told
-beside that of a fixed loop, since a shared machine's is worth less: `cost` is processor time of the simulation over that of the loop
-run before and after it.
+beside that of a fixed loop, since a shared machine's is worth less: `cost` is processor time of the simulation over that of the
+loop run before and after it.
 
     python -m bench.simulation_scale [--groups 1 10 100 1250] [--seconds 3600] [--json FILE]
 """
@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,7 @@ def main() -> None:
         "wall time": sizes[-1]["wall_s"] <= MAX_WALL_S,
         "memory": sizes[-1]["peak_bytes"] <= MAX_BYTES,
         "linear": all(
-            after["cost_a_request"] <= MAX_GROWTH * before["cost_a_request"]
-            for before, after in zip(sizes[1:], sizes[2:], strict=False)
+            after["cost_a_request"] <= MAX_GROWTH * before["cost_a_request"] for before, after in pairwise(sizes[1:])
         ),
     }
     arguments.json.write_text(json.dumps({"machine": machine_facts(), "sizes": sizes, "holds": holds}, indent=1) + "\n")

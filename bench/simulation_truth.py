@@ -1,10 +1,10 @@
 """The simulation beside the real stack on this machine: the same requests at the same moments, and both figures in one table.
 
 For each number of groups and ranks the stack is started, its capacity is measured by a closed loop, and a cost model is fitted to
-the steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with requests
-that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop),
-and the simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one, or within `FLOOR` of it: a
-percentile of few requests cannot be told closer than that, and a count not closer than its own chance.
+the steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with
+requests that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson,
+open loop), and the simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one, or within
+`FLOOR` of it: a percentile of few requests cannot be told closer than that, and a count not closer than its own chance.
 
     python -m bench.simulation_truth [--groups 1 2] [--tp 1 2] [--loads 0.3 0.6 0.9 1.2] [--seconds 60] [--json FILE]
 """
@@ -41,7 +41,8 @@ from bench.simulation.requests import REFUSED, Requests, Status, TenantTraits
 from bench.stack import on_all_cores, running, stack_config
 from model_parallel.config import CacheConfig, SchedulerConfig
 from protos import inference_pb2 as pb
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "simulation_truth.json"
 MIXES = {

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from model_parallel.directories import private_directories, readable_caches, why_not_writable
 from model_parallel.errors import EngineError
 
-BUILD_TIMEOUT_S = 120.0
+BUILD_TIMEOUT_S = 600.0
+"""Of one source: seconds on an idle machine."""
 _LOCK_POLL_S = 0.05
 _COMPILER = "g++"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread")
@@ -164,34 +167,63 @@ def _alone(lock_path: Path) -> Iterator[None]:
 
 
 def _build(command: Sequence[str], library: Library, target: Path) -> None:
-    """Compile all sources at the same time, then link."""
+    """Compile all sources at the same time, then link. No compiler is left running, however this ends."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
         compiled = [source for source in library.sources if source.suffix == ".cpp"]
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in compiled]
-        environment = os.environ | {"TMPDIR": scratch}  # the one that is set may be full, or missing
-
-        def run(arguments: Sequence[str]) -> None:
-            try:
-                result = subprocess.run(
-                    [*command, *arguments],
-                    capture_output=True, text=True, errors="replace", timeout=BUILD_TIMEOUT_S, check=False, env=environment,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired as error:
-                raise NativeBuildError(f"{_COMPILER} did not finish within {BUILD_TIMEOUT_S:g} s") from error
-            if result.returncode:
-                raise NativeBuildError(f"{_COMPILER} failed:\n{result.stderr[-4000:]}")
-
+        unfinished = str(Path(scratch) / "library.so")
+        running: list[subprocess.Popen[str]] = []
+        compile_one = partial(_compile, command, {"TMPDIR": scratch}, running)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             jobs = [("-c", str(source), "-o", made) for source, made in zip(compiled, objects, strict=True)]
-            for _ in pool.map(run, jobs):
-                pass
-        unfinished = str(Path(scratch) / "library.so")
-        run([*objects, "-o", unfinished])
+            futures = [pool.submit(compile_one, job) for job in jobs]
+            try:
+                for future in futures:
+                    future.result()
+                pool.submit(compile_one, (*objects, "-o", unfinished)).result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    _kill(process)
+                raise
         os.replace(unfinished, target)
+
+
+def _compile(
+    command: Sequence[str],
+    variables: dict[str, str],
+    running: "list[subprocess.Popen[str]]",
+    arguments: Sequence[str],
+) -> None:
+    """Run the compiler once. `variables` go before the environment's own, whose TMPDIR may be full or missing."""
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=os.environ | variables,
+        process_group=0,  # g++ is a driver: what computes is a child of it
+    )  # fmt: skip
+    running.append(process)
+    try:
+        _, errors = process.communicate(timeout=BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise NativeBuildError(f"{_COMPILER} did not finish within {BUILD_TIMEOUT_S:g} s") from error
+    finally:
+        _kill(process)
+    if process.returncode:
+        raise NativeBuildError(f"{_COMPILER} failed:\n{errors[-4000:]}")
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """With its children. Does nothing when it has ended."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> int:
     """Build every library ahead of time. The status is 1 when one cannot be built."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     status = 0
     for library in LIBRARIES:
         try:

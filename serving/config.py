@@ -146,8 +146,32 @@ class AdminConfig(_Section):
 class ChatConfig(_Section):
     """How chat messages become tokens."""
 
-    format: Literal["llama-2", "chatml"]
+    format: Literal[
+        "llama-2", "llama-3", "chatml", "zephyr", "phi-3", "vicuna", "mistral-v0.1", "mistral-v0.2", "mistral-v0.3",
+        "custom", "none",
+    ] = Field(description="custom: as the strings below say. none: the model has no chat.")  # fmt: skip
     default_system: str = Field("", description="System message used when a conversation brings none.")
+    begin: str = Field(
+        "", max_length=4096, description='Before everything. "{bos}" and "{eos}" stand for these tokens.'
+    )
+    system: str = Field("", max_length=4096, description='Around a system message, "{content}". Empty: there are none.')
+    user: str = Field("", max_length=4096, description='Around a user message: "USER: {content}\\n".')
+    assistant: str = Field("", max_length=4096, description="Around an answer that was given.")
+    answer: str = Field("", max_length=4096, description="Opens the answer.")
+    trim: bool = Field(False, description="Drop spaces around messages.")
+
+    @model_validator(mode="after")
+    def _strings_are_custom(self) -> "ChatConfig":
+        strings = {name: getattr(self, name) for name in ("begin", "system", "user", "assistant", "answer", "trim")}
+        if self.format != "custom":
+            if given := [name for name, value in strings.items() if value]:
+                raise ValueError(f"{', '.join(given)} can be set with format: custom alone, not {self.format}")
+            return self
+        for name in ("system", "user", "assistant"):
+            text = strings[name]
+            if (text or name != "system") and text.count("{content}") != 1:
+                raise ValueError(f'{name} is {text!r:.80}; it must hold "{{content}}" once')
+        return self
 
 
 class ModelEntry(_Section):
@@ -188,7 +212,13 @@ class ModelEntry(_Section):
         description="Let requests that set parse_special have control tokens read in their text. Whoever may send text to "
         "such a caller can then forge roles and ends of turns.",
     )
-    chat: ChatConfig | None = Field(None, description="Recognised from the checkpoint when unset.")
+    chat: ChatConfig | None = Field(None, description="Read out of the checkpoint's own template when unset.")
+    generation_config: Literal["auto", "vllm-like", "none"] = Field(
+        "auto",
+        description="What requests that leave sampling fields unset get. auto: temperature, top_p, top_k and min_p of the "
+        "checkpoint's generation_config.json where it says do_sample: true, and repetition_penalty; vllm-like: all of them "
+        "whatever do_sample says, and max_new_tokens; none: neutral values.",
+    )
 
 
 class RayConfig(_Section):
@@ -200,6 +230,27 @@ class RayConfig(_Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of the private cluster; what the groups need when unset."
     )
+    detached: bool = Field(
+        False,
+        description="Of a joined cluster: what was deployed goes on when the command ends, and the next one takes it over.",
+    )
+    wait_for_nodes_s: float = Field(
+        0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
+    )
+
+    num_gateways: int | None = Field(
+        None,
+        ge=1,
+        description="Of a joined cluster: so many gateways, on nodes with the resource packtrain_gateway. Unset: on every node.",
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_a_joined_cluster(self) -> "RayConfig":
+        if self.address is None and (self.detached or self.wait_for_nodes_s or self.num_gateways):
+            raise ValueError(
+                "detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node"
+            )
+        return self
 
 
 class ServingConfig(_Section):
@@ -327,6 +378,11 @@ LOAD_SECRET_VARIABLE = "PACKTRAIN_LOAD_SECRET"
 def load_test_secret() -> str:
     """$PACKTRAIN_LOAD_SECRET, which the machines of one load test share; "" when unset."""
     return os.environ.get(LOAD_SECRET_VARIABLE, "")
+
+
+def ray_address() -> str | None:
+    """$RAY_ADDRESS, which KubeRay sets in its pods; None when unset. For commands about the node that they run on."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def log_level() -> str:

@@ -218,9 +218,9 @@ def _steadiness(measured: Sequence[Record], window: Window) -> dict[str, Any]:
     values = np.array([record.e2el_s for record in measured])
     settled = measured[min(settled_from(values), len(measured) - 1)].intended_s - window.begin_s
     times = np.linspace(window.begin_s, until_s, _NUM_SLICES + 1)[1:]
-    under_way = in_flight(measured, times)
-    line = trend(times[_NUM_SLICES // 5 :], under_way[_NUM_SLICES // 5 :])  # the first fifth fills up in any case
-    growth = line.slope * (until_s - window.begin_s) / max(1.0, float(under_way.mean()))
+    open_counts = in_flight(measured, times)
+    line = trend(times[_NUM_SLICES // 5 :], open_counts[_NUM_SLICES // 5 :])  # the first fifth fills up in any case
+    growth = line.slope * (until_s - window.begin_s) / max(1.0, float(open_counts.mean()))
     is_growing = growth > MAX_GROWTH and line.p_value < 0.01
     return {
         "is_steady": not is_growing,

@@ -23,7 +23,7 @@ MEMORY_OF_ENDED = 0.99
 class GroupModel:
     """What a group is like. The numbers are of the size of a 70B model's on four A100: see docs/autoscaling.md."""
 
-    line: StepLine = StepLine(base_s=0.040, sequence_s=0.0004, prompt_token_s=0.00012)
+    line: StepLine = field(default_factory=lambda: StepLine(base_s=0.040, sequence_s=0.0004, prompt_token_s=0.00012))
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     kv_cache_tokens: int = 200_000

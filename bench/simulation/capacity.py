@@ -154,11 +154,13 @@ def reached_s(columns: Columns, chosen: "np.ndarray[Any, np.dtype[np.bool_]]", b
     """The percentile over all requests that were sent; inf when too many did not finish."""
     done = chosen & (columns.status == Status.FINISHED)
     num_lost = int(chosen.sum() - done.sum())
-    values = {
-        "ttft": lambda: columns.ttft_s[done],
-        "e2el": lambda: columns.e2e_s[done],
-        "tpot": lambda: columns.tpot_s(done),
-    }[bound.metric]()
+    match bound.metric:
+        case "ttft":
+            values = columns.ttft_s[done]
+        case "e2el":
+            values = columns.e2e_s[done]
+        case _:
+            values = columns.tpot_s(done)
     total = len(values) + num_lost
     if not total:
         return 0.0

@@ -97,8 +97,8 @@ def fit_cost(samples: Sequence[StepSample]) -> StepCost:
     """f's lines bend at powers of two among the tokens that were seen; every slope is at least 0."""
     tokens = np.array([sample.work.num_tokens for sample in samples], dtype=np.float64)
     seconds = np.array([sample.seconds for sample in samples])
-    knots = [knot for knot in _KNOTS if tokens.min() <= knot <= tokens.max()]
-    knots = sorted({float(tokens.min()), *map(float, knots), float(tokens.max())})
+    within = [float(knot) for knot in _KNOTS if tokens.min() <= knot <= tokens.max()]
+    knots = sorted({float(tokens.min()), *within, float(tokens.max())})
     pieces = [np.clip(tokens, low, high) - low for low, high in pairwise(knots)]
     columns = [
         np.ones_like(tokens),

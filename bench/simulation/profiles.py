@@ -148,7 +148,8 @@ def read_profile(name: str) -> ProfileFile:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; the limit is {MAX_FILE_BYTES}")
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ProfileFile)
+        file: ProfileFile = msgspec.json.decode(path.read_bytes(), type=ProfileFile)
+        return file
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a profile: {error}") from error
 

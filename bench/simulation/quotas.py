@@ -34,7 +34,7 @@ class _Line:
     """One gateway's conversation with the authority."""
 
     book: LeaseBook
-    is_under_way: bool = False
+    is_in_flight: bool = False
     is_due: bool = False
 
 
@@ -121,15 +121,15 @@ class Quotas:
     def _talk(self, line: _Line) -> None:
         """Send what there is to say, unless a reply is awaited."""
         line.is_due = False
-        if line.is_under_way:
+        if line.is_in_flight:
             return
         exchange = line.book.next_exchange(self._clock())
         if exchange is None:
             return
-        line.is_under_way = True
+        line.is_in_flight = True
 
         def answered() -> None:
-            line.is_under_way = False
+            line.is_in_flight = False
             reply = self._authority.exchange(exchange, recorded=())
             self._authority.take_changes()
             for gateway, subjects in self._authority.take_recalls().items():

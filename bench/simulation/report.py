@@ -63,7 +63,8 @@ class Columns:
     def tpot_s(self, chosen: npt.NDArray[np.bool_]) -> Array:
         """Time per output token after the first, of answers of two tokens or more."""
         several = chosen & (self.num_output > 1)
-        return (self.e2e_s[several] - self.ttft_s[several]) / (self.num_output[several] - 1)
+        times_s: Array = (self.e2e_s[several] - self.ttft_s[several]) / (self.num_output[several] - 1)
+        return times_s
 
 
 def figures(columns: Columns, chosen: npt.NDArray[np.bool_], duration_s: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from serving.models.known_llama import known_config
 from serving.tenants.records import LIMITS, Limits
 
 OnProgress = Callable[[float, int], None]
-"""(simulated seconds, requests under way)."""
+"""(simulated seconds, requests in flight)."""
 DEFAULT_KV_TOKENS = 16384
 """Of a machine whose memory is not known; what `packtrain serve` takes."""
 

@@ -1,11 +1,13 @@
 """A tokenizer of bytes and a backend that says what it is told to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
 from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import Licence, ModelCard
+from serving.text.tokenizer import Part
 
 BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
 TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
@@ -49,6 +51,18 @@ class ByteTokenizer:
 
     def control_token_id(self, text: str) -> int:
         return {"<|im_start|>": IM_START, "<|im_end|>": IM_END}[text]
+
+    def has_control_token(self, text: str) -> bool:
+        return text in ("<|im_start|>", "<|im_end|>")
+
+    def encode_parts(self, parts: Iterable[Part], *, every_part_is_first: bool = False) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            pieces = re.split(r"(<\|im_start\|>|<\|im_end\|>)", part.text) if part.is_markup else [part.text]
+            for piece in pieces:
+                is_control = part.is_markup and self.has_control_token(piece)
+                ids += [self.control_token_id(piece)] if is_control else self.encode(piece, add_bos=False)
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")

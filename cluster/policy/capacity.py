@@ -1,8 +1,8 @@
 """What one group can do within its service level, and how long users would wait: in seconds of service.
 
-A step of n decoding sequences and p prompt tokens takes a + b·n + c·p (`StepLine`). A sequence with P prompt and D output tokens is
-in D steps, so it costs w = c·P + b·D seconds of service beyond the base. At r sequences a second a step carries r·P·t prompt tokens,
-and by Little's law n = r·D·t sequences decode. Put into the line, t = a + b·r·D·t + c·r·P·t, so
+A step of n decoding sequences and p prompt tokens takes a + b·n + c·p (`StepLine`). A sequence with P prompt and D output
+tokens is in D steps, so it costs w = c·P + b·D seconds of service beyond the base. At r sequences a second a step carries r·P·t
+prompt tokens, and by Little's law n = r·D·t sequences decode. Put into the line, t = a + b·r·D·t + c·r·P·t, so
 
     t = a / (1 − r·w):    the step time, which is the time per output token, at the utilisation r·w.
 
@@ -98,8 +98,8 @@ def capacity_of(traits: GroupTraits, num_prompt_tokens: float, policy: ModelPoli
 def margin_for_bursts(rate: float, dispersion: float, capacity: Capacity, policy: ModelPolicy) -> float:
     """By how much more than the mean to provide, as a part of it (square-root staffing; Halfin and Whitt 1981).
 
-    n = rate · D · tpot sequences are in service, over all groups. Their number varies with a standard deviation of √(I·n), where I
-    is the index of dispersion of the arrivals: 1 for a Poisson process.
+    n = rate · D · tpot sequences are in service, over all groups. Their number varies with a standard deviation of √(I·n),
+    where I is the index of dispersion of the arrivals: 1 for a Poisson process.
     """
     num_in_service = rate * max(capacity.traits.mean_output_tokens, 1.0) * policy.tpot_p99_s
     return CONFIDENCE * math.sqrt(dispersion / num_in_service) if num_in_service > 0 else 0.0

@@ -23,8 +23,8 @@ def take_sample(
 ) -> tuple[dict[str, Seen], Sample | None]:
     """What arrived since the last look. None when no gateway was there at both.
 
-    A gateway that is new counts from its first look on. A report that is no newer than the last one says nothing; totals that have
-    fallen contradict the last ones, and so say nothing either until the next look.
+    A gateway that is new counts from its first look on. A report that is no newer than the last one says nothing; totals that
+    have fallen contradict the last ones, and so say nothing either until the next look.
     """
     num_sequences = num_prompt_tokens = longest_s = 0.0
     seen = dict(state.seen)
@@ -81,7 +81,7 @@ def traits_of(groups: Sequence[GroupLoad], before: GroupTraits | None) -> GroupT
     measured = [load for load in groups if load.line is not None and load.mean_output_tokens is not None]
     if not measured:
         return before
-    middle = sorted(measured, key=lambda load: _nominal_step_s(load))[len(measured) // 2]
+    middle = sorted(measured, key=_nominal_step_s)[len(measured) // 2]
     if middle.line is None or middle.mean_output_tokens is None:
         raise AssertionError("only measured groups were chosen")
     return GroupTraits(

@@ -223,7 +223,8 @@ def _shrink_if_proven(case: _Case, outlook: Outlook) -> Want:
             low = middle + 1
     past = replay(case.state.samples, since_s, min(high, target - 1), outlook.capacity, policy)
     numbers = (
-        f"the last {policy.shrink_after_s:.0f} s on {min(high, target - 1)} have {past.share_within:.1%} of the requests in time, "
+        f"the last {policy.shrink_after_s:.0f} s on {min(high, target - 1)} have {past.share_within:.1%} of the requests "
+        f"in time, "
         f"the worst TTFT {past.worst_ttft_s:.2f} s and TPOT {past.worst_tpot_s * 1e3:.0f} ms"
     )
     if high == target:

@@ -65,7 +65,7 @@ def load(
     users: Annotated[int | None, _when("A closed loop instead: users with one request after another.", min=1)] = None,
     think_time: Annotated[float, _when("Mean seconds between a user's requests, or a session's turns.", min=0.0)] = 0.0,
     num_prompts: Annotated[int | None, _when("Requests in all; with turns, sessions.", min=1)] = None,
-    max_concurrency: Annotated[int | None, _when("Requests under way at a time.", min=1)] = None,
+    max_concurrency: Annotated[int | None, _when("Requests in flight at a time.", min=1)] = None,
     duration: Annotated[
         float, _when("Seconds within which requests are sent; 3600 with --num-prompts.", min=0.001)
     ] = 60.0,
@@ -119,13 +119,12 @@ def load(
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """Flags that stand on the command line."""
-    # By name: typer brings a click of its own, whose enumeration is another one than click's.
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {
-        name: context.params[name]
-        for name, source in sources.items()
-        if source is not None and source.name != "DEFAULT"
-    }
+    given = {}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            given[name] = value
+    return given
 
 
 def _alone(given: dict[str, Any], allowed: frozenset[str], flag: str) -> None:

@@ -48,6 +48,10 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[str | None, typer.Option(help="Threads of each rank on a CPU, or auto.")] = None,
     kv_cache_tokens: Annotated[str | None, typer.Option(help="Tokens that a KV cache holds, or auto.")] = None,
+    generation_config: Annotated[
+        str | None,
+        typer.Option(help="What unset sampling fields get of generation_config.json: auto, vllm-like or none."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of gRPC; 0 picks a free one.")] = None,
     http_port: Annotated[int | None, typer.Option(help="Port of HTTP; 0 picks a free one.")] = None,
@@ -74,6 +78,7 @@ def serve(
         "device": device,
         "threads_per_rank": threads,
         "kv_cache_tokens": kv_cache_tokens,
+        "generation_config": generation_config,
     }
     if config is not None:
         loaded = load_config(config)

@@ -1,7 +1,6 @@
 """The `packtrain simulate` commands: what a cluster would do, before there is one. What they need is imported when they run."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from model_parallel.errors import ConfigError
+from model_parallel.machine import read_machine
 
 EXIT_NOT_POSSIBLE = 1
 TP_SIZES = (1, 2, 4, 8)
@@ -132,7 +132,7 @@ def capacity(
     ]
     progress = Console(stderr=True, highlight=False)
     answers = answer_all(
-        questions, min(processes, os.cpu_count() or 1), lambda found: progress.print(f"tried {found['shape']}")
+        questions, min(processes, read_machine().num_cpus), lambda found: progress.print(f"tried {found['shape']}")
     )
     best = cheapest(answers)
     print_capacity(answers, best, slo, Console(highlight=False))
@@ -176,7 +176,7 @@ def profiles() -> None:
     table = Table("name", "kind", "origin")
     for name in shipped_profiles():
         file = read_profile(name)
-        table.add_row(name, type(file).__struct_config__.tag, file.origin)
+        table.add_row(name, str(type(file).__struct_config__.tag), file.origin)
     Console(highlight=False).print(table)
 
 

@@ -80,10 +80,10 @@ class ServingError(Exception):
     """The quota that is used up."""
     retry_after_s: float | None = None
     """When to try again, where that is known."""
-    max_tokens: int | None = None
-    """The most output tokens that there is room for, where more were asked for."""
     engine: str = ""
     """Id of the group that the error comes from."""
+    max_tokens: int | None = None
+    """The most output tokens that there is room for, where more were asked for."""
 
     def answered_by(self) -> Status:
         """The status of this one error; the class's own unless the error says more."""

@@ -20,15 +20,17 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.placement import GroupPlacement, GroupRequest, plan_groups
+from cluster.placement import GroupPlacement, GroupRequest
 from cluster.ray_api import alive_nodes, run_on_node
+from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
 from serving.config import ServingConfig
 from serving.contracts.addresses import host_port, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
 from serving.contracts.start_failure import StartError, plain_reason
-from serving.driver.environment import cluster_environment
+from serving.driver import joined
+from serving.driver.environment import CLUSTER_VARIABLES, cluster_environment
 from serving.driver.preflight import Preflight, begin
 from serving.gateway.deployment import Gateway
 from serving.gateway.server import Ports
@@ -94,7 +96,14 @@ class RunningApp:
         return host_port(to_connect_to(self.config.admin.host), self.admin.port)
 
     def stop(self) -> None:
-        """Drain the gateways, then end groups, ranks and, when it is a private one, the cluster."""
+        """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
+        if self.config.ray.detached:
+            try:
+                if self.admin is not None:
+                    self.admin.stop()
+            finally:
+                ray.shutdown()
+            return
         try:
             gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
             gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
@@ -162,16 +171,16 @@ def _start(
         if guard is not None:
             specs = [replace(spec, progress_directory=str(guard.directory)) for spec in specs]
         with watched_progress(guard.directory, on_load) if guard and on_load else nullcontext():
-            ports, metrics_port = _deploy(config, specs)
+            ports, metrics_port = _deploy(config, specs, report)
         admin = None
         if config.tenancy is not None and config.admin.port is not None:
             admin = AdminThread(config, config.tenancy)
     except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, OSError) as error:
         message = plain_reason(f"{_deployment_messages()}\n{error}")
-        shut_down(guard)
+        _give_up(config, guard)
         raise StartError(message) from error
     except BaseException:
-        shut_down(guard)
+        _give_up(config, guard)
         raise
     return RunningApp(
         host=config.gateway.host,
@@ -182,6 +191,14 @@ def _start(
         admin=admin,
         metrics_port=metrics_port,
     )
+
+
+def _give_up(config: ServingConfig, guard: Guard | None) -> None:
+    """After a start that failed: a detached application, which may be an older one that serves, is left as it is."""
+    if config.ray.detached:
+        ray.shutdown()
+    else:
+        shut_down(guard)
 
 
 def _check_database(url: str) -> None:
@@ -197,8 +214,11 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     try:
         if guard is None:
             ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
+            joined.check_environment(CLUSTER_VARIABLES)
         else:
             _start_private_cluster(config, specs, guard)
+    except ConfigError:
+        raise
     except Exception as error:
         what = "did not start" if guard else f"at {config.ray.address} (--ray-address) cannot be joined"
         raise StartError(f"Ray {what}: {plain_reason(str(error))}") from error
@@ -246,9 +266,25 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[Ports, int | None]:
+def _deploy(
+    config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
+) -> tuple[Ports, int | None]:
     """Where the first gateway listens, and where it shows metrics."""
-    nodes = alive_nodes()
+    mark = joined.fingerprint(config, specs)
+    handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
+    if handle is None:
+        joined.remember_deployed(None)
+        handle = _run(config, specs, report)
+        joined.remember_deployed(mark if config.ray.detached else None)
+    else:
+        report("taking over what is deployed already")
+    # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
+    ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
+    metrics_ports: list[int | None] = handle.broadcast("metrics_port").results(timeout_s=STOP_TIMEOUT_S)
+    return ports[0], metrics_ports[0]
+
+
+def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> DeploymentHandle[Any]:
     requests = [
         GroupRequest(
             name=spec.card.name,
@@ -259,15 +295,17 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[Ports, i
         for spec in specs
     ]
     every_group = [r for r, spec in zip(requests, specs, strict=True) for _ in range(spec.card.num_groups)]
-    placements = dict(zip(every_group, plan_groups(every_group, nodes), strict=True))
+    planned = joined.wait_for_places(every_group, config.ray.wait_for_nodes_s, report)
+    placements = dict(zip(every_group, planned, strict=True))
     groups = {
         spec.card.name: _group_application(spec, placements[request], config)
         for spec, request in zip(specs, requests, strict=True)
     }
+    only_there = {joined.GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
     gateway = serve.deployment(
-        num_replicas=len({node.ip for node in nodes}),
+        num_replicas=config.ray.num_gateways or len({node.ip for node in alive_nodes()}),
         max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": only_there},
         **_lifecycle(config),
     )(Gateway)
     cards = [spec.card for spec in specs]
@@ -276,10 +314,7 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[Ports, i
         start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
-    # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
-    ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
-    metrics_ports: list[int | None] = handle.broadcast("metrics_port").results(timeout_s=STOP_TIMEOUT_S)
-    return ports[0], metrics_ports[0]
+    return handle
 
 
 def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:

@@ -126,7 +126,14 @@ def _sizes(config: ServingConfig, host: Host) -> tuple[list[GroupSpec], list[str
         check_memory(on_cpu, host.machine)
     num_threads = sum(num_ranks(spec.entry) * spec.parallel.num_threads for spec in on_cpu)
     worries = [check_cpus(host.machine, num_threads), check_compiler() if on_cpu else ""]
-    return specs, [describe_sizes(spec.entry, spec.model) for spec in specs], [worry for worry in worries if worry]
+    return (
+        specs,
+        [describe_sizes(spec.entry, spec.model) for spec in specs],
+        [
+            *(worry for worry in worries if worry),
+            *(warning for spec in specs for warning in spec.warnings),
+        ],
+    )
 
 
 def _checkpoint_check(source: str, chat_format: str) -> "subprocess.Popen[str]":

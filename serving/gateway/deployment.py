@@ -16,7 +16,13 @@ from serving.observability.log import configure_logging
 from serving.observability.tracing import open_tracing
 from serving.tenants.client.accounts import TenantAccounts
 from serving.tenants.client.link import ActorLink
-from serving.text.tokenizer import load_tokenizer
+from serving.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def _tokenizer_of(card: ModelCard) -> Tokenizer:
+    """What the chat format writes is control to the tokenizer."""
+    literals = {} if card.chat is None else card.chat.literals
+    return load_tokenizer(Path(card.source), markup="".join(literals.values()))
 
 
 class Gateway:
@@ -44,7 +50,7 @@ class Gateway:
         admin: AdminConfig,
         tenancy: TenancyConfig | None,
     ) -> None:
-        tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
+        tokenizers = {card.name: _tokenizer_of(card) for card in cards}
         self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
         backend = ServeBackend(cards, groups, self._receiver)
@@ -57,7 +63,9 @@ class Gateway:
         observe = self._watch.telemetry.observe
         self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
         self._ports = await self._server.start()
-        self._metrics_port = self._watch.start(admin, backend.reports, backend.step_reports)
+        self._metrics_port = self._watch.start(
+            admin, backend.reports, backend.step_reports, lambda: self._server.is_serving
+        )
 
     async def ready(self) -> Ports:
         """Where the gateway listens; its health tells by now what the groups are."""

@@ -145,6 +145,11 @@ class GatewayServer:
             return None
         return await self._http.start(self._config.host, self._config.http_port)
 
+    @property
+    def is_serving(self) -> bool:
+        """Some group can serve, and the gateway is not stopping; what health and /readyz tell."""
+        return self._health.is_serving
+
     async def refresh_health(self) -> None:
         """Bring the health answers up to date now, and not at the next period's end."""
         await self._health.refresh()
@@ -184,7 +189,7 @@ class GatewayServer:
             ("grpc.keepalive_timeout_ms", round(1000 * _KEEPALIVE_TIMEOUT_S)),
             ("grpc.http2.ping_timeout_ms", round(1000 * _KEEPALIVE_TIMEOUT_S)),  # 60 s otherwise, for keepalive too
             ("grpc.keepalive_permit_without_calls", 1),
-            # Clients are told 10 s. A ping that was under way for long comes early after the one before it.
+            # Clients are told 10 s. A ping that was in flight for long comes early after the one before it.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             # Connections are renewed, so that an L4 balancer can spread them over new gateways; streams on them finish.

@@ -11,7 +11,9 @@ from model_parallel.machine import Machine
 from model_parallel.memory import GIB, Device, Workload, kv_cache_tokens, plan_group
 from serving.config import ChatConfig, ModelEntry
 from serving.contracts.models import ModelCard
+from serving.models.chat import ModelText, resolve_text
 from serving.models.fetch import KNOWN_MODELS, resolve_source
+from serving.models.generation_defaults import default_sampling
 from serving.models.licence import licence_of
 from serving.models.sizes import UTILISATION, Host, choose_sizes, process_bytes, this_host
 
@@ -28,6 +30,8 @@ class GroupSpec:
     cache: CacheConfig
     scheduler: SchedulerConfig
     cpus_per_rank: float
+    warnings: tuple[str, ...] = ()
+    """What was ignored in the checkpoint, or is different from what its files say, as sentences."""
     progress_directory: str = ""
     """Where the leader tells how far its ranks have loaded; "" when nobody on its host looks."""
 
@@ -76,8 +80,10 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         max_waiting_requests=entry.max_waiting_requests,
         max_waiting_tokens=entry.max_waiting_tokens,
     )
+    text = resolve_text(info, _chat(entry))
     return GroupSpec(
-        card=_card(entry, info, max_model_len),
+        card=_card(entry, info, text, max_model_len),
+        warnings=(*info.warnings, *text.warnings),
         entry=entry,
         model=info.config,
         parallel=parallel,
@@ -137,16 +143,15 @@ def _max_model_len(entry: ModelEntry, max_position: int, cache_tokens: int) -> i
     return entry.max_model_len
 
 
-def _chat(entry: ModelEntry, info: CheckpointInfo) -> ChatConfig | None:
-    if entry.chat is not None:
-        return entry.chat
-    if known := KNOWN_MODELS.get(entry.source):
+def _chat(entry: ModelEntry) -> ChatConfig | None:
+    """What the configuration says, or what is known of a model that can be fetched by name."""
+    if entry.chat is None and (known := KNOWN_MODELS.get(entry.source)):
         return ChatConfig.model_validate({"format": known.chat_format, "default_system": known.chat_default_system})
-    return ChatConfig.model_validate({"format": info.chat_format}) if info.chat_format else None
+    return entry.chat
 
 
-def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelCard:
-    chat = _chat(entry, info)
+def _card(entry: ModelEntry, info: CheckpointInfo, text: ModelText, max_model_len: int) -> ModelCard:
+    chat = text.chat_format
     return ModelCard(
         name=entry.name,
         source=str(info.path),
@@ -154,10 +159,13 @@ def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelC
         num_parameters=info.config.num_parameters,
         vocab_size=info.config.vocab_size,
         max_model_len=max_model_len,
-        bos_token_id=info.config.bos_token_id,
-        eos_token_ids=info.config.eos_token_ids,
-        chat_format=chat.format if chat else "",
-        chat_default_system=chat.default_system if chat else "",
+        bos_token_id=text.tokenizer.bos_token_id,
+        eos_token_ids=text.eos_token_ids,
+        chat_format=chat.name if chat else "",
+        chat_default_system=(chat.default_system or chat.shown_system) if chat else "",
+        chat=chat,
+        generation_config=entry.generation_config,
+        default_sampling=default_sampling(info, entry.generation_config),
         dtype=entry.dtype,
         device=entry.device,
         tensor_parallel_size=entry.tensor_parallel_size,

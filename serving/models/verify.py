@@ -8,11 +8,10 @@ import sys
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
 from model_parallel.errors import CheckpointError, ConfigError
+from serving.config import ChatConfig
+from serving.models.chat import resolve_text
 from serving.models.fetch import resolve_source
-from serving.text.chat import ChatMessage, render_chat
-from serving.text.tokenizer import load_tokenizer
-
-_CONVERSATION = [ChatMessage(role="user", content="a")]
+from serving.text.chat_formats import CHAT_FORMATS
 
 
 def verify(info: CheckpointInfo, chat_format: str = "") -> list[str]:
@@ -21,19 +20,19 @@ def verify(info: CheckpointInfo, chat_format: str = "") -> list[str]:
     problems = []
     for check in (_check_text, _check_weights):
         try:
-            check(info, chat_format or info.chat_format)
+            check(info, chat_format)
         except (CheckpointError, ConfigError) as error:
             problems.append(str(error))
     return problems
 
 
 def _check_text(info: CheckpointInfo, chat_format: str) -> None:
-    tokenizer = load_tokenizer(info.path)
-    if chat_format:
-        try:
-            render_chat(_CONVERSATION, chat_format=chat_format, default_system="", tokenizer=tokenizer)
-        except ConfigError as error:
-            raise ConfigError(f"{info.path}: the chat format {chat_format} cannot be used: {error}") from error
+    chat = ChatConfig.model_validate({"format": chat_format}) if chat_format in CHAT_FORMATS else None
+    try:
+        resolve_text(info, chat)
+    except ConfigError as error:
+        named = f" {chat_format}" if chat_format else ""
+        raise ConfigError(f"{info.path}: the chat format{named} cannot be used: {error}") from error
 
 
 def _check_weights(info: CheckpointInfo, chat_format: str) -> None:

@@ -1,4 +1,7 @@
-"""The listener of /metrics. It is an operator's: a port of its own, never one of the front ends'."""
+"""The listener of /metrics, and of the probes /healthz and /readyz, which here need neither TLS nor a client's certificate.
+
+It is an operator's: a port of its own, never one of the front ends'.
+"""
 
 import errno
 import socket
@@ -19,20 +22,24 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
 class MetricsEndpoint:
-    """Serves GET /metrics, and /steps, from a thread, so that making up a page does not hold up tokens."""
+    """Serves GET /metrics, /steps, /healthz and /readyz from a thread, so that making up a page does not hold up tokens."""
 
     def __init__(
-        self, registry: CollectorRegistry, host: str, port: int, steps_page: Callable[[], bytes] | None = None
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        port: int,
+        steps_page: Callable[[], bytes] | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Listens from now on; port 0 picks a free one. `steps_page` makes what GET /steps answers, and may raise TimeoutError.
-        Raises ConfigError when the address cannot be had."""
+        """Listens from now on; port 0 picks a free one. `steps_page` makes what GET /steps answers, and may raise TimeoutError;
+        `is_ready` is what /readyz tells. Raises ConfigError when the address cannot be had."""
         address = listening_addresses(host)[0]
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server_class = type("_Server", (_Server,), {"address_family": family})
+        application = _application(registry, steps_page, is_ready)
         try:
-            self._server: WSGIServer = make_server(
-                address, port, _application(registry, steps_page), server_class, _Handler
-            )
+            self._server: WSGIServer = make_server(address, port, application, server_class, _Handler)
         except OSError as error:
             reason = explain_listening(error.errno or errno.EIO, address, port)
             raise ConfigError(f"admin.metrics_port: {reason}") from error
@@ -70,20 +77,30 @@ class _Handler(WSGIRequestHandler):
         """Scrapes are not logged."""
 
 
-def _application(registry: CollectorRegistry, steps_page: Callable[[], bytes] | None) -> Any:
+def _application(
+    registry: CollectorRegistry, steps_page: Callable[[], bytes] | None, is_ready: Callable[[], bool]
+) -> Any:
     metrics = make_wsgi_app(registry)
+    text = [("Content-Type", "text/plain")]
 
     def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == "/steps" and steps_page is not None:
+        path = environ["PATH_INFO"]
+        if path == "/steps" and steps_page is not None:
             try:
                 lines = steps_page()
             except TimeoutError:
-                start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+                start_response("503 Service Unavailable", text)
                 return [b"the replica groups do not answer in time\n"]
             start_response("200 OK", [("Content-Type", "application/x-ndjson")])
             return [lines]
-        if environ["PATH_INFO"] != "/metrics":
-            start_response("404 Not Found", [("Content-Type", "text/plain")])
+        if path == "/healthz" or (path == "/readyz" and is_ready()):
+            start_response("200 OK", text)
+            return [b"ok\n"]
+        if path == "/readyz":
+            start_response("503 Service Unavailable", text)
+            return [b"no replica group can serve, or the gateway is stopping\n"]
+        if path != "/metrics":
+            start_response("404 Not Found", text)
             return [b"metrics are at /metrics\n"]
         page: Iterable[bytes] = metrics(environ, start_response)
         return page

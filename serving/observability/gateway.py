@@ -44,8 +44,14 @@ class GatewayWatch:
         self._endpoint: MetricsEndpoint | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, config: AdminConfig, ask_groups: AskGroups, ask_steps: AskSteps | None = None) -> int | None:
-        """Serve /metrics and /steps, unless they are turned off; returns the port. Raises ConfigError."""
+    def start(
+        self,
+        config: AdminConfig,
+        ask_groups: AskGroups,
+        ask_steps: AskSteps | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
+    ) -> int | None:
+        """Serve /metrics, /steps and what probes ask, unless they are turned off; returns the port. Raises ConfigError."""
         if config.metrics_port is None:
             return None
         self._endpoint = MetricsEndpoint(
@@ -53,6 +59,7 @@ class GatewayWatch:
             config.host,
             config.metrics_port,
             None if ask_steps is None else _steps_page(ask_steps, asyncio.get_running_loop()),
+            is_ready,
         )
         reader = uuid4().hex
         self._tasks = [

@@ -27,8 +27,16 @@ CONFIGS = {
     "odd_heads": {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 14, "hidden_size": 70},
     "gqa_odd": {"num_attention_heads": 14, "num_key_value_heads": 7, "head_dim": 8, "hidden_size": 126},
     "tied": {"tie_word_embeddings": True, "vocab_size": 509},
+    "llama3_scaling": {
+        "head_dim": 16, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "dynamic_scaling": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
     "wide_heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 500000.0},
-}
+}  # fmt: skip
 
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -76,7 +84,9 @@ def test_every_instruction_set_that_the_machine_has(tp_size: int, tmp_path: Path
 SMOLLM2_CASES = [(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize(("backend", "tp_size"), rest_by_night(SMOLLM2_CASES, by_day=[("cpu", 2), ("reference", 3)]))
+@pytest.mark.parametrize(
+    ("backend", "tp_size"), rest_by_night(SMOLLM2_CASES, by_day=[("cpu", 2), ("reference", 3)], has_names=True)
+)
 def test_smollm2_logits_match_transformers(smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int) -> None:
     ids = _ids(smollm2.config.vocab_size)
     ours = prompt_logits(group_config(smollm2_path, tp_size), ids, chunk=PROMPT_LEN)
@@ -98,7 +108,9 @@ def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("backend", "tp_size"),
-    rest_by_night([(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3)], by_day=[("cpu", 2)]),
+    rest_by_night(
+        [(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3)], by_day=[("cpu", 2)], has_names=True
+    ),
 )
 def test_bfloat16_agrees_with_float32_on_the_most_likely_token(
     smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int

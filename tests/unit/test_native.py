@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model_parallel import native
@@ -103,6 +104,21 @@ def test_a_compiler_that_refuses_is_quoted(library: Library, tmp_path: Path) -> 
     with pytest.raises(NativeBuildError, match="this is not"):
         load_library(library)
     assert not compiled(tmp_path)
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "g++"
+    pid = tmp_path / "pid"
+    slow.write_text(f"#!/bin/sh\ncase $1 in --version) exit 0;; esac\nsleep 600 & echo $! > {pid}\nwait\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(slow))
+    monkeypatch.setattr(native, "BUILD_TIMEOUT_S", 5.0)
+    with pytest.raises(NativeBuildError, match="did not finish within 5 s"):
+        load_library(library)
+    child = psutil.pid_exists(int(pid.read_text())) and psutil.Process(int(pid.read_text()))
+    assert not child or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_broken_compiler_does_not_hide_what_is_there(

@@ -36,10 +36,10 @@ class ErrorResponse:
     """The quota that is used up."""
     retry_after_s: float | None = None
     """None when trying again does not help."""
-    max_tokens: int | None = None
-    """The most output tokens that there is room for, where more were asked for."""
     engine: str = ""
     """Id of the group that the error comes from."""
+    max_tokens: int | None = None
+    """The most output tokens that there is room for, where more were asked for."""
 
 
 def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
@@ -63,6 +63,6 @@ def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
         field=error.field if isinstance(error, ServingError) else "",
         quota=error.quota if isinstance(error, ServingError) else "",
         retry_after_s=retry_after_s,
-        max_tokens=error.max_tokens if isinstance(error, ServingError) else None,
         engine=error.engine if isinstance(error, ServingError) else "",
+        max_tokens=error.max_tokens if isinstance(error, ServingError) else None,
     )

@@ -113,6 +113,8 @@ class Generator:
         for field, prompt in check_generate(query, card, self._limits).items():
             token_ids = await encoder.encode(field, prompt, parse_special=bool(query.parse_special))
             max_tokens = output_budget(len(token_ids), query.max_tokens, card, self._limits, field)
+            if query.max_tokens is None:
+                max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
             sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
         call.observer.generates(
@@ -316,7 +318,9 @@ def draw_seed() -> int:
 
 
 def _sampling_params(query: GenerateQuery, card: ModelCard, *, seed: int, max_tokens: int) -> SamplingParams:
-    given = {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+    defaults = {field: value for field, value in card.default_sampling.items() if field in _SAME_NAME}
+    given = defaults | {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+    given |= {"top_k": int(given["top_k"])} if "top_k" in given else {}
     if given.get("top_k", 0) >= card.vocab_size:
         del given["top_k"]  # keeps all, as without it
     return SamplingParams(

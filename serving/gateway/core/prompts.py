@@ -84,7 +84,7 @@ class PromptEncoder:
                 num_chars,
                 lambda: render_chat(
                     prompt.messages,
-                    chat_format=self._card.chat_format,
+                    chat_format=self._card.chat or self._card.chat_format,
                     default_system=self._card.chat_default_system,
                     tokenizer=self._tokenizer,
                     continues_last=prompt.continues_last,

@@ -197,6 +197,8 @@ def model_card(card: ModelCard) -> pb.ModelCard:
         deterministic=card.deterministic,
         kernels=card.kernels,
         allow_parse_special=card.allow_parse_special,
+        generation_config=card.generation_config,
+        default_sampling=card.default_sampling,
         licence=pb.Licence(
             name=card.licence.name, notice=card.licence.notice, use_policy_url=card.licence.use_policy_url
         ),

@@ -2,26 +2,39 @@ import math
 
 import pytest
 
-from bench.simulation.capacity import Bound, Question, Shape, answer, cheapest, parse_slo
-from bench.simulation.scenario import parse_scenario
+from bench.simulation.capacity import Bound, Question, Shape, answer, cheapest, parse_slo, reached_s
+from bench.simulation.report import Columns
+from bench.simulation.requests import Status
+from bench.simulation.run import simulate
+from bench.simulation.scenario import SimulationScenario, parse_scenario
 from model_parallel.errors import ConfigError
 
 
-def question(slo: str, *, tp_size: int = 1, model: str = "llama-2-7b", max_groups: int = 20) -> Question:
+def scenario_with(*, rate: float, model: str = "llama-2-7b", **groups: int) -> SimulationScenario:
     """Half a minute of chat."""
-    scenario = parse_scenario(
+    return parse_scenario(
         {
             "duration_s": 30,
-            "groups": {"model": model, "profile": "a100-80g", "max_num_seqs": 8, "kv_cache_tokens": 8192},
+            "groups": {"model": model, "profile": "a100-80g", "max_num_seqs": 8, "kv_cache_tokens": 8192, **groups},
             "tenants": [{
-                "name": "a", "arrivals": {"process": "poisson", "rate": 12},
+                "name": "a", "arrivals": {"process": "poisson", "rate": rate},
                 "work": {"kind": "synthetic", "input_tokens": 100, "output_tokens": 80},
             }],
         },
         origin="a test",
     )  # fmt: skip
+
+
+def question(slo: str, *, tp_size: int = 1, model: str = "llama-2-7b", max_groups: int = 20) -> Question:
+    """What a dozen requests a second need."""
     shape = Shape(profile="a100-80g", tensor_parallel_size=tp_size, dtype="bfloat16", quantization=None)
-    return Question(scenario=scenario, shape=shape, slo=parse_slo(slo), price_per_gpu_hour=2.0, max_groups=max_groups)
+    return Question(
+        scenario=scenario_with(rate=12, model=model),
+        shape=shape,
+        slo=parse_slo(slo),
+        price_per_gpu_hour=2.0,
+        max_groups=max_groups,
+    )
 
 
 def test_a_service_level_is_read() -> None:
@@ -60,5 +73,11 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_a_refused_request_counts_as_endless() -> None:
-    found = answer(question("ttft_p99=1h".replace("1h", "9999s"), max_groups=1))
-    assert found["best"] is None or not math.isinf(found["best"]["ttft_p99_s"])
+    made = scenario_with(rate=200, max_waiting_requests=1)
+    _, fleet = simulate(made)
+    columns = Columns(fleet)
+    everything = columns.status != Status.NOT_SENT
+    assert (columns.status == Status.REFUSED_OVERLOADED).sum() > len(columns.status) / 50
+    assert math.isinf(reached_s(columns, everything, Bound("ttft", "p99", 1.0)))
+    none = columns.status == Status.NOT_SENT
+    assert reached_s(columns, none, Bound("ttft", "p99", 1.0)) == 0.0
