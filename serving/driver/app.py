@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.placement import GroupPlacement, GroupRequest
+from cluster.placement import GATEWAY_RESOURCE, GroupPlacement, GroupRequest
 from cluster.ray_api import alive_nodes
 from serving.admin.thread import AdminThread
 from serving.config import ServingConfig, tracing_is_on
@@ -215,6 +215,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deploy(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> tuple[str, Ports]:
+    if config.tenancy is not None:
+        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     mark = joined.fingerprint(config, specs)
     handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
     if handle is None:
@@ -245,7 +247,7 @@ def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[st
         spec.card.name: _group_application(spec, placements[request], config)
         for spec, request in zip(specs, requests, strict=True)
     }
-    only_there = {joined.GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
+    only_there = {GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
     gateway = serve.deployment(
         num_replicas=config.ray.num_gateways or len({node.ip for node in alive_nodes()}),
         max_replicas_per_node=1,
@@ -254,8 +256,6 @@ def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[st
     )(Gateway)
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
-    if config.tenancy is not None:
-        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
     return handle

@@ -16,8 +16,6 @@ from model_parallel.errors import ConfigError
 from serving.config import ServingConfig
 from serving.models.group_spec import GroupSpec
 
-GATEWAY_RESOURCE = "packtrain_gateway"
-"""Custom Ray resource of nodes that gateways run on, where ray.num_gateways says how many there are."""
 GATEWAY_SHARE = 0.001
 ENVIRONMENT_TIMEOUT_S = 60.0
 _FINGERPRINT_KEY = "packtrain/deployed"

@@ -47,7 +47,9 @@ def test_a_gateway_is_alive_before_it_is_ready(facts: Facts) -> None:
 
 def test_every_probe_answers_when_it_serves(facts: Facts) -> None:
     assert set(facts["ready"]) == ALL_PODS
-    assert [f"{pod}: {probe}" for pod, probes in facts["ready"].items() for probe, well in probes.items() if not well] == []
+    assert [
+        f"{pod}: {probe}" for pod, probes in facts["ready"].items() for probe, well in probes.items() if not well
+    ] == []
     assert all(facts["ready"].values())
 
 

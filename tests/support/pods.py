@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +163,7 @@ class Pod:
     def _make_root(self, spec: Manifest) -> None:
         """A read-only root of this machine's files and the image's, with the container's volumes in it."""
         root = self._root(spec)
-        root.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
         hosts = self.cluster.directory / f"hosts-{self.name}"
         names = {"localhost": "127.0.0.1", self.name: self.ip, **self.cluster.hosts}
         hosts.write_text("".join(f"{address} {name}\n" for name, address in names.items()))
@@ -365,6 +366,12 @@ class Pod:
                 self._pause.wait(120)
         with contextlib.suppress(RuntimeError):
             run("ip", "link", "del", f"v{self.ip.rpartition('.')[2]}")
+        # What is not on a claim goes with the pod.
+        volumes = self.cluster.directory / "volumes" / self.name
+        for volume in volumes.iterdir() if volumes.exists() else ():
+            with contextlib.suppress(RuntimeError):
+                run("umount", str(volume))
+        shutil.rmtree(volumes, ignore_errors=True)
         self.containers.clear()
 
 
