@@ -17,6 +17,8 @@ from model_parallel.errors import GroupFailedError
 from model_parallel.runtime.executors import SpawnedExecutor
 
 NUM_REPEATS_OF_LIMIT = 7
+MIN_ROWS_OF_LIMIT, MAX_ROWS_OF_LIMIT = 32, 1024
+MAX_PRODUCT_S = 0.5
 UNLIMITED_REPEATS = 1 << 30
 
 
@@ -107,12 +109,20 @@ class Limit:
         self._bytes_per_weight = bytes_per_weight
         torch.set_num_threads(num_threads)
         self._data = torch.ones(128 << 20)
-        self._x_TI = torch.randn(1024, 4096).bfloat16()
         self._weight_OI = torch.randn(4096, 4096).bfloat16()
+        self._x_TI = torch.randn(self._num_rows(), 4096).bfloat16()
         self.bandwidths: list[float] = []
         """Bytes a second, of every call."""
         self.rates: list[float] = []
         """Operations a second, of every call."""
+
+    def _num_rows(self) -> int:
+        """Of the product: 1024, or fewer where that takes long, as it does on a machine that emulates bfloat16."""
+        x_TI, num_rows = torch.randn(MIN_ROWS_OF_LIMIT, 4096).bfloat16(), MIN_ROWS_OF_LIMIT
+        row_s = _best_of(1, lambda: torch.nn.functional.linear(x_TI, self._weight_OI)) / num_rows
+        while num_rows < MAX_ROWS_OF_LIMIT and 2 * num_rows * row_s < MAX_PRODUCT_S:
+            num_rows *= 2
+        return num_rows
 
     def measure(self) -> None:
         """Append to `bandwidths` and `rates`."""

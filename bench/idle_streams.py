@@ -33,7 +33,8 @@ from bench.machine import machine_facts
 from bench.memory_growth import Usage, served_processes
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, running, stack_config
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "idle_streams.json"
 FRONT_ENDS = ("grpc", "http")
@@ -197,7 +198,7 @@ def per_stream(before: Mapping[str, int], after: Mapping[str, int], num_streams:
     return {name: (after[name] - before[name]) / num_streams for name in before}
 
 
-def verdict(result: Mapping[str, Any]) -> bool:
+def decision(result: Mapping[str, Any]) -> bool:
     """No stream was lost or refused, everybody else was served, and no stream costs a gateway too much."""
     costs = (
         num_bytes
@@ -297,7 +298,7 @@ def main() -> None:
     facts = machine_facts()
     with tenants_database() as (url, credentials), served(url, arguments.streams, console.print) as addresses:
         result = measure(addresses, credentials, arguments.streams, console.print)
-    result = {"machine": facts, "model": MODEL, **result, "holds": verdict(result)}
+    result = {"machine": facts, "model": MODEL, **result, "holds": decision(result)}
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     for front_end, cost in result["bytes_per_stream"].items():
         parts = ", ".join(f"{name} {num_bytes / KIB:.1f} KiB" for name, num_bytes in cost.items())

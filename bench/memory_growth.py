@@ -31,7 +31,7 @@ from bench.stack import running, stack_config
 from bench.stats import fit_line, growth
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.config import prepare_environment
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "memory_growth.json"
 MAX_GROWTH_BYTES = 5_000_000
@@ -229,9 +229,9 @@ def main() -> None:
             f"{row['process']}: {grown:+.2f} MB, slope {slope:+.2f} MB an hour, "
             f"{row['growth_fds']:+g} descriptors, {row['growth_threads']:+g} threads"
         )
-    verdict = "holds" if result["holds"] else "does not hold"
+    decision = "holds" if result["holds"] else "does not hold"
     console.print(f"requests: {result['requests']}")
-    console.print(f"growth {result['growth_bytes'] / MB:+.2f} MB; at most {MAX_GROWTH_BYTES / MB:g} MB: {verdict}")
+    console.print(f"growth {result['growth_bytes'] / MB:+.2f} MB; at most {MAX_GROWTH_BYTES / MB:g} MB: {decision}")
     sys.exit(not result["holds"])
 
 

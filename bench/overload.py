@@ -28,7 +28,8 @@ from bench.machine import machine_facts
 from bench.memory_growth import served_processes
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "overload.json"
 SHAPE = Shape(prompt_tokens=(64,), new_tokens=tuple(range(192, 321)))
@@ -50,7 +51,7 @@ MAX_RECOVERY_S = 5.0
 NORMAL = 1.5
 """Times the unloaded latency."""
 MAX_HELD_BYTES = 100_000_000
-"""What all processes together may hold more than before: answers under way, and what allocators keep."""
+"""What all processes together may hold more than before: answers in flight, and what allocators keep."""
 MAX_GROWTH_BYTES = 10_000_000
 """What they may grow by from the middle third of the overload to the last one: a queue that grows does not stop to."""
 SAMPLE_S = 1.0
@@ -141,7 +142,7 @@ def judge_memory(samples: Sequence[tuple[float, Mapping[str, int]]], began_s: fl
     }
 
 
-def verdicts(result: Mapping[str, Any]) -> dict[str, bool]:
+def decisions(result: Mapping[str, Any]) -> dict[str, bool]:
     """The statement to be shown, part by part."""
     refusals, memory = result["refusals"], result["memory"]
     return {
@@ -206,20 +207,20 @@ def measure(address: str, seconds: float, times: float, report: Callable[[str], 
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """What was found, a line for each verdict."""
+    """What was found, a line for each decision."""
     refusals, memory, holds = result["refusals"], result["memory"], result["holds"]
-    verdict = {name: "holds" if held else "does not hold" for name, held in holds.items()}
+    decision = {name: "holds" if held else "does not hold" for name, held in holds.items()}
     median_ms, p99_ms = ((refusals[name] or math.nan) * 1e3 for name in ("median_s", "p99_s"))
     lines = [
         f"goodput {result['finished_tokens_per_s']:.0f} of {result['peak_tokens_per_s']:.0f} tokens/s, "
-        f"{result['goodput']:.1%} of peak; at least {MIN_GOODPUT:.0%}: {verdict['goodput']}",
+        f"{result['goodput']:.1%} of peak; at least {MIN_GOODPUT:.0%}: {decision['goodput']}",
         f"{refusals['num_refused']} refused, median {median_ms:.1f} ms, p99 {p99_ms:.1f} ms; "
-        f"median at most {MAX_REJECT_S * 1e3:g} ms: {verdict['rejects']}",
+        f"median at most {MAX_REJECT_S * 1e3:g} ms: {decision['rejects']}",
         f"reasons {dict(refusals['reasons'])}, {refusals['num_with_retry_info']} with a time to come back: "
-        f"{verdict['reasons']}",
+        f"{decision['reasons']}",
         f"memory {memory['held_bytes'] / MB:+.1f} MB at most, {memory['growth_bytes'] / MB:+.1f} MB from the middle third "
-        f"to the last: {verdict['memory']}",
-        f"normal again after {result['recovery_s']:.2f} s; at most {MAX_RECOVERY_S:g} s: {verdict['recovery']}",
+        f"to the last: {decision['memory']}",
+        f"normal again after {result['recovery_s']:.2f} s; at most {MAX_RECOVERY_S:g} s: {decision['recovery']}",
         f"all answers: {dict(result['codes'])}; requests were sent {result['latest_s'] * 1e3:.0f} ms late at most",
     ]
     for when, used in result["cores"].items():
@@ -259,7 +260,7 @@ def main() -> None:
         "seconds": arguments.seconds,
         "times": arguments.times,
         **result,
-        "holds": verdicts(result),
+        "holds": decisions(result),
     }
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     for line in describe(result):

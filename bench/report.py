@@ -13,7 +13,7 @@ from bench.machine import describe_machine
 from bench.markdown import replace_section, table
 from bench.plots import context_batches, draw_all, over_batch, over_context, step_floor_s
 from bench.stats import fit_line
-from bench.targets import verdicts
+from bench.targets import decisions
 from bench.timing import Timing, as_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -94,7 +94,7 @@ def render_memory(result: Mapping[str, Any]) -> str:
         for row in result["processes"]
     ]
     requests = ", ".join(f"{count} {name}" for name, count in sorted(result["requests"].items()))
-    verdict = "within" if result["holds"] else "**more than**"
+    decision = "within" if result["holds"] else "**more than**"
     return "\n".join(
         [
             f"{describe_machine(result['machine'])}; {result['minutes']:g} minutes after {result['warm_up_minutes']:g} of "
@@ -102,7 +102,7 @@ def render_memory(result: Mapping[str, Any]) -> str:
             "",
             table(["process", "holds", "growth", "slope an hour", "descriptors", "threads"], rows),
             "",
-            f"In all {result['growth_bytes'] / MB:+.2f} MB, {verdict} the {result['max_growth_bytes'] / MB:g} MB allowed.",
+            f"In all {result['growth_bytes'] / MB:+.2f} MB, {decision} the {result['max_growth_bytes'] / MB:g} MB allowed.",
         ]
     )
 
@@ -125,7 +125,7 @@ def render_serving(result: Mapping[str, Any]) -> str:
 
 SECTIONS: tuple[tuple[str, Path, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("engine", engine.RESULT, "python -m bench.engine", render_engine),
-    ("targets", engine.RESULT, "python -m bench.engine", verdicts),
+    ("targets", engine.RESULT, "python -m bench.engine", decisions),
     ("growth", growth.RESULT, "python -m bench.growth", render_growth),
     ("serving", serving_overhead.RESULT, "python -m bench.serving_overhead", render_serving),
     ("ready", ready.RESULT, "python -m bench.ready", render_ready),

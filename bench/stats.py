@@ -1,4 +1,4 @@
-"""The little statistics that verdicts rest on."""
+"""The little statistics that decisions rest on."""
 
 import statistics
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ TARGETS = (
 )
 
 
-def verdicts(result: Mapping[str, Any]) -> str:
+def decisions(result: Mapping[str, Any]) -> str:
     """A table of all targets: speeds as multiples of the other's, at TP=1 and at TP=2."""
     timings = [Timing.from_data(row) for row in result["timings"]]
     seconds = {(timing.contender, timing.workload): timing.median_s for timing in timings}

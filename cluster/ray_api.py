@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,13 @@ def this_node() -> tuple[str, str]:
 def this_gpu_ids() -> tuple[int, ...]:
     """GPUs that Ray gave to this actor, as the node numbers them."""
     return tuple(sorted(int(gpu) for gpu in ray.get_gpu_ids()))
+
+
+def run_on_node(function: Callable[[], Any], node_id: str, timeout_s: float) -> Any:
+    """What a function returns on that node. It holds none of its resources. Raises TimeoutError, RayError."""
+    remote: Any = ray.remote(function)
+    where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    return get([remote.options(num_cpus=0, scheduling_strategy=where).remote()], timeout_s)[0]
 
 
 def current_placement_group() -> PlacementGroup | None:

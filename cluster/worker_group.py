@@ -5,12 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster import ray_api
-from cluster.health import GroupHealth
 from cluster.placement import RankLocation, order_ranks
 from cluster.rank_actor import RankActor
 from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.config import GroupConfig
-from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, GroupFailedError
 from model_parallel.runtime.leader import (
     LOOPBACK,
@@ -45,7 +43,6 @@ class RayExecutor(SocketExecutor):
         Raises ConfigError, CheckpointError, GroupFailedError; nothing that it began is left then.
         """
         super().__init__(config)
-        self.health = GroupHealth(config.parallel.step_timeout_s)
         self.locations: tuple[RankLocation, ...] = ()
         """By rank."""
         self._rank_class = rank_class
@@ -114,22 +111,3 @@ class RayExecutor(SocketExecutor):
         """Ray ends the processes; wait, bounded, until it says that they have."""
         self._kill_ranks()
         ray_api.finished(self._serving, STOP_TIMEOUT_S)
-
-    def submit(self, plan: StepPlan) -> None:
-        if not self._under_way:
-            self.health.step_began()
-        super().submit(plan)
-
-    def collect(self) -> StepResult:
-        try:
-            return super().collect()
-        finally:
-            if self._under_way:
-                self.health.step_began()
-            else:
-                self.health.step_ended()
-
-    def _fail(self, reason: str) -> None:
-        if not self._closing:
-            self.health.failed(reason)
-        super()._fail(reason)

@@ -113,7 +113,7 @@ def kv_bytes_per_token(model: ModelConfig, num_kv_heads: int, dtype: str) -> int
 def activation_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str, workload: Workload) -> int:
     """Bound on what one step holds besides weights and cache.
 
-    Of each token: the residual stream, its sum, the norm's result and the all-reduced addend (float32, hidden_size each), with
+    Of each token: the residual stream, its sum, the norm's result and the all-reduced sum (float32, hidden_size each), with
     the layer's widest intermediate results (query, key and value rows and attention's result; or gate, up and their product).
     Of each row that is sampled: logits, their sorted copy and probabilities (float32). Kernels that gather a sequence's whole
     cache, as the reference backend's do, need that beside it.

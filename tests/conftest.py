@@ -1,10 +1,23 @@
 """What every suite may use."""
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from serving.models.fetch import fetch_model
+from tests.support.effort import DAY, NIGHT
+
+# By day the same cases each time, so that a change does not fail by the luck of a draw. By night many others, which are told
+# when they fail. What an example costs depends on the machine, so nothing is said of its time.
+_ANY_SPEED = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile(DAY, max_examples=25, derandomize=True, **_ANY_SPEED)
+settings.register_profile(NIGHT, max_examples=300, print_blob=True, **_ANY_SPEED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", DAY))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """A tokenizer of bytes and a backend that says what it is told to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
+from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import Licence, ModelCard
-from serving.contracts.observer import Passage
+from serving.text.tokenizer import Part
 
 BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
 TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
@@ -22,8 +24,12 @@ class ByteTokenizer:
     control_token_ids = frozenset({BOS, EOS, IM_START, IM_END})
     strips_leading_space = False
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_bos else []
+        if parse_special and "</s>" in text:
+            before, _, after = text.partition("</s>")
+            rest = self.encode(after, add_bos=False, parse_special=True)
+            return [*ids, *self.encode(before, add_bos=False), EOS, *rest]
         data = text.encode()
         position = 0
         while position < len(data):
@@ -37,8 +43,26 @@ class ByteTokenizer:
             return b""
         return b"ab" if token_id == AB else bytes([token_id])
 
+    def spelt_bytes(self, token_id: int) -> bytes:
+        return (self.control_token_text(token_id) or "").encode() or self.token_bytes(token_id)
+
+    def control_token_text(self, token_id: int | None) -> str | None:
+        return {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}.get(token_id or 0)
+
     def control_token_id(self, text: str) -> int:
         return {"<|im_start|>": IM_START, "<|im_end|>": IM_END}[text]
+
+    def has_control_token(self, text: str) -> bool:
+        return text in ("<|im_start|>", "<|im_end|>")
+
+    def encode_parts(self, parts: Iterable[Part], *, every_part_is_first: bool = False) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            pieces = re.split(r"(<\|im_start\|>|<\|im_end\|>)", part.text) if part.is_markup else [part.text]
+            for piece in pieces:
+                is_control = part.is_markup and self.has_control_token(piece)
+                ids += [self.control_token_id(piece)] if is_control else self.encode(piece, add_bos=False)
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
@@ -80,16 +104,15 @@ class FakeBackend:
         self.healthy = dict.fromkeys(self.models, True)
 
     async def generate(
-        self, model: str, requests: Sequence[EngineRequest], passage: Passage
-    ) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncIterator[GroupOutputs]:
         assert model in self.models
-        passage.engine = "group-1"
         self.requests = list(requests)
         self.num_open += 1
         try:
             async for outputs in self.script(requests):
                 self.started.set()
-                yield outputs
+                yield GroupOutputs("group-1", outputs)
         finally:
             self.num_open -= 1
 
@@ -97,8 +120,8 @@ class FakeBackend:
         return self.healthy[model]
 
     async def closed(self) -> None:
-        """Wait until every iterator is closed."""
-        async with asyncio.timeout(5):
+        """Wait until every iterator is closed. Raises TimeoutError when one is left."""
+        async with asyncio.timeout(60):
             while self.num_open:
                 await asyncio.sleep(0.005)
 
@@ -149,5 +172,4 @@ def say(*texts: str, finish: FinishReason = FinishReason.STOP) -> Script:
 async def for_ever(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
     """One token, then nothing until it is closed."""
     yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),)),)
-    await asyncio.sleep(60)
-    raise AssertionError("nobody closed the iterator")
+    await asyncio.Event().wait()

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.messages import StepPlan
@@ -27,16 +27,16 @@ class Engine:
         executor: Executor,
         scheduler: Scheduler,
         *,
-        max_under_way: int = 2,
+        max_in_flight: int = 2,
         on_step: Callable[[StepPlan], None] | None = None,
     ) -> None:
-        """`max_under_way` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
+        """`max_in_flight` is how many steps the ranks have at most: the one that they compute and the next. `on_step` is
         told of each step when its results are in."""
         self._executor = executor
         self._scheduler = scheduler
-        self._max_under_way = max_under_way
+        self._max_in_flight = max_in_flight
         self._on_step = on_step
-        self._under_way: deque[StepPlan] = deque()
+        self._in_flight: deque[StepPlan] = deque()
         self._failure: str | None = None
         self._lock = threading.Lock()
 
@@ -46,8 +46,23 @@ class Engine:
         return self._failure
 
     @property
+    def scheduler(self) -> Scheduler:
+        """For whoever drives the engine on a clock of its own."""
+        return self._scheduler
+
+    @property
+    def in_flight(self) -> Sequence[StepPlan]:
+        """Steps that the ranks have, the oldest first."""
+        return self._in_flight
+
+    def replace_in_flight(self, plan: StepPlan) -> None:
+        """The ranks have this step instead of the one in flight; see stretch.py."""
+        self._in_flight.clear()
+        self._in_flight.append(plan)
+
+    @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._under_way and self._failure is None)
+        return self._scheduler.has_work or bool(self._in_flight and self._failure is None)
 
     @property
     def num_paused(self) -> int:
@@ -88,29 +103,38 @@ class Engine:
 
         After a failure of the group, only the last outputs of its requests are left to return.
         """
-        if self._failure is None:
+        self.submit()
+        return self.collect()
+
+    def submit(self) -> None:
+        """The first half of a step: give the ranks as many steps as they may have. Nothing happens when the group is lost."""
+        if self._failure is not None:
+            return
+        try:
+            while len(self._in_flight) < self._max_in_flight:
+                with self._lock:
+                    plan = self._scheduler.schedule()
+                if plan is None:
+                    return
+                self._executor.submit(plan)
+                self._in_flight.append(plan)
+        except GroupFailedError as error:
+            self.fail(str(error))
+
+    def collect(self) -> list[EngineOutput]:
+        """The second half: wait for the oldest step in flight, if there is one, and return what it brought."""
+        if self._failure is None and self._in_flight:
             try:
-                self._submit()
-                if self._under_way:
-                    result = self._executor.collect()
-                    plan = self._under_way.popleft()
-                    if self._on_step is not None:
-                        self._on_step(plan)
-                    with self._lock:
-                        return self._scheduler.update(plan, result)
+                result = self._executor.collect()
+                plan = self._in_flight.popleft()
+                if self._on_step is not None:
+                    self._on_step(plan)
+                with self._lock:
+                    return self._scheduler.update(plan, result)
             except GroupFailedError as error:
                 self.fail(str(error))
         with self._lock:
             return self._scheduler.take_outputs()
-
-    def _submit(self) -> None:
-        while len(self._under_way) < self._max_under_way:
-            with self._lock:
-                plan = self._scheduler.schedule()
-            if plan is None:
-                return
-            self._executor.submit(plan)
-            self._under_way.append(plan)
 
     def fail(self, reason: str) -> None:
         """Treat the group as lost, as when the executor reports a dead rank between steps. The first reason is kept."""

@@ -22,7 +22,7 @@ class Executor(Protocol):
         ...
 
     def set_failure_callback(self, callback: Callable[[str], None]) -> None:
-        """Call `callback(reason)` once, from any thread, when a rank is lost while no step is under way."""
+        """Call `callback(reason)` once, from any thread, when a rank is lost while no step is in flight."""
         ...
 
     def shutdown(self) -> None:

@@ -11,7 +11,8 @@ Fair is the virtual token counter of Sheng et al., "Fairness in Serving Large La
 
 The burst is ours; without it this is the paper's algorithm. Linux' CFS places a sleeper that wakes in the same way. A tenant that
 asks for little has not used its share and is below the floor, so it is next at once, even with a few requests in a row. It is
-*light* then, and `Scheduler` lets it pass prefills and take room. All that is charged: who uses its share is never light.
+*below its fair share*, and `Scheduler` lets it pass prefills and preempt. All of it is charged, so a tenant that uses its share
+is never below it.
 
 Let L be the tokens of the longest prompt, M those, prompts and answers, that one tenant's running sequences have in the end, and
 U = max(1 · L, 2 · M). The counters of tenants with something waiting lie between the floor less a burst and the floor plus U.
@@ -76,7 +77,7 @@ class VirtualTokenCounter:
         tenant = min(self.waiting.values(), key=lambda tenant: tenant.counter)
         return next(iter(tenant.waiting.values()))
 
-    def is_light(self, tenant: Tenant) -> bool:
+    def is_below_fair_share(self, tenant: Tenant) -> bool:
         """It is below the floor. While it waits the floor cannot have passed it since the latest return."""
         return tenant.counter < self._floor
 
@@ -182,9 +183,18 @@ class FairQueue:
         priorities = [priority for priority, counter in self._classes.items() if counter.waiting]
         return self._classes[min(priorities)].first() if priorities else None
 
-    def is_light(self, sequence: Sequence) -> bool:
-        """It would be light if it were admitted now."""
-        return self._classes[sequence.request.priority].is_light(self.tenant_of(sequence.request))
+    def firsts(self) -> Iterator[tuple[Sequence, bool]]:
+        """Of the class that is served next, the oldest one of each tenant, and whether it would be below its fair share if it
+        were admitted now."""
+        priorities = [priority for priority, counter in self._classes.items() if counter.waiting]
+        if priorities:
+            counter = self._classes[min(priorities)]
+            for tenant in counter.waiting.values():
+                yield next(iter(tenant.waiting.values())), counter.is_below_fair_share(tenant)
+
+    def is_below_fair_share(self, sequence: Sequence) -> bool:
+        """It would be below its fair share if it were admitted now."""
+        return self._classes[sequence.request.priority].is_below_fair_share(self.tenant_of(sequence.request))
 
     def num_tokens_ahead(self, request: EngineRequest) -> float:
         """Prompt tokens that are admitted before those of a request that comes now, about."""
@@ -199,7 +209,7 @@ class FairQueue:
 
     def admit(self, sequence: Sequence, num_charged: int) -> None:
         """It runs from now on; so many tokens of input are charged."""
-        sequence.is_light = self.is_light(sequence)
+        sequence.is_below_fair_share = self.is_below_fair_share(sequence)
         tenant = self._remove(sequence)
         tenant.num_running += 1
         tenant.charge(INPUT_PRICE, num_charged)

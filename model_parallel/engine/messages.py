@@ -68,4 +68,3 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     step_id: int
     rows: tuple[RowResult, ...] = ()
-    compute_s: float = 0.0

@@ -27,7 +27,7 @@ class _Draft:
     budget: int
     """Tokens that it still has room for."""
     prefill_budget: int
-    """Prompt tokens among those, but for light sequences."""
+    """Prompt tokens among those; sequences below their fair share may have more."""
     new_sequences: list[NewSequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
@@ -35,37 +35,37 @@ class _Draft:
 class Scheduler:
     """The one scheduler of a group. Its owner calls it from one thread at a time; it never waits.
 
-    **Order.** Sequences are admitted as `FairQueue` says. A step computes one token for each that decodes, then prompts of light
-    sequences, then the other prompts, in order of admission, and admits while there is room. What the group can take on
-    is never left idle for the sake of fairness. With `max_prefill_tokens` steps are kept short, so that a light sequence, which
-    waits for those under way, does not wait long.
+    **Order.** `FairQueue` decides which sequence is admitted next. A step computes one token for each sequence that decodes. Then
+    it computes prompts of sequences below their fair share, then the other prompts in order of admission, and admits sequences
+    while it has room. The group never idles for the sake of fairness. `max_prefill_tokens` keeps steps short, because a sequence
+    below its fair share waits for the steps in flight.
 
-    **Preemption.** When blocks run out, the victim is in the lowest class, of the tenant that runs most for its weight beyond its
-    first one, the sequence admitted last. A light sequence that is next and does not fit takes its room in the same way, from
-    tenants of its class or below that run more for their weight even then. A victim waits as the next one of its tenant and
-    is not charged again. So a tenant's sequences run and wait in their order of arrival.
+    **Preemption.** When blocks run out, one sequence is preempted: in the lowest class, of the tenant that runs most for its
+    weight (its first sequence not counted), the one admitted last. A sequence below its fair share that is next and does not fit
+    preempts in the same way, from tenants of its class or below that would still run more for their weight. A preempted sequence
+    is the next one of its tenant and is not charged again. So a tenant's sequences run and wait in their order of arrival.
 
-    **Pauses.** A sequence whose reader does not keep up holds nothing while it is paused: no row, no block, no place among those
-    that run or wait. Then it is the next one of its tenant, like a victim, but out of the order of arrival. That happens
-    finitely often, because it gets tokens in between.
+    **Pauses.** A sequence whose reader does not keep up is paused: it has no row, no block, and no place among those that run or
+    wait. When it is resumed it is the next one of its tenant, as after a preemption, but out of the order of arrival. This
+    happens finitely often, because it gets tokens in between.
 
-    **All end.** What was admitted first in the highest class is never a victim, and so it ends. A tenant's first one is a victim
-    only when every tenant of its class runs but one, and for those admitted before it, which are finitely many and end. While
-    it waits it is not charged, and whoever is admitted before it is, so their number is bounded too. A lower class may starve.
+    **Nothing starves within a class.** The sequence admitted first in the highest class is never preempted, and so it ends. A
+    tenant's first sequence is preempted only when every tenant of its class but one runs something, and only for sequences
+    admitted before it; those are finitely many, and end. A waiting sequence is not charged and each one admitted before it is, so
+    their number is bounded too. A lower class may starve.
 
-    **Steps under way.** `schedule` looks at how many tokens a sequence has, never at which, and counts as computed what it
-    has just planned. So a step can be planned, and sent, while the results of earlier ones are not in. Ranks run plans in
-    order, and therefore:
+    **Steps in flight.** `schedule` uses how many tokens a sequence has, never which, and counts as computed what it has just
+    planned. So a step can be planned and sent before the results of earlier steps are known. Ranks run plans in order. Hence:
 
-    - A sequence whose pending token ends it (a stop token, an error) may have a row in a plan already sent. That row only
-      writes behind the tokens known, so never into a block that is shared; its result finds no sequence and is dropped.
-    - Blocks are free for others as soon as their sequence has ended or is preempted: whatever rows are under way write into
-      them before any row of a later plan does. Within a plan nobody is preempted once the first row is planned.
-    - Ranks forget a sequence with the plan after the last that names it.
-    - A block is published when the result of the step that filled it is in, unless the sequence was preempted since: its
-      blocks are then others'. Its token counts all the same, as the ranks have appended it too.
-    - A preempted sequence is admitted again when all its tokens are known, because its prefix is looked up by content.
-    - A last token is never computed, so a sequence that only waits for it is given no further row.
+    - A sequence that ends with its pending token (a stop token, an error) may have a row in a plan already sent. That row writes
+      only behind the known tokens, never into a shared block. Its result finds no sequence and is dropped.
+    - The blocks of a sequence are free as soon as it has ended or is preempted: its rows in flight write into them before any
+      row of a later plan does. Within a plan nothing is preempted once the first row is planned.
+    - Ranks forget a sequence with the first plan after the last one that names it.
+    - A block is published when the result of the step that filled it is known, unless the sequence was preempted since: its
+      blocks are then another's. Its token counts all the same, because the ranks have appended it too.
+    - A preempted sequence is admitted again only when all its tokens are known, because its prefix is looked up by content.
+    - The last token of an answer is never computed, so a sequence that only waits for it gets no further row.
     """
 
     def __init__(
@@ -104,13 +104,18 @@ class Scheduler:
         return bool(is_active) or self._deadlines.is_due(self._clock())
 
     @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that run, and that wait."""
+        return len(self._running), len(self._queue)
+
+    @property
     def num_paused(self) -> int:
         """Sequences that are paused. They can still expire, which only a step notices."""
         return len(self._paused)
 
     @property
     def stats(self) -> SchedulerStats:
-        """May be read from any thread."""
+        """Load and totals. May be read from any thread."""
         return SchedulerStats(
             **asdict(self._totals),
             num_running=len(self._running),
@@ -139,6 +144,10 @@ class Scheduler:
         for request in requests:
             self._accept(request, self._clock())
 
+    def sequence_of(self, request_id: str) -> Sequence:
+        """An accepted request as it is kept here, for reading alone. Raises KeyError when it has ended."""
+        return self._requests[request_id]
+
     def abort(self, request_id: str, reason: FinishReason) -> bool:
         """End a request now, whatever it is doing. Its last output comes with the next ones. False if it has ended."""
         sequence = self._requests.get(request_id)
@@ -148,7 +157,7 @@ class Scheduler:
         return True
 
     def pause(self, request_id: str) -> None:
-        """Compute no more of a request until `resume`. Tokens that are under way still come. Nothing happens after its end."""
+        """Compute no more of a request until `resume`. Tokens that are in flight still come. Nothing happens after its end."""
         sequence = self._requests.get(request_id)
         if sequence is None or sequence.seq_id in self._paused:
             return
@@ -179,11 +188,11 @@ class Scheduler:
         for seq_id in self._deadlines.take_expired(draft.now_s):
             if seq_id in self._sequences:
                 self._end(self._sequences[seq_id], FinishReason.DEADLINE)
-        num_tokens = self._admit_light()
+        num_tokens = self._admit_below_fair_share()
         self._grow_decodes()
         self._plan_rows(draft, [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1])
         prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
-        self._plan_rows(draft, sorted(prefills, key=lambda sequence: not sequence.is_light))
+        self._plan_rows(draft, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
         num_tokens += self._admit_in_order(draft)
         self._pace.record_step(draft.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
         if not (draft.rows or self._finished):
@@ -201,7 +210,7 @@ class Scheduler:
         )
 
     def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
-        """Take in what the oldest step under way brought. Returns its outputs, and those of requests that ended without it.
+        """Take in what the oldest step in flight brought. Returns its outputs, and those of requests that ended without it.
 
         Raises GroupFailedError, with nothing changed, when `result` does not answer `plan` row for row.
         """
@@ -210,7 +219,7 @@ class Scheduler:
         self._record_decode(plan, now_s)
         for row, row_result in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.seq_id)
-            if sequence is not None:  # Otherwise it ended while the step was under way.
+            if sequence is not None:  # Otherwise it ended while the step was in flight.
                 self._update_sequence(sequence, row, row_result, step_id=plan.step_id, now_s=now_s)
         return self.take_outputs()
 
@@ -266,44 +275,52 @@ class Scheduler:
                 raise RequestError(f"request id {request.request_id!r} is in use", kind="duplicate")
             taken.add(request.request_id)
 
-    def _admit_light(self) -> int:
-        """Admit light sequences that are next, as many as this step can begin, and preempt others for them where that is fair.
-
-        Comes before the first row is planned. Returns the prompt tokens admitted.
+    def _admit_below_fair_share(self) -> int:
+        """Admit the next sequences as long as they are below their fair share and this step can begin them; preempt others for
+        them where that is fair. Called before the first row is planned. Returns the prompt tokens admitted.
         """
-        light = [sequence for sequence in self._running.values() if sequence.is_light and sequence.num_uncomputed > 1]
-        room = self._config.max_num_batched_tokens - len(self._running) - sum(s.num_uncomputed for s in light)
+        prefilling = [s for s in self._running.values() if s.is_below_fair_share and s.num_uncomputed > 1]
+        room = self._config.max_num_batched_tokens - len(self._running) - sum(s.num_uncomputed for s in prefilling)
         num_tokens = 0
-        while room > 0 and (sequence := self._next()) and self._queue.is_light(sequence):
+        while room > 0:
+            self._end_late_heads()
+            sequence = self._queue.first()
+            if sequence is None or not self._queue.is_below_fair_share(sequence):
+                break
             while not self._try_to_admit(sequence):
-                if sequence.num_pending or not self._make_room_for(sequence):
+                if sequence.num_pending or not self._preempt_for(sequence):
                     return num_tokens
             room -= sequence.num_uncomputed
             num_tokens += sequence.num_prompt_tokens
         return num_tokens
 
     def _admit_in_order(self, draft: _Draft) -> int:
-        """Admit whoever is next while the step has room, and plan their first rows. Returns the prompt tokens admitted."""
+        """Admit the next sequences while the step has room, and plan their first rows. Returns the prompt tokens admitted."""
         num_tokens = 0
-        while draft.budget and draft.prefill_budget and (sequence := self._next()) and self._try_to_admit(sequence):
+        while draft.budget and draft.prefill_budget:
+            self._end_late_heads()
+            sequence = self._queue.first()
+            if sequence is None or not self._try_to_admit(sequence):
+                break
             self._plan_rows(draft, [sequence])
             num_tokens += sequence.num_prompt_tokens
         return num_tokens
 
-    def _next(self) -> Sequence | None:
-        """Who is to be admitted next. Those who cannot be in time any more are ended and not computed; while others wait, that is
-        whoever may well not be: a run that expires is work for nothing, which one of those would have had."""
+    def _end_late_heads(self) -> None:
+        """End sequences at the head of the queue that would miss their deadline, without computing anything of them.
+
+        While others wait, a margin is added to the estimate: a run that expires is wasted, and another could have used it.
+        """
         while sequence := self._queue.first():
             deadline_s, sampling = sequence.request.deadline_s, sequence.request.sampling
-            if deadline_s is None or not self._running:
-                return sequence
+            if deadline_s is None or sequence.was_admitted or not self._running:
+                return
             num_left = sampling.max_tokens - len(sequence.request.output_token_ids)
             run_s = self._pace.run_s(num_left, len(self._running) + 1)
             margin = DEADLINE_MARGIN if len(self._queue) > 1 else 1.0
-            if sequence.was_admitted or self._clock() + margin * run_s <= sequence.accepted_s + deadline_s:
-                return sequence
+            if self._clock() + margin * run_s <= sequence.accepted_s + deadline_s:
+                return
             self._end(sequence, FinishReason.DEADLINE)
-        return None
 
     def _try_to_admit(self, sequence: Sequence) -> bool:
         if sequence.num_pending or len(self._running) == self._config.max_num_seqs:
@@ -333,13 +350,13 @@ class Scheduler:
             while sequence.seq_id in self._running and self._kv.grow(sequence.table, sequence.num_tokens) is None:
                 self._preempt_one(self._running.values())
 
-    def _make_room_for(self, light: Sequence) -> bool:
-        """Preempt one sequence for a light one, if there is one that has to make room."""
-        load = self._queue.tenant_of(light.request).load_with(1)
+    def _preempt_for(self, waiting: Sequence) -> bool:
+        """Preempt one sequence for one below its fair share. False when there is none that fairness would preempt."""
+        load = self._queue.tenant_of(waiting.request).load_with(1)
         return self._preempt_one(
             sequence
             for sequence in self._running.values()
-            if sequence.request.priority >= light.request.priority
+            if sequence.request.priority >= waiting.request.priority
             and self._queue.tenant_of(sequence.request).load_with(-1) >= load
         )
 
@@ -372,14 +389,14 @@ class Scheduler:
         """A row for each as long as the step has room."""
         for sequence in sequences:
             num_tokens = min(sequence.num_uncomputed, draft.budget, self._config.max_prefill_chunk)
-            if sequence.num_uncomputed > 1 and not sequence.is_light:
+            if sequence.num_uncomputed > 1 and not sequence.is_below_fair_share:
                 num_tokens = min(num_tokens, draft.prefill_budget)
                 draft.prefill_budget -= num_tokens
             if num_tokens == 0:
                 return
             is_new = sequence.started_s is None
             if is_new:
-                draft.new_sequences.append(sequence.introduction())
+                draft.new_sequences.append(sequence.new_sequence())
                 sequence.started_s = draft.now_s
             start = sequence.num_computed
             sequence.num_computed += num_tokens

@@ -23,7 +23,7 @@ class Sequence:
     next_prompt_logprob: int = field(init=False)
     """First prompt position whose log-probability is still to be delivered; the prompt's length when none is."""
     num_pending: int = 0
-    """Tokens that the steps under way will sample. They follow `token_ids` and are counted before they are known."""
+    """Tokens that the steps in flight will sample. They follow `token_ids` and are counted before they are known."""
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache, or will be after the step just planned."""
     admitted_step_id: int = 0
@@ -34,7 +34,7 @@ class Sequence:
     """It has been charged for its prompt; a preemption does not make it pay twice."""
     was_paused: bool = False
     """It has lost its place in the order of arrival."""
-    is_light: bool = False
+    is_below_fair_share: bool = False
     """Its tenant had not used its share when it was admitted; see fair_queue.py."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave at the first admission."""
@@ -80,7 +80,7 @@ class Sequence:
             return self.next_prompt_logprob - 1
         return self.num_tokens - 1
 
-    def introduction(self) -> NewSequence:
+    def new_sequence(self) -> NewSequence:
         """All that the ranks must know before its first row."""
         return NewSequence(
             seq_id=self.seq_id,

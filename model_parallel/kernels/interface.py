@@ -107,7 +107,7 @@ class Kernels(Protocol):
     # An Int8Matrix is multiplied as the matrix that it stands for: activations are not quantised.
 
     def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Weight:
-        """For `linear` and `addend`."""
+        """For `linear` and `partial_sum`."""
         ...
 
     def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> Weight:
@@ -132,7 +132,7 @@ class Kernels(Protocol):
         """[T, O] of x's dtype: x · weightᵀ."""
         ...
 
-    def addend(self, x_TI: Tensor, weight: Weight) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: Weight) -> Tensor:
         """float32 [T, O]: x · weightᵀ as this rank's part of a sum over ranks."""
         ...
 

@@ -56,7 +56,7 @@ class ReferenceKernels:
     def linear(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
         return _product(x_TI, weight_OI).to(x_TI.dtype)
 
-    def addend(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
         return _product(x_TI, weight_OI).float()
 
     def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor | Int8Matrix) -> Tensor:

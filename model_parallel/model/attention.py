@@ -11,7 +11,7 @@ from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, Laye
 class Attention:
     """Shape suffixes: T tokens · E hidden · X all local query, key and value features
 
-    The result is this rank's addend: the sum over ranks is the layer's output.
+    The result is this rank's partial_sum: the sum over ranks is the layer's output.
     """
 
     qkv_weight: Weight
@@ -23,4 +23,4 @@ class Attention:
     def __call__(self, x_TE: Tensor, plan: AttentionPlan, cache: LayerCache) -> Tensor:
         """float32 [T, E]."""
         qkv_TX = self.kernels.linear(x_TE, self.qkv_weight)
-        return self.kernels.addend(self.kernels.attention(qkv_TX, plan, cache, self.heads), self.o_weight)
+        return self.kernels.partial_sum(self.kernels.attention(qkv_TX, plan, cache, self.heads), self.o_weight)

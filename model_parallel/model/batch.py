@@ -27,19 +27,23 @@ class SequenceState:
     sampling: SamplingParams
     block_ids: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
-    """Occurrences of each output token, for penalties."""
+    """Occurrences of each output token, for the presence and frequency penalties."""
+    distinct_ids: dict[int, None] = field(default_factory=dict)
+    """Every token of prompt and output once, for the repetition penalty."""
 
     @classmethod
     def begin(cls, new: NewSequence) -> "SequenceState":
         output = new.token_ids[new.num_prompt_tokens :]
         state = cls(new.seq_id, list(new.token_ids), new.num_prompt_tokens, new.choice, new.sampling)
         state.output_counts.update(output)
+        state.distinct_ids.update(dict.fromkeys(new.token_ids))
         return state
 
     def append(self, token_id: int) -> None:
         """Take the token just sampled as the sequence's next."""
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
+        self.distinct_ids[token_id] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +57,12 @@ class Batch:
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """float32 [D / 2]: theta^(−2i / D) (Su et al. 2021, eq. 15)."""
+    """float32 [D / 2]: theta^(−2i / D) (Su et al. 2021, eq. 15), divided by the checkpoint's scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    return 1.0 / (config.rope_theta**exponents)
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    if config.rope_divisors:
+        frequencies /= torch.tensor(config.rope_divisors, dtype=torch.float32, device=device)
+    return frequencies
 
 
 @dataclass(frozen=True, slots=True)

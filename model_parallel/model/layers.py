@@ -11,7 +11,7 @@ from model_parallel.kernels.interface import Kernels, Weight
 class FeedForward:
     """SwiGLU over this rank's columns. Shape suffixes: T tokens · E hidden
 
-    The result is this rank's addend: the sum over ranks is the layer's output.
+    The result is this rank's partial_sum: the sum over ranks is the layer's output.
     """
 
     gate_up_weight: Weight
@@ -20,4 +20,4 @@ class FeedForward:
 
     def __call__(self, x_TE: Tensor) -> Tensor:
         """float32 [T, E]."""
-        return self.kernels.addend(self.kernels.gated_linear(x_TE, self.gate_up_weight), self.down_weight)
+        return self.kernels.partial_sum(self.kernels.gated_linear(x_TE, self.gate_up_weight), self.down_weight)

@@ -40,8 +40,7 @@ class Llama:
         """
         self.config = config
         self.kernels = kernels
-        self.all_reduce: Callable[[Tensor], Tensor] = collectives.all_reduce
-        """The sum over ranks. Replaced while a step is recorded (runtime/recorded_steps.py)."""
+        self._collectives = collectives
         self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
         self.embedding_VE: Tensor = weights[EMBEDDING]
         part = partition_heads(config.num_query_heads, config.num_kv_heads, collectives.size, collectives.rank)
@@ -73,13 +72,23 @@ class Llama:
             feed_forward=feed_forward,
         )
 
-    def forward(self, token_ids_T: Tensor, plan: AttentionPlan, caches: Sequence[LayerCache]) -> Tensor:
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        plan: AttentionPlan,
+        caches: Sequence[LayerCache],
+        *,
+        all_reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """float32 [T, E]: hidden states after the final norm. The step's keys and values go to `caches`.
+
+        `all_reduce` replaces the collectives' own sum over ranks; a recorder passes one that also records the call.
 
         The residual stream and the sums over ranks are float32 whatever the weights' dtype: only what enters a matrix product
         is rounded.
         """
-        all_reduce, norm, eps = self.all_reduce, self.kernels.add_rms_norm, self.config.rms_norm_eps
+        all_reduce = all_reduce or self._collectives.all_reduce
+        norm, eps = self.kernels.add_rms_norm, self.config.rms_norm_eps
         residual_TE = all_reduce(self.kernels.embed(token_ids_T, self.embedding_VE, self.vocabulary.start))
         x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
         next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]

@@ -8,7 +8,7 @@ Shape suffixes: R rows, padded to at least two · V local vocabulary · C candid
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +129,7 @@ class Sampler:
             if bias:
                 self._add(scores_RV[r], list(bias), list(bias.values()))
             if sampling.repetition_penalty != 1.0:
-                seen = self._local(list(set(state.token_ids)))
+                seen = self._local(state.distinct_ids)
                 value = scores_RV[r, seen]
                 penalty = sampling.repetition_penalty
                 scores_RV[r, seen] = torch.where(value > 0, value / penalty, value * penalty)
@@ -141,7 +141,7 @@ class Sampler:
                 scores_RV[r] /= sampling.temperature
         return scores_RV
 
-    def _local(self, token_ids: list[int]) -> Tensor:
+    def _local(self, token_ids: Iterable[int]) -> Tensor:
         start, stop = self.vocabulary.start, self.vocabulary.stop
         return torch.tensor([t - start for t in token_ids if start <= t < stop], dtype=torch.int64)
 

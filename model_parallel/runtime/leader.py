@@ -23,12 +23,11 @@ from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import CheckpointError, ConfigError, EngineError, GroupFailedError
 from model_parallel.native import NativeBuildError
+from model_parallel.runtime.health import GroupHealth
 from model_parallel.runtime.rank_link import (
-    SECRET_BYTES,
     Ack,
     Connection,
     Failed,
-    LinkError,
     Listener,
     Progress,
     RankMessage,
@@ -38,6 +37,8 @@ from model_parallel.runtime.rank_link import (
     Step,
     Stop,
 )
+from model_parallel.transport.authentication import SECRET_BYTES
+from model_parallel.transport.frames import LinkError
 
 logger = logging.getLogger(__name__)
 
@@ -146,12 +147,10 @@ class SocketExecutor(ABC):
         self._links: list[_RankLink] = []
         self._lock = threading.Lock()
         self._shutting_down = threading.Lock()
-        self._failure: str | None = None
+        self.health = GroupHealth(config.parallel.step_timeout_s)
         self._on_failure: Callable[[str], None] | None = None
         self._link_of: dict[int, _RankLink] = {}
-        self._under_way: deque[StepPlan] = deque()
-        self._step_began_s = 0.0
-        """When the oldest of them could begin: when it was submitted, or the one before it was answered."""
+        self._in_flight: deque[StepPlan] = deque()
         self._reported = False
         self._closing = False
         self._closed = False
@@ -240,9 +239,9 @@ class SocketExecutor(ABC):
     def submit(self, plan: StepPlan) -> None:
         with self._lock:
             self._raise_if_lost()
-            if not self._under_way:
-                self._step_began_s = time.monotonic()
-            self._under_way.append(plan)
+            if not self._in_flight:
+                self.health.step_began()
+            self._in_flight.append(plan)
         with self._blame():
             self._send(plan)
 
@@ -251,16 +250,21 @@ class SocketExecutor(ABC):
             result = self._receive()
         with self._lock:
             self._raise_if_lost()
-            self._under_way.popleft()
-            self._step_began_s = time.monotonic()
+            self._in_flight.popleft()
+            # The next one could begin when this one was answered.
+            if self._in_flight:
+                self.health.step_began()
+            else:
+                self.health.step_ended()
         return result
 
     def _raise_if_lost(self) -> None:
         """The lock is held."""
-        if self._failure is not None or self._closing:
-            self._under_way.clear()
+        if self.health.failure is not None or self._closing:
+            self._in_flight.clear()
+            self.health.step_ended()
             self._reported = True
-            raise GroupFailedError(self._failure or "the group was shut down")
+            raise GroupFailedError(self.health.failure or "the group was shut down")
 
     @contextlib.contextmanager
     def _blame(self) -> Iterator[None]:
@@ -268,7 +272,7 @@ class SocketExecutor(ABC):
         try:
             yield
         except TimeoutError:
-            step_id, timeout_s = self._under_way[0].step_id, self.config.parallel.step_timeout_s
+            step_id, timeout_s = self._in_flight[0].step_id, self.config.parallel.step_timeout_s
             silent = ", ".join(link.name for link in self._links if link.last_step_id < step_id)
             self._fail(f"step {step_id} did not end within {timeout_s:g} s; no answer from {silent}")
         except LinkError as error:
@@ -289,10 +293,9 @@ class SocketExecutor(ABC):
                     raise LinkError(link.last_words(error)) from error
 
     def _receive(self) -> StepResult:
-        plan, first = self._under_way[0], self._links[0]
-        deadline = self._step_began_s + self.config.parallel.step_timeout_s
+        plan, first = self._in_flight[0], self._links[0]
         with first.reading:
-            answer = first.receive(deadline - time.monotonic())
+            answer = first.receive(self.health.seconds_left())
         if not isinstance(answer, Result) or (answer.result.epoch, answer.result.step_id) != (plan.epoch, plan.step_id):
             raise LinkError(f"{first.name} answered step {plan.step_id} of epoch {plan.epoch} with {answer!r:.200}")
         first.last_step_id = plan.step_id
@@ -311,7 +314,7 @@ class SocketExecutor(ABC):
         self._report()
 
     def _watch(self) -> None:
-        """Sleep until a link hangs up; ends when all have, as they do after `sever`."""
+        """Sleep until a link hangs up; ends when all have, as they do after `shutdown`."""
         poller = select.poll()
         links = dict(self._link_of)
         for fd in links:
@@ -329,19 +332,18 @@ class SocketExecutor(ABC):
     def _fail(self, reason: str) -> None:
         """The group is lost: the first reason counts. Wakes the thread that waits in `collect` and ends all ranks."""
         with self._lock:
-            if self._closing or self._failure is not None:
+            if self._closing or not self.health.fail(reason):
                 return
-            self._failure = reason
         for link in self._links:
-            link.connection.sever()
+            link.connection.shutdown()
         self._kill_ranks()
         self._report()
 
     def _report(self) -> None:
         """Tell the owner of a failure that no step can tell it of; once."""
         with self._lock:
-            callback, reason = self._on_failure, self._failure
-            if callback is None or reason is None or self._under_way or self._reported:
+            callback, reason = self._on_failure, self.health.failure
+            if callback is None or reason is None or self._in_flight or self._reported:
                 return
             self._reported = True
         callback(reason)
@@ -351,14 +353,14 @@ class SocketExecutor(ABC):
             if self._closed:
                 return
             with self._lock:
-                running = self._monitor is not None and self._failure is None and not self._under_way
+                running = self._monitor is not None and self.health.failure is None and not self._in_flight
                 self._closing = True
             if running:
                 self._ask_to_stop()
             else:
                 self._kill_ranks()
             for link in self._links:
-                link.connection.sever()
+                link.connection.shutdown()
             if self._monitor is not None and self._monitor is not threading.current_thread():
                 self._monitor.join(STOP_TIMEOUT_S)
             self._reap_ranks()

@@ -169,7 +169,6 @@ class ProfiledRank(Rank):
             setattr(self.kernels, name, self.profile.timed(getattr(self.kernels, name), describe, self.device))
         for name, describe in COLLECTIVE_CALLS.items() if collectives.size > 1 else ():
             setattr(collectives, name, self.profile.timed(getattr(collectives, name), describe, self.device))
-        self.model.all_reduce = collectives.all_reduce
         if isinstance(self.graphs, RecordedSteps):
             self.graphs.profile = self.profile
         else:
@@ -251,7 +250,7 @@ def _collective(name: str) -> Callable[..., Call]:
 KERNEL_CALLS: dict[str, Callable[..., Call]] = {
     "embed": _embed,
     "linear": _product("linear"),
-    "addend": _product("addend"),
+    "partial_sum": _product("partial_sum"),
     "gated_linear": _product("gated linear"),
     "logits": _product("logits"),
     "softmax_parts": _elementwise("softmax parts"),

@@ -3,7 +3,6 @@
 Shape suffixes: T tokens of a step · E hidden · R rows that logits are wanted for · V local vocabulary
 """
 
-import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -133,7 +132,6 @@ class Rank:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Every rank returns the same result. Raises EngineError for a plan that is out of turn."""
-        started = time.perf_counter()
         if plan.epoch != self.config.epoch or plan.step_id != self.last_step_id + 1:
             raise EngineError(
                 f"step {plan.step_id} of epoch {plan.epoch} arrived; "
@@ -142,7 +140,7 @@ class Rank:
         self.last_step_id = plan.step_id
         self._take_in(plan)
         results = self._compute(plan.rows) if plan.rows else ()
-        return StepResult(plan.epoch, plan.step_id, results, time.perf_counter() - started)
+        return StepResult(plan.epoch, plan.step_id, results)
 
     def _take_in(self, plan: StepPlan) -> None:
         for seq_id in plan.finished:

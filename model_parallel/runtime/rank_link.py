@@ -1,23 +1,13 @@
-"""The wire between a leader and its ranks: one TCP connection a rank, mutually authenticated, then framed msgpack.
+"""The wire between a leader and its ranks: one TCP connection a rank, mutually authenticated, then frames of msgpack.
 
-Handshake (fixed sizes, so that nothing is parsed before both sides have proved that they know the group's secret):
-
-    rank → leader   MAGIC · epoch · rank · nonce_r
-    leader → rank   nonce_l · HMAC-SHA256(secret, "leader" · hello · nonce_l)
-    rank → leader   HMAC-SHA256(secret, "rank" · hello · nonce_l)
-
-Frame: length (u32) · CRC32 of length and payload (u32) · payload, one msgpack message. Big-endian throughout.
+The rank connects. Its hello carries the group's epoch and its rank (see `model_parallel.transport.authentication`).
 """
 
 import contextlib
-import hmac
-import secrets
 import select
 import socket
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -27,24 +17,26 @@ from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError
+from model_parallel.transport.authentication import (
+    ANSWER_BYTES,
+    CHALLENGE_BYTES,
+    HANDSHAKE_TIMEOUT_S,
+    HELLO_BYTES,
+    SECRET_BYTES,
+    answer_challenge,
+    check_answer,
+    make_challenge,
+    make_hello,
+    parse_hello,
+)
+from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
+from model_parallel.transport.sockets import detect_dead_peer, send_at_once
 
 MAGIC = b"packtrn1"
-SECRET_BYTES = 32
-MAX_FRAME_BYTES = 64 << 20
-HANDSHAKE_TIMEOUT_S = 5.0
-"""A connection that has not proved itself by then is closed."""
-_MAX_STRANGERS = 32
-"""Unproved connections that are heard at the same time, beyond one for each rank."""
+_MAX_UNAUTHENTICATED = 32
+"""Connections in their handshake at a time, beyond one for each rank."""
 _POLL_S = 0.02
-_HELLO = struct.Struct("!8sQI32s")
-_HEADER = struct.Struct("!II")
-_NONCE_BYTES = 32
-_MAC_BYTES = 32
 _RECEIVE_BYTES = 1 << 18
-
-
-class LinkError(Exception):
-    """The peer is gone, sent something that is not a frame, or is not who it must be."""
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,43 +110,6 @@ LeaderMessage = Start | Step | Stop
 RankMessage = Progress | Ready | Result | Ack | Failed
 
 
-def encode_frame(payload: bytes) -> bytes:
-    """Raises LinkError for a payload over MAX_FRAME_BYTES."""
-    if len(payload) > MAX_FRAME_BYTES:
-        raise LinkError(f"a message of {len(payload)} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-    return _HEADER.pack(len(payload), _checksum(payload)) + payload
-
-
-def _checksum(payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(len(payload).to_bytes(4, "big")))
-
-
-class FrameReader:
-    """Cuts a byte stream into payloads. After an error the stream is of no use: its borders are lost."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        self._buffer += data
-
-    def next_payload(self) -> bytes | None:
-        """The next whole payload, or None until more is fed. Raises LinkError for an oversized or damaged frame."""
-        if len(self._buffer) < _HEADER.size:
-            return None
-        length, checksum = _HEADER.unpack_from(self._buffer)
-        if length > MAX_FRAME_BYTES:
-            raise LinkError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-        end = _HEADER.size + length
-        if len(self._buffer) < end:
-            return None
-        payload = bytes(self._buffer[_HEADER.size : end])
-        del self._buffer[:end]
-        if _checksum(payload) != checksum:
-            raise LinkError(f"the checksum of a frame of {length} bytes does not match")
-        return payload
-
-
 Received = TypeVar("Received")
 
 
@@ -215,9 +170,9 @@ class Connection(Generic[Received]):
             raise LinkError("the connection was closed")
         self._reader.feed(data)
 
-    def sever(self) -> None:
+    def shutdown(self) -> None:
         """End both directions at once, which wakes every thread on either side. Safe to call twice."""
-        _sever(self.sock)
+        _shutdown(self.sock)
 
     def close(self) -> None:
         self.sock.close()
@@ -231,7 +186,7 @@ class Listener:
             raise ConfigError(f"the secret of a group has {len(secret)} bytes; it must have {SECRET_BYTES}")
         self._secret, self._epoch, self._num_ranks = secret, epoch, num_ranks
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._sock = socket.create_server((host, 0), family=family, backlog=num_ranks + _MAX_STRANGERS)
+        self._sock = socket.create_server((host, 0), family=family, backlog=num_ranks + _MAX_UNAUTHENTICATED)
         self._sock.setblocking(False)
         self.host = host
         self.port: int = self._sock.getsockname()[1]
@@ -240,17 +195,17 @@ class Listener:
         """Connections by rank, once every rank has one.
 
         `check` is called many times a second and may raise to give up. Raises TimeoutError naming the absent ranks.
-        Whoever does not prove to know the secret and epoch is closed and otherwise ignored; nobody is heard any more
-        when this returns.
+        A connection that is not authenticated, or of another epoch, is closed and otherwise ignored. No handshake goes on when
+        this returns.
         """
         deadline = time.monotonic() + timeout_s
         gate = _Gate()
-        greetings: dict[threading.Thread, socket.socket] = {}
+        handshakes: dict[threading.Thread, socket.socket] = {}
         poller = select.poll()
         poller.register(self._sock, select.POLLIN)
 
-        def greet(sock: socket.socket) -> None:
-            gate.admit(_greet_rank(sock, self._secret, self._epoch, self._num_ranks), sock)
+        def authenticate(sock: socket.socket) -> None:
+            gate.admit(_authenticate_rank(sock, self._secret, self._epoch, self._num_ranks), sock)
 
         try:
             while len(gate.found) < self._num_ranks:
@@ -260,16 +215,16 @@ class Listener:
                     raise TimeoutError(f"ranks {absent} did not connect within {timeout_s:g} s")
                 if not poller.poll(_POLL_S * 1e3):
                     continue
-                greetings = {thread: sock for thread, sock in greetings.items() if thread.is_alive()}
-                if len(greetings) == self._num_ranks + _MAX_STRANGERS:
+                handshakes = {thread: sock for thread, sock in handshakes.items() if thread.is_alive()}
+                if len(handshakes) == self._num_ranks + _MAX_UNAUTHENTICATED:
                     time.sleep(_POLL_S)
                     continue
                 try:
                     sock, _ = self._sock.accept()
                 except (BlockingIOError, ConnectionAbortedError):  # it went away while it waited
                     continue
-                thread = threading.Thread(target=greet, args=(sock,), name="packtrain-handshake", daemon=True)
-                greetings[thread] = sock
+                thread = threading.Thread(target=authenticate, args=(sock,), name="packtrain-handshake", daemon=True)
+                handshakes[thread] = sock
                 thread.start()
         except BaseException:
             for sock in gate.shut().values():
@@ -278,9 +233,9 @@ class Listener:
         finally:
             self.close()
             admitted = gate.shut().values()
-            for thread, sock in greetings.items():
+            for thread, sock in handshakes.items():
                 if sock not in admitted:
-                    _sever(sock)  # wakes its thread, which closes it
+                    _shutdown(sock)  # wakes its thread, which closes it
                 thread.join(HANDSHAKE_TIMEOUT_S)
         return [Connection(sock, RankMessage) for _, sock in sorted(gate.shut().items())]
 
@@ -289,7 +244,7 @@ class Listener:
 
 
 class _Gate:
-    """Sockets by proved rank; the first of each rank is kept until the gate is shut, all others are closed."""
+    """Sockets by authenticated rank; the first of each rank is kept until the gate is shut, all others are closed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -314,46 +269,37 @@ def connect(
 ) -> Connection[LeaderMessage]:
     """A rank's connection to its leader. Raises LinkError when the leader does not know the secret."""
     deadline = time.monotonic() + timeout_s
-    hello = _HELLO.pack(MAGIC, epoch, rank, secrets.token_bytes(_NONCE_BYTES))
+    hello = make_hello(MAGIC, epoch=epoch, number=rank)
     try:
         sock = socket.create_connection((host, port), timeout_s)
     except OSError as error:
         raise LinkError(f"cannot reach the leader at {host}:{port}: {error}") from error
     try:
         sock.sendall(hello)
-        answer = _read_exactly(sock, _NONCE_BYTES + _MAC_BYTES, deadline)
-        nonce, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
-        if not hmac.compare_digest(proof, _proof(secret, b"leader", hello, nonce)):
-            raise LinkError(f"the leader at {host}:{port} does not know the group's secret")
-        sock.sendall(_proof(secret, b"rank", hello, nonce))
+        sock.sendall(answer_challenge(secret, hello, _read_exactly(sock, CHALLENGE_BYTES, deadline)))
     except (LinkError, OSError) as error:
         sock.close()
         raise LinkError(f"the leader at {host}:{port} refused rank {rank}: {error}") from error
-    _tune(sock)
+    _configure(sock)
     sock.settimeout(None)
     return Connection(sock, LeaderMessage)
 
 
-def _greet_rank(sock: socket.socket, secret: bytes, epoch: int, num_ranks: int) -> int | None:
-    """The rank at the other end, or None when it is a stranger."""
+def _authenticate_rank(sock: socket.socket, secret: bytes, epoch: int, num_ranks: int) -> int | None:
+    """The rank at the other end, or None when it is not authenticated."""
     deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
     try:
-        hello = _read_exactly(sock, _HELLO.size, deadline)
-        magic, its_epoch, rank, _ = _HELLO.unpack(hello)
-        if magic != MAGIC or its_epoch != epoch or rank >= num_ranks:
+        hello = _read_exactly(sock, HELLO_BYTES, deadline)
+        claimed = parse_hello(hello, MAGIC)
+        if claimed.epoch != epoch or claimed.number >= num_ranks:
             return None
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        sock.sendall(nonce + _proof(secret, b"leader", hello, nonce))
-        if not hmac.compare_digest(_read_exactly(sock, _MAC_BYTES, deadline), _proof(secret, b"rank", hello, nonce)):
-            return None
-        _tune(sock)
+        challenge = make_challenge(secret, hello)
+        sock.sendall(challenge)
+        check_answer(secret, hello, challenge, _read_exactly(sock, ANSWER_BYTES, deadline))
+        _configure(sock)
     except (LinkError, OSError):
         return None
-    return int(rank)
-
-
-def _proof(secret: bytes, side: bytes, hello: bytes, nonce: bytes) -> bytes:
-    return hmac.digest(secret, side + hello + nonce, "sha256")
+    return claimed.number
 
 
 def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
@@ -367,16 +313,11 @@ def _read_exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes
     return data
 
 
-def _sever(sock: socket.socket) -> None:
+def _configure(sock: socket.socket) -> None:
+    send_at_once(sock)
+    detect_dead_peer(sock)
+
+
+def _shutdown(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # not connected any more
         sock.shutdown(socket.SHUT_RDWR)
-
-
-def _tune(sock: socket.socket) -> None:
-    """No waiting for more to send; and a host that vanished without a word is noticed within about 15 s."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)

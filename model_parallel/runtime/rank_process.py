@@ -34,7 +34,6 @@ from model_parallel.runtime.rank_link import (
     Failed,
     Launch,
     LeaderMessage,
-    LinkError,
     Progress,
     Ready,
     Result,
@@ -43,6 +42,7 @@ from model_parallel.runtime.rank_link import (
     Stop,
     connect,
 )
+from model_parallel.transport.frames import LinkError
 
 _PR_SET_PDEATHSIG = 1
 _BLAME_DELAY_S = 0.1
@@ -90,7 +90,7 @@ def serve_rank(launch: Launch, store_listener: socket.socket | None = None) -> N
         finally:
             os._exit(1)
     stopped.set()
-    connection.sever()
+    connection.shutdown()
     connection.close()
 
 

@@ -126,15 +126,13 @@ class RecordedSteps:
         calls = self.profile.record() if self.profile is not None else ()
         workspace = self._workspaces.setdefault(max_rows, Workspace(max_rows))
         with self._kernels.recording(workspace) as program:
-            try:
-                self._model.all_reduce = self._recorded_all_reduce(program)
-                hidden_TE = self._model.forward(inputs.token_ids_T, inputs.plan, self._caches)
-            finally:
-                self._model.all_reduce = self._collectives.all_reduce
+            hidden_TE = self._model.forward(
+                inputs.token_ids_T, inputs.plan, self._caches, all_reduce=self._recorded_all_reduce(program)
+            )
         return _Step(inputs, program, workspace.kept(hidden_TE), list(calls))
 
     def _recorded_all_reduce(self, program: Program) -> Callable[[Tensor], Tensor]:
-        """The model's sum over ranks while a step is recorded."""
+        """A sum over ranks that is recorded as well."""
         collectives = self._collectives
         if not isinstance(collectives, SharedMemoryCollectives):
             return collectives.all_reduce

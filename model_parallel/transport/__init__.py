@@ -1,1 +1,1 @@
-"""Frames and authentication of the connections between processes."""
+"""Connections between processes: frames, mutual authentication, socket options. Both socket protocols are built on it."""

@@ -1,69 +1,137 @@
-"""Frames on an asyncio transport: length (u32, big-endian) · payload."""
+"""Authenticated frames on an asyncio transport."""
 
 import asyncio
 import logging
-import socket
-import struct
+from collections.abc import Callable
 from typing import cast
 
 import msgspec
 
+from model_parallel.transport.authentication import (
+    ANSWER_BYTES,
+    CHALLENGE_BYTES,
+    HANDSHAKE_TIMEOUT_S,
+    HELLO_BYTES,
+    answer_challenge,
+    check_answer,
+    make_challenge,
+    make_hello,
+    parse_hello,
+)
+from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
+from model_parallel.transport.sockets import detect_dead_peer
+
 logger = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = 64 << 20
 MAX_BUFFERED_BYTES = 1 << 20
-"""When the peer leaves so much unread, the protocol's `pause_writing` is called."""
-DEAD_PEER_S = 15
-"""Data that is not acknowledged for so long ends the connection."""
-_LENGTH = struct.Struct("!I")
+"""When the peer leaves so much unread, `pause_writing` is called."""
 
 
 class FrameProtocol(asyncio.Protocol):
-    """One end of a connection."""
+    """One end of a connection. Subclasses take whole frames, once both ends are authenticated."""
 
     transport: asyncio.Transport
+    is_authenticated = False
 
-    def __init__(self) -> None:
-        self._received = bytearray()
+    def __init__(self, magic: bytes, secret: bytes) -> None:
+        self._magic, self._secret = magic, secret
+        self._reader = FrameReader()
+        self._num_expected = 0
+        """Bytes of the handshake's next message."""
+        self._take_message: Callable[[bytes], None] = self.frame_received
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)  # uvloop's is not a subclass
         self.transport.set_write_buffer_limits(high=MAX_BUFFERED_BYTES)
-        connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (
-            (socket.TCP_KEEPIDLE, DEAD_PEER_S // 3),
-            (socket.TCP_KEEPINTVL, DEAD_PEER_S // 3),
-            (socket.TCP_KEEPCNT, 2),
-            (socket.TCP_USER_TIMEOUT, 1000 * DEAD_PEER_S),
-        ):
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        detect_dead_peer(transport.get_extra_info("socket"))
+        asyncio.get_running_loop().call_later(HANDSHAKE_TIMEOUT_S, self._check_authenticated)
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
+        self._reader.feed(data)
         try:
-            self.take_received(self._received)
-        except (ValueError, msgspec.MsgspecError) as error:
-            logger.warning("a connection for outputs is closed: %s", error)
+            while not self.transport.is_closing():
+                message = (
+                    self._reader.next_payload() if self.is_authenticated else self._reader.take(self._num_expected)
+                )
+                if message is None:
+                    return
+                self._take_message(message)
+        except (LinkError, msgspec.MsgspecError) as error:
+            logger.warning("a connection is closed: %s", error)
             self.transport.abort()
 
-    def take_received(self, received: bytearray) -> None:
-        """Take what is complete away from the front. Raises ValueError and MsgspecError."""
-        while len(received) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(received)
-            if length > MAX_FRAME_BYTES:
-                raise ValueError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-            end = _LENGTH.size + length
-            if len(received) < end:
-                return
-            payload = bytes(received[_LENGTH.size : end])
-            del received[:end]
-            self.take_frame(payload)
+    def authenticated(self) -> None:
+        """The peer knows the secret; frames may be sent."""
 
-    def take_frame(self, payload: bytes) -> None:
-        """One whole frame."""
+    def frame_received(self, payload: bytes) -> None:
+        """One whole frame. Raises LinkError, MsgspecError for what the protocol does not allow."""
         raise NotImplementedError
 
     def send_frame(self, payload: bytes) -> None:
-        if not self.transport.is_closing():  # Otherwise the other end has gone, and both ends have been told.
-            self.transport.write(_LENGTH.pack(len(payload)) + payload)
+        """Nothing happens when the connection is closing: both ends have been told."""
+        if not self.transport.is_closing():
+            self.transport.write(encode_frame(payload))
+
+    def expect(self, num_bytes: int, take: Callable[[bytes], None]) -> None:
+        """The handshake's next message has so many bytes."""
+        self._num_expected, self._take_message = num_bytes, take
+
+    def finish_handshake(self) -> None:
+        """From now on frames come."""
+        self.is_authenticated, self._take_message = True, self.frame_received
+        self.authenticated()
+
+    def _check_authenticated(self) -> None:
+        if not self.is_authenticated and not self.transport.is_closing():
+            logger.warning("a connection is closed: it is not authenticated after %g s", HANDSHAKE_TIMEOUT_S)
+            self.transport.abort()
+
+
+class AcceptingProtocol(FrameProtocol):
+    """The end that listens."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.expect(HELLO_BYTES, self._hello_received)
+
+    def _hello_received(self, hello: bytes) -> None:
+        parse_hello(hello, self._magic)
+        challenge = make_challenge(self._secret, hello)
+        self.transport.write(challenge)
+
+        def answer_received(answer: bytes) -> None:
+            check_answer(self._secret, hello, challenge, answer)
+            self.finish_handshake()
+
+        self.expect(ANSWER_BYTES, answer_received)
+
+
+class ConnectingProtocol(FrameProtocol):
+    """The end that connects."""
+
+    def __init__(self, magic: bytes, secret: bytes) -> None:
+        super().__init__(magic, secret)
+        self._established: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def established(self) -> None:
+        """Wait until both ends are authenticated. Raises ConnectionResetError when the connection is lost first."""
+        await self._established
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        hello = make_hello(self._magic)
+        self.transport.write(hello)
+
+        def challenge_received(challenge: bytes) -> None:
+            self.transport.write(answer_challenge(self._secret, hello, challenge))
+            self.finish_handshake()
+
+        self.expect(CHALLENGE_BYTES, challenge_received)
+
+    def authenticated(self) -> None:
+        if not self._established.done():
+            self._established.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._established.done():
+            self._established.set_exception(ConnectionResetError("the peer closed the connection during the handshake"))

@@ -257,7 +257,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def _change(
         self, change: Callable[_Arguments, _Answer], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Answer:
-        """Ask for a change, and have it hold here before it is answered."""
+        """LeaseRequest for a change, and have it hold here before it is answered."""
         answer = await self._ask(change, *args, **kwargs)
         with suppress(StoreUnavailableError):  # the change is made; `AdminServer` goes on trying to see it
             await self._operators.refresh()

@@ -9,6 +9,7 @@ ServingError
 ├── AccountsUnavailableError   keys, quotas or usage records cannot be reached now
 ├── OverloadedError            as many requests are open as are allowed
 ├── DrainingError              the gateway stops
+├── GroupRefusedError          a replica group has not accepted the request
 ├── GroupUnavailableError      no live replica group, or the one that ran the request is lost
 ├── DeadlineExceededError      the client's deadline passed
 ├── CancelledInGroupError      the group cancelled the request, and this gateway did not ask for it
@@ -54,7 +55,10 @@ def _unavailable(reason: str) -> Status:
 
 INVALID_REQUEST = Status(code="INVALID_ARGUMENT", http_status=400, reason="INVALID_REQUEST")
 CONTEXT_LENGTH_EXCEEDED = Status(
-    code="INVALID_ARGUMENT", http_status=400, reason="INVALID_REQUEST", error_code="context_length_exceeded"
+    code="INVALID_ARGUMENT", http_status=400, reason="CONTEXT_LENGTH_EXCEEDED", error_code="context_length_exceeded"
+)
+INTERNAL = Status(
+    code="INTERNAL", http_status=500, reason="INTERNAL", error_type="server_error", error_code="internal_error"
 )
 OVERLOADED = Status(
     code="RESOURCE_EXHAUSTED",
@@ -76,6 +80,10 @@ class ServingError(Exception):
     """The quota that is used up."""
     retry_after_s: float | None = None
     """When to try again, where that is known."""
+    engine: str = ""
+    """Id of the group that the error comes from."""
+    max_tokens: int | None = None
+    """The most output tokens that there is room for, where more were asked for."""
 
     def answered_by(self) -> Status:
         """The status of this one error; the class's own unless the error says more."""
@@ -87,11 +95,12 @@ class ValidationError(ServingError, ValueError):
 
     status = INVALID_REQUEST
 
-    def __init__(self, field: str, message: str, *, is_too_long: bool = False) -> None:
-        """`is_too_long` when prompt and answer do not fit the model."""
+    def __init__(self, field: str, message: str, *, is_too_long: bool = False, max_tokens: int | None = None) -> None:
+        """`is_too_long` when prompt and answer do not fit the model; `max_tokens` is then what does."""
         super().__init__(message)
         self.field = field
         self.is_too_long = is_too_long
+        self.max_tokens = max_tokens
 
     def answered_by(self) -> Status:
         return CONTEXT_LENGTH_EXCEEDED if self.is_too_long else self.status
@@ -173,6 +182,22 @@ class GroupUnavailableError(ServingError):
         """Without `may_have_run`, the group has said that it has not begun; another one may."""
         super().__init__(message)
         self.may_have_run = may_have_run
+
+
+class GroupRefusedError(ServingError):
+    """A replica group has not accepted the request."""
+
+    status = OVERLOADED
+
+    def __init__(self, message: str, *, kind: str, engine: str = "", retry_after_s: float | None = None) -> None:
+        """`kind` as in `model_parallel.errors.RequestError`; `engine` is the id of the group, "" when all refused."""
+        super().__init__(message)
+        self.kind = kind
+        self.engine = engine
+        self.retry_after_s = retry_after_s
+
+    def answered_by(self) -> Status:
+        return {"overloaded": OVERLOADED, "invalid": INVALID_REQUEST}.get(self.kind, INTERNAL)
 
 
 class DeadlineExceededError(ServingError):

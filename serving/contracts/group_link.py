@@ -1,17 +1,28 @@
-"""Messages between gateways and the leaders of replica groups (msgpack)."""
+"""Messages between gateways and the leaders of replica groups (msgpack).
 
-from typing import Literal
+gateway → leader   GroupCall, in a call of Serve, which ends with a GroupReply
+leader → gateway   GroupUpdate, one frame a step, over the connection that `ReturnAddress` names
+gateway → leader   Command, over the same connection
+"""
+
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from model_parallel.engine.request import EngineOutput, EngineRequest
 
 MAGIC = b"packtout"
-SECRET_BYTES = 32
-CONNECT_TIMEOUT_S = 5.0
-"""A connection that has not proved itself by then is closed."""
+"""Of the connection's handshake."""
 
 Outputs = tuple[EngineOutput, ...]
+
+
+class GroupOutputs(NamedTuple):
+    """Outputs of one client request, and the group that made them. The first has none: the group has accepted the request."""
+
+    engine: str
+    """Id of the group."""
+    outputs: Outputs
 
 
 class ReturnAddress(msgspec.Struct, frozen=True, array_like=True):
@@ -32,27 +43,27 @@ class GroupCall(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GroupReply(msgspec.Struct, frozen=True, array_like=True):
-    """Whether the group has taken the request in. If so, its outputs go to the return address."""
+    """Whether the group has accepted the request. If so, its outputs go to the return address."""
 
     engine: str
     """Id of the group."""
-    refusal_kind: str = ""
-    """A RequestError's kind, or "unavailable" when the group is lost."""
-    refusal: str = ""
+    error_kind: str = ""
+    """A RequestError's kind, or "unavailable" when the group is lost; empty when it has accepted."""
+    error: str = ""
     retry_after_s: float | None = None
     """When to try again, where the group can tell."""
 
 
-class Step(msgspec.Struct, frozen=True, array_like=True):
-    """What a group has made of a gateway's requests in one step; nothing, when it only tells how busy it is."""
+class GroupUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """What a group has made of a gateway's requests in one step; no outputs when it only reports its load."""
 
     outputs: Outputs
     num_elsewhere: int
     """Open sequences of other gateways."""
 
 
-class Order(msgspec.Struct, frozen=True, array_like=True):
-    """What shall become of requests: no more is computed while they are held, or ever."""
+class Command(msgspec.Struct, frozen=True, array_like=True):
+    """Compute no more of these requests until they are resumed, or ever."""
 
     request_ids: tuple[str, ...]
-    kind: Literal["hold", "resume", "cancel"]
+    kind: Literal["pause", "resume", "cancel"]

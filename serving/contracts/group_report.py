@@ -12,7 +12,7 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: str
     """Id of the group, new with every incarnation."""
-    is_well: bool = True
+    is_healthy: bool = True
     stats: dict[str, float] = {}
     """Load and totals of its scheduler, by name. Empty when the group counts with another gateway."""
     iteration_counts: tuple[int, ...] = ()

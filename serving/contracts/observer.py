@@ -4,21 +4,10 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 
 from model_parallel.engine.request import EngineOutput, SamplingParams
 from serving.contracts.accounts import Principal, UsageRecord
-
-
-@dataclass(slots=True)
-class Passage:
-    """What goes with a request to its group besides the request, and what comes to be known on the way."""
-
-    trace_context: dict[str, str] = field(default_factory=dict)
-    """Headers that make the group's span a child of the gateway's; empty when nothing is traced."""
-    engine: str = ""
-    """Id of the group that took the request; the Backend sets it before it yields or raises."""
 
 
 class RequestObserver:
@@ -30,7 +19,7 @@ class RequestObserver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """The request is over. What is raised says how, unless `refused` or `ended` has."""
+        """The request is over. What is raised says how, unless `failed` or `ended` has."""
 
     def authenticated(self, principal: Principal) -> None:
         """Whose request it is."""
@@ -41,9 +30,15 @@ class RequestObserver:
     def generates(self, operation: str, num_choices: int, sampling: SamplingParams) -> None:
         """It wants tokens. `operation` is "chat" or "text_completion"."""
 
-    def submitted(self) -> Passage:
-        """It goes to a group now, with what is returned."""
-        return Passage()
+    def ignored(self, num_fields: int) -> None:
+        """It came with so many fields that this server does not know and has not looked at."""
+
+    def submitted(self) -> Mapping[str, str]:
+        """It goes to a group now, with the returned trace context."""
+        return {}
+
+    def accepted(self, engine: str) -> None:
+        """The group of this id has accepted it."""
 
     def received(self, outputs: Sequence[EngineOutput]) -> None:
         """Outputs have come from the group."""
@@ -51,8 +46,9 @@ class RequestObserver:
     def settled(self, record: UsageRecord) -> None:
         """What it used is known."""
 
-    def refused(self, code: str, reason: str, quota: str = "") -> None:
-        """It is answered with this status (its gRPC name) for this reason; `quota` is the one that is used up."""
+    def failed(self, code: str, reason: str, *, quota: str = "", engine: str = "") -> None:
+        """It is answered with this status (its gRPC name) for this reason. `quota` is the one that is used up, `engine` the group
+        that the error comes from."""
 
     def ended(self, code: str) -> None:
         """It ends with this status, and nobody is there to be told."""

@@ -81,7 +81,7 @@ class GroupCollector(Collector):
             "packtrain_group_up", "1 for a replica group that is well, 0 for a lost one.", labels=_LABELS
         )
         for model, report in counted:
-            up.add_metric((model, report.engine), float(report.is_well))
+            up.add_metric((model, report.engine), float(report.is_healthy))
         yield up
         configured = GaugeMetricFamily(
             "packtrain_groups_configured", "Replica groups that there should be.", labels=("model_name",)

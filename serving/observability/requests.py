@@ -13,7 +13,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from model_parallel.engine.request import EngineOutput, SamplingParams
 from serving.contracts.accounts import Principal, UsageRecord
-from serving.contracts.observer import Passage, RequestObserver
+from serving.contracts.observer import RequestObserver
 from serving.observability.log import log_event
 from serving.observability.metrics import EngineMetrics, GatewayMetrics
 from serving.observability.tracing import Tracing, end_span, trace_context
@@ -29,8 +29,6 @@ _FINISHED_REASON = {
 """vLLM's word for each outcome of a request that a group ran."""
 _REJECTIONS = frozenset({"OVERLOADED", "DRAINING", "NO_ACCOUNTS", "NO_GROUP", "NO_DATABASE", "QUOTA"})
 """Reasons of `serving.gateway.core.error_responses` that have nothing to do with the request itself."""
-_GROUP_REJECTIONS = frozenset({"OVERLOADED", "DRAINING"})
-"""Those that are a group's, once the request went to one."""
 _FAILURE_CODES = frozenset({"INTERNAL", "UNAVAILABLE", "UNKNOWN", "DATA_LOSS", "DEADLINE_EXCEEDED"})
 
 
@@ -96,7 +94,8 @@ class _Observer(RequestObserver):
         self._num_choices = 0
         self._max_tokens = 0
         self._record: UsageRecord | None = None
-        self._passage: Passage | None = None
+        self._engine_id = ""
+        """Of the group that has accepted it."""
         self._engine: EngineMetrics | None = None
         self._submitted_s = 0.0
         self._first_s: float | None = None
@@ -138,6 +137,10 @@ class _Observer(RequestObserver):
         if self._span.is_recording():
             self._span.set_attribute("gen_ai.request.model", model)
 
+    def ignored(self, num_fields: int) -> None:
+        if num_fields:
+            self._metrics.ignored_fields.labels(self._method).inc(num_fields)
+
     def generates(self, operation: str, num_choices: int, sampling: SamplingParams) -> None:
         self._num_choices, self._max_tokens = num_choices, sampling.max_tokens
         if self._span.is_recording():
@@ -152,10 +155,12 @@ class _Observer(RequestObserver):
                 }
             )
 
-    def submitted(self) -> Passage:
+    def submitted(self) -> Mapping[str, str]:
         self._submitted_s = self._clock()
-        self._passage = Passage(trace_context=trace_context(self._span) if self._telemetry.tracing.is_on else {})
-        return self._passage
+        return trace_context(self._span) if self._telemetry.tracing.is_on else {}
+
+    def accepted(self, engine: str) -> None:
+        self._engine_id = engine
 
     def received(self, outputs: Sequence[EngineOutput]) -> None:
         now_s = self._clock()
@@ -171,8 +176,7 @@ class _Observer(RequestObserver):
             self._num_tokens[choice] = self._num_tokens.get(choice, 0) + len(output.token_ids)
 
     def _first_token(self, now_s: float, output: EngineOutput) -> EngineMetrics:
-        assert self._passage is not None, "outputs come after the request went to a group"
-        engine = self._metrics.engine(self._model, self._passage.engine)
+        engine = self._metrics.engine(self._model, self._engine_id)
         self._first_s = now_s
         ttft_s = now_s - self._started_s
         engine.time_to_first_token.observe(ttft_s)
@@ -203,10 +207,10 @@ class _Observer(RequestObserver):
         for kind, number in tokens.items():
             metrics.tenant_tokens.labels(tenant, model, kind).inc(number)
         finished_reason = _FINISHED_REASON.get(record.outcome)
-        if self._passage is not None and finished_reason is not None:
-            metrics.request_success.labels(model, self._passage.engine, finished_reason).inc()
+        if self._engine_id and finished_reason is not None:
+            metrics.request_success.labels(model, self._engine_id, finished_reason).inc()
             if finished_reason in ("stop", "length"):
-                self._observe_whole(record, metrics.engine(model, self._passage.engine))
+                self._observe_whole(record, metrics.engine(model, self._engine_id))
         if self._span.is_recording():
             self._span.set_attributes(
                 {
@@ -236,13 +240,13 @@ class _Observer(RequestObserver):
         if longest > 1:
             engine.time_per_output_token.observe((max(self._last_s.values()) - self._first_s) / (longest - 1))
 
-    def refused(self, code: str, reason: str, quota: str = "") -> None:
+    def failed(self, code: str, reason: str, *, quota: str = "", engine: str = "") -> None:
         self._code, self._reason = code, reason
         metrics, model = self._metrics, self._metrics.model_label(self._model)
         if reason in _REJECTIONS:
             metrics.admission_rejections.labels(model, reason).inc()
-        if self._passage is not None and reason in _GROUP_REJECTIONS:
-            metrics.group_rejections.labels(model, self._passage.engine, reason).inc()
+        if engine and reason == "OVERLOADED":
+            metrics.group_rejections.labels(model, engine, reason).inc()
         if quota:
             metrics.quota_refusals.labels(self._tenant_label(), quota).inc()
 

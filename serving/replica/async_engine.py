@@ -33,7 +33,7 @@ class _Run:
     on_end: Callable[[], Any]
     running: set[str]
     """Ids of its sequences that have not ended."""
-    is_held: bool = False
+    is_paused: bool = False
 
 
 class AsyncEngine:
@@ -86,15 +86,15 @@ class AsyncEngine:
         for run in self._runs_with(request_ids):
             self._end(run)
 
-    def hold(self, request_ids: Sequence[str], *, is_held: bool) -> None:
-        """Pause a client request until it is held no more. Nothing happens to ids that have ended or were never here."""
+    def set_paused(self, request_ids: Sequence[str], *, is_paused: bool) -> None:
+        """Pause a client request, or go on with it. Nothing happens to ids that have ended or were never here."""
         for run in self._runs_with(request_ids):
-            run.is_held = is_held
+            run.is_paused = is_paused
             self._pause_or_resume(run)
 
-    def hold_all(self, sink: OutputSink, *, is_held: bool) -> None:
+    def set_sink_paused(self, sink: OutputSink, *, is_paused: bool) -> None:
         """The same for all requests of a sink that cannot take more."""
-        (self._full_sinks.add if is_held else self._full_sinks.discard)(sink)
+        (self._full_sinks.add if is_paused else self._full_sinks.discard)(sink)
         for run in self._runs_of(sink):
             self._pause_or_resume(run)
 
@@ -111,7 +111,7 @@ class AsyncEngine:
         self._wake.set()
 
     def close(self, timeout_s: float) -> None:
-        """End the thread; a step that is under way is waited for, up to `timeout_s`."""
+        """End the thread; a step that is in flight is waited for, up to `timeout_s`."""
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout_s)
@@ -132,7 +132,7 @@ class AsyncEngine:
         return {run for run in self._runs.values() if run.sink is sink}
 
     def _pause_or_resume(self, run: _Run) -> None:
-        if run.is_held or run.sink in self._full_sinks:
+        if run.is_paused or run.sink in self._full_sinks:
             self._engine.pause(*run.running)
         else:
             self._engine.resume(*run.running)

@@ -7,55 +7,63 @@ from typing import Any
 import msgspec
 
 from model_parallel.engine.request import EngineOutput
-from model_parallel.transport.frame_protocol import FrameProtocol
-from serving.contracts.group_link import CONNECT_TIMEOUT_S, MAGIC, Order, ReturnAddress, Step
+from model_parallel.transport.authentication import HANDSHAKE_TIMEOUT_S
+from model_parallel.transport.frame_protocol import ConnectingProtocol
+from serving.contracts.group_link import MAGIC, Command, GroupUpdate, ReturnAddress
 from serving.replica.async_engine import AsyncEngine
 
-TELL_LOAD_S = 0.25
-"""A gateway hears so late what a group has to do for others."""
+REPORT_LOAD_S = 0.25
+"""Between two reports to a gateway of what the group does for others."""
 
 
-class ToGateway(FrameProtocol):
+class GatewayConnection(ConnectingProtocol):
     """A leader's connection to one gateway: the sink of the outputs of that gateway's requests."""
 
-    def __init__(self, engine: AsyncEngine, on_lost: Callable[[], Any]) -> None:
-        super().__init__()
+    def __init__(self, engine_id: str, engine: AsyncEngine, secret: bytes, on_lost: Callable[[], Any]) -> None:
+        super().__init__(MAGIC, secret)
+        self._engine_id = engine_id
         self._engine = engine
         self._on_lost = on_lost
         self._num_elsewhere = 0
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Order).decode
+        self._decode = msgspec.msgpack.Decoder(Command).decode
+
+    def authenticated(self) -> None:
+        super().authenticated()
+        self.send_frame(self._encode(self._engine_id))
+        self._report_load()
 
     def send(self, outputs: Sequence[EngineOutput]) -> None:
         """One step's outputs for this gateway."""
-        self.send_frame(self._encode(Step(tuple(outputs), self._num_elsewhere)))
+        self.send_frame(self._encode(GroupUpdate(tuple(outputs), self._num_elsewhere)))
 
-    def tell_load(self) -> None:
-        """Say how busy the group is, if that has changed, and again and again."""
+    def frame_received(self, payload: bytes) -> None:
+        command = self._decode(payload)
+        if command.kind == "cancel":
+            self._engine.cancel(command.request_ids)
+        else:
+            self._engine.set_paused(command.request_ids, is_paused=command.kind == "pause")
+
+    def pause_writing(self) -> None:
+        self._engine.set_sink_paused(self, is_paused=True)
+
+    def resume_writing(self) -> None:
+        self._engine.set_sink_paused(self, is_paused=False)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._on_lost()
+        self._engine.drop(self)
+
+    def _report_load(self) -> None:
+        """Say how busy the group is, if that has changed, and again after a while."""
         if self.transport.is_closing():
             return
         num_elsewhere = self._engine.num_open - self._engine.num_open_of(self)
         if num_elsewhere != self._num_elsewhere:
             self._num_elsewhere = num_elsewhere
             self.send(())
-        asyncio.get_running_loop().call_later(TELL_LOAD_S, self.tell_load)
-
-    def take_frame(self, payload: bytes) -> None:
-        order = self._decode(payload)
-        if order.kind == "cancel":
-            self._engine.cancel(order.request_ids)
-        else:
-            self._engine.hold(order.request_ids, is_held=order.kind == "hold")
-
-    def pause_writing(self) -> None:
-        self._engine.hold_all(self, is_held=True)
-
-    def resume_writing(self) -> None:
-        self._engine.hold_all(self, is_held=False)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._on_lost()
-        self._engine.drop(self)
+        asyncio.get_running_loop().call_later(REPORT_LOAD_S, self._report_load)
 
 
 class OutputSenders:
@@ -64,10 +72,10 @@ class OutputSenders:
     def __init__(self, engine_id: str, engine: AsyncEngine) -> None:
         self._engine_id = engine_id
         self._engine = engine
-        self._connections: dict[ReturnAddress, asyncio.Task[ToGateway]] = {}
+        self._connections: dict[ReturnAddress, asyncio.Task[GatewayConnection]] = {}
 
-    async def to(self, address: ReturnAddress) -> ToGateway:
-        """The connection to a gateway, made if there is none. Raises OSError and TimeoutError."""
+    async def to(self, address: ReturnAddress) -> GatewayConnection:
+        """The connection to a gateway, made and authenticated if there is none. Raises OSError and TimeoutError."""
         if address not in self._connections:
             self._connections[address] = asyncio.create_task(self._connect(address))
         # Several requests may wait for it, and a client that leaves ends its own alone.
@@ -76,21 +84,21 @@ class OutputSenders:
             raise ConnectionResetError("the gateway has closed its connection")
         return connection
 
-    async def _connect(self, address: ReturnAddress) -> ToGateway:
+    async def _connect(self, address: ReturnAddress) -> GatewayConnection:
         def forget() -> None:
             self._connections.pop(address, None)
 
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ToGateway(self._engine, forget), address.host, address.port
+                    lambda: GatewayConnection(self._engine_id, self._engine, address.secret, forget),
+                    address.host,
+                    address.port,
                 )
+                await connection.established()
         except BaseException:
             forget()
             raise
-        connection.transport.write(MAGIC + address.secret)
-        connection.send_frame(msgspec.msgpack.encode(self._engine_id))
-        connection.tell_load()
         return connection
 
     def close(self) -> None:

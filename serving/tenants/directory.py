@@ -15,7 +15,7 @@ from serving.contracts.errors import UnauthenticatedError
 from serving.tenants.keys import new_key, read_credentials
 from serving.tenants.records import Limits
 
-REFUSAL = "no valid key: send one header `authorization: Bearer KEY`"
+INVALID_KEY_MESSAGE = "no valid key: send one header `authorization: Bearer KEY`"
 """The same for every reason, so that nobody learns whether a key once was good."""
 
 
@@ -93,7 +93,7 @@ class KeyDirectory:
             (sent or self._decoy_text).hash(), known.hash if known is not None else self._decoy_hash
         )
         if known is None or not is_right or self._is_expired(known):
-            raise UnauthenticatedError(REFUSAL)
+            raise UnauthenticatedError(INVALID_KEY_MESSAGE)
         return self._principals[known.id]
 
     def quotas(self, key_id: str) -> tuple[Quota, Quota]:

@@ -78,7 +78,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     """Of the rates: no longer held, and not used."""
 
 
-class Ask(msgspec.Struct, frozen=True, array_like=True):
+class LeaseRequest(msgspec.Struct, frozen=True, array_like=True):
     """A request that the gateway's leases do not cover."""
 
     costs: Costs
@@ -93,11 +93,11 @@ class Exchange(msgspec.Struct, frozen=True, array_like=True):
     """One more each time."""
     settlements: tuple[Settlement, ...]
     reports: tuple[Report, ...]
-    asks: tuple[Ask, ...]
+    lease_requests: tuple[LeaseRequest, ...]
 
 
-class Verdict(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to an Ask."""
+class Decision(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to an LeaseRequest."""
 
     kind: Literal["granted", "refused", "wait"]
     """"wait": ask again; others have been told to give back what they do not use."""
@@ -108,8 +108,8 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
     """None when waiting does not help."""
 
 
-GRANTED = Verdict(kind="granted")
-WAIT = Verdict(kind="wait")
+GRANTED = Decision(kind="granted")
+WAIT = Decision(kind="wait")
 
 
 class Lease(msgspec.Struct, frozen=True, array_like=True):
@@ -119,7 +119,7 @@ class Lease(msgspec.Struct, frozen=True, array_like=True):
     amounts: Amounts
 
 
-class Standing(msgspec.Struct, frozen=True, array_like=True):
+class Balance(msgspec.Struct, frozen=True, array_like=True):
     """What is left of a subject's rates after the exchange, whether in the bucket or unused on lease; endless without a limit."""
 
     subject: str
@@ -131,10 +131,10 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     """From the authority. All that it says, and the settlements that it answers, are durable."""
 
     number: int
-    verdicts: tuple[Verdict, ...]
-    """One for each ask."""
+    decisions: tuple[Decision, ...]
+    """One for each lease request."""
     leases: tuple[Lease, ...]
-    standings: tuple[Standing, ...] = ()
+    balances: tuple[Balance, ...] = ()
     """Of the subjects of the exchange that have a rate."""
 
 

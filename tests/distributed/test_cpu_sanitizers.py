@@ -13,8 +13,10 @@ TESTS = [f"tests/unit/kernels/{name}.py" for name in ("test_cpu_products", "test
 DRIVER = f"""
 import sys
 import pytest
+from dataclasses import replace
 from model_parallel.kernels.cpu import backend
-backend.FLAGS += ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+backend.CPU_KERNELS = replace(backend.CPU_KERNELS, flags=(*backend.CPU_KERNELS.flags, *sanitize))
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--timeout=500", *{TESTS!r}]))
 """
 

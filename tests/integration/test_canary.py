@@ -17,6 +17,7 @@ from serving.client.client import Client
 from serving.driver.app import APP_NAME, RunningApp
 from tests.support.otlp import Collector, running_collector
 from tests.support.stack import MODEL, running_stack, stack_config, story, wait_until
+from tests.support.waiting import PATIENCE_S
 
 CANARY = "heliotrope"
 KEY, LABEL = f"pt-{CANARY}-key", f"{CANARY}-label"
@@ -89,8 +90,8 @@ def records(app: RunningApp) -> list[dict[str, Any]]:
 
 
 def metrics_page() -> str:
-    port = serve.get_deployment_handle("Gateway", APP_NAME).metrics_port.remote().result(timeout_s=10)
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    port = serve.get_deployment_handle("Gateway", APP_NAME).metrics_port.remote().result(timeout_s=PATIENCE_S)
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
         page: bytes = answer.read()
     return page.decode()
 
@@ -107,8 +108,10 @@ def test_operators_see_what_happened_and_nothing_of_what_was_said(app: RunningAp
         spans.extend(collector.spans())
         return len(spans) == 7 + 4  # the gateway's and the group's
 
-    wait_until(traced, 20, "spans of gateway and group have come")
-    wait_until(lambda: samples(metrics_page(), "vllm:iteration_tokens_total_count") > [3], 20, "the group has reported")
+    wait_until(traced, PATIENCE_S, "spans of gateway and group have come")
+    wait_until(
+        lambda: samples(metrics_page(), "vllm:iteration_tokens_total_count") > [3], PATIENCE_S, "the group has reported"
+    )
     page = metrics_page()
 
     # Metrics of the group, by the gateway.

@@ -26,6 +26,7 @@ from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store
 from tests.support.ranks import reference_from_gguf
 from tests.support.stack import MODEL, group_stats, running_stack, stack_config, wait_until
+from tests.support.waiting import PATIENCE_S
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 CASES = [
@@ -120,7 +121,9 @@ def test_closing_a_stream_frees_its_memory(api: openai.OpenAI) -> None:
     next(iter(stream))
     assert group_stats()["num_running"] == 1
     stream.close()
-    wait_until(lambda: group_stats()["num_running"] == 0 == group_stats()["kv_usage"], 5, "the request has ended")
+    wait_until(
+        lambda: group_stats()["num_running"] == 0 == group_stats()["kv_usage"], PATIENCE_S, "the request has ended"
+    )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from ray.exceptions import RayError
 from model_parallel.errors import ConfigError
 from serving.client.client import Client
 from serving.config import parse_config
-from serving.driver.app import StartError, start
+from serving.contracts.start_failure import StartError
+from serving.driver.app import start
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
+from tests.support.waiting import PATIENCE_S
 
 
 class Served:
@@ -56,8 +58,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
     served = Served(config)
     yield served
     served.process.kill()
-    served.process.communicate(timeout=10)
-    wait_until(lambda: not ray_processes(), 20, "Ray's processes are gone")
+    served.process.communicate(timeout=PATIENCE_S)
+    wait_until(lambda: not ray_processes(), PATIENCE_S, "Ray's processes are gone")
 
 
 def test_kill_9_of_the_driver_leaves_nothing(served: Served) -> None:
@@ -67,7 +69,9 @@ def test_kill_9_of_the_driver_leaves_nothing(served: Served) -> None:
         assert first_token.wait(30)
         served.process.kill()
         assert stream.result(timeout=30) is grpc.StatusCode.UNAVAILABLE
-    wait_until(lambda: not ray_processes() and not served.port_is_open, 20, "Ray's processes and the port are gone")
+    wait_until(
+        lambda: not ray_processes() and not served.port_is_open, PATIENCE_S, "Ray's processes and the port are gone"
+    )
 
 
 def test_sigterm_drains(served: Served) -> None:
@@ -81,12 +85,12 @@ def test_sigterm_drains(served: Served) -> None:
         served.process.send_signal(signal.SIGTERM)
 
         def is_draining() -> bool:
-            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
             return bool(answer.status == health_pb2.HealthCheckResponse.NOT_SERVING)
 
-        wait_until(is_draining, 10, "health is NOT_SERVING")
+        wait_until(is_draining, PATIENCE_S, "health is NOT_SERVING")
         with pytest.raises(grpc.RpcError) as refused:
-            client.stub.Generate(story(4), timeout=10)
+            client.stub.Generate(story(4), timeout=PATIENCE_S)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
         assert num_tokens + sum(len(chunk.token_ids) for chunk in chunks) == 120, "the running stream finishes"
     assert served.process.wait(40) == 0
@@ -102,7 +106,7 @@ def test_a_call_after_the_end_starts_no_cluster() -> None:
 def _start_error(data: dict[str, object]) -> Exception:
     with pytest.raises((ConfigError, StartError)) as caught:
         start(parse_config(data, origin="test"), lambda stage: None)
-    wait_until(lambda: not ray_processes(), 20, "Ray's processes are gone")
+    wait_until(lambda: not ray_processes(), PATIENCE_S, "Ray's processes are gone")
     return caught.value
 
 

@@ -16,6 +16,7 @@ from serving.driver.app import RunningApp
 from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, group_handle, running_stack, story, wait_until
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,12 @@ def test_both_models_answer_by_their_own_rules(app: RunningApp) -> None:
 
 
 def test_groups_of_a_model_share_its_work_and_give_the_same_answers(app: RunningApp) -> None:
-    leaders = group_handle().broadcast("pids").results(timeout_s=10)
+    leaders = group_handle().broadcast("pids").results(timeout_s=PATIENCE_S)
     assert len({pids[0] for pids in leaders}) == 2
     with Client(app.address) as client, ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda _: _ask(client, MODEL, "Tell me a story", seed=4), range(16)))
     assert len({tuple(answer.choices[0].token_ids) for answer in answers}) == 1
-    totals = group_handle().broadcast("stats").results(timeout_s=10)
+    totals = group_handle().broadcast("stats").results(timeout_s=PATIENCE_S)
     assert all(stats["num_prefix_query_tokens"] > 0 for stats in totals), "both groups took part"
 
 
@@ -84,11 +85,11 @@ def test_every_request_goes_to_the_group_with_the_fewest_open_sequences(app: Run
         assert _num_open_by_group() == [5, 5]
         for stream in streams:
             stream.cancel()
-        wait_until(lambda: sum(_num_open_by_group()) == 0, 15, "all are cancelled in their groups")
+        wait_until(lambda: sum(_num_open_by_group()) == 0, PATIENCE_S, "all are cancelled in their groups")
 
 
 def _num_open_by_group() -> list[float]:
-    totals = group_handle().broadcast("stats").results(timeout_s=10)
+    totals = group_handle().broadcast("stats").results(timeout_s=PATIENCE_S)
     return [sum(stats[f"num_{state}"] for state in ("running", "waiting", "paused")) for stats in totals]
 
 
@@ -98,16 +99,16 @@ def test_while_one_group_is_lost_another_serves(app: RunningApp) -> None:
         streams = [client.stub.GenerateStream(story(900), timeout=100) for _ in range(2)]
         assert all(next(stream) for stream in streams)
         ends = [threads.submit(_end_of, stream) for stream in streams]
-        leader, rank = group_handle().broadcast("pids").results(timeout_s=10)[0]
+        leader, rank = group_handle().broadcast("pids").results(timeout_s=PATIENCE_S)[0]
         os.kill(rank, signal.SIGKILL)
-        (lost,), (other,) = wait(ends, timeout=15, return_when=FIRST_COMPLETED)
+        (lost,), (other,) = wait(ends, timeout=PATIENCE_S, return_when=FIRST_COMPLETED)
         assert lost.result() is grpc.StatusCode.UNAVAILABLE
         for _ in range(20):
             assert len(_ask(client, MODEL, "Hello").choices[0].token_ids) == 8
         for stream in streams:
             stream.cancel()
-        assert other.result(timeout=15) in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
-        wait_until(lambda: not psutil.pid_exists(leader), 15, "the lost group is gone")
+        assert other.result(timeout=PATIENCE_S) in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
+        wait_until(lambda: not psutil.pid_exists(leader), PATIENCE_S, "the lost group is gone")
 
 
 def _end_of(stream: grpc.Call) -> grpc.StatusCode:

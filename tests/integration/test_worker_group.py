@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -17,6 +17,7 @@ from cluster.worker_group import RayExecutor
 from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
 from tests.support.executors import execute
 from tests.support.fake_rank import FAKE_RANK, HANG, group_config, plan, tokens
+from tests.support.waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,17 +34,8 @@ def bundles() -> Iterator[PlacementGroup]:
     remove_placement_group(group)
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
-
-
-def all_gone(pids: tuple[int, ...], timeout_s: float = 10.0) -> bool:
-    return wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), timeout_s)
+def all_gone(pids: tuple[int, ...]) -> bool:
+    return wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def test_steps_and_orderly_stop(bundles: PlacementGroup) -> None:
@@ -81,7 +73,7 @@ def test_killed_rank_ends_the_group(bundles: PlacementGroup) -> None:
     executor.set_failure_callback(reasons.append)
     execute(executor, plan(1, (0, 1)))
     os.kill(executor.pids[1], signal.SIGKILL)
-    assert wait_until(lambda: bool(reasons), 5)
+    assert wait_until(lambda: reasons)
     assert "rank 1" in reasons[0]
     assert executor.health.problem() == reasons[0]
     assert all_gone(executor.pids)
@@ -112,7 +104,7 @@ def test_failed_start_leaves_no_actor(
     with pytest.raises(error, match=message):
         RayExecutor(group_config(2, checkpoint_path=checkpoint), placement_group=bundles, rank_class=FAKE_RANK)
     free = f"CPU_group_{bundles.id.hex()}"
-    assert wait_until(lambda: ray.available_resources().get(free) == 2.0, 10)
+    assert wait_until(lambda: ray.available_resources().get(free) == 2.0)
 
 
 def test_placement_group_that_does_not_match_is_refused(bundles: PlacementGroup) -> None:
@@ -157,9 +149,9 @@ def test_ranks_end_with_a_killed_leader(bundles: PlacementGroup, in_a_step: bool
     )
     leader: Any = ray.remote(Leader).options(num_cpus=0, scheduling_strategy=strategy).remote()
     assert ray.get(leader.step.remote(), timeout=60) == [15]
-    pids = ray.get(leader.pids.remote(), timeout=10)
+    pids = ray.get(leader.pids.remote(), timeout=PATIENCE_S)
     if in_a_step:
         leader.hang.remote()
         time.sleep(0.5)
     os.kill(pids[0], signal.SIGKILL)
-    assert all_gone(pids, 3)
+    assert all_gone(pids)

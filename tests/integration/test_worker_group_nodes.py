@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import psutil
@@ -17,6 +16,7 @@ from cluster.worker_group import RayExecutor
 from model_parallel.errors import ConfigError, GroupFailedError
 from tests.support.executors import execute
 from tests.support.fake_rank import FAKE_RANK, group_config, plan, tokens
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,11 +39,8 @@ def bundles() -> Iterator[PlacementGroup]:
     remove_placement_group(group)
 
 
-def wait_gone(pids: tuple[int, ...], timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(psutil.pid_exists(pid) for pid in pids)
+def wait_gone(pids: tuple[int, ...]) -> bool:
+    return wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def test_group_spans_nodes_from_the_leaders_node_on(bundles: PlacementGroup) -> None:

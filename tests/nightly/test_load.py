@@ -1,4 +1,4 @@
-"""The measurements of `bench` on the served stack, shorter, with the same verdicts."""
+"""The measurements of `bench` on the served stack, shorter, with the same decisions."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def report(line: str) -> None:
 def test_ten_times_too_much() -> None:
     with running_stack(overload.configuration(tp_size=1)) as app:
         result = overload.measure(app.address, seconds=20, times=10, report=report)
-    result["holds"] = overload.verdicts(result)
+    result["holds"] = overload.decisions(result)
     assert all(result["holds"].values()), "\n".join(overload.describe(result))
 
 
@@ -40,4 +40,4 @@ def test_idle_streams_are_held() -> None:
     ):
         addresses = {"grpc": app.address, "http": f"{app.host}:{app.http_port}"}
         result = idle_streams.measure(addresses, credentials, num_streams, report)
-    assert idle_streams.verdict(result), result
+    assert idle_streams.decision(result), result

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
+from tests.support.effort import rest_by_night
 from tests.support.kernels import use_backend
 from tests.support.local_engine import LocalGroup
 from tests.support.ranks import save_random_llama
@@ -87,11 +88,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=["tp1", "tp2", "tp3"])
+CASES = [(backend, tp_size) for backend in ("cpu", "cpu-avx2", "cpu-scalar") for tp_size in (1, 2, 3)]
+DAILY = [("cpu", 1), ("cpu", 2), ("cpu", 3), ("cpu-avx2", 2)]
+
+
+@pytest.fixture(scope="module", params=rest_by_night(CASES, by_day=DAILY), ids=lambda case: f"{case[0]}-tp{case[1]}")
 def group(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[WatchedGroup]:
     with pytest.MonkeyPatch.context() as monkeypatch, store_file() as store:
-        use_backend(monkeypatch, "cpu")
-        watched = WatchedGroup(checkpoint, request.param, store)
+        backend, tp_size = request.param
+        use_backend(monkeypatch, backend)
+        watched = WatchedGroup(checkpoint, tp_size, store)
         yield watched
         watched.group.close()
 
@@ -128,7 +134,6 @@ def request(name: str, prompt: list[int], max_tokens: int) -> EngineRequest:
 @example(Case(prompt_len=130, chunk=WHOLE, num_others=31, has_prefix_hit=True))
 @example(Case(prompt_len=130, chunk=WHOLE, num_others=31, has_prefix_hit=False))
 @example(Case(prompt_len=130, chunk=1, num_others=0, has_prefix_hit=False))
-@settings(max_examples=60, deadline=None)
 @given(CASES)
 def test_logits_are_those_of_the_sequence_alone(group: WatchedGroup, case: Case) -> None:
     draw = torch.Generator().manual_seed(case.seed)

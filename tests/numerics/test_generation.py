@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from model_parallel.engine.request import EngineRequest, FinishReason, SamplingParams
-from tests.support.kernels import BACKENDS, use_backend
+from tests.support.effort import by_day, rest_by_night
+from tests.support.kernels import BACKENDS, INSTRUCTION_SETS, use_backend
 from tests.support.local_engine import LocalGroup
 from tests.support.ranks import reference_from_gguf, save_random_llama
 
@@ -46,20 +47,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaFor
     return path, model
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+CASES = [
+    (backend, tp_size)
+    for backend in (*BACKENDS, *(f"cpu-{each}" for each in INSTRUCTION_SETS))
+    for tp_size in (1, 2, 3)
+]
+DAILY = [("cpu", 1), ("cpu", 2), ("cpu", 3), ("cpu-avx2", 2), ("reference", 2)]
+
+
+@pytest.fixture(scope="module", params=rest_by_night(CASES, by_day=DAILY), ids=lambda case: f"{case[0]}-tp{case[1]}")
+def group(request: pytest.FixtureRequest, checkpoint: tuple[Path, LlamaForCausalLM]) -> Iterator[LocalGroup]:
+    backend, tp_size = request.param
     with pytest.MonkeyPatch.context() as monkeypatch:
-        use_backend(monkeypatch, request.param)
-        yield
-
-
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=["tp1", "tp2", "tp3"])
-def group(
-    request: pytest.FixtureRequest, backend: None, checkpoint: tuple[Path, LlamaForCausalLM]
-) -> Iterator[LocalGroup]:
-    group = LocalGroup(checkpoint[0], request.param)
-    yield group
-    group.close()
+        use_backend(monkeypatch, backend)
+        group = LocalGroup(checkpoint[0], tp_size)
+        yield group
+        group.close()
 
 
 def test_greedy_answers_are_those_of_transformers(group: LocalGroup, checkpoint: tuple[Path, LlamaForCausalLM]) -> None:
@@ -71,11 +74,16 @@ def test_greedy_answers_are_those_of_transformers(group: LocalGroup, checkpoint:
         _assert_greedy(checkpoint[1], prompt, answer)
 
 
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("tp_size", [2, 3])
-def test_smollm2_greedy_answers_are_those_of_transformers(smollm2_path: Path, tp_size: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "tp_size"),
+    rest_by_night([(backend, tp_size) for backend in BACKENDS for tp_size in (2, 3)], by_day=[("cpu", 3)]),
+)
+def test_smollm2_greedy_answers_are_those_of_transformers(
+    smollm2_path: Path, backend: str, tp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_backend(monkeypatch, backend)
     model = reference_from_gguf(smollm2_path)
-    prompts = _prompts(49152, [20 + i for i in range(NUM_PROMPTS)])
+    prompts = _prompts(49152, [20 + i for i in range(by_day(4, by_night=NUM_PROMPTS))])
     group = LocalGroup(smollm2_path, tp_size)
     outcome = group.run([_request(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
     group.close()

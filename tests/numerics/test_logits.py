@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from serving.text.tokenizer import load_tokenizer
-from tests.support.kernels import BACKENDS, use_backend
+from tests.support.effort import by_day, rest_by_night
+from tests.support.kernels import BACKENDS, INSTRUCTION_SETS, use_backend
 from tests.support.ranks import group_config, prompt_logits, reference_from_gguf, save_random_llama
 
 ROOT = Path(__file__).parents[2]
@@ -26,13 +27,24 @@ CONFIGS = {
     "odd_heads": {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 14, "hidden_size": 70},
     "gqa_odd": {"num_attention_heads": 14, "num_key_value_heads": 7, "head_dim": 8, "hidden_size": 126},
     "tied": {"tie_word_embeddings": True, "vocab_size": 509},
+    "llama3_scaling": {
+        "head_dim": 16, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "dynamic_scaling": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
     "wide_heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 500000.0},
-}
+}  # fmt: skip
 
 
-@pytest.fixture(params=BACKENDS, autouse=True)
-def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_backend(monkeypatch, request.param)
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def _backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backend(monkeypatch, backend)
 
 
 def _ids(vocab_size: int, seed: int = 0) -> list[int]:
@@ -49,6 +61,7 @@ def smollm2(smollm2_path: Path) -> LlamaForCausalLM:
     return reference_from_gguf(smollm2_path)
 
 
+@on_every_backend
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_match_transformers(name: str, tp_size: int, tmp_path: Path) -> None:
@@ -59,13 +72,28 @@ def test_logits_match_transformers(name: str, tp_size: int, tmp_path: Path) -> N
     assert (ours - _reference(model, ids)).abs().max() <= MAX_LOGIT_ERROR
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("backend", [f"cpu-{each}" for each in INSTRUCTION_SETS])
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_every_instruction_set_that_the_machine_has(tp_size: int, tmp_path: Path) -> None:
+    model = save_random_llama(tmp_path, **CONFIGS["gqa_3_to_1"])
+    ids = _ids(500)
+    ours = prompt_logits(group_config(tmp_path, tp_size), ids, chunk=100)
+    assert (ours - _reference(model, ids)).abs().max() <= MAX_LOGIT_ERROR
+
+
+SMOLLM2_CASES = [(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("backend", "tp_size"), rest_by_night(SMOLLM2_CASES, by_day=[("cpu", 2), ("reference", 3)]))
 def test_smollm2_logits_match_transformers(smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int) -> None:
     ids = _ids(smollm2.config.vocab_size)
     ours = prompt_logits(group_config(smollm2_path, tp_size), ids, chunk=PROMPT_LEN)
     assert (ours - _reference(smollm2, ids)).abs().max() <= MAX_LOGIT_ERROR
 
 
+@pytest.mark.parametrize(
+    "backend", [*BACKENDS, *rest_by_night([f"cpu-{each}" for each in INSTRUCTION_SETS], by_day=[])]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tp_size", [1, 2, 3])
 def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path) -> None:
@@ -76,16 +104,18 @@ def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path
         assert torch.equal(prompt_logits(config, ids, chunk), whole), f"chunks of {chunk}"
 
 
+@pytest.mark.parametrize(
+    ("backend", "tp_size"),
+    rest_by_night([(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3)], by_day=[("cpu", 2)]),
+)
 def test_bfloat16_agrees_with_float32_on_the_most_likely_token(
-    smollm2: LlamaForCausalLM, smollm2_path: Path, subtests: pytest.Subtests
+    smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int
 ) -> None:
-    """On natural text. transformers' own bfloat16 agrees with its float32 at 97.8 % of these positions."""
-    tokenizer = load_tokenizer(smollm2_path)
-    texts = [(ROOT / "LICENSE").read_text()[3000:6000], (ROOT / "CONTRIBUTING.md").read_text()[:2500], TALE]
-    prompts = [tokenizer.encode(text)[:400] for text in texts]
+    """On natural text."""
+    tokenizer, licence = load_tokenizer(smollm2_path), (ROOT / "LICENSE").read_text()
+    length = by_day(150, by_night=400)
+    prompts = [tokenizer.encode(text)[:length] for text in (licence[3000:6000], licence[6000:9000], TALE)]
     expected = torch.cat([_reference(smollm2, ids).argmax(-1) for ids in prompts])
-    for tp_size in (1, 2, 3):
-        config = group_config(smollm2_path, tp_size, dtype="bfloat16")
-        with subtests.test(tp_size=tp_size):
-            ours = torch.cat([prompt_logits(config, ids, chunk=512).argmax(-1) for ids in prompts])
-            assert (ours == expected).float().mean() >= 0.99
+    config = group_config(smollm2_path, tp_size, dtype="bfloat16")
+    ours = torch.cat([prompt_logits(config, ids, chunk=512).argmax(-1) for ids in prompts])
+    assert (ours == expected).float().mean() >= 0.99

@@ -47,7 +47,7 @@ def test_every_operation_is_counted(tp_size: int, tmp_path: Path) -> None:
         calls[row.operation.split()[0]] += row.num_calls
         assert row.seconds >= 0
     assert calls["linear"] == calls["gated"] == calls["attention"] == NUM_LAYERS
-    assert calls["addend"] == 2 * NUM_LAYERS
+    assert calls["partial_sum"] == 2 * NUM_LAYERS
     assert calls["norm"] == 2 * NUM_LAYERS + 1
     assert calls["embed"] == calls["logits"] == calls["softmax"] == 1
     assert calls.get("all-reduce", 0) == (2 * NUM_LAYERS + 1 if tp_size > 1 else 0)

@@ -12,7 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("cluster", "model_parallel", "protos", "serving")
+PACKAGES = ("bench", "cluster", "model_parallel", "protos", "serving")
+# Of bench, load testing alone is part of a running system; the rest measures beside development tools.
+RUNNING = ("bench/loadtest", "cluster", "model_parallel", "protos", "serving")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
@@ -45,7 +47,7 @@ def canonical(name: str) -> str:
 
 
 def sources() -> list[Path]:
-    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(path for package in RUNNING for path in (ROOT / package).rglob("*.py"))
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -62,7 +64,7 @@ def imports(path: Path) -> Iterator[str]:
 def distribution(module: str) -> str | None:
     """The distribution that `module` comes from; None for the standard library and our own packages."""
     top, *rest = module.split(".")
-    if top in sys.stdlib_module_names or top in PACKAGES:
+    if top in sys.stdlib_module_names or top in (*PACKAGES, "bench"):
         return None
     if top in ("google", "opentelemetry"):
         return SHARED[f"{top}.{rest[0]}"]

@@ -94,4 +94,6 @@ def test_the_script_makes_an_environment_that_needs_no_compiler(tmp_path: Path) 
     code = "from model_parallel.native import LIBRARIES, load_library; [load_library(x) for x in LIBRARIES]"
     bare = {"PATH": str(prefix / "bin"), "PACKTRAIN_CACHE": str(prefix / "cache"), "HOME": "/nonexistent"}
     subprocess.run([prefix / "bin/python", "-c", code], cwd="/", env=bare, timeout=300, check=True)
-    subprocess.run([prefix / "bin/packtrain", "--help"], cwd="/", env=bare, capture_output=True, timeout=300, check=True)
+    subprocess.run(
+        [prefix / "bin/packtrain", "--help"], cwd="/", env=bare, capture_output=True, timeout=300, check=True
+    )

@@ -154,9 +154,9 @@ def check_int8(kernels: CudaKernels, num_rows: int, num_inputs: int, num_outputs
 
 
 def check_products(kernels: CudaKernels, x: Tensor, weight: Tensor | Int8Matrix, matrix: Tensor) -> None:
-    """`addend` and `logits` with a weight that stands for float64 `matrix`."""
+    """`partial_sum` and `logits` with a weight that stands for float64 `matrix`."""
     exact, sizes = x.double() @ matrix.T, x.double().abs() @ matrix.abs().T
-    out = kernels.addend(x, weight)
+    out = kernels.partial_sum(x, weight)
     assert out.dtype == torch.float32
     # A chain of float32 additions (Higham 2002, §3).
     tolerance = (x.shape[1] + 2) * ROUNDING[torch.float32]

@@ -35,7 +35,7 @@ class Harness:
         max_waiting_tokens: int = 1 << 20,
         max_prefill_chunk: int = 1 << 30,
         max_prefill_tokens: int | None = None,
-        max_under_way: int = 1,
+        max_in_flight: int = 1,
     ) -> None:
         self.clock = ManualClock()
         self.executor = FakeExecutor(
@@ -55,7 +55,7 @@ class Harness:
             epoch=1,
             clock=self.clock,
         )
-        self.engine = Engine(self.executor, self.scheduler, max_under_way=max_under_way)
+        self.engine = Engine(self.executor, self.scheduler, max_in_flight=max_in_flight)
         self.outputs: dict[str, list[EngineOutput]] = {}
 
     def add(self, request: EngineRequest) -> None:

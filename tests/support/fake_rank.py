@@ -10,6 +10,7 @@ from model_parallel.collectives.interface import Collectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.errors import CheckpointError
+from tests.support.waiting import PATIENCE_S
 
 FAKE_RANK = "tests.support.fake_rank:FakeRank"
 RAISE, HANG, EXIT = -1, -2, -3
@@ -59,7 +60,7 @@ class FakeRank:
 
 
 def group_config(
-    tp_size: int, *, checkpoint_path: str = "", start_timeout_s: float = 60.0, step_timeout_s: float = 20.0
+    tp_size: int, *, checkpoint_path: str = "", start_timeout_s: float = 60.0, step_timeout_s: float = PATIENCE_S
 ) -> GroupConfig:
     return GroupConfig(
         checkpoint_path=checkpoint_path,

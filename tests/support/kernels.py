@@ -5,19 +5,36 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from model_parallel.errors import EngineError
 from model_parallel.kernels.cpu import CpuKernels
+from model_parallel.kernels.cpu.backend import INSTRUCTION_SETS
 from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache, SequenceRun
 from model_parallel.kernels.reference import ReferenceKernels
 
 BACKENDS = ("cpu", "reference")
+__all__ = ["BACKENDS", "INSTRUCTION_SETS", "attention_plan", "cpu_kernels", "poisoned_cache", "use_backend"]
+
+
+def cpu_kernels(instruction_set: str, *, num_threads: int) -> CpuKernels:
+    """Skips the test on a machine that lacks the instruction set."""
+    try:
+        return CpuKernels(num_threads=num_threads, isa=instruction_set)
+    except EngineError as error:
+        pytest.skip(str(error))
 
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make every rank of this process compute with the backend of that name."""
+    """Make every rank of this process compute with the backend of that name: of BACKENDS, or "cpu-" and an instruction set.
+
+    Skips the test on a machine that lacks the instruction set.
+    """
+    kind, _, instruction_set = name.partition("-")
+    if instruction_set:
+        cpu_kernels(instruction_set, num_threads=1)
 
     def select(device: str, dtype: torch.dtype, num_threads: int) -> Kernels:
-        if name == "cpu":
-            return CpuKernels(num_threads=num_threads)
+        if kind == "cpu":
+            return CpuKernels(num_threads=num_threads, isa=instruction_set)
         return ReferenceKernels(num_threads=num_threads, device=device)
 
     monkeypatch.setattr("model_parallel.runtime.rank.select_kernels", select)

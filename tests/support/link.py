@@ -1,7 +1,4 @@
-"""The gateway's end of the link to its groups, and waiting for what comes over it."""
-
-import asyncio
-from collections.abc import Callable
+"""The gateway's end of the link to its groups."""
 
 from serving.gateway.groups.loads import GroupLoads
 from serving.gateway.groups.output_receiver import OutputReceiver
@@ -14,10 +11,3 @@ async def listening() -> OutputReceiver:
     receiver = OutputReceiver(GroupLoads())
     await receiver.start(HOST)
     return receiver
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for it, but not long."""
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)

@@ -39,7 +39,7 @@ class Simulation:
         kv_cache_tokens: int = 4096,
         max_model_len: int = 1024,
         max_waiting_requests: int = 64,
-        max_under_way: int = 2,
+        max_in_flight: int = 2,
         step_s: float = 1.0,
         row_s: float = 0.0,
         is_fair: bool = True,
@@ -64,7 +64,7 @@ class Simulation:
         )
         self.cache = CacheConfig(num_blocks=kv_cache_tokens // 16, block_size=16, enable_prefix_caching=False)
         self.scheduler = Scheduler(self.config, self.cache, epoch=1, clock=lambda: self.now_s)
-        self.engine = Engine(self, self.scheduler, max_under_way=max_under_way)
+        self.engine = Engine(self, self.scheduler, max_in_flight=max_in_flight)
         self._submitted: deque[StepPlan] = deque()
 
     def submit(self, plan: StepPlan) -> None:

@@ -16,13 +16,16 @@ from protos import inference_pb2 as pb
 from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
 from serving.driver.app import APP_NAME, RunningApp, start
+from tests.support.waiting import PATIENCE_S
 
+SMALL = {"device": "cpu", "dtype": "float32", "threads_per_rank": 1}
+"""The same on every machine."""
 MODEL = "smollm2-135m-instruct"
 
 
 def stack_config(**model: object) -> ServingConfig:
     """SmolLM2 at TP=2 on a free port; `model` overrides its entry."""
-    entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 2, "kv_cache_tokens": 8192, **model}
+    entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 2, "kv_cache_tokens": 8192, **SMALL, **model}
     data = {
         "models": [entry],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},
@@ -47,7 +50,7 @@ def group_handle(model: str = MODEL) -> "DeploymentHandle[object]":
 
 
 def group_stats(model: str = MODEL) -> dict[str, float]:
-    stats: dict[str, float] = group_handle(model).stats.remote().result(timeout_s=10)  # type: ignore[attr-defined]
+    stats: dict[str, float] = group_handle(model).stats.remote().result(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
     return stats
 
 

@@ -35,14 +35,13 @@ def growths(num_bytes: int) -> list[int]:
     """Bytes by which the heap grew with each larger step."""
     run = [sys.executable, "-c", PROGRAM, str(num_bytes)]
     return [
-        int(word) for word in subprocess.run(run, capture_output=True, check=True, text=True, timeout=60).stdout.split()
+        int(word)
+        for word in subprocess.run(run, capture_output=True, check=True, text=True, timeout=120).stdout.split()
     ]
 
 
 def test_steps_of_any_size_work_in_what_is_reserved() -> None:
-    # Some pages, for the interpreter's own objects.
-    assert max(growths(RESERVED_BYTES)) < 200_000
-
-
-def test_without_it_the_heap_grows_with_the_largest_step() -> None:
-    assert max(growths(0)) > 1_000_000
+    """Where nothing is reserved, the heap grows with the largest step, by megabytes; else by pages for Python's own objects."""
+    unreserved = max(growths(0))
+    assert unreserved > 1_000_000
+    assert max(growths(RESERVED_BYTES)) < unreserved / 5

@@ -22,7 +22,6 @@ print(*(module for module in banned if module in sys.modules))
     [
         ("model_parallel", ["ray", "grpc", "google.protobuf"]),
         ("model_parallel.engine", ["ray", "torch"]),
-        ("cluster.health", ["ray", "torch"]),
         ("cluster.placement", ["ray", "torch"]),
         ("serving.contracts", ["ray", "torch", "cluster", "sqlalchemy", "opentelemetry"]),
         ("serving.gateway.core", ["ray", "torch", "cluster", "sqlalchemy"]),

@@ -231,9 +231,9 @@ EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void
   });
 }
 
-EXPORT void packtrain_norm(Kernels* kernels, const float* x, float* addend, const void* weight, Type type,
+EXPORT void packtrain_norm(Kernels* kernels, const float* x, float* residual, const void* weight, Type type,
                            int64_t num_rows, int64_t num_columns, float eps, void* out) {
-  perform(kernels, [=, job = Norm{x, addend, weight, out, type, num_columns, eps}] {
+  perform(kernels, [=, job = Norm{x, residual, weight, out, type, num_columns, eps}] {
     share_out(kernels->pool, num_rows, kRowGrain, 0,
               [&](int64_t begin, int64_t end, char*) { kernels->isa->norm(job, begin, end); });
   });

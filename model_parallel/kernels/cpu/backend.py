@@ -4,11 +4,11 @@ Shape suffixes: those of kernels/interface.py
 """
 
 import ctypes
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from model_parallel.errors import EngineError
 from model_parallel.host_memory import empty_shard
 from model_parallel.kernels.cpu.recording import Program, Workspace
 from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
-from model_parallel.native import load_library
+from model_parallel.native import CPU_KERNELS, load_library
 
-SOURCE_DIRECTORY = Path(__file__).parent
-# A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
-FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 ARENA_BYTES = 64 << 20
+ISA_VARIABLE = "PACKTRAIN_CPU_ISA"
+INSTRUCTION_SETS = ("avx512_bf16", "avx2", "scalar")
+"""The best one first. A machine that has one has those after it."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = TYPES | {torch.int8: 2}
 
@@ -80,8 +80,7 @@ class PackedWeight:
 
 def load_native() -> ctypes.CDLL:
     """The library with its signatures declared. Raises NativeBuildError."""
-    sources = sorted(path for path in SOURCE_DIRECTORY.iterdir() if path.suffix in (".cpp", ".h"))
-    library = load_library(sources, flags=FLAGS)
+    library = load_library(CPU_KERNELS)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, f"packtrain_{name}")
         function.restype, function.argtypes = result, arguments
@@ -114,14 +113,18 @@ class CpuKernels:
     only_enqueue = False
 
     def __init__(self, *, num_threads: int, isa: str = "") -> None:
-        """isa: "avx512_bf16", "avx2" or "scalar"; the best that the machine has unless given.
+        """isa: "avx512_bf16", "avx2" or "scalar". Unless given it is that of PACKTRAIN_CPU_ISA, or else the best that the machine
+        has. Machines that are to agree to the last bit need the same.
 
         Raises NativeBuildError, and EngineError when the machine lacks the instruction set.
         """
+        isa = isa or os.environ.get(ISA_VARIABLE, "")
         self._library = load_native()
         handle = self._library.packtrain_create(num_threads, isa.encode())
         if not handle:
-            raise EngineError(f"this machine does not have {isa}")
+            raise EngineError(
+                f"this machine does not have {isa}; {ISA_VARIABLE} is {', '.join(INSTRUCTION_SETS)} or not set"
+            )
         self._handle = ctypes.c_void_p(handle)
         weakref.finalize(self, self._library.packtrain_destroy, self._handle)
         self.name = f"cpu-{self._library.packtrain_isa(self._handle).decode()}"
@@ -204,7 +207,7 @@ class CpuKernels:
     def linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         return self._product(x_TI, weight, x_TI.dtype)
 
-    def addend(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
         return self._product(x_TI, weight, torch.float32)
 
     def gated_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:

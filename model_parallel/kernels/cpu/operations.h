@@ -40,10 +40,10 @@ struct Product {
   int64_t num_rows;
 };
 
-// sum = x + addend (where there is one; it is kept in `addend`), out = sum / sqrt(mean(sum²) + eps) · weight.
+// sum = x + residual (where there is one; it is kept in `residual`), out = sum / sqrt(mean(sum²) + eps) · weight.
 struct Norm {
   const float* x;
-  float* addend;  // null: none
+  float* residual;  // null: none
   const void* weight;
   void* out;  // of the weight's type
   Type type;

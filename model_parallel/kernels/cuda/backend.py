@@ -66,7 +66,7 @@ class CudaKernels:
             return F.linear(x_TI, weight)
         return _product(x_TI, weight).to(x_TI.dtype)
 
-    def addend(self, x_TI: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
         return _product(x_TI, weight)
 
     def gated_linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix) -> Tensor:

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from model_parallel.engine.request import EngineRequest
-from model_parallel.errors import RequestError
-from serving.contracts.errors import DrainingError, OverloadedError
+from serving.contracts.errors import DrainingError, GroupRefusedError, OverloadedError
 
 REMEMBERED_SHARE = 0.2
 """How long a refusal holds for the next request, as a part of the time after which the group expects to have room: so much of
@@ -118,13 +117,18 @@ class RecentRefusals:
     its queue, by size and by deadline. Room that comes free is seen a little later.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
         self._clock = clock
+        self._uniform = uniform
         self._refused: dict[tuple[str, str, int], dict[str, _Refused]] = {}
         """By model, tenant and priority: the latest of each group."""
 
     def check(self, model: str, num_groups: int, requests: Sequence[EngineRequest]) -> None:
-        """Raises the RequestError of a group when all groups have refused what is no harder."""
+        """Raises the GroupRefusedError of a group when all groups have refused what is no harder."""
         now_s, demand = self._clock(), _Demand.of(requests)
         groups = self._refused.get(_key(model, requests), {})
         holding = [
@@ -133,9 +137,9 @@ class RecentRefusals:
             if now_s < refused.until_s and demand.is_no_easier_than(refused.demand)
         ]
         if len(holding) >= num_groups:
-            raise RequestError(holding[0].reason, kind="overloaded", retry_after_s=holding[0].retry_after_s)
+            raise GroupRefusedError(holding[0].reason, kind="overloaded", retry_after_s=holding[0].retry_after_s)
 
-    def remember(self, model: str, engine: str, requests: Sequence[EngineRequest], error: RequestError) -> None:
+    def remember(self, model: str, engine: str, requests: Sequence[EngineRequest], error: GroupRefusedError) -> None:
         """The group `engine` has refused because it is full."""
         now_s, demand = self._clock(), _Demand.of(requests)
         if len(self._refused) >= MAX_REMEMBERED:
@@ -143,11 +147,11 @@ class RecentRefusals:
         groups = self._refused.setdefault(_key(model, requests), {})
         before = groups.get(engine)
         if before is None or now_s >= before.until_s or before.demand.is_no_easier_than(demand):
-            until_s = now_s + random.uniform(0.5, 1.0) * _remembered_s(error)
+            until_s = now_s + self._uniform(0.5, 1.0) * _remembered_s(error)
             groups[engine] = _Refused(demand, until_s, str(error), error.retry_after_s)
 
 
-def _remembered_s(error: RequestError) -> float:
+def _remembered_s(error: GroupRefusedError) -> float:
     if error.retry_after_s is None:
         return REMEMBERED_S
     return min(REMEMBERED_SHARE * error.retry_after_s, MAX_REMEMBERED_S)

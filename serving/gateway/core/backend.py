@@ -3,9 +3,9 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
-from model_parallel.engine.request import EngineOutput, EngineRequest
+from model_parallel.engine.request import EngineRequest
+from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import ModelCard
-from serving.contracts.observer import Passage
 
 
 class Backend(Protocol):
@@ -17,14 +17,15 @@ class Backend(Protocol):
         ...
 
     def generate(
-        self, model: str, requests: Sequence[EngineRequest], passage: Passage
-    ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncGenerator[GroupOutputs, None]:
         """Run the choices of one client request on one group; outputs that are ready together come together.
 
-        Ends after every choice had its finish_reason. Closing the iterator (`aclose`), or cancelling the task that waits on it,
-        aborts what still runs; while it is left alone, little more is computed. Raises RequestError (kind "overloaded")
-        when the group refuses the request, and GroupUnavailableError when no group can take it or the group is lost.
-        After a refusal the next call goes to another group, if there is one.
+        The first item has no outputs and tells which group has accepted. Ends after every choice had its finish_reason. Closing
+        the iterator (`aclose`), or cancelling the task that waits on it, cancels what still runs; while it is left alone, little
+        more is computed. `trace_context` are headers that make the group's span a child of the gateway's, empty when nothing is
+        traced. Raises GroupRefusedError when the group refuses the request, and GroupUnavailableError when no group can take it
+        or the group is lost. After a refusal the next call goes to another group, if there is one.
         """
         ...
 

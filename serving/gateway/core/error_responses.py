@@ -8,11 +8,8 @@ import random
 from dataclasses import dataclass
 
 from model_parallel.errors import RequestError
-from serving.contracts.errors import INVALID_REQUEST, OVERLOADED, ServingError, Status, StoreUnavailableError
+from serving.contracts.errors import INTERNAL, INVALID_REQUEST, OVERLOADED, ServingError, Status, StoreUnavailableError
 
-_INTERNAL = Status(
-    code="INTERNAL", http_status=500, reason="INTERNAL", error_type="server_error", error_code="internal_error"
-)
 _OF_REQUEST_ERROR = {
     "invalid": INVALID_REQUEST,
     "overloaded": OVERLOADED,
@@ -39,6 +36,10 @@ class ErrorResponse:
     """The quota that is used up."""
     retry_after_s: float | None = None
     """None when trying again does not help."""
+    engine: str = ""
+    """Id of the group that the error comes from."""
+    max_tokens: int | None = None
+    """The most output tokens that there is room for, where more were asked for."""
 
 
 def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
@@ -46,12 +47,12 @@ def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
     match error:
         case StoreUnavailableError():
             status, message = error.status, "the database cannot be reached now; the log says why"
-        case ServingError():
+        case ServingError() if error.answered_by() is not INTERNAL:
             status, message = error.answered_by(), str(error)
         case RequestError() if error.kind in _OF_REQUEST_ERROR:
             status, message = _OF_REQUEST_ERROR[error.kind], str(error)
         case _:
-            status, message = _INTERNAL, "internal error; it was logged under the request id"
+            status, message = INTERNAL, "internal error; it was logged under the request id"
     retry_after_s = error.retry_after_s if isinstance(error, ServingError | RequestError) else None
     if status.is_retryable:
         # Clients that are refused together must not come back together.
@@ -62,4 +63,6 @@ def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
         field=error.field if isinstance(error, ServingError) else "",
         quota=error.quota if isinstance(error, ServingError) else "",
         retry_after_s=retry_after_s,
+        engine=error.engine if isinstance(error, ServingError) else "",
+        max_tokens=error.max_tokens if isinstance(error, ServingError) else None,
     )

@@ -1,5 +1,9 @@
 """One client request from a query to its chunks or scores. Knows nothing of the wire: every front end shares it."""
 
+import asyncio
+import logging
+import math
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -17,15 +21,22 @@ from model_parallel.engine.request import (
 from model_parallel.errors import RequestError
 from serving.config import LimitsConfig
 from serving.contracts.accounts import Accounts, OpenAccounts, Principal
-from serving.contracts.errors import CancelledInGroupError, DeadlineExceededError, GroupUnavailableError
+from serving.contracts.errors import (
+    CancelledInGroupError,
+    DeadlineExceededError,
+    GroupRefusedError,
+    GroupUnavailableError,
+)
+from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import ModelCard
-from serving.contracts.observer import Passage
 from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.fields import DRAWN_SEED_BITS
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
+from serving.gateway.core.resumption import Resumption
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -41,6 +52,13 @@ from serving.gateway.core.validate import (
 )
 from serving.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+MAX_LOSSES = 3
+"""Groups that may be lost while they run one request; after one more it fails."""
+RECOVERY_TIMEOUT_S = 60.0
+"""How long a request whose group is lost waits for a group that can go on."""
+RECOVERY_PAUSE_S = 0.1
 _SAME_NAME = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "ignore_eos", "logprobs", "prompt_logprobs",
@@ -87,16 +105,18 @@ class Generator:
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
-        end the request early."""
+        end the request early. The query must be normalised."""
         card = self.model_for(call, query.model)
         encoder, num_choices = self._encoders[card.name], query.n or 1
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
-            token_ids = await encoder.encode(field, prompt)
-            max_tokens = output_budget(len(token_ids), query.max_tokens, card, field)
+            token_ids = await encoder.encode(field, prompt, parse_special=bool(query.parse_special))
+            max_tokens = output_budget(len(token_ids), query.max_tokens, card, self._limits, field)
+            if query.max_tokens is None:
+                max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
-            sequences += [(token_ids, _sampling_params(query, seed=seed, max_tokens=max_tokens))] * num_choices
+            sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
@@ -105,7 +125,7 @@ class Generator:
         with meter:
             requests = self._requests(card, call, sequences)
             last: Chunk | None = None
-            async with aclosing(self._run(card, requests, meter)) as outputs:
+            async with aclosing(self._run(card, requests, call, meter)) as outputs:
                 async for output in outputs:
                     choice = choices[output.choice]
                     if choice.finished:  # by a stop string, which the group does not know of
@@ -136,7 +156,7 @@ class Generator:
         meter = await self._meter(call, card, sum(len(whole) for whole, _ in pairs), 0)
         with meter:
             requests = self._requests(card, call, sequences)
-            async with aclosing(self._run(card, requests, meter)) as outputs:
+            async with aclosing(self._run(card, requests, call, meter)) as outputs:
                 async for output in outputs:
                     _raise_failure(output)
                     tokens[output.choice] += output.prompt_logprobs
@@ -153,7 +173,9 @@ class Generator:
         prompt = check_tokenize(query, card, self._limits)
         encoder = self._encoders[card.name]
         if isinstance(prompt, TextPrompt):
-            return await encoder.encode_text("text", prompt.text, add_bos=query.add_bos is not False)
+            return await encoder.encode_text(
+                "text", prompt.text, add_bos=query.add_bos is not False, parse_special=bool(query.parse_special)
+            )
         return await encoder.encode("messages", prompt)
 
     def detokenize(self, model: str, token_ids: Sequence[int], call: Call) -> str:
@@ -169,11 +191,18 @@ class Generator:
         ]
 
     def model_for(self, call: Call, name: str) -> ModelCard:
-        """Raises UnknownModelError, PermissionDeniedError."""
+        """Without a name it is the one that the sender may use. Raises UnknownModelError, PermissionDeniedError, and
+        ValidationError for no name where there are several."""
+        if not name and len(visible := self.visible_models(call.principal)) == 1:
+            name = visible[0].name
         card = find_model(self.models, name)
         call.principal.check_model(name)
         call.observer.resolved(name)
         return card
+
+    def tokenizer_of(self, call: Call, name: str) -> Tokenizer:
+        """Raises what `model_for` does."""
+        return self.tokenizers[self.model_for(call, name).name]
 
     def _choices(self, query: GenerateQuery, card: ModelCard, prompts: Sequence[tuple[int, ...]]) -> list[Choice]:
         """One for each of `prompts`, in which the prompt of several choices stands several times."""
@@ -181,10 +210,11 @@ class Generator:
             Choice(
                 index,
                 self.tokenizers[card.name],
-                query.stop,
+                [stop for stop in query.stop if stop],
                 prompt_token_ids=token_ids,
                 reports_prompt=index % (query.n or 1) == 0,
-                continues_text=not isinstance(query.prompt, ChatPrompt),
+                continues_text=not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last,
+                shows_special=query.skip_special_tokens is False,
             )
             for index, token_ids in enumerate(prompts)
         ]
@@ -200,39 +230,71 @@ class Generator:
         return Meter(call, card.name, num_prompt_tokens, reservation, self.clock)
 
     async def _run(
-        self, card: ModelCard, requests: list[EngineRequest], meter: Meter
+        self, card: ModelCard, requests: list[EngineRequest], call: Call, meter: Meter
     ) -> AsyncGenerator[EngineOutput, None]:
-        """Asks one group after the other until one takes the request in."""
-        passage: Passage | None = None
-        for num_others in reversed(range(card.num_groups)):
-            self._refusals.check(card.name, card.num_groups, requests)
-            passage = passage or meter.submit()
-            passage.engine = ""
+        """Outputs of the request, whichever groups run it: when one is lost, another goes on where it stopped.
+
+        Raises GroupUnavailableError when no group accepts it at first, after MAX_LOSSES, or when no group goes on within
+        RECOVERY_TIMEOUT_S.
+        """
+        self._refusals.check(card.name, card.num_groups, requests)
+        trace_context = meter.submit()
+        rest = Resumption(requests)
+        recover_until_s = math.inf
+        while True:
+            is_accepted = False
             try:
-                async with aclosing(self._backend.generate(card.name, requests, passage)) as steps:
-                    async for outputs in steps:
-                        meter.received(outputs)
-                        for output in outputs:
-                            yield output
+                steps = self._offer(card, rest.requests(self._time_left(call)), trace_context)
+                async with aclosing(steps):
+                    while step := await _next_within(steps, None if is_accepted else recover_until_s - self.clock()):
+                        is_accepted, recover_until_s = True, math.inf
+                        meter.received(step)
+                        for output in step.outputs:
+                            yield rest.take(output)
                 return
-            except RequestError as error:
-                if error.kind != "overloaded" or not passage.engine:
+            except (GroupUnavailableError, GroupRefusedError) as error:
+                rest.num_losses += is_accepted and isinstance(error, GroupUnavailableError)
+                if rest.num_losses == 0 or rest.num_losses > MAX_LOSSES or self.clock() >= recover_until_s:
                     raise
-                self._refusals.remember(card.name, passage.engine, requests, error)
+                if isinstance(error, GroupRefusedError) and error.kind != "overloaded":
+                    raise
+                recover_until_s = min(recover_until_s, self.clock() + RECOVERY_TIMEOUT_S)
+                logger.info("request %s waits for a group that goes on: %s", call.request_id, error)
+            await asyncio.sleep(RECOVERY_PAUSE_S)
+
+    async def _offer(
+        self, card: ModelCard, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncGenerator[GroupOutputs, None]:
+        """Offers the request to one group after another until one accepts it."""
+        for num_others in reversed(range(card.num_groups)):
+            try:
+                async with aclosing(self._backend.generate(card.name, requests, trace_context)) as steps:
+                    async for step in steps:
+                        yield step
+                return
+            except GroupRefusedError as error:
+                if error.kind != "overloaded" or not error.engine:
+                    raise
+                self._refusals.remember(card.name, error.engine, requests, error)
                 if not num_others:
                     raise
+                self._refusals.check(card.name, card.num_groups, requests)
             except GroupUnavailableError as error:
                 if error.may_have_run or not num_others:
                     raise
 
+    def _time_left(self, call: Call) -> float | None:
+        """Of the client's deadline; None without one. Raises DeadlineExceededError."""
+        if call.timeout_s is None:
+            return None
+        left_s = call.timeout_s - (self.clock() - call.arrived_s)
+        if left_s <= 0:
+            raise DeadlineExceededError("the deadline passed before a replica group could answer")
+        return left_s
+
     def _requests(
         self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]
     ) -> list[EngineRequest]:
-        deadline_s = None
-        if call.timeout_s is not None:
-            deadline_s = call.timeout_s - (self.clock() - call.arrived_s)
-            if deadline_s <= 0:
-                raise DeadlineExceededError("the deadline passed before a replica group got the request")
         return [
             EngineRequest(
                 request_id=f"{call.request_id}-{choice}",
@@ -240,7 +302,7 @@ class Generator:
                 sampling=sampling,
                 choice=choice,
                 eos_token_ids=card.eos_token_ids,
-                deadline_s=deadline_s,
+                deadline_s=self._time_left(call),
                 cache_salt=call.principal.cache_salt,
                 tenant=call.principal.tenant_id,
                 weight=call.principal.weight,
@@ -250,8 +312,17 @@ class Generator:
         ]
 
 
-def _sampling_params(query: GenerateQuery, *, seed: int, max_tokens: int) -> SamplingParams:
-    given = {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+def draw_seed() -> int:
+    """For a request that brings none."""
+    return secrets.randbits(DRAWN_SEED_BITS)
+
+
+def _sampling_params(query: GenerateQuery, card: ModelCard, *, seed: int, max_tokens: int) -> SamplingParams:
+    defaults = {field: value for field, value in card.default_sampling.items() if field in _SAME_NAME}
+    given = defaults | {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+    given |= {"top_k": int(given["top_k"])} if "top_k" in given else {}
+    if given.get("top_k", 0) >= card.vocab_size:
+        del given["top_k"]  # keeps all, as without it
     return SamplingParams(
         **given,
         seed=seed,
@@ -261,13 +332,20 @@ def _sampling_params(query: GenerateQuery, *, seed: int, max_tokens: int) -> Sam
     )
 
 
+async def _next_within(steps: AsyncGenerator[GroupOutputs, None], timeout_s: float | None) -> GroupOutputs | None:
+    """The next item, None at the end. Raises GroupUnavailableError when it takes longer."""
+    try:
+        async with asyncio.timeout(None if timeout_s == math.inf else timeout_s):
+            return await anext(steps, None)
+    except TimeoutError:
+        raise GroupUnavailableError("no replica group could go on with the request in time") from None
+
+
 def _raise_failure(output: EngineOutput) -> None:
     match output.finish_reason:
         case FinishReason.DEADLINE:
             raise DeadlineExceededError("the deadline passed before the answer was complete")
         case FinishReason.CANCELLED:
             raise CancelledInGroupError("the request was cancelled")
-        case FinishReason.ERROR if output.error_kind == "unavailable":
-            raise GroupUnavailableError(output.error)
         case FinishReason.ERROR:
             raise RequestError(output.error, kind=output.error_kind)

@@ -27,7 +27,7 @@ class HealthMonitor:
         self._period_s = period_s
 
     async def refresh(self) -> None:
-        """Ask the backend once, for at most ten periods; no answer counts as no group."""
+        """LeaseRequest the backend once, for at most ten periods; no answer counts as no group."""
         is_healthy = False
         try:
             async with asyncio.timeout(10 * self._period_s):

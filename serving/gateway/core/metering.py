@@ -2,14 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from model_parallel.engine.request import EngineOutput, FinishReason, Timings
-from model_parallel.errors import RequestError
 from serving.contracts.accounts import Reservation, UsageRecord
-from serving.contracts.errors import CancelledInGroupError, DeadlineExceededError, GroupUnavailableError
-from serving.contracts.observer import Passage
+from serving.contracts.errors import (
+    CancelledInGroupError,
+    DeadlineExceededError,
+    GroupRefusedError,
+    GroupUnavailableError,
+)
+from serving.contracts.group_link import GroupOutputs
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Summary
 
@@ -33,6 +37,7 @@ class Meter:
         self._clock = clock
         self._started_unix_s = wall_clock() - (clock() - call.arrived_s)
         self._submitted_s: float | None = None
+        self._engine = ""
         self._is_settled = False
         self.num_completion_tokens = 0
 
@@ -48,14 +53,18 @@ class Meter:
                 self._num_prompt_tokens = 0
             self._settle(self._summary(()), outcome)
 
-    def submit(self) -> Passage:
-        """The request goes to a group now."""
+    def submit(self) -> Mapping[str, str]:
+        """The request goes to a group now, with the returned trace context."""
         self._submitted_s = self._clock()
         return self._call.observer.submitted()
 
-    def received(self, outputs: Sequence[EngineOutput]) -> None:
-        """Outputs have come from the group."""
-        self._call.observer.received(outputs)
+    def received(self, step: GroupOutputs) -> None:
+        """A group has accepted the request, or has made outputs of it."""
+        if step.engine != self._engine:
+            self._engine = step.engine
+            self._call.observer.accepted(step.engine)
+        if step.outputs:
+            self._call.observer.received(step.outputs)
 
     async def close(self, last_outputs: Sequence[EngineOutput | None], reason: FinishReason) -> Summary:
         """The request has ended well: settle it, with a durable record if the answer is not streamed."""
@@ -115,7 +124,7 @@ def _outcome(error: BaseException | None) -> str:
             return "deadline"
         case GroupUnavailableError():
             return "unavailable"
-        case RequestError(kind="overloaded" | "invalid" | "duplicate"):
+        case GroupRefusedError():
             return "rejected"
         case _:
             return "error"

@@ -17,19 +17,16 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from model_parallel.engine.request import EngineOutput, EngineRequest
-from model_parallel.errors import RequestError
-from serving.contracts.errors import GroupUnavailableError
-from serving.contracts.group_link import GroupCall, GroupReply
+from model_parallel.engine.request import EngineRequest
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.group_link import GroupCall, GroupOutputs, GroupReply
 from serving.contracts.group_report import GroupReport
 from serving.contracts.models import ModelCard
-from serving.contracts.observer import Passage
+from serving.contracts.step_report import StepReport
 from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 
 logger = logging.getLogger(__name__)
 
-HAND_OVER_S = 1.0
-"""How long a request whose client has gone may still be on its way to a group."""
 PROBE_TIMEOUT_S = 2.0
 STALE_AFTER_S = 10.0
 """How long a group that was healthy and answers late is taken to be healthy."""
@@ -46,8 +43,8 @@ class ServeBackend:
         self._receiver = receiver
         self._could_serve_s: dict[str, float] = {}
         """When (monotonic) a group of each model last said that it can."""
-        self._calls: set[asyncio.Task[bytes]] = set()
-        """Of requests that no group has answered for yet."""
+        self._submissions: set[asyncio.Task[bytes]] = set()
+        """Calls of Serve that no group has answered yet."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
         self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
@@ -57,55 +54,57 @@ class ServeBackend:
         return self._models
 
     async def generate(
-        self, model: str, requests: Sequence[EngineRequest], passage: Passage
-    ) -> AsyncGenerator[tuple[EngineOutput, ...], None]:
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncGenerator[GroupOutputs, None]:
         num_open = len(requests)
         inbox = self._receiver.open([request.request_id for request in requests])
-        call = GroupCall(tuple(requests), passage.trace_context, self._receiver.address)
+        call = GroupCall(tuple(requests), dict(trace_context), self._receiver.address)
         # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
-        hand_over = asyncio.create_task(_value(self._groups[model].generate.remote(self._encode(call))))
+        submission = asyncio.create_task(_value(self._groups[model].generate.remote(self._encode(call))))
         del call
-        self._calls.add(hand_over)
-        hand_over.add_done_callback(partial(self._take_reply, model, inbox))
+        self._submissions.add(submission)
+        submission.add_done_callback(partial(self._take_reply, model, inbox))
         try:
             while num_open:
-                outputs = await inbox.next()
-                num_open -= sum(output.finish_reason is not None for output in outputs)
-                passage.engine = inbox.engine
-                yield outputs
+                step = await inbox.next()
+                num_open -= sum(output.finish_reason is not None for output in step.outputs)
+                yield step
         finally:
-            passage.engine = inbox.engine
             inbox.close(cancel=num_open > 0)
-            if not hand_over.done():
-                # A group may be taking it in. It is told to drop it when it answers, if that is soon.
-                asyncio.get_running_loop().call_later(HAND_OVER_S, hand_over.cancel)
+            # If a group has taken the request in without our knowing, its first output is answered by a cancel.
+            submission.cancel()
 
-    def _take_reply(self, model: str, inbox: Inbox, call: asyncio.Task[bytes]) -> None:
+    def _take_reply(self, model: str, inbox: Inbox, submission: asyncio.Task[bytes]) -> None:
         """A group has answered for a request, or none can."""
-        self._calls.discard(call)
-        error: Exception
+        self._submissions.discard(submission)
         try:
-            reply = self._decode(call.result())
-            if not reply.refusal_kind:
-                inbox.accepted(reply.engine)
-                return
-            inbox.engine = reply.engine
-            if reply.refusal_kind in ("overloaded", "unavailable"):
-                self._receiver.loads.refused(reply.engine)
-            if reply.refusal_kind == "unavailable":
-                error = GroupUnavailableError(reply.refusal, may_have_run=False)
-            else:
-                error = RequestError(reply.refusal, kind=reply.refusal_kind, retry_after_s=reply.retry_after_s)
+            reply = self._decode(submission.result())
         except BackPressureError:
-            error = RequestError("every replica group of this model is full", kind="overloaded")
+            inbox.fail(GroupRefusedError("every replica group of this model is full", kind="overloaded"))
         except (RequestCancelledError, asyncio.CancelledError):
-            error = GroupUnavailableError("the request was cancelled on its way to a replica group")
+            inbox.fail(GroupUnavailableError("the request was cancelled on its way to a replica group"))
         except (RayError, RayServeException) as lost:
             logger.warning("a replica group of %s was lost: %s", model, type(lost).__name__)
-            error = GroupUnavailableError(f"the replica group of model {model!r} was lost")
+            inbox.fail(GroupUnavailableError(f"the replica group of model {model!r} was lost"))
         except Exception as bug:
-            error = bug
-        inbox.fail(error)
+            inbox.fail(bug)
+        else:
+            self._take_decision(inbox, reply)
+
+    def _take_decision(self, inbox: Inbox, reply: GroupReply) -> None:
+        if not reply.error_kind:
+            inbox.accepted(self._receiver.connection_of(reply.engine))
+            return
+        if reply.error_kind in ("overloaded", "unavailable"):
+            self._receiver.loads.refused(reply.engine)
+        if reply.error_kind == "unavailable":
+            inbox.fail(GroupUnavailableError(reply.error, may_have_run=False))
+        else:
+            inbox.fail(
+                GroupRefusedError(
+                    reply.error, kind=reply.error_kind, engine=reply.engine, retry_after_s=reply.retry_after_s
+                )
+            )
 
     async def can_serve(self, model: str) -> bool:
         for _ in range(self._models[model].num_groups):
@@ -133,13 +132,23 @@ class ServeBackend:
         answers = await asyncio.gather(*(self._reports(handle, reader) for handle in self._groups.values()))
         return dict(zip(self._groups, answers, strict=True))
 
+    async def step_reports(self) -> list[StepReport]:
+        """The last steps of every group of every model; a group that does not answer in time is left out."""
+        answers = await asyncio.gather(*(_ask_all(handle, "steps") for handle in self._groups.values()))
+        return [msgspec.msgpack.decode(item, type=StepReport) for items in answers for item in items]
+
     async def _reports(self, handle: Handle, reader: str) -> list[GroupReport]:
-        broadcast = handle.broadcast("report", reader)
-        try:
-            items = await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError):
-            return []
-        return [self._decode_report(item) for item in items if isinstance(item, bytes)]
+        return [self._decode_report(item) for item in await _ask_all(handle, "report", reader)]
+
+
+async def _ask_all(handle: Handle, method: str, *arguments: str) -> list[bytes]:
+    """What all groups of a model answer in time."""
+    try:
+        broadcast = handle.broadcast(method, *arguments)
+        items = await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S, return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError):
+        return []
+    return [item for item in items if isinstance(item, bytes)]
 
 
 async def _value(response: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Usage records and the standing of quotas in the database. One transaction a commit, so that the two never disagree."""
+"""Usage records and the balance of quotas in the database. One transaction a commit, so that the two never disagree."""
 
 import math
 from collections.abc import Sequence

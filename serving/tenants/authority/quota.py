@@ -21,14 +21,14 @@ from serving.tenants.messages import (
     NOTHING,
     WAIT,
     Amounts,
-    Ask,
+    Balance,
+    Decision,
     Exchange,
     Lease,
+    LeaseRequest,
     Reply,
     Report,
     Settlement,
-    Standing,
-    Verdict,
 )
 from serving.tenants.records import LIMITS, Limits
 
@@ -70,7 +70,7 @@ class Gateway:
 
 @dataclass(slots=True)
 class Account:
-    """The standing of one subject."""
+    """The balance of one subject."""
 
     limits: Limits = NO_LIMITS
     charged: int = 0
@@ -109,10 +109,10 @@ class Account:
         self.requests.level -= amounts.requests
         self.tokens.level -= amounts.tokens
 
-    def standing(self, subject: str) -> Standing:
+    def balance(self, subject: str) -> Balance:
         """What is left of the rates."""
         holdings = self.holdings.values()
-        return Standing(
+        return Balance(
             subject=subject,
             requests=self.requests.level + sum(holding.free.requests for holding in holdings),
             tokens=self.tokens.level + sum(holding.free.tokens for holding in holdings),
@@ -199,11 +199,11 @@ class QuotaAuthority:
                 self._charge(settlement)
         for report in message.reports:
             self._take_report(message.gateway_id, report)
-        verdicts = tuple(self._decide(message.gateway_id, ask) for ask in message.asks)
-        leases = self._give_ahead(message.gateway_id, message.asks, verdicts)
+        decisions = tuple(self._decide(message.gateway_id, request) for request in message.lease_requests)
+        leases = self._give_ahead(message.gateway_id, message.lease_requests, decisions)
         gateway.number = message.number
         gateway.reply = Reply(
-            number=message.number, verdicts=verdicts, leases=leases, standings=self._standings(message)
+            number=message.number, decisions=decisions, leases=leases, balances=self._balances(message)
         )
         self._changes.gateways.add(message.gateway_id)
         return gateway.reply
@@ -263,15 +263,17 @@ class QuotaAuthority:
             holdings.pop(gateway_id, None)
         self._changes.holdings.add((gateway_id, subject))
 
-    def _decide(self, gateway_id: str, ask: Ask) -> Verdict:
-        if gone := [subject for subject, _ in ask.costs if subject not in self._limits]:
-            return Verdict(kind="refused", subject=gone[0])
-        accounts = [(subject, self._account(subject), cost) for subject, cost in ask.costs]
+    def _decide(self, gateway_id: str, request: LeaseRequest) -> Decision:
+        if gone := [subject for subject, _ in request.costs if subject not in self._limits]:
+            return Decision(kind="refused", subject=gone[0])
+        accounts = [(subject, self._account(subject), cost) for subject, cost in request.costs]
         short = [(subject, account, s) for subject, account, cost in accounts for s in account.shortages(cost)]
         if not short:
-            self._give(gateway_id, ask.costs, is_ahead=False)
+            self._give(gateway_id, request.costs, is_ahead=False)
             return GRANTED
-        if ask.waited_s < RECALL_TIMEOUT_S and all(self._can_recall(gateway_id, account, s) for _, account, s in short):
+        if request.waited_s < RECALL_TIMEOUT_S and all(
+            self._can_recall(gateway_id, account, s) for _, account, s in short
+        ):
             for subject, account, _ in short:
                 self._recall(gateway_id, subject, account)
             return WAIT
@@ -279,7 +281,7 @@ class QuotaAuthority:
         subject, _, worst = max(
             short, key=lambda item: math.inf if item[2].retry_after_s is None else item[2].retry_after_s
         )
-        return Verdict(kind="refused", subject=subject, limit=worst.limit, retry_after_s=worst.retry_after_s)
+        return Decision(kind="refused", subject=subject, limit=worst.limit, retry_after_s=worst.retry_after_s)
 
     def _can_recall(self, gateway_id: str, account: Account, short: _Shortage) -> bool:
         """Whether it would be enough if all others gave back what they do not use."""
@@ -297,36 +299,38 @@ class QuotaAuthority:
             self.accounts[subject].give(gateway_id, cost, is_ahead=is_ahead)
             self._changes.holdings.add((gateway_id, subject))
 
-    def _standings(self, message: Exchange) -> tuple[Standing, ...]:
+    def _balances(self, message: Exchange) -> tuple[Balance, ...]:
         """Of those that the exchange is about, with what it has changed."""
         subjects = {report.subject for report in message.reports}
-        subjects.update(subject for ask in message.asks for subject, _ in ask.costs)
+        subjects.update(subject for request in message.lease_requests for subject, _ in request.costs)
         accounts = {subject: self.accounts[subject] for subject in sorted(subjects & self.accounts.keys())}
-        return tuple(account.standing(subject) for subject, account in accounts.items() if account.limits.has_rate)
+        return tuple(account.balance(subject) for subject, account in accounts.items() if account.limits.has_rate)
 
-    def _give_ahead(self, gateway_id: str, asks: Sequence[Ask], verdicts: Sequence[Verdict]) -> tuple[Lease, ...]:
+    def _give_ahead(
+        self, gateway_id: str, requests: Sequence[LeaseRequest], decisions: Sequence[Decision]
+    ) -> tuple[Lease, ...]:
         """For each pair of tenant and key, room for some more requests like the largest that was granted; near the edge none, so
         that one gateway does not sit on what another needs."""
-        largest: dict[tuple[str, ...], Ask] = {}
-        for ask, verdict in zip(asks, verdicts, strict=True):
-            if verdict.kind == "granted":
-                pair = tuple(subject for subject, _ in ask.costs)
+        largest: dict[tuple[str, ...], LeaseRequest] = {}
+        for request, decision in zip(requests, decisions, strict=True):
+            if decision.kind == "granted":
+                pair = tuple(subject for subject, _ in request.costs)
                 largest[pair] = max(
-                    ask, largest.get(pair, ask), key=lambda ask: max(max(cost) for _, cost in ask.costs)
+                    request, largest.get(pair, request), key=lambda request: max(max(cost) for _, cost in request.costs)
                 )
         leases = []
-        for ask in largest.values():
-            num_requests = self._num_ahead(ask)
+        for request in largest.values():
+            num_requests = self._num_ahead(request)
             if num_requests:
-                costs = tuple((subject, cost * num_requests) for subject, cost in ask.costs)
+                costs = tuple((subject, cost * num_requests) for subject, cost in request.costs)
                 self._give(gateway_id, costs, is_ahead=True)
                 leases += [Lease(subject=subject, amounts=amounts) for subject, amounts in costs]
         return tuple(leases)
 
-    def _num_ahead(self, ask: Ask) -> int:
+    def _num_ahead(self, request: LeaseRequest) -> int:
         num_gateways = sum(not gateway.is_silent for gateway in self.gateways.values())
         num_requests = _MAX_LEASED_REQUESTS
-        for subject, cost in ask.costs:
+        for subject, cost in request.costs:
             account = self.accounts[subject]
             for name, needed in zip(LIMITS, cost, strict=True):
                 if needed and getattr(account.limits, name) is not None:

@@ -1,7 +1,7 @@
 """The quota authority as a service: two calls that gateways make, without knowledge of how they travel.
 
 All of its logic and its database run in one thread, so that the event loop never waits for either. What has come in while a
-transaction was under way goes into the next one together.
+transaction was in flight goes into the next one together.
 """
 
 import asyncio

@@ -20,8 +20,8 @@ from serving.contracts.accounts import Principal, RateLimits, Reservation, Usage
 from serving.contracts.errors import AccountsUnavailableError, QuotaExceededError, UnauthenticatedError
 from serving.tenants.client.balances import tighter
 from serving.tenants.client.leases import LeaseBook
-from serving.tenants.directory import REFUSAL, KeyDirectory, Quota, Snapshot
-from serving.tenants.messages import Amounts, Costs, Exchange, Reply, SyncReply, SyncRequest, Verdict
+from serving.tenants.directory import INVALID_KEY_MESSAGE, KeyDirectory, Quota, Snapshot
+from serving.tenants.messages import Amounts, Costs, Decision, Exchange, Reply, SyncReply, SyncRequest
 from serving.tenants.records import Limits
 
 logger = logging.getLogger(__name__)
@@ -102,14 +102,14 @@ class TenantAccounts:
         try:
             quotas = self._directory.quotas(principal.key_id)
         except KeyError as error:  # revoked since the request came in
-            raise UnauthenticatedError(REFUSAL) from error
+            raise UnauthenticatedError(INVALID_KEY_MESSAGE) from error
         if self._book.num_unrecorded >= MAX_UNRECORDED or self._is_stopping:
             raise AccountsUnavailableError("usage cannot be recorded now")
-        all_costs = ((quota.subject, _cost(quota.limits, num_tokens)) for quota in quotas)
+        all_costs = ((quota.subject, reservation_cost(quota.limits, num_tokens)) for quota in quotas)
         costs = tuple((subject, cost) for subject, cost in all_costs if cost)
         if costs and not self._book.take(costs):
             self.num_asked += 1
-            self._raise_refusal(await self._ask(costs), quotas, num_tokens)
+            self._raise_quota_error(await self._ask(costs), quotas, num_tokens)
         return _Reservation(self, costs, (quotas[0].subject, quotas[1].subject), asyncio.Event())
 
     def rate_limits(self, principal: Principal) -> RateLimits:
@@ -142,8 +142,8 @@ class TenantAccounts:
         except TimeoutError:
             raise AccountsUnavailableError("the answer is ready, but its usage cannot be recorded now") from None
 
-    async def _ask(self, costs: Costs) -> Verdict:
-        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+    async def _ask(self, costs: Costs) -> Decision:
+        answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         request = self._book.ask(costs, self._clock(), answer.set_result)
         self._urgent.set()
         try:
@@ -156,14 +156,14 @@ class TenantAccounts:
             raise AccountsUnavailableError("quotas cannot be checked now")
         return answer.result()
 
-    def _raise_refusal(self, verdict: Verdict, quotas: tuple[Quota, Quota], num_tokens: int) -> None:
-        if verdict.kind == "granted":
+    def _raise_quota_error(self, decision: Decision, quotas: tuple[Quota, Quota], num_tokens: int) -> None:
+        if decision.kind == "granted":
             return
-        if not verdict.limit:
-            raise UnauthenticatedError(REFUSAL)
-        quota = next(quota for quota in quotas if quota.subject == verdict.subject)
-        message = _refusal(quota, verdict, num_tokens)
-        raise QuotaExceededError(message, quota=verdict.limit, retry_after_s=verdict.retry_after_s)
+        if not decision.limit:
+            raise UnauthenticatedError(INVALID_KEY_MESSAGE)
+        quota = next(quota for quota in quotas if quota.subject == decision.subject)
+        message = _refusal(quota, decision, num_tokens)
+        raise QuotaExceededError(message, quota=decision.limit, retry_after_s=decision.retry_after_s)
 
     async def _talk(self) -> None:
         while True:
@@ -178,7 +178,7 @@ class TenantAccounts:
             if exchange is not None:
                 reply = await self._retrying(partial(self._exchange, exchange))
                 self._book.take_reply(reply, self._clock())
-                if any(verdict.kind == "wait" for verdict in reply.verdicts):
+                if any(decision.kind == "wait" for decision in reply.decisions):
                     await asyncio.sleep(_RECALL_PAUSE_S)
             elif self._is_stopping:
                 return
@@ -230,7 +230,7 @@ class _Reservation:
         await self.accounts.flush(self.durable)
 
 
-def _cost(limits: Limits, num_tokens: int) -> Amounts:
+def reservation_cost(limits: Limits, num_tokens: int) -> Amounts:
     """What a request takes from each limit that is set."""
     return Amounts(
         requests=0 if limits.requests_per_minute is None else 1,
@@ -240,21 +240,21 @@ def _cost(limits: Limits, num_tokens: int) -> Amounts:
     )
 
 
-def _refusal(quota: Quota, verdict: Verdict, num_tokens: int) -> str:
+def _refusal(quota: Quota, decision: Decision, num_tokens: int) -> str:
     """For the client to read."""
     owner = "this tenant" if quota.subject.startswith("tenant:") else "this key"
-    limit = getattr(quota.limits, verdict.limit)
+    limit = getattr(quota.limits, decision.limit)
     needed = f"this request may need {num_tokens}"
-    match verdict.limit:
+    match decision.limit:
         case "requests_per_minute":
             return f"{owner} may send {limit} requests a minute"
-        case "tokens_per_minute" if verdict.retry_after_s is None:
+        case "tokens_per_minute" if decision.retry_after_s is None:
             return f"{owner} may use {limit} tokens a minute, and {needed}: it will never fit; lower max_tokens"
         case "tokens_per_minute":
             return f"{owner} may use {limit} tokens a minute, and {needed}"
         case "max_concurrent_requests":
             return f"{owner} may run {limit} request{'' if limit == 1 else 's'} at a time"
-        case _ if verdict.retry_after_s is None:
+        case _ if decision.retry_after_s is None:
             return f"{owner} has a budget of {limit} tokens; {needed}, and less is left"
         case _:
             return f"{owner} has a budget of {limit} tokens; {needed}, and running requests have set aside what is left"

@@ -8,13 +8,13 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from serving.contracts.accounts import RateLimit, RateLimits
-from serving.tenants.messages import NOTHING, Amounts, Standing
+from serving.tenants.messages import NOTHING, Amounts, Balance
 from serving.tenants.records import Limits
 
 
 @dataclass(slots=True)
 class _Known:
-    told: Standing
+    told: Balance
     told_s: float
     unseen: Amounts
     """Taken out of leases here, less what was given back, of which the authority did not know when it said this."""
@@ -24,7 +24,7 @@ class _Known:
     """There was no news since the last `forget_old`."""
 
 
-class Standings:
+class Balances:
     """Of the subjects that the authority has spoken of lately."""
 
     def __init__(self) -> None:
@@ -48,9 +48,9 @@ class Standings:
             if known := self._known.get(subject):
                 known.unsent = NOTHING
 
-    def take_news(self, standings: Iterable[Standing], now_s: float) -> None:
+    def take_news(self, balances: Iterable[Balance], now_s: float) -> None:
         """Of the reply to that exchange."""
-        for told in standings:
+        for told in balances:
             known = self._known.get(told.subject)
             unsent = known.unsent if known else NOTHING
             self._known[told.subject] = _Known(told, now_s, unseen=unsent, unsent=unsent)

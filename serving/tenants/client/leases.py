@@ -6,23 +6,23 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from serving.contracts.accounts import RateLimits, UsageRecord
-from serving.tenants.client.balances import Standings
+from serving.tenants.client.balances import Balances
 from serving.tenants.messages import (
     GRANTED,
     NOTHING,
     Amounts,
-    Ask,
     Costs,
+    Decision,
     Exchange,
+    LeaseRequest,
     Reply,
     Report,
     Settlement,
-    Verdict,
 )
 from serving.tenants.records import Limits
 
 MAX_SETTLEMENTS = 512
-MAX_ASKS = 1024
+MAX_LEASE_REQUESTS = 1024
 """In one exchange."""
 
 
@@ -45,7 +45,7 @@ class WaitingRequest:
 
     costs: Costs
     asked_s: float
-    on_verdict: Callable[[Verdict], None]
+    on_decision: Callable[[Decision], None]
     """Called once, unless withdrawn before: with "granted" or "refused"."""
     is_granted: bool = False
     is_withdrawn: bool = False
@@ -73,7 +73,7 @@ class LeaseBook:
     def __init__(self, gateway_id: str) -> None:
         self._gateway_id = gateway_id
         self._leases: dict[str, _Lease] = {}
-        self._standings = Standings()
+        self._standings = Balances()
         self._settled: deque[_Settled] = deque()
         self._waiting: deque[WaitingRequest] = deque()
         self._recalled: set[str] = set()
@@ -89,7 +89,7 @@ class LeaseBook:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a verdict."""
+        """Requests that wait for a decision."""
         return len(self._waiting) + (len(self._sent.waiting) if self._sent else 0)
 
     def take(self, costs: Costs) -> bool:
@@ -107,14 +107,14 @@ class LeaseBook:
             self._standings.take(subject, cost)
         return True
 
-    def ask(self, costs: Costs, now_s: float, on_verdict: Callable[[Verdict], None]) -> WaitingRequest:
+    def ask(self, costs: Costs, now_s: float, on_decision: Callable[[Decision], None]) -> WaitingRequest:
         """Have the authority decide."""
-        request = WaitingRequest(costs, now_s, on_verdict)
+        request = WaitingRequest(costs, now_s, on_decision)
         self._waiting.append(request)
         return request
 
     def withdraw(self, request: WaitingRequest) -> None:
-        """Nobody uses the verdict: what was granted, or will be, is given back."""
+        """Nobody uses the decision: what was granted, or will be, is given back."""
         request.is_withdrawn = True
         if request.is_granted:
             self._release_all(request.costs)
@@ -175,7 +175,7 @@ class LeaseBook:
             number=self._number,
             settlements=tuple(item.settlement for item in settled),
             reports=reports,
-            asks=tuple(Ask(request.costs, now_s - request.asked_s) for request in waiting),
+            lease_requests=tuple(LeaseRequest(request.costs, now_s - request.asked_s) for request in waiting),
         )
         self._sent = _Sent(exchange, settled, waiting)
         return exchange
@@ -186,22 +186,22 @@ class LeaseBook:
         if sent is None or reply.number != sent.exchange.number:
             return
         self._sent = None
-        self._standings.take_news(reply.standings, now_s)
+        self._standings.take_news(reply.balances, now_s)
         for lease in reply.leases:
             self._lease(lease.subject).free += lease.amounts
         with_leases = {lease.subject for lease in reply.leases}
         again = []
-        for request, verdict in zip(sent.waiting, reply.verdicts, strict=True):
-            if verdict.kind == "wait":
+        for request, decision in zip(sent.waiting, reply.decisions, strict=True):
+            if decision.kind == "wait":
                 again.append(request)
                 continue
-            if verdict.kind == "granted":
+            if decision.kind == "granted":
                 for subject, cost in request.costs:
                     self._lease(subject).reserved += cost
                     self._lease(subject).is_tight = subject not in with_leases
                 if request.is_withdrawn:
                     self._release_all(request.costs)
-            _tell(request, verdict)
+            _tell(request, decision)
         self._waiting.extendleft(reversed(again))
         for item in sent.settled:
             item.on_durable()
@@ -228,7 +228,7 @@ class LeaseBook:
     def _still_waiting(self) -> list[WaitingRequest]:
         """In order, without those that can be served by now from what others gave back."""
         waiting = []
-        for request in list(islice(self._waiting, MAX_ASKS)):
+        for request in list(islice(self._waiting, MAX_LEASE_REQUESTS)):
             self._waiting.popleft()
             if request.is_withdrawn:
                 continue
@@ -257,10 +257,10 @@ class LeaseBook:
         return tuple(reports)
 
 
-def _tell(request: WaitingRequest, verdict: Verdict) -> None:
+def _tell(request: WaitingRequest, decision: Decision) -> None:
     if not request.is_withdrawn:
-        request.is_granted = verdict.kind == "granted"
-        request.on_verdict(verdict)
+        request.is_granted = decision.kind == "granted"
+        request.on_decision(decision)
 
 
 def _used(cost: Amounts, num_tokens: int) -> Amounts:

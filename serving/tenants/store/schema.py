@@ -135,7 +135,7 @@ class AuthorityRow(Base):
 
 
 class QuotaRow(Base):
-    """The standing of a tenant or a key, over all time."""
+    """The balance of a tenant or a key, over all time."""
 
     __tablename__ = "quotas"
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from bench.idle_streams import per_stream, verdict
+from bench.idle_streams import decision, per_stream
 
 KIB = 1024
 
@@ -27,12 +27,12 @@ def test_growth_is_divided_among_the_streams() -> None:
 
 
 def test_the_gateway_alone_is_bounded() -> None:
-    assert verdict(result())
+    assert decision(result())
     heavy = {"grpc": {"gateway 0": 65.0 * KIB, "leader": 0.0}, "http": {"gateway 0": 1.0, "leader": 0.0}}
-    assert not verdict(result(bytes_per_stream=heavy))
+    assert not decision(result(bytes_per_stream=heavy))
 
 
 def test_nothing_may_be_lost_or_refused() -> None:
-    assert not verdict(result(ends=Counter({"open": 25, "UNAVAILABLE": 1})))
-    assert not verdict(result(ends=Counter({"open": 19, "OK": 6})))
-    assert not verdict(result(active={"codes": Counter({"OK": 3, "RESOURCE_EXHAUSTED": 1})}))
+    assert not decision(result(ends=Counter({"open": 25, "UNAVAILABLE": 1})))
+    assert not decision(result(ends=Counter({"open": 19, "OK": 6})))
+    assert not decision(result(active={"codes": Counter({"OK": 3, "RESOURCE_EXHAUSTED": 1})}))

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from bench.clients import Ended, Shape, percentile, poisson_arrivals
-from bench.overload import finished_rate, judge_memory, judge_refusals, recovery, verdicts
+from bench.overload import decisions, finished_rate, judge_memory, judge_refusals, recovery
 from protos import inference_pb2 as pb
 
 MB = 1_000_000
@@ -61,7 +61,7 @@ def test_a_run_without_a_refusal_was_no_overload() -> None:
         "refusals": judge_refusals([ended(0, 1)]),
         "memory": {"held_bytes": 0, "growth_bytes": 0},
     }
-    assert verdicts(result) == {"goodput": True, "rejects": False, "reasons": True, "memory": True, "recovery": True}
+    assert decisions(result) == {"goodput": True, "rejects": False, "reasons": True, "memory": True, "recovery": True}
 
 
 def test_arrivals_come_at_the_rate() -> None:

@@ -1,4 +1,4 @@
-"""Figures become tables, verdicts and plots."""
+"""Figures become tables, decisions and plots."""
 
 import mmap
 from pathlib import Path
@@ -14,7 +14,7 @@ from bench.memory_growth import SAMPLE_S, Usage, judge
 from bench.plots import draw_all, step_floor_s
 from bench.report import PAGE, SECTIONS, render_engine, render_growth, write_page
 from bench.stats import fit_line, growth
-from bench.targets import LIMIT_BF16, verdicts
+from bench.targets import LIMIT_BF16, decisions
 from bench.timing import WORKLOADS, Timing, Workload
 
 MACHINE = {
@@ -51,7 +51,7 @@ def growth_result() -> dict[str, Any]:
 
 
 def test_verdicts_take_the_better_shape_and_name_what_was_not_measured() -> None:
-    text = verdicts(engine_result({"tp1": 1.0, "tp2": 0.5, "llama.cpp BF16": 0.7, LIMIT_BF16: 0.3}))
+    text = decisions(engine_result({"tp1": 1.0, "tp2": 0.5, "llama.cpp BF16": 0.7, LIMIT_BF16: 0.3}))
     rows = {row.split(" | ")[0].removeprefix("| "): row for row in text.splitlines()}
     assert rows["1 × 32→128, bfloat16: times llama.cpp BF16"].endswith("| ≥ 1.2 | 0.70 | 1.40 | yes |")
     assert rows[f"1 × 32→128, bfloat16: times {LIMIT_BF16}"].endswith("| 0.30 | 0.60 | **no** |")

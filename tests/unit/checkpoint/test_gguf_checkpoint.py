@@ -17,6 +17,7 @@ from model_parallel.checkpoint.loader import load_shard, open_checkpoint
 from model_parallel.checkpoint.names import from_gguf
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import FINAL_NORM, Shard, shard_table
+from tests.support.effort import rest_by_night
 from tests.support.shards import load_parts
 
 CPU = torch.device("cpu")
@@ -37,21 +38,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def smollm2_whole(smollm2_path: Path) -> dict[str, torch.Tensor]:
-    return load(smollm2_path, 1, 0)
-
-
-def test_same_tensors_as_transformers(smollm2_path: Path, smollm2_whole: dict[str, torch.Tensor]) -> None:
-    config = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
-    theirs = load_gguf_checkpoint(str(smollm2_path), return_tensors=True, model_to_load=empty)["tensors"]
-    assert theirs.keys() == smollm2_whole.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(tensor, smollm2_whole[name]), name
-
-
 def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
     theirs = AutoConfig.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
     info = describe(smollm2_path)
@@ -64,22 +50,8 @@ def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
     assert ours.tie_word_embeddings
     assert (ours.bos_token_id, ours.eos_token_ids) == (1, (2,))
     assert ours.num_parameters == 134515008
-    assert (info.format, info.chat_format, info.licence, info.add_bos) == ("gguf", "chatml", "apache-2.0", False)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3, 9])
-def test_every_rank_reads_its_part(smollm2_path: Path, smollm2_whole: dict[str, torch.Tensor], num_ranks: int) -> None:
-    """Together the ranks cover every tensor, and each part is that of the whole."""
-    config = describe(smollm2_path).config
-    covered: dict[str, set[int]] = {name: set() for name in smollm2_whole}
-    for rank in range(num_ranks):
-        table = shard_table(config, num_ranks, rank)
-        for name, part in load(smollm2_path, num_ranks, rank).items():
-            assert part.is_contiguous()
-            assert torch.equal(part, smollm2_whole[name][table[name].index]), (rank, name)
-            covered[name].update(range(table[name].start, table[name].stop))
-    for name, shard in shard_table(config, num_ranks, 0).items():
-        assert shard.axis is None or covered[name] == set(range(shard.full_shape[shard.axis]))
+    assert (info.format, info.licence, info.add_bos) == ("gguf", "apache-2.0", False)
+    assert "<|im_start|>" in info.chat_template
 
 
 def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -137,6 +109,52 @@ class TinyGguf:
         writer.write_tensors_to_file()
         writer.close()
         return path
+
+
+@pytest.fixture(scope="module", params=rest_by_night(["tiny", "smollm2"], by_day=["tiny"]))
+def whole_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that transformers can read too: quantised as SmolLM2's is, or that one itself."""
+    if request.param == "smollm2":
+        path: Path = request.getfixturevalue("smollm2_path")
+        return path
+    tiny = TinyGguf()
+    for name, kind in {
+        "blk.0.attn_q": Type.Q4_1, "blk.0.attn_k": Type.Q4_1, "blk.0.attn_v": Type.Q8_0, "blk.0.ffn_down": Type.Q4_1,
+        "token_embd": Type.Q8_0, "blk.0.ffn_up": Type.F16,
+    }.items():  # fmt: skip
+        tiny.types[f"{name}.weight"] = kind
+        tiny.tensors[f"{name}.weight"] = gguf.quants.quantize(tiny.tensors[f"{name}.weight"], kind)
+    return tiny.write(tmp_path_factory.mktemp("whole") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(whole_file: Path) -> dict[str, torch.Tensor]:
+    return load(whole_file, 1, 0)
+
+
+def test_same_tensors_as_transformers(whole_file: Path, whole: dict[str, torch.Tensor]) -> None:
+    config = AutoConfig.from_pretrained(whole_file.parent, gguf_file=whole_file.name)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    theirs = load_gguf_checkpoint(str(whole_file), return_tensors=True, model_to_load=empty)["tensors"]
+    assert theirs.keys() == whole.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_every_rank_reads_its_part(whole_file: Path, whole: dict[str, torch.Tensor], num_ranks: int) -> None:
+    """Together the ranks cover every tensor, and each part is that of the whole."""
+    config = describe(whole_file).config
+    covered: dict[str, set[int]] = {name: set() for name in whole}
+    for rank in range(num_ranks):
+        table = shard_table(config, num_ranks, rank)
+        for name, part in load(whole_file, num_ranks, rank).items():
+            assert part.is_contiguous()
+            assert torch.equal(part, whole[name][table[name].index]), (rank, name)
+            covered[name].update(range(table[name].start, table[name].stop))
+    for name, shard in shard_table(config, num_ranks, 0).items():
+        assert shard.axis is None or covered[name] == set(range(shard.full_shape[shard.axis]))
 
 
 QUANTISED = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
@@ -223,13 +241,11 @@ def test_run_dtype_and_progress(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("llama.rope.scaling.type", "linear", "llama.rope.scaling.type is 'linear'"),
-        ("llama.rope.scaling.factor", 2.0, "llama.rope.scaling.factor is 2.0"),
+        ("llama.rope.scaling.factor", -2.0, "factor of linear RoPE scaling is -2.0"),
         ("llama.rope.dimension_count", 32, "llama.rope.dimension_count is 32 and the head dimension 64"),
         ("llama.attention.value_length", 32, "llama.attention.value_length is 32"),
         ("llama.expert_count", 8, "llama.expert_count is 8"),
-        ("llama.attention.sliding_window", 128, "llama.attention.sliding_window is 128"),
-        ("llama.attention.head_count_kv", [2, 2], r"head_count_kv is \[2, 2\]"),
+        ("llama.attention.head_count_kv", [2, 1], r"head_count_kv is \[2, 1\]; all layers must have the same"),
         ("llama.attention.head_count_kv", 3, "num_kv_heads is 3"),
         ("llama.attention.head_count", 0, "the head dimension 256"),
         ("llama.embedding_length", "256", "llama.embedding_length is '256'"),
@@ -257,13 +273,74 @@ def test_other_architecture_is_refused(tmp_path: Path) -> None:
         describe(tmp_path / "x.gguf")
 
 
-def test_rope_frequencies_only_when_they_change_nothing(tmp_path: Path) -> None:
+def test_rope_frequencies(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes Llama 3's scaling: float32 divisors; ones are as good as none."""
     tiny = TinyGguf()
+    plain = describe(tiny.write(tmp_path / "plain.gguf")).config
     tiny.tensors["rope_freqs.weight"] = np.ones(HEAD_DIM // 2, np.float32)
-    assert FINAL_NORM in load(tiny.write(tmp_path / "ones.gguf"), 1, 0)
+    assert describe(tiny.write(tmp_path / "ones.gguf")).config == plain
     tiny.tensors["rope_freqs.weight"][3] = 8
-    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
-        load(tiny.write(tmp_path / "scaled.gguf"), 1, 0)
+    path = tiny.write(tmp_path / "scaled.gguf")
+    info = describe(path)
+    assert info.config.rope_divisors == (1, 1, 1, 8, *(1,) * (HEAD_DIM // 2 - 4))
+    assert "rope_freqs.weight" in info.rope_scaling
+    assert FINAL_NORM in load(path, 1, 0)
+    tiny.tensors["rope_freqs.weight"] = np.ones(HEAD_DIM, np.float32)
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight is F32 \[64\]; F32 \[32\] is needed"):
+        describe(tiny.write(tmp_path / "wide.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("values", "divisor"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4),
+        ({"llama.rope.scaling.factor": 4.0}, 4),
+        ({"llama.rope.scale_linear": 4.0}, 4),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, None),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 1.0}, None),
+    ],
+)
+def test_linear_scaling(tmp_path: Path, values: dict[str, str | float], divisor: float | None) -> None:
+    tiny = TinyGguf()
+    tiny.values |= values
+    config = describe(tiny.write(tmp_path / "x.gguf")).config
+    assert config.rope_divisors == ((divisor,) * (HEAD_DIM // 2) if divisor else ())
+
+
+def test_other_scaling_is_refused(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.values |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(CheckpointError, match=r"llama.rope.scaling.type is 'yarn'.*made without it"):
+        describe(tiny.write(tmp_path / "x.gguf"))
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.values["llama.attention.sliding_window"] = 32
+    info = describe(tiny.write(tmp_path / "x.gguf"))
+    assert info.config.max_position == 32
+    assert "sliding_window is 32" in info.warnings[0]
+    tiny.values["llama.attention.sliding_window"] = 64
+    assert describe(tiny.write(tmp_path / "y.gguf")).warnings == ()
+
+
+def test_settings_of_each_layer_that_are_equal(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    plain = describe(tiny.write(tmp_path / "plain.gguf")).config
+    tiny.values |= {"llama.attention.head_count_kv": [KV_HEADS], "llama.feed_forward_length": [FFN]}
+    assert describe(tiny.write(tmp_path / "x.gguf")).config == plain
+
+
+def test_every_end_token(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.values |= {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("eos", "eot", "eom"), start=2)}
+    assert describe(tiny.write(tmp_path / "x.gguf")).config.eos_token_ids == (2, 3, 4)
+    tiny.values["tokenizer.ggml.eot_token_id"] = VOCAB
+    info = describe(tiny.write(tmp_path / "y.gguf"))
+    assert info.config.eos_token_ids == (2, 4)
+    assert "special token 40 is not below the vocabulary's 40; answers end at 2, 4" in info.warnings[0]
 
 
 @pytest.mark.parametrize(

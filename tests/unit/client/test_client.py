@@ -10,6 +10,7 @@ import pytest
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.client.client import Client
+from tests.support.waiting import PATIENCE_S
 
 
 class Recorder(inference_pb2_grpc.InferenceServicer):
@@ -40,8 +41,8 @@ def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list
     try:
         with Client(f"127.0.0.1:{port}", api_key=api_key) as client:
             client.models()
-            chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=5)
+            chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=PATIENCE_S)
             assert [chunk.text for chunk in chunks] == ["a"]
     finally:
-        server.stop(0).wait(5)
+        server.stop(0).wait(PATIENCE_S)
     assert recorder.seen == [expected, expected]

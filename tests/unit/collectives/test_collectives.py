@@ -19,6 +19,7 @@ from model_parallel.collectives.threads import Exchange, ThreadCollectives
 from model_parallel.config import ParallelConfig
 from model_parallel.errors import GroupFailedError
 from model_parallel.runtime.leader import store_file
+from tests.support.waiting import PATIENCE_S
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
 KINDS = ["thread", "gloo", *(["memory"] if shutil.which("g++") else [])]
@@ -30,7 +31,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def make_group(kind: str, size: int, pool: ThreadPoolExecutor, timeout_s: float = 20.0) -> list[Collectives]:
+def make_group(kind: str, size: int, pool: ThreadPoolExecutor, timeout_s: float = PATIENCE_S) -> list[Collectives]:
     if kind == "thread":
         exchange = Exchange(size, timeout_s=timeout_s)
         return [ThreadCollectives(exchange, rank) for rank in range(size)]
@@ -124,11 +125,11 @@ def test_results_do_not_change_when_a_rank_runs_ahead_and_overwrites_its_input(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_absent_peer_is_noticed_by_the_deadline(kind: str, pool: ThreadPoolExecutor) -> None:
-    group = make_group(kind, 3, pool, timeout_s=0.3)
+    group = make_group(kind, 3, pool, timeout_s=0.3)  # must expire
     calls = [pool.submit(c.all_reduce, torch.ones(4)) for c in group[:2]]
     for call in calls:
         with pytest.raises(GroupFailedError, match=r"rank [01]"):
-            call.result(20)
+            call.result(PATIENCE_S)
     close(group)
 
 
@@ -141,7 +142,7 @@ def test_peer_that_leaves_is_noticed_at_once(kind: str, pool: ThreadPoolExecutor
     if kind == "gloo":
         del group[1]  # its connections close with the last reference, as they do with the process
     with pytest.raises(GroupFailedError):
-        call.result(20)
+        call.result(PATIENCE_S)
     close(group)
 
 

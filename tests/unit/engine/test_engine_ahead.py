@@ -45,7 +45,7 @@ def test_ranks_have_the_next_step_before_the_results_of_the_last_are_taken_in() 
 
 
 def test_a_full_output_costs_no_row_too_many() -> None:
-    harness = Harness(max_under_way=2)
+    harness = Harness(max_in_flight=2)
     for number, max_tokens in enumerate([1, 2, 7, 0]):
         harness.add(make_request(f"r{number}", [number] * 5, max_tokens=max_tokens))
     harness.run()
@@ -54,10 +54,10 @@ def test_a_full_output_costs_no_row_too_many() -> None:
     assert sum(row.num_tokens for row in rows) == 4 * 5 + 0 + 1 + 6
 
 
-def test_a_stop_token_discards_the_row_that_is_under_way() -> None:
+def test_a_stop_token_discards_the_row_that_is_in_flight() -> None:
     solo = solo_output(make_request("r1", [1, 2], max_tokens=8))
     request = make_request("r1", [1, 2], max_tokens=8, stops=(solo[2],))
-    harness = Harness(max_under_way=2)
+    harness = Harness(max_in_flight=2)
     harness.add(request)
     harness.run()
     assert harness.tokens("r1") == solo_output(request)
@@ -71,7 +71,7 @@ def test_a_stop_token_discards_the_row_that_is_under_way() -> None:
 def test_a_request_that_comes_meanwhile_gets_the_blocks_of_one_that_has_stopped() -> None:
     """The stopped sequence's row is run before the new one's, in blocks that both name."""
     solo = solo_output(make_request("r1", [1] * 6, max_tokens=8))
-    harness = Harness(num_blocks=2, max_under_way=2, enable_prefix_caching=False)
+    harness = Harness(num_blocks=2, max_in_flight=2, enable_prefix_caching=False)
     first = make_request("r1", [1] * 6, max_tokens=3, stops=(solo[0],))
     second = make_request("r2", [2] * 6, max_tokens=3)
     harness.add(first)
@@ -82,8 +82,8 @@ def test_a_request_that_comes_meanwhile_gets_the_blocks_of_one_that_has_stopped(
     assert [row.seq_id for plan in harness.executor.plans for row in plan.rows][:3] == [1, 1, 2]
 
 
-def test_losing_the_group_with_two_steps_under_way() -> None:
-    harness = Harness(max_under_way=2)
+def test_losing_the_group_with_two_steps_in_flight() -> None:
+    harness = Harness(max_in_flight=2)
     for number in range(3):
         harness.add(make_request(f"r{number}", [number]))
     harness.executor.fails_at_step = 3
@@ -94,8 +94,8 @@ def test_losing_the_group_with_two_steps_under_way() -> None:
     assert not harness.engine.has_work
 
 
-def test_a_lost_group_has_no_work_although_steps_were_under_way() -> None:
-    harness = Harness(max_under_way=2)
+def test_a_lost_group_has_no_work_although_steps_were_in_flight() -> None:
+    harness = Harness(max_in_flight=2)
     harness.add(make_request("r1", [1]))
     harness.step()
     harness.engine.fail("rank 0 closed its connection")
@@ -119,7 +119,7 @@ def starts(plan: StepPlan | None) -> dict[int, int]:
 
 
 def preempted_in_flight() -> tuple[Scheduler, StepPlan]:
-    """Sequence 2 prefills a block a step. Its fifth is under way, the other four are published, and it is preempted."""
+    """Sequence 2 prefills a block a step. Its fifth is in flight, the other four are published, and it is preempted."""
     config = SchedulerConfig(max_prefill_chunk=4, max_model_len=64)
     scheduler = Scheduler(config, CacheConfig(num_blocks=9, block_size=4), epoch=1)
     scheduler.add(make_request("r1", [1] * 4, max_tokens=20))

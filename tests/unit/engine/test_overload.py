@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.engine.overload import Deadlines, Pace, StepTimes
@@ -63,7 +63,6 @@ def test_the_waiting_tokens_of_one_tenant_are_bounded_too() -> None:
     harness.add(make_request("b1", [1] * 20, tenant="small"))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 60)), max_size=80), st.integers(5, 20))
 def test_whoever_has_nothing_waiting_is_let_in_beside_any_one_tenant(sends: list[tuple[str, int]], limit: int) -> None:
     simulation = Simulation(max_waiting_requests=limit)

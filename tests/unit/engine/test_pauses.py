@@ -28,8 +28,8 @@ def test_a_paused_sequence_holds_nothing_and_goes_on_where_it_was() -> None:
     assert harness.engine.stats.num_prompt_tokens == 12, "it is not charged twice"
 
 
-def test_tokens_that_are_under_way_still_come() -> None:
-    harness = Harness(max_under_way=3)
+def test_tokens_that_are_in_flight_still_come() -> None:
+    harness = Harness(max_in_flight=3)
     request = make_request("r1", [1] * 6, max_tokens=20)
     harness.add(request)
     harness.step()

@@ -1,6 +1,6 @@
 """Tenants never meet in the prefix cache: requests are told apart by their salts, whatever their tokens."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.engine.request import EngineOutput
@@ -33,7 +33,6 @@ def without_names(outputs: list[list[EngineOutput]]) -> list[list[tuple[object, 
     ]
 
 
-@settings(max_examples=60, deadline=None)
 @given(PROMPTS, PROMPTS)
 def test_what_another_tenant_has_cached_changes_nothing_that_a_probe_can_see(secrets: Prompts, probes: Prompts) -> None:
     """Neither the answers, nor the hits reported, nor how much is computed for them, which is what can be timed."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Running
 
 JSON = {"content-type": "application/json"}
@@ -17,10 +18,10 @@ COMPLETION = {"model": "tiny", "prompt": "hi"}
 
 @asynccontextmanager
 async def client(gateway: Running, **options: Any) -> AsyncIterator[httpx2.AsyncClient]:
-    """An HTTP client of the gateway, which may wait for ten seconds."""
+    """An HTTP client of the gateway, which waits as long as a test may."""
     url = f"http://127.0.0.1:{gateway.http_port}"
     # Without `verify` a client does not read the system's certificates, which takes longer than most tests.
-    async with httpx2.AsyncClient(**{"base_url": url, "timeout": 10, "verify": False, **options}) as http:
+    async with httpx2.AsyncClient(**{"base_url": url, "timeout": PATIENCE_S, "verify": False, **options}) as http:
         yield http
 
 
@@ -61,7 +62,7 @@ async def connection(gateway: Running) -> AsyncIterator[tuple[asyncio.StreamRead
 
 async def answer_to(gateway: Running, *parts: bytes) -> bytes:
     """Everything that comes back until the gateway closes the connection."""
-    async with connection(gateway) as (reader, writer), asyncio.timeout(10):
+    async with connection(gateway) as (reader, writer), asyncio.timeout(PATIENCE_S):
         for part in parts:
             writer.write(part)
             await asyncio.sleep(0)

@@ -8,6 +8,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Serve
 from tests.unit.gateway.test_http2_attacks import (
     DATA,
@@ -56,5 +57,5 @@ async def test_a_bomb_takes_no_memory(serve: Serve) -> None:
             await attacker.send(frame(DATA, 1, part, END_STREAM if part is parts[-1] else 0))
         await attacker.until((HEADERS, RST_STREAM), 1)
         assert memory_bytes() - before < BOMB_BYTES // 2
-        await gateway.stub.ListModels(pb.ListModelsRequest(), timeout=10)
+        await gateway.stub.ListModels(pb.ListModelsRequest(), timeout=PATIENCE_S)
         assert gateway.backend.requests == []

@@ -18,6 +18,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.gateway import server as server_module
 from serving.gateway.http.listener import BoundedProtocol, bound_kernel
+from tests.support.waiting import PATIENCE_S, until
 from tests.unit.gateway.conftest import Running, Serve
 from tests.unit.gateway.http_client import COMPLETION, connection, post, raw_request
 from tests.unit.gateway.test_http2_attacks import PREFACE, SETTINGS, frame
@@ -30,7 +31,7 @@ async def http_status(gateway: Running, address: str) -> int:
     """Of a request from one of this machine's addresses."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port, local_addr=(address, 0))
     writer.write(raw_request(method="GET", path="/healthz", headers=("connection: close",)))
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
     writer.close()
     return int(answer.split()[1])
 
@@ -44,7 +45,7 @@ async def test_one_address_does_not_take_all_connections(serve: Serve) -> None:
                 await reader.readuntil(b"\r\n")
             assert await http_status(gateway, "127.0.0.1") == 503
             assert await http_status(gateway, "127.0.0.2") == 200
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while await http_status(gateway, "127.0.0.1") != 200:
                 await asyncio.sleep(0.01)
         assert gateway.server._http._num_by_address == {}, "no address is remembered without a connection"
@@ -66,7 +67,11 @@ async def test_a_peer_that_vanished_is_noticed_by_the_kernel(serve: Serve, monke
         (sock,) = asked
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
-        assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 1, 40_000]
+        idle_s, interval_s, num_probes, unacknowledged_ms = (
+            sock.getsockopt(socket.IPPROTO_TCP, option) for option in options
+        )
+        assert idle_s + interval_s * num_probes <= 60, "a peer that says nothing is asked whether it is there"
+        assert 0 < unacknowledged_ms <= 60_000, "so is one that is sent something"
 
 
 def test_slow_readers_have_their_time_in_the_kernel_too() -> None:
@@ -79,7 +84,7 @@ def test_slow_readers_have_their_time_in_the_kernel_too() -> None:
 async def grpc_answer(reader: asyncio.StreamReader) -> bytes:
     """What comes first, b"" when it is the end."""
     try:
-        return await asyncio.wait_for(reader.read(1), 10)
+        return await asyncio.wait_for(reader.read(1), PATIENCE_S)
     except ConnectionResetError:
         return b""
 
@@ -96,7 +101,7 @@ async def test_grpc_connections_are_bounded(serve: Serve) -> None:
                 answers.append(await grpc_answer(reader))
             assert answers[2:] == [b"", b""]
             assert b"" not in answers[:2]
-        await gateway.stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=20)
+        await gateway.stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("sent", [b"", b"PRI * HT", PREFACE, PREFACE + frame(SETTINGS, 0)[:-1]])
@@ -105,7 +110,7 @@ async def test_who_does_not_begin_to_speak_grpc_is_cut_off(serve: Serve, sent: b
         host, port = gateway.target.split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(sent)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while await reader.read(1000):
                 pass
         writer.close()
@@ -162,9 +167,9 @@ async def dies_within(serve: Serve, timeout_s: float) -> None:
 
 
 async def test_the_requests_of_a_dead_grpc_peer_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_KEEPALIVE_S", 0.2)
-    monkeypatch.setattr(server_module, "_KEEPALIVE_TIMEOUT_S", 0.2)
-    await dies_within(serve, 20)
+    monkeypatch.setattr(server_module, "_KEEPALIVE_S", 1.0)
+    monkeypatch.setattr(server_module, "_KEEPALIVE_TIMEOUT_S", 2.0)
+    await dies_within(serve, PATIENCE_S)
 
 
 @pytest.mark.nightly
@@ -231,15 +236,13 @@ async def test_running_out_of_files_is_survived_and_gets_over() -> None:
         for flooded in (int(gateway.target.split(":")[1]), gateway.http_port):
             sockets = [socket.create_connection(("127.0.0.1", flooded)) for _ in range(100)]
             try:
-                async with asyncio.timeout(10):
-                    while process.num_fds() < process.rlimit(psutil.RLIMIT_NOFILE)[0]:
-                        await asyncio.sleep(0.01)
+                await until(lambda: process.num_fds() >= process.rlimit(psutil.RLIMIT_NOFILE)[0])
             finally:
                 for sock in sockets:
                     sock.close()
             async with grpc.aio.insecure_channel(gateway.target) as channel:
                 stub = inference_pb2_grpc.InferenceStub(channel)
-                models = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=20)
+                models = await stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=PATIENCE_S)
                 assert len(models.models) == 2
             assert (await post(gateway, "/v1/completions", COMPLETION)).status_code == 200
     assert len(log) < 100, "being out of files is not told for each connection"

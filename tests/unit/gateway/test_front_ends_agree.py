@@ -1,8 +1,7 @@
-"""The same request over gRPC and over HTTP gets the same verdict: status by the contract, field by its name, and the answer."""
+"""The same request over gRPC and over HTTP gets the same decision: status by the contract, field by its name, and the answer."""
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import httpx2
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, say
@@ -22,15 +21,17 @@ from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.gateway.server import GatewayServer
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.http_client import JSON
 
 # By faults.md's contract. What has no entry must not come from either side.
 STATUS = {200: grpc.StatusCode.OK, 400: grpc.StatusCode.INVALID_ARGUMENT, 404: grpc.StatusCode.NOT_FOUND}
-NUM_NIGHTLY = int(os.environ.get("FUZZ_EXAMPLES", "20000"))
+ALL_NIGHT = 67
+"""Times as many examples as elsewhere."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What a front end said: the status in gRPC's words, the field at fault, the texts of an answer."""
 
     code: grpc.StatusCode
@@ -58,7 +59,7 @@ class FrontEnds:
         ports = await self._server.start()
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}")
         self._stub: Any = InferenceStub(self._channel)
-        self._http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}", verify=False, timeout=20)
+        self._http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{ports.http}", verify=False, timeout=PATIENCE_S)
 
     def close(self) -> None:
         self._runner.run(self._close())
@@ -69,30 +70,30 @@ class FrontEnds:
         await self._channel.close()
         await self._server.stop(0)
 
-    def over_grpc(self, method: str, request: Any) -> Verdict:
+    def over_grpc(self, method: str, request: Any) -> Decision:
         return self._runner.run(self._over_grpc(method, request))
 
-    async def _over_grpc(self, method: str, request: Any) -> Verdict:
-        call = getattr(self._stub, method)(request, timeout=20)
+    async def _over_grpc(self, method: str, request: Any) -> Decision:
+        call = getattr(self._stub, method)(request, timeout=PATIENCE_S)
         try:
             answers = [each async for each in call] if method == "GenerateStream" else [await call]
         except grpc.aio.AioRpcError as error:
             status = await rpc_status.aio.from_call(call)
             bad = error_details_pb2.BadRequest()
             named = [detail for detail in status.details if detail.Unpack(bad)] if status else []
-            return Verdict(error.code(), bad.field_violations[0].field if named else "", ())
-        return Verdict(grpc.StatusCode.OK, "", _grpc_answer(method, answers))
+            return Decision(error.code(), bad.field_violations[0].field if named else "", ())
+        return Decision(grpc.StatusCode.OK, "", _grpc_answer(method, answers))
 
-    def over_http(self, path: str, body: Any) -> tuple[int, Verdict]:
+    def over_http(self, path: str, body: Any) -> tuple[int, Decision]:
         return self._runner.run(self._over_http(path, body))
 
-    async def _over_http(self, path: str, body: Any) -> tuple[int, Verdict]:
+    async def _over_http(self, path: str, body: Any) -> tuple[int, Decision]:
         # Unlike JSON's own rules, Python's spell NaN and Infinity, which the gateway must refuse by field.
         answer = await self._http.post(path, content=json.dumps(body).encode(), headers=JSON)
         code = STATUS.get(answer.status_code, grpc.StatusCode.INTERNAL)
         if answer.status_code != 200:
-            return answer.status_code, Verdict(code, answer.json()["error"]["param"] or "", ())
-        return 200, Verdict(code, "", _http_answer(answer))
+            return answer.status_code, Decision(code, answer.json()["error"]["param"] or "", ())
+        return 200, Decision(code, "", _http_answer(answer))
 
 
 def _grpc_answer(method: str, answers: list[Any]) -> tuple[Any, ...]:
@@ -152,7 +153,7 @@ sampling = st.fixed_dictionaries(
         **dict.fromkeys(("top_k", "n", "logprobs"), int32s),
         "seed": st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)),
         "max_tokens": st.one_of(st.integers(-1, 99), st.integers(-(2**63), 2**63 - 1)),
-        "stop": st.lists(st.text(max_size=70), max_size=5),
+        "stop": st.lists(st.text(max_size=70), max_size=35),
         "stop_token_ids": st.lists(uint32s, max_size=17),
         "ignore_eos": st.booleans(),
         "logit_bias": st.dictionaries(uint32s, doubles, max_size=3),
@@ -231,9 +232,9 @@ def compare_generation(front_ends: FrontEnds, drawn: dict[str, Any]) -> None:
     status, over_http = front_ends.over_http(path, body)
     assert status in STATUS, (status, drawn)
     if over_grpc.code is grpc.StatusCode.NOT_FOUND:
-        over_grpc = Verdict(over_grpc.code, "model", ())  # which gRPC has no place for
+        over_grpc = Decision(over_grpc.code, "model", ())  # which gRPC has no place for
     event(over_grpc.code.name)
-    assert over_http == Verdict(over_grpc.code, names.get(over_grpc.field, over_grpc.field), over_grpc.answer)
+    assert over_http == Decision(over_grpc.code, names.get(over_grpc.field, over_grpc.field), over_grpc.answer)
 
 
 def compare_tokens(front_ends: FrontEnds, drawn: dict[str, Any]) -> None:
@@ -258,17 +259,13 @@ def compare_tokens(front_ends: FrontEnds, drawn: dict[str, Any]) -> None:
     base, bracket, index = over_grpc.field.partition("[")
     names = {"input": "prompt", "text": "prompt", "token_ids": "tokens", "add_bos": "add_special_tokens"}
     field = "model" if over_grpc.code is grpc.StatusCode.NOT_FOUND else names.get(base, base) + bracket + index
-    assert over_http == Verdict(over_grpc.code, field, over_grpc.answer)
+    assert over_http == Decision(over_grpc.code, field, over_grpc.answer)
 
 
 def agree(front_ends: FrontEnds, drawn: dict[str, Any], *, generates: bool) -> None:
     (compare_generation if generates else compare_tokens)(front_ends, drawn)
 
 
-QUICK: Any = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=300, **QUICK)
 @given(generations, st.sampled_from([True, True, True, False]))
 def test_both_front_ends_give_the_same_verdict(front_ends: FrontEnds, drawn: dict[str, Any], generates: bool) -> None:
     agree(front_ends, drawn, generates=generates)
@@ -286,7 +283,6 @@ FIELDS = sorted({
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 
 
-@settings(max_examples=300, **QUICK)
 @given(st.sampled_from(PATHS), st.dictionaries(st.sampled_from(FIELDS), anything, max_size=5))
 def test_no_json_is_the_servers_fault(front_ends: FrontEnds, path: str, body: dict[str, Any]) -> None:
     status, _ = front_ends.over_http(path, {"model": "tiny"} | body)
@@ -294,8 +290,7 @@ def test_no_json_is_the_servers_fault(front_ends: FrontEnds, path: str, body: di
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(3600)
-@settings(max_examples=NUM_NIGHTLY, **QUICK)
+@settings(max_examples=ALL_NIGHT * settings.default.max_examples)
 @given(generations, st.sampled_from([True, True, True, False]))
 def test_they_do_all_night(front_ends: FrontEnds, drawn: dict[str, Any], generates: bool) -> None:
     agree(front_ends, drawn, generates=generates)

@@ -10,6 +10,7 @@ import pytest
 
 from bench.support.fake_backend import FakeBackend, say
 from protos import inference_pb2 as pb
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Running, Serve
 
 ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
@@ -42,7 +43,7 @@ async def cancel(serve: Serve, count: int, seed: int) -> None:
         for _ in range(count // 32):
             num_early += sum(await asyncio.gather(*(cancelled_somewhen(gateway, rng) for _ in range(32))))
         await gateway.backend.closed()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (said := await ask_all(gateway)) != ["a few tokens"] * NUM_PERMITS:
                 # gRPC refuses new streams while it is still taking too many cancelled ones apart, and nothing else may go wrong.
                 assert set(said) <= {"a few tokens", grpc.StatusCode.UNAVAILABLE}, said

@@ -9,9 +9,9 @@ from grpc_status import rpc_status
 
 from bench.support.fake_backend import BOS, EOS, IM_END, IM_START, FakeBackend, card, for_ever, say, steps
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, TokenLogprobs
-from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.contracts.errors import GroupUnavailableError
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Serve
 
 
@@ -181,7 +181,7 @@ async def test_chat_uses_the_models_format_and_its_text_is_only_text(serve: Serv
 async def test_cancel_closes_the_backend_at_once(serve: Serve, method: str) -> None:
     async with serve(FakeBackend(for_ever)) as gateway:
         call = getattr(gateway.stub, method)(ask())
-        await asyncio.wait_for(gateway.backend.started.wait(), 5)
+        await asyncio.wait_for(gateway.backend.started.wait(), PATIENCE_S)
         assert gateway.backend.num_open == 1
         call.cancel()
         await gateway.backend.closed()
@@ -191,7 +191,7 @@ async def test_cancel_closes_the_backend_at_once(serve: Serve, method: str) -> N
 async def test_a_deadline_closes_the_backend(serve: Serve) -> None:
     async with serve(FakeBackend(for_ever)) as gateway:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await collect(gateway.stub.GenerateStream(ask(), timeout=0.3))
+            await collect(gateway.stub.GenerateStream(ask(), timeout=0.3))  # must expire
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await gateway.backend.closed()
 
@@ -234,12 +234,17 @@ Code = grpc.StatusCode
 @pytest.mark.parametrize(
     ("script", "code", "reason", "retry"),
     [
-        (failing(RequestError("queue is full", kind="overloaded")), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
+        (failing(GroupRefusedError("queue is full", kind="overloaded")), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
         (failing(GroupUnavailableError("no live group")), Code.UNAVAILABLE, "NO_GROUP", True),
         (failing(GroupUnavailableError("lost"), after=2), Code.UNAVAILABLE, "NO_GROUP", True),
-        (failing(RequestError("prompt over the KV cache")), Code.INVALID_ARGUMENT, "INVALID_REQUEST", False),
+        (
+            failing(GroupRefusedError("prompt over the KV cache", kind="invalid")),
+            Code.INVALID_ARGUMENT,
+            "INVALID_REQUEST",
+            False,
+        ),
         (failing(ZeroDivisionError("/secret/path prompt")), Code.INTERNAL, "INTERNAL", False),
-        (failing(RequestError("/secret twice", kind="duplicate")), Code.INTERNAL, "INTERNAL", False),
+        (failing(GroupRefusedError("/secret twice", kind="duplicate")), Code.INTERNAL, "INTERNAL", False),
         (ending(FinishReason.ERROR, "unavailable"), Code.UNAVAILABLE, "NO_GROUP", True),
         (ending(FinishReason.ERROR, "numerical_error"), Code.INTERNAL, "NUMERICAL_ERROR", False),
         (ending(FinishReason.DEADLINE), Code.DEADLINE_EXCEEDED, "DEADLINE", False),
@@ -253,7 +258,7 @@ async def test_failures_have_their_status(
     async with serve(FakeBackend(script), retry_delay_s=2) as gateway:
         call = getattr(gateway.stub, method)(ask())
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await (collect(call) if method == "GenerateStream" else call)
         except grpc.aio.AioRpcError:
             pass

@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from protos import inference_pb2 as pb
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.test_http_server import FakeAccounts, keyed
 
 UNAUTHENTICATED, UNIMPLEMENTED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED
@@ -28,7 +29,7 @@ WRONG: list[tuple[tuple[str, str | bytes], ...]] = [
 async def code_of(channel: grpc.aio.Channel, path: str, metadata: Any) -> grpc.StatusCode:
     """Of an empty request."""
     make = channel.stream_stream if path in REFLECTION else channel.unary_stream
-    call: Any = make(path)([b""] if path in REFLECTION else b"", metadata=metadata, timeout=20)
+    call: Any = make(path)([b""] if path in REFLECTION else b"", metadata=metadata, timeout=PATIENCE_S)
     with suppress(grpc.aio.AioRpcError):
         async for _ in call:
             pass

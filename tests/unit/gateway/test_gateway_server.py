@@ -11,8 +11,10 @@ from bench.support.fake_backend import ByteTokenizer, FakeBackend, for_ever
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.server import GatewayServer
+from tests.support.waiting import PATIENCE_S, until
 from tests.unit.gateway.conftest import Serve
 
 INFERENCE = "packtrain.v1.Inference"
@@ -27,7 +29,7 @@ def server(backend: FakeBackend | None = None, **config: Any) -> GatewayServer:
 
 
 async def eventually(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not await condition():
             await asyncio.sleep(0.01)
 
@@ -85,7 +87,7 @@ async def test_health_follows_the_groups(serve: Serve, monkeypatch: pytest.Monke
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == Status.NOT_SERVING
         backend.healthy["plain"] = True
-        assert (await asyncio.wait_for(watch.read(), 5)).status == Status.SERVING
+        assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.SERVING
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.SERVING
         watch.cancel()
 
@@ -155,7 +157,7 @@ async def test_a_drain_lets_running_requests_finish(serve: Serve) -> None:
         stream = gateway.stub.GenerateStream(ASK)
         assert (await stream.read()).text == "a"
         drain = asyncio.create_task(gateway.server.drain())
-        assert (await asyncio.wait_for(watch.read(), 5)).status == Status.NOT_SERVING
+        assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.NOT_SERVING
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway.stub.Generate(ASK)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -164,7 +166,7 @@ async def test_a_drain_lets_running_requests_finish(serve: Serve) -> None:
         more.set()
         assert (await stream.read()).text == "c"
         assert await stream.read() is grpc.aio.EOF
-        await asyncio.wait_for(drain, 5)
+        await asyncio.wait_for(drain, PATIENCE_S)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == Status.NOT_SERVING
         watch.cancel()
 
@@ -174,10 +176,8 @@ async def test_a_drain_ends_what_takes_too_long(serve: Serve) -> None:
         stream = gateway.stub.GenerateStream(ASK)
         await stream.read()
         unary = gateway.stub.Generate(ASK)
-        async with asyncio.timeout(5):
-            while gateway.backend.num_open < 2:
-                await asyncio.sleep(0.005)
-            await gateway.server.drain()
+        await until(lambda: gateway.backend.num_open == 2)
+        await asyncio.wait_for(gateway.server.drain(), PATIENCE_S)
         assert gateway.backend.num_open == 0
         for call in (stream, unary):
             assert await call.code() is grpc.StatusCode.UNAVAILABLE
@@ -205,8 +205,13 @@ async def test_a_client_that_does_not_read_is_paused_then_ended(serve: Serve) ->
             yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),) * 10_000),)
             await asyncio.sleep(0)
 
-    async with serve(FakeBackend(flood), slow_reader_timeout_s=0.3) as gateway:
-        stream = gateway.stub.GenerateStream(ASK)
+    # The window of HTTP/2 stays at 64 KiB; one that grows with the rate takes in megabytes before anything is left unread.
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    async with (
+        serve(FakeBackend(flood), slow_reader_timeout_s=0.3) as gateway,
+        grpc.aio.insecure_channel(gateway.target, options=small_window) as channel,
+    ):
+        stream = InferenceStub(channel).GenerateStream(ASK)
         await stream.read()
         await gateway.backend.closed()
         with pytest.raises(grpc.aio.AioRpcError) as caught:

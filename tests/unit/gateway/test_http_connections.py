@@ -12,6 +12,7 @@ from bench.support.fake_backend import FakeBackend, for_ever
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import ConfigError
 from serving.config import LimitsConfig
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Serve
 from tests.unit.gateway.http_client import COMPLETION, answer_to, client, connection, post, raw_request
 
@@ -107,16 +108,16 @@ async def test_what_does_not_come_in_time_is_cut_off(serve: Serve, sent: bytes, 
 
 async def test_time_runs_for_each_request_of_a_connection(serve: Serve) -> None:
     async with (
-        serve(http_port=0, header_timeout_s=0.1, body_timeout_s=0.1) as gateway,
+        serve(http_port=0, header_timeout_s=1.0, body_timeout_s=1.0) as gateway,
         connection(gateway) as (reader, writer),
-        asyncio.timeout(10),
+        asyncio.timeout(PATIENCE_S),
     ):
         for _ in range(2):
             writer.write(raw_request(BODY))
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(line for line in head.split(b"\r\n") if line.startswith(b"content-length"))
             await reader.readexactly(int(length.split()[1]))
-            await asyncio.sleep(0.2)  # idle between requests is no fault
+            await asyncio.sleep(1.5)  # idle between requests is no fault
         writer.write(b"POST")
         assert status_of(await reader.read()) == 408
 
@@ -140,7 +141,7 @@ async def test_connections_are_bounded(serve: Serve) -> None:
             assert status_of(answer) == 503
             assert b"retry-after: 1" in answer
             assert b"server_is_overloaded" in answer
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while status_of(await answer_to(gateway, raw_request(BODY, headers=("connection: close",)))) != 200:
                 await asyncio.sleep(0.01)
 
@@ -226,7 +227,7 @@ async def test_a_slow_client_that_reads_after_all_misses_nothing(serve: Serve) -
         sock = deaf_client(gateway.http_port)
         await gateway.backend.started.wait()
         reader, writer = await asyncio.open_connection(sock=sock)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await reader.read()
         writer.close()
     assert answer.count(b"x" * 1000) == 300

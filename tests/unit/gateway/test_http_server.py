@@ -13,8 +13,9 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.errors import ConfigError, RequestError
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.accounts import OpenAccounts, Principal, RateLimits, Reservation, UsageRecord
-from serving.contracts.errors import GroupUnavailableError, QuotaExceededError, UnauthenticatedError
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError, QuotaExceededError, UnauthenticatedError
 from serving.gateway.server import GatewayServer, check_listening
+from tests.support.waiting import until
 from tests.unit.gateway.conftest import Running, Serve
 from tests.unit.gateway.http_client import CHAT, COMPLETION, answer_to, client, events, post, raw_request
 
@@ -65,10 +66,11 @@ async def keyed(accounts: FakeAccounts, backend: FakeBackend | None = None) -> A
 
 ROUTES = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
-    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/docs"),
+    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/docs"), ("POST", "/v1/responses"),
+    ("GET", "/tokenizer_info"), ("GET", "/version"), ("GET", "/v1/models/"), ("POST", "/v1/chat/completions/"),
 ]  # fmt: skip
 MUTATIONS = [
-    "//v1/models", "/v1//models", "/v1/models/../models", "/v1/%2e%2e/v1/models", "/healthz/../v1/models", "/healthz/",
+    "//v1/models", "/v1//models", "/v1/models/../models", "/v1/%2e%2e/v1/models", "/healthz/../v1/models", "/healthz//",
     "/healthz%2f..%2fv1/models", "/healthz;/v1/models", "/HEALTHZ", "/metrics", "/v1", "/", "/nope", "/readyz%00", "*",
 ]  # fmt: skip
 
@@ -87,7 +89,7 @@ async def test_nothing_but_health_is_there_without_a_key() -> None:
             assert b"www-authenticate: Bearer" in answer
             bodies.add(answer.partition(b"\r\n\r\n")[2])
         assert len(bodies) == 1
-        for path in ("/healthz", "/readyz", "/health"):
+        for path in ("/healthz", "/readyz", "/health", "/ping", "/ping/"):
             answer = await answer_to(gateway, raw_request(method="GET", path=path, headers=("connection: close",)))
             assert answer.startswith(b"HTTP/1.1 200 ")
 
@@ -152,9 +154,7 @@ async def test_a_client_that_leaves_is_metered_as_cancelled(body: Any) -> None:
         await gateway.backend.started.wait()
         request.cancel()
         await gateway.backend.closed()
-        async with asyncio.timeout(5):
-            while not accounts.records:
-                await asyncio.sleep(0.005)
+        await until(lambda: accounts.records)
         (record,) = accounts.records
         assert (record.outcome, record.num_prompt_tokens, record.num_completion_tokens) == ("cancelled", 3, 1)
 
@@ -169,7 +169,7 @@ def failing(error: Exception, *, after: str = "") -> Any:
 
 
 FAULTS: list[tuple[Exception, int, str, bool]] = [
-    (RequestError("full", kind="overloaded"), 503, "server_is_overloaded", True),
+    (GroupRefusedError("full", kind="overloaded"), 503, "server_is_overloaded", True),
     (GroupUnavailableError("no group"), 503, "service_unavailable", True),
     (RequestError("nan", kind="numerical_error"), 500, "numerical_error", False),
     (ZeroDivisionError("/secret/place"), 500, "internal_error", False),
@@ -191,8 +191,9 @@ async def test_faults_before_the_first_token_have_a_status(
 
 @pytest.mark.parametrize(("error", "status", "code", "retries"), FAULTS)
 async def test_faults_within_a_stream_are_told_in_it(
-    serve: Serve, error: Exception, status: int, code: str, retries: bool
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, code: str, retries: bool
 ) -> None:
+    monkeypatch.setattr("serving.gateway.core.generation.MAX_LOSSES", 0)  # no other group goes on with it
     async with serve(FakeBackend(failing(error, after="ab")), http_port=0) as gateway:
         answer = await post(gateway, "/v1/completions", STREAM)
         assert answer.status_code == 200
@@ -285,9 +286,7 @@ async def test_a_drain_that_takes_too_long_ends_requests_with_an_error(serve: Se
     async with serve(FakeBackend(for_ever), http_port=0, drain_timeout_s=0.05) as gateway:
         stream = asyncio.create_task(post(gateway, "/v1/completions", STREAM))
         whole = asyncio.create_task(post(gateway, "/v1/completions", COMPLETION))
-        async with asyncio.timeout(5):
-            while gateway.backend.num_open < 2:
-                await asyncio.sleep(0.005)
+        await until(lambda: gateway.backend.num_open >= 2)
         await gateway.server.drain()
         assert events(await stream)[-1]["error"]["code"] == "service_unavailable"
         assert (await whole).status_code == 503

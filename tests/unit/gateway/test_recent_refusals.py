@@ -1,18 +1,17 @@
 """What a gateway does not ask a full group again, and what it does."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
 import pytest
 
 from bench.support.fake_backend import FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingParams
-from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
-from serving.contracts.errors import GroupUnavailableError
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import ModelCard
-from serving.contracts.observer import Passage
 from serving.gateway.core import admission
 from serving.gateway.core.admission import (
     MAX_REMEMBERED,
@@ -21,9 +20,10 @@ from serving.gateway.core.admission import (
     REMEMBERED_SHARE,
     RecentRefusals,
 )
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Serve
 
-FULL = RequestError("64 requests are waiting; at most 64 may", kind="overloaded", retry_after_s=3.0)
+FULL = GroupRefusedError("64 requests are waiting; at most 64 may", kind="overloaded", retry_after_s=3.0)
 
 
 def demand(
@@ -52,7 +52,7 @@ class Clock:
 def is_asked(refusals: RecentRefusals, requests: Sequence[EngineRequest], num_groups: int = 1) -> bool:
     try:
         refusals.check("m", num_groups, requests)
-    except RequestError as error:
+    except GroupRefusedError as error:
         assert (str(error), error.kind, error.retry_after_s) == (str(FULL), "overloaded", 3.0)
         return False
     return True
@@ -87,10 +87,10 @@ def test_a_refusal_holds_for_what_asks_for_as_much(requests: list[EngineRequest]
 def test_it_holds_for_a_part_of_the_time_until_there_is_room(retry_after_s: float | None, held_s: float) -> None:
     clock = Clock()
     refusals = RecentRefusals(clock)
-    error = RequestError(str(FULL), kind="overloaded", retry_after_s=retry_after_s)
+    error = GroupRefusedError(str(FULL), kind="overloaded", retry_after_s=retry_after_s)
     refusals.remember("m", "group-1", demand(), error)
     clock.now_s += 0.49 * held_s
-    with pytest.raises(RequestError):
+    with pytest.raises(GroupRefusedError):
         refusals.check("m", 1, demand())
     clock.now_s += 0.52 * held_s
     refusals.check("m", 1, demand())
@@ -129,14 +129,14 @@ async def test_a_burst_asks_a_full_group_once(serve: Serve, monkeypatch: pytest.
     async def refuse(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
         nonlocal num_asked
         num_asked += 1
-        raise FULL
+        raise GroupRefusedError(str(FULL), kind="overloaded", engine="group-1", retry_after_s=3.0)
         yield ()  # makes it a generator
 
     async with serve(FakeBackend(refuse)) as gateway:
         request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))
 
         async def code() -> grpc.StatusCode:
-            return await gateway.stub.Generate(request, timeout=10).code()
+            return await gateway.stub.Generate(request, timeout=PATIENCE_S).code()
 
         assert await code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert num_asked == 1
@@ -157,7 +157,7 @@ LOST = GroupUnavailableError("the replica group was lost")
         ([FULL, REFUSED, FULL], "RESOURCE_EXHAUSTED", 3),
         ([FULL, FULL, REFUSED], "UNAVAILABLE", 3),
         ([LOST, None], "UNAVAILABLE", 1),
-        ([RequestError("the prompt is empty", kind="invalid"), None], "INVALID_ARGUMENT", 1),
+        ([GroupRefusedError("the prompt is empty", kind="invalid"), None], "INVALID_ARGUMENT", 1),
     ],
 )
 async def test_one_group_after_the_other_is_asked_until_one_takes_the_request(
@@ -167,7 +167,7 @@ async def test_one_group_after_the_other_is_asked_until_one_takes_the_request(
     backend = RefusingBackend(answers, cards)
     async with serve(backend) as gateway:
         request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(max_tokens=5))
-        assert (await gateway.stub.Generate(request, timeout=10).code()).name == expected
+        assert (await gateway.stub.Generate(request, timeout=PATIENCE_S).code()).name == expected
     assert backend.num_asked == num_asked
 
 
@@ -180,12 +180,13 @@ class RefusingBackend(FakeBackend):
         self.num_asked = 0
 
     async def generate(
-        self, model: str, requests: Sequence[EngineRequest], passage: Passage
-    ) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncIterator[GroupOutputs]:
         self.num_asked += 1
-        answer = self._answers[self.num_asked - 1]
-        async for outputs in super().generate(model, requests, passage):
-            passage.engine = f"group-{self.num_asked}"
-            if answer is not None:
-                raise answer
-            yield outputs
+        engine, error = f"group-{self.num_asked}", self._answers[self.num_asked - 1]
+        if isinstance(error, GroupRefusedError):
+            raise GroupRefusedError(str(error), kind=error.kind, engine=engine, retry_after_s=error.retry_after_s)
+        if error is not None:
+            raise error
+        async for step in super().generate(model, requests, trace_context):
+            yield step

@@ -17,6 +17,7 @@ from serving.config import GatewayConfig, LimitsConfig, TlsConfig
 from serving.gateway.server import GatewayServer
 from serving.gateway.tls import load_tls
 from tests.support.certificates import Authority, Pair
+from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.http_client import COMPLETION
 
 ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
@@ -44,7 +45,7 @@ async def ask_both(config: TlsConfig, authority: Authority, pair: Pair | None) -
         credentials = grpc.ssl_channel_credentials(authority.path.read_bytes(), *files)
         async with grpc.aio.secure_channel(f"127.0.0.1:{ports.grpc}", credentials) as channel:
             stub: Any = InferenceStub(channel)
-            assert (await stub.Generate(ASK, timeout=5)).choices[0].text == "Paris"
+            assert (await stub.Generate(ASK, timeout=PATIENCE_S)).choices[0].text == "Paris"
     finally:
         await server.stop(0)
 
@@ -77,7 +78,7 @@ async def test_strangers_are_refused_over_grpc_too(tmp_path: Path) -> None:
     async with grpc.aio.secure_channel(f"127.0.0.1:{ports.grpc}", credentials) as channel:
         stub: Any = InferenceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Generate(ASK, timeout=2)
+            await stub.Generate(ASK, timeout=PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert backend.requests == []
     await server.stop(0)

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from model_parallel.errors import EngineError
 from model_parallel.kernels.cpu import CpuKernels
+from tests.support.kernels import INSTRUCTION_SETS, cpu_kernels
 
 
-@pytest.fixture(scope="session", params=["avx512_bf16", "avx2", "scalar"])
+@pytest.fixture(scope="session", params=INSTRUCTION_SETS)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    try:
-        return CpuKernels(num_threads=2, isa=request.param)
-    except EngineError as error:
-        pytest.skip(str(error))
+    return cpu_kernels(request.param, num_threads=2)
 
 
 @pytest.fixture(autouse=True)

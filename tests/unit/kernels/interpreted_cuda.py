@@ -1,4 +1,4 @@
-"""The CUDA backend in Triton's interpreter against float64 and the reference; test_cuda_triton.py runs this file.
+"""The CUDA backend in Triton's interpreter against float64 and the reference; `make test-triton-interpreted`.
 
 The interpreter is slow, so shapes are small. It shows that indices, masks and sums are right, not that a GPU agrees.
 """
@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this machine")
+if triton.__version__.startswith("3.6."):
+    pytest.skip(
+        "the interpreter of Triton 3.6, which torch 2.11 brings, does not work with numpy 2.4", allow_module_level=True
+    )
 from triton.runtime import interpreter
 
 from model_parallel.collectives.interface import SoloCollectives
@@ -23,6 +29,7 @@ from model_parallel.model.partition import fused_name, shard_table
 from model_parallel.runtime.cuda_graphs import DecodeInputs, padded_sizes
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
+from tests.support.effort import by_day
 from tests.support.kernels import attention_plan
 
 # numpy warns of infinities and NaN, of which a GPU says nothing.
@@ -65,7 +72,7 @@ def kernels() -> CudaKernels:
     return CudaKernels(device="cpu", num_multiprocessors=2)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(by_day(6, by_night=30)))
 def test_sequences_in_chunks_beside_each_other(kernels: CudaKernels, seed: int) -> None:
     """Random maps and shapes."""
     draw = random.Random(seed)

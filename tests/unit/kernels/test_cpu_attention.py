@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.kernels.cpu import CpuKernels
@@ -37,7 +37,6 @@ def _exact(qkv_TX: torch.Tensor, heads: Heads, cos_TD: torch.Tensor, sin_TD: tor
     return out.transpose(0, 1).flatten(1)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
     block_size=st.sampled_from([1, 3, 8, 16, 33, 128]),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.kernels.cpu import CpuKernels
@@ -36,7 +36,6 @@ def _product_bound(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype
     return exact, chain + ROUNDING[out_dtype] * (exact.abs() + chain)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), offset=st.integers(0, 3))
 def test_products(kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, offset: int) -> None:
     torch.manual_seed(seed)
@@ -44,13 +43,12 @@ def test_products(kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch
     x = _random(num_rows, num_inputs, dtype=dtype, offset=offset)
     weight = _random(num_outputs, num_inputs, dtype=dtype, offset=offset)
     packed = kernels.pack_linear(weight)
-    for out, out_dtype in ((kernels.linear(x, packed), dtype), (kernels.addend(x, packed), torch.float32)):
+    for out, out_dtype in ((kernels.linear(x, packed), dtype), (kernels.partial_sum(x, packed), torch.float32)):
         exact, bound = _product_bound(x, weight, out_dtype)
         assert out.dtype == out_dtype
         assert ((out.double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=20, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_logits_are_not_rounded(
     kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int
@@ -61,7 +59,6 @@ def test_logits_are_not_rounded(
     assert ((kernels.logits(x, kernels.pack_head(weight)).double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), offset=st.integers(0, 3))
 def test_int8_products(
     kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, offset: int
@@ -72,14 +69,13 @@ def test_int8_products(
     x = _random(num_rows, num_inputs, dtype=dtype, offset=offset)
     matrix, weight = _int8(num_outputs, num_inputs)
     packed, head = kernels.pack_linear(matrix), kernels.pack_head(matrix)
-    results = (kernels.linear(x, packed), dtype), (kernels.addend(x, packed), torch.float32)
+    results = (kernels.linear(x, packed), dtype), (kernels.partial_sum(x, packed), torch.float32)
     for out, out_dtype in (*results, (kernels.logits(x.float(), head), torch.float32)):
         exact, bound = _product_bound(x, weight, out_dtype)
         assert out.dtype == out_dtype
         assert ((out.double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(shape=SHAPES, dtype=st.sampled_from(DTYPES), is_int8=st.booleans(), seed=st.integers(0, 99))
 def test_gated_products(
     kernels: CpuKernels, shape: tuple[int, int, int], dtype: torch.dtype, is_int8: bool, seed: int
@@ -110,7 +106,6 @@ def test_a_gate_far_from_zero_stays_finite(kernels: CpuKernels, dtype: torch.dty
     assert torch.allclose(out, F.silu(x.double()) * x.double(), rtol=2.0**-8, atol=1e-30)
 
 
-@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 300), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_norms(kernels: CpuKernels, rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
@@ -125,7 +120,6 @@ def test_norms(kernels: CpuKernels, rows: int, columns: int, dtype: torch.dtype,
         assert ((out.double() - exact).abs() <= tolerance * exact.abs()).all()
 
 
-@settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 5000), seed=st.integers(0, 99))
 def test_softmax_parts(kernels: CpuKernels, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -191,7 +185,7 @@ def _every_operation(
     logits = kernels.logits(x.float(), head)  # type: ignore[arg-type]
     return [
         kernels.linear(x, linear),  # type: ignore[arg-type]
-        kernels.addend(x, linear),  # type: ignore[arg-type]
+        kernels.partial_sum(x, linear),  # type: ignore[arg-type]
         kernels.gated_linear(x, gated),  # type: ignore[arg-type]
         logits,
         kernels.rms_norm(x.float(), norm_weight, 1e-5),

@@ -16,7 +16,7 @@ def test_a_program_repeats_calls_on_what_its_inputs_hold_by_then() -> None:
     norm_weight = torch.ones(50)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
-        hidden = kernels.addend(kernels.linear(x, first), second)
+        hidden = kernels.partial_sum(kernels.linear(x, first), second)
         return kernels.rms_norm(hidden, norm_weight, 1e-5)
 
     inputs, workspace = torch.randn(3, 50).bfloat16(), Workspace(4)

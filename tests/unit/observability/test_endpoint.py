@@ -17,6 +17,7 @@ from serving.gateway.server import METHODS, check_admin_listening
 from serving.observability.endpoint import MetricsEndpoint
 from serving.observability.gateway import GatewayWatch
 from serving.observability.tracing import Tracing
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
@@ -26,12 +27,12 @@ def test_metrics_are_at_their_path_and_nowhere_else(host: str) -> None:
     endpoint = MetricsEndpoint(registry, host, 0)
     try:
         base = f"http://{f'[{host}]' if ':' in host else host}:{endpoint.port}"
-        with urlopen(f"{base}/metrics", timeout=10) as answer:
+        with urlopen(f"{base}/metrics", timeout=PATIENCE_S) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain")
             (family, *_) = text_string_to_metric_families(answer.read().decode())
         assert family.samples[0].value == 3
         with pytest.raises(HTTPError, match="404") as caught:
-            urlopen(f"{base}/", timeout=10)
+            urlopen(f"{base}/", timeout=PATIENCE_S)
         caught.value.close()
     finally:
         endpoint.close()
@@ -63,7 +64,7 @@ def test_operators_ports_are_not_open_to_others_by_accident() -> None:
 
 
 def fetch(port: int | None) -> str:
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as answer:
         page: bytes = answer.read()
     return page.decode()
 

@@ -90,7 +90,7 @@ def test_a_step_that_only_forgets_is_no_iteration() -> None:
 
 
 def test_a_group_that_counts_elsewhere_or_is_lost_is_shown_as_such(watch: GatewayWatch) -> None:
-    watch.metrics.groups.take({"tiny": [report("g1", stats={}), report("g2", is_well=False)]}, 0.0)
+    watch.metrics.groups.take({"tiny": [report("g1", stats={}), report("g2", is_healthy=False)]}, 0.0)
     up = {s.labels["engine"]: s.value for s in samples(watch) if s.name == "packtrain_group_up"}
     assert up == {"g2": 0}
     assert watch.metrics.registry.get_sample_value("packtrain_groups_configured", {"model_name": "tiny"}) == 2

@@ -8,6 +8,7 @@ import pytest
 
 from bench.support.fake_backend import FakeBackend, say
 from protos import inference_pb2 as pb
+from tests.support.waiting import PATIENCE_S
 from tests.unit.observability.conftest import Watch, Watched
 from tests.unit.observability.test_canary import everything_logged
 
@@ -43,7 +44,7 @@ async def test_a_label_without_end_is_refused_and_nothing_breaks(watched: Watch)
 def by_hand(port: int | None, label: bytes) -> bytes:
     body = b'{"model": "tiny", "prompt": "hi"}'
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
         connection.sendall(head + b"content-length: %d\r\nx-request-id: %s\r\n\r\n%s" % (len(body), label, body))
         return b"".join(iter(lambda: connection.recv(65536), b""))
 

@@ -11,7 +11,7 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.errors import RequestError
 from protos import inference_pb2 as pb
 from serving.contracts.accounts import OpenAccounts, Principal, Reservation
-from serving.contracts.errors import GroupUnavailableError, QuotaExceededError
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError, QuotaExceededError
 from serving.contracts.observer import RequestObserver
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
@@ -108,7 +108,12 @@ def failing(error: Exception) -> Script:
 @pytest.mark.parametrize(
     ("error", "code", "outcome", "reason"),
     [
-        (RequestError("full", kind="overloaded"), "RESOURCE_EXHAUSTED", "rejected", "OVERLOADED"),
+        (
+            GroupRefusedError("full", kind="overloaded", engine="group-1"),
+            "RESOURCE_EXHAUSTED",
+            "rejected",
+            "OVERLOADED",
+        ),
         (GroupUnavailableError("lost"), "UNAVAILABLE", "unavailable", "NO_GROUP"),
         (RequestError("nan", kind="numerical_error"), "INTERNAL", "error", ""),
         (RuntimeError("a bug"), "INTERNAL", "error", ""),
@@ -138,7 +143,7 @@ async def test_a_client_that_leaves_and_a_deadline_are_told_apart(watched: Watch
         await stream.read()
         stream.cancel()
         with pytest.raises(grpc.aio.AioRpcError):
-            await gateway.stub.Generate(request(), timeout=0.2)
+            await gateway.stub.Generate(request(), timeout=0.2)  # must expire
         await gateway.backend.closed()
         await gateway.idle()
         labels = {"front_end": "grpc", "model_name": "tiny"}
@@ -196,7 +201,7 @@ def test_a_hundred_thousand_names_leave_the_number_of_series_as_it_is() -> None:
                 observer.authenticated(Principal(tenant_id=name))
                 if index % 2:
                     observer.resolved("tiny")
-                observer.refused("RESOURCE_EXHAUSTED", "QUOTA", "requests_per_minute")
+                observer.failed("RESOURCE_EXHAUSTED", "QUOTA", quota="requests_per_minute")
         return sum(len(family.samples) for family in watch.metrics.registry.collect())
 
     before = requests("first", 2 * MAX_TENANTS)
@@ -214,4 +219,4 @@ def test_the_access_log_has_an_end() -> None:
 
 def test_an_unwatched_request_costs_nothing_and_says_nothing() -> None:
     with RequestObserver() as observer:
-        assert observer.submitted().trace_context == {}
+        assert observer.submitted() == {}

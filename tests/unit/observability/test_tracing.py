@@ -17,6 +17,7 @@ from protos import inference_pb2 as pb
 from serving.contracts.errors import GroupUnavailableError
 from serving.observability.tracing import GroupSpan, Tracing, end_span, open_tracing, trace_context
 from tests.support.otlp import running_collector
+from tests.support.waiting import PATIENCE_S
 from tests.unit.observability.conftest import Watch
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -46,9 +47,9 @@ class TracedBackend(FakeBackend):
 
     context: dict[str, str]
 
-    async def generate(self, model: str, requests: Sequence[EngineRequest], passage: Any) -> AsyncIterator[Any]:
-        self.context = passage.trace_context
-        async for outputs in super().generate(model, requests, passage):
+    async def generate(self, model: str, requests: Sequence[EngineRequest], trace_context: Any) -> AsyncIterator[Any]:
+        self.context = trace_context
+        async for outputs in super().generate(model, requests, trace_context):
             yield outputs
 
 
@@ -183,7 +184,7 @@ def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch, name: str) -> 
         assert tracing.is_on
         end_span(tracing.start("gateway.request", SpanKind.SERVER, dict(HEADERS)), "NO_GROUP")
         tracing.close()
-    (spans,) = collector.requests.get(timeout=10).resource_spans
+    (spans,) = collector.requests.get(timeout=PATIENCE_S).resource_spans
     resource = {attribute.key: attribute.value.string_value for attribute in spans.resource.attributes}
     assert resource["service.name"] == (name or "packtrain")
     (span,) = spans.scope_spans[0].spans

@@ -11,6 +11,7 @@ from model_parallel.errors import GroupFailedError, RequestError
 from serving.replica.async_engine import AsyncEngine
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
+from tests.support.waiting import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ async def harness() -> Harness:
 async def engine(harness: Harness) -> AsyncIterator[AsyncEngine]:
     engine = AsyncEngine(harness.engine, asyncio.get_running_loop())
     yield engine
-    engine.close(5)
+    engine.close(PATIENCE_S)
 
 
 def _request(request_id: str, max_tokens: int) -> EngineRequest:
@@ -62,7 +63,7 @@ class Run:
         return self._ended.is_set()
 
     async def end(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await self._ended.wait()
 
 
@@ -75,21 +76,17 @@ async def _collect(engine: AsyncEngine, *request_ids: str, max_tokens: int = 6) 
 async def _start(engine: AsyncEngine, sink: Sink, *requests: EngineRequest) -> Run:
     """A request whose first output has come."""
     run = Run(engine, sink, *requests)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await sink.came.wait()
     return run
 
 
 async def _until_asleep(harness: Harness) -> None:
-    async with asyncio.timeout(5):
-        while harness.engine.has_work:
-            await asyncio.sleep(0.005)
+    await until(lambda: not harness.engine.has_work)
 
 
 async def _until_idle(engine: AsyncEngine, harness: Harness) -> None:
-    async with asyncio.timeout(5):
-        while engine.num_open or harness.engine.has_work:
-            await asyncio.sleep(0.005)
+    await until(lambda: not (engine.num_open or harness.engine.has_work))
     harness.engine.check_integrity()
     assert harness.engine.stats.kv_usage == 0
 
@@ -136,35 +133,35 @@ async def test_one_sink_gets_a_steps_outputs_in_one_call_and_only_its_own(engine
     assert "c" not in set.union(*calls)
 
 
-async def test_what_is_held_is_paused_until_it_is_held_no_more(engine: AsyncEngine, harness: Harness) -> None:
+async def test_what_is_paused_stays_so_until_it_is_resumed(engine: AsyncEngine, harness: Harness) -> None:
     sink = Sink()
     run = await _start(engine, sink, _request("a", 90), _request("b", 90))
-    engine.hold(["a", "b", "nobody"], is_held=True)
+    engine.set_paused(["a", "b", "nobody"], is_paused=True)
     await _until_asleep(harness)
     assert harness.engine.num_paused == 2
     assert harness.engine.stats.kv_usage == 0
     assert (await _collect(engine, "c", max_tokens=90))[-1].finish_reason is FinishReason.LENGTH
-    engine.hold(["a", "b"], is_held=False)
+    engine.set_paused(["a", "b"], is_paused=False)
     await run.end()
     for request_id in ("a", "b"):
         assert sink.tokens(request_id) == solo_output(_request(request_id, 90))
-    engine.hold(["a"], is_held=True)
+    engine.set_paused(["a"], is_paused=True)
     await _until_idle(engine, harness)
 
 
 async def test_a_sink_that_is_full_pauses_all_that_is_its_own(engine: AsyncEngine, harness: Harness) -> None:
     sink, other = Sink(), Sink()
     runs = [await _start(engine, sink, _request("a", 90))]
-    engine.hold_all(sink, is_held=True)
+    engine.set_sink_paused(sink, is_paused=True)
     runs.append(Run(engine, sink, _request("b", 90)))
     await Run(engine, other, _request("c", 20)).end()
     await _until_asleep(harness)
     assert harness.engine.num_paused == 2
-    engine.hold(["a"], is_held=True)
-    engine.hold_all(sink, is_held=False)
+    engine.set_paused(["a"], is_paused=True)
+    engine.set_sink_paused(sink, is_paused=False)
     await runs[1].end()
     assert harness.engine.num_paused == 1
-    engine.hold(["a"], is_held=False)
+    engine.set_paused(["a"], is_paused=False)
     await runs[0].end()
     assert sink.tokens("b") == solo_output(_request("b", 90))
     await _until_idle(engine, harness)
@@ -188,7 +185,7 @@ async def test_a_paused_sequence_expires_while_nothing_else_runs(
     monkeypatch.setattr("serving.replica.async_engine.LOOK_AFTER_PAUSED_S", 0.01)
     sink = Sink()
     run = await _start(engine, sink, make_request("a", [1], max_tokens=90, deadline_s=10.0))
-    engine.hold(["a"], is_held=True)
+    engine.set_paused(["a"], is_paused=True)
     await _until_asleep(harness)
     harness.clock.now_s += 11
     await run.end()
@@ -203,7 +200,7 @@ async def test_a_refusal_of_one_choice_takes_the_others_back(engine: AsyncEngine
 
 async def test_a_lost_group_ends_every_stream(engine: AsyncEngine, harness: Harness) -> None:
     readers = [asyncio.create_task(_collect(engine, f"r{i}", max_tokens=100)) for i in range(6)]
-    await asyncio.sleep(0.02)
+    await until(lambda: harness.engine.stats.num_running == 4 and harness.engine.stats.num_waiting == 2)
     engine.fail("rank 1 is gone")
     for reader in readers:
         last = (await reader)[-1]

@@ -15,6 +15,7 @@ from model_parallel.errors import RequestError
 from serving.replica.async_engine import AsyncEngine
 from tests.support.engine import make_request
 from tests.support.live_objects import LiveObjects
+from tests.support.waiting import PATIENCE_S, until
 
 NUM_REQUESTS = 1000
 
@@ -59,7 +60,7 @@ async def engine() -> AsyncIterator[AsyncEngine]:
     )
     engine = AsyncEngine(Engine(CountingExecutor(), scheduler), asyncio.get_running_loop())
     yield engine
-    engine.close(5)
+    engine.close(PATIENCE_S)
 
 
 async def _serve(engine: AsyncEngine, first: int) -> None:
@@ -76,16 +77,14 @@ async def _serve(engine: AsyncEngine, first: int) -> None:
         )
         ended = asyncio.Event()
         engine.start([request], sink, on_end=ended.set)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             if is_cancelled:
                 await sink.came.wait()
                 engine.cancel([request.request_id])
             await ended.wait()
         with pytest.raises(RequestError, match="empty"):
             engine.start([make_request(f"x{index}", [])], sink)
-    async with asyncio.timeout(10):
-        while engine.num_open or engine._engine.has_work:
-            await asyncio.sleep(0.005)
+    await until(lambda: not (engine.num_open or engine._engine.has_work))
     await asyncio.sleep(0)  # outputs that nobody wants wait in the event loop
 
 

@@ -1,9 +1,9 @@
 """Loading progress from one process to another."""
 
-import time
 from pathlib import Path
 
 from serving.replica.progress import ProgressFile, loaded_bytes, watched_progress
+from tests.support.waiting import wait_until
 
 
 def test_leaders_are_added_up(tmp_path: Path) -> None:
@@ -20,7 +20,5 @@ def test_the_starter_is_told(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with watched_progress(tmp_path, lambda done, total: told.append((done, total))):
         ProgressFile(tmp_path)(0, 7, 7)
-        deadline = time.monotonic() + 10
-        while not told and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_until(lambda: told)
     assert told[0] == (7, 7)

@@ -11,7 +11,9 @@ import pytest
 
 from model_parallel.errors import ConfigError
 from model_parallel.runtime import rank_link as link
-from model_parallel.runtime.rank_link import Connection, LeaderMessage, LinkError, Listener, RankMessage, Stop, connect
+from model_parallel.runtime.rank_link import Connection, LeaderMessage, Listener, RankMessage, Stop, connect
+from model_parallel.transport.frames import LinkError, encode_frame
+from tests.support.waiting import PATIENCE_S
 
 SECRET = bytes(range(32))
 EPOCH = 7
@@ -20,7 +22,7 @@ EPOCH = 7
 class Group:
     """A listener for two ranks that is being waited on."""
 
-    def __init__(self, pool: ThreadPoolExecutor, num_ranks: int = 2, timeout_s: float = 10.0) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, num_ranks: int = 2, timeout_s: float = PATIENCE_S) -> None:
         self.listener = Listener("127.0.0.1", secret=SECRET, epoch=EPOCH, num_ranks=num_ranks)
         self.port = self.listener.port
         self.accepted: Future[list[Connection[RankMessage]]] = pool.submit(
@@ -33,11 +35,11 @@ class Group:
     def finish(self) -> None:
         """Both ranks come, and the start succeeds."""
         ranks = [self.connect(1), self.connect(0)]
-        leader_side = self.accepted.result(10)
+        leader_side = self.accepted.result(PATIENCE_S)
         for connection in leader_side:
             connection.send(Stop())
         for connection in ranks:
-            assert connection.receive(5) == Stop()
+            assert connection.receive(PATIENCE_S) == Stop()
         for end in (*ranks, *leader_side):
             end.close()
 
@@ -49,7 +51,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def raw(group: Group, data: bytes) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", group.port), 5)
+    sock = socket.create_connection(("127.0.0.1", group.port), PATIENCE_S)
     sock.sendall(data)
     return sock
 
@@ -57,7 +59,7 @@ def raw(group: Group, data: bytes) -> socket.socket:
 def is_closed(sock: socket.socket) -> bool:
     """Whether the other end closes it within a few seconds, without a word."""
     with contextlib.closing(sock):
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         try:
             return sock.recv(1) == b""
         except ConnectionResetError:
@@ -103,6 +105,7 @@ def test_silent_and_slow_connections_are_closed_and_delay_nobody(
     group = Group(pool)
     silent = [raw(group, b"packtrn1"[:n]) for n in range(8)]
     assert all(is_closed(sock) for sock in silent)
+    monkeypatch.undo()
     group.finish()
 
 
@@ -122,7 +125,7 @@ def test_nobody_is_heard_any_more_after_the_start(pool: ThreadPoolExecutor) -> N
     group = Group(pool, num_ranks=1)
     silent = raw(group, b"")
     rank = group.connect(0)
-    (leader,) = group.accepted.result(10)
+    (leader,) = group.accepted.result(PATIENCE_S)
     assert not [t for t in threading.enumerate() if t.name == "packtrain-handshake"]
     assert is_closed(silent)
     rank.close()
@@ -134,11 +137,11 @@ def test_second_connection_of_a_rank_is_refused(pool: ThreadPoolExecutor) -> Non
     first = group.connect(0)
     second = group.connect(0)
     with pytest.raises(LinkError, match=r"closed|broke"):
-        second.receive(5)
+        second.receive(PATIENCE_S)
     third = group.connect(1)
-    leader_side = group.accepted.result(10)
+    leader_side = group.accepted.result(PATIENCE_S)
     leader_side[0].send(Stop())
-    assert first.receive(5) == Stop()
+    assert first.receive(PATIENCE_S) == Stop()
     for end in (first, second, third, *leader_side):
         end.close()
 
@@ -155,9 +158,9 @@ def test_rank_refuses_a_leader_without_the_secret() -> None:
 
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(LinkError, match="does not know the group's secret"):
+        with pytest.raises(LinkError, match="does not know the secret"):
             connect("127.0.0.1", server.getsockname()[1], secret=SECRET, epoch=EPOCH, rank=0)
-        thread.join(5)
+        thread.join(PATIENCE_S)
 
 
 def test_recorded_handshake_cannot_be_replayed(pool: ThreadPoolExecutor) -> None:
@@ -168,7 +171,7 @@ def test_recorded_handshake_cannot_be_replayed(pool: ThreadPoolExecutor) -> None
 
         def relay() -> None:
             rank_side, _ = tap.accept()
-            leader_side = socket.create_connection(("127.0.0.1", group.port), 5)
+            leader_side = socket.create_connection(("127.0.0.1", group.port), PATIENCE_S)
             with rank_side, leader_side:
                 for from_rank, size in ((True, 52), (False, 64), (True, 32)):
                     source, target = (rank_side, leader_side) if from_rank else (leader_side, rank_side)
@@ -180,8 +183,8 @@ def test_recorded_handshake_cannot_be_replayed(pool: ThreadPoolExecutor) -> None
         thread = threading.Thread(target=relay)
         thread.start()
         connect("127.0.0.1", tap.getsockname()[1], secret=SECRET, epoch=EPOCH, rank=0).close()
-        thread.join(5)
-    for end in (group.connect(1), *group.accepted.result(10)):
+        thread.join(PATIENCE_S)
+    for end in (group.connect(1), *group.accepted.result(PATIENCE_S)):
         end.close()
 
     again = Group(pool)
@@ -192,12 +195,12 @@ def test_recorded_handshake_cannot_be_replayed(pool: ThreadPoolExecutor) -> None
 
 
 def test_absent_ranks_are_named(pool: ThreadPoolExecutor) -> None:
-    group = Group(pool, num_ranks=3, timeout_s=0.3)
+    group = Group(pool, num_ranks=3, timeout_s=0.3)  # must expire
     present = group.connect(1)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 2\] did not connect within 0.3 s"):
-        group.accepted.result(10)
+        group.accepted.result(PATIENCE_S)
     with pytest.raises(LinkError):
-        present.receive(5)
+        present.receive(PATIENCE_S)
     present.close()
 
 
@@ -208,7 +211,7 @@ def test_check_can_give_up(pool: ThreadPoolExecutor) -> None:
         raise RuntimeError("a rank has died")
 
     with pytest.raises(RuntimeError, match="a rank has died"):
-        listener.accept_all(10, give_up)
+        listener.accept_all(PATIENCE_S, give_up)
 
 
 def test_short_secret_is_refused() -> None:
@@ -220,8 +223,8 @@ def test_short_secret_is_refused() -> None:
     "send",
     [
         lambda c: c.send(Stop()),  # a message that only a leader sends
-        lambda c: c.send_frame(link.encode_frame(b"\xc1 not msgpack")),
-        lambda c: c.send_frame(link.encode_frame(b"")),
+        lambda c: c.send_frame(encode_frame(b"\xc1 not msgpack")),
+        lambda c: c.send_frame(encode_frame(b"")),
         lambda c: c.send_frame(b"\xff" * 8),
     ],
 )
@@ -230,10 +233,10 @@ def test_frame_that_the_protocol_does_not_allow_breaks_the_link(
 ) -> None:
     group = Group(pool, num_ranks=1)
     rank = group.connect(0)
-    (leader,) = group.accepted.result(10)
+    (leader,) = group.accepted.result(PATIENCE_S)
     send(rank)
     with pytest.raises(LinkError):
-        leader.receive(5)
+        leader.receive(PATIENCE_S)
     rank.close()
     leader.close()
 
@@ -241,7 +244,7 @@ def test_frame_that_the_protocol_does_not_allow_breaks_the_link(
 def test_receiving_has_a_deadline(pool: ThreadPoolExecutor) -> None:
     group = Group(pool, num_ranks=1)
     rank = group.connect(0)
-    (leader,) = group.accepted.result(10)
+    (leader,) = group.accepted.result(PATIENCE_S)
     rank.send_frame(rank.encode(Stop())[:-1])
     with pytest.raises(TimeoutError):
         leader.receive(0.1)

@@ -1,8 +1,10 @@
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store
@@ -30,9 +32,18 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'tenants.db'}"
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file that has the schema and nothing in it."""
+    path = tmp_path_factory.mktemp("migrated") / "tenants.db"
+    Database(f"sqlite:///{path}").close()
+    return path
+
+
 @pytest.fixture
-def store(url: str, clock: Clock) -> Iterator[Store]:
-    """On a new SQLite file."""
+def store(url: str, clock: Clock, migrated: Path) -> Iterator[Store]:
+    """On an SQLite file of its own."""
+    shutil.copy(migrated, make_url(url).database or "")
     database = Database(url)
     yield Store(database, wall_clock=clock)
     database.close()

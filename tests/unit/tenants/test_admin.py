@@ -24,6 +24,7 @@ from serving.config import AdminConfig
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.records import KeyGrant, Plan, Tenant
 from serving.tenants.store.store import Store
+from tests.support.waiting import PATIENCE_S
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 from tests.unit.tenants.test_usage import keep, record
 
@@ -102,11 +103,11 @@ async def test_a_new_admin_key_opens_at_once_and_a_revoked_one_no_more(admin: Ru
 
 async def test_a_key_revoked_elsewhere_is_refused_within_a_refresh(admin: Running, store: Store) -> None:
     issued = store.create_key("operators", KeyGrant(is_admin=True))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while (await _code(admin, issued.text)) is not grpc.StatusCode.OK:
             await asyncio.sleep(0.005)
     store.revoke_key(issued.key.id)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while (await _code(admin, issued.text)) is not grpc.StatusCode.UNAUTHENTICATED:
             await asyncio.sleep(0.005)
 
@@ -255,7 +256,7 @@ async def test_what_is_missing_and_what_is_taken(admin: Running) -> None:
 
 async def test_every_method_needs_a_key_with_administration(admin: Running, store: Store) -> None:
     user = store.create_key("operators", KeyGrant()).text
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while (await _code(admin, user)) is grpc.StatusCode.UNAUTHENTICATED:
             await asyncio.sleep(0.005)
     service = pb.DESCRIPTOR.services_by_name["Admin"]
@@ -286,11 +287,11 @@ async def test_health_is_open_and_follows_the_database(
     with monkeypatch.context() as patch:
         patch.setattr(store, "generation", gone)
         patch.setattr(store, "list_plans", gone)
-        assert (await asyncio.wait_for(watch.read(), 5)).status == Status.NOT_SERVING
+        assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.NOT_SERVING
         error = await refused(admin.call("ListPlans", pb.ListPlansRequest()))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "secret" not in str(error.details()) and "/secret/place" in caplog.text
-    assert (await asyncio.wait_for(watch.read(), 5)).status == Status.SERVING
+    assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.SERVING
     watch.cancel()
 
 

@@ -5,12 +5,13 @@ import random
 import pytest
 
 from serving.contracts.accounts import RateLimit, RateLimits
-from serving.gateway.http.exchange import rate_limit_headers
+from serving.gateway.http.responses import rate_limit_headers
 from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.client.balances import tighter
 from serving.tenants.client.leases import LeaseBook
-from serving.tenants.messages import Amounts, Costs, Verdict
+from serving.tenants.messages import Amounts, Costs, Decision
 from serving.tenants.records import Limits
+from tests.support.effort import by_day
 from tests.support.usage import usage_record
 
 T = "tenant:t"
@@ -39,10 +40,10 @@ class World:
         """Out of the lease if it can be, otherwise by asking."""
         if book.take(costs):
             return True
-        verdicts: list[Verdict] = []
-        book.ask(costs, self.now_s - 60, verdicts.append)  # for so long that nobody is waited for
+        decisions: list[Decision] = []
+        book.ask(costs, self.now_s - 60, decisions.append)  # for so long that nobody is waited for
         self.exchange(book)
-        return verdicts[0].kind == "granted"
+        return decisions[0].kind == "granted"
 
     def end(self, book: LeaseBook, costs: Costs, num_used: int) -> None:
         book.settle(costs, usage_record("r", num_prompt_tokens=num_used), (T,), lambda: None)
@@ -114,7 +115,7 @@ def test_what_is_old_and_of_no_use_is_forgotten() -> None:
     assert book.rates(T, LIMITS, world.now_s) == RateLimits()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(by_day(15, by_night=300)))
 def test_what_is_told_is_what_can_be_had(seed: int) -> None:
     """After any history of two gateways, as many tokens as it says fit, and not one more."""
     rng = random.Random(seed)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serving.contracts.errors import UnauthenticatedError
 from serving.tenants import directory as directory_module
-from serving.tenants.directory import REFUSAL, KeyDirectory, Snapshot
+from serving.tenants.directory import INVALID_KEY_MESSAGE, KeyDirectory, Snapshot
 from serving.tenants.keys import new_key
 from serving.tenants.records import KeyGrant, Limits, Plan, Tenant
 from serving.tenants.store.store import Store
@@ -32,7 +32,7 @@ def accepts(directory: KeyDirectory, text: str) -> bool:
     try:
         directory.authenticate([f"Bearer {text}"])
     except UnauthenticatedError as error:
-        assert str(error) == REFUSAL
+        assert str(error) == INVALID_KEY_MESSAGE
         return False
     return True
 
@@ -67,7 +67,7 @@ def test_every_refusal_says_the_same(gold: Store, clock: Clock) -> None:
     for wrong in (new_key().text, good[:-1] + ("B" if good[-1] == "A" else "A"), "x", "", "0" * 5000):
         assert not accepts(known, wrong)
     for credentials in ([], [f"Bearer {good}"] * 2, [good]):
-        with pytest.raises(UnauthenticatedError, match=REFUSAL):
+        with pytest.raises(UnauthenticatedError, match=INVALID_KEY_MESSAGE):
             known.authenticate(credentials)
 
 

@@ -1,27 +1,27 @@
 """A gateway's half of the conversation, message by message."""
 
 from serving.tenants.client.leases import LeaseBook
-from serving.tenants.messages import GRANTED, NOTHING, Amounts, Costs, Lease, Reply, Report, Verdict
+from serving.tenants.messages import GRANTED, NOTHING, Amounts, Costs, Decision, Lease, Reply, Report
 
 COSTS: Costs = (("tenant:t", Amounts(requests=1, tokens=50, slots=1, budget=50)),)
 
 
-def granted_book(*leases: Lease) -> tuple[LeaseBook, list[Verdict]]:
+def granted_book(*leases: Lease) -> tuple[LeaseBook, list[Decision]]:
     """One request was asked for and granted."""
-    book, verdicts = LeaseBook("g"), list[Verdict]()
-    book.ask(COSTS, 0.0, verdicts.append)
+    book, decisions = LeaseBook("g"), list[Decision]()
+    book.ask(COSTS, 0.0, decisions.append)
     assert book.next_exchange(0.0) is not None
-    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=leases), 0.0)
-    return book, verdicts
+    book.take_reply(Reply(number=1, decisions=(GRANTED,), leases=leases), 0.0)
+    return book, decisions
 
 
 def test_a_grant_that_comes_too_late_goes_back_whole() -> None:
-    """The request went away between the verdict and its next step."""
-    book, verdicts = LeaseBook("g"), list[Verdict]()
-    request = book.ask(COSTS, 0.0, verdicts.append)
+    """The request went away between the decision and its next step."""
+    book, decisions = LeaseBook("g"), list[Decision]()
+    request = book.ask(COSTS, 0.0, decisions.append)
     book.next_exchange(0.0)
-    book.take_reply(Reply(number=1, verdicts=(GRANTED,), leases=()), 0.0)
-    assert verdicts == [GRANTED]
+    book.take_reply(Reply(number=1, decisions=(GRANTED,), leases=()), 0.0)
+    assert decisions == [GRANTED]
     book.withdraw(request)
     exchange = book.next_exchange(0.0)
     assert exchange is not None
@@ -30,7 +30,7 @@ def test_a_grant_that_comes_too_late_goes_back_whole() -> None:
 
 def test_a_request_that_was_withdrawn_is_not_asked_for() -> None:
     book = LeaseBook("g")
-    book.withdraw(book.ask(COSTS, 0.0, lambda verdict: None))
+    book.withdraw(book.ask(COSTS, 0.0, lambda decision: None))
     assert book.next_exchange(0.0) is None
     assert book.num_waiting == 0
 
@@ -38,23 +38,23 @@ def test_a_request_that_was_withdrawn_is_not_asked_for() -> None:
 def test_a_reply_that_comes_again_is_not_applied_again() -> None:
     """It would hand out the lease twice, or tell a request what was said about another."""
     lease = Lease("tenant:t", COSTS[0][1])
-    book, verdicts = granted_book(lease)
-    reply = Reply(number=1, verdicts=(GRANTED,), leases=(lease,))
+    book, decisions = granted_book(lease)
+    reply = Reply(number=1, decisions=(GRANTED,), leases=(lease,))
     book.take_reply(reply, 0.0)
     assert book.take(COSTS)
     assert not book.take(COSTS)
-    book.ask(COSTS, 0.0, verdicts.append)
+    book.ask(COSTS, 0.0, decisions.append)
     book.next_exchange(0.0)
     book.take_reply(reply, 0.0)
-    assert verdicts == [GRANTED]
+    assert decisions == [GRANTED]
     assert book.num_waiting == 1
 
 
 def test_an_exchange_stays_as_it_is_until_it_is_answered() -> None:
     book = LeaseBook("g")
-    book.ask(COSTS, 0.0, lambda verdict: None)
+    book.ask(COSTS, 0.0, lambda decision: None)
     first = book.next_exchange(0.0)
-    book.ask(COSTS, 0.0, lambda verdict: None)
+    book.ask(COSTS, 0.0, lambda decision: None)
     assert book.next_exchange(9.0) is first
 
 
@@ -66,7 +66,7 @@ def test_an_idle_lease_goes_back_and_a_used_one_does_not() -> None:
     exchange = book.next_exchange(0.0)
     assert exchange is not None
     assert exchange.reports[0].free == COSTS[0][1] * 2
-    book.take_reply(Reply(number=exchange.number, verdicts=(), leases=()), 0.0)
+    book.take_reply(Reply(number=exchange.number, decisions=(), leases=()), 0.0)
     book.return_idle()
     exchange = book.next_exchange(0.0)
     assert exchange is not None

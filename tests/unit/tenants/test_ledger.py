@@ -3,7 +3,7 @@
 from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.ledger import Ledger
 from serving.tenants.authority.quota import QuotaAuthority
-from serving.tenants.messages import NOTHING, Amounts, Ask, Exchange, Reply, Report, Settlement
+from serving.tenants.messages import NOTHING, Amounts, Exchange, LeaseRequest, Reply, Report, Settlement
 from serving.tenants.records import Limits, UsageFilter
 from serving.tenants.store.store import Store
 from serving.tenants.store.usage import all_usage
@@ -32,7 +32,7 @@ def exchanged(store: Store, message: Exchange) -> Reply:
 
 
 def ask(gateway_id: str, number: int, cost: Amounts) -> Exchange:
-    return Exchange(gateway_id, number, (), (), (Ask((("tenant:t", cost),), 0.0),))
+    return Exchange(gateway_id, number, (), (), (LeaseRequest((("tenant:t", cost),), 0.0),))
 
 
 def settled(number: int, *records: UsageRecord) -> Exchange:
@@ -68,8 +68,8 @@ def test_grants_and_leases_are_there_after_a_restart(store: Store) -> None:
 def test_after_a_restart_any_part_of_a_lease_may_be_unused_until_its_gateway_says_so(store: Store) -> None:
     (lease,) = exchanged(store, ask("g", 1, COST)).leases
     rest = 1000 - 100 - lease.amounts.budget
-    assert exchanged(store, ask("h", 1, Amounts(budget=rest + 1))).verdicts[0].kind == "wait"
-    assert exchanged(store, ask("h", 2, Amounts(budget=rest))).verdicts[0].kind == "granted"
+    assert exchanged(store, ask("h", 1, Amounts(budget=rest + 1))).decisions[0].kind == "wait"
+    assert exchanged(store, ask("h", 2, Amounts(budget=rest))).decisions[0].kind == "granted"
 
 
 def test_a_reply_that_was_lost_with_the_authority_is_given_again(store: Store) -> None:

@@ -21,6 +21,7 @@ from serving.tenants.client.accounts import AuthorityUnreachableError, TenantAcc
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
 from serving.tenants.store.store import Store
 from serving.tenants.store.usage import all_usage
+from tests.support.waiting import PATIENCE_S
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
 PREFIX = "x-ratelimit-"
@@ -64,7 +65,9 @@ def new_key(store: Store, grant: KeyGrant | None = None, **limits: int) -> str:
 
 
 def client(ports: Ports, key: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{ports.http}/v1", api_key=key, max_retries=0, timeout=10)
+    return openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{ports.http}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S
+    )
 
 
 async def test_openai_reads_what_is_left_of_the_rates(store: Store, url: str) -> None:
@@ -119,7 +122,7 @@ async def test_an_answer_whose_record_is_late_is_withheld_and_recorded_once(
         async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
             stub: Any = InferenceStub(channel)
             ask = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
-            call = stub.Generate(ask, metadata=(("authorization", f"Bearer {key}"),), timeout=10)
+            call = stub.Generate(ask, metadata=(("authorization", f"Bearer {key}"),), timeout=PATIENCE_S)
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await call
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE

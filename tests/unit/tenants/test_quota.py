@@ -3,7 +3,7 @@
 import pytest
 
 from serving.tenants.authority.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
-from serving.tenants.messages import Amounts, Ask, Exchange, Reply, Report, Settlement, Verdict
+from serving.tenants.messages import Amounts, Decision, Exchange, LeaseRequest, Reply, Report, Settlement
 from serving.tenants.records import Limits
 from tests.support.usage import usage_record
 
@@ -32,15 +32,18 @@ class World:
     ) -> Reply:
         number = self.numbers[gateway] = self.numbers.get(gateway, 0) + 1
         return self.authority.exchange(
-            Exchange(gateway, number, settlements, reports, tuple(Ask(((T, cost),), waited_s) for cost in asks)), ()
+            Exchange(
+                gateway, number, settlements, reports, tuple(LeaseRequest(((T, cost),), waited_s) for cost in asks)
+            ),
+            (),
         )
 
-    def ask(self, gateway: str, cost: Amounts, *, waited_s: float = 0.0) -> Verdict:
-        return self.exchange(gateway, cost, waited_s=waited_s).verdicts[0]
+    def ask(self, gateway: str, cost: Amounts, *, waited_s: float = 0.0) -> Decision:
+        return self.exchange(gateway, cost, waited_s=waited_s).decisions[0]
 
 
-def outcome(verdict: Verdict) -> tuple[str, str, float | None]:
-    return verdict.kind, verdict.limit, verdict.retry_after_s
+def outcome(decision: Decision) -> tuple[str, str, float | None]:
+    return decision.kind, decision.limit, decision.retry_after_s
 
 
 def settlement(request_id: str, num_tokens: int) -> Settlement:
@@ -77,20 +80,20 @@ def test_a_budget_that_is_spent_does_not_come_back_but_one_that_is_reserved_may(
 def test_running_requests_are_limited() -> None:
     world = World(max_concurrent_requests=2)
     reply = world.exchange("g", *[Amounts(slots=1)] * 3)
-    assert [verdict.kind for verdict in reply.verdicts] == ["granted", "granted", "refused"]
-    assert outcome(reply.verdicts[2]) == ("refused", "max_concurrent_requests", BUSY_RETRY_S)
+    assert [decision.kind for decision in reply.decisions] == ["granted", "granted", "refused"]
+    assert outcome(reply.decisions[2]) == ("refused", "max_concurrent_requests", BUSY_RETRY_S)
 
 
 def test_the_longest_delay_is_told() -> None:
     world = World(requests_per_minute=60, tokens_per_minute=60, max_concurrent_requests=1)
     world.ask("g", Amounts(requests=60, tokens=60, slots=1))
-    verdict = world.ask("g", Amounts(requests=30, tokens=45, slots=1))
-    assert outcome(verdict) == ("refused", "tokens_per_minute", 45.0)
+    decision = world.ask("g", Amounts(requests=30, tokens=45, slots=1))
+    assert outcome(decision) == ("refused", "tokens_per_minute", 45.0)
 
 
 def test_a_small_request_passes_a_large_one_that_does_not_fit() -> None:
     reply = World(token_budget=100).exchange("g", Amounts(budget=101), Amounts(budget=100))
-    assert [verdict.kind for verdict in reply.verdicts] == ["refused", "granted"]
+    assert [decision.kind for decision in reply.decisions] == ["refused", "granted"]
 
 
 def test_leases_are_a_share_of_what_is_left_and_none_near_the_edge() -> None:
@@ -133,7 +136,7 @@ def test_nobody_waits_for_what_would_not_be_enough_or_does_not_come() -> None:
 
 def test_the_same_exchange_again_gets_the_same_reply_and_changes_nothing() -> None:
     world = World(token_budget=100)
-    message = Exchange("g", 1, (settlement("r", 40),), (), (Ask(((T, Amounts(budget=60)),), 0.0),))
+    message = Exchange("g", 1, (settlement("r", 40),), (), (LeaseRequest(((T, Amounts(budget=60)),), 0.0),))
     first = world.authority.exchange(message, ())
     world.authority.take_changes()
     assert world.authority.exchange(message, ()) == first
@@ -200,7 +203,7 @@ def test_a_clock_that_is_put_back_gives_nothing_and_takes_nothing() -> None:
 
 def test_a_revoked_key_of_a_tenant_that_nobody_has_asked_about_is_refused() -> None:
     world = World(requests_per_minute=5)
-    ask = Ask(((T, Amounts(requests=1)), ("key:gone", Amounts(requests=1))), 0.0)
+    ask = LeaseRequest(((T, Amounts(requests=1)), ("key:gone", Amounts(requests=1))), 0.0)
     reply = world.authority.exchange(Exchange("g", 1, (), (), (ask,)), ())
-    assert reply.verdicts == (Verdict(kind="refused", subject="key:gone"),)
-    assert reply.standings == ()
+    assert reply.decisions == (Decision(kind="refused", subject="key:gone"),)
+    assert reply.balances == ()

@@ -13,8 +13,9 @@ import pytest
 from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.quota import Account, Changes, Gateway, Holding, QuotaAuthority, StaleExchangeError
 from serving.tenants.client.leases import LeaseBook, WaitingRequest
-from serving.tenants.messages import Amounts, Costs, Exchange, Reply, Verdict
+from serving.tenants.messages import Amounts, Costs, Decision, Exchange, Reply
 from serving.tenants.records import Limits
+from tests.support.effort import by_day
 from tests.support.usage import usage_record
 
 TENANT, KEYS = "tenant:t", ("key:a", "key:b")
@@ -131,9 +132,9 @@ class World:
                 self.waiting.append((request_id, book.ask(costs, self.now_s, self.verdict_taker(request_id, request))))
 
     def verdict_taker(self, request_id: str, request: Request):  # type: ignore[no-untyped-def]
-        def take(verdict: Verdict) -> None:
+        def take(decision: Decision) -> None:
             self.waiting = [item for item in self.waiting if item[0] != request_id]
-            if verdict.kind == "granted":
+            if decision.kind == "granted":
                 self.admit(request_id, request)
 
         return take
@@ -194,8 +195,8 @@ class World:
         self.disk.commit(self.authority)
         if exchange.number > last:
             self.refund(exchange)
-            for ask, verdict in zip(exchange.asks, reply.verdicts, strict=True):
-                if verdict.kind == "granted":
+            for ask, decision in zip(exchange.lease_requests, reply.decisions, strict=True):
+                if decision.kind == "granted":
                     self.take_from_buckets(ask.costs)
         if fate == "crash after commit":
             self.restart()
@@ -323,7 +324,7 @@ def cost_of(of: Limits, num_tokens: int) -> Amounts:
     )
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(by_day(50, by_night=1500)))
 def test_nothing_is_overspent_and_nothing_is_lost(seed: int) -> None:
     world = World(seed)
     actions = {

@@ -12,6 +12,7 @@ from serving.contracts.errors import AlreadyExistsError, NotFoundError, StoreUna
 from serving.tenants.records import KeyGrant, Plan, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import MAX_OVERLAP_S, Store, database_url
+from tests.support.waiting import PATIENCE_S
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 
 
@@ -170,7 +171,7 @@ def test_writers_on_one_file_wait_for_each_other(gold: Store, url: str) -> None:
     before = gold.generation()
 
     def work(worker: int) -> None:
-        start.wait(10)
+        start.wait(PATIENCE_S)
         for index in range(5):
             stores[worker % 2].create_tenant(Tenant(id=f"w{worker}-{index}", plan="gold"))
             stores[worker % 2].snapshot()
@@ -186,7 +187,7 @@ def test_a_name_is_taken_once_however_many_ask(gold: Store) -> None:
     start = threading.Barrier(8)
 
     def work(_: int) -> bool:
-        start.wait(10)
+        start.wait(PATIENCE_S)
         try:
             gold.create_tenant(Tenant(id="wanted", plan="gold"))
         except AlreadyExistsError:

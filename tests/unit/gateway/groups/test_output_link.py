@@ -9,17 +9,21 @@ import msgspec
 import pytest
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
-from model_parallel.transport.frame_protocol import MAX_FRAME_BYTES
+from model_parallel.transport import frame_protocol
+from model_parallel.transport.authentication import CHALLENGE_BYTES
+from model_parallel.transport.frame_protocol import ConnectingProtocol
+from model_parallel.transport.frames import MAX_FRAME_BYTES, encode_frame
 from serving.contracts.errors import GroupUnavailableError
-from serving.contracts.group_link import Step
+from serving.contracts.group_link import MAGIC, GroupUpdate
 from serving.gateway.groups import output_receiver as output_link
-from serving.gateway.groups.output_receiver import MAGIC, Inbox, OutputReceiver
+from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 from serving.replica import output_sender
 from serving.replica.async_engine import AsyncEngine
 from serving.replica.output_sender import OutputSenders
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
-from tests.support.link import HOST, listening, until
+from tests.support.link import HOST, listening
+from tests.support.waiting import PATIENCE_S, until
 
 
 class Group:
@@ -39,7 +43,7 @@ class Group:
 
     async def run(self, receiver: OutputReceiver, *requests: EngineRequest) -> None:
         ended = await self.start(receiver, *requests)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await ended.wait()
 
     async def until_asleep(self) -> None:
@@ -47,7 +51,7 @@ class Group:
 
     def close(self) -> None:
         self.senders.close()
-        self.engine.close(5)
+        self.engine.close(PATIENCE_S)
 
 
 @pytest.fixture
@@ -63,9 +67,9 @@ def request(request_id: str, max_tokens: int = 90) -> EngineRequest:
 
 async def read(inbox: Inbox, num_choices: int = 1) -> list[EngineOutput]:
     outputs: list[EngineOutput] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while sum(output.finish_reason is not None for output in outputs) < num_choices:
-            outputs += await inbox.next()
+            outputs += (await inbox.next()).outputs
     return outputs
 
 
@@ -81,7 +85,6 @@ async def test_every_request_gets_its_own_outputs_from_whichever_group_runs_it(r
     results = await asyncio.gather(*(read(inbox) for inbox in inboxes.values()), *runs)
     for number, name in enumerate(names):
         assert tokens(results[number] or [], name) == solo_output(request(name))
-        assert inboxes[name].engine == f"group-{number % 2 + 1}"
     assert len(receiver.connections) == 2, "one connection a group"
     for each in groups:
         each.close()
@@ -100,7 +103,6 @@ async def test_an_inbox_that_is_not_read_holds_its_request_until_it_is_read(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output_link, "MAX_UNREAD_STEPS", 5)
-    monkeypatch.setattr(output_link, "HOLD_AFTER_S", 0.001)
     slow, fast = receiver.open(["slow"]), receiver.open(["fast"])
     runs = [asyncio.create_task(group.run(receiver, request(name))) for name in ("slow", "fast")]
     assert tokens(await read(fast), "fast") == solo_output(request("fast"))
@@ -147,7 +149,7 @@ async def test_a_group_that_is_gone_ends_what_it_had_taken_in(receiver: OutputRe
     await group.start(receiver, request("a", 100))
     await running.next()
     for inbox in (running, waiting):
-        inbox.accepted("group-1")
+        inbox.accepted(receiver.connection_of("group-1"))
     group.close()
     with pytest.raises(GroupUnavailableError, match="the replica group was lost"):
         await read(running)
@@ -158,19 +160,32 @@ async def test_a_group_that_is_gone_ends_what_it_had_taken_in(receiver: OutputRe
     assert receiver.loads.of("group-1") == 0
 
 
-@pytest.mark.parametrize("comes", [True, False])
-async def test_the_word_that_a_group_has_a_request_may_come_before_its_connection(
-    receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch, comes: bool
-) -> None:
-    monkeypatch.setattr(output_link, "LATE_S", 0.05)
+async def test_the_first_item_tells_which_group_has_accepted(receiver: OutputReceiver, group: Group) -> None:
     inbox = receiver.open(["a"])
-    inbox.accepted("group-1")
-    if comes:
-        await group.run(receiver, request("a", 50))
-        assert tokens(await read(inbox), "a") == solo_output(request("a", 50))
-    else:
-        with pytest.raises(GroupUnavailableError, match="connection to the replica group"):
-            await read(inbox)
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    inbox.accepted(receiver.connection_of("group-1"))
+    assert await inbox.next() == ("group-1", ())
+    assert receiver.loads.of("group-1") == 1
+    await group.run(receiver, request("a", 5))
+    assert tokens(await read(inbox), "a") == solo_output(request("a", 5))
+
+
+async def test_outputs_may_overtake_the_reply_that_a_group_has_accepted(receiver: OutputReceiver, group: Group) -> None:
+    inbox = receiver.open(["a"])
+    run = asyncio.create_task(group.run(receiver, request("a", 50)))
+    engine, _ = await inbox.next()
+    inbox.accepted(receiver.connection_of("group-1"))
+    assert (engine, receiver.loads.of("group-1")) == ("group-1", 1), "counted once"
+    await read(inbox)
+    await run
+
+
+async def test_a_reply_from_a_group_whose_connection_is_lost_fails_the_request(receiver: OutputReceiver) -> None:
+    inbox = receiver.open(["a"])
+    inbox.accepted(receiver.connection_of("group-1"))
+    with pytest.raises(GroupUnavailableError, match="connection to the replica group"):
+        await inbox.next()
 
 
 async def test_a_request_that_is_closed_is_cancelled_in_its_group(receiver: OutputReceiver, group: Group) -> None:
@@ -183,38 +198,41 @@ async def test_a_request_that_is_closed_is_cancelled_in_its_group(receiver: Outp
     group.harness.engine.check_integrity()
 
 
-async def test_a_client_may_go_before_the_group_has_answered(receiver: OutputReceiver, group: Group) -> None:
-    """Then the group is told when it answers; if its answer is lost, with the first output that nobody wants."""
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_a_client_may_go_before_the_group_has_answered(
+    receiver: OutputReceiver, group: Group, has_begun: bool
+) -> None:
+    """A group that has begun is told at once; one that begins later, with the first output that nobody wants."""
     await group.senders.to(receiver.address)
     await until(lambda: receiver.connection_of("group-1"))
-    for has_answered in (True, False):
-        inbox = receiver.open(["a"])
-        inbox.close(cancel=True)
-        if has_answered:
-            (connection,) = group.senders._connections.values()
-            connection.result().pause_writing()  # no output gives it away
+    inbox = receiver.open(["a"])
+    if has_begun:
+        (connection,) = group.senders._connections.values()
+        connection.result().pause_writing()  # no output gives it away
         ended = await group.start(receiver, request("a", 100))
-        if has_answered:
-            inbox.accepted("group-1")
+        inbox.close(cancel=True)
         await until(ended.is_set)
-        if has_answered:
-            connection.result().resume_writing()
-        await group.until_asleep()
-        assert group.harness.engine.stats.num_generation_tokens < 100
-        assert receiver.loads.of("group-1") == 0
+        connection.result().resume_writing()
+    else:
+        inbox.close(cancel=True)
+        ended = await group.start(receiver, request("a", 100))
+        await until(ended.is_set)
+    await group.until_asleep()
+    assert group.harness.engine.stats.num_generation_tokens < 100
+    assert receiver.loads.of("group-1") == 0
 
 
 async def test_gateways_know_what_a_group_does_for_all_of_them(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_sender, "TELL_LOAD_S", 0.005)
+    monkeypatch.setattr(output_sender, "REPORT_LOAD_S", 0.005)
     other = await listening()
     ours = receiver.open(["a"])
     theirs = [other.open([name]) for name in ("b", "c")]
     for target, inbox, name in ((receiver, ours, "a"), (other, theirs[0], "b"), (other, theirs[1], "c")):
         (await group.senders.to(target.address)).pause_writing()
         await group.start(target, request(name))
-        inbox.accepted("group-1")
+        inbox.accepted(target.connection_of("group-1"))
     await until(lambda: (receiver.loads.of("group-1"), other.loads.of("group-1")) == (3, 3))
     theirs[0].close(cancel=True)
     await until(lambda: (receiver.loads.of("group-1"), other.loads.of("group-1")) == (2, 2))
@@ -229,7 +247,7 @@ async def test_a_group_that_connects_anew_has_one_connection(receiver: OutputRec
     await again.to(receiver.address)
     await until(lambda: len(receiver.connections) == 1 and receiver.connection_of("group-1"))
     inbox = receiver.open(["a"])
-    inbox.accepted("group-1")
+    inbox.accepted(receiver.connection_of("group-1"))
     group.engine.start([request("a", 5)], await again.to(receiver.address))
     assert tokens(await read(inbox), "a") == solo_output(request("a", 5))
     again.close()
@@ -253,13 +271,12 @@ async def test_what_comes_at_once_to_a_busy_event_loop_is_not_held(
 async def test_a_failure_is_told_after_what_has_come(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_link, "HOLD_AFTER_S", 0.001)
     inbox = receiver.open(["a"])
     await group.start(receiver, request("a", 100))
     assert await inbox.next()
     await until(lambda: group.harness.engine.num_paused)  # as nobody reads
     inbox.fail(GroupUnavailableError("the group was lost"))
-    assert await inbox.next()
+    assert (await inbox.next()).outputs
     with pytest.raises(GroupUnavailableError, match="was lost"):
         await inbox.next()
 
@@ -276,11 +293,24 @@ async def test_outputs_of_a_request_that_nobody_reads_any_more_are_dropped(
 
 
 async def _is_closed(reader: asyncio.StreamReader) -> bool:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         try:
             return await reader.read() == b""
         except ConnectionResetError:
             return True
+
+
+class Leader(ConnectingProtocol):
+    """A group's end that sends what a test wants."""
+
+
+async def connect(receiver: OutputReceiver, secret: bytes | None = None) -> Leader:
+    _, leader = await asyncio.get_running_loop().create_connection(
+        lambda: Leader(MAGIC, receiver.secret if secret is None else secret), HOST, receiver.address.port
+    )
+    async with asyncio.timeout(30):
+        await leader.established()
+    return leader
 
 
 @pytest.mark.parametrize(
@@ -291,20 +321,30 @@ async def _is_closed(reader: asyncio.StreamReader) -> bool:
         b"\x80\x04\x95" + b"pickle" * 20,
     ],
 )
-async def test_a_stranger_is_turned_away_and_nothing_of_it_is_parsed(receiver: OutputReceiver, sent: bytes) -> None:
+async def test_what_is_no_handshake_is_closed_and_nothing_of_it_is_parsed(
+    receiver: OutputReceiver, sent: bytes
+) -> None:
     reader, writer = await asyncio.open_connection(HOST, receiver.address.port)
     writer.write(sent)
+    if sent.startswith(MAGIC):
+        await reader.readexactly(CHALLENGE_BYTES)
     assert await _is_closed(reader)
     writer.close()
 
 
-async def test_strangers_that_say_nothing_are_closed_and_never_too_many(
+async def test_another_secret_is_refused_by_both_ends(receiver: OutputReceiver) -> None:
+    with pytest.raises(ConnectionResetError):
+        await connect(receiver, secret=bytes(32))
+    await until(lambda: not receiver.connections)
+
+
+async def test_silent_connections_are_closed_and_never_too_many(
     receiver: OutputReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_link, "CONNECT_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(output_link, "MAX_STRANGERS", 4)
-    strangers = [await asyncio.open_connection(HOST, receiver.address.port) for _ in range(10)]
-    for reader, writer in strangers:
+    monkeypatch.setattr(frame_protocol, "HANDSHAKE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(output_link, "MAX_UNAUTHENTICATED", 4)
+    silent = [await asyncio.open_connection(HOST, receiver.address.port) for _ in range(10)]
+    for reader, writer in silent:
         assert await _is_closed(reader)
         writer.close()
     await until(lambda: not receiver.connections)
@@ -313,28 +353,28 @@ async def test_strangers_that_say_nothing_are_closed_and_never_too_many(
 @pytest.mark.parametrize(
     "frame",
     [
-        struct.pack("!I", MAX_FRAME_BYTES + 1),
-        struct.pack("!I", 3) + b"\xc1\xc1\xc1",
-        struct.pack("!I", 5) + msgspec.msgpack.encode("text"),
+        struct.pack("!II", MAX_FRAME_BYTES + 1, 0),
+        encode_frame(b"\xc1\xc1\xc1"),
+        encode_frame(msgspec.msgpack.encode("text")),
+        encode_frame(b"")[:-1] + b"\x7f",
     ],
 )
-async def test_what_is_no_output_ends_the_connection(receiver: OutputReceiver, frame: bytes) -> None:
-    reader, writer = await asyncio.open_connection(HOST, receiver.address.port)
-    name = msgspec.msgpack.encode("group-1")
-    writer.write(MAGIC + receiver.secret + struct.pack("!I", len(name)) + name + frame)
-    assert await _is_closed(reader)
-    writer.close()
+async def test_what_is_no_update_ends_the_connection(receiver: OutputReceiver, frame: bytes) -> None:
+    leader = await connect(receiver)
+    leader.send_frame(msgspec.msgpack.encode("group-1"))
+    await until(lambda: receiver.connection_of("group-1"))
+    leader.transport.write(frame)
+    await until(lambda: not receiver.connections)
 
 
 async def test_frames_may_arrive_in_any_pieces(receiver: OutputReceiver) -> None:
     inbox = receiver.open(["a"])
     output = EngineOutput(request_id="a", token_ids=(7,), finish_reason=FinishReason.LENGTH)
-    frames = [msgspec.msgpack.encode("group-1"), msgspec.msgpack.encode(Step((output, output), 3))]
-    _, writer = await asyncio.open_connection(HOST, receiver.address.port)
-    for byte in MAGIC + receiver.secret + b"".join(struct.pack("!I", len(frame)) + frame for frame in frames):
-        writer.write(bytes([byte]))
-        await writer.drain()
+    leader = await connect(receiver)
+    frames = [msgspec.msgpack.encode("group-1"), msgspec.msgpack.encode(GroupUpdate((output, output), 3))]
+    for byte in b"".join(map(encode_frame, frames)):
+        leader.transport.write(bytes([byte]))
         await asyncio.sleep(0)
-    assert await inbox.next() == (output, output)
-    assert receiver.loads.of("group-1") == 3
-    writer.close()
+    assert await inbox.next() == ("group-1", (output, output))
+    assert receiver.loads.of("group-1") == 4, "this one, and three of other gateways"
+    leader.transport.close()

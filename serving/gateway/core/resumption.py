@@ -1,0 +1,54 @@
+"""What is left of a client request when the group that ran it is lost: its other part, for another group.
+
+The tokens delivered so far go along as `output_token_ids`. Draws are a pure function of seed, choice and position, and a row's
+bits do not depend on the batch. So where the model is deterministic, the rest has the bits of the lost group.
+Where it is not, tokens are still neither lost nor repeated.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from serving.contracts.errors import GroupUnavailableError
+
+
+class Resumption:
+    """The open choices of one client request, with what has been delivered of each."""
+
+    def __init__(self, requests: Sequence[EngineRequest]) -> None:
+        self._open = {request.choice: request for request in requests}
+        self._tokens: dict[int, list[int]] = {request.choice: [] for request in requests}
+        self._num_prompt_logprobs = dict.fromkeys(self._open, 0)
+        self.num_losses = 0
+        """Groups that were lost while they ran it."""
+
+    def take(self, output: EngineOutput) -> EngineOutput:
+        """An output on its way to the client. Raises GroupUnavailableError when it says that the group is lost."""
+        if output.finish_reason is FinishReason.ERROR and output.error_kind == "unavailable":
+            raise GroupUnavailableError(output.error)
+        self._tokens[output.choice] += output.token_ids
+        self._num_prompt_logprobs[output.choice] += len(output.prompt_logprobs)
+        if output.finish_reason is not None:
+            del self._open[output.choice]
+        return output
+
+    def requests(self, deadline_s: float | None) -> list[EngineRequest]:
+        """What another group has to run. `deadline_s` is what is left of the client's deadline."""
+        return [self._rest_of(request, deadline_s) for request in self._open.values()]
+
+    def _rest_of(self, request: EngineRequest, deadline_s: float | None) -> EngineRequest:
+        if not self.num_losses:
+            return msgspec.structs.replace(request, deadline_s=deadline_s)
+        sampling = request.sampling
+        if sampling.prompt_logprobs is not None:
+            start = max(1, sampling.prompt_logprobs_start) + self._num_prompt_logprobs[request.choice]
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs_start=start)
+        return msgspec.structs.replace(
+            request,
+            # A new id: outputs of the lost group, should they still come, belong to nobody.
+            request_id=f"{request.request_id}.{self.num_losses}",
+            output_token_ids=(*request.output_token_ids, *self._tokens[request.choice]),
+            sampling=sampling,
+            deadline_s=deadline_s,
+        )

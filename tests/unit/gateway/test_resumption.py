@@ -1,0 +1,161 @@
+"""Groups are lost at any token; the client gets what one group alone would have sent, and is charged once."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.support.fake_backend import FakeBackend, card
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from protos import inference_pb2 as pb
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.group_link import GroupOutputs
+from serving.gateway.core import generation
+from serving.gateway.core.resumption import Resumption
+from tests.unit.gateway.conftest import Serve
+
+PROMPT = (1, 2, 3)
+
+
+def drawn(choice: int, position: int) -> int:
+    """What any group draws there: a function of choice and position alone."""
+    return 97 + (7 * choice + position * position) % 26
+
+
+def solo(choice: int, num_tokens: int) -> list[int]:
+    return [drawn(choice, position) for position in range(num_tokens)]
+
+
+class MortalBackend(FakeBackend):
+    """Groups that die after so many tokens, in the way that is asked for; the one after the last lives."""
+
+    def __init__(self, lives: Sequence[int], death: str = "connection", refusals: int = 0) -> None:
+        super().__init__(cards=[card(num_groups=2)])
+        self._lives = list(lives)
+        self._death = death
+        self._num_refusals = refusals
+        self.asked: list[list[EngineRequest]] = []
+
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncIterator[GroupOutputs]:
+        if self.asked and self._num_refusals:
+            self._num_refusals -= 1
+            raise GroupRefusedError("full", kind="overloaded", engine="g-full", retry_after_s=0.1)
+        self.asked.append(list(requests))
+        engine = f"g{len(self.asked)}"
+        life = self._lives.pop(0) if self._lives else 10**9
+        yield GroupOutputs(engine, ())
+        delivered = {request.choice: list(request.output_token_ids) for request in requests}
+        while any(len(tokens) < requests[0].sampling.max_tokens for tokens in delivered.values()):
+            outputs = []
+            for request in requests:
+                tokens = delivered[request.choice]
+                if len(tokens) == request.sampling.max_tokens:
+                    continue
+                if life == 0:
+                    if self._death == "output":
+                        error = {"finish_reason": FinishReason.ERROR, "error": "lost", "error_kind": "unavailable"}
+                        yield GroupOutputs(
+                            engine, (EngineOutput(request_id=request.request_id, choice=request.choice, **error),)
+                        )
+                    raise GroupUnavailableError("the replica group was lost")
+                life -= 1
+                tokens.append(drawn(request.choice, len(tokens)))
+                is_last = len(tokens) == request.sampling.max_tokens
+                outputs.append(
+                    EngineOutput(
+                        request_id=request.request_id,
+                        choice=request.choice,
+                        token_ids=(tokens[-1],),
+                        finish_reason=FinishReason.LENGTH if is_last else None,
+                    )
+                )
+            yield GroupOutputs(engine, tuple(outputs))
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "RECOVERY_PAUSE_S", 0.0)
+
+
+def query(max_tokens: int, n: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        model="tiny",
+        prompt=pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT)),
+        sampling=pb.Sampling(max_tokens=max_tokens, n=n, seed=5, ignore_eos=True),
+    )
+
+
+@pytest.mark.parametrize("death", ["connection", "output"])
+@pytest.mark.parametrize(("lives", "n"), [([0], 1), ([1], 1), ([7], 2), ([3, 0, 5], 1), ([2, 9, 1], 3)])
+async def test_a_stream_goes_on_where_the_lost_group_stopped(
+    serve: Serve, lives: list[int], n: int, death: str
+) -> None:
+    backend = MortalBackend(lives, death)
+    async with serve(backend) as gateway:
+        tokens: dict[int, list[int]] = {choice: [] for choice in range(n)}
+        summary: Any = None
+        async for chunk in gateway.stub.GenerateStream(query(12, n), timeout=60):
+            tokens[chunk.index] += chunk.token_ids
+            summary = chunk
+    assert tokens == {choice: solo(choice, 12) for choice in range(n)}
+    assert summary.usage.completion_tokens == 12 * n
+    assert len(backend.asked) == len(lives) + 1
+    ids = [request.request_id for requests in backend.asked for request in requests]
+    assert len(set(ids)) == len(ids), "what a lost group still sends belongs to nobody"
+
+
+async def test_a_group_that_is_full_is_asked_again(serve: Serve) -> None:
+    backend = MortalBackend([4], refusals=5)
+    async with serve(backend) as gateway:
+        answer = await gateway.stub.Generate(query(12, 1), timeout=60)
+    assert list(answer.choices[0].token_ids) == solo(0, 12)
+
+
+async def test_too_many_losses_end_the_request(serve: Serve) -> None:
+    backend = MortalBackend([1] * 20)
+    async with serve(backend) as gateway:
+        assert await gateway.stub.Generate(query(12, 1), timeout=60).code() is grpc.StatusCode.UNAVAILABLE
+    assert len(backend.asked) == generation.MAX_LOSSES + 1
+
+
+async def test_without_a_group_that_goes_on_the_wait_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "RECOVERY_TIMEOUT_S", 0.05)
+    backend = MortalBackend([1], refusals=10**9)
+    async with serve(backend) as gateway:
+        assert await gateway.stub.Generate(query(12, 1), timeout=60).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@given(
+    num_delivered=st.integers(0, 5),
+    num_logprobs=st.integers(0, 3),
+    start=st.integers(0, 3),
+    before=st.lists(st.integers(0, 9), max_size=3),
+)
+def test_the_rest_is_what_was_not_delivered(
+    num_delivered: int, num_logprobs: int, start: int, before: list[int]
+) -> None:
+    sampling = SamplingParams(max_tokens=10, prompt_logprobs=1, prompt_logprobs_start=start)
+    request = EngineRequest(
+        request_id="r-0", prompt_token_ids=(1, 2, 3, 4, 5, 6, 7), sampling=sampling, output_token_ids=tuple(before)
+    )
+    rest = Resumption([request])
+    assert rest.requests(3.0) == [request.__class__(**{**as_dict(request), "deadline_s": 3.0})]
+    for token in range(num_delivered):
+        rest.take(EngineOutput(request_id="r-0", token_ids=(token,)))
+    rest.take(EngineOutput(request_id="r-0", prompt_logprobs=(TokenLogprobs(1, -1.0),) * num_logprobs))
+    rest.num_losses = 1
+    (left,) = rest.requests(None)
+    assert left.output_token_ids == (*before, *range(num_delivered))
+    assert left.sampling.prompt_logprobs_start == max(1, start) + num_logprobs
+    assert (left.deadline_s, left.sampling.max_tokens, left.choice) == (None, 10, 0)
+    rest.take(EngineOutput(request_id="r-0", finish_reason=FinishReason.STOP))
+    assert rest.requests(None) == []
+
+
+def as_dict(request: EngineRequest) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in request.__struct_fields__}
