@@ -166,7 +166,7 @@ def _start(
         _join_ray(config, specs, guard)
         if guard is None:
             joined.check_environment(CLUSTER_VARIABLES)
-            joined.wait_for_places(_requests(specs), config.ray.wait_for_nodes_s, report)
+            joined.wait_for_places(joined.requests_of(config.models), config.ray.wait_for_nodes_s, report)
             specs = resolve_models(config.models, _host_of_cluster())
         report("placing replica groups and loading weights")
         if guard is not None:

@@ -24,7 +24,7 @@ from model_parallel.memory import (
     kv_cache_tokens,
     plan_group,
 )
-from serving.config import ModelEntry, ServingConfig, parse_config
+from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
 
@@ -41,6 +41,10 @@ _GPU_RANK_HOST_BYTES = 4 * GIB
 """Host memory of a rank on a GPU: CUDA's context, pinned buffers, a file's pages while it loads."""
 _CPUS_PER_GPU = 8
 _SHM_PER_GPU_BYTES = 8 * GIB
+_CPU_CACHE_TOKENS = 16384
+"""Planned for a group on CPUs whose cache is left to be chosen."""
+IMAGE_MODELS = "/opt/packtrain/models"
+"""Where the image has the models that `packtrain fetch` knows."""
 _LLAMA_2 = re.compile(r"llama[-_ ]?2", re.IGNORECASE)
 
 # What a group of worker nodes is without a word in the values; as in helm/packtrain/values.yaml.
@@ -74,10 +78,19 @@ class ModelPlan:
     memory: GroupMemory
 
     @property
+    def cache_tokens(self) -> int:
+        """What was asked for; else all that fits on a GPU, and a moderate number on CPUs."""
+        if self.entry.kv_cache_tokens is not None:
+            return self.entry.kv_cache_tokens
+        if self.entry.device == "cuda":
+            return self.memory.kv_tokens
+        return max(_CPU_CACHE_TOKENS, self.memory.workload.max_model_len)
+
+    @property
     def rank_bytes(self) -> int:
         """What the fullest rank needs: weights, one step, and the cache."""
         return max(
-            rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * self.entry.kv_cache_tokens
+            rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * self.cache_tokens
             for rank in self.memory.ranks
         )
 
@@ -130,7 +143,9 @@ def model_configs(config: ServingConfig, same_as: Mapping[str, str]) -> dict[str
 def _model_config(entry: ModelEntry, same_as: str | None) -> ModelConfig | None:
     if same_as is not None:
         return known_config(same_as)
-    path = KNOWN_MODELS[entry.source].path if entry.source in KNOWN_MODELS else Path(entry.source)
+    source = Path(entry.source)
+    in_image = source.parent.name if source.is_relative_to(IMAGE_MODELS) else entry.source
+    path = KNOWN_MODELS[in_image].path if in_image in KNOWN_MODELS else source
     if path.exists():
         return describe(path).config
     return KNOWN_CONFIGS.get(Path(entry.source).name.lower())
@@ -138,7 +153,8 @@ def _model_config(entry: ModelEntry, same_as: str | None) -> ModelConfig | None:
 
 def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConfig]) -> ClusterPlan:
     """How many machines all groups take, and what each must have."""
-    plans = tuple(_plan_model(entry, models[entry.name], machine.gpu) for entry in config.models)
+    entries = [_decided(entry, has_gpus=machine.num_gpus > 0) for entry in config.models]
+    plans = tuple(_plan_model(entry, models[entry.name], machine.gpu) for entry in entries)
     problems = [problem for model in plans for problem in _memory_problems(model, machine.gpu)]
     on_gpu = [model for model in plans if model.entry.device == "cuda"]
     if on_gpu and not machine.num_gpus:
@@ -169,10 +185,20 @@ def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConf
     )
 
 
+def _decided(entry: ModelEntry, *, has_gpus: bool) -> ModelEntry:
+    """With what is left to be chosen as it will be on such machines. Of a dtype the size counts: most checkpoints have 16 bits."""
+    changes: dict[str, str] = {}
+    if entry.device == AUTO:
+        changes["device"] = "cuda" if has_gpus else "cpu"
+    if entry.dtype == AUTO:
+        changes["dtype"] = "bfloat16"
+    return entry.model_copy(update=changes)
+
+
 def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> ModelPlan:
     host = Device(name="host", memory_bytes=1 << 62, bandwidth_bytes_per_s=math.inf)
     workload = Workload(
-        max_model_len=entry.max_model_len or min(model.max_position, entry.kv_cache_tokens),
+        max_model_len=entry.max_model_len or min(model.max_position, entry.kv_cache_tokens or model.max_position),
         max_num_seqs=entry.max_num_seqs,
         max_num_batched_tokens=entry.max_num_batched_tokens,
     )
@@ -195,7 +221,7 @@ def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
     except ConfigError as error:
         yield f"{model.entry.name} does not fit {gpu.name}: {error}"
         return
-    if model.rank_bytes + DEVICE_RESERVE_BYTES > gpu.memory_bytes:
+    if model.entry.kv_cache_tokens is not None and model.rank_bytes + DEVICE_RESERVE_BYTES > gpu.memory_bytes:
         yield (
             f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB and "
             f"{DEVICE_RESERVE_BYTES / GIB:.2f} GiB of reserve, and {gpu.name} has {gpu.memory_bytes / GIB:.2f} GiB"
@@ -284,6 +310,12 @@ def _chart_config(config: ServingConfig) -> dict[str, Any]:
             data.get(section, {}).pop(key, None)
         if not data.get(section, True):
             del data[section]
+    for entry in data["models"]:
+        if known := KNOWN_MODELS.get(entry["source"]):
+            # Pods fetch nothing: the NetworkPolicy would not let them, and the image has it.
+            entry["source"] = f"{IMAGE_MODELS}/{known.name}/{known.path.name}"
+            chat = {"format": known.chat_format, "default_system": known.chat_default_system}
+            entry.setdefault("chat", chat)
     data.setdefault("tenancy", None)
     return data
 
@@ -293,10 +325,10 @@ def explained(plan: ClusterPlan) -> Iterator[str]:
     for model in plan.models:
         entry, ranks = model.entry, model.memory.ranks
         weights = max(rank.weight_bytes for rank in ranks)
-        cache = max(rank.kv_bytes_per_token for rank in ranks) * entry.kv_cache_tokens
+        cache = max(rank.kv_bytes_per_token for rank in ranks) * model.cache_tokens
         yield (
             f"{entry.name}: {entry.num_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights and "
-            f"{cache / GIB:.2f} GiB of KV cache for {entry.kv_cache_tokens} tokens"
+            f"{cache / GIB:.2f} GiB of KV cache for {model.cache_tokens} tokens"
         )
         if entry.device == "cuda" and model.memory.fits:
             yield f"{entry.name}: {model.memory.kv_tokens} tokens of KV cache would fit"
@@ -347,7 +379,9 @@ def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[
     problems = [*_timing_problems(chart_values, config), *_rule_problems(chart_values, config)]
     for group in groups:
         lines.append(_group_line(group))
-    for entry in config.models:
+    has_gpus = any((group["resources"].get("limits") or {}).get("nvidia.com/gpu") for group in groups)
+    for given in config.models:
+        entry = _decided(given, has_gpus=has_gpus)
         problems += _placement_problems(
             entry, groups, bool((chart_values.get("ray") or {}).get("autoscaling", {}).get("enabled"))
         )
@@ -454,7 +488,7 @@ def _model_line(model: ModelPlan, device: Device | None) -> str:
     return (
         f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB{where}, "
         f"{weights / GIB:.2f} GiB of them weights, with "
-        f"{model.entry.kv_cache_tokens} tokens of KV cache{room}"
+        f"{model.cache_tokens} tokens of KV cache{room}"
     )
 
 

@@ -20,7 +20,7 @@ import jsonschema
 import pytest
 import yaml
 
-from serving.config import cache_directory
+from model_parallel.directories import cache_directory
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "packtrain"

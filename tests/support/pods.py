@@ -24,6 +24,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from model_parallel.directories import cache_directory
 from tests.support.helm import NAMESPACE, ROOT, Manifest, only
 
 BRIDGE, SUBNET = "packtrain0", "10.244.0"
@@ -449,12 +450,18 @@ def image_of_this_checkout(directory: Path, model: Path) -> tuple[dict[str, Path
     models = directory / "models" / "smollm2-135m-instruct"
     models.mkdir(parents=True)
     (models / model.name).write_bytes(model.read_bytes())
-    image = {"/opt/packtrain/bin": commands, "/opt/packtrain/models": models.parent}
+    # Compiled once on this machine; a pod finds it where the image has it, and needs no compiler.
+    subprocess.run([sys.executable, "-m", "model_parallel.native"], cwd=ROOT, check=True, timeout=600)
+    cache = directory / "cache"
+    shutil.copytree(cache_directory() / "native", cache / "native", ignore=shutil.ignore_patterns("*.lock"))
+    run("chmod", "-R", "a+rX", str(cache))
+    image = {"/opt/packtrain/bin": commands, "/opt/packtrain/models": models.parent, "/opt/packtrain/cache": cache}
     if sys.base_prefix.startswith("/root/"):  # which a pod's own root has empty
         image[sys.base_prefix] = Path(sys.base_prefix)
     environment = {
         "PATH": f"/opt/packtrain/bin:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
+        "PACKTRAIN_CACHE": "/opt/packtrain/cache",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     return image, environment

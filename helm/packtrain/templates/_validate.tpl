@@ -116,7 +116,9 @@
 {{- end -}}
 {{- $tp := .tensor_parallel_size | default 1 | int -}}
 {{- $numGroups := .num_groups | default 1 | int -}}
-{{- $onGpu := eq (.device | default "cpu") "cuda" -}}
+{{- /* `auto` is a GPU where there are any. */}}
+{{- $device := .device | default "auto" -}}
+{{- $onGpu := or (eq $device "cuda") (and (eq $device "auto") (gt (int $totalGpus) 0)) -}}
 {{- $perRank := ternary 1.0 (toString (.cpus_per_rank | default 1.0) | float64) $onGpu -}}
 {{- $largest := 0 -}}
 {{- $places := 0 -}}
