@@ -27,15 +27,14 @@ from model_parallel.memory import (
 from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
+from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES
 
 COMPLETE = ".packtrain-complete"
 """File that the chart's copy of the weights ends with."""
 STOP_MARGIN_S = 45
 """Between the end of the drain and the end of the pod: leaders end (30 s at most), and Ray (15 s)."""
 _MARGIN = 1.25
-_PROCESS_BYTES = 1 * GIB
-"""Of a rank or a leader besides what is planned: Python, torch, Ray."""
-_NODE_BYTES = 2 * GIB
+_NODE_BYTES = STACK_BYTES
 """Of Ray itself on a node."""
 _GPU_RANK_HOST_BYTES = 4 * GIB
 """Host memory of a rank on a GPU: CUDA's context, pinned buffers, a file's pages while it loads."""
@@ -186,7 +185,7 @@ def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConf
 
 
 def _decided(entry: ModelEntry, *, has_gpus: bool) -> ModelEntry:
-    """With what is left to be chosen as it will be on such machines. Of a dtype the size counts: most checkpoints have 16 bits."""
+    """With what is left to be chosen as it will be on such machines. Most checkpoints have 16 bits a weight."""
     changes: dict[str, str] = {}
     if entry.device == AUTO:
         changes["device"] = "cuda" if has_gpus else "cpu"
@@ -264,8 +263,8 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
 def _host_bytes(plans: Iterable[ModelPlan], machine: Machine) -> int:
     """Memory of a machine that is full: of ranks on CPUs all they hold, of ranks on GPUs what is left on the host."""
     on_cpu = [m for m in plans if m.entry.device == "cpu"]
-    ranks = sum(m.entry.num_groups * (m.group_bytes + (len(m.memory.ranks) + 1) * _PROCESS_BYTES) for m in on_cpu)
-    gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + _PROCESS_BYTES)
+    ranks = sum(m.entry.num_groups * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
+    gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + RANK_BYTES)
     return math.ceil(_MARGIN * ranks) + gpus + _NODE_BYTES
 
 
@@ -463,7 +462,7 @@ def _ranks_of(group: Mapping[str, Any], entry: ModelEntry) -> int:
 def _host_problems(model: ModelPlan, groups: list[dict[str, Any]]) -> Iterator[str]:
     for group in groups:
         has = quantity(str((group["resources"].get("limits") or {}).get("memory", "0")))
-        needs = _MARGIN * (model.group_bytes + (len(model.memory.ranks) + 1) * _PROCESS_BYTES) + _NODE_BYTES
+        needs = _MARGIN * (model.group_bytes + len(model.memory.ranks) * RANK_BYTES + LEADER_BYTES) + _NODE_BYTES
         needs += quantity(str(group["shmSize"]))
         if needs > has:
             yield (

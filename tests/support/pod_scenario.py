@@ -109,17 +109,14 @@ def live(pods: dict[str, Pod], facts: Facts) -> None:
         # KubeRay's own probe of a node answers long before a group has loaded.
         spec = gateway.spec["containers"][0]
 
-        def holds(name: str) -> bool:
-            for pod in pods.values():
-                for container in pod.containers.values():
-                    if container.process.poll() not in (None, 0):
-                        raise RuntimeError(
-                            f"{pod.name}/{container.spec['name']} ended:\n{container.log.read_text()[-3000:]}"
-                        )
+        def holds(probe: str) -> bool:
+            for name, pod in pods.items():
+                if starting[name].done():
+                    pod.restart_ended()
             for future in starting.values():
                 if future.done():
                     future.result()
-            return gateway.probe(spec, name)
+            return gateway.probe(spec, probe)
 
         wait(lambda: holds("livenessProbe"), READY_S, "the gateway's node is alive")
         facts["early"] = looks(gateway)
