@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-KILL_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 30.0
 PREFIX = "packtrain-"
 _POLL_S = 0.05
 _LOCK_FILE = "alive.lock"
@@ -96,14 +96,15 @@ def processes_in(directory: Path, *, spare: int) -> list[int]:
 
 
 def kill_processes_in(directory: Path, *, spare: int) -> None:
-    """SIGKILL them all, again and again until none is left or the time is up."""
+    """SIGKILL them all, again and again until none is left or the time is up. On a machine so busy that looking takes all the
+    time, what was found is killed all the same."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
-    while (pids := processes_in(directory, spare=spare)) and time.monotonic() < deadline:
+    while pids := processes_in(directory, spare=spare):
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if time.monotonic() > deadline:
+            return
         time.sleep(_POLL_S)
 
 

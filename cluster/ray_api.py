@@ -145,7 +145,7 @@ class ClusterControl:
     def __init__(self, address: str, timeout_s: float) -> None:
         """Raises RayError, RuntimeError or OSError when there is no cluster at the address."""
         self._timeout_s = timeout_s
-        self._client = ray._raylet.GcsClient(address=address)
+        self._client = ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
 
     def local_node(self) -> LocalNode | None:
         """None when no Ray node runs on this host."""

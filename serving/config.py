@@ -365,11 +365,6 @@ def api_key() -> str:
     return os.environ.get("PACKTRAIN_API_KEY", "")
 
 
-def ray_address() -> str | None:
-    """$RAY_ADDRESS, which KubeRay sets in its pods; None when unset. For commands about the node that they run on."""
-    return os.environ.get("RAY_ADDRESS") or None
-
-
 def environment_key(variable: str, field: str) -> str:
     """The API key in an environment variable that `field` names. Raises ConfigError when it is not set."""
     if not (key := os.environ.get(variable)):
@@ -383,6 +378,11 @@ LOAD_SECRET_VARIABLE = "PACKTRAIN_LOAD_SECRET"
 def load_test_secret() -> str:
     """$PACKTRAIN_LOAD_SECRET, which the machines of one load test share; "" when unset."""
     return os.environ.get(LOAD_SECRET_VARIABLE, "")
+
+
+def ray_address() -> str | None:
+    """$RAY_ADDRESS, which KubeRay sets in its pods; None when unset. For commands about the node that they run on."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def log_level() -> str:

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.guard import Guard
 from cluster.placement import GATEWAY_RESOURCE, GroupPlacement, GroupRequest
 from cluster.ray_api import alive_nodes, run_on_node
+from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
 from serving.config import ServingConfig
@@ -165,7 +166,6 @@ def _start(
     try:
         _join_ray(config, specs, guard)
         if guard is None:
-            joined.check_environment(CLUSTER_VARIABLES)
             joined.wait_for_places(joined.requests_of(config.models), config.ray.wait_for_nodes_s, report)
             specs = resolve_models(config.models, _host_of_cluster())
         report("placing replica groups and loading weights")
@@ -215,8 +215,11 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     try:
         if guard is None:
             ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
+            joined.check_environment(CLUSTER_VARIABLES)
         else:
             _start_private_cluster(config, specs, guard)
+    except ConfigError:
+        raise
     except Exception as error:
         what = "did not start" if guard else f"at {config.ray.address} (--ray-address) cannot be joined"
         raise StartError(f"Ray {what}: {plain_reason(str(error))}") from error

@@ -55,6 +55,7 @@ def requests_of(entries: Sequence[ModelEntry]) -> list[GroupRequest]:
             cpus_per_rank=entry.cpus_per_rank,
         )
         for entry in entries
+        if entry.device == "cuda" or entry.cpus_per_rank  # auto, which turns out to be a GPU, needs no CPU
         for _ in range(entry.num_groups)
     ]
 

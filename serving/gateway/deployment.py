@@ -64,7 +64,7 @@ class Gateway:
         self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
         self._ports = await self._server.start()
         self._metrics_port = self._watch.start(
-            admin, backend.reports, backend.step_reports, is_ready=lambda: self._server.is_serving
+            admin, backend.reports, backend.step_reports, lambda: self._server.is_serving
         )
 
     async def ready(self) -> Ports:

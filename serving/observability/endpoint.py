@@ -30,7 +30,6 @@ class MetricsEndpoint:
         host: str,
         port: int,
         steps_page: Callable[[], bytes] | None = None,
-        *,
         is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
         """Listens from now on; port 0 picks a free one. `steps_page` makes what GET /steps answers, and may raise TimeoutError;
@@ -38,10 +37,9 @@ class MetricsEndpoint:
         address = listening_addresses(host)[0]
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server_class = type("_Server", (_Server,), {"address_family": family})
+        application = _application(registry, steps_page, is_ready)
         try:
-            self._server: WSGIServer = make_server(
-                address, port, _application(registry, steps_page, is_ready), server_class, _Handler
-            )
+            self._server: WSGIServer = make_server(address, port, application, server_class, _Handler)
         except OSError as error:
             reason = explain_listening(error.errno or errno.EIO, address, port)
             raise ConfigError(f"admin.metrics_port: {reason}") from error
@@ -87,12 +85,6 @@ def _application(
 
     def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
-        if path == "/healthz" or (path == "/readyz" and is_ready()):
-            start_response("200 OK", text)
-            return [b"ok\n"]
-        if path == "/readyz":
-            start_response("503 Service Unavailable", text)
-            return [b"no replica group can serve, or the gateway is stopping\n"]
         if path == "/steps" and steps_page is not None:
             try:
                 lines = steps_page()
@@ -101,6 +93,12 @@ def _application(
                 return [b"the replica groups do not answer in time\n"]
             start_response("200 OK", [("Content-Type", "application/x-ndjson")])
             return [lines]
+        if path == "/healthz" or (path == "/readyz" and is_ready()):
+            start_response("200 OK", text)
+            return [b"ok\n"]
+        if path == "/readyz":
+            start_response("503 Service Unavailable", text)
+            return [b"no replica group can serve, or the gateway is stopping\n"]
         if path != "/metrics":
             start_response("404 Not Found", text)
             return [b"metrics are at /metrics\n"]

@@ -49,7 +49,6 @@ class GatewayWatch:
         config: AdminConfig,
         ask_groups: AskGroups,
         ask_steps: AskSteps | None = None,
-        *,
         is_ready: Callable[[], bool] = lambda: True,
     ) -> int | None:
         """Serve /metrics, /steps and what probes ask, unless they are turned off; returns the port. Raises ConfigError."""
@@ -60,7 +59,7 @@ class GatewayWatch:
             config.host,
             config.metrics_port,
             None if ask_steps is None else _steps_page(ask_steps, asyncio.get_running_loop()),
-            is_ready=is_ready,
+            is_ready,
         )
         reader = uuid4().hex
         self._tasks = [

@@ -76,7 +76,9 @@ def test_greedy_answers_are_those_of_transformers(group: LocalGroup, checkpoint:
 
 @pytest.mark.parametrize(
     ("backend", "tp_size"),
-    rest_by_night([(backend, tp_size) for backend in BACKENDS for tp_size in (2, 3)], by_day=[("cpu", 3)]),
+    rest_by_night(
+        [(backend, tp_size) for backend in BACKENDS for tp_size in (2, 3)], by_day=[("cpu", 3)], has_names=True
+    ),
 )
 def test_smollm2_greedy_answers_are_those_of_transformers(
     smollm2_path: Path, backend: str, tp_size: int, monkeypatch: pytest.MonkeyPatch

@@ -84,7 +84,9 @@ def test_every_instruction_set_that_the_machine_has(tp_size: int, tmp_path: Path
 SMOLLM2_CASES = [(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize(("backend", "tp_size"), rest_by_night(SMOLLM2_CASES, by_day=[("cpu", 2), ("reference", 3)]))
+@pytest.mark.parametrize(
+    ("backend", "tp_size"), rest_by_night(SMOLLM2_CASES, by_day=[("cpu", 2), ("reference", 3)], has_names=True)
+)
 def test_smollm2_logits_match_transformers(smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int) -> None:
     ids = _ids(smollm2.config.vocab_size)
     ours = prompt_logits(group_config(smollm2_path, tp_size), ids, chunk=PROMPT_LEN)
@@ -106,7 +108,9 @@ def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("backend", "tp_size"),
-    rest_by_night([(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3)], by_day=[("cpu", 2)]),
+    rest_by_night(
+        [(backend, tp_size) for backend in BACKENDS for tp_size in (1, 2, 3)], by_day=[("cpu", 2)], has_names=True
+    ),
 )
 def test_bfloat16_agrees_with_float32_on_the_most_likely_token(
     smollm2: LlamaForCausalLM, smollm2_path: Path, tp_size: int

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import pytest
+from _pytest.mark import ParameterSet
 from hypothesis import settings
 
 T = TypeVar("T")
@@ -21,6 +22,15 @@ def by_day(number: int, *, by_night: int) -> int:
     return by_night if is_night() else number
 
 
-def rest_by_night(cases: Sequence[T], *, by_day: Sequence[T]) -> list[object]:
-    """Parameters of a test, of which those that are not tried by day run with the nightly cases."""
-    return [case if case in by_day else pytest.param(case, marks=pytest.mark.nightly) for case in cases]
+def rest_by_night(cases: Sequence[T], *, by_day: Sequence[T], has_names: bool = False) -> list[ParameterSet]:
+    """Parameters of a test, of which those that are not tried by day run with the nightly cases.
+
+    has_names: whether each case is a tuple with a value for each of several names.
+    """
+    return [
+        pytest.param(
+            *(case if has_names and isinstance(case, tuple) else (case,)),
+            marks=() if case in by_day else (pytest.mark.nightly,),
+        )
+        for case in cases
+    ]

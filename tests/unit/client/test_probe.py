@@ -54,7 +54,7 @@ def test_what_a_port_is(grpc_port: int, http_port: int) -> None:
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}", "{}", ":{}"])
 def test_a_closed_port_is_told_without_waiting_for_grpc(form: str) -> None:
     with Client(form.format(closed_port())) as client, pytest.raises(ConnectionError, match="nothing listens at"):
-        client.wait_until_connected(timeout_s=0.0)
+        client.wait_until_connected(timeout_s=0.0)  # must expire
 
 
 def test_the_port_of_http_is_told_apart(http_port: int) -> None:

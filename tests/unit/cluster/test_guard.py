@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
-from cluster.guard import MAX_PARENT_BYTES, PREFIX, Guard
+from cluster.guard import MAX_PARENT_BYTES, PREFIX, Guard, kill_processes_in
 from tests.support.waiting import PATIENCE_S, wait_until
 
 # Opens a file in the directory and forks away, as a daemon does; then sleeps far longer than the test.
@@ -74,6 +75,14 @@ def test_the_next_guard_removes_what_a_killed_guard_left(tmp_path: Path) -> None
         _wait(lambda: not daemon.is_running())
     finally:
         other.dismiss()
+
+
+def test_what_is_found_late_is_killed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where one look at all processes takes longer than the time that killing has."""
+    daemon = _daemon(tmp_path)
+    monkeypatch.setattr("cluster.guard.KILL_TIMEOUT_S", -1.0)
+    kill_processes_in(tmp_path, spare=0)
+    _wait(lambda: not daemon.is_running())
 
 
 def test_a_guard_leaves_living_ones_alone(tmp_path: Path) -> None:

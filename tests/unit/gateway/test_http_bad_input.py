@@ -114,7 +114,7 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHATS, {"logprobs": True, "top_logprobs": 6}, "top_logprobs", ["6", "0 to 5"]),
     (CHATS, {"top_logprobs": 1}, "top_logprobs", ["logprobs is not true"]),
     (CHATS, {"logprobs": 1}, "logprobs", ["bool", "int"]),
-    (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["0", "1 to 100"]),
+    (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["0", "1 or more"]),
     (CHATS, {"max_completion_tokens": 90}, "max_completion_tokens", ["90", "21 tokens"]),
     (CHATS, {"max_completion_tokens": 9, "max_tokens": 8}, "max_completion_tokens", ["9", "8"]),
     (CHATS, {"tools": [{"type": "function"}]}, "tools", ["not supported", "null or []"]),

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
 
@@ -36,7 +36,6 @@ def test_incomplete_beta_is_scipys(a: float, b: float, x: float) -> None:
     assert incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), rel=1e-8, abs=1e-12)
 
 
-@settings(max_examples=40)
 @given(st.floats(0.5, 0.999), st.floats(1, 500))
 def test_student_is_scipys(probability: float, freedom: float) -> None:
     found = student_quantile(probability, freedom)

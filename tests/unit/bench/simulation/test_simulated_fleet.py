@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.simulation.fleet import Fleet
@@ -51,7 +51,6 @@ def check_conservation(fleet: Fleet) -> None:
     assert fleet.num_unsettled == 0
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
     rates=st.lists(st.sampled_from([0.5, 3.0, 30.0]), min_size=1, max_size=3),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
@@ -51,7 +51,6 @@ def test_a_negative_cost_is_refused() -> None:
         StepCost(knots=((1, 1.0),), context_s=-1)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(1, 8), st.integers(8, 40))
 def test_least_squares_agree_with_scipy(seed: int, num_columns: int, num_rows: int) -> None:
     draw = np.random.default_rng(seed)
