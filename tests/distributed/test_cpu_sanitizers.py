@@ -17,7 +17,7 @@ from dataclasses import replace
 from model_parallel.kernels.cpu import backend
 sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 backend.CPU_KERNELS = replace(backend.CPU_KERNELS, flags=(*backend.CPU_KERNELS.flags, *sanitize))
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--timeout=500", *{TESTS!r}]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--timeout=1500", *{TESTS!r}]))
 """
 
 
@@ -30,7 +30,7 @@ def _runtime(name: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_kernels_run_clean_under_sanitizers() -> None:
     runtimes = [_runtime("libasan.so"), _runtime("libubsan.so")]
     if None in runtimes:
@@ -46,7 +46,7 @@ def test_kernels_run_clean_under_sanitizers() -> None:
         },
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1700,
         check=False,
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
