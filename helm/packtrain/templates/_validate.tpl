@@ -74,9 +74,6 @@
 {{- if and $v.tls.requireClientCertificate (not (include "packtrain.tlsSecret" .)) -}}
 {{- fail "tls.requireClientCertificate needs tls.existingSecret or tls.certManager" -}}
 {{- end -}}
-{{- if and (include "packtrain.tlsSecret" .) (not (include "packtrain.port" (list . "admin" "metrics_port" 9464))) -}}
-{{- fail "config.admin.metrics_port is null, and with TLS kubelet asks there whether a gateway is ready: set it" -}}
-{{- end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuerRef) -}}
 {{- fail "tls.certManager.enabled needs tls.certManager.issuerRef" -}}
 {{- end -}}
