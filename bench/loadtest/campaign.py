@@ -24,6 +24,7 @@ from bench.loadtest.search import ClientLimitError, Found, Probe, search
 from bench.loadtest.summary import PERCENTILES, summarise
 from bench.loadtest.targets import check_allowed
 from model_parallel.errors import ConfigError
+from model_parallel.transport.frames import LinkError
 from serving.client.tls import ClientTls
 
 
@@ -88,10 +89,10 @@ class Campaign:
         team: Crew,
         wanted: Wanted,
         console: Console,
-        stop: asyncio.Event,
+        interrupt: Interrupt,
     ) -> None:
         self._scenario, self._resolved, self._team, self._wanted = scenario, resolved, team, wanted
-        self._console, self._stop = console, stop
+        self._console, self._interrupt, self._stop = console, interrupt, interrupt.stop
 
     async def repeat(self) -> Exit:
         """The scenario as it is, several times over with seeds of their own."""
@@ -104,6 +105,8 @@ class Campaign:
             run, result = await self._once(scenario)
             runs.append(run)
             results.append(result)
+        if not results:
+            return Exit.INTERRUPTED
         result = of_repeats(results)
         print_result(result, self._console)
         if self._wanted.json_file:
@@ -201,10 +204,14 @@ class Campaign:
     async def _once(self, scenario: Scenario) -> tuple[Run, dict[str, Any]]:
         board = Board(scenario)
         view = watched(board, self._console) if self._console.is_terminal else contextlib.nullcontext()
-        with view:
-            run = await self._team.run(
-                scenario, self._resolved, self._stop, on_begin=board.begin, on_progress=board.update
-            )
+        self._interrupt.is_running = True
+        try:
+            with view:
+                run = await self._team.run(
+                    scenario, self._resolved, self._stop, on_begin=board.begin, on_progress=board.update
+                )
+        finally:
+            self._interrupt.is_running = False
         return run, summarise(scenario, run, self._wanted.all_percentiles)
 
 
@@ -240,13 +247,13 @@ def _whole(number: float) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Event]:
-    """Ctrl-C and SIGTERM ask for an end; the second one makes it."""
+async def _signals() -> AsyncIterator[Interrupt]:
+    """Ctrl-C and SIGTERM ask for an end."""
     loop, interrupt = asyncio.get_running_loop(), Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
     try:
-        yield interrupt.stop
+        yield interrupt
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
@@ -255,14 +262,21 @@ async def _signals() -> AsyncIterator[asyncio.Event]:
 async def run_campaign(
     scenario: Scenario, senders: Senders, tls: ClientTls | None, wanted: Wanted, console: Console
 ) -> Exit:
-    """Everything that `packtrain load` does. Raises ConfigError, ConnectionError, LinkError."""
+    """Everything that `packtrain load` does. Raises ConfigError, ConnectionError."""
     check_allowed([tenant.parsed_target for tenant in scenario.tenants], senders.owns_targets)
-    async with _signals() as stop:
-        resolved = await resolve(scenario, tls)
-        async with crew(senders, tls, lambda line: console.print(line, highlight=False)) as team:
-            campaign = Campaign(scenario, resolved, team, wanted, console, stop)
-            if wanted.sweep:
-                return await campaign.sweep()
-            if wanted.search:
-                return await campaign.search(wanted.search)
-            return await campaign.repeat()
+    async with _signals() as interrupt:
+        try:
+            resolved = await resolve(scenario, tls)
+            async with crew(senders, tls, lambda line: console.print(line, highlight=False)) as team:
+                campaign = Campaign(scenario, resolved, team, wanted, console, interrupt)
+                if wanted.sweep:
+                    return await campaign.sweep()
+                if wanted.search:
+                    return await campaign.search(wanted.search)
+                return await campaign.repeat()
+        except LinkError as error:
+            raise ConnectionError(str(error)) from error
+        except asyncio.CancelledError:
+            if not interrupt.stop.is_set():
+                raise
+            return Exit.INTERRUPTED

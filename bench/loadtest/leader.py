@@ -32,7 +32,7 @@ from model_parallel.transport.frames import MAX_FRAME_BYTES, LinkError
 from serving.client.tls import ClientTls
 from serving.config import LOAD_SECRET_VARIABLE
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 """Within which local processes are there, and within which connections are open, besides what warm-up takes."""
 BEGIN_AFTER_S = 0.5
 RESULT_TIMEOUT_S = 120.0
@@ -78,14 +78,16 @@ class Run:
 
 
 class Interrupt:
-    """Ctrl-C, as the event loop sees it: once to stop and keep what was measured, twice to give up."""
+    """Ctrl-C, as the event loop sees it: it ends a run, which keeps what was measured; without a run, or twice, it ends all."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
+        self.is_running = False
+        """There is a run that can be asked to stop."""
         self._task = asyncio.current_task()
 
     def __call__(self) -> None:
-        if self.stop.is_set() and self._task is not None:
+        if self._task is not None and (self.stop.is_set() or not self.is_running):
             self._task.cancel()
         self.stop.set()
 
@@ -242,11 +244,14 @@ class _Conductor:
             raise ConfigError(f"the entries of the scenario's files take {size} bytes; lower max_entries")
         text = self._scenario.model_dump_json(exclude_unset=True)
         warm_up_s = self._scenario.warmup_requests * len(self._scenario.tenants) * self._scenario.timeout_s
-        async with asyncio.timeout(START_TIMEOUT_S + warm_up_s):
-            for index, peer in enumerate(self._peers):
-                await peer.send(Plan(text, list(resolved), index, len(self._peers)))
-            for peer in self._peers:
-                await self._expect(peer, Connected)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S + warm_up_s):
+                for index, peer in enumerate(self._peers):
+                    await peer.send(Plan(text, list(resolved), index, len(self._peers)))
+                for peer in self._peers:
+                    await self._expect(peer, Connected)
+        except TimeoutError:
+            raise ConnectionError(f"not all senders were ready within {START_TIMEOUT_S + warm_up_s:g} s") from None
 
     async def _expect(self, peer: Peer[FromSender], kind: type) -> None:
         message = await peer.receive()

@@ -22,6 +22,8 @@ from bench.loadtest.work import Content, Entry, Facts, Turn, Workload, answered,
 
 MAX_GAPS = 20_000_000
 """Inter-token latencies that one process keeps (80 MB)."""
+MAX_WAITING = 20_000
+"""Requests that wait for room, prepared. More are prepared later; their latency counts from when they were due all the same."""
 _TICK_S = 0.02
 """How often the event loop's own delay is looked at."""
 _USER_POLL_S = 0.05
@@ -216,6 +218,8 @@ class Runner:
             turns = source.workload.session(index)
             prepared = source.transport.prepare(turns[0].content, turns[0].output_tokens, _label(source, index, 0))
             await self._until(self._start_s + at_s)
+            while len(self._waiting) >= MAX_WAITING and self._clock() < self._end_s:
+                await self._sleep(_TICK_S)
             if not self._has_room():
                 return
             self._begin(self._session(source, index, self._start_s + at_s, turns, prepared))

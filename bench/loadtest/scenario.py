@@ -325,6 +325,10 @@ class Tenant(Part):
             raise ValueError("extra_body and stream are of HTTP targets; over gRPC api says whether to stream")
         if self.chosen_api == "chat" and self.chosen_form != "chat":
             raise ValueError(f"form is {self.form!r}; api chat takes chat alone")
+        if not self.parsed_target.is_grpc and "connections" in self.model_fields_set:
+            raise ValueError("connections is of gRPC targets; over HTTP each request under way has one")
+        if self.chosen_api == "score" and {"temperature", "ignore_eos"} & self.model_fields_set:
+            raise ValueError("temperature and ignore_eos are not of api score")
         if self.chosen_api == "completions" and self.chosen_form == "chat":
             raise ValueError("form is 'chat'; api completions takes ids or text")
         if isinstance(self.arrivals, TraceTimes) != isinstance(self.work, Trace):

@@ -31,6 +31,7 @@ WITH_TORCH = {"triton"}
 # Generates the stubs; not part of a running system.
 DEV_FILE = ROOT / "protos" / "generate.py"
 
+_DISTRIBUTIONS = packages_distributions()  # reads what every installed package says: once
 UNPICKLING_MODULES = {"_pickle", "cloudpickle", "dill", "marshal", "pickle", "shelve"}
 UNPICKLING_COLLECTIVES = {
     "all_gather_object",
@@ -68,7 +69,7 @@ def distribution(module: str) -> str | None:
         return None
     if top in ("google", "opentelemetry"):
         return SHARED[f"{top}.{rest[0]}"]
-    (name,) = set(packages_distributions()[top])
+    (name,) = set(_DISTRIBUTIONS[top])
     return canonical(name)
 
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.loadtest.replies import Outcome
@@ -48,6 +48,7 @@ async def test_every_way_to_ask_is_answered_and_counted(is_http: bool, api: str,
     assert (result["server_stages"] is not None) == (not is_http and api != "score")
 
 
+@settings(max_examples=max(6, settings().max_examples // 8), suppress_health_check=[HealthCheck.too_slow])
 @given(
     refuse=st.floats(0, 1), fail=st.floats(0, 0.5), max_running=st.sampled_from([None, 1, 4]),
     limit=st.sampled_from([None, 2, 5]), stop_after_s=st.sampled_from([None, None, 0.1]), count=st.integers(1, 3),
@@ -160,9 +161,8 @@ async def test_a_stream_that_breaks_has_failed_and_keeps_what_it_brought() -> No
 async def test_what_is_too_slow_fails_by_its_deadline() -> None:
     async with mock(first_token_s=30) as server:
         tenant = {"work": TINY, "arrivals": OPEN, "max_requests": 1}
-        run = await run_here(
-            scenario_of(server, tenant, tenant | {"name": "b", "http": True}, timeout_s=0.2)  # must expire
-        )
+        both = (tenant, tenant | {"name": "b", "http": True})
+        run = await run_here(scenario_of(server, *both, timeout_s=0.2))  # must expire
     assert {(r.outcome, r.code) for r in run.records} == {(Outcome.FAILED, "DEADLINE_EXCEEDED")}
 
 
