@@ -133,6 +133,8 @@ class LocalNode:
 
     node_id: str
     is_head: bool
+    resources: frozenset[str]
+    """Names of what it has, custom ones included."""
     num_draining: int
     """Living nodes of the cluster that are to end."""
 
@@ -156,6 +158,7 @@ class ClusterControl:
         return LocalNode(
             node_id=here[0],
             is_head=bool(alive[here[0]].is_head_node),
+            resources=frozenset(alive[here[0]].resources_total),
             num_draining=sum(node_id in alive for node_id in draining),
         )
 

@@ -100,7 +100,7 @@ def drain(
 ) -> None:
     """What a pod runs before it ends: its gateway and its groups take nothing new and end when their requests have.
 
-    The head waits instead for other nodes that are ending. Status 0 in any case: the pod ends whatever this says.
+    The head and the driver wait instead for other nodes that are ending. Status 0 in any case: the pod ends whatever this says.
     """
     from serving.driver.drain import drain_node  # Ray takes seconds
 

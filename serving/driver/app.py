@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.placement import GroupPlacement, GroupRequest
+from cluster.placement import GATEWAY_RESOURCE, GroupPlacement, GroupRequest
 from cluster.ray_api import alive_nodes, run_on_node
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
@@ -166,6 +166,7 @@ def _start(
     try:
         _join_ray(config, specs, guard)
         if guard is None:
+            joined.wait_for_places(joined.requests_of(config.models), config.ray.wait_for_nodes_s, report)
             specs = resolve_models(config.models, _host_of_cluster())
         report("placing replica groups and loading weights")
         if guard is not None:
@@ -244,9 +245,9 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
 
 
 def _host_of_cluster() -> Host:
-    """Of a cluster that is joined: one node, which has GPUs if any has, and the GPUs of all."""
+    """Of a cluster that is joined: one node, which has GPUs if any has, else the most CPUs, and the GPUs of all."""
     nodes = alive_nodes()
-    node = max(nodes, key=lambda node: node.num_gpus)
+    node = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
     machine, gpus = run_on_node(look_at_node, node.node_id, STOP_TIMEOUT_S)
     return Host(machine=machine, gpus=gpus, num_gpus=int(sum(node.num_gpus for node in nodes)))
 
@@ -270,6 +271,8 @@ def _deploy(
     config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
 ) -> tuple[Ports, int | None]:
     """Where the first gateway listens, and where it shows metrics."""
+    if config.tenancy is not None:
+        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     mark = joined.fingerprint(config, specs)
     handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
     if handle is None:
@@ -284,8 +287,9 @@ def _deploy(
     return ports[0], metrics_ports[0]
 
 
-def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> DeploymentHandle[Any]:
-    requests = [
+def _requests(specs: Sequence[GroupSpec]) -> list[GroupRequest]:
+    """One for each group of each model, whose name it has."""
+    return [
         GroupRequest(
             name=spec.card.name,
             tp_size=spec.parallel.tp_size,
@@ -293,15 +297,16 @@ def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[st
             cpus_per_rank=spec.cpus_per_rank,
         )
         for spec in specs
+        for _ in range(spec.card.num_groups)
     ]
-    every_group = [r for r, spec in zip(requests, specs, strict=True) for _ in range(spec.card.num_groups)]
-    planned = joined.wait_for_places(every_group, config.ray.wait_for_nodes_s, report)
-    placements = dict(zip(every_group, planned, strict=True))
-    groups = {
-        spec.card.name: _group_application(spec, placements[request], config)
-        for spec, request in zip(specs, requests, strict=True)
-    }
-    only_there = {joined.GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
+
+
+def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> DeploymentHandle[Any]:
+    requests = _requests(specs)
+    planned = joined.wait_for_places(requests, config.ray.wait_for_nodes_s, report)
+    placements = {request.name: placement for request, placement in zip(requests, planned, strict=True)}
+    groups = {spec.card.name: _group_application(spec, placements[spec.card.name], config) for spec in specs}
+    only_there = {GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
     gateway = serve.deployment(
         num_replicas=config.ray.num_gateways or len({node.ip for node in alive_nodes()}),
         max_replicas_per_node=1,
@@ -310,8 +315,6 @@ def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[st
     )(Gateway)
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
-    if config.tenancy is not None:
-        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
     return handle

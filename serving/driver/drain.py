@@ -4,17 +4,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.placement import DRIVER_RESOURCE
 from cluster.ray_api import ClusterControl, RayError
 
 CONTROL_TIMEOUT_S = 5.0
-SETTLE_S = 5.0
-"""How long the head waits for other nodes to say that they end, when the whole cluster is taken down."""
+SETTLE_S = 10.0
+"""How long head and driver wait for other nodes to say that they end, when the whole cluster is taken down."""
 _POLL_S = 0.25
 _REPLICA_TITLE = "ray::ServeReplica:"
 
 
 def drain_node(address: str, timeout_s: float, proc: Path = Path("/proc")) -> str:
-    """Drain the node of this host, for `timeout_s` at most, and say what came of it. The head waits for other nodes that drain.
+    """Drain the node of this host, for `timeout_s` at most, and say what came of it. The head waits for other nodes that
+    drain, and so does the driver's node, which has the quota authority.
 
     Never raises for a cluster that cannot be reached: then nothing is left to wait for but the replicas of this host.
     """
@@ -24,7 +26,7 @@ def drain_node(address: str, timeout_s: float, proc: Path = Path("/proc")) -> st
         node = control.local_node()
         if node is None:
             return "no Ray node runs here"
-        if node.is_head:
+        if node.is_head or DRIVER_RESOURCE in node.resources:
             return _wait_for_others(control, deadline_s)
         problem = control.drain(node.node_id, "the pod ends", timeout_s)
     except (RayError, RuntimeError, OSError) as error:
@@ -50,7 +52,7 @@ def replicas_here(proc: Path) -> list[int]:
 
 
 def _wait_for_others(control: ClusterControl, deadline_s: float) -> str:
-    """The head goes last: Serve's controller, which ends replicas elsewhere in good order, lives on it."""
+    """They go last: Serve's controller ends replicas elsewhere, and the quota authority takes their last usage records."""
     time.sleep(max(0.0, min(SETTLE_S, deadline_s - time.monotonic())))
 
     def is_quiet() -> bool:

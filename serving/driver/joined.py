@@ -13,11 +13,9 @@ from ray.serve.handle import DeploymentHandle
 from cluster import ray_api
 from cluster.placement import GroupPlacement, GroupRequest, NodeResources, plan_groups
 from model_parallel.errors import ConfigError
-from serving.config import ServingConfig
+from serving.config import ModelEntry, ServingConfig
 from serving.models.group_spec import GroupSpec
 
-GATEWAY_RESOURCE = "packtrain_gateway"
-"""Custom Ray resource of nodes that gateways run on, where ray.num_gateways says how many there are."""
 GATEWAY_SHARE = 0.001
 ENVIRONMENT_TIMEOUT_S = 60.0
 _FINGERPRINT_KEY = "packtrain/deployed"
@@ -45,6 +43,21 @@ def missing_settings(required: Mapping[str, str], found: Mapping[str, Mapping[st
         return ""
     parts = "; ".join(f"{setting} on {', '.join(sorted(nodes))}" for setting, nodes in sorted(wrong.items()))
     return f"ray.address: nodes of this cluster were started without settings that Packtrain needs in their environment: {parts}"
+
+
+def requests_of(entries: Sequence[ModelEntry]) -> list[GroupRequest]:
+    """Of all groups, before there is a node by which the rest of their sizes could be chosen."""
+    return [
+        GroupRequest(
+            name=entry.name,
+            tp_size=entry.tensor_parallel_size,
+            device="cuda" if entry.device == "cuda" else "cpu",
+            cpus_per_rank=entry.cpus_per_rank,
+        )
+        for entry in entries
+        if entry.device == "cuda" or entry.cpus_per_rank  # auto, which turns out to be a GPU, needs no CPU
+        for _ in range(entry.num_groups)
+    ]
 
 
 def wait_for_places(

@@ -27,20 +27,23 @@ from model_parallel.memory import (
 from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
+from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES
 
 COMPLETE = ".packtrain-complete"
 """File that the chart's copy of the weights ends with."""
 STOP_MARGIN_S = 45
 """Between the end of the drain and the end of the pod: leaders end (30 s at most), and Ray (15 s)."""
 _MARGIN = 1.25
-_PROCESS_BYTES = 1 * GIB
-"""Of a rank or a leader besides what is planned: Python, torch, Ray."""
-_NODE_BYTES = 2 * GIB
+_NODE_BYTES = STACK_BYTES
 """Of Ray itself on a node."""
 _GPU_RANK_HOST_BYTES = 4 * GIB
 """Host memory of a rank on a GPU: CUDA's context, pinned buffers, a file's pages while it loads."""
 _CPUS_PER_GPU = 8
 _SHM_PER_GPU_BYTES = 8 * GIB
+_CPU_CACHE_TOKENS = 16384
+"""Planned for a group on CPUs whose cache is left to be chosen."""
+IMAGE_MODELS = "/opt/packtrain/models"
+"""Where the image has the models that `packtrain fetch` knows."""
 _LLAMA_2 = re.compile(r"llama[-_ ]?2", re.IGNORECASE)
 
 # What a group of worker nodes is without a word in the values; as in helm/packtrain/values.yaml.
@@ -54,10 +57,6 @@ WORKER_DEFAULTS: Mapping[str, Any] = {
     "shmSize": "1Gi",
 }
 GRACE_DEFAULT_S = 90
-
-
-LEAST_CACHE_TOKENS = 16_384
-"""KV cache that is planned for a group whose size is left to the machine; the machine may give more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,10 +77,19 @@ class ModelPlan:
     memory: GroupMemory
 
     @property
+    def cache_tokens(self) -> int:
+        """What was asked for; else all that fits on a GPU, and a moderate number on CPUs."""
+        if self.entry.kv_cache_tokens is not None:
+            return self.entry.kv_cache_tokens
+        if self.entry.device == "cuda":
+            return self.memory.kv_tokens
+        return max(_CPU_CACHE_TOKENS, self.memory.workload.max_model_len)
+
+    @property
     def rank_bytes(self) -> int:
         """What the fullest rank needs: weights, one step, and the cache."""
         return max(
-            rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * _cache_tokens(self.entry)
+            rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * self.cache_tokens
             for rank in self.memory.ranks
         )
 
@@ -134,7 +142,9 @@ def model_configs(config: ServingConfig, same_as: Mapping[str, str]) -> dict[str
 def _model_config(entry: ModelEntry, same_as: str | None) -> ModelConfig | None:
     if same_as is not None:
         return known_config(same_as)
-    path = KNOWN_MODELS[entry.source].path if entry.source in KNOWN_MODELS else Path(entry.source)
+    source = Path(entry.source)
+    in_image = source.parent.name if source.is_relative_to(IMAGE_MODELS) else entry.source
+    path = KNOWN_MODELS[in_image].path if in_image in KNOWN_MODELS else source
     if path.exists():
         return describe(path).config
     return KNOWN_CONFIGS.get(Path(entry.source).name.lower())
@@ -142,10 +152,8 @@ def _model_config(entry: ModelEntry, same_as: str | None) -> ModelConfig | None:
 
 def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConfig]) -> ClusterPlan:
     """How many machines all groups take, and what each must have."""
-    plans = tuple(
-        _plan_model(_with_sizes(entry, has_gpus=bool(machine.num_gpus)), models[entry.name], machine.gpu)
-        for entry in config.models
-    )
+    entries = [_decided(entry, has_gpus=machine.num_gpus > 0) for entry in config.models]
+    plans = tuple(_plan_model(entry, models[entry.name], machine.gpu) for entry in entries)
     problems = [problem for model in plans for problem in _memory_problems(model, machine.gpu)]
     on_gpu = [model for model in plans if model.entry.device == "cuda"]
     if on_gpu and not machine.num_gpus:
@@ -176,28 +184,20 @@ def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConf
     )
 
 
-def _with_sizes(entry: ModelEntry, *, has_gpus: bool) -> ModelEntry:
-    """The entry with what it leaves to the machine: GPUs where there are any, 16 bits, and the least cache to plan with."""
-    chosen: dict[str, object] = {}
+def _decided(entry: ModelEntry, *, has_gpus: bool) -> ModelEntry:
+    """With what is left to be chosen as it will be on such machines. Most checkpoints have 16 bits a weight."""
+    changes: dict[str, str] = {}
     if entry.device == AUTO:
-        chosen["device"] = "cuda" if has_gpus else "cpu"
+        changes["device"] = "cuda" if has_gpus else "cpu"
     if entry.dtype == AUTO:
-        chosen["dtype"] = "bfloat16"
-    if entry.kv_cache_tokens is None:
-        chosen["kv_cache_tokens"] = entry.max_model_len or LEAST_CACHE_TOKENS
-    return entry.model_copy(update=chosen)
-
-
-def _cache_tokens(entry: ModelEntry) -> int:
-    if entry.kv_cache_tokens is None:
-        raise RuntimeError(f"the KV cache of {entry.name} was not planned")
-    return entry.kv_cache_tokens
+        changes["dtype"] = "bfloat16"
+    return entry.model_copy(update=changes)
 
 
 def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> ModelPlan:
     host = Device(name="host", memory_bytes=1 << 62, bandwidth_bytes_per_s=math.inf)
     workload = Workload(
-        max_model_len=entry.max_model_len or min(model.max_position, _cache_tokens(entry)),
+        max_model_len=entry.max_model_len or min(model.max_position, entry.kv_cache_tokens or model.max_position),
         max_num_seqs=entry.max_num_seqs,
         max_num_batched_tokens=entry.max_num_batched_tokens,
     )
@@ -216,11 +216,11 @@ def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
     if model.entry.device != "cuda" or gpu is None:
         return
     try:
-        kv_cache_tokens(model.memory, _cache_tokens(model.entry))
+        kv_cache_tokens(model.memory, model.entry.kv_cache_tokens)
     except ConfigError as error:
         yield f"{model.entry.name} does not fit {gpu.name}: {error}"
         return
-    if model.rank_bytes + DEVICE_RESERVE_BYTES > gpu.memory_bytes:
+    if model.entry.kv_cache_tokens is not None and model.rank_bytes + DEVICE_RESERVE_BYTES > gpu.memory_bytes:
         yield (
             f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB and "
             f"{DEVICE_RESERVE_BYTES / GIB:.2f} GiB of reserve, and {gpu.name} has {gpu.memory_bytes / GIB:.2f} GiB"
@@ -263,8 +263,8 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
 def _host_bytes(plans: Iterable[ModelPlan], machine: Machine) -> int:
     """Memory of a machine that is full: of ranks on CPUs all they hold, of ranks on GPUs what is left on the host."""
     on_cpu = [m for m in plans if m.entry.device == "cpu"]
-    ranks = sum(m.entry.num_groups * (m.group_bytes + (len(m.memory.ranks) + 1) * _PROCESS_BYTES) for m in on_cpu)
-    gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + _PROCESS_BYTES)
+    ranks = sum(m.entry.num_groups * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
+    gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + RANK_BYTES)
     return math.ceil(_MARGIN * ranks) + gpus + _NODE_BYTES
 
 
@@ -309,6 +309,12 @@ def _chart_config(config: ServingConfig) -> dict[str, Any]:
             data.get(section, {}).pop(key, None)
         if not data.get(section, True):
             del data[section]
+    for entry in data["models"]:
+        if known := KNOWN_MODELS.get(entry["source"]):
+            # Pods fetch nothing: the NetworkPolicy would not let them, and the image has it.
+            entry["source"] = f"{IMAGE_MODELS}/{known.name}/{known.path.name}"
+            chat = {"format": known.chat_format, "default_system": known.chat_default_system}
+            entry.setdefault("chat", chat)
     data.setdefault("tenancy", None)
     return data
 
@@ -318,10 +324,10 @@ def explained(plan: ClusterPlan) -> Iterator[str]:
     for model in plan.models:
         entry, ranks = model.entry, model.memory.ranks
         weights = max(rank.weight_bytes for rank in ranks)
-        cache = max(rank.kv_bytes_per_token for rank in ranks) * _cache_tokens(entry)
+        cache = max(rank.kv_bytes_per_token for rank in ranks) * model.cache_tokens
         yield (
             f"{entry.name}: {entry.num_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights and "
-            f"{cache / GIB:.2f} GiB of KV cache for {entry.kv_cache_tokens} tokens"
+            f"{cache / GIB:.2f} GiB of KV cache for {model.cache_tokens} tokens"
         )
         if entry.device == "cuda" and model.memory.fits:
             yield f"{entry.name}: {model.memory.kv_tokens} tokens of KV cache would fit"
@@ -372,7 +378,9 @@ def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[
     problems = [*_timing_problems(chart_values, config), *_rule_problems(chart_values, config)]
     for group in groups:
         lines.append(_group_line(group))
-    for entry in config.models:
+    has_gpus = any((group["resources"].get("limits") or {}).get("nvidia.com/gpu") for group in groups)
+    for given in config.models:
+        entry = _decided(given, has_gpus=has_gpus)
         problems += _placement_problems(
             entry, groups, bool((chart_values.get("ray") or {}).get("autoscaling", {}).get("enabled"))
         )
@@ -454,7 +462,7 @@ def _ranks_of(group: Mapping[str, Any], entry: ModelEntry) -> int:
 def _host_problems(model: ModelPlan, groups: list[dict[str, Any]]) -> Iterator[str]:
     for group in groups:
         has = quantity(str((group["resources"].get("limits") or {}).get("memory", "0")))
-        needs = _MARGIN * (model.group_bytes + (len(model.memory.ranks) + 1) * _PROCESS_BYTES) + _NODE_BYTES
+        needs = _MARGIN * (model.group_bytes + len(model.memory.ranks) * RANK_BYTES + LEADER_BYTES) + _NODE_BYTES
         needs += quantity(str(group["shmSize"]))
         if needs > has:
             yield (
@@ -479,7 +487,7 @@ def _model_line(model: ModelPlan, device: Device | None) -> str:
     return (
         f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB{where}, "
         f"{weights / GIB:.2f} GiB of them weights, with "
-        f"{model.entry.kv_cache_tokens} tokens of KV cache{room}"
+        f"{model.cache_tokens} tokens of KV cache{room}"
     )
 
 

@@ -79,11 +79,6 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         "tls.requireClientCertificate needs",
         {"tls": {"requireClientCertificate": True, "existingSecret": "tls"}},
     ),
-    "no port for probes": (
-        {"tls": {"existingSecret": "tls"}, "config": {"admin": {"metrics_port": None}}},
-        "kubelet asks there whether a gateway is ready",
-        {"tls": {"existingSecret": ""}},
-    ),
     "cert-manager without issuer": (
         {"tls": {"certManager": {"enabled": True}}},
         "needs tls.certManager.issuerRef",

@@ -40,7 +40,7 @@ MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
     (rules.exposed_with_tls, "minimal-cpu", {SERVICES: ("spec:\n  type: {{ .Values.service.type }}", "spec:\n  type: NodePort")}),
     (rules.exposed_with_tls, "air-gapped", {"templates/ingress.yaml": ("{{- with .Values.ingress.tls }}", "{{- with list }}")}),
     (rules.exposed_with_tls, "many-models", {"templates/gatewayapi.yaml": ("{{- toYaml .Values.gatewayApi.parentRefs | nindent 4 }}", "[{name: public}]")}),
-    (rules.images_are_pinned, "minimal-cpu", {HELPERS: (":{{ .Values.image.tag | default .Chart.AppVersion }}", "{{ \":latest\" }}")}),
+    (rules.images_are_pinned, "minimal-cpu", {CLUSTER: ("- name: ray-head\n            image: {{ include \"packtrain.image\" . }}", "- name: ray-head\n            image: packtrain")}),
     (rules.grace_is_longer_than_the_drain, "minimal-cpu", {CLUSTER: ("terminationGracePeriodSeconds: {{ $grace }}", "terminationGracePeriodSeconds: 30")}),
     (rules.grace_is_longer_than_the_drain, "llama-2-70b-tp8", {HELPERS: ("{{ add (include \"packtrain.drainSeconds\" . | float64 | ceil | int) 30 | quote }}", '"60"')}),
     (rules.grace_is_longer_than_the_drain, "minimal-cpu", {HELPERS: ("command: [packtrain, k8s, drain,", "command: [sleep,")}),

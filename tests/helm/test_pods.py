@@ -11,7 +11,7 @@ import pytest
 from tests.support.helm import CI_VALUES, ROOT, missing
 from tests.support.pods import Facts
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]  # four Ray nodes on two cores take minutes
 
 MINIMAL = next(path for path in CI_VALUES if path.name.startswith("minimal"))
 POD_GRACE_S = 90

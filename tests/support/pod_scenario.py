@@ -17,10 +17,11 @@ import grpc
 from protos import inference_pb2 as pb
 from serving.client.client import Client, chat_prompt
 from serving.models.fetch import fetch_model
-from tests.support.helm import render
-from tests.support.pods import Facts, Pod, all_killed, image_of_this_checkout, make_bridge, pods_of
+from tests.support.helm import NAME, NAMESPACE, render
+from tests.support.pods import TOKEN, Facts, Pod, all_killed, image_of_this_checkout, make_bridge, pods_of
 
 MODEL = "smollm2-135m-instruct"
+HEAD = f"{NAME}-head-svc.{NAMESPACE}.svc.cluster.local"
 READY_S = 900.0
 
 
@@ -108,17 +109,14 @@ def live(pods: dict[str, Pod], facts: Facts) -> None:
         # KubeRay's own probe of a node answers long before a group has loaded.
         spec = gateway.spec["containers"][0]
 
-        def holds(name: str) -> bool:
-            for pod in pods.values():
-                for container in pod.containers.values():
-                    if container.process.poll() not in (None, 0):
-                        raise RuntimeError(
-                            f"{pod.name}/{container.spec['name']} ended:\n{container.log.read_text()[-3000:]}"
-                        )
+        def holds(probe: str) -> bool:
+            for name, pod in pods.items():
+                if starting[name].done():
+                    pod.restart_ended()
             for future in starting.values():
                 if future.done():
                     future.result()
-            return gateway.probe(spec, name)
+            return gateway.probe(spec, probe)
 
         wait(lambda: holds("livenessProbe"), READY_S, "the gateway's node is alive")
         facts["early"] = looks(gateway)
@@ -141,18 +139,12 @@ def live(pods: dict[str, Pod], facts: Facts) -> None:
         .stdout.split()
     )
     facts["read-only"] = pods["workers-0"].exec("ray-worker", "touch", "/etc/packtrain-was-here").returncode
-    dashboard = "import socket; socket.create_connection(('rel-packtrain-head-svc.llm.svc.cluster.local', 8265), 3)"
+    dashboard = f"import socket; socket.create_connection(('{HEAD}', 8265), 3)"
     facts["dashboard from elsewhere"] = gateway.exec(ray_container(gateway), sys.executable, "-c", dashboard).returncode
-    no_token = (
-        "env",
-        "RAY_AUTH_TOKEN=wrong",
-        "ray",
-        "health-check",
-        "--address",
-        "rel-packtrain-head-svc.llm.svc.cluster.local:6379",
-    )
-    facts["a wrong token"] = gateway.exec(ray_container(gateway), *no_token).returncode
-    facts["the right token"] = gateway.exec(ray_container(gateway), *no_token[2:]).returncode
+    ask = f"from ray._raylet import GcsClient; GcsClient(address='{HEAD}:6379').get_all_node_info(timeout=20)"
+    for name, token in (("a wrong token", "wrong"), ("the right token", TOKEN)):
+        line = ("env", f"RAY_AUTH_TOKEN={token}", sys.executable, "-c", ask)
+        facts[name] = gateway.exec(ray_container(gateway), *line).returncode
 
     before = {name: replica_pids(pods[name]) for name in ("gateways-0", "workers-0")}
     stream = Streaming(address, key, 1500)

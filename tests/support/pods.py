@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,16 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from model_parallel.directories import cache_directory
 from tests.support.helm import NAMESPACE, ROOT, Manifest, only
 
 BRIDGE, SUBNET = "packtrain0", "10.244.0"
 TOKEN = "a-token-that-kuberay-would-have-drawn"
 _UID = 10001
 _START_S = 60.0
+_MAX_RESTARTS = 5
+# What Ray gives up after is meant for a machine that has its cores to itself.
+PATIENCE = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600", "RAY_raylet_start_wait_time_s": "600"}
 
 # Pid 1 of a pod: takes in processes whose parents have ended.
 _PAUSE = "import os, time\nwhile True:\n    try:\n        os.wait()\n    except ChildProcessError:\n        time.sleep(0.2)\n"
@@ -91,6 +96,7 @@ class Pod:
     spec: Manifest
     cluster: Cluster
     containers: dict[str, Container] = field(default_factory=dict)
+    num_restarts: int = 0
     _pause: subprocess.Popen[bytes] | None = None
     _pid: int = 0
     """Of the pod's first process."""
@@ -112,11 +118,7 @@ class Pod:
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _START_S * 15
         while not condition():
-            for container in self.containers.values():
-                if not container.is_running():
-                    raise RuntimeError(
-                        f"{self.name}: not {what}, and a container ended:\n{container.log.read_text()[-3000:]}"
-                    )
+            self.restart_ended()
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{self.name}: not {what} in time")
             time.sleep(0.5)
@@ -162,7 +164,7 @@ class Pod:
     def _make_root(self, spec: Manifest) -> None:
         """A read-only root of this machine's files and the image's, with the container's volumes in it."""
         root = self._root(spec)
-        root.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
         hosts = self.cluster.directory / f"hosts-{self.name}"
         names = {"localhost": "127.0.0.1", self.name: self.ip, **self.cluster.hosts}
         hosts.write_text("".join(f"{address} {name}\n" for name, address in names.items()))
@@ -289,6 +291,17 @@ class Pod:
         container = self.containers[spec["name"]] = Container(spec=spec, process=process, log=log)
         return container
 
+    def restart_ended(self) -> None:
+        """As kubelet does, without its growing delay. A pod's init containers have run by then. Raises RuntimeError when one
+        ends again and again."""
+        for name, container in list(self.containers.items()):
+            always = name in {spec["name"] for spec in self.spec["containers"]} or container.spec.get("restartPolicy")
+            if always and not container.is_running():
+                self.num_restarts += 1
+                if self.num_restarts > _MAX_RESTARTS:
+                    raise RuntimeError(f"{self.name}/{name} ends again and again:\n{container.log.read_text()[-3000:]}")
+                self.start_container(container.spec)
+
     def exec(self, container: str, *command: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         """As `kubectl exec`."""
         line = self._command(self.containers[container].spec, list(command))
@@ -365,6 +378,12 @@ class Pod:
                 self._pause.wait(120)
         with contextlib.suppress(RuntimeError):
             run("ip", "link", "del", f"v{self.ip.rpartition('.')[2]}")
+        # What is not on a claim goes with the pod.
+        volumes = self.cluster.directory / "volumes" / self.name
+        for volume in volumes.iterdir() if volumes.exists() else ():
+            with contextlib.suppress(RuntimeError):
+                run("umount", str(volume))
+        shutil.rmtree(volumes, ignore_errors=True)
         self.containers.clear()
 
 
@@ -388,8 +407,9 @@ def kuberay_start(template: Manifest, parameters: Mapping[str, str], *, is_head:
     known = {variable["name"] for variable in container["env"]}
     container["env"] += [{"name": name, "value": value} for name, value in added.items() if name not in known]
     if not is_head:
-        # As KubeRay's loop of `ray health-check`, but that it does not load Ray every second, which two cores would feel.
-        wait = f"until (exec 3<>/dev/tcp/{head_name}/6379) 2>/dev/null; do sleep 1; done"
+        # As KubeRay's loop, but that it does not load Ray before there is something to ask, which two cores would feel.
+        wait = f"until (exec 3<>/dev/tcp/{head_name}/6379) 2>/dev/null; do sleep 1; done; "
+        wait += f"until ray health-check --address {head_name}:6379 >/dev/null 2>&1; do sleep 2; done"
         first = {**container, "name": "wait-gcs-ready", "command": ["/bin/bash", "-c", "--"], "args": [wait]}
         first.pop("lifecycle", None)
         spec["initContainers"] = [*spec.get("initContainers", []), first]
@@ -442,13 +462,20 @@ def image_of_this_checkout(directory: Path, model: Path) -> tuple[dict[str, Path
     models = directory / "models" / "smollm2-135m-instruct"
     models.mkdir(parents=True)
     (models / model.name).write_bytes(model.read_bytes())
-    image = {"/opt/packtrain/bin": commands, "/opt/packtrain/models": models.parent}
+    # Compiled once on this machine; a pod finds it where the image has it, and needs no compiler.
+    subprocess.run([sys.executable, "-m", "model_parallel.native"], cwd=ROOT, check=True, timeout=600)
+    cache = directory / "cache"
+    shutil.copytree(cache_directory() / "native", cache / "native", ignore=shutil.ignore_patterns("*.lock"))
+    run("chmod", "-R", "a+rX", str(cache))
+    image = {"/opt/packtrain/bin": commands, "/opt/packtrain/models": models.parent, "/opt/packtrain/cache": cache}
     if sys.base_prefix.startswith("/root/"):  # which a pod's own root has empty
         image[sys.base_prefix] = Path(sys.base_prefix)
     environment = {
         "PATH": f"/opt/packtrain/bin:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
+        "PACKTRAIN_CACHE": "/opt/packtrain/cache",
         "PYTHONDONTWRITEBYTECODE": "1",
+        **PATIENCE,
     }
     return image, environment
 

@@ -74,9 +74,6 @@
 {{- if and $v.tls.requireClientCertificate (not (include "packtrain.tlsSecret" .)) -}}
 {{- fail "tls.requireClientCertificate needs tls.existingSecret or tls.certManager" -}}
 {{- end -}}
-{{- if and (include "packtrain.tlsSecret" .) (not (include "packtrain.port" (list . "admin" "metrics_port" 9464))) -}}
-{{- fail "config.admin.metrics_port is null, and with TLS kubelet asks there whether a gateway is ready: set it" -}}
-{{- end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuerRef) -}}
 {{- fail "tls.certManager.enabled needs tls.certManager.issuerRef" -}}
 {{- end -}}
@@ -116,7 +113,9 @@
 {{- end -}}
 {{- $tp := .tensor_parallel_size | default 1 | int -}}
 {{- $numGroups := .num_groups | default 1 | int -}}
-{{- $onGpu := eq (.device | default "cpu") "cuda" -}}
+{{- /* `auto` is a GPU where there are any. */}}
+{{- $device := .device | default "auto" -}}
+{{- $onGpu := or (eq $device "cuda") (and (eq $device "auto") (gt (int $totalGpus) 0)) -}}
 {{- $perRank := ternary 1.0 (toString (.cpus_per_rank | default 1.0) | float64) $onGpu -}}
 {{- $largest := 0 -}}
 {{- $places := 0 -}}

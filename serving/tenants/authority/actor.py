@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.placement import DRIVER_RESOURCE
 from cluster.ray_api import has_resource, this_node
 from model_parallel.errors import ConfigError
 from serving.observability.log import configure_logging
@@ -21,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 RETRY_S = 0.5
-DRIVER_RESOURCE = "packtrain_driver"
-"""Custom Ray resource of the node that the driver of a joined cluster runs on, wherever that comes to lie."""
 
 
 class AuthorityActor:

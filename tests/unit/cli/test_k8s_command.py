@@ -1,7 +1,5 @@
 """`packtrain k8s` as a person types it."""
 
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -78,19 +76,23 @@ def test_a_drain_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
         k8s("drain")
 
 
-def test_weights_are_waited_for_and_their_progress_told(tmp_path: Path) -> None:
-    def copy() -> None:
-        for number in range(4):
-            (tmp_path / f"{number}.safetensors").write_bytes(bytes(1 << 20))
-            time.sleep(0.2)
-        (tmp_path / ".packtrain-complete").touch()
+def test_weights_are_waited_for_and_their_progress_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
+    sleeps = []
 
-    copying = threading.Thread(target=copy)
-    copying.start()
-    status, output = k8s("wait-for-weights", tmp_path, "--every-s", "0.1")
-    copying.join()
+    def sleep(seconds: float) -> None:
+        """A second goes by; at the third the copy is complete."""
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
+            (tmp_path / ".packtrain-complete").touch()
+
+    monkeypatch.setattr("serving.cli.k8s.time.monotonic", lambda: float(len(sleeps)))
+    monkeypatch.setattr("serving.cli.k8s.time.sleep", sleep)
+    status, output = k8s("wait-for-weights", tmp_path, "--every-s", "1")
     assert status == 0
-    assert "GiB of weights are there" in output and output.splitlines()[-1].endswith("are complete")
+    lines = output.splitlines()
+    assert [line.endswith("MB/s") for line in lines] == [True, True, False]
+    assert lines[-1].endswith("GiB of weights are complete")
 
 
 def test_weights_that_never_come(tmp_path: Path) -> None:

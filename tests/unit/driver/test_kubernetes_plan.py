@@ -110,6 +110,22 @@ def test_defaults_are_the_charts() -> None:
     assert {key: worker[key] for key in kubernetes.WORKER_DEFAULTS} == kubernetes.WORKER_DEFAULTS
 
 
+def test_what_is_left_to_be_chosen_is_planned_as_it_will_be() -> None:
+    serving = config({"name": "chat", "source": "llama-2-7b"})
+    (on_gpu,) = planned(serving, Machine(num_gpus=1, gpu=A100)).models
+    assert (on_gpu.entry.device, on_gpu.cache_tokens) == ("cuda", on_gpu.memory.kv_tokens)
+    (on_cpu,) = planned(serving, Machine(num_gpus=0, gpu=None)).models
+    assert (on_cpu.entry.device, on_cpu.cache_tokens) == ("cpu", 16384)
+
+
+def test_a_known_model_is_taken_from_the_image() -> None:
+    serving = config({"name": "small", "source": "smollm2-135m-instruct"})
+    plan = planned(serving, Machine(num_gpus=0, gpu=None), small="llama-2-7b")
+    (entry,) = kubernetes.values(serving, plan, claim=None, accepts_licence=False)["config"]["models"]
+    assert entry["source"] == "/opt/packtrain/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert entry["chat"]["format"] == "chatml"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
