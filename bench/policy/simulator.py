@@ -5,6 +5,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from bench.policy.fleet import Group, GroupModel, Request
@@ -123,13 +124,13 @@ class Simulation:
     def _outcome(self, end_s: float) -> Outcome:
         num_within = sum(request.is_within(TTFT_S, TPOT_S) for request in self.requests)
         counts = [count for _, count in self.targets]
-        changes = [after - before for before, after in zip(counts, counts[1:], strict=False) if after != before]
+        changes = [after - before for before, after in pairwise(counts) if after != before]
         return Outcome(
             policy=self._scaler.name,
             trace=self._trace.name,
             attainment=num_within / len(self.requests),
             group_hours=self._group_s / 3600,
-            num_reversals=sum(a * b < 0 for a, b in zip(changes, changes[1:], strict=False)),
+            num_reversals=sum(a * b < 0 for a, b in pairwise(changes)),
             num_aborted=sum(request.is_aborted for request in self.requests),
             num_refused=sum(request.is_refused for request in self.requests),
             most_groups=max(counts),

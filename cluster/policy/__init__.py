@@ -1,8 +1,8 @@
 """How many replica groups each model should have. Pure: no clock, no Ray, no torch; the autoscaler and simulators call it.
 
 Read in this order: `observation` (what is known), `config` (what is wanted), `capacity` (what a group can do), `demand` (what
-arrives), `outlook` (how many are needed), `hysteresis` (when a change is allowed), `wants` (one model), `budget` (models that share
-accelerators), `decide` (all of it together).
+arrives), `outlook` (how many are needed), `hysteresis` (when a change is allowed), `wants` (one model), `budget` (models that
+share accelerators), `decide` (all of it together).
 """
 
 from cluster.policy.config import ModelPolicy, PolicyConfig
