@@ -104,9 +104,9 @@ def capacity_of(traits: GroupTraits, num_prompt_tokens: float, policy: ModelPoli
 def margin_for_bursts(rate: float, dispersion: float, capacity: Capacity, policy: ModelPolicy) -> float:
     """By how much more than the mean to provide, as a part of it (square-root staffing; Halfin and Whitt 1981).
 
-    n = rate · D · tpot sequences are in service, over all groups. Their number varies with a variance of I·n, where I is the index of
-    dispersion of the arrivals: 1 for a Poisson process. A request feels the mean over its own duration. The number is correlated
-    over just that time, and such a mean has 2/e of the variance (for an exponential correlation).
+    n = rate · D · tpot sequences are in service, over all groups. Their number varies with a variance of I·n, where I is the
+    index of dispersion of the arrivals: 1 for a Poisson process. A request feels the mean over its own duration. The number is
+    correlated over just that time, and such a mean has 2/e of the variance (for an exponential correlation).
     """
     num_in_service = rate * max(capacity.traits.mean_output_tokens, 1.0) * policy.tpot_p99_s
     return CONFIDENCE * math.sqrt(2 / math.e * dispersion / num_in_service) if num_in_service > 0 else 0.0
@@ -139,26 +139,20 @@ def replay(
     max_open = num_in_service + CONFIDENCE * math.sqrt(num_in_service)
     backlog_s = smoothed = num_all = num_within = worst_ttft_s = worst_tpot_s = 0.0
     for sample in samples:
-        if sample.at_s <= since_s:
-            continue
         work_s = capacity.price_s(sample.num_sequences, sample.num_prompt_tokens)
         smoothed += (work_s / sample.length_s - smoothed) * -math.expm1(-sample.length_s / duration_s)
+        if sample.at_s <= since_s:
+            continue
         backlog_s = max(0.0, backlog_s + work_s - num_groups * sample.length_s)
         utilisation = smoothed / num_groups
-        tpot_s = capacity.tpot_s(utilisation)
         ttft_s = capacity.ttft_s(utilisation, backlog_s / num_groups)
-        worst_ttft_s, worst_tpot_s = max(worst_ttft_s, ttft_s), max(worst_tpot_s, tpot_s)
-        is_within = (
-            utilisation <= capacity.utilisation
-            and (ttft_s <= policy.ttft_p99_s or bool(capacity.unreachable))
-            and sample.num_kv_tokens <= kv_tokens
-        )
-        num_all += sample.num_sequences
-        num_within += sample.num_sequences * is_within
-        if not is_within and sample.num_kv_tokens > kv_tokens:
-            num_all += (
-                sample.num_open
-            )  # A stock that does not fit concerns all who are there, also when nobody arrives.
+        worst_ttft_s, worst_tpot_s = max(worst_ttft_s, ttft_s), max(worst_tpot_s, capacity.tpot_s(utilisation))
+        fits = sample.num_kv_tokens <= kv_tokens and sample.num_open <= max_open
+        is_in_time = ttft_s <= policy.ttft_p99_s or bool(capacity.unreachable)
+        # What is there counts beside what arrives: a stock that does not fit concerns everybody, also when nobody arrives.
+        weight = sample.num_sequences + sample.num_open
+        num_all += weight
+        num_within += weight * (utilisation <= capacity.utilisation and is_in_time and fits)
     return Replay(num_within / num_all if num_all else 1.0, worst_ttft_s, worst_tpot_s)
 
 

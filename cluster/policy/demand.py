@@ -18,8 +18,8 @@ PROOF = 2.5
 chance it should not be found every few minutes."""
 CHANGE = 3.0
 """Standard errors by which two windows differ when the demand has changed between them."""
-MEASURABLE = 400
-"""Requests in a window that make its mean a measure: its standard error is a twentieth then."""
+MEASURABLE = 200
+"""Requests in a window that make its mean a measure: its standard error is a fourteenth then."""
 FEWEST_FOR_A_LINE = 8
 """Samples. A line through fewer proves nothing."""
 MAX_DISPERSION = 25.0
@@ -31,8 +31,8 @@ def take_sample(
 ) -> tuple[dict[str, Seen], Sample | None]:
     """What arrived since the last look. None when no gateway was there at both.
 
-    A gateway that is new counts from its first look on. A report that is no newer than the last one says nothing; totals that have
-    fallen contradict the last ones, and so say nothing either until the next look.
+    A gateway that is new counts from its first look on. A report that is no newer than the last one says nothing; totals that
+    have fallen contradict the last ones, and so say nothing either until the next look.
     """
     num_sequences = num_prompt_tokens = longest_s = 0.0
     seen = dict(state.seen)
@@ -156,9 +156,10 @@ def _dispersion(samples: Sequence[Sample], works: Sequence[float], service_s: fl
 def _level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, now_s: float) -> float:
     """Of what arrives at present. A mean over `span_s` seconds has the variance noise_s · rate / span_s.
 
-    It is the mean, less a standard error, over the longest window in which nothing has changed: none of the shorter ones differs
-    from it by more than CHANGE standard errors (Lepski 1991). A window with too few requests is no measure. What any window proves
-    to be higher, less PROOF standard errors, counts nevertheless: so a step shows within seconds, and then ever more of it.
+    It is the mean over the longest window in which nothing has changed: none of the shorter ones
+    differs from it by more than CHANGE standard errors (Lepski 1991). A window with too few requests is no measure. What any
+    window proves to be higher, less PROOF standard errors, counts nevertheless: so a step shows within seconds, and then ever
+    more of it.
     """
     windows = _windows(samples, works, now_s)
     level = max(max(0.0, work - PROOF * math.sqrt(noise_s * work)) / span_s for span_s, work in windows)
@@ -168,7 +169,7 @@ def _level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, no
             break
         rate = work / span_s
         if all(abs(w / s - rate) <= CHANGE * math.sqrt(noise_s * rate / s) for s, w in windows[:place]):
-            return max(level, rate - math.sqrt(noise_s * rate / span_s))
+            return max(level, rate)
     return level
 
 
@@ -237,7 +238,7 @@ def start_time_s(state: ModelState, policy: ModelPolicy) -> float:
 def shrink_after_s(state: ModelState, policy: ModelPolicy) -> float:
     """How long fewer groups must have been enough before some are stopped.
 
-    As in the ski-rental problem: keeping a group that is not needed for as long as a start takes costs what starting it again would,
-    so waiting for a small multiple of that is never far from the best in hindsight.
+    As in the ski-rental problem: keeping a group that is not needed for as long as a start takes costs what starting it again
+    would, so waiting for a small multiple of that is never far from the best in hindsight.
     """
     return policy.shrink_after_s or max(SHRINK_AFTER_STARTS * start_time_s(state, policy), LEAST_SHRINK_AFTER_S)

@@ -6,8 +6,11 @@ from cluster.policy.observation import GroupObservation, Phase
 
 
 def choose_victims(groups: Iterable[GroupObservation], num: int) -> tuple[str, ...]:
-    """Ids of so many groups, none for a number below 1. Starting ones come first, the youngest before others, for nobody is on them; then those with the
-    fewest open sequences, and of these with the least in their KV cache. A group that does not answer comes last."""
+    """Ids of so many groups, of none for a number below 1.
+
+    Starting ones come first, the youngest before others, for nobody is on them; then those with the fewest open sequences, and of
+    these with the least in their KV cache. A group that does not answer comes last.
+    """
 
     def cost(group: GroupObservation) -> tuple[int, float, float, str]:
         if group.phase is Phase.STARTING:
