@@ -1,38 +1,34 @@
 """What each path does: a request to a query, the Generator's work, and its result in OpenAI's form."""
 
+import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
-from starlette.responses import HTMLResponse, Response
-
-from serving import __version__
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Chunk
-from serving.gateway.core.generation import Generator, draw_seed
+from serving.gateway.core.generation import Generator
 from serving.gateway.core.health import HealthMonitor
 from serving.gateway.core.validate import GenerateQuery, TextPrompt
 from serving.gateway.http.answers import AnswerForm, ChatForm, CompletionForm, identity, model
-from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer, TokenizerInfo, Version
+from serving.gateway.http.exchange import Answer, EventStream, Request, event
+from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer
 from serving.gateway.http.openapi import document, page
-from serving.gateway.http.requests import Request
-from serving.gateway.http.responses import DONE, EventStream, json_answer
-from serving.gateway.http.responses_form import ResponsesForm, ResponsesRequest
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-Handler = Callable[[Request], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Answer | EventStream]]
 
 MODELS = "/v1/models/"
-RESPONSES = "/v1/responses"
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/ping"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 """All others need credentials."""
-METERED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES})
+METERED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 """What they use counts against quotas."""
 
 PATHS = (
-    "/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/models", MODELS, "/tokenize", "/detokenize", "/tokenizer_info",
-    "/version", "/openapi.json", "/docs", *OPEN_PATHS,
+    "/v1/chat/completions", "/v1/completions", "/v1/models", MODELS, "/tokenize", "/detokenize", "/openapi.json", "/docs",
+    *OPEN_PATHS,
 )  # fmt: skip
 
 
@@ -43,26 +39,22 @@ class Endpoints:
         self._generator = generator
         self._health = health
         self._started = int(time.time())
-        self.routes: Sequence[tuple[str, Sequence[str], Handler]] = (
-            ("/v1/chat/completions", ["POST"], self.chat_completions),
-            ("/v1/completions", ["POST"], self.completions),
-            (RESPONSES, ["POST"], self.responses),
-            ("/v1/models", ["GET"], self.list_models),
-            (MODELS, ["GET"], self.get_model),
-            ("/tokenize", ["POST"], self.tokenize),
-            ("/detokenize", ["POST"], self.detokenize),
-            ("/tokenizer_info", ["GET"], self.tokenizer_info),
-            ("/version", ["GET"], self.version),
-            ("/healthz", ["GET"], self.healthz),
-            ("/readyz", ["GET"], self.readyz),
-            ("/health", ["GET"], self.readyz),  # vLLM's name, which load generators ask for
-            ("/ping", ["GET", "POST"], self.readyz),  # SageMaker's
-            ("/openapi.json", ["GET"], self.openapi),
-            ("/docs", ["GET"], self.docs),
-        )
+        self.routes: Mapping[str, Mapping[str, Endpoint]] = {
+            "/v1/chat/completions": {"POST": self.chat_completions},
+            "/v1/completions": {"POST": self.completions},
+            "/v1/models": {"GET": self.list_models},
+            MODELS: {"GET": self.get_model},
+            "/tokenize": {"POST": self.tokenize},
+            "/detokenize": {"POST": self.detokenize},
+            "/healthz": {"GET": self.healthz},
+            "/readyz": {"GET": self.readyz},
+            "/health": {"GET": self.readyz},  # vLLM's name, which load generators ask for
+            "/openapi.json": {"GET": self.openapi},
+            "/docs": {"GET": self.docs},
+        }
 
-    async def chat_completions(self, request: Request) -> Response:
-        body = request.read(ChatRequest)
+    async def chat_completions(self, request: Request) -> Answer | EventStream:
+        body = ChatRequest.from_json(request.body)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
         form = ChatForm(
@@ -71,10 +63,10 @@ class Endpoints:
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
         )
-        return await self._generate(query, request, form, body.stream, body.field_names)
+        return await self._generate(query, request.call, form, body, body.field_names)
 
-    async def completions(self, request: Request) -> Response:
-        body = request.read(CompletionRequest)
+    async def completions(self, request: Request) -> Answer | EventStream:
+        body = CompletionRequest.from_json(request.body)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
         form = CompletionForm(
@@ -85,85 +77,58 @@ class Endpoints:
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
         )
-        return await self._generate(query, request, form, body.stream, {})
-
-    async def responses(self, request: Request) -> Response:
-        body = request.read(ResponsesRequest)
-        query = body.query()
-        card = self._generator.model_for(request.call, query.model)
-        form = ResponsesForm(request.call.request_id, card, body)
-        return await self._generate(query, request, form, body.stream, body.field_names, end=b"")
+        return await self._generate(query, request.call, form, body, {})
 
     async def _generate(
         self,
         query: GenerateQuery,
-        request: Request,
+        call: Call,
         form: AnswerForm,
-        is_streamed: bool | None,
+        body: ChatRequest | CompletionRequest,
         names: Mapping[str, str],
-        end: bytes = DONE,
-    ) -> Response:
-        seed = draw_seed() if query.seed is None else query.seed
+    ) -> Answer | EventStream:
+        seed = secrets.randbits(64) if query.seed is None else query.seed
         headers = (("x-seed", str(seed)),)
-        if is_streamed:
-            chunks = self._generator.generate(query, replace(request.call, is_streamed=True), seed)
-            return EventStream(_events(chunks, form, names), headers, keep_alive_s=request.keep_alive_s, end=end)
+        if body.stream:
+            chunks = self._generator.generate(query, replace(call, is_streamed=True), seed)
+            return EventStream(_events(chunks, form, names), headers)
         with _called(names):
-            async with aclosing(self._generator.generate(query, request.call, seed)) as chunks:
-                return json_answer(form.whole([chunk async for chunk in chunks]), headers=headers)
+            async with aclosing(self._generator.generate(query, call, seed)) as chunks:
+                return Answer(form.whole([chunk async for chunk in chunks]), headers=headers)
 
-    async def list_models(self, request: Request) -> Response:
+    async def list_models(self, request: Request) -> Answer:
         cards = self._generator.visible_models(request.call.principal)
-        return json_answer(ModelList(data=[model(card, self._started) for card in cards]))
+        return Answer(ModelList(data=[model(card, self._started) for card in cards]))
 
-    async def get_model(self, request: Request) -> Response:
-        card = self._generator.model_for(request.call, request.path_params["model"])
-        return json_answer(model(card, self._started))
+    async def get_model(self, request: Request) -> Answer:
+        card = self._generator.model_for(request.call, request.path.removeprefix(MODELS))
+        return Answer(model(card, self._started))
 
-    async def tokenize(self, request: Request) -> Response:
-        body = request.read(TokenizeRequest)
+    async def tokenize(self, request: Request) -> Answer:
+        body = TokenizeRequest.from_json(request.body)
         with _called(body.field_names):
             token_ids = await self._generator.tokenize(body.query(), request.call)
-        card = self._generator.model_for(request.call, body.model or "")
-        return json_answer(
-            TokenizeAnswer(count=len(token_ids), max_model_len=card.max_model_len, tokens=list(token_ids))
-        )
+        card = self._generator.models[body.model]
+        return Answer(TokenizeAnswer(count=len(token_ids), max_model_len=card.max_model_len, tokens=list(token_ids)))
 
-    async def detokenize(self, request: Request) -> Response:
-        body = request.read(DetokenizeRequest)
+    async def detokenize(self, request: Request) -> Answer:
+        body = DetokenizeRequest.from_json(request.body)
         with _called(body.field_names):
-            return json_answer(
-                DetokenizeAnswer(self._generator.detokenize(body.model or "", body.tokens, request.call))
-            )
+            return Answer(DetokenizeAnswer(self._generator.detokenize(body.model, body.tokens, request.call)))
 
-    async def tokenizer_info(self, request: Request) -> Response:
-        card = self._generator.model_for(request.call, request.query_params.get("model", ""))
-        tokenizer = self._generator.tokenizers[card.name]
-        return json_answer(
-            TokenizerInfo(
-                bos_token=tokenizer.control_token_text(card.bos_token_id),
-                eos_token=tokenizer.control_token_text(next(iter(card.eos_token_ids), None)),
-                model_max_length=card.max_model_len,
-                vocab_size=card.vocab_size,
-            )
-        )
+    async def healthz(self, request: Request) -> Answer:
+        return Answer({"status": "ok"})
 
-    async def version(self, request: Request) -> Response:
-        return json_answer(Version(__version__))
-
-    async def healthz(self, request: Request) -> Response:
-        return json_answer({"status": "ok"})
-
-    async def readyz(self, request: Request) -> Response:
+    async def readyz(self, request: Request) -> Answer:
         if self._health.is_serving:
-            return json_answer({"status": "ready"})
-        return json_answer({"status": "not ready"}, 503, [("retry-after", "1")])
+            return Answer({"status": "ready"})
+        return Answer({"status": "not ready"}, 503, [("retry-after", "1")])
 
-    async def openapi(self, request: Request) -> Response:
-        return json_answer(document())
+    async def openapi(self, request: Request) -> Answer:
+        return Answer(document())
 
-    async def docs(self, request: Request) -> Response:
-        return HTMLResponse(page())
+    async def docs(self, request: Request) -> Answer:
+        return Answer(page(), media_type="text/html; charset=utf-8")
 
 
 async def _events(
@@ -173,9 +138,9 @@ async def _events(
     with _called(names):
         async with aclosing(chunks):
             async for chunk in chunks:
-                part = b"".join(map(form.encode, form.events(chunk)))
+                part = b"".join(map(event, form.events(chunk)))
                 if chunk.summary is not None:
-                    part += b"".join(map(form.encode, form.last_events(chunk.summary)))
+                    part += b"".join(map(event, form.last_events(chunk.summary)))
                 if part:
                     yield part
 
