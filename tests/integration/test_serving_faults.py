@@ -25,6 +25,10 @@ from tests.support.stack import (
 from tests.support.waiting import PATIENCE_S
 
 
+NUM_TOKENS = 240
+"""Of a stream: enough that the kill comes in the middle."""
+
+
 @pytest.fixture(scope="module")
 def app() -> Iterator[RunningApp]:
     with running_stack(stack_config()) as app:
@@ -52,26 +56,28 @@ def _streamed(address: str, seed: int, started: threading.Event) -> tuple[list[i
     token_ids: list[int] = []
     num_tokens = 0
     with Client(address) as client:
-        for chunk in client.stub.GenerateStream(story(400, seed=seed, temperature=1.0), timeout=10 * PATIENCE_S):
+        for chunk in client.stub.GenerateStream(story(NUM_TOKENS, seed=seed, temperature=1.0), timeout=10 * PATIENCE_S):
             token_ids += chunk.token_ids
             num_tokens = chunk.usage.completion_tokens
             started.set()
     return token_ids, num_tokens
 
 
+@pytest.mark.timeout(1200)  # a group starts anew in the middle, which takes minutes on a busy machine
 @pytest.mark.parametrize("victim", [0, 1, 2], ids=["leader", "rank0", "rank1"])
 def test_kill_9_of_the_only_group_loses_no_token(app: RunningApp, victim: int) -> None:
     """Its streams wait for the next incarnation of the group, and have the tokens that they have without the loss."""
     before = _pids()
     with ThreadPoolExecutor(4) as threads, Client(app.address) as client:
-        expected = [_streamed(app.address, seed, threading.Event()) for seed in range(4)]
+        undisturbed = [threads.submit(_streamed, app.address, seed, threading.Event()) for seed in range(4)]
+        expected = [stream.result(timeout=10 * PATIENCE_S) for stream in undisturbed]
         started = [threading.Event() for _ in range(4)]
         streams = [threads.submit(_streamed, app.address, seed, event) for seed, event in enumerate(started)]
         assert all(event.wait(PATIENCE_S) for event in started)
         os.kill(before[victim], signal.SIGKILL)
         assert not any(stream.done() for stream in streams), "the kill came in the middle"
         assert [stream.result(timeout=10 * PATIENCE_S) for stream in streams] == expected
-        assert all(num_tokens == len(token_ids) == 400 for token_ids, num_tokens in expected)
+        assert all(num_tokens == len(token_ids) == NUM_TOKENS for token_ids, num_tokens in expected)
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before), PATIENCE_S, "leader and ranks are gone")
         wait_until(lambda: _answers(client), PATIENCE_S, "a new group serves")
     assert set(_pids()).isdisjoint(before)
