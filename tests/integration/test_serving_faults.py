@@ -24,7 +24,6 @@ from tests.support.stack import (
 )
 from tests.support.waiting import PATIENCE_S
 
-
 NUM_TOKENS = 240
 """Of a stream: enough that the kill comes in the middle."""
 
