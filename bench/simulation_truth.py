@@ -1,8 +1,8 @@
 """The simulation beside the real stack on this machine: the same requests at the same moments, and both figures in one table.
 
 For each number of groups and ranks the stack is started, a closed loop measures its capacity, and a cost model is fitted to the
-steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with requests that
-come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop), and
+steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with requests
+that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop), and
 the simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one or within `FLOOR` of it: a
 percentile of few requests cannot be told closer than that, and a count not closer than its own chance.
 
