@@ -2,9 +2,9 @@
 
 For each number of groups and ranks the stack is started, a closed loop measures its capacity, and a cost model is fitted to the
 steps that its leaders report meanwhile. What gateways and clients add to the time to the first token is measured with requests
-that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop), and
-the simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one or within `FLOOR` of it: a
-percentile of few requests cannot be told closer than that, and a count not closer than its own chance.
+that come one at a time. Nothing else is fitted. Then both mixes of lengths arrive at parts of that capacity (Poisson, open loop),
+and the simulation is given the same arrivals. A figure agrees when it is within 10 % of the measured one or within `FLOOR` of it:
+a percentile of few requests cannot be told closer than that, and a count not closer than its own chance.
 
     python -m bench.simulation_truth [--groups 1 2] [--tp 1 2] [--loads 0.3 0.6 0.9 1.2] [--seconds 60] [--json FILE]
 """
