@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import psutil
@@ -94,20 +94,16 @@ def _num_open_by_group() -> list[float]:
 
 
 def test_while_one_group_is_lost_another_serves(app: RunningApp) -> None:
-    """Nothing that comes after the loss fails, though the lost group has the fewest open sequences."""
+    """The lost group's stream goes on in the other, and nothing that comes after the loss fails."""
     with Client(app.address) as client, ThreadPoolExecutor(2) as threads:
-        streams = [client.stub.GenerateStream(story(900), timeout=100) for _ in range(2)]
+        streams = [client.stub.GenerateStream(story(900), timeout=300) for _ in range(2)]
         assert all(next(stream) for stream in streams)
         ends = [threads.submit(_end_of, stream) for stream in streams]
         leader, rank = group_handle().broadcast("pids").results(timeout_s=PATIENCE_S)[0]
         os.kill(rank, signal.SIGKILL)
-        (lost,), (other,) = wait(ends, timeout=PATIENCE_S, return_when=FIRST_COMPLETED)
-        assert lost.result() is grpc.StatusCode.UNAVAILABLE
         for _ in range(20):
             assert len(_ask(client, MODEL, "Hello").choices[0].token_ids) == 8
-        for stream in streams:
-            stream.cancel()
-        assert other.result(timeout=PATIENCE_S) in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
+        assert [end.result(timeout=300) for end in ends] == [grpc.StatusCode.OK] * 2
         wait_until(lambda: not psutil.pid_exists(leader), PATIENCE_S, "the lost group is gone")
 
 

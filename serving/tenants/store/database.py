@@ -68,7 +68,8 @@ class Database:
             yield session
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections: those in use as soon as their transactions end."""
+        event.listen(self._engine.pool, "checkin", lambda connection, record: record.invalidate())
         self._engine.dispose()
 
     def _upgrade(self) -> None:

@@ -1,10 +1,11 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sqlite3 import ProgrammingError
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from model_parallel.errors import ConfigError
 from serving.config import TenancyConfig
@@ -226,6 +227,16 @@ def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
     with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1") as caught:
         Database("postgresql://packtrain:hunter2@127.0.0.1:1/tenants")
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_connection_in_use_is_closed_when_its_transaction_ends(gold: Store) -> None:
+    with gold.database.read() as session:
+        connection = session.connection().connection.dbapi_connection
+        assert connection is not None
+        gold.database.close()
+        assert session.execute(text("SELECT 1")).scalar() == 1
+    with pytest.raises(ProgrammingError, match="closed"):
+        connection.cursor()
 
 
 def test_a_database_that_went_away_is_unavailable(gold: Store, tmp_path: Path) -> None:
