@@ -1,9 +1,11 @@
-# Every target sets up .venv by itself, and does nothing there when it is up to date.
+# Every target sets up .venv by itself, and does nothing there when it is up to date: `demo` and `serve` with what serving
+# needs and nothing else, all others with the tools of developers too.
 
 VENV := .venv
 BIN := $(VENV)/bin
+SERVING := $(VENV)/.installed-serving
 STAMP := $(VENV)/.installed
-SUITES := unit triton-interpreted triton-compiled numerics distributed integration packaging
+SUITES := unit triton-interpreted triton-compiled numerics distributed integration packaging helm
 
 # Interpreters to try, in order; 3.11 first, because constraints.txt is tested with it.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
@@ -17,10 +19,10 @@ TORCH ?=
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## fetch a small model, serve it at TP=2, stream one answer, stop
+demo: $(SERVING) ## fetch a small model, serve it at TP=2, stream one answer, stop
 	$(BIN)/packtrain demo
 
-serve: $(STAMP) ## the same stack, until Ctrl-C
+serve: $(SERVING) ## the same stack, until Ctrl-C
 	$(BIN)/packtrain serve
 
 test: $(STAMP) ## every suite, and what ran at the end
@@ -58,9 +60,10 @@ bench: $(STAMP) ## time engine, peers, growth, serving, start and gateway anew, 
 proof-7b: $(STAMP) ## serve a synthetic Llama 2 7B of full size at TP=2: 14 GB of disk, 18 GB of memory
 	$(BIN)/python -m bench.proof_7b
 
+# The C++ kernels are compiled while packages come; a compiler that is missing is told when something is served.
 # A usable .venv is kept. Otherwise an interpreter counts only if it runs (a version manager's shim may not) and can make
 # environments.
-$(STAMP): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
+$(SERVING): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
 	@usable='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
 	if ! $(BIN)/python -c "import pip; $$usable" 2>/dev/null; then \
 		for python in $(PYTHON); do "$$python" -c "$$usable" 2>/dev/null && break; python=; done; \
@@ -73,5 +76,10 @@ $(STAMP): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	sed -E '$(if $(TORCH),/^(torch|triton)==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m model_parallel.native 2>/dev/null & \
+	$(BIN)/python -m pip install --editable . $(TORCH) --constraint $(VENV)/constraints.txt; status=$$?; wait; exit $$status
+	@touch $@
+
+$(STAMP): $(SERVING)
 	$(BIN)/python -m pip install --editable '.[dev,clients]' $(TORCH) --constraint $(VENV)/constraints.txt
 	@touch $@

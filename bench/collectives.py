@@ -5,7 +5,6 @@ Ranks are processes; every figure is the median over batches of operations on ra
 
 import argparse
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from model_parallel.collectives.interface import Collectives
 from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.config import ParallelConfig
+from model_parallel.machine import read_machine
 from model_parallel.runtime.leader import LOOPBACK, store_file
 
 WIDTH = 576
@@ -78,8 +78,9 @@ def measure(backend: str, size: int) -> list[float]:
 
 
 def machine() -> str:
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({platform.machine()}), {memory_gib:.0f} GiB, torch {torch.__version__}"
+    machine = read_machine()
+    memory_gib = machine.total_memory_bytes / 2**30
+    return f"{machine.num_cpus} cores ({platform.machine()}), {memory_gib:.0f} GiB, torch {torch.__version__}"
 
 
 def main() -> None:

@@ -9,10 +9,11 @@ not installed (`python -m bench.peers install`) are named as missing.
 import argparse
 import contextlib
 import json
-import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from bench.peers.environments import MODEL, Peers, default_directory
 from bench.timing import WORKLOADS, Contender, Timing, as_table, time_in_turn
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import QUANTIZATIONS, ParallelConfig
+from model_parallel.machine import read_machine
 from serving.models.fetch import fetch_model
 
 RESULT = Path(__file__).parent / "results" / "engine.json"
@@ -51,7 +53,7 @@ def measure(
     peers: Peers, num_repeats: int, wanted: Callable[[str], bool], report: Callable[[str], None]
 ) -> dict[str, Any]:
     """The whole run, as plain data."""
-    num_cores = os.cpu_count() or 1
+    num_cores = read_machine().num_cpus
     facts = machine_facts()
     path = fetch_model(MODEL)
     model = describe(path).config
@@ -88,6 +90,16 @@ def measure(
     }
 
 
+def leave_on_signals() -> None:
+    """What ends a process at once leaves through its exits instead, so that peers and ranks are ended too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="of every workload; transformers is timed once")
@@ -95,6 +107,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="engines whose name holds one of these")
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
+    leave_on_signals()
     console = Console(width=130, highlight=False)
 
     def wanted(name: str) -> bool:

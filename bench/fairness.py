@@ -27,7 +27,8 @@ from bench.clients import Ended, Load, Metadata, Outcome, Shape, client_processe
 from bench.machine import machine_facts
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 from serving.tenants.records import KeyGrant, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store

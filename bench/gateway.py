@@ -26,7 +26,8 @@ from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
-from serving.config import GatewayConfig, LimitsConfig, prepare_environment
+from serving.config import GatewayConfig, LimitsConfig
+from serving.driver.environment import prepare_environment
 from serving.gateway.core.generation import Generator
 from serving.gateway.grpc.servicer import InferenceServicer
 from serving.gateway.server import GatewayServer

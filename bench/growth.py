@@ -9,7 +9,6 @@ Writes bench/results/growth.json; `python -m bench.report` draws it.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
@@ -28,6 +27,7 @@ from bench.timing import PAUSE_S
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import DTYPE_BYTES, ModelConfig, ParallelConfig
 from model_parallel.engine.request import EngineRequest, SamplingParams
+from model_parallel.machine import read_machine
 from serving.models.fetch import fetch_model
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
@@ -109,7 +109,7 @@ def kv_bytes_per_token(model: ModelConfig) -> int:
 def start_shapes(path: Path, stack: ExitStack) -> list[EngineContender]:
     """An engine of every shape, with all prompts computed; ended with the stack."""
     contenders = []
-    for tp_size, num_threads in default_shapes(os.cpu_count() or 1):
+    for tp_size, num_threads in default_shapes(read_machine().num_cpus):
         contender = EngineContender(
             path,
             ParallelConfig(tp_size=tp_size, dtype=DTYPE, num_threads=num_threads),
@@ -127,7 +127,7 @@ def measure(path: Path, num_rounds: int, report: Callable[[str], None]) -> dict[
     """Every shape at every point, and the machine's limits, in turn in every round."""
     facts = machine_facts()
     model = describe(path).config
-    limit = Limit(model, bytes_per_weight=DTYPE_BYTES[DTYPE], num_threads=os.cpu_count() or 1, name="limit")
+    limit = Limit(model, bytes_per_weight=DTYPE_BYTES[DTYPE], num_threads=read_machine().num_cpus, name="limit")
     with ExitStack() as stack:
         contenders = start_shapes(path, stack)
         report("all prompts are computed")

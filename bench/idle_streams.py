@@ -33,7 +33,8 @@ from bench.machine import machine_facts
 from bench.memory_growth import Usage, served_processes
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, running, stack_config
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "idle_streams.json"
 FRONT_ENDS = ("grpc", "http")

@@ -7,6 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from model_parallel.machine import read_machine
+from serving import __version__
+
 GIB = 1 << 30
 
 
@@ -15,12 +18,12 @@ def machine_facts() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "processor": processor_name(Path("/proc/cpuinfo").read_text(encoding="utf-8")),
-        "num_cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB),
+        "num_cores": read_machine().num_cpus,
+        "memory_gib": round(read_machine().total_memory_bytes / GIB),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "packtrain": version("packtrain"),
+        "packtrain": __version__,
     }
 
 

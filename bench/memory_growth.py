@@ -31,7 +31,7 @@ from bench.stack import running, stack_config
 from bench.stats import fit_line, growth
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.config import prepare_environment
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "memory_growth.json"
 MAX_GROWTH_BYTES = 5_000_000

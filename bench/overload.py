@@ -28,7 +28,8 @@ from bench.machine import machine_facts
 from bench.memory_growth import served_processes
 from bench.peers.environments import MODEL
 from bench.stack import NO_ADMIN, on_all_cores, running, stack_config
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "overload.json"
 SHAPE = Shape(prompt_tokens=(64,), new_tokens=tuple(range(192, 321)))

@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.support.synthetic_llama import SIZES, Format
+from model_parallel.machine import read_machine
 from protos import inference_pb2 as pb
 from serving.client.client import Client
-from serving.config import parse_config, prepare_environment
+from serving.config import parse_config
+from serving.driver.environment import prepare_environment
 
 NAME = "llama-2-7b"
 TP_SIZE = 2
@@ -39,7 +41,7 @@ def check_room(directory: Path) -> None:
     free_bytes = shutil.disk_usage(directory).free
     if free_bytes < CHECKPOINT_BYTES:
         sys.exit(f"{directory} has {free_bytes / GB:.1f} GB free; {CHECKPOINT_BYTES / GB:.1f} GB are needed")
-    available = int(Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2].split()[0]) * 1024
+    available = read_machine().available_memory_bytes
     if available < NEEDED_MEMORY_BYTES:
         sys.exit(f"{available / GB:.1f} GB of memory are available; {NEEDED_MEMORY_BYTES / GB:.1f} GB are needed")
 

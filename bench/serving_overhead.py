@@ -26,7 +26,8 @@ from model_parallel.engine.scheduler import Scheduler
 from model_parallel.runtime.executors import SpawnedExecutor
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.config import ServingConfig, parse_config, prepare_environment
+from serving.config import ServingConfig, parse_config
+from serving.driver.environment import prepare_environment
 from serving.models.group_spec import GroupSpec, resolve_model
 
 RESULT = Path(__file__).parent / "results" / "serving_overhead.json"

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 from model_parallel.errors import ConfigError
 
+GATEWAY_RESOURCE = "packtrain_gateway"
+"""Custom Ray resource of nodes that gateways run on, where ray.num_gateways says how many there are."""
+DRIVER_RESOURCE = "packtrain_driver"
+"""Custom Ray resource of the node that the driver of a joined cluster runs on, wherever that comes to lie."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeResources:

@@ -1,13 +1,16 @@
 """Every call that this package makes to Ray, so that the rest of it can be read and tested without."""
 
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.placement import NodeResources
 
@@ -27,6 +30,40 @@ def alive_nodes() -> list[NodeResources]:
     ]
 
 
+def _environment(names: tuple[str, ...]) -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in names}
+
+
+def environment_by_node(names: tuple[str, ...], timeout_s: float) -> dict[str, dict[str, str | None]]:
+    """Environment variables of the workers of every node, by the node's address. Raises TimeoutError, RayError."""
+    nodes = alive_nodes()
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(_environment)
+    references = [
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(names)
+        for node in nodes
+    ]
+    return dict(zip([node.ip for node in nodes], get(references, timeout_s), strict=True))
+
+
+def has_resource(name: str) -> bool:
+    """Whether some node has this custom resource."""
+    return float(ray.cluster_resources().get(name, 0.0)) > 0
+
+
+def read_note(key: str) -> str | None:
+    """What was written last under this name; kept as long as Ray's control store."""
+    value = ray.experimental.internal_kv._internal_kv_get(key.encode())
+    return None if value is None else bytes(value).decode()
+
+
+def write_note(key: str, text: str | None) -> None:
+    """None removes it."""
+    if text is None:
+        ray.experimental.internal_kv._internal_kv_del(key.encode())
+    else:
+        ray.experimental.internal_kv._internal_kv_put(key.encode(), text.encode())
+
+
 def this_node() -> tuple[str, str]:
     """(id, address) of the node that this process runs on."""
     return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
@@ -35,6 +72,13 @@ def this_node() -> tuple[str, str]:
 def this_gpu_ids() -> tuple[int, ...]:
     """GPUs that Ray gave to this actor, as the node numbers them."""
     return tuple(sorted(int(gpu) for gpu in ray.get_gpu_ids()))
+
+
+def run_on_node(function: Callable[[], Any], node_id: str, timeout_s: float) -> Any:
+    """What a function returns on that node. It holds none of its resources. Raises TimeoutError, RayError."""
+    remote: Any = ray.remote(function)
+    where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    return get([remote.options(num_cpus=0, scheduling_strategy=where).remote()], timeout_s)[0]
 
 
 def current_placement_group() -> PlacementGroup | None:
@@ -81,3 +125,46 @@ def kill(actor: ActorHandle[Any]) -> None:
     """End the actor's process at once. Does nothing when it is dead or Ray has been shut down."""
     if ray.is_initialized():
         ray.kill(actor, no_restart=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalNode:
+    """The Ray node of this host or pod, and what is going on in its cluster."""
+
+    node_id: str
+    is_head: bool
+    resources: frozenset[str]
+    """Names of what it has, custom ones included."""
+    num_draining: int
+    """Living nodes of the cluster that are to end."""
+
+
+class ClusterControl:
+    """Ray's control store, for a process that is no part of the cluster and must be quick. Every call has a deadline."""
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        """Raises RayError, RuntimeError or OSError when there is no cluster at the address."""
+        self._timeout_s = timeout_s
+        self._client = ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
+
+    def local_node(self) -> LocalNode | None:
+        """None when no Ray node runs on this host."""
+        nodes = self._client.get_all_node_info(timeout=self._timeout_s)
+        alive = {node_id.hex(): node for node_id, node in nodes.items() if node.state == 0}  # GcsNodeInfo.ALIVE
+        here = [node_id for node_id in ray._private.services.find_node_ids() if node_id in alive]
+        if not here:
+            return None
+        draining = self._client.get_draining_nodes(timeout=self._timeout_s)
+        return LocalNode(
+            node_id=here[0],
+            is_head=bool(alive[here[0]].is_head_node),
+            resources=frozenset(alive[here[0]].resources_total),
+            num_draining=sum(node_id in alive for node_id in draining),
+        )
+
+    def drain(self, node_id: str, reason: str, deadline_s: float) -> str:
+        """Have Ray give the node nothing new, and Serve end its replicas there within `deadline_s`. Returns why not, or ""."""
+        preemption = 2  # DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION: idle or not
+        deadline_ms = int(1000 * (time.time() + deadline_s))
+        is_accepted, message = self._client.drain_node(node_id, preemption, reason, deadline_ms)
+        return "" if is_accepted else str(message)

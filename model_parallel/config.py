@@ -1,5 +1,6 @@
 """What a replica group is made of. Frozen and validated; dtypes and devices are strings, so that no torch is needed here."""
 
+import math
 from dataclasses import dataclass, field
 
 from model_parallel.errors import ConfigError
@@ -30,6 +31,8 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
+    rope_divisors: tuple[float, ...] = ()
+    """What the rotary frequencies are divided by, one a pair of a head's rows; () when they are not scaled."""
     max_position: int
     """Longest sequence, in tokens, that the model was made for."""
     tie_word_embeddings: bool = False
@@ -57,6 +60,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim is {self.head_dim}; rotary embedding needs an even number")
+        if self.rope_divisors and len(self.rope_divisors) != self.head_dim // 2:
+            raise ConfigError(
+                f"model.rope_divisors has {len(self.rope_divisors)} numbers; head_dim {self.head_dim} needs "
+                f"{self.head_dim // 2}"
+            )
+        if not all(0 < divisor < math.inf for divisor in self.rope_divisors):
+            raise ConfigError(f"model.rope_divisors has {min(self.rope_divisors)}; all must be greater than 0")
 
     @property
     def num_parameters(self) -> int:

@@ -1,70 +1,238 @@
-"""C++ that is compiled when it is first needed, with g++ alone, and kept for the next time."""
+"""C++ that is compiled with g++ alone and kept for the next time, below the cache directory.
+
+Where there is no compiler, what was compiled before is used. `python -m model_parallel.native` compiles everything ahead of
+time; it needs nothing but the standard library.
+"""
 
 import ctypes
+import fcntl
 import hashlib
 import os
+import platform
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from model_parallel.directories import private_directories, readable_caches, why_not_writable
 from model_parallel.errors import EngineError
 
-BUILD_TIMEOUT_S = 120.0
+BUILD_TIMEOUT_S = 600.0
+"""Of one source: seconds on an idle machine."""
+_LOCK_POLL_S = 0.05
 _COMPILER = "g++"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread")
+_PACKAGE = Path(__file__).parent
 
 
 class NativeBuildError(EngineError):
     """There is no compiler, or it refused the source. The message ends with the compiler's own words."""
 
 
-def library_directory() -> Path:
-    """Where compiled libraries are kept, by the hash of everything that they were made from."""
-    return Path.home() / ".cache" / "packtrain" / "native"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Library:
+    """One shared library and what it is made from."""
+
+    name: str
+    directory: Path
+    """All its .cpp and .h files are one library."""
+    flags: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Headers included; compiled are those that end in .cpp."""
+        return tuple(sorted(path for path in self.directory.iterdir() if path.suffix in (".cpp", ".h")))
+
+    @property
+    def source_id(self) -> str:
+        """Hash of everything that it is made from, but the compiler."""
+        digest = hashlib.sha256("\0".join((platform.machine(), *_FLAGS, *self.flags)).encode())
+        for source in self.sources:
+            digest.update(hashlib.sha256(source.read_bytes()).digest())
+        return digest.hexdigest()[:24]
 
 
-def load_library(sources: Sequence[Path], *, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library made from `sources` (headers included, compiled are those that end in .cpp), built unless it is there.
+CPU_KERNELS = Library(
+    name="cpu_kernels",
+    directory=_PACKAGE / "kernels" / "cpu",
+    # A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
+    flags=("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
+SHARED_MEMORY = Library(name="shared_memory", directory=_PACKAGE / "collectives" / "shared_memory")
+LIBRARIES = (CPU_KERNELS, SHARED_MEMORY)
 
-    Calls through it release the interpreter's lock. Safe from several processes at once. Raises NativeBuildError.
-    """
+
+def library_directories() -> Iterator[Path]:
+    """Where compiled libraries are looked for; they are written to the first that takes them."""
+    yield from (cache / "native" for cache in readable_caches())
+    yield from (directory / "native" for directory in private_directories())
+
+
+def load_library(library: Library) -> ctypes.CDLL:
+    """Built unless it is there. Calls through it release the interpreter's lock. Safe from several processes at once, of
+    which one builds and the others wait. Raises NativeBuildError."""
     compiler = shutil.which(_COMPILER)
     if compiler is None:
-        raise NativeBuildError(f"{_COMPILER} is not installed")
-    command = [compiler, *_FLAGS, *flags]
-    target = library_directory() / f"{_fingerprint(command, sources)}.so"
-    if not target.exists():
-        _build(command, sources, target)
-    return ctypes.CDLL(str(target))
-
-
-def _fingerprint(command: Sequence[str], sources: Sequence[Path]) -> str:
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S).stdout
-    digest = hashlib.sha256(version + "\0".join(command).encode())
-    for source in sources:
-        digest.update(hashlib.sha256(source.read_bytes()).digest())
-    return digest.hexdigest()[:32]
-
-
-def _build(command: Sequence[str], sources: Sequence[Path], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        compiled = [str(source) for source in sources if source.suffix == ".cpp"]
-        result = subprocess.run(
-            [*command, *compiled, "-o", unfinished],
-            capture_output=True,
-            text=True,
-            timeout=BUILD_TIMEOUT_S,
-            check=False,
+        if (loaded := _load_any(library)) is not None:
+            return loaded
+        raise NativeBuildError(
+            f"{_COMPILER} is not installed, and nothing compiled before is in {next(library_directories())}"
         )
-        if result.returncode:
-            raise NativeBuildError(f"{_COMPILER} failed:\n{result.stderr[-4000:]}")
+    try:
+        return _load_or_build(library, compiler)
+    except NativeBuildError:
+        if (loaded := _load_any(library)) is not None:
+            return loaded
+        raise
+
+
+def is_compiled(library: Library) -> bool:
+    """Whether something made from these sources is kept where `load_library` looks first; a quick look."""
+    with suppress(OSError):
+        return any(any(directory.glob(f"{library.source_id}-*.so")) for directory in library_directories())
+    return False
+
+
+def _load_or_build(library: Library, compiler: str) -> ctypes.CDLL:
+    command = [compiler, *_FLAGS, *library.flags]
+    name = f"{library.source_id}-{_compiler_id(compiler)}.so"
+    for directory in library_directories():
+        if (loaded := _load(directory / name)) is not None:
+            return loaded
+    reasons = []
+    for directory in library_directories():
+        if reason := why_not_writable(directory):
+            reasons.append(f"{directory} {reason}")
+            continue
+        with _alone(directory / f"{name}.lock"):
+            if (loaded := _load(directory / name)) is None:
+                _build(command, library, directory / name)
+                loaded = _load(directory / name)
+        if loaded is not None:
+            return loaded
+        reasons.append(f"code in {directory} may not be run")
+    raise NativeBuildError(f"there is no directory for compiled code: {'; '.join(reasons)}")
+
+
+def _load_any(library: Library) -> ctypes.CDLL | None:
+    """Made from the same sources, by whatever compiler."""
+    for directory in library_directories():
+        with suppress(OSError):
+            for path in sorted(directory.glob(f"{library.source_id}-*.so")):
+                if (loaded := _load(path)) is not None:
+                    return loaded
+    return None
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """None when it is not there or cannot be loaded: made for another system, or on a noexec mount."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _compiler_id(compiler: str) -> str:
+    try:
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, check=True, timeout=BUILD_TIMEOUT_S
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeBuildError(f"{compiler} cannot be run: {error}") from error
+    return hashlib.sha256(version).hexdigest()[:8]
+
+
+@contextmanager
+def _alone(lock_path: Path) -> Iterator[None]:
+    """Hold a lock between processes; the system drops it when its holder ends in any way. Raises NativeBuildError."""
+    deadline = time.monotonic() + 2 * BUILD_TIMEOUT_S
+    with lock_path.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise NativeBuildError(f"another process holds {lock_path} and does not finish") from None
+                time.sleep(_LOCK_POLL_S)
+        yield
+
+
+def _build(command: Sequence[str], library: Library, target: Path) -> None:
+    """Compile all sources at the same time, then link. No compiler is left running, however this ends."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
+        compiled = [source for source in library.sources if source.suffix == ".cpp"]
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in compiled]
+        unfinished = str(Path(scratch) / "library.so")
+        running: list[subprocess.Popen[str]] = []
+        compile_one = partial(_compile, command, {"TMPDIR": scratch}, running)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            jobs = [("-c", str(source), "-o", made) for source, made in zip(compiled, objects, strict=True)]
+            futures = [pool.submit(compile_one, job) for job in jobs]
+            try:
+                for future in futures:
+                    future.result()
+                pool.submit(compile_one, (*objects, "-o", unfinished)).result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(running):
+                    _kill(process)
+                raise
         os.replace(unfinished, target)
+
+
+def _compile(
+    command: Sequence[str],
+    variables: dict[str, str],
+    running: "list[subprocess.Popen[str]]",
+    arguments: Sequence[str],
+) -> None:
+    """Run the compiler once. `variables` go before the environment's own, whose TMPDIR may be full or missing."""
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        env=os.environ | variables,
+        process_group=0,  # g++ is a driver: what computes is a child of it
+    )  # fmt: skip
+    running.append(process)
+    try:
+        _, errors = process.communicate(timeout=BUILD_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise NativeBuildError(f"{_COMPILER} did not finish within {BUILD_TIMEOUT_S:g} s") from error
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        _kill(process)
+    if process.returncode:
+        raise NativeBuildError(f"{_COMPILER} failed:\n{errors[-4000:]}")
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """With its children. Does nothing when it has ended."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def main() -> int:
+    """Build every library ahead of time. The status is 1 when one cannot be built."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    status = 0
+    for library in LIBRARIES:
+        try:
+            load_library(library)
+        except NativeBuildError as error:
+            print(f"{library.name}: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,14 +27,25 @@ if _version_not_supported:
 
 class InferenceStub:
     """Errors, by status code:
-    INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too:
-    ignoring it could change what was asked for.
+    INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. The reason in google.rpc.ErrorInfo is
+    CONTEXT_LENGTH_EXCEEDED where prompt and answer do not fit the model, and INVALID_REQUEST otherwise.
+    UNAUTHENTICATED     no key, or a wrong, expired or revoked one. Only where there are keys.
+    PERMISSION_DENIED   the key is good and does not allow the model.
     NOT_FOUND           no such model.
-    RESOURCE_EXHAUSTED  full, reason OVERLOADED in google.rpc.ErrorInfo; or a message over the size limit.
-    UNAVAILABLE         draining, or no replica group can answer, or the one that did is lost.
+    RESOURCE_EXHAUSTED  reason QUOTA: the tenant or the key has used up what it may (google.rpc.QuotaFailure says of what);
+    reason OVERLOADED: the gateway or every replica group is full; reason SLOW_READER: the answer was left
+    unread for too long; no reason: a message over the size limit.
+    UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
+    lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
     grpc-retry-pushback-ms says when to try again (google.rpc.RetryInfo too), or -1 where that is pointless.
+
+    A field that this server does not know is ignored, and named in the initial metadata `x-packtrain-ignored`; with `strict` it is
+    INVALID_ARGUMENT. Reserved fields, and fields of the wrong type, always are. The model may be left out where only one can be used.
+    With the metadata `x-packtrain-keep-alive-s: SECONDS` (from 1 to 300) the initial metadata of a stream goes out after so long, and
+    not with the first token, for proxies that end calls without an answer. An error that comes later is not retried by clients.
+    Clients may send HTTP/2 pings every 10 seconds or less often, with or without a call.
     """
 
     def __init__(self, channel):
@@ -82,14 +93,25 @@ class InferenceStub:
 
 class InferenceServicer:
     """Errors, by status code:
-    INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too:
-    ignoring it could change what was asked for.
+    INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. The reason in google.rpc.ErrorInfo is
+    CONTEXT_LENGTH_EXCEEDED where prompt and answer do not fit the model, and INVALID_REQUEST otherwise.
+    UNAUTHENTICATED     no key, or a wrong, expired or revoked one. Only where there are keys.
+    PERMISSION_DENIED   the key is good and does not allow the model.
     NOT_FOUND           no such model.
-    RESOURCE_EXHAUSTED  full, reason OVERLOADED in google.rpc.ErrorInfo; or a message over the size limit.
-    UNAVAILABLE         draining, or no replica group can answer, or the one that did is lost.
+    RESOURCE_EXHAUSTED  reason QUOTA: the tenant or the key has used up what it may (google.rpc.QuotaFailure says of what);
+    reason OVERLOADED: the gateway or every replica group is full; reason SLOW_READER: the answer was left
+    unread for too long; no reason: a message over the size limit.
+    UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
+    lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
     grpc-retry-pushback-ms says when to try again (google.rpc.RetryInfo too), or -1 where that is pointless.
+
+    A field that this server does not know is ignored, and named in the initial metadata `x-packtrain-ignored`; with `strict` it is
+    INVALID_ARGUMENT. Reserved fields, and fields of the wrong type, always are. The model may be left out where only one can be used.
+    With the metadata `x-packtrain-keep-alive-s: SECONDS` (from 1 to 300) the initial metadata of a stream goes out after so long, and
+    not with the first token, for proxies that end calls without an answer. An error that comes later is not retried by clients.
+    Clients may send HTTP/2 pings every 10 seconds or less often, with or without a call.
     """
 
     def Generate(self, request, context):
@@ -189,14 +211,25 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Errors, by status code:
-    INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too:
-    ignoring it could change what was asked for.
+    INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. The reason in google.rpc.ErrorInfo is
+    CONTEXT_LENGTH_EXCEEDED where prompt and answer do not fit the model, and INVALID_REQUEST otherwise.
+    UNAUTHENTICATED     no key, or a wrong, expired or revoked one. Only where there are keys.
+    PERMISSION_DENIED   the key is good and does not allow the model.
     NOT_FOUND           no such model.
-    RESOURCE_EXHAUSTED  full, reason OVERLOADED in google.rpc.ErrorInfo; or a message over the size limit.
-    UNAVAILABLE         draining, or no replica group can answer, or the one that did is lost.
+    RESOURCE_EXHAUSTED  reason QUOTA: the tenant or the key has used up what it may (google.rpc.QuotaFailure says of what);
+    reason OVERLOADED: the gateway or every replica group is full; reason SLOW_READER: the answer was left
+    unread for too long; no reason: a message over the size limit.
+    UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
+    lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
     grpc-retry-pushback-ms says when to try again (google.rpc.RetryInfo too), or -1 where that is pointless.
+
+    A field that this server does not know is ignored, and named in the initial metadata `x-packtrain-ignored`; with `strict` it is
+    INVALID_ARGUMENT. Reserved fields, and fields of the wrong type, always are. The model may be left out where only one can be used.
+    With the metadata `x-packtrain-keep-alive-s: SECONDS` (from 1 to 300) the initial metadata of a stream goes out after so long, and
+    not with the first token, for proxies that end calls without an answer. An error that comes later is not retried by clients.
+    Clients may send HTTP/2 pings every 10 seconds or less often, with or without a call.
     """
 
     @staticmethod

@@ -2,13 +2,30 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_parallel.errors import ConfigError
+
+AUTO: Literal["auto"] = "auto"
+"""Of settings that Packtrain chooses by itself: see serving/models/sizes.py."""
+
+
+def _none_if_auto(value: object) -> object:
+    return None if value == AUTO else value
+
+
+def _host(value: object) -> object:
+    """`[::1]`, as addresses are printed, is taken as `::1`."""
+    is_bracketed = isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]")
+    return value.strip()[1:-1] if isinstance(value, str) and is_bracketed else value
+
+
+Host = Annotated[str, BeforeValidator(_host), Field(min_length=1)]
 
 
 class _Section(BaseModel):
@@ -19,7 +36,9 @@ class LimitsConfig(_Section):
     """Bounds on one client request. A request outside them is refused with INVALID_ARGUMENT."""
 
     max_choices: int = Field(8, ge=1, le=64, description="Most choices (n) of one request.")
-    max_stop_strings: int = Field(4, ge=0, le=64)
+    max_stop_strings: int = Field(
+        32, ge=0, le=64, description="OpenAI allows 4; code completion in editors sends a dozen."
+    )
     max_stop_string_bytes: int = Field(64, ge=1, le=4096)
     max_stop_token_ids: int = Field(16, ge=0, le=1024)
     max_logit_bias: int = Field(300, ge=0, le=4096)
@@ -27,6 +46,10 @@ class LimitsConfig(_Section):
     max_chat_messages: int = Field(1024, ge=1, le=16384)
     max_continuations: int = Field(16, ge=1, le=256, description="Most continuations of one Score request.")
     max_prompts: int = Field(16, ge=1, le=256, description="Most prompts of one HTTP completion request.")
+    clamp_max_tokens: bool = Field(
+        False,
+        description="Answer with as many tokens as there is room for where max_tokens asks for more; else refuse.",
+    )
     max_message_bytes: int = Field(
         4 << 20, ge=1024, description="Largest gRPC message taken or sent, and largest HTTP body taken."
     )
@@ -46,7 +69,7 @@ class TlsConfig(_Section):
 class GatewayConfig(_Section):
     """The two front ends: gRPC, and HTTP in OpenAI's form."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
+    host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
     port: int = Field(
         50051,
         ge=0,
@@ -75,9 +98,28 @@ class GatewayConfig(_Section):
         description="How long an HTTP request's headers, or a gRPC connection's first frame, may take to arrive.",
     )
     body_timeout_s: float = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
+    stream_keep_alive_s: float | None = Field(
+        None,
+        ge=1,
+        le=300,
+        description="After how long a silence an HTTP stream gets a comment. The first sends the status line, and what goes "
+        "wrong from then on is an event. Unset is never, unless the client asks (x-packtrain-keep-alive-s).",
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        (),
+        description='Web pages\' origins, such as "https://chat.example", that may use HTTP from browsers; "*" is all.',
+    )
     slow_reader_timeout_s: float = Field(
         30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."
     )
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise ValueError(f"{origin!r} is no origin: scheme, host and port, as browsers send it, without a path")
+        return origins
 
 
 class TenancyConfig(_Section):
@@ -94,7 +136,7 @@ class TenancyConfig(_Section):
 class AdminConfig(_Section):
     """What operators reach: packtrain.v1.Admin and /metrics, on ports of their own."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
+    host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
     port: int | None = Field(
         50052, ge=0, le=65535, description="Of packtrain.v1.Admin; needs tenancy. null turns it off."
     )
@@ -104,8 +146,32 @@ class AdminConfig(_Section):
 class ChatConfig(_Section):
     """How chat messages become tokens."""
 
-    format: Literal["llama-2", "chatml"]
+    format: Literal[
+        "llama-2", "llama-3", "chatml", "zephyr", "phi-3", "vicuna", "mistral-v0.1", "mistral-v0.2", "mistral-v0.3",
+        "custom", "none",
+    ] = Field(description="custom: as the strings below say. none: the model has no chat.")  # fmt: skip
     default_system: str = Field("", description="System message used when a conversation brings none.")
+    begin: str = Field(
+        "", max_length=4096, description='Before everything. "{bos}" and "{eos}" stand for these tokens.'
+    )
+    system: str = Field("", max_length=4096, description='Around a system message, "{content}". Empty: there are none.')
+    user: str = Field("", max_length=4096, description='Around a user message: "USER: {content}\\n".')
+    assistant: str = Field("", max_length=4096, description="Around an answer that was given.")
+    answer: str = Field("", max_length=4096, description="Opens the answer.")
+    trim: bool = Field(False, description="Drop spaces around messages.")
+
+    @model_validator(mode="after")
+    def _strings_are_custom(self) -> "ChatConfig":
+        strings = {name: getattr(self, name) for name in ("begin", "system", "user", "assistant", "answer", "trim")}
+        if self.format != "custom":
+            if given := [name for name, value in strings.items() if value]:
+                raise ValueError(f"{', '.join(given)} can be set with format: custom alone, not {self.format}")
+            return self
+        for name in ("system", "user", "assistant"):
+            text = strings[name]
+            if (text or name != "system") and text.count("{content}") != 1:
+                raise ValueError(f'{name} is {text!r:.80}; it must hold "{{content}}" once')
+        return self
 
 
 class ModelEntry(_Section):
@@ -115,13 +181,19 @@ class ModelEntry(_Section):
     source: str = Field(min_length=1, description="A name that `packtrain fetch` knows, a directory, or a GGUF file.")
     tensor_parallel_size: int = Field(1, ge=1)
     num_groups: int = Field(1, ge=1)
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = Field(AUTO, description="auto: cuda where there is a GPU for every rank.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        AUTO, description="auto: the checkpoint's own; bfloat16 where the device cannot compute in that."
+    )
     quantization: Literal["int8"] | None = Field(None, description="Keep weight matrices in eight bits a weight.")
-    threads_per_rank: int = Field(1, ge=1, description="Threads of a CPU rank.")
+    threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=1, description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks."
+    )
     cpus_per_rank: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for a rank.")
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus answer; the model's own when unset.")
-    kv_cache_tokens: int = Field(16384, ge=16, description="Tokens that a group's KV cache holds.")
+    kv_cache_tokens: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=16, description="Tokens that a group's KV cache holds. auto, or unset: what free memory has room for."
+    )
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
     max_num_seqs: int = Field(64, ge=1)
@@ -135,7 +207,18 @@ class ModelEntry(_Section):
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
-    chat: ChatConfig | None = Field(None, description="Recognised from the checkpoint when unset.")
+    allow_parse_special: bool = Field(
+        False,
+        description="Let requests that set parse_special have control tokens read in their text. Whoever may send text to "
+        "such a caller can then forge roles and ends of turns.",
+    )
+    chat: ChatConfig | None = Field(None, description="Read out of the checkpoint's own template when unset.")
+    generation_config: Literal["auto", "vllm-like", "none"] = Field(
+        "auto",
+        description="What requests that leave sampling fields unset get. auto: temperature, top_p, top_k and min_p of the "
+        "checkpoint's generation_config.json where it says do_sample: true, and repetition_penalty; vllm-like: all of them "
+        "whatever do_sample says, and max_new_tokens; none: neutral values.",
+    )
 
 
 class RayConfig(_Section):
@@ -147,6 +230,27 @@ class RayConfig(_Section):
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of the private cluster; what the groups need when unset."
     )
+    detached: bool = Field(
+        False,
+        description="Of a joined cluster: what was deployed goes on when the command ends, and the next one takes it over.",
+    )
+    wait_for_nodes_s: float = Field(
+        0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
+    )
+
+    num_gateways: int | None = Field(
+        None,
+        ge=1,
+        description="Of a joined cluster: so many gateways, on nodes with the resource packtrain_gateway. Unset: on every node.",
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_a_joined_cluster(self) -> "RayConfig":
+        if self.address is None and (self.detached or self.wait_for_nodes_s or self.num_gateways):
+            raise ValueError(
+                "detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node"
+            )
+        return self
 
 
 class ServingConfig(_Section):
@@ -172,6 +276,11 @@ class ServingConfig(_Section):
 
 def load_config(path: Path) -> ServingConfig:
     """Read a YAML file. Raises ConfigError naming each wrong field; an unknown key comes with the nearest known one."""
+    return parse_config(read_mapping(path, "models"), origin=str(path))
+
+
+def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain data. Raises ConfigError; `main_key` is what it says such a mapping has."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -179,8 +288,8 @@ def load_config(path: Path) -> ServingConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping with `models:`, not {type(data).__name__}")
-    return parse_config(data, origin=str(path))
+        raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, not {type(data).__name__}")
+    return data
 
 
 def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
@@ -188,47 +297,64 @@ def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:
     try:
         return ServingConfig.model_validate(data)
     except ValidationError as error:
-        problems = error.errors()
-        # A list with a wrong item is also said to be too short; the item is what matters.
-        inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
-        lines = [_explain(problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from error
+        raise ConfigError(explain_errors(error, ServingConfig, origin)) from error
 
 
-def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+def explain_errors(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """One line for the user: each wrong field of `root` by its path, and the nearest known key for an unknown one."""
+    problems = error.errors()
+    # A list with a wrong item is also said to be too short; the item is what matters.
+    inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
+    lines = [_explain(root, problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
-        return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80})")
-    known = _fields_at(location[:-1])
+        hint = _meant(str(value), message) if kind == "literal_error" else ""
+        return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80}){hint}")
+    known = _fields_at(root, location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
 
 
-_SECTIONS: dict[str, type[_Section]] = {
-    "": ServingConfig,
-    "models": ModelEntry,
-    "models.chat": ChatConfig,
-    "gateway": GatewayConfig,
-    "gateway.tls": TlsConfig,
-    "limits": LimitsConfig,
-    "tenancy": TenancyConfig,
-    "admin": AdminConfig,
-    "ray": RayConfig,
-}
+_OTHER_WORDS = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
+    "float": "float32", "gpu": "cuda", "nvidia": "cuda", "w8a16": "int8", "8bit": "int8", "llama2": "llama-2",
+}  # fmt: skip
+"""What other systems call the values of ours."""
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    section = _SECTIONS.get(".".join(part for part in location if isinstance(part, str)))
-    return sorted(section.model_fields) if section else []
+def _meant(value: str, message: str) -> str:
+    """A hint at the allowed value that was probably meant; `message` quotes those that are allowed."""
+    allowed = message.split("'")[1::2]
+    word = _OTHER_WORDS.get(value.lower().removeprefix("torch."), value.lower())
+    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def cache_directory() -> Path:
-    """Where fetched models are kept: $PACKTRAIN_CACHE, else $XDG_CACHE_HOME/packtrain, else ~/.cache/packtrain."""
-    if own := os.environ.get("PACKTRAIN_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "packtrain"
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a path of pydantic's: field names, places in lists, and the tags of unions."""
+    sections = {root}
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if fields := [section.model_fields[part] for section in sections if part in section.model_fields]:
+            sections = set().union(
+                *(_sections_in(annotated) for found in fields for annotated in (found.annotation, *found.metadata))
+            )
+        else:  # a tag: of a union's members, the one that has it
+            sections = {s for s in sections if any(part in get_args(f.annotation) for f in s.model_fields.values())}
+    return sorted(set().union(*(section.model_fields for section in sections)))
+
+
+def _sections_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return set().union(*(_sections_in(part) for part in get_args(annotation)))
 
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -237,6 +363,26 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 def api_key() -> str:
     """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those."""
     return os.environ.get("PACKTRAIN_API_KEY", "")
+
+
+def environment_key(variable: str, field: str) -> str:
+    """The API key in an environment variable that `field` names. Raises ConfigError when it is not set."""
+    if not (key := os.environ.get(variable)):
+        raise ConfigError(f"{field} is {variable!r}, which is not set in the environment")
+    return key
+
+
+LOAD_SECRET_VARIABLE = "PACKTRAIN_LOAD_SECRET"
+
+
+def load_test_secret() -> str:
+    """$PACKTRAIN_LOAD_SECRET, which the machines of one load test share; "" when unset."""
+    return os.environ.get(LOAD_SECRET_VARIABLE, "")
+
+
+def ray_address() -> str | None:
+    """$RAY_ADDRESS, which KubeRay sets in its pods; None when unset. For commands about the node that they run on."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def log_level() -> str:
@@ -264,19 +410,3 @@ def tracing_is_on() -> bool:
         if protocol != "grpc":
             raise ConfigError(f"{name} is {protocol!r}; traces are sent by grpc alone")
     return True
-
-
-def prepare_environment() -> None:
-    """Set Ray's switches for this process and all that it starts; must run before ray is imported.
-
-    Handles carry values instead of object references (ray.serve reads it at import). No usage reports are sent.
-    """
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray forks its head from this process; gRPC's own fork handlers can leave the child hanging.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    # A call that comes after the end must fail. Without this it starts a new cluster, which nobody would ever stop.
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Serve's own log goes to its files; the terminal belongs to the command line.
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")

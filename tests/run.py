@@ -60,6 +60,7 @@ SUITES = (
     Suite(name="numerics", arguments=("tests/numerics",), shares="worksteal"),
     Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile"),
     Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
+    Suite(name="helm", arguments=("tests/helm",)),
     Suite(name="packaging", arguments=("tests/packaging",)),
 )
 WITHOUT_AVX512 = {"PACKTRAIN_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -72,7 +73,7 @@ NIGHTLY_SUITES = (
         if each.name in ("unit", "triton-interpreted", "numerics")
     ),
     # Some of these measure time, so one after the other.
-    Suite(name="nightly cases", arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics")),
+    Suite(name="nightly cases", arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics", "tests/packaging")),
     Suite(name="nightly", arguments=(*NIGHT, "-m", "nightly", "tests/nightly")),
 )
 

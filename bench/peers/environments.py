@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from serving.config import cache_directory
+from model_parallel.directories import cache_directory
 from serving.models.fetch import fetch_model
 
 ROOT = Path(__file__).parents[2]

@@ -59,7 +59,7 @@ class PeerProcess:
         self._reader.start()
         try:
             self.detail = str(self._answer(READY_TIMEOUT_S)["detail"])
-        except ContenderFailedError:
+        except BaseException:  # a signal may end the bench while this one still starts
             self.close()
             raise
         self.ready_s = time.perf_counter() - began_s

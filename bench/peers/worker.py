@@ -5,19 +5,30 @@ answer, {"seconds": s}. The first line out is {"detail": "..."}, once the engine
 standard error.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+"""See prctl(2)."""
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, int], int]
 """Run all prompts to so many new tokens each, greedily and never ending earlier; returns how many tokens came in all."""
 
 
+def end_with_starter() -> None:
+    """Be killed when the process that started this one ends in any way, also while this one is stopped or computes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def serve(load: Callable[[], tuple[Generate, str]]) -> None:
     """Make the engine, then time it on what is asked until standard input ends."""
+    end_with_starter()
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
 

@@ -1,11 +1,13 @@
 """A tokenizer of bytes and a backend that says what it is told to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
 from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import Licence, ModelCard
+from serving.text.tokenizer import Part
 
 BOS, EOS, IM_START, IM_END, AB = 256, 257, 258, 259, 260
 TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
@@ -22,8 +24,12 @@ class ByteTokenizer:
     control_token_ids = frozenset({BOS, EOS, IM_START, IM_END})
     strips_leading_space = False
 
-    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_bos else []
+        if parse_special and "</s>" in text:
+            before, _, after = text.partition("</s>")
+            rest = self.encode(after, add_bos=False, parse_special=True)
+            return [*ids, *self.encode(before, add_bos=False), EOS, *rest]
         data = text.encode()
         position = 0
         while position < len(data):
@@ -37,8 +43,26 @@ class ByteTokenizer:
             return b""
         return b"ab" if token_id == AB else bytes([token_id])
 
+    def spelt_bytes(self, token_id: int) -> bytes:
+        return (self.control_token_text(token_id) or "").encode() or self.token_bytes(token_id)
+
+    def control_token_text(self, token_id: int | None) -> str | None:
+        return {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}.get(token_id or 0)
+
     def control_token_id(self, text: str) -> int:
         return {"<|im_start|>": IM_START, "<|im_end|>": IM_END}[text]
+
+    def has_control_token(self, text: str) -> bool:
+        return text in ("<|im_start|>", "<|im_end|>")
+
+    def encode_parts(self, parts: Iterable[Part], *, every_part_is_first: bool = False) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            pieces = re.split(r"(<\|im_start\|>|<\|im_end\|>)", part.text) if part.is_markup else [part.text]
+            for piece in pieces:
+                is_control = part.is_markup and self.has_control_token(piece)
+                ids += [self.control_token_id(piece)] if is_control else self.encode(piece, add_bos=False)
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")

@@ -5,17 +5,16 @@ import torch
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from model_parallel.checkpoint.detect import CheckpointInfo
+from model_parallel.checkpoint.gguf_config import ROPE_FREQUENCIES
 from model_parallel.checkpoint.gguf_file import GgufFile, GgufTensor
+from model_parallel.checkpoint.info import CheckpointInfo
 from model_parallel.checkpoint.names import from_gguf
 from model_parallel.checkpoint.rotary import QUERY_AND_KEY, interleaved_rows
 from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
-from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import Shard
 
 _CHUNK_ELEMENTS = 1 << 22
 """Dequantised at a time: bounds the float32 copies that are made on the way."""
-_ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 class GgufCheckpoint(Checkpoint):
@@ -27,19 +26,13 @@ class GgufCheckpoint(Checkpoint):
         self._stored: dict[str, GgufTensor] = {}
         self.tensors = {}
         for gguf_name, tensor in self._file.tensors.items():
-            if gguf_name == _ROPE_FREQUENCIES:
-                self._check_rope_frequencies(tensor)
+            if gguf_name == ROPE_FREQUENCIES:  # part of the configuration, which has read it
                 continue
             name = from_gguf(gguf_name)
             self._stored[name] = tensor
             self.tensors[name] = StoredTensor(
                 file=info.path, shape=tensor.shape, type=tensor.type.name, readable=_can_dequantise(tensor.type)
             )
-
-    def _check_rope_frequencies(self, tensor: GgufTensor) -> None:
-        """Llama 3.1 and later divide RoPE's frequencies by these; ones change nothing."""
-        if tensor.type is not GGMLQuantizationType.F32 or (self._bytes(tensor).view(np.float32) != 1).any():
-            raise CheckpointError(f"{self._file.path}: {_ROPE_FREQUENCIES} scales the rotary embedding: not supported")
 
     def _bytes(self, tensor: GgufTensor) -> np.ndarray:
         """The tensor as stored, [rows, bytes a row]; a view of the mapped file."""

@@ -2,25 +2,29 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from model_parallel.checkpoint.detect import CheckpointInfo
 from model_parallel.checkpoint.gguf import GgufCheckpoint
 from model_parallel.checkpoint.huggingface import HuggingFaceCheckpoint
+from model_parallel.checkpoint.info import CheckpointInfo
 from model_parallel.checkpoint.meta import MetaCheckpoint
 from model_parallel.checkpoint.names import is_known_buffer
+from model_parallel.checkpoint.placeholders import refuse
+from model_parallel.checkpoint.settings import join
 from model_parallel.checkpoint.stored import Checkpoint
 from model_parallel.errors import CheckpointError
 from model_parallel.host_memory import empty_shard
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard, fused_name
 
-_NAMES_SHOWN = 5
+_TIED_CHUNK_ELEMENTS = 1 << 22
 
 
 def open_checkpoint(info: CheckpointInfo) -> Checkpoint:
-    """Read the headers of a checkpoint's files. Raises CheckpointError naming a broken one."""
+    """Read the headers of a checkpoint's files. Raises CheckpointError naming a broken one, or all that are no weights."""
+    refuse(info.weight_files)
     formats: dict[str, Callable[[CheckpointInfo], Checkpoint]]
     formats = {"gguf": GgufCheckpoint, "huggingface": HuggingFaceCheckpoint, "meta": MetaCheckpoint}
     return formats[info.format](info)
@@ -44,8 +48,7 @@ def load_shard(
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
-    if LM_HEAD in checkpoint.names() and LM_HEAD not in table:
-        _check_tied(checkpoint, table[EMBEDDING])
+    check_tied_head(checkpoint, table)
     total = sum(math.prod(shard.shape) for shard in table.values()) * dtype.itemsize
     done = 0
     parts_of: dict[str, list[str]] = {}
@@ -73,11 +76,11 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
             "one of the two is needed"
         )
     if missing:
-        raise CheckpointError(f"{info.path} lacks {_some(missing)}")
+        raise CheckpointError(f"{info.path} lacks {join(missing)}")
     left_over = sorted(n for n in checkpoint.names() - table.keys() if n != LM_HEAD and not is_known_buffer(n))
     if left_over:
         file = checkpoint.tensors[left_over[0]].file
-        raise CheckpointError(f"{file} holds tensors that the model does not have: {_some(left_over)}")
+        raise CheckpointError(f"{file} holds tensors that the model does not have: {join(left_over)}")
     for name, shard in table.items():
         stored = checkpoint.tensors[name]
         if stored.shape != shard.full_shape:
@@ -85,19 +88,32 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
                 f"{stored.file}: {name} has shape {list(stored.shape)}; the model needs {list(shard.full_shape)}"
             )
         if not stored.readable:
-            raise CheckpointError(f"{stored.file}: {name} is of type {stored.type}, which cannot be read")
+            raise CheckpointError(
+                f"{stored.file}: {name} is of type {stored.type}, which cannot be read; floating-point weights of 16, 32 or "
+                "64 bits can, and quantised ones from GGUF files"
+            )
 
 
-def _check_tied(checkpoint: Checkpoint, shard: Shard) -> None:
-    """A tied checkpoint may repeat its embedding as LM head; this rank's rows of both must then be the same."""
-    stored = checkpoint.tensors[LM_HEAD]
+def check_tied_head(checkpoint: Checkpoint, table: dict[str, Shard]) -> None:
+    """A tied checkpoint may repeat its embedding as LM head; this rank's rows of both must then be the same.
+
+    Reads these rows, a few at a time. Raises CheckpointError with both ways out.
+    """
+    if LM_HEAD in table or LM_HEAD not in checkpoint.names():
+        return
+    shard, stored = table[EMBEDDING], checkpoint.tensors[LM_HEAD]
     same = stored.readable and stored.shape == shard.full_shape
-    if not same or not torch.equal(*(checkpoint.read(name, shard, torch.float32) for name in (LM_HEAD, EMBEDDING))):
-        raise CheckpointError(
-            f"{stored.file}: {LM_HEAD} differs from {EMBEDDING}, and the configuration says that they are tied"
+    if same:
+        rows = range(shard.start, shard.stop)
+        step = max(1, _TIED_CHUNK_ELEMENTS // shard.full_shape[1])
+        parts = (replace(shard, start=start, stop=min(start + step, rows.stop)) for start in rows[::step])
+        same = all(
+            torch.equal(*(checkpoint.read(name, part, torch.float32) for name in (LM_HEAD, EMBEDDING)))
+            for part in parts
         )
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    if not same:
+        raise CheckpointError(
+            f"{stored.file}: {LM_HEAD} differs from {EMBEDDING}, and the configuration says that they are tied. To use "
+            f"{LM_HEAD}, set tie_word_embeddings to false in {stored.file.parent / 'config.json'}; to use the embedding, delete "
+            f"{LM_HEAD} from the file"
+        )

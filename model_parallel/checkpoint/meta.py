@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from model_parallel.checkpoint.detect import CheckpointInfo
+from model_parallel.checkpoint.info import CheckpointInfo
 from model_parallel.checkpoint.mapped import copy_mapped, open_torch_file
 from model_parallel.checkpoint.names import from_meta, is_known_buffer
 from model_parallel.checkpoint.rotary import QUERY_AND_KEY, half_split_as_pairs

@@ -32,6 +32,8 @@ _META_PARTS = {
     "feed_forward.w2": "mlp.down_proj",
 }
 
+_BUFFERS = tuple(f".rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
+
 
 def from_gguf(name: str) -> str:
     """Hugging Face's name of a GGUF tensor.
@@ -53,5 +55,5 @@ def _translated(name: str, tables: dict[str, str], layer: re.Pattern[str], parts
 
 
 def is_known_buffer(name: str) -> bool:
-    """Whether `name` is no parameter and yet harmless: published Llama 2 files carry RoPE's frequencies."""
-    return name.endswith(".rotary_emb.inv_freq") or name == "rope.freqs"
+    """Whether `name` is no parameter and yet harmless: RoPE's frequencies and tables, which are computed here."""
+    return name == "rope.freqs" or name.endswith(_BUFFERS)

@@ -28,6 +28,8 @@ class Checkpoint(ABC):
     """Tensors under Hugging Face's names; only what is read comes from the disk."""
 
     tensors: dict[str, StoredTensor]
+    warnings: tuple[str, ...] = ()
+    """What was found in the files and did not matter, as sentences."""
 
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.messages import StepPlan
@@ -44,6 +44,21 @@ class Engine:
     def failure(self) -> str | None:
         """Why the group is lost; None while it is not."""
         return self._failure
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For whoever drives the engine on a clock of its own."""
+        return self._scheduler
+
+    @property
+    def in_flight(self) -> Sequence[StepPlan]:
+        """Steps that the ranks have, the oldest first."""
+        return self._in_flight
+
+    def replace_in_flight(self, plan: StepPlan) -> None:
+        """The ranks have this step instead of the one in flight; see stretch.py."""
+        self._in_flight.clear()
+        self._in_flight.append(plan)
 
     @property
     def has_work(self) -> bool:
@@ -88,29 +103,38 @@ class Engine:
 
         After a failure of the group, only the last outputs of its requests are left to return.
         """
-        if self._failure is None:
+        self.submit()
+        return self.collect()
+
+    def submit(self) -> None:
+        """The first half of a step: give the ranks as many steps as they may have. Nothing happens when the group is lost."""
+        if self._failure is not None:
+            return
+        try:
+            while len(self._in_flight) < self._max_in_flight:
+                with self._lock:
+                    plan = self._scheduler.schedule()
+                if plan is None:
+                    return
+                self._executor.submit(plan)
+                self._in_flight.append(plan)
+        except GroupFailedError as error:
+            self.fail(str(error))
+
+    def collect(self) -> list[EngineOutput]:
+        """The second half: wait for the oldest step in flight, if there is one, and return what it brought."""
+        if self._failure is None and self._in_flight:
             try:
-                self._submit()
-                if self._in_flight:
-                    result = self._executor.collect()
-                    plan = self._in_flight.popleft()
-                    if self._on_step is not None:
-                        self._on_step(plan)
-                    with self._lock:
-                        return self._scheduler.update(plan, result)
+                result = self._executor.collect()
+                plan = self._in_flight.popleft()
+                if self._on_step is not None:
+                    self._on_step(plan)
+                with self._lock:
+                    return self._scheduler.update(plan, result)
             except GroupFailedError as error:
                 self.fail(str(error))
         with self._lock:
             return self._scheduler.take_outputs()
-
-    def _submit(self) -> None:
-        while len(self._in_flight) < self._max_in_flight:
-            with self._lock:
-                plan = self._scheduler.schedule()
-            if plan is None:
-                return
-            self._executor.submit(plan)
-            self._in_flight.append(plan)
 
     def fail(self, reason: str) -> None:
         """Treat the group as lost, as when the executor reports a dead rank between steps. The first reason is kept."""

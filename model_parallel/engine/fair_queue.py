@@ -183,6 +183,15 @@ class FairQueue:
         priorities = [priority for priority, counter in self._classes.items() if counter.waiting]
         return self._classes[min(priorities)].first() if priorities else None
 
+    def firsts(self) -> Iterator[tuple[Sequence, bool]]:
+        """Of the class that is served next, the oldest one of each tenant, and whether it would be below its fair share if it
+        were admitted now."""
+        priorities = [priority for priority, counter in self._classes.items() if counter.waiting]
+        if priorities:
+            counter = self._classes[min(priorities)]
+            for tenant in counter.waiting.values():
+                yield next(iter(tenant.waiting.values())), counter.is_below_fair_share(tenant)
+
     def is_below_fair_share(self, sequence: Sequence) -> bool:
         """It would be below its fair share if it were admitted now."""
         return self._classes[sequence.request.priority].is_below_fair_share(self.tenant_of(sequence.request))

@@ -39,25 +39,33 @@ class BlockPool:
         """The block published under this hash, held or free."""
         return self._block_of.get(block_hash)
 
-    def take(self) -> int:
-        """A block for new content, with one holder; what it held until now is no longer found."""
-        block_id, _ = self._free.popitem(last=False)
-        self.forget(block_id)
-        self._num_holders[block_id] = 1
-        return block_id
+    def take(self, num_blocks: int) -> list[int]:
+        """Blocks for new content, with one holder each; what they held until now is no longer found."""
+        popitem, num_holders, hash_of = self._free.popitem, self._num_holders, self._hash_of
+        taken = []
+        for _ in range(num_blocks):
+            block_id, _ = popitem(last=False)
+            if block_id in hash_of:
+                self.forget(block_id)
+            num_holders[block_id] = 1
+            taken.append(block_id)
+        return taken
 
     def hold(self, block_id: int) -> None:
         """One more holder for a published block."""
         self._free.pop(block_id, None)
         self._num_holders[block_id] += 1
 
-    def release(self, block_id: int) -> None:
-        """One holder fewer. Without any, the block is free, and is still found if it was published."""
-        self._num_holders[block_id] -= 1
-        if self._num_holders[block_id] == 0:
-            self._free[block_id] = None
-            if block_id not in self._hash_of:
-                self._free.move_to_end(block_id, last=False)
+    def release(self, block_ids: Iterable[int]) -> None:
+        """One holder fewer for each in turn. Without any, a block is free, and is still found if it was published."""
+        free, num_holders, hash_of = self._free, self._num_holders, self._hash_of
+        for block_id in block_ids:
+            num_left = num_holders[block_id] - 1
+            num_holders[block_id] = num_left
+            if not num_left:
+                free[block_id] = None
+                if block_id not in hash_of:
+                    free.move_to_end(block_id, last=False)
 
     def publish(self, block_id: int, block_hash: bytes) -> None:
         """Let others find the block. The first of two equal blocks keeps the hash; the second stays private."""
@@ -110,6 +118,16 @@ class KVBlocks:
         return self._pool.num_blocks
 
     @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self._block_size
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Full blocks are published and found again."""
+        return self._shares_prefixes
+
+    @property
     def num_free(self) -> int:
         """Blocks that nobody holds, published ones included."""
         return self._pool.num_free
@@ -133,7 +151,7 @@ class KVBlocks:
             return None
         for block_id in shared:
             self._pool.hold(block_id)
-        table.block_ids = shared + [self._pool.take() for _ in range(num_new)]
+        table.block_ids = shared + self._pool.take(num_new)
         return len(shared) * self._block_size
 
     def grow(self, table: BlockTable, num_tokens: int) -> tuple[int, ...] | None:
@@ -141,7 +159,9 @@ class KVBlocks:
         num_new = self.num_blocks_for(num_tokens) - len(table.block_ids)
         if num_new > self.num_free:
             return None
-        new_block_ids = [self._pool.take() for _ in range(num_new)]
+        if num_new <= 0:
+            return ()
+        new_block_ids = self._pool.take(num_new)
         table.block_ids += new_block_ids
         return tuple(new_block_ids)
 
@@ -163,8 +183,7 @@ class KVBlocks:
     def release(self, table: BlockTable) -> None:
         """Give all blocks back."""
         # Last block first: a prefix is of use without its continuation, never the other way round.
-        for block_id in reversed(table.block_ids):
-            self._pool.release(block_id)
+        self._pool.release(reversed(table.block_ids))
         table.block_ids = []
         table.num_published = 0
 

@@ -2,7 +2,9 @@
 
 import heapq
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
+from operator import sub
 
 from model_parallel.config import SchedulerConfig
 from model_parallel.engine.fair_queue import FairQueue
@@ -40,6 +42,21 @@ class StepTimes:
         self._time_s = self._time_s * decay + step_s
         self._rows_squared = self._rows_squared * decay + num_rows * num_rows
         self._rows_time_s = self._rows_time_s * decay + num_rows * step_s
+
+    def record_many(self, num_rows: int, steps_s: Iterable[float]) -> None:
+        """The same as `record` for each of several steps in turn, bit for bit."""
+        num, rows, time_s = self._num, self._rows, self._time_s
+        rows_squared, rows_time_s = self._rows_squared, self._rows_time_s
+        squared, exp = num_rows * num_rows, math.exp
+        for step_s in steps_s:
+            decay = exp(-step_s / WINDOW_S)
+            num = num * decay + 1
+            rows = rows * decay + num_rows
+            time_s = time_s * decay + step_s
+            rows_squared = rows_squared * decay + squared
+            rows_time_s = rows_time_s * decay + num_rows * step_s
+        self._num, self._rows, self._time_s = num, rows, time_s
+        self._rows_squared, self._rows_time_s = rows_squared, rows_time_s
 
     def estimate_s(self, num_rows: int) -> float:
         """Of a step with so many; 0 before anything was measured. More sequences never take less time, nor fewer more a piece."""
@@ -80,6 +97,20 @@ class Pace:
     def record_decode(self, num_rows: int, step_s: float) -> None:
         """Sequences got a token in a step of so many, and had the one before so long ago."""
         self._step_times.record(num_rows, step_s)
+
+    def record_decodes(self, num_rows: int, ends_s: Sequence[float], last_s: float | None) -> None:
+        """Steps of the same sequences ended at these moments. `last_s` is when they had the token before; None when they had
+        none."""
+        steps_s = map(sub, ends_s[1:], ends_s)
+        self._step_times.record_many(num_rows, steps_s if last_s is None else chain((ends_s[0] - last_s,), steps_s))
+
+    def record_empty_steps(self, times_s: Sequence[float], *, is_backlogged: bool) -> None:
+        """Steps that admit nothing were planned at these moments."""
+        if is_backlogged or self._was_backlogged:
+            for now_s in times_s:
+                self.record_step(now_s, 0, is_backlogged=is_backlogged)
+        else:
+            self._last_s = times_s[-1]
 
     def record_end(self, num_output_tokens: int) -> None:
         """A sequence came to its own end, or to that of its time."""

@@ -104,6 +104,11 @@ class Scheduler:
         return bool(is_active) or self._deadlines.is_due(self._clock())
 
     @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that run, and that wait."""
+        return len(self._running), len(self._queue)
+
+    @property
     def num_paused(self) -> int:
         """Sequences that are paused. They can still expire, which only a step notices."""
         return len(self._paused)
@@ -138,6 +143,10 @@ class Scheduler:
             raise
         for request in requests:
             self._accept(request, self._clock())
+
+    def sequence_of(self, request_id: str) -> Sequence:
+        """An accepted request as it is kept here, for reading alone. Raises KeyError when it has ended."""
+        return self._requests[request_id]
 
     def abort(self, request_id: str, reason: FinishReason) -> bool:
         """End a request now, whatever it is doing. Its last output comes with the next ones. False if it has ended."""

@@ -57,9 +57,12 @@ class Batch:
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """float32 [D / 2]: theta^(−2i / D) (Su et al. 2021, eq. 15)."""
+    """float32 [D / 2]: theta^(−2i / D) (Su et al. 2021, eq. 15), divided by the checkpoint's scaling."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    return 1.0 / (config.rope_theta**exponents)
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    if config.rope_divisors:
+        frequencies /= torch.tensor(config.rope_divisors, dtype=torch.float32, device=device)
+    return frequencies
 
 
 @dataclass(frozen=True, slots=True)

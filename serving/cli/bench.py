@@ -1,27 +1,21 @@
 """The `packtrain bench` commands. What they measure with is imported when they run: torch takes seconds."""
 
-import asyncio
 import contextlib
 import json
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from model_parallel.errors import ConfigError
-from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
-from serving.config import api_key
+from serving.cli.terminal import standard_output
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 NUM_KV_TOKENS = 16_384
 
-app = typer.Typer(help="Measure an engine, or a gateway under load.", no_args_is_help=True)
+app = typer.Typer(help="Measure an engine. (A running server: packtrain load.)", no_args_is_help=True)
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
 
 
@@ -50,13 +44,14 @@ def engine(
     from bench.engine_timing import default_shapes
     from bench.machine import describe_machine
     from bench.timing import Timing, as_table
+    from model_parallel.machine import read_machine
 
-    num_cores = os.cpu_count() or 1
+    num_cores = read_machine().num_cpus
     if tp is None and threads is None:
         shapes = default_shapes(num_cores)
     else:
         shapes = [(tp or 1, threads or max(1, num_cores // (tp or 1)))]
-    console = Console(highlight=False)
+    console = standard_output()
     if profile:
         profile_shapes(model, shapes, dtype=dtype, quantization=quantization, device=device, console=console)
         return
@@ -151,77 +146,6 @@ def time_shapes(
         "failures": failures,
         "timings": [timing.as_data() for timing in timings],
     }
-
-
-@app.command()
-def load(
-    address: Annotated[str, typer.Option(help="Where the gateway listens (gRPC).")] = DEFAULT_ADDRESS,
-    model: Annotated[str | None, typer.Option(help="Served model; needed when there are several.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 200,
-    request_rate: Annotated[
-        float, typer.Option(min=0.001, help="Requests a second; inf sends all at once.")
-    ] = math.inf,
-    burstiness: Annotated[float, typer.Option(min=0.01, help="1: Poisson; less: bursts; more: evenly.")] = 1.0,
-    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at a time.")] = None,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-    goodput: Annotated[
-        list[str] | None, typer.Option(help="Bound in ms that a good request keeps: ttft:500, tpot:50 or e2el:9000.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts and arrivals.")] = 0,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that one request may take.")] = 600.0,
-    json_file: JsonFile = None,
-    tls: UseTls = False,
-    ca: CaFile = None,
-    cert: CertFile = None,
-    key: KeyFile = None,
-) -> None:
-    """Put load on a running gateway; the result has the names of `vllm bench serve`."""
-    from bench.open_loop import LoadPlan, run_load, served_models, summarise
-
-    bounds_ms = parse_goodput(goodput or [])
-    secured = client_tls(tls, ca, cert, key)
-    cards = served_models(address, api_key(), secured)
-    if model is None and len(cards) != 1:
-        raise ConfigError(f"{len(cards)} models are served ({', '.join(cards)}); choose one with --model")
-    name = model or next(iter(cards))
-    if name not in cards:
-        raise ConfigError(f"model is {name!r}; served: {', '.join(cards)}")
-    plan = LoadPlan(
-        model=name,
-        vocab_size=cards[name].vocab_size,
-        num_prompts=num_prompts,
-        input_len=input_len,
-        output_len=output_len,
-        request_rate=request_rate,
-        burstiness=burstiness,
-        max_concurrency=max_concurrency,
-        seed=seed,
-        timeout_s=timeout,
-    )
-    result = summarise(*asyncio.run(run_load(address, plan, api_key(), secured)), bounds_ms)
-    table = Table(show_header=False, title=f"{num_prompts} × {input_len}→{output_len} on {name}")
-    for measure, value in result.items():
-        if value is not None:
-            table.add_row(measure, f"{value:.2f}" if isinstance(value, float) else str(value))
-    Console(highlight=False).print(table)
-    _write(result, json_file)
-
-
-def parse_goodput(bounds: Sequence[str]) -> dict[str, float]:
-    """{measure: milliseconds} of "ttft:500". Raises ConfigError."""
-    from bench.open_loop import GOODPUT_MEASURES
-
-    found: dict[str, float] = {}
-    for bound in bounds:
-        name, _, number = bound.partition(":")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            raise ConfigError(f"goodput is {bound!r}; it must be like ttft:500, in milliseconds") from None
-        if name not in GOODPUT_MEASURES:
-            raise ConfigError(f"goodput is {bound!r}; measures are {', '.join(GOODPUT_MEASURES)}")
-    return found
 
 
 def _write(result: dict[str, Any], file: Path | None) -> None:

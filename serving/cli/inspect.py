@@ -6,17 +6,24 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
+from model_parallel.errors import CheckpointError
+from serving.cli.terminal import standard_output
+from serving.models.chat import resolve_text
+from serving.models.generation_defaults import RULES, default_sampling
 from serving.models.known_llama import llama_2_size
 from serving.models.licence import licence_of
+from serving.models.verify import verify
 
 
 def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
-    """Everything about a checkpoint that can be told without reading its weights, after checking that it is whole.
+    """Everything about a checkpoint that can be told without computing with it, after checking that it is whole.
 
-    Raises CheckpointError naming file and tensor when one is missing, left over, or of a wrong shape or type.
+    Raises CheckpointError naming file and tensor when one is missing, left over, or of a wrong shape or type, and ConfigError
+    for a chat format that the tokenizer cannot have.
     """
     from model_parallel.checkpoint.loader import check_complete, open_checkpoint
     from model_parallel.model.partition import shard_table
@@ -24,6 +31,9 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
     checkpoint = open_checkpoint(info)
     table = shard_table(info.config, 1, 0)
     check_complete(info, checkpoint, table)
+    text = resolve_text(info) if info.tokenizer_kind else None
+    chat = text.chat_format if text is not None else None
+    rules = {rule: default_sampling(info, rule) for rule in RULES}
     config, licence, size = info.config, licence_of(info), llama_2_size(info.config)
     return {
         "path": str(info.path),
@@ -41,14 +51,18 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
         "context": config.max_position,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
+        "rope_scaling": info.rope_scaling,
         "tied_embeddings": config.tie_word_embeddings,
         "tokenizer": str(info.tokenizer_path or ""),
-        "bos_token_id": config.bos_token_id,
-        "eos_token_ids": list(config.eos_token_ids),
-        "chat_format": info.chat_format,
+        "bos_token_id": text.tokenizer.bos_token_id if text is not None else config.bos_token_id,
+        "eos_token_ids": list(text.eos_token_ids if text is not None else config.eos_token_ids),
+        "chat_format": chat.name if chat is not None else "",
+        "chat_system": (chat.default_system or chat.shown_system) if chat is not None else "",
+        "default_sampling": rules,
         "licence": licence.name,
         "licence_notice": licence.notice,
         "use_policy": licence.use_policy_url,
+        "warnings": [*info.warnings, *checkpoint.warnings, *(text.warnings if text is not None else ())],
         "files": [{"name": path.name, "bytes": path.stat().st_size} for path in info.weight_files],
     }
 
@@ -57,7 +71,12 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     """`inspect_checkpoint`'s result as a table."""
     table = Table(show_header=False, title=found["path"])
     for key, value in found.items():
-        if key in ("path", "files") or value in ("", None, []):
+        if key in ("path", "files", "warnings") or value in ("", None, []):
+            continue
+        if key == "default_sampling":
+            for rule, fields in value.items():
+                listed = ", ".join(f"{name} {number:g}" for name, number in fields.items())
+                table.add_row(f"sampling, generation_config {rule}", listed or "neutral")
             continue
         shown = (
             f"{value:,}"
@@ -70,18 +89,23 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     for file in found["files"]:
         table.add_row("file", f"{file['name']}  {file['bytes']:,} bytes")
     console.print(table)
+    for warning in found["warnings"]:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 def inspect(
     source: Annotated[Path, typer.Argument(help="Directory in Hugging Face's or Meta's format, or GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is, and check that nothing of it is missing or left over. Weights are not read."""
-    found = inspect_checkpoint(describe(source))
+    """Say what a checkpoint is, and check all that `serve` checks of it: files, tensors, tokenizer, control tokens."""
+    info = describe(source)
+    if problems := verify(info):
+        raise CheckpointError("\n".join(problems))
+    found = inspect_checkpoint(info)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        print_inspection(found, Console())
+        print_inspection(found, standard_output())
 
 
 def register(app: typer.Typer) -> None:

@@ -22,6 +22,7 @@ from model_parallel.memory import (
     weight_bytes,
 )
 from model_parallel.model.partition import shard_table
+from serving.cli.terminal import standard_output
 from serving.models.known_llama import known_config
 
 EXIT_DOES_NOT_FIT = 1
@@ -187,7 +188,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(data, indent=2))
     else:
-        print_plan(data, Console())
+        print_plan(data, standard_output())
     if not group.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 

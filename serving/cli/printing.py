@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from serving.cli.terminal import standard_output
 
 Row = Mapping[str, Any]
 
@@ -48,7 +49,7 @@ def _print_table(rows: list[list[Any]], columns: Sequence[str]) -> None:
         table.add_column(columns[index], overflow="fold")
     for row in rows:
         table.add_row(*(Text(_shown(row[index])) for index in kept))  # Text: names are not markup
-    Console().print(table)
+    standard_output().print(table)
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,9 @@ import grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
+from serving.client.probe import Port, look_at_port
 from serving.client.tls import ClientTls
+from serving.contracts.addresses import DEFAULT_GRPC_PORT, parse_target
 
 CONNECT_TIMEOUT_S = 10.0
 _EXPLAIN_AFTER_S = 1.0
@@ -69,11 +71,14 @@ class Client:
     def __init__(self, address: str, *, api_key: str = "", tls: ClientTls | None = None) -> None:
         """`api_key` for a server that has tenants."""
         self.address = address
+        self._target = parse_target(address)
         self._tls = tls
+        # gRPC would send calls to this very machine through a proxy of the environment.
+        options = [("grpc.enable_http_proxy", 0)] if self._target.is_on_this_machine else []
         if tls is None:
-            self._channel = grpc.insecure_channel(address)
+            self._channel = grpc.insecure_channel(self._target.address, options)
         else:
-            self._channel = grpc.secure_channel(address, tls.credentials())
+            self._channel = grpc.secure_channel(self._target.address, tls.credentials(), options)
         signed = grpc.intercept_channel(self._channel, _Credentials(api_key)) if api_key else self._channel
         self.stub = InferenceStub(signed)
 
@@ -85,6 +90,8 @@ class Client:
 
     def wait_until_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         """Raises ConnectionError when nothing answers at the address in time, or when TLS with it fails."""
+        if problem := self._problem():
+            raise ConnectionError(problem)
         ready = grpc.channel_ready_future(self._channel)
         if self._tls is not None:
             self._explain_tls(ready)
@@ -95,6 +102,21 @@ class Client:
             raise ConnectionError(
                 f"nothing answers at {self.address}; is `packtrain serve` running there?{hint}"
             ) from error
+
+    def _problem(self) -> str:
+        """What one look at the port tells at once; "" when gRPC may have more luck."""
+        parts = self._target.host_and_port
+        if parts is None or not self._target.is_on_this_machine:
+            return ""  # there may be a proxy, or a name that resolves for gRPC alone
+        match look_at_port(*parts, tls=self._tls is not None):
+            case Port.CLOSED:
+                return f"nothing listens at {self.address}; is `packtrain serve` running there?"
+            case Port.HTTP:
+                return (
+                    f"{self.address} speaks HTTP and not gRPC; give the address of gRPC, which `packtrain serve` prints "
+                    f"({DEFAULT_GRPC_PORT} unless another was chosen)"
+                )
+        return ""
 
     def _explain_tls(self, ready: "grpc.Future[None]") -> None:
         assert self._tls is not None

@@ -38,7 +38,7 @@ class ClientTls:
                 # Not its name: somebody may have taken the flag for that of an API key.
                 shown = "the value" if flag == "--key" else str(path)
                 raise ConfigError(f"{flag}: {shown} is not a file; it must be a PEM file")
-        self._context()
+        self.context()
 
     def credentials(self) -> grpc.ChannelCredentials:
         """For a gRPC channel."""
@@ -57,7 +57,7 @@ class ClientTls:
             return ""
         with plain:
             try:
-                secure = self._context().wrap_socket(plain, server_hostname=host)
+                secure = self.context().wrap_socket(plain, server_hostname=host)
             except ssl.SSLCertVerificationError as error:
                 return f"the server's certificate is not trusted: {error.verify_message}"
             except OSError as error:
@@ -69,9 +69,10 @@ class ClientTls:
             return "the server asks for a certificate; give one with --cert and --key"
         return f"the server does not accept the certificate {self.certificate}"
 
-    def _context(self) -> ssl.SSLContext:
+    def context(self, protocol: str = "h2") -> ssl.SSLContext:
+        """For sockets; `protocol` is what ALPN offers. Raises ConfigError."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.set_alpn_protocols(["h2"])
+        context.set_alpn_protocols([protocol])
         if self.ca is None:
             context.load_default_certs()
         else:

@@ -55,7 +55,7 @@ def _unavailable(reason: str) -> Status:
 
 INVALID_REQUEST = Status(code="INVALID_ARGUMENT", http_status=400, reason="INVALID_REQUEST")
 CONTEXT_LENGTH_EXCEEDED = Status(
-    code="INVALID_ARGUMENT", http_status=400, reason="INVALID_REQUEST", error_code="context_length_exceeded"
+    code="INVALID_ARGUMENT", http_status=400, reason="CONTEXT_LENGTH_EXCEEDED", error_code="context_length_exceeded"
 )
 INTERNAL = Status(
     code="INTERNAL", http_status=500, reason="INTERNAL", error_type="server_error", error_code="internal_error"
@@ -82,6 +82,8 @@ class ServingError(Exception):
     """When to try again, where that is known."""
     engine: str = ""
     """Id of the group that the error comes from."""
+    max_tokens: int | None = None
+    """The most output tokens that there is room for, where more were asked for."""
 
     def answered_by(self) -> Status:
         """The status of this one error; the class's own unless the error says more."""
@@ -93,11 +95,12 @@ class ValidationError(ServingError, ValueError):
 
     status = INVALID_REQUEST
 
-    def __init__(self, field: str, message: str, *, is_too_long: bool = False) -> None:
-        """`is_too_long` when prompt and answer do not fit the model."""
+    def __init__(self, field: str, message: str, *, is_too_long: bool = False, max_tokens: int | None = None) -> None:
+        """`is_too_long` when prompt and answer do not fit the model; `max_tokens` is then what does."""
         super().__init__(message)
         self.field = field
         self.is_too_long = is_too_long
+        self.max_tokens = max_tokens
 
     def answered_by(self) -> Status:
         return CONTEXT_LENGTH_EXCEEDED if self.is_too_long else self.status

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from serving.contracts.chat import ChatFormat
+
 
 class Licence(msgspec.Struct, frozen=True, kw_only=True):
     """The licence that a model is served under."""
@@ -27,7 +29,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     chat_format: str
-    """"llama-2", "chatml", or "" for a model without chat."""
+    """Name of `chat`: "llama-2", "chatml", …; "" for a model without chat."""
     chat_default_system: str = ""
     """System message used when a conversation brings none."""
     dtype: str
@@ -39,3 +41,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str
     """Kernel backend that computes it: "reference", or "cpu-" and the instruction set; "" until a group has told."""
     licence: Licence
+    allow_parse_special: bool = False
+    """Callers may have control tokens read in the text of a prompt."""
+    chat: ChatFormat | None = None
+    """How conversations become prompts; None is the known format that chat_format names."""
+    generation_config: str = "none"
+    """The rule by which `default_sampling` was made."""
+    default_sampling: dict[str, float] = {}
+    """Sampling fields of requests that leave them unset, by name; what is not in it is neutral."""

@@ -30,6 +30,9 @@ class RequestObserver:
     def generates(self, operation: str, num_choices: int, sampling: SamplingParams) -> None:
         """It wants tokens. `operation` is "chat" or "text_completion"."""
 
+    def ignored(self, num_fields: int) -> None:
+        """It came with so many fields that this server does not know and has not looked at."""
+
     def submitted(self) -> Mapping[str, str]:
         """It goes to a group now, with the returned trace context."""
         return {}

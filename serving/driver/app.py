@@ -6,8 +6,9 @@
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,14 +20,22 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.placement import GroupPlacement, GroupRequest, plan_groups
-from cluster.ray_api import alive_nodes
+from cluster.placement import GATEWAY_RESOURCE, GroupPlacement, GroupRequest
+from cluster.ray_api import alive_nodes, run_on_node
+from model_parallel.errors import ConfigError
+from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
-from serving.config import ServingConfig, tracing_is_on
+from serving.config import ServingConfig
+from serving.contracts.addresses import host_port, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
+from serving.contracts.start_failure import StartError, plain_reason
+from serving.driver import joined
+from serving.driver.environment import CLUSTER_VARIABLES, cluster_environment
+from serving.driver.preflight import Preflight, begin
 from serving.gateway.deployment import Gateway
-from serving.gateway.server import Ports, check_admin_listening, check_listening
-from serving.models.group_spec import GroupSpec, check_memory, free_memory_bytes, resolve_model
+from serving.gateway.server import Ports
+from serving.models.group_spec import GroupSpec, resolve_models
+from serving.models.sizes import Host, look_at_node
 from serving.replica.deployment import ReplicaGroup
 from serving.replica.progress import watched_progress
 from serving.tenants.authority.actor import start_authority, stop_authority
@@ -40,28 +49,8 @@ STOP_TIMEOUT_S = 30.0
 """For what should take no time at all once requests are drained."""
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
-
-# For the processes of a private cluster, and not for this one.
-_CLUSTER_ENVIRONMENT = {
-    # Our code and Serve's router run in one event loop: no token changes threads on its way.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # What start-up leaves is not looked through again by every garbage collection; request logs are written in bulk.
-    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
-    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # Ten looks a second at a handful of replicas cost 5 % of what two cores can serve; two are enough.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Ray's control store would keep a record of each of the last 100,000 calls: 37 MB an hour at seven requests a second.
-    "RAY_task_events_report_interval_ms": "0",
-    # Nobody reads Ray's own metrics; sending them every ten seconds made its node manager grow by 7 MB an hour.
-    "RAY_enable_metrics_collection": "0",
-    # The C library gives 8 lots of memory a core to a process's threads, and each grows to a high-water mark of its own.
-    "MALLOC_ARENA_MAX": "4",
-}
-
-
-class StartError(Exception):
-    """The stack did not come up. The message is for the person who started it."""
+_OBJECT_STORE_BYTES = 80 << 20
+"""Ray takes no less than 75 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,21 +65,45 @@ class RunningApp:
     guard: Guard | None
     """Of a private cluster."""
     admin: AdminThread | None
+    metrics_port: int | None = None
+    """Of the first gateway; None when metrics are turned off."""
 
     @property
     def address(self) -> str:
-        """Of gRPC."""
-        return f"{self.host}:{self.port}"
+        """Of gRPC, for a client on this machine."""
+        return host_port(to_connect_to(self.host), self.port)
 
     @property
     def http_url(self) -> str | None:
         """None when HTTP is turned off."""
         if self.http_port is None:
             return None
-        return f"{'http' if self.config.gateway.tls is None else 'https'}://{self.host}:{self.http_port}"
+        scheme = "http" if self.config.gateway.tls is None else "https"
+        return f"{scheme}://{host_port(to_connect_to(self.host), self.http_port)}"
+
+    @property
+    def metrics_url(self) -> str | None:
+        """None when metrics are turned off."""
+        if self.metrics_port is None:
+            return None
+        return f"http://{host_port(to_connect_to(self.config.admin.host), self.metrics_port)}/metrics"
+
+    @property
+    def admin_address(self) -> str | None:
+        """Of packtrain.v1.Admin; None when it is turned off."""
+        if self.admin is None:
+            return None
+        return host_port(to_connect_to(self.config.admin.host), self.admin.port)
 
     def stop(self) -> None:
-        """Drain the gateways, then end groups, ranks and, when it is a private one, the cluster."""
+        """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
+        if self.config.ray.detached:
+            try:
+                if self.admin is not None:
+                    self.admin.stop()
+            finally:
+                ray.shutdown()
+            return
         try:
             gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
             gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
@@ -119,43 +132,74 @@ def shut_down(guard: Guard | None) -> None:
 
 
 def start(
-    config: ServingConfig, report: Callable[[str], None], on_load: Callable[[int, int], None] | None = None
+    config: ServingConfig,
+    report: Callable[[str], None],
+    on_load: Callable[[int, int], None] | None = None,
+    preflight: Preflight | None = None,
 ) -> RunningApp:
     """Bring the stack up; `report` is told each stage, and `on_load` (bytes loaded, bytes in all) while ranks of a private
-    cluster load. Nothing is left running when it fails.
+    cluster load. `preflight` is that of the configuration, when somebody has begun it. Nothing is left running when it fails.
 
-    Raises ConfigError, CheckpointError, FetchError, StartError.
+    Raises ConfigError, CheckpointError, FetchError, StartRefusedError, StartError.
     """
-    report("reading the models' configurations")
-    specs = [resolve_model(entry) for entry in config.models]
-    check_listening(config.gateway, has_keys=config.tenancy is not None)
-    check_admin_listening(config.admin, has_keys=config.tenancy is not None, insecure=config.gateway.insecure)
-    tracing_is_on()  # A wrong setting is told here, before anything starts.
+    if preflight is None:
+        report("checking")
+        preflight = begin(config)
+        for line in (*preflight.notes, *preflight.warnings):
+            report(line)
+    try:
+        return _start(preflight, report, on_load)
+    finally:
+        preflight.close()
+
+
+def _start(
+    preflight: Preflight, report: Callable[[str], None], on_load: Callable[[int, int], None] | None
+) -> RunningApp:
+    config, specs = preflight.config, preflight.specs
     if config.tenancy is not None:
         _check_database(database_url(config.tenancy))
-    on_cpu = [spec for spec in specs if spec.parallel.device == "cpu"]
-    if config.ray.address is None and on_cpu:
-        check_memory(on_cpu, free_memory_bytes())
+    preflight.finish()
     report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
-    guard = Guard() if config.ray.address is None else None
+    keep_logs = logging.getLogger().isEnabledFor(logging.DEBUG)
+    guard = None if preflight.parent is None else Guard(preflight.parent, keep_directory=keep_logs)
     try:
         _join_ray(config, specs, guard)
+        if guard is None:
+            joined.wait_for_places(joined.requests_of(config.models), config.ray.wait_for_nodes_s, report)
+            specs = resolve_models(config.models, _host_of_cluster())
         report("placing replica groups and loading weights")
         if guard is not None:
             specs = [replace(spec, progress_directory=str(guard.directory)) for spec in specs]
         with watched_progress(guard.directory, on_load) if guard and on_load else nullcontext():
-            host, ports = _deploy(config, specs)
+            ports, metrics_port = _deploy(config, specs, report)
         admin = None
         if config.tenancy is not None and config.admin.port is not None:
             admin = AdminThread(config, config.tenancy)
-    except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, ConnectionError) as error:
-        message = _deployment_messages() or str(error)
-        shut_down(guard)
+    except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, OSError) as error:
+        message = plain_reason(f"{_deployment_messages()}\n{error}")
+        _give_up(config, guard)
         raise StartError(message) from error
     except BaseException:
-        shut_down(guard)
+        _give_up(config, guard)
         raise
-    return RunningApp(host=host, port=ports.grpc, http_port=ports.http, config=config, guard=guard, admin=admin)
+    return RunningApp(
+        host=config.gateway.host,
+        port=ports.grpc,
+        http_port=ports.http,
+        config=config,
+        guard=guard,
+        admin=admin,
+        metrics_port=metrics_port,
+    )
+
+
+def _give_up(config: ServingConfig, guard: Guard | None) -> None:
+    """After a start that failed: a detached application, which may be an older one that serves, is left as it is."""
+    if config.ray.detached:
+        ray.shutdown()
+    else:
+        shut_down(guard)
 
 
 def _check_database(url: str) -> None:
@@ -167,19 +211,45 @@ def _check_database(url: str) -> None:
 
 
 def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | None) -> None:
-    if guard is not None:
-        needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
-        num_cpus = config.ray.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))
-        with _environment(_CLUSTER_ENVIRONMENT):
-            ray.init(
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _temp_dir=str(guard.directory),
-            )
-    else:
-        ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.WARNING)
+    """Raises StartError for whatever Ray has against it: it raises plain Exception too."""
+    try:
+        if guard is None:
+            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
+            joined.check_environment(CLUSTER_VARIABLES)
+        else:
+            _start_private_cluster(config, specs, guard)
+    except ConfigError:
+        raise
+    except Exception as error:
+        what = "did not start" if guard else f"at {config.ray.address} (--ray-address) cannot be joined"
+        raise StartError(f"Ray {what}: {plain_reason(str(error))}") from error
+
+
+def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard) -> None:
+    needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
+    with suppress(FileNotFoundError):
+        tempfile.gettempdir()  # this process keeps its own, whatever its children get
+    with _environment(cluster_environment(guard.directory)):
+        ray.init(
+            address="local",
+            num_cpus=config.ray.num_cpus or max(read_machine().num_cpus, math.ceil(needed)),
+            # One machine: no name, no route and no firewall of its network matters.
+            _node_ip_address="127.0.0.1",
+            # Nothing goes through it but what Serve keeps of deployments.
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            _temp_dir=str(guard.directory),
+        )
+
+
+def _host_of_cluster() -> Host:
+    """Of a cluster that is joined: one node, which has GPUs if any has, else the most CPUs, and the GPUs of all."""
+    nodes = alive_nodes()
+    node = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
+    machine, gpus = run_on_node(look_at_node, node.node_id, STOP_TIMEOUT_S)
+    return Host(machine=machine, gpus=gpus, num_gpus=int(sum(node.num_gpus for node in nodes)))
 
 
 @contextmanager
@@ -197,9 +267,29 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, Ports]:
-    nodes = alive_nodes()
-    requests = [
+def _deploy(
+    config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
+) -> tuple[Ports, int | None]:
+    """Where the first gateway listens, and where it shows metrics."""
+    if config.tenancy is not None:
+        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
+    mark = joined.fingerprint(config, specs)
+    handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
+    if handle is None:
+        joined.remember_deployed(None)
+        handle = _run(config, specs, report)
+        joined.remember_deployed(mark if config.ray.detached else None)
+    else:
+        report("taking over what is deployed already")
+    # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
+    ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
+    metrics_ports: list[int | None] = handle.broadcast("metrics_port").results(timeout_s=STOP_TIMEOUT_S)
+    return ports[0], metrics_ports[0]
+
+
+def _requests(specs: Sequence[GroupSpec]) -> list[GroupRequest]:
+    """One for each group of each model, whose name it has."""
+    return [
         GroupRequest(
             name=spec.card.name,
             tp_size=spec.parallel.tp_size,
@@ -207,28 +297,27 @@ def _deploy(config: ServingConfig, specs: Sequence[GroupSpec]) -> tuple[str, Por
             cpus_per_rank=spec.cpus_per_rank,
         )
         for spec in specs
+        for _ in range(spec.card.num_groups)
     ]
-    every_group = [r for r, spec in zip(requests, specs, strict=True) for _ in range(spec.card.num_groups)]
-    placements = dict(zip(every_group, plan_groups(every_group, nodes), strict=True))
-    groups = {
-        spec.card.name: _group_application(spec, placements[request], config)
-        for spec, request in zip(specs, requests, strict=True)
-    }
+
+
+def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> DeploymentHandle[Any]:
+    requests = _requests(specs)
+    planned = joined.wait_for_places(requests, config.ray.wait_for_nodes_s, report)
+    placements = {request.name: placement for request, placement in zip(requests, planned, strict=True)}
+    groups = {spec.card.name: _group_application(spec, placements[spec.card.name], config) for spec in specs}
+    only_there = {GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
     gateway = serve.deployment(
-        num_replicas=len({node.ip for node in nodes}),
+        num_replicas=config.ray.num_gateways or len({node.ip for node in alive_nodes()}),
         max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": only_there},
         **_lifecycle(config),
     )(Gateway)
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
-    if config.tenancy is not None:
-        start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
     handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
-    # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
-    ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
-    return config.gateway.host, ports[0]
+    return handle
 
 
 def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:
@@ -255,6 +344,8 @@ def _group_application(spec: GroupSpec, placement: GroupPlacement, config: Servi
 def _lifecycle(config: ServingConfig) -> dict[str, Any]:
     """How Serve watches and ends replicas of either kind. A leader outlives the streams that its gateways drain."""
     return {
+        # What a constructor refuses once it refuses again. When a replica that once ran is replaced, Serve tries for ever.
+        "max_constructor_retry_count": 1,
         "health_check_period_s": HEALTH_PERIOD_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "graceful_shutdown_timeout_s": config.gateway.drain_timeout_s + STOP_TIMEOUT_S,

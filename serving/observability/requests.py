@@ -137,6 +137,10 @@ class _Observer(RequestObserver):
         if self._span.is_recording():
             self._span.set_attribute("gen_ai.request.model", model)
 
+    def ignored(self, num_fields: int) -> None:
+        if num_fields:
+            self._metrics.ignored_fields.labels(self._method).inc(num_fields)
+
     def generates(self, operation: str, num_choices: int, sampling: SamplingParams) -> None:
         self._num_choices, self._max_tokens = num_choices, sampling.max_tokens
         if self._span.is_recording():

@@ -19,9 +19,12 @@ from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.scheduler import Scheduler
+from model_parallel.engine.step_times import TimedExecutor
 from model_parallel.errors import GroupFailedError, RequestError
 from serving.contracts.group_link import GroupCall, GroupReply
 from serving.contracts.group_report import GroupReport
+from serving.contracts.start_failure import telling_start_failures
+from serving.contracts.step_report import GroupShape, StepReport
 from serving.models.group_spec import GroupSpec
 from serving.observability.log import configure_logging, request_id
 from serving.observability.tracing import GroupSpan, open_tracing
@@ -51,6 +54,14 @@ class ReplicaGroup:
         self._reader = ReaderLease()
         self._model = spec.card.name
         self._cache = spec.cache
+        self._shape = GroupShape(
+            group=self._engine_id,
+            model=spec.card.name,
+            tensor_parallel_size=spec.parallel.tp_size,
+            dtype=spec.parallel.dtype,
+            quantization=spec.parallel.quantization,
+            max_position=spec.scheduler.max_model_len,
+        )
         # A later incarnation has a higher epoch, on whatever node it comes to lie.
         epoch = time.time_ns()
         config = GroupConfig(
@@ -62,12 +73,14 @@ class ReplicaGroup:
         )
         self._step_timeout_s = spec.parallel.step_timeout_s
         on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
-        self._executor = await asyncio.to_thread(
-            RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
-        )
+        with telling_start_failures():
+            self._executor = await asyncio.to_thread(
+                RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
+            )
         self._iterations = IterationTokens()
         scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
-        self._engine = Engine(self._executor, scheduler, on_step=self._iterations.observe)
+        self._timed = TimedExecutor(self._executor)
+        self._engine = Engine(self._timed, scheduler, on_step=self._iterations.observe)
         self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -130,6 +143,10 @@ class ReplicaGroup:
                 },
             )
         return self._encode(report)
+
+    async def steps(self) -> bytes:
+        """StepReport (msgpack) of the last steps."""
+        return self._encode(StepReport(shape=self._shape, samples=tuple(self._timed.samples.copy())))
 
     async def check_integrity(self) -> None:
         """Raise RuntimeError unless every KV block is accounted for."""

@@ -9,11 +9,12 @@ from serving.text.tokenizer import Tokenizer
 class IncrementalDetokenizer:
     """The text of one sequence, in pieces that join to what `Tokenizer.decode` gives for the whole.
 
-    With `continues_text` the sequence goes on after other text, so a leading space belongs to it and is kept.
+    With `continues_text` the sequence goes on after other text, so a leading space belongs to it and is kept. With
+    `shows_special` control tokens are spelt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, continues_text: bool = False) -> None:
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(self, tokenizer: Tokenizer, *, continues_text: bool = False, shows_special: bool = False) -> None:
+        self._token_bytes = tokenizer.spelt_bytes if shows_special else tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._strip_space = tokenizer.strips_leading_space and not continues_text
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -73,17 +76,46 @@ def test_a_peer_that_dies_fails_its_run_alone(tmp_path: Path) -> None:
         peer.close()
 
 
-def test_a_peer_does_not_outlive_a_bench_that_is_killed(tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from tests.distributed.test_bench import start\n"
-        "print(start(Path(sys.argv[1])).pid, flush=True); time.sleep(60)"
-    )
-    bench = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    with bench:
+BENCH = """
+import sys, time
+from pathlib import Path
+from bench.engine import leave_on_signals
+from tests.distributed.test_bench import WORK, start
+leave_on_signals()
+peer = start(Path(sys.argv[1]), sys.argv[2])
+try:
+    print("ready", flush=True)
+    time.sleep(600)
+finally:
+    peer.close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("load", ["pass", "import time; print('loading', flush=True); time.sleep(600)"])
+def test_a_peer_does_not_outlive_a_bench_that_a_signal_ends(number: signal.Signals, load: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BENCH, str(tmp_path), load]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as bench:
         assert bench.stdout is not None
-        peer = psutil.Process(int(bench.stdout.readline()))
-        bench.kill()
+        if load == "pass":
+            bench.stdout.readline()
+        else:
+            wait_until(lambda: "loading" in log_of(tmp_path), 60, "the peer loads")
+        (peer,) = psutil.Process(bench.pid).children()
+        bench.send_signal(number)
     peer.wait(timeout=30)
+
+
+def log_of(directory: Path) -> str:
+    log = directory / "fake.log"
+    return log.read_text() if log.exists() else ""
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

@@ -13,9 +13,10 @@ TESTS = [f"tests/unit/kernels/{name}.py" for name in ("test_cpu_products", "test
 DRIVER = f"""
 import sys
 import pytest
+from dataclasses import replace
 from model_parallel.kernels.cpu import backend
 sanitize = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-backend.FLAGS = (*backend.FLAGS, *sanitize)
+backend.CPU_KERNELS = replace(backend.CPU_KERNELS, flags=(*backend.CPU_KERNELS.flags, *sanitize))
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--timeout=1500", *{TESTS!r}]))
 """
 

@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 from model_parallel.errors import ConfigError
 from serving.client.client import Client
 from serving.config import parse_config
-from serving.driver.app import StartError, start
+from serving.contracts.start_failure import StartError
+from serving.driver.app import start
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 from tests.support.waiting import PATIENCE_S

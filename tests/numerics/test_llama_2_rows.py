@@ -66,7 +66,9 @@ def test_description(row: tuple[SyntheticLlama, Path]) -> None:
     assert (config.max_position, config.rope_theta, config.rms_norm_eps) == (4096, 10000.0, 1e-5)
     assert (config.bos_token_id, config.eos_token_ids, info.tokenizer_kind) == (1, (2,), "tokenizer.model")
     assert config.num_parameters == sum(model.tensor(name).numel() for name in model.shapes())
-    assert info.chat_format == ("llama-2" if "chat" in path.name else "")
+    is_chat = "chat" in path.name  # Meta's format has no template
+    assert info.chat_format == ("llama-2" if is_chat and info.format == "meta" else "")
+    assert bool(info.chat_template) == (is_chat and info.format == "huggingface")
     assert len(info.weight_files) == (model.num_files if info.format == "meta" else 3)
 
 

@@ -27,8 +27,16 @@ CONFIGS = {
     "odd_heads": {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 14, "hidden_size": 70},
     "gqa_odd": {"num_attention_heads": 14, "num_key_value_heads": 7, "head_dim": 8, "hidden_size": 126},
     "tied": {"tie_word_embeddings": True, "vocab_size": 509},
+    "llama3_scaling": {
+        "head_dim": 16, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "dynamic_scaling": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
     "wide_heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 500000.0},
-}
+}  # fmt: skip
 
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -29,6 +29,16 @@ def make(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(("target", "installs_tools"), [("demo", False), ("serve", False), ("test-unit", True)])
+def test_serving_installs_only_what_it_needs(target: str, installs_tools: bool, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    commands = make("--dry-run", target, directory=tmp_path).stdout
+    assert "pip install --editable . " in commands
+    assert "python -m model_parallel.native" in commands, "compiled while packages come"
+    assert ("[dev,clients]" in commands) == installs_tools
+
+
 def targets() -> list[str]:
     """As plain make lists them."""
     done = make(directory=ROOT)

@@ -1,6 +1,7 @@
 """Small tokenizers with Llama 2's rules, trained on the spot."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -8,7 +9,17 @@ from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 CORPUS = """The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.
 [INST] <<SYS>> You are a helpful, respectful and honest assistant. <</SYS>> [/INST] Hello, how are you today?
@@ -82,6 +93,38 @@ def tokenizer_json() -> str:
     )
     library.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return str(library.to_str())
+
+
+def tokenizer_json_with(texts: Sequence[str], *, scheme: str = "") -> str:
+    """The same with control tokens after its 500; with `scheme` ("always", "first", "never") the space that texts begin with is
+    of the kind that newer files have, a Metaspace step."""
+    data = json.loads(tokenizer_json())
+    for i, text in enumerate(texts):
+        data["added_tokens"].append(data["added_tokens"][1] | {"id": 500 + i, "content": text})
+    if scheme:
+        data["normalizer"] = None
+        data["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    return json.dumps(data)
+
+
+def byte_level_json(texts: Sequence[str]) -> str:
+    """A byte-level BPE with Llama 3's rule of cutting text, BOS and EOS at 1 and 2, and control tokens after them."""
+    library = Tokenizer(models.BPE())
+    rule = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(rule, "isolated"), byte_level])
+    library.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", *texts]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(CORPUS, trainer)
     return str(library.to_str())
 
 

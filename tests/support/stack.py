@@ -18,12 +18,14 @@ from serving.config import ServingConfig, parse_config
 from serving.driver.app import APP_NAME, RunningApp, start
 from tests.support.waiting import PATIENCE_S
 
+SMALL = {"device": "cpu", "dtype": "float32", "threads_per_rank": 1}
+"""The same on every machine."""
 MODEL = "smollm2-135m-instruct"
 
 
 def stack_config(**model: object) -> ServingConfig:
     """SmolLM2 at TP=2 on a free port; `model` overrides its entry."""
-    entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 2, "kv_cache_tokens": 8192, **model}
+    entry = {"name": MODEL, "source": MODEL, "tensor_parallel_size": 2, "kv_cache_tokens": 8192, **SMALL, **model}
     data = {
         "models": [entry],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},

@@ -1,11 +1,9 @@
 """The compiled half. Needs no torch, so that a leader can find out whether its ranks will be able to use it."""
 
 import ctypes
-from pathlib import Path
 
-from model_parallel.native import load_library
+from model_parallel.native import SHARED_MEMORY, load_library
 
-_SOURCE = Path(__file__).with_name("collectives.cpp")
 _GROUP = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
 """Segment, rank, size."""
 _TIMEOUT_NS = ctypes.c_int64
@@ -13,7 +11,7 @@ _TIMEOUT_NS = ctypes.c_int64
 
 def load() -> ctypes.CDLL:
     """The library, compiled when it is not there. Raises NativeBuildError."""
-    library = load_library([_SOURCE])
+    library = load_library(SHARED_MEMORY)
     library.packtrain_segment_bytes.argtypes = (ctypes.c_int32,)
     library.packtrain_segment_bytes.restype = ctypes.c_int64
     library.packtrain_all_reduce.argtypes = (*_GROUP, _TIMEOUT_NS, ctypes.c_void_p, ctypes.c_int64)

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,11 +17,8 @@ from model_parallel.errors import EngineError
 from model_parallel.host_memory import empty_shard
 from model_parallel.kernels.cpu.recording import Program, Workspace
 from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
-from model_parallel.native import load_library
+from model_parallel.native import CPU_KERNELS, load_library
 
-SOURCE_DIRECTORY = Path(__file__).parent
-# A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
-FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 ARENA_BYTES = 64 << 20
 ISA_VARIABLE = "PACKTRAIN_CPU_ISA"
 INSTRUCTION_SETS = ("avx512_bf16", "avx2", "scalar")
@@ -84,8 +80,7 @@ class PackedWeight:
 
 def load_native() -> ctypes.CDLL:
     """The library with its signatures declared. Raises NativeBuildError."""
-    sources = sorted(path for path in SOURCE_DIRECTORY.iterdir() if path.suffix in (".cpp", ".h"))
-    library = load_library(sources, flags=FLAGS)
+    library = load_library(CPU_KERNELS)
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, f"packtrain_{name}")
         function.restype, function.argtypes = result, arguments

@@ -117,8 +117,13 @@ class RecentRefusals:
     its queue, by size and by deadline. Room that comes free is seen a little later.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
         self._clock = clock
+        self._uniform = uniform
         self._refused: dict[tuple[str, str, int], dict[str, _Refused]] = {}
         """By model, tenant and priority: the latest of each group."""
 
@@ -142,7 +147,7 @@ class RecentRefusals:
         groups = self._refused.setdefault(_key(model, requests), {})
         before = groups.get(engine)
         if before is None or now_s >= before.until_s or before.demand.is_no_easier_than(demand):
-            until_s = now_s + random.uniform(0.5, 1.0) * _remembered_s(error)
+            until_s = now_s + self._uniform(0.5, 1.0) * _remembered_s(error)
             groups[engine] = _Refused(demand, until_s, str(error), error.retry_after_s)
 
 

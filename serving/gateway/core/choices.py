@@ -32,6 +32,8 @@ class Chunk:
     """What the choice's prompt became; the same on every chunk."""
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    """Of each token, where in the choice's whole text its first character stands."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
@@ -52,9 +54,10 @@ class Choice:
         prompt_token_ids: tuple[int, ...],
         reports_prompt: bool,
         continues_text: bool,
+        shows_special: bool = False,
     ) -> None:
         """The first choice of a prompt reports its log-probabilities. With `continues_text` the answer goes on where the
-        prompt's text ends, so a space that begins it is kept."""
+        prompt's text ends, so a space that begins it is kept. With `shows_special` control tokens are part of the text."""
         self.index = index
         self._prompt_token_ids = prompt_token_ids
         self._reports_prompt = reports_prompt
@@ -62,7 +65,11 @@ class Choice:
         self.num_tokens = 0
         self.last_output: EngineOutput | None = None
         """The engine's output that ended the choice; None while it runs."""
-        self._detokenizer = IncrementalDetokenizer(tokenizer, continues_text=continues_text)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, continues_text=continues_text, shows_special=shows_special
+        )
+        self._num_chars = 0
+        """Of the text until now, with what is held back."""
         self._stops = StopStrings(stops)
 
     def take(self, output: EngineOutput) -> Chunk:
@@ -71,10 +78,12 @@ class Choice:
         The text of a token that ends the choice is not part of the answer; the token is.
         """
         speaks = output.token_ids if output.stop_token_id is None else output.token_ids[:-1]
-        text, num_tokens = self._push(speaks)
+        text, offsets = self._push(speaks)
+        num_tokens = len(offsets)
         finish_reason = output.finish_reason
         if self._stops.matched is None:
             num_tokens = len(output.token_ids)
+            offsets += [self._num_chars] * (num_tokens - len(offsets))
             if finish_reason is not None:
                 text += self._stops.push(self._detokenizer.flush())
                 if self._stops.matched is None:
@@ -90,16 +99,20 @@ class Choice:
             prompt_token_ids=self._prompt_token_ids,
             text=text,
             token_ids=output.token_ids[:num_tokens],
+            offsets=tuple(offsets),
             logprobs=output.logprobs[:num_tokens],
             prompt_logprobs=output.prompt_logprobs if self._reports_prompt else (),
             finish_reason=finish_reason,
         )
 
-    def _push(self, token_ids: Sequence[int]) -> tuple[str, int]:
-        """Text of the tokens up to a stop string, and how many tokens that were."""
-        text = ""
-        for num_tokens, token_id in enumerate(token_ids, start=1):
-            text += self._stops.push(self._detokenizer.push((token_id,)))
+    def _push(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+        """Text of the tokens up to a stop string, and where each of these begins."""
+        text, offsets = "", []
+        for token_id in token_ids:
+            offsets.append(self._num_chars)
+            new = self._detokenizer.push((token_id,))
+            self._num_chars += len(new)
+            text += self._stops.push(new)
             if self._stops.matched is not None:
-                return text, num_tokens
-        return text, len(token_ids)
+                break
+        return text, offsets

@@ -38,6 +38,8 @@ class ErrorResponse:
     """None when trying again does not help."""
     engine: str = ""
     """Id of the group that the error comes from."""
+    max_tokens: int | None = None
+    """The most output tokens that there is room for, where more were asked for."""
 
 
 def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
@@ -62,4 +64,5 @@ def error_response(error: Exception, retry_delay_s: float) -> ErrorResponse:
         quota=error.quota if isinstance(error, ServingError) else "",
         retry_after_s=retry_after_s,
         engine=error.engine if isinstance(error, ServingError) else "",
+        max_tokens=error.max_tokens if isinstance(error, ServingError) else None,
     )

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -32,6 +33,7 @@ from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.fields import DRAWN_SEED_BITS
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
 from serving.gateway.core.resumption import Resumption
@@ -104,16 +106,18 @@ class Generator:
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
-        end the request early."""
+        end the request early. The query must be normalised."""
         card = self.model_for(call, query.model)
         encoder, num_choices = self._encoders[card.name], query.n or 1
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
-            token_ids = await encoder.encode(field, prompt)
-            max_tokens = output_budget(len(token_ids), query.max_tokens, card, field)
+            token_ids = await encoder.encode(field, prompt, parse_special=bool(query.parse_special))
+            max_tokens = output_budget(len(token_ids), query.max_tokens, card, self._limits, field)
+            if query.max_tokens is None:
+                max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
-            sequences += [(token_ids, _sampling_params(query, seed=seed, max_tokens=max_tokens))] * num_choices
+            sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
@@ -170,7 +174,9 @@ class Generator:
         prompt = check_tokenize(query, card, self._limits)
         encoder = self._encoders[card.name]
         if isinstance(prompt, TextPrompt):
-            return await encoder.encode_text("text", prompt.text, add_bos=query.add_bos is not False)
+            return await encoder.encode_text(
+                "text", prompt.text, add_bos=query.add_bos is not False, parse_special=bool(query.parse_special)
+            )
         return await encoder.encode("messages", prompt)
 
     def detokenize(self, model: str, token_ids: Sequence[int], call: Call) -> str:
@@ -186,11 +192,18 @@ class Generator:
         ]
 
     def model_for(self, call: Call, name: str) -> ModelCard:
-        """Raises UnknownModelError, PermissionDeniedError."""
+        """Without a name it is the one that the sender may use. Raises UnknownModelError, PermissionDeniedError, and
+        ValidationError for no name where there are several."""
+        if not name and len(visible := self.visible_models(call.principal)) == 1:
+            name = visible[0].name
         card = find_model(self.models, name)
         call.principal.check_model(name)
         call.observer.resolved(name)
         return card
+
+    def tokenizer_of(self, call: Call, name: str) -> Tokenizer:
+        """Raises what `model_for` does."""
+        return self.tokenizers[self.model_for(call, name).name]
 
     def _choices(self, query: GenerateQuery, card: ModelCard, prompts: Sequence[tuple[int, ...]]) -> list[Choice]:
         """One for each of `prompts`, in which the prompt of several choices stands several times."""
@@ -198,10 +211,11 @@ class Generator:
             Choice(
                 index,
                 self.tokenizers[card.name],
-                query.stop,
+                [stop for stop in query.stop if stop],
                 prompt_token_ids=token_ids,
                 reports_prompt=index % (query.n or 1) == 0,
-                continues_text=not isinstance(query.prompt, ChatPrompt),
+                continues_text=not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last,
+                shows_special=query.skip_special_tokens is False,
             )
             for index, token_ids in enumerate(prompts)
         ]
@@ -299,8 +313,17 @@ class Generator:
         ]
 
 
-def _sampling_params(query: GenerateQuery, *, seed: int, max_tokens: int) -> SamplingParams:
-    given = {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+def draw_seed() -> int:
+    """For a request that brings none."""
+    return secrets.randbits(DRAWN_SEED_BITS)
+
+
+def _sampling_params(query: GenerateQuery, card: ModelCard, *, seed: int, max_tokens: int) -> SamplingParams:
+    defaults = {field: value for field, value in card.default_sampling.items() if field in _SAME_NAME}
+    given = defaults | {field: value for field in _SAME_NAME if (value := getattr(query, field)) is not None}
+    given |= {"top_k": int(given["top_k"])} if "top_k" in given else {}
+    if given.get("top_k", 0) >= card.vocab_size:
+        del given["top_k"]  # keeps all, as without it
     return SamplingParams(
         **given,
         seed=seed,

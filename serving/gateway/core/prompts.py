@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from serving.contracts.errors import ValidationError
 from serving.contracts.models import ModelCard
@@ -22,20 +23,23 @@ class PromptEncoder:
         longest_token_bytes = max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size))
         self._max_text_bytes = card.max_model_len * longest_token_bytes
 
-    async def encode(self, field: str, prompt: Prompt) -> tuple[int, ...]:
+    async def encode(self, field: str, prompt: Prompt, *, parse_special: bool = False) -> tuple[int, ...]:
         """Token ids of a prompt. Raises ValidationError for a conversation out of order, or a hopelessly long text."""
         match prompt:
             case TokenPrompt(token_ids):
                 return tuple(token_ids)
             case TextPrompt(text):
-                return await self.encode_text(field, text)
+                return await self.encode_text(field, text, parse_special=parse_special)
             case ChatPrompt():
                 return await self._encode_chat(prompt)
 
-    async def encode_text(self, field: str, text: str, *, add_bos: bool = True) -> tuple[int, ...]:
+    async def encode_text(
+        self, field: str, text: str, *, add_bos: bool = True, parse_special: bool = False
+    ) -> tuple[int, ...]:
         """Token ids of a text. Raises ValidationError for one that cannot fit whatever its tokens are."""
         self._check_length(field, text)
-        return tuple(await _run(len(text), lambda: self._tokenizer.encode(text, add_bos=add_bos)))
+        encode = partial(self._tokenizer.encode, text, add_bos=add_bos, parse_special=parse_special)
+        return tuple(await _run(len(text), encode))
 
     async def encode_pair(
         self, context: Prompt, index: int, continuation: TextPrompt | TokenPrompt
@@ -80,9 +84,10 @@ class PromptEncoder:
                 num_chars,
                 lambda: render_chat(
                     prompt.messages,
-                    chat_format=self._card.chat_format,
+                    chat_format=self._card.chat or self._card.chat_format,
                     default_system=self._card.chat_default_system,
                     tokenizer=self._tokenizer,
+                    continues_last=prompt.continues_last,
                 ),
             )
         except ChatError as error:
@@ -96,6 +101,7 @@ class PromptEncoder:
             raise ValidationError(
                 field,
                 f"{field} has {len(text)} characters, which cannot fit into max_model_len, {self._card.max_model_len}",
+                is_too_long=True,
             )
 
     def _first_token(self) -> int:

@@ -4,12 +4,14 @@ An error names the field (as the HTTP API calls it: `temperature`, `stop[2]`, `m
 allowed. Text of prompts is never quoted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from serving.config import LimitsConfig
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.contracts.models import ModelCard
+from serving.gateway.core.fields import GREEDY_BELOW, INSTEAD_OF_CALLS, SAMPLING, Integer
 from serving.text.chat import ChatMessage
 
 
@@ -32,6 +34,8 @@ class ChatPrompt:
     """A conversation, oldest message first."""
 
     messages: Sequence[ChatMessage]
+    continues_last: bool = False
+    """The last message is the assistant's beginning of the answer, and the answer goes on where it ends."""
 
 
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
@@ -61,6 +65,10 @@ class GenerateQuery:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Sequence[tuple[int, float]] = ()
+    skip_special_tokens: bool | None = None
+    """Leave control tokens out of the text; unset is true."""
+    parse_special: bool | None = None
+    """Read control tokens in a text prompt, where the model allows it; unset is false."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,48 +88,58 @@ class TokenizeQuery:
     prompt: TextPrompt | ChatPrompt | None
     add_bos: bool | None = None
     """Of a text; unset is true."""
+    parse_special: bool | None = None
+    """As in GenerateQuery."""
 
 
-# Ranges that depend on nothing. Comparisons with NaN are false, so it is refused everywhere. The lower ends 0.01 keep
-# logits finite when they are divided by the value.
-_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda value: value == 0 or 0.01 <= value <= 2, "0 (greedy) or from 0.01 to 2"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0, at most 1"),
-    "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda value: 0.01 <= value <= 2, "from 0.01 to 2"),
-    "presence_penalty": (lambda value: -2 <= value <= 2, "from -2 to 2"),
-    "frequency_penalty": (lambda value: -2 <= value <= 2, "from -2 to 2"),
-}
 _MAX_BIAS = 100
 
 
 def find_model(models: Mapping[str, ModelCard], name: str) -> ModelCard:
     """Raises UnknownModelError, which lists the served models; ValidationError when no name is given."""
     if not name:
-        raise ValidationError("model", f"model is empty; served: {', '.join(sorted(models))}")
+        raise ValidationError("model", f"model is missing; served: {', '.join(sorted(models))}")
     if name not in models:
         raise UnknownModelError(f"model {_quote(name)} is not served; served: {', '.join(sorted(models))}")
     return models[name]
 
 
+def normalised(query: GenerateQuery) -> GenerateQuery:
+    """The query with every value that asks for nothing taken away, and every other spelling of a value made the usual one."""
+    changes: dict[str, Any] = {
+        name: None
+        for name, rule in SAMPLING.items()
+        if isinstance(rule, Integer) and rule.unset is not None and getattr(query, name) == rule.unset
+    }
+    if query.temperature is not None and 0 < query.temperature < GREEDY_BELOW:
+        changes["temperature"] = 0.0
+    if query.seed is not None and -(2**63) <= query.seed < -1:
+        changes["seed"] = query.seed % 2**64  # the same bits
+    return replace(query, **changes) if changes else query
+
+
 def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> dict[str, Prompt]:
-    """Check all but the prompts' lengths, which only tokenising tells (`output_budget`). Returns the prompts, which are
-    there, by what errors call them. Raises ValidationError."""
+    """Check a normalised query, but for the prompts' lengths, which only tokenising tells (`output_budget`). Returns the
+    prompts, which are there, by what errors call them. Raises ValidationError."""
     prompts = _named_prompts(query.prompt, limits)
     checked = {field: check_prompt(field, prompt, card, limits) for field, prompt in prompts.items()}
     for field, prompt in checked.items():
         if _is_empty(prompt):
             raise ValidationError(field, f"{field} is empty; it needs at least one token")
-    for field, (is_allowed, allowed) in _RANGES.items():
+    highest = {"n": limits.max_choices, "logprobs": limits.max_logprobs, "prompt_logprobs": limits.max_logprobs}
+    for field, rule in SAMPLING.items():
         value = getattr(query, field)
-        if value is not None and not is_allowed(value):
-            raise ValidationError(field, f"{field} is {value}; allowed: {allowed}")
-    _check_integer("top_k", query.top_k, 0, card.vocab_size)
-    _check_integer("seed", query.seed, 0, 2**64 - 1)
-    _check_integer("max_tokens", query.max_tokens, 1, card.max_model_len)
-    _check_integer("n", query.n, 1, limits.max_choices)
-    _check_integer("logprobs", query.logprobs, 0, limits.max_logprobs)
-    _check_integer("prompt_logprobs", query.prompt_logprobs, 0, limits.max_logprobs)
+        if isinstance(rule, Integer):
+            _check_integer(field, value, rule.low, highest.get(field, rule.high), unset=rule.unset)
+        elif value is not None and not rule.is_allowed(value):
+            raise ValidationError(field, f"{field} is {value}; allowed: {rule.allowed}")
+    if query.max_tokens == 0 and query.prompt_logprobs is None:
+        raise ValidationError(
+            "max_tokens",
+            "max_tokens is 0, which is for requests about the prompt alone (prompt_logprobs; echo with logprobs); "
+            "allowed: 1 or more",
+        )
+    _check_parse_special(query.parse_special, card)
     _check_stops(query, card, limits)
     _check_count("logit_bias", query.logit_bias, limits.max_logit_bias)
     for token_id, bias in query.logit_bias:
@@ -131,6 +149,15 @@ def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) 
                 "logit_bias", f"logit_bias[{token_id}] is {bias}; allowed: from -{_MAX_BIAS} to {_MAX_BIAS}"
             )
     return checked
+
+
+def _check_parse_special(parse_special: bool | None, card: ModelCard) -> None:
+    if parse_special and not card.allow_parse_special:
+        raise ValidationError(
+            "parse_special",
+            f"parse_special is true, and model {card.name!r} does not allow it; its allow_parse_special does, for callers "
+            "who are trusted with control tokens",
+        )
 
 
 def check_score(
@@ -157,8 +184,9 @@ def check_score(
 
 def check_tokenize(query: TokenizeQuery, card: ModelCard, limits: LimitsConfig) -> Prompt:
     """Returns the prompt, which is there. Raises ValidationError."""
-    if isinstance(query.prompt, ChatPrompt) and query.add_bos is not None:
-        raise ValidationError("add_bos", "add_bos is set beside chat, whose format decides about it; leave it unset")
+    if isinstance(query.prompt, ChatPrompt) and query.add_bos:
+        raise ValidationError("add_bos", "add_bos is true beside chat, whose format decides about it; leave it unset")
+    _check_parse_special(query.parse_special, card)
     return check_prompt("input", query.prompt, card, limits)
 
 
@@ -170,7 +198,7 @@ def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: Lim
             raise ValidationError(field, f"{field} is missing; give text, token ids or chat messages")
         case TokenPrompt(token_ids):
             check_token_ids(field, token_ids, card)
-        case ChatPrompt(messages):
+        case ChatPrompt(messages, continues_last):
             if not card.chat_format:
                 raise ValidationError(
                     "messages",
@@ -181,9 +209,25 @@ def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: Lim
             _check_count("messages", messages, limits.max_chat_messages)
             for index, message in enumerate(messages):
                 _num_bytes(f"messages[{index}]", message.content)
+                if message.role in ("tool", "function"):
+                    raise ValidationError(
+                        f"messages[{index}]",
+                        f"messages[{index}] has the role {message.role!r}; this server knows no calls: {INSTEAD_OF_CALLS}",
+                    )
+            if continues_last and (messages[-1].role != "assistant" or not messages[-1].content):
+                raise ValidationError(
+                    "continue_final_message",
+                    "continue_final_message is true, and the last message is not the assistant's with some text to continue",
+                )
+            return ChatPrompt(tuple(map(_known_role, messages)), continues_last)
         case TextPrompt(text):
             _num_bytes(field, text)
     return prompt
+
+
+def _known_role(message: ChatMessage) -> ChatMessage:
+    """OpenAI's newer name of the system's role is understood."""
+    return replace(message, role="system") if message.role == "developer" else message
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], card: ModelCard) -> None:
@@ -194,24 +238,35 @@ def check_token_ids(field: str, token_ids: Sequence[int], card: ModelCard) -> No
         _check_integer(f"{field}[{index}]", token_id, 0, card.vocab_size - 1)
 
 
-def output_budget(num_prompt_tokens: int, max_tokens: int | None, card: ModelCard, field: str = "prompt") -> int:
+def output_budget(
+    num_prompt_tokens: int, max_tokens: int | None, card: ModelCard, limits: LimitsConfig, field: str = "prompt"
+) -> int:
     """Most output tokens after a prompt of that length. Raises ValidationError when prompt and answer do not fit."""
     left = card.max_model_len - num_prompt_tokens
-    if left < 1:
+    if left < 1 and max_tokens != 0:
         raise ValidationError(
             field,
             f"{field} has {num_prompt_tokens} tokens; max_model_len is {card.max_model_len}, "
-            "at least one of them for the answer",
+            f"at least one of them for the answer: send at most {card.max_model_len - 1}",
             is_too_long=True,
         )
-    if max_tokens is not None and max_tokens > left:
+    if left < 0:
+        raise ValidationError(
+            field,
+            f"{field} has {num_prompt_tokens} tokens; max_model_len is {card.max_model_len}",
+            is_too_long=True,
+        )
+    if max_tokens is None:
+        return left
+    if max_tokens > left and not limits.clamp_max_tokens:
         raise ValidationError(
             "max_tokens",
-            f"max_tokens is {max_tokens} and {field} has {num_prompt_tokens} tokens; together they are over "
-            f"max_model_len, {card.max_model_len}",
+            f"max_tokens is {max_tokens} and {field} has {num_prompt_tokens} tokens, which leave {left} of max_model_len, "
+            f"{card.max_model_len}; send max_tokens of at most {left}, or none",
             is_too_long=True,
+            max_tokens=left,
         )
-    return left if max_tokens is None else max_tokens
+    return min(max_tokens, left)
 
 
 def _named_prompts(prompt: Prompt | PromptList | None, limits: LimitsConfig) -> dict[str, Prompt | None]:
@@ -226,19 +281,23 @@ def _named_prompts(prompt: Prompt | PromptList | None, limits: LimitsConfig) -> 
 def _check_stops(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> None:
     _check_count("stop", query.stop, limits.max_stop_strings)
     for index, stop in enumerate(query.stop):
-        if not 1 <= (num_bytes := _num_bytes(f"stop[{index}]", stop)) <= limits.max_stop_string_bytes:
+        # An empty one is taken for none: it would end every answer before it begins, which nobody asks for.
+        if (num_bytes := _num_bytes(f"stop[{index}]", stop)) > limits.max_stop_string_bytes:
             raise ValidationError(
                 f"stop[{index}]",
-                f"stop[{index}] has {num_bytes} bytes; allowed: from 1 to {limits.max_stop_string_bytes}",
+                f"stop[{index}] has {num_bytes} bytes; allowed: at most {limits.max_stop_string_bytes}",
             )
     _check_count("stop_token_ids", query.stop_token_ids, limits.max_stop_token_ids)
     for index, token_id in enumerate(query.stop_token_ids):
         _check_integer(f"stop_token_ids[{index}]", token_id, 0, card.vocab_size - 1)
 
 
-def _check_integer(field: str, value: int | None, low: int, high: int, *, what: str = "") -> None:
-    if value is not None and not low <= value <= high:
-        raise ValidationError(field, f"{what or f'{field} is'} {value}; allowed: from {low} to {high}")
+def _check_integer(
+    field: str, value: int | None, low: int, high: int | None, *, what: str = "", unset: int | None = None
+) -> None:
+    if value is not None and (value < low or (high is not None and value > high)):
+        default = "" if unset is None else f", or {unset} for the default"
+        raise ValidationError(field, f"{what or f'{field} is'} {value}; allowed: from {low} to {high}{default}")
 
 
 def _check_count(field: str, values: Sequence[object], limit: int) -> None:

@@ -55,6 +55,12 @@ class GroupLoads:
         return self._own.get(engine, 0) + self._elsewhere.get(engine, 0)
 
 
+def preference(loads: GroupLoads, engine: str, num_on_their_way: int, tie: float) -> tuple[bool, int, float]:
+    """The rule of routing: groups are asked in this order. `num_on_their_way` are requests that it has not answered for yet;
+    `tie` is drawn at random, or gateways would agree on a group."""
+    return loads.is_avoided(engine), loads.of(engine) + num_on_their_way, tie
+
+
 _LOADS = GroupLoads()
 
 

@@ -4,11 +4,11 @@ import random
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from serving.gateway.groups.loads import loads_of_this_process
+from serving.gateway.groups.loads import loads_of_this_process, preference
 
 
 class LeastLoadedRouter(FIFOMixin, RequestRouter):
-    """Serve's router for the groups of a model. Ties are broken at random, or gateways would agree on a group."""
+    """Serve's router for the groups of a model."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -18,6 +18,6 @@ class LeastLoadedRouter(FIFOMixin, RequestRouter):
 
         def load(replica: RunningReplica) -> tuple[bool, int, float]:
             engine, on_their_way = replica.replica_id.unique_id, self.replica_queue_len_cache.get(replica.replica_id)
-            return loads.is_avoided(engine), loads.of(engine) + (on_their_way or 0), random.random()
+            return preference(loads, engine, on_their_way or 0, random.random())
 
         return [[replica] for replica in sorted(candidate_replicas, key=load)]

@@ -22,6 +22,7 @@ from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
 from serving.contracts.group_link import GroupCall, GroupOutputs, GroupReply
 from serving.contracts.group_report import GroupReport
 from serving.contracts.models import ModelCard
+from serving.contracts.step_report import StepReport
 from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 
 logger = logging.getLogger(__name__)
@@ -131,13 +132,23 @@ class ServeBackend:
         answers = await asyncio.gather(*(self._reports(handle, reader) for handle in self._groups.values()))
         return dict(zip(self._groups, answers, strict=True))
 
+    async def step_reports(self) -> list[StepReport]:
+        """The last steps of every group of every model; a group that does not answer in time is left out."""
+        answers = await asyncio.gather(*(_ask_all(handle, "steps") for handle in self._groups.values()))
+        return [msgspec.msgpack.decode(item, type=StepReport) for items in answers for item in items]
+
     async def _reports(self, handle: Handle, reader: str) -> list[GroupReport]:
-        broadcast = handle.broadcast("report", reader)
-        try:
-            items = await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError):
-            return []
-        return [self._decode_report(item) for item in items if isinstance(item, bytes)]
+        return [self._decode_report(item) for item in await _ask_all(handle, "report", reader)]
+
+
+async def _ask_all(handle: Handle, method: str, *arguments: str) -> list[bytes]:
+    """What all groups of a model answer in time."""
+    try:
+        broadcast = handle.broadcast(method, *arguments)
+        items = await broadcast.results_async(timeout_s=PROBE_TIMEOUT_S, return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError):
+        return []
+    return [item for item in items if isinstance(item, bytes)]
 
 
 async def _value(response: Any) -> Any:

@@ -21,6 +21,7 @@ from serving.gateway.core.validate import (
     TextPrompt,
     TokenizeQuery,
     TokenPrompt,
+    normalised,
 )
 from serving.text.chat import ChatMessage
 from serving.text.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from serving.text.tokenizer import Tokenizer
 # Fields of pb.Sampling that are called and mean the same in GenerateQuery, and can be unset.
 _OPTIONAL = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "max_tokens", "ignore_eos", "n", "logprobs", "prompt_logprobs",
+    "max_tokens", "ignore_eos", "n", "logprobs", "prompt_logprobs", "skip_special_tokens",
 )  # fmt: skip
 
 MAX_REPEATED_MESSAGES = 16384
@@ -45,13 +46,16 @@ _FINISH_REASONS = {
 def generate_query(request: pb.GenerateRequest) -> GenerateQuery:
     """The request as plain data."""
     sampling = request.sampling
-    return GenerateQuery(
-        model=request.model,
-        prompt=prompt(request.prompt),
-        stop=tuple(sampling.stop),
-        stop_token_ids=tuple(sampling.stop_token_ids),
-        logit_bias=tuple(sorted(sampling.logit_bias.items())),
-        **{field: getattr(sampling, field) for field in _OPTIONAL if sampling.HasField(field)},
+    return normalised(
+        GenerateQuery(
+            model=request.model,
+            prompt=prompt(request.prompt),
+            stop=tuple(sampling.stop),
+            stop_token_ids=tuple(sampling.stop_token_ids),
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+            parse_special=request.parse_special,
+            **{field: getattr(sampling, field) for field in _OPTIONAL if sampling.HasField(field)},
+        )
     )
 
 
@@ -71,6 +75,7 @@ def tokenize_query(request: pb.TokenizeRequest) -> TokenizeQuery:
         model=request.model,
         prompt=chat_prompt(request.chat) if request.HasField("chat") else text,
         add_bos=request.add_bos if request.HasField("add_bos") else None,
+        parse_special=request.parse_special,
     )
 
 
@@ -81,7 +86,8 @@ def prompt(message: pb.Prompt) -> Prompt | None:
 
 def chat_prompt(chat: pb.Chat) -> ChatPrompt:
     """A conversation as plain data."""
-    return ChatPrompt(tuple(ChatMessage(role=message.role, content=message.content) for message in chat.messages))
+    messages = tuple(ChatMessage(role=message.role, content=message.content) for message in chat.messages)
+    return ChatPrompt(messages, chat.continue_final_message)
 
 
 def _text_or_tokens(message: pb.Prompt | pb.Continuation) -> TextPrompt | TokenPrompt | None:
@@ -190,15 +196,22 @@ def model_card(card: ModelCard) -> pb.ModelCard:
         num_groups=card.num_groups,
         deterministic=card.deterministic,
         kernels=card.kernels,
+        allow_parse_special=card.allow_parse_special,
+        generation_config=card.generation_config,
+        default_sampling=card.default_sampling,
         licence=pb.Licence(
             name=card.licence.name, notice=card.licence.notice, use_policy_url=card.licence.use_policy_url
         ),
     )
 
 
-def refuse_unknown_fields(message: Message) -> None:
-    """Raise ValidationError if the client set a field that this server does not know, in a message within too, or if there are
-    more messages within than anybody needs: of both there can be millions, and whatever looks at each holds up the others."""
+def unknown_fields_of(message: Message) -> list[str]:
+    """What the client set and this server does not know, in messages within too, by path and number: "sampling.#99".
+
+    Raises ValidationError for a field of a reserved number, which is one of a newer server's and changes the answer; for a known
+    field of the wrong type; and for more bytes of unknown fields, or more messages within, than anybody needs: of both there can
+    be millions, and whatever looks at each holds up the others.
+    """
     _refuse_many_messages(message, "")
     known = type(message)()
     known.CopyFrom(message)
@@ -206,8 +219,7 @@ def refuse_unknown_fields(message: Message) -> None:
     num_unknown_bytes = message.ByteSize() - known.ByteSize()
     if num_unknown_bytes > _MAX_EXPLAINED_BYTES:
         raise ValidationError("", f"{num_unknown_bytes} bytes of the request are fields that this server does not know")
-    if num_unknown_bytes:
-        _refuse_unknown_field(message, "")
+    return _unknown_within(message, "") if num_unknown_bytes else []
 
 
 def _refuse_many_messages(message: Message, path: str) -> None:
@@ -222,16 +234,29 @@ def _refuse_many_messages(message: Message, path: str) -> None:
             raise ValidationError(where, f"{where} has {len(value)} entries and may have {MAX_REPEATED_MESSAGES}")
 
 
-def _refuse_unknown_field(message: Message, path: str) -> None:
-    for unknown in _unknown_fields(message):
-        where = path or message.DESCRIPTOR.name
-        raise ValidationError(
-            path, f"{where} has a field of number {unknown.field_number}, which this server does not know"
-        )
+def _unknown_within(message: Message, path: str) -> list[str]:
+    names: dict[str, None] = {}
+    descriptor: Any = message.DESCRIPTOR
+    for number in {unknown.field_number for unknown in _unknown_fields(message)}:
+        name = f"{path}.#{number}" if path else f"#{number}"
+        if field := descriptor.fields_by_number.get(number):
+            raise ValidationError(
+                _join(path, field, 0), f"{_join(path, field, 0)} is of another type than this server's"
+            )
+        if _is_reserved(descriptor, number):
+            raise ValidationError(path, f"{name} is a field of a newer server, which this server cannot ignore")
+        names[name] = None
     for field, value in message.ListFields():
         if not _is_map_or_scalar(field):
             for index, inner in enumerate(value if field.is_repeated else [value]):
-                _refuse_unknown_field(inner, _join(path, field, index))
+                names.update(dict.fromkeys(_unknown_within(inner, _join(path, field, index))))
+    return list(names)
+
+
+def _is_reserved(descriptor: Descriptor, number: int) -> bool:
+    copied = descriptor_pb2.DescriptorProto()
+    descriptor.CopyToProto(copied)
+    return any(reserved.start <= number < reserved.end for reserved in copied.reserved_range)
 
 
 def _is_map_or_scalar(field: FieldDescriptor) -> bool:

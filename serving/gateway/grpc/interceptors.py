@@ -16,11 +16,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from serving.contracts.accounts import OPEN, Accounts, Principal
-from serving.contracts.errors import SlowReaderError
+from serving.contracts.errors import SlowReaderError, ValidationError
 from serving.contracts.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.core.admission import Admission
 from serving.gateway.core.error_responses import ErrorResponse, error_response
-from serving.gateway.grpc.convert import explain_undecodable, refuse_unknown_fields
+from serving.gateway.grpc.convert import explain_undecodable, unknown_fields_of
 from serving.observability.log import request_id
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ principal: ContextVar[Principal] = ContextVar("principal", default=OPEN)
 """Who sent the request that the current task handles."""
 observer: ContextVar[RequestObserver] = ContextVar("observer", default=UNOBSERVED)
 """Is told what happens to it."""
+ignored: ContextVar[tuple[str, ...]] = ContextVar("ignored", default=())
+"""Fields of the request that this server does not know."""
 
 _ERROR_DOMAIN = "packtrain"
 
@@ -157,8 +159,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _trailers(response: ErrorResponse) -> tuple[tuple[str, str | bytes], ...]:
+    room = {} if response.max_tokens is None else {"max_tokens": str(response.max_tokens)}
     details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=response.status.reason, domain=_ERROR_DOMAIN),
+        error_details_pb2.ErrorInfo(reason=response.status.reason, domain=_ERROR_DOMAIN, metadata=room),
         error_details_pb2.RequestInfo(request_id=request_id.get()),
     ]
     if response.status.code == "INVALID_ARGUMENT":
@@ -197,5 +200,9 @@ def _readable(method: str, request: Message | _Undecodable) -> Message:
     if isinstance(request, _Undecodable):
         found = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
         raise explain_undecodable(found.input_type, request.data)
-    refuse_unknown_fields(request)
+    names = unknown_fields_of(request)
+    if names and getattr(request, "strict", False):
+        raise ValidationError(names[0], f"{names[0]} is not a field that this server knows, and the request is strict")
+    ignored.set(tuple(names))
+    observer.get().ignored(len(names))
     return request

@@ -1,7 +1,6 @@
 """The methods of packtrain.v1.Inference. Exceptions pass through; `interceptors` answers them."""
 
-import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -10,9 +9,12 @@ import grpc
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.gateway.core.call import Call, printable_label
-from serving.gateway.core.generation import Generator
+from serving.gateway.core.choices import Chunk
+from serving.gateway.core.fields import IGNORED_HEADER, ignored_header
+from serving.gateway.core.generation import Generator, draw_seed
+from serving.gateway.core.ticks import KEEP_ALIVE_HEADER, keep_alive_of, with_ticks
 from serving.gateway.grpc import convert
-from serving.gateway.grpc.interceptors import observer, principal
+from serving.gateway.grpc.interceptors import ignored, observer, principal
 from serving.observability.log import request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -27,13 +29,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         call = self._call(context)
         query = convert.generate_query(request)
-        seed = secrets.randbits(64) if query.seed is None else query.seed
+        seed = draw_seed() if query.seed is None else query.seed
         async with aclosing(self._generator.generate(query, call, seed)) as chunks:
             response = convert.generate_response(
-                [chunk async for chunk in chunks], self._generator.tokenizers[query.model]
+                [chunk async for chunk in chunks], self._generator.tokenizer_of(call, query.model)
             )
         response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
-        await _send_label(context)
+        await _send_headers(context)
         return response
 
     async def GenerateStream(
@@ -41,24 +43,35 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call = self._call(context, is_streamed=True)
         query = convert.generate_query(request)
-        seed = secrets.randbits(64) if query.seed is None else query.seed
-        is_first = True
-        async with aclosing(self._generator.generate(query, call, seed)) as chunks:
+        seed = draw_seed() if query.seed is None else query.seed
+        tokenizer = self._generator.tokenizer_of(call, query.model)
+        keep_alive_s = keep_alive_of(_metadata(context, KEEP_ALIVE_HEADER), None)
+        chunks: AsyncGenerator[Chunk | None, None] = self._generator.generate(query, call, seed)
+        if keep_alive_s is not None:
+            chunks = with_ticks(chunks, keep_alive_s)
+        is_first, has_told = True, False
+        async with aclosing(chunks):
             async for chunk in chunks:
-                response = convert.stream_response(chunk, self._generator.tokenizers[query.model])
-                if is_first or chunk.summary is not None:
+                if chunk is None:
+                    if is_first:
+                        await context.send_initial_metadata(_headers(context))
+                        is_first = False
+                    continue
+                response = convert.stream_response(chunk, tokenizer)
+                if not has_told or chunk.summary is not None:
+                    has_told = True
                     response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
                 if is_first:
                     # Not before: errors until here go out as trailers alone, which clients may retry by themselves.
-                    await _send_label(context)
+                    await _send_headers(context)
                     is_first = False
                 yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         call = self._call(context)
         scores, summary = await self._generator.score(convert.score_query(request), call)
-        tokenizer = self._generator.tokenizers[request.model]
-        await _send_label(context)
+        tokenizer = self._generator.tokenizer_of(call, request.model)
+        await _send_headers(context)
         return pb.ScoreResponse(
             request_id=call.request_id,
             scores=[convert.score(scored, tokenizer) for scored in scores],
@@ -68,24 +81,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         query = convert.tokenize_query(request)
-        token_ids = await self._generator.tokenize(query, self._call(context))
-        tokenizer = self._generator.tokenizers[query.model]
-        await _send_label(context)
+        call = self._call(context)
+        token_ids = await self._generator.tokenize(query, call)
+        tokenizer = self._generator.tokenizer_of(call, query.model)
+        await _send_headers(context)
         return pb.TokenizeResponse(token_ids=token_ids, tokens=[tokenizer.token_bytes(token) for token in token_ids])
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         text = self._generator.detokenize(request.model, tuple(request.token_ids), self._call(context))
-        await _send_label(context)
+        await _send_headers(context)
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        await _send_label(context)
+        await _send_headers(context)
         cards = self._generator.visible_models(principal.get())
         return pb.ListModelsResponse(models=[convert.model_card(card) for card in cards])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         card = self._generator.model_for(self._call(context), request.model)
-        await _send_label(context)
+        await _send_headers(context)
         return pb.GetModelResponse(model=convert.model_card(card))
 
     def _call(self, context: Context, *, is_streamed: bool = False) -> Call:
@@ -99,9 +113,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
 
-async def _send_label(context: Context) -> None:
-    """Echo the client's x-request-id, which is a label and nothing else."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id":
-            await context.send_initial_metadata((("x-request-id", printable_label(str(value))),))
-            return
+async def _send_headers(context: Context) -> None:
+    """What goes before the answer: the client's x-request-id, which is a label and nothing else, and what was ignored."""
+    if headers := _headers(context):
+        await context.send_initial_metadata(headers)
+
+
+def _headers(context: Context) -> tuple[tuple[str, str], ...]:
+    headers = [("x-request-id", printable_label(value)) for value in _metadata(context, "x-request-id")[:1]]
+    if names := ignored.get():
+        headers.append((IGNORED_HEADER, ignored_header(names)))
+    return tuple(headers)
+
+
+def _metadata(context: Context, name: str) -> list[str]:
+    return [str(value) for key, value in context.invocation_metadata() or () if key == name]

@@ -26,9 +26,12 @@ from serving.gateway.http.objects import (
     CompletionChoice,
     CompletionLogprobs,
     Model,
+    ModelPermission,
     Usage,
 )
+from serving.gateway.http.responses import event
 from serving.gateway.http.schemas import StreamOptions
+from serving.text.detokenizer import IncrementalDetokenizer
 from serving.text.tokenizer import Tokenizer
 
 
@@ -63,9 +66,15 @@ class AnswerForm(Protocol):
         """What goes out at the end: token counts without choices, if they are wanted."""
         ...
 
+    def encode(self, event: msgspec.Struct) -> bytes:
+        """An event on the wire."""
+        ...
+
 
 class CompletionForm:
     """Of /v1/completions."""
+
+    encode = staticmethod(event)
 
     def __init__(
         self,
@@ -84,8 +93,8 @@ class CompletionForm:
         self._echo = echo
         self._logprobs = logprobs
         self._usage = _StreamUsage(stream_options)
-        self._offsets: dict[int, int] = {}
-        """Length of the text before what comes next, of each choice that has begun."""
+        self._echoed: dict[int, int] = {}
+        """Length of the prompt's text before the answer, of each choice that has begun."""
         self._prompt_logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
         self._held: defaultdict[int, list[Chunk]] = defaultdict(list)
         """Chunks that wait until all of their prompt's log-probabilities are there."""
@@ -123,25 +132,32 @@ class CompletionForm:
 
     def _choice(self, chunk: Chunk, prompt: int) -> CompletionChoice:
         text, logprobs = chunk.text, list(chunk.logprobs)
-        is_first = chunk.index not in self._offsets
-        offset = self._offsets.setdefault(chunk.index, 0)
+        is_first = chunk.index not in self._echoed
+        prompt_offsets: list[int] = []
         num_unscored = 0
         if is_first and self._echo is not None:
             given = self._echo[prompt]
-            text = (self._tokenizer.decode(chunk.prompt_token_ids) if given is None else given) + text
+            echoed = self._tokenizer.decode(chunk.prompt_token_ids) if given is None else given
+            text = echoed + text
+            self._echoed[chunk.index] = len(echoed)
             if self._logprobs:
                 first = TokenLogprobs(chunk.prompt_token_ids[0], 0.0)
                 logprobs = [first, *self._prompt_logprobs[prompt], *logprobs]
+                prompt_offsets = _offsets(chunk.prompt_token_ids, self._tokenizer, len(echoed))
                 num_unscored = 1
+        num_echoed = self._echoed.setdefault(chunk.index, 0)
         reported = None
         if self._logprobs and logprobs:
-            reported, self._offsets[chunk.index] = _completion_logprobs(logprobs, num_unscored, self._tokenizer, offset)
+            offsets = [*prompt_offsets, *(num_echoed + offset for offset in chunk.offsets)]
+            reported = _completion_logprobs(logprobs, num_unscored, self._tokenizer, offsets)
         reason = None if chunk.finish_reason is None else chunk.finish_reason.value
         return CompletionChoice(index=chunk.index, text=text, logprobs=reported, finish_reason=reason)
 
 
 class ChatForm:
     """Of /v1/chat/completions."""
+
+    encode = staticmethod(event)
 
     def __init__(
         self, identity: Identity, tokenizer: Tokenizer, *, logprobs: bool, stream_options: StreamOptions | None
@@ -227,7 +243,13 @@ class _StreamUsage:
 
 def model(card: ModelCard, created: int) -> Model:
     """A model as OpenAI lists it."""
-    return Model(id=card.name, created=created, max_model_len=card.max_model_len)
+    return Model(
+        id=card.name,
+        created=created,
+        root=card.name,
+        max_model_len=card.max_model_len,
+        permission=[ModelPermission(id=f"modelperm-{card.name}", created=created)],
+    )
 
 
 def system_fingerprint(card: ModelCard) -> str:
@@ -249,25 +271,32 @@ def _usage(summary: Summary | None) -> Usage:
 
 def _joined(parts: Sequence[CompletionChoice]) -> CompletionChoice:
     reported = [part.logprobs for part in parts if part.logprobs is not None]
-    logprobs = None
+    logprobs, text = None, "".join(part.text for part in parts)
     if reported:
         logprobs = CompletionLogprobs(
             tokens=[token for each in reported for token in each.tokens],
             token_logprobs=[logprob for each in reported for logprob in each.token_logprobs],
             top_logprobs=[top for each in reported for top in each.top_logprobs],
-            text_offset=[offset for each in reported for offset in each.text_offset],
+            # Tokens of a stop text lie behind the end.
+            text_offset=[min(offset, len(text)) for each in reported for offset in each.text_offset],
         )
-    return msgspec.structs.replace(parts[-1], text="".join(part.text for part in parts), logprobs=logprobs)
+    return msgspec.structs.replace(parts[-1], text=text, logprobs=logprobs)
+
+
+def _offsets(token_ids: Sequence[int], tokenizer: Tokenizer, num_chars: int) -> list[int]:
+    """Where in the prompt's text of `num_chars` each of its tokens begins: with the character that its first byte is part of."""
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    offsets, offset = [], 0
+    for token_id in token_ids:
+        offsets.append(min(offset, num_chars))
+        offset += len(detokenizer.push((token_id,)))
+    return offsets
 
 
 def _completion_logprobs(
-    tokens: Sequence[TokenLogprobs], num_unscored: int, tokenizer: Tokenizer, offset: int
-) -> tuple[CompletionLogprobs, int]:
-    """The object, and the text's length after it. The first `num_unscored` tokens have nothing before them."""
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(tokenizer.token_bytes(token.token_id).decode(errors="replace"))
+    tokens: Sequence[TokenLogprobs], num_unscored: int, tokenizer: Tokenizer, offsets: list[int]
+) -> CompletionLogprobs:
+    """The first `num_unscored` tokens have nothing before them."""
     scored = tokens[num_unscored:]
     # As OpenAI does it, the token itself is among its alternatives.
     tops: list[dict[str, float] | None] = [None] * num_unscored
@@ -276,13 +305,12 @@ def _completion_logprobs(
         for token_id, logprob in ((token.token_id, token.logprob), *token.top):
             names.setdefault(_token_name(tokenizer, token_id), logprob)
         tops.append(names)
-    logprobs = CompletionLogprobs(
+    return CompletionLogprobs(
         tokens=[_token_name(tokenizer, token.token_id) for token in tokens],
         token_logprobs=[None] * num_unscored + [token.logprob for token in scored],
         top_logprobs=tops,
         text_offset=offsets,
     )
-    return logprobs, offset
 
 
 def _token_name(tokenizer: Tokenizer, token_id: int) -> str:

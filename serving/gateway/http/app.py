@@ -1,49 +1,52 @@
 """Around every HTTP request: an id, an observer, credentials, a permit, and the one place where exceptions become answers."""
 
-import asyncio
 import logging
-import math
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
 
 import grpc
+from starlette.datastructures import Headers, QueryParams
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.contracts.accounts import OPEN, Accounts
-from serving.contracts.errors import DeadlineExceededError, ValidationError
+from serving.contracts.accounts import Accounts, Principal
 from serving.contracts.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.core.admission import Admission
 from serving.gateway.core.call import Call, printable_label
-from serving.gateway.core.error_responses import error_response
+from serving.gateway.core.error_responses import ErrorResponse, error_response
+from serving.gateway.core.fields import IGNORED_HEADER, ignored_header
 from serving.gateway.core.generation import Generator
 from serving.gateway.core.health import HealthMonitor
-from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, Endpoint, Endpoints
-from serving.gateway.http.exchange import (
+from serving.gateway.core.ticks import KEEP_ALIVE_HEADER, keep_alive_of
+from serving.gateway.http.endpoints import METERED_PATHS, MODELS, OPEN_PATHS, PATHS, RESPONSES, Endpoints, Handler
+from serving.gateway.http.requests import (
     BodyReader,
     ClientGoneError,
-    HttpError,
-    Receive,
     Request,
-    Responder,
-    Scope,
-    Send,
     cancelled_with_client,
-    headers_of,
-    rate_limit_headers,
+    deadline,
+    timeout_of,
 )
+from serving.gateway.http.responses import HeaderList, HttpError, error_answer, error_event, rate_limit_headers
+from serving.gateway.http.responses_form import response_error_event
 from serving.observability.log import request_id
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_HEADER = "x-request-timeout-s"
-_MAX_TIMEOUT_S = 86400.0
 _TRACE_HEADERS = ("traceparent", "tracestate")
-# The group ends a request at its deadline. This much later the gateway does, in case no group is there to do it.
-_DEADLINE_MARGIN_S = 1.0
+_EXPOSED_HEADERS = [
+    "x-request-id", "x-client-request-id", "x-seed", IGNORED_HEADER, "retry-after",
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+]  # fmt: skip
+_CALL = "packtrain.call"
+"""Where in a request's scope its Call is."""
 
 
 class HttpFrontEnd:
-    """The ASGI application."""
+    """The ASGI application: Starlette's router, behind what holds for every path."""
 
     def __init__(
         self,
@@ -54,112 +57,168 @@ class HttpFrontEnd:
         *,
         max_body_bytes: int,
         retry_delay_s: float,
+        keep_alive_s: float | None = None,
         observe: Observe = unobserved,
     ) -> None:
         self._observe = observe
-        self._generator = generator
+        self._clock = generator.clock
         self._accounts = accounts
-        self._admission = admission
-        self._routes = Endpoints(generator, health).routes
-        self._bodies = BodyReader(max_body_bytes)
         self._retry_delay_s = retry_delay_s
+        bodies = BodyReader(max_body_bytes)
+        self._router = Router(
+            [
+                Route(
+                    MODELS + "{model:path}" if path == MODELS else path,
+                    _Open(handler) if path in OPEN_PATHS else _Admitted(handler, admission, bodies, keep_alive_s),
+                    methods=methods,
+                )
+                for path, methods, handler in Endpoints(generator, health).routes
+            ],
+            redirect_slashes=False,
+            default=_no_such_path,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        path = scope["path"]
+        if len(path) > 1 and path.endswith("/") and not path.endswith("//"):
+            scope["path"] = path[:-1]  # a redirect would lose some clients' bodies
         request_id.set(uuid.uuid4().hex)
-        headers = [("x-request-id", request_id.get())]
-        if labels := headers_of(scope, "x-client-request-id") or headers_of(scope, "x-request-id"):
-            headers.append(("x-client-request-id", printable_label(labels[0])))
-        responder = Responder(receive, send, headers)
-        with self._watch(scope) as watching:
+        headers = Headers(scope=scope)
+        answer = _Answer(send, headers)
+        scope["app"] = self  # so that the router raises what it would else answer by itself
+        with self._watch(scope["path"], headers) as watching:
             try:
-                await self._answer(scope, receive, responder, watching)
+                scope[_CALL] = self._call(scope["path"], headers, answer, watching)
+                await self._router(scope, receive, answer.send)
             except ClientGoneError:
                 watching.ended(grpc.StatusCode.CANCELLED.name)
             except Exception as error:
-                of_http = error if isinstance(error, HttpError) else None
-                response = of_http.response if of_http else error_response(error, self._retry_delay_s)
+                wrong = _wrong_method(error) if isinstance(error, HTTPException) else error
+                of_http = wrong if isinstance(wrong, HttpError) else None
+                response = of_http.response if of_http else error_response(wrong, self._retry_delay_s)
                 if response.status.code == "INTERNAL":
-                    logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope))
+                    logger.exception("request %s (%s) failed", request_id.get(), _known_path(scope["path"]))
                 watching.failed(
                     response.status.code, response.status.reason, quota=response.quota, engine=response.engine
                 )
-                await responder.send_error(response, of_http.headers if of_http else ())
+                await answer.send_error(response, of_http.headers if of_http else (), scope, receive)
 
-    def _watch(self, scope: Scope) -> RequestObserver:
-        if scope["path"] in OPEN_PATHS:
+    def _watch(self, path: str, headers: Headers) -> RequestObserver:
+        if path in OPEN_PATHS:
             return UNOBSERVED
-        headers = {name: values[0] for name in _TRACE_HEADERS if (values := headers_of(scope, name))}
-        return self._observe("http", _known_path(scope), request_id.get(), headers)
+        trace = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
+        return self._observe("http", _known_path(path), request_id.get(), trace)
 
-    async def _answer(self, scope: Scope, receive: Receive, responder: Responder, watching: RequestObserver) -> None:
-        arrived_s = self._generator.clock()
-        path: str = scope["path"]
-        is_open = path in OPEN_PATHS
-        principal = OPEN if is_open else self._accounts.authenticate(headers_of(scope, "authorization"))
-        endpoint = self._endpoint(path, scope["method"])
-        timeout_s = None if is_open else _timeout_s(headers_of(scope, TIMEOUT_HEADER))
-        call = Call(
+    def _call(self, path: str, headers: Headers, answer: "_Answer", watching: RequestObserver) -> Call:
+        """Raises UnauthenticatedError, ValidationError."""
+        arrived_s = self._clock()
+        if path in OPEN_PATHS:
+            return Call(request_id=request_id.get(), arrived_s=arrived_s, timeout_s=None)
+        principal = self._accounts.authenticate(headers.getlist("authorization"))
+        watching.authenticated(principal)
+        if path in METERED_PATHS:
+            answer.limits_of(self._accounts, principal)
+        return Call(
             request_id=request_id.get(),
             arrived_s=arrived_s,
-            timeout_s=timeout_s,
+            timeout_s=timeout_of(headers),
             principal=principal,
             observer=watching,
         )
-        if is_open:
-            await responder.send(await endpoint(Request(call, path, b"")))
-            return
-        watching.authenticated(principal)
-        if path in METERED_PATHS:
-            responder.more_headers = lambda: rate_limit_headers(self._accounts.rate_limits(principal))
-        body = await self._bodies.read(scope, receive)
-        async with cancelled_with_client(receive), _deadline(timeout_s):
-            with self._admission.permit():
-                await responder.send(await endpoint(Request(call, path, body)))
-
-    def _endpoint(self, path: str, method: str) -> Endpoint:
-        methods = self._routes.get(_route(path))
-        if methods is None:
-            raise HttpError(404, "unknown_url", "there is no such path; see /openapi.json")
-        endpoint = methods.get("GET" if method == "HEAD" else method)
-        if endpoint is None:
-            allowed = ", ".join(methods)
-            headers = [("allow", allowed)]
-            raise HttpError(405, "method_not_allowed", f"this path takes {allowed} and no other method", headers)
-        return endpoint
 
 
-def _route(path: str) -> str:
-    return MODELS if path.startswith(MODELS) else path
+def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Let web pages of these origins use `app` from browsers. Keys are theirs to send; cookies are not looked at."""
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=_EXPOSED_HEADERS,
+    )
 
 
-def _known_path(scope: Scope) -> str:
-    """For metrics and logs, in which nothing of a client's own making may stand."""
-    path = _route(scope["path"])
-    return path if path in PATHS else "other"
+class _Open:
+    """A path that needs nothing and costs nothing."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(Request(scope[_CALL], scope["path_params"], QueryParams()))
+        await response(scope, receive, send)
 
 
-def _timeout_s(values: list[str]) -> float | None:
-    if not values:
-        return None
-    try:
-        timeout_s = float(values[0]) if len(values) == 1 else math.nan
-    except ValueError:
-        timeout_s = math.nan
-    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
-        raise ValidationError(
-            TIMEOUT_HEADER, f"{TIMEOUT_HEADER} must be one number of seconds, above 0 and at most {_MAX_TIMEOUT_S:g}"
+class _Admitted:
+    """Any other path: its body is read, it needs a permit, and it ends with its deadline or its client."""
+
+    def __init__(self, handler: Handler, admission: Admission, bodies: BodyReader, keep_alive_s: float | None) -> None:
+        self._handler = handler
+        self._admission = admission
+        self._bodies = bodies
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call: Call = scope[_CALL]
+        request = Request(
+            call,
+            scope["path_params"],
+            QueryParams(scope["query_string"]),
+            await self._bodies.read(scope, receive),
+            keep_alive_of(Headers(scope=scope).getlist(KEEP_ALIVE_HEADER), self._keep_alive_s),
         )
-    return timeout_s
+        async with cancelled_with_client(receive), deadline(call.timeout_s):
+            with self._admission.permit():
+                response = await self._handler(request)
+                if request.ignored:
+                    response.headers[IGNORED_HEADER] = ignored_header(request.ignored)
+                await response(scope, receive, send)
 
 
-@asynccontextmanager
-async def _deadline(timeout_s: float | None) -> AsyncIterator[None]:
-    timeout = asyncio.timeout(None if timeout_s is None else timeout_s + _DEADLINE_MARGIN_S)
-    try:
-        async with timeout:
-            yield
-    except TimeoutError:
-        if not timeout.expired():
-            raise
-        raise DeadlineExceededError("the deadline passed before the answer was complete") from None
+class _Answer:
+    """The way back: adds the headers that every answer has, and knows whether one has begun."""
+
+    def __init__(self, send: Send, request_headers: Headers) -> None:
+        self._send = send
+        self._label = request_headers.get("x-client-request-id") or request_headers.get("x-request-id")
+        self._limits: Callable[[], HeaderList] = tuple
+        self.has_begun = False
+
+    def limits_of(self, accounts: Accounts, principal: Principal) -> None:
+        """Tell what is left of the sender's rates when the answer begins."""
+        self._limits = lambda: rate_limit_headers(accounts.rate_limits(principal))
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            headers = [("x-request-id", request_id.get()), *self._limits(), ("date", formatdate(usegmt=True))]
+            if self._label:
+                headers.append(("x-client-request-id", printable_label(self._label)))
+            message["headers"] += [(name.encode(), value.encode("latin-1")) for name, value in headers]
+        await self._send(message)
+
+    async def send_error(self, error: ErrorResponse, headers: HeaderList, scope: Scope, receive: Receive) -> None:
+        """As the answer, or as the last event of a stream that has begun."""
+        if self.has_begun:
+            make = response_error_event if scope["path"] == RESPONSES else error_event
+            await self._send({"type": "http.response.body", "body": make(error), "more_body": False})
+        else:
+            await error_answer(error, headers)(scope, receive, self.send)
+
+
+async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
+    raise HttpError(404, "unknown_url", "there is no such path; see /openapi.json")
+
+
+def _wrong_method(error: HTTPException) -> HttpError:
+    """The router raises nothing else."""
+    allowed = ", ".join(sorted(set((error.headers or {})["Allow"].split(", ")) - {"HEAD"}))
+    message = f"this path takes {allowed} and no other method"
+    return HttpError(405, "method_not_allowed", message, [("allow", allowed)])
+
+
+def _known_path(path: str) -> str:
+    """For metrics and logs, in which nothing of a client's own making may stand."""
+    path = MODELS if path.startswith(MODELS) else path
+    return path if path in PATHS else "other"

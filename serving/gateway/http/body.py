@@ -1,40 +1,142 @@
-"""Bytes of a request to checked plain data: strict JSON, known fields, right types. Whatever is wrong is a ValidationError
-that names the field."""
+"""Bytes of a request to checked plain data: strict JSON, right types, and no field that would change the answer unseen.
+Whatever is wrong is a ValidationError that names the field."""
 
 import json
 import re
+import types
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.fields import MAX_UINT64, Unsupported, asks_for_nothing
 
-T = TypeVar("T")
-
-Neutral = Mapping[str, tuple[Any, ...]]
-"""Fields of OpenAI's API that this server does not have, each with the values that ask for nothing."""
+T = TypeVar("T", bound="Body")
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_NAME_CHARS = 100
+_ASKED = frozenset({"prompt", "messages", "input", "tokens"})
+"""What is asked, and not how: nothing there is a mistake, which `validate` names."""
+_MAX_TOLD_NAMES = 64
 
 
-def parse(schema: type[T], body: bytes, neutral: Neutral, ignored: frozenset[str]) -> T:
-    """`body` as a `schema`. `ignored` fields may hold anything: they change no answer. Raises ValidationError."""
+class Object(msgspec.Struct, frozen=True, kw_only=True):
+    """A JSON object that a client sends."""
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, Unsupported]:
+        """Fields that are refused unless they ask for nothing."""
+        return {}
+
+    @classmethod
+    def no_effect(cls) -> frozenset[str]:
+        """Fields that may hold anything."""
+        return frozenset()
+
+
+class Body(Object, frozen=True, kw_only=True):
+    """The object that is a whole request."""
+
+    strict: bool | None = None
+    """Refuse fields that this server does not know, where they would be ignored."""
+
+
+def parse(schema: type[T], body: bytes) -> tuple[T, tuple[str, ...]]:
+    """`body` as a `schema`, and the paths of fields that were ignored. Raises ValidationError."""
     data = _read_json(body)
+    names: list[str] = []
     if isinstance(data, dict):
-        data = {name: value for name, value in data.items() if name not in ignored}
-        for name in neutral.keys() & data.keys():
-            _check_neutral(name, data.pop(name), neutral[name])
+        data = _tidied(data, schema, "", names)
     try:
-        return msgspec.convert(data, schema)
+        request = msgspec.convert(data, schema)
     except msgspec.ValidationError as error:
         raise _explain(str(error)) from None
+    if names and request.strict:
+        raise ValidationError(names[0], f"{names[0]} is not a field that this server knows, and the request is strict")
+    return request, tuple(names)
+
+
+# ---- what may be left out, and what may not ----
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Field:
+    """What a field's type says about the values that ask for nothing, and where objects with fields of their own lie."""
+
+    nothing: tuple[Any, ...]
+    inner: type[Object] | None
+    """Of the value, or of each item of a list."""
+
+
+@cache
+def _fields(schema: type[Object]) -> dict[str, _Field]:
+    return {name: _field(hint) for name, hint in get_type_hints(schema).items() if name in schema.__struct_fields__}
+
+
+def _field(hint: Any) -> _Field:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    nothing: list[Any] = []
+    if type(None) in options:
+        nothing.append("")
+        if not {int, float} & set(options):
+            nothing += [[], {}]
+            if bool not in options:
+                nothing.append(False)
+    inner = [option for option in options if isinstance(option, type) and issubclass(option, Object)]
+    inner += [
+        item
+        for option in options
+        if get_origin(option) is list
+        for item in get_args(get_args(option)[0]) or get_args(option)
+        if isinstance(item, type) and issubclass(item, Object)
+    ]
+    return _Field(nothing=tuple(nothing), inner=inner[0] if inner else None)
+
+
+def _tidied(data: dict[str, Any], schema: type[Object], path: str, names: list[str]) -> dict[str, Any]:
+    """The fields that `schema` knows. What is ignored is added to `names`. Raises ValidationError for what must not be."""
+    fields, unsupported, no_effect = _fields(schema), schema.unsupported(), schema.no_effect()
+    kept = {}
+    for name, value in data.items():
+        where = f"{path}.{_cut(name)}" if path else _cut(name)
+        if field := fields.get(name):
+            if not (value is None or (name not in _ASKED and _is_any(value, field.nothing))):
+                kept[name] = value if field.inner is None else _tidied_inner(value, field.inner, where, names)
+        elif rule := unsupported.get(name):
+            if not rule.is_neutral(value):
+                raise ValidationError(where, rule.refusal(where))
+        elif name not in no_effect and not asks_for_nothing(name, value) and len(names) < _MAX_TOLD_NAMES:
+            names.append(where)
+    return kept
+
+
+def _tidied_inner(value: Any, schema: type[Object], where: str, names: list[str]) -> Any:
+    match value:
+        case dict():
+            return _tidied(value, schema, where, names)
+        case list():
+            return [
+                _tidied(item, schema, f"{where}[{index}]", names) if isinstance(item, dict) else item
+                for index, item in enumerate(value)
+            ]
+        case _:
+            return value
+
+
+def _is_any(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(each) and value == each for each in values)
+
+
+# ---- JSON ----
 
 
 def _read_json(body: bytes) -> Any:
     try:
-        data = json.loads(body.decode(), object_pairs_hook=_object)
+        data = json.loads(body.decode(), object_pairs_hook=_object, parse_float=_number)
         if b"\\u" in body:  # only an escape can spell half of a surrogate pair
             for path, text in _texts(data, ""):
                 if found := _SURROGATE.search(text):
@@ -50,6 +152,12 @@ def _read_json(body: bytes) -> Any:
             raise
         raise ValidationError("", "the body holds a number of thousands of digits") from None
     return data
+
+
+def _number(spelling: str) -> int | float:
+    """5.0 and 1e2 are the whole numbers that they are, as JSON has but one kind of number."""
+    value = float(spelling)
+    return int(Decimal(spelling)) if value.is_integer() and abs(value) <= MAX_UINT64 + 1 else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -75,20 +183,10 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
                 yield from _texts(inner, f"{path}[{index}]")
 
 
-def _check_neutral(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value is not None and value not in allowed:
-        values = " or ".join(["null", *map(json.dumps, allowed)])
-        raise ValidationError(name, f"{name} is not supported by this server; leave it out, or give {values}")
-
-
 def _explain(problem: str) -> ValidationError:
     """msgspec says: Expected `int`, got `str` - at `$.messages[0].role`."""
     what, _, where = problem.partition(" - at `$")
     path = where.rstrip("`").removeprefix(".").removesuffix("[...]")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what, re.DOTALL):
-        name = _cut(unknown[1])
-        field = f"{path}.{name}" if path else name
-        return ValidationError(field, f"{field} is not a field that this server knows")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
         field = f"{path}.{missing[1]}" if path else missing[1]
         return ValidationError(field, f"{field} is missing")

@@ -1,34 +1,38 @@
 """What each path does: a request to a query, the Generator's work, and its result in OpenAI's form."""
 
-import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
+from starlette.responses import HTMLResponse, Response
+
+from serving import __version__
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Chunk
-from serving.gateway.core.generation import Generator
+from serving.gateway.core.generation import Generator, draw_seed
 from serving.gateway.core.health import HealthMonitor
 from serving.gateway.core.validate import GenerateQuery, TextPrompt
 from serving.gateway.http.answers import AnswerForm, ChatForm, CompletionForm, identity, model
-from serving.gateway.http.exchange import Answer, EventStream, Request, event
-from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer
+from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer, TokenizerInfo, Version
 from serving.gateway.http.openapi import document, page
+from serving.gateway.http.requests import Request
+from serving.gateway.http.responses import DONE, EventStream, json_answer
+from serving.gateway.http.responses_form import ResponsesForm, ResponsesRequest
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-Endpoint = Callable[[Request], Awaitable[Answer | EventStream]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 MODELS = "/v1/models/"
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
+RESPONSES = "/v1/responses"
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health", "/ping"})
 """All others need credentials."""
-METERED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+METERED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES})
 """What they use counts against quotas."""
 
 PATHS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/models", MODELS, "/tokenize", "/detokenize", "/openapi.json", "/docs",
-    *OPEN_PATHS,
+    "/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/models", MODELS, "/tokenize", "/detokenize", "/tokenizer_info",
+    "/version", "/openapi.json", "/docs", *OPEN_PATHS,
 )  # fmt: skip
 
 
@@ -39,22 +43,26 @@ class Endpoints:
         self._generator = generator
         self._health = health
         self._started = int(time.time())
-        self.routes: Mapping[str, Mapping[str, Endpoint]] = {
-            "/v1/chat/completions": {"POST": self.chat_completions},
-            "/v1/completions": {"POST": self.completions},
-            "/v1/models": {"GET": self.list_models},
-            MODELS: {"GET": self.get_model},
-            "/tokenize": {"POST": self.tokenize},
-            "/detokenize": {"POST": self.detokenize},
-            "/healthz": {"GET": self.healthz},
-            "/readyz": {"GET": self.readyz},
-            "/health": {"GET": self.readyz},  # vLLM's name, which load generators ask for
-            "/openapi.json": {"GET": self.openapi},
-            "/docs": {"GET": self.docs},
-        }
+        self.routes: Sequence[tuple[str, Sequence[str], Handler]] = (
+            ("/v1/chat/completions", ["POST"], self.chat_completions),
+            ("/v1/completions", ["POST"], self.completions),
+            (RESPONSES, ["POST"], self.responses),
+            ("/v1/models", ["GET"], self.list_models),
+            (MODELS, ["GET"], self.get_model),
+            ("/tokenize", ["POST"], self.tokenize),
+            ("/detokenize", ["POST"], self.detokenize),
+            ("/tokenizer_info", ["GET"], self.tokenizer_info),
+            ("/version", ["GET"], self.version),
+            ("/healthz", ["GET"], self.healthz),
+            ("/readyz", ["GET"], self.readyz),
+            ("/health", ["GET"], self.readyz),  # vLLM's name, which load generators ask for
+            ("/ping", ["GET", "POST"], self.readyz),  # SageMaker's
+            ("/openapi.json", ["GET"], self.openapi),
+            ("/docs", ["GET"], self.docs),
+        )
 
-    async def chat_completions(self, request: Request) -> Answer | EventStream:
-        body = ChatRequest.from_json(request.body)
+    async def chat_completions(self, request: Request) -> Response:
+        body = request.read(ChatRequest)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
         form = ChatForm(
@@ -63,10 +71,10 @@ class Endpoints:
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
         )
-        return await self._generate(query, request.call, form, body, body.field_names)
+        return await self._generate(query, request, form, body.stream, body.field_names)
 
-    async def completions(self, request: Request) -> Answer | EventStream:
-        body = CompletionRequest.from_json(request.body)
+    async def completions(self, request: Request) -> Response:
+        body = request.read(CompletionRequest)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
         form = CompletionForm(
@@ -77,58 +85,85 @@ class Endpoints:
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
         )
-        return await self._generate(query, request.call, form, body, {})
+        return await self._generate(query, request, form, body.stream, {})
+
+    async def responses(self, request: Request) -> Response:
+        body = request.read(ResponsesRequest)
+        query = body.query()
+        card = self._generator.model_for(request.call, query.model)
+        form = ResponsesForm(request.call.request_id, card, body)
+        return await self._generate(query, request, form, body.stream, body.field_names, end=b"")
 
     async def _generate(
         self,
         query: GenerateQuery,
-        call: Call,
+        request: Request,
         form: AnswerForm,
-        body: ChatRequest | CompletionRequest,
+        is_streamed: bool | None,
         names: Mapping[str, str],
-    ) -> Answer | EventStream:
-        seed = secrets.randbits(64) if query.seed is None else query.seed
+        end: bytes = DONE,
+    ) -> Response:
+        seed = draw_seed() if query.seed is None else query.seed
         headers = (("x-seed", str(seed)),)
-        if body.stream:
-            chunks = self._generator.generate(query, replace(call, is_streamed=True), seed)
-            return EventStream(_events(chunks, form, names), headers)
+        if is_streamed:
+            chunks = self._generator.generate(query, replace(request.call, is_streamed=True), seed)
+            return EventStream(_events(chunks, form, names), headers, keep_alive_s=request.keep_alive_s, end=end)
         with _called(names):
-            async with aclosing(self._generator.generate(query, call, seed)) as chunks:
-                return Answer(form.whole([chunk async for chunk in chunks]), headers=headers)
+            async with aclosing(self._generator.generate(query, request.call, seed)) as chunks:
+                return json_answer(form.whole([chunk async for chunk in chunks]), headers=headers)
 
-    async def list_models(self, request: Request) -> Answer:
+    async def list_models(self, request: Request) -> Response:
         cards = self._generator.visible_models(request.call.principal)
-        return Answer(ModelList(data=[model(card, self._started) for card in cards]))
+        return json_answer(ModelList(data=[model(card, self._started) for card in cards]))
 
-    async def get_model(self, request: Request) -> Answer:
-        card = self._generator.model_for(request.call, request.path.removeprefix(MODELS))
-        return Answer(model(card, self._started))
+    async def get_model(self, request: Request) -> Response:
+        card = self._generator.model_for(request.call, request.path_params["model"])
+        return json_answer(model(card, self._started))
 
-    async def tokenize(self, request: Request) -> Answer:
-        body = TokenizeRequest.from_json(request.body)
+    async def tokenize(self, request: Request) -> Response:
+        body = request.read(TokenizeRequest)
         with _called(body.field_names):
             token_ids = await self._generator.tokenize(body.query(), request.call)
-        card = self._generator.models[body.model]
-        return Answer(TokenizeAnswer(count=len(token_ids), max_model_len=card.max_model_len, tokens=list(token_ids)))
+        card = self._generator.model_for(request.call, body.model or "")
+        return json_answer(
+            TokenizeAnswer(count=len(token_ids), max_model_len=card.max_model_len, tokens=list(token_ids))
+        )
 
-    async def detokenize(self, request: Request) -> Answer:
-        body = DetokenizeRequest.from_json(request.body)
+    async def detokenize(self, request: Request) -> Response:
+        body = request.read(DetokenizeRequest)
         with _called(body.field_names):
-            return Answer(DetokenizeAnswer(self._generator.detokenize(body.model, body.tokens, request.call)))
+            return json_answer(
+                DetokenizeAnswer(self._generator.detokenize(body.model or "", body.tokens, request.call))
+            )
 
-    async def healthz(self, request: Request) -> Answer:
-        return Answer({"status": "ok"})
+    async def tokenizer_info(self, request: Request) -> Response:
+        card = self._generator.model_for(request.call, request.query_params.get("model", ""))
+        tokenizer = self._generator.tokenizers[card.name]
+        return json_answer(
+            TokenizerInfo(
+                bos_token=tokenizer.control_token_text(card.bos_token_id),
+                eos_token=tokenizer.control_token_text(next(iter(card.eos_token_ids), None)),
+                model_max_length=card.max_model_len,
+                vocab_size=card.vocab_size,
+            )
+        )
 
-    async def readyz(self, request: Request) -> Answer:
+    async def version(self, request: Request) -> Response:
+        return json_answer(Version(__version__))
+
+    async def healthz(self, request: Request) -> Response:
+        return json_answer({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
         if self._health.is_serving:
-            return Answer({"status": "ready"})
-        return Answer({"status": "not ready"}, 503, [("retry-after", "1")])
+            return json_answer({"status": "ready"})
+        return json_answer({"status": "not ready"}, 503, [("retry-after", "1")])
 
-    async def openapi(self, request: Request) -> Answer:
-        return Answer(document())
+    async def openapi(self, request: Request) -> Response:
+        return json_answer(document())
 
-    async def docs(self, request: Request) -> Answer:
-        return Answer(page(), media_type="text/html; charset=utf-8")
+    async def docs(self, request: Request) -> Response:
+        return HTMLResponse(page())
 
 
 async def _events(
@@ -138,9 +173,9 @@ async def _events(
     with _called(names):
         async with aclosing(chunks):
             async for chunk in chunks:
-                part = b"".join(map(event, form.events(chunk)))
+                part = b"".join(map(form.encode, form.events(chunk)))
                 if chunk.summary is not None:
-                    part += b"".join(map(event, form.last_events(chunk.summary)))
+                    part += b"".join(map(form.encode, form.last_events(chunk.summary)))
                 if part:
                     yield part
 

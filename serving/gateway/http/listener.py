@@ -1,6 +1,7 @@
 """HTTP connections: uvicorn's protocol, with the bounds on what a peer may send, and how slowly, that it lacks."""
 
 import asyncio
+import errno
 import logging
 import resource
 import socket
@@ -8,17 +9,19 @@ import ssl
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from model_parallel.errors import ConfigError
 from serving.config import GatewayConfig, LimitsConfig
-from serving.gateway.http.exchange import to_json
+from serving.contracts.addresses import explain_listening, listening_addresses, open_listener
 from serving.gateway.http.objects import Error, ErrorAnswer
+from serving.gateway.http.responses import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +164,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._expect(self._limits.body_timeout_s)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = partial(_without_chunks, app, cycle)
+        super()._start_asgi_task(cycle, app)
+
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
@@ -221,6 +229,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+async def _without_chunks(app: Any, cycle: RequestResponseCycle, scope: Any, receive: Any, send: Any) -> None:
+    """HTTP/1.0 has no chunks, which uvicorn sends all the same: an answer of unknown length ends with the connection."""
+
+    has_length = True
+
+    async def send_plain(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message["body"])
+        await send(message)
+
+    await app(scope, receive, send_plain)
+
+
 class HttpListener:
     """The listening socket and its connections, in the running event loop."""
 
@@ -234,7 +260,8 @@ class HttpListener:
             server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=_KEEP_ALIVE_S,
         )  # fmt: skip
         self._config.load()
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        """One for each address of the host."""
 
     async def start(self, host: str, port: int) -> int:
         """Listen. Returns the port. Raises ConfigError when the address cannot be had."""
@@ -247,21 +274,19 @@ class HttpListener:
                 "ssl_shutdown_timeout": _TLS_TIMEOUT_S,
             }
         try:
-            self._server = await loop.create_server(
-                self._protocol, host, port, backlog=_BACKLOG, reuse_port=False, **options
-            )
+            for address in listening_addresses(host):
+                sock = open_listener(address, port)
+                port = sock.getsockname()[1]  # the same for every address
+                self._servers.append(await loop.create_server(self._protocol, sock=sock, backlog=_BACKLOG, **options))
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host}:{port} for HTTP: is the port taken, or the address another machine's?"
-            ) from error
-        bound: int = self._server.sockets[0].getsockname()[1]
-        return bound
+            number = error.errno or errno.EIO
+            raise ConfigError(f"cannot listen for HTTP: {explain_listening(number, address, port)}") from error
+        return port
 
     async def stop(self, grace_s: float) -> None:
         """Close the port; what still runs after `grace_s` is cut off."""
-        if self._server is None:
-            return
-        self._server.close()
+        for server in self._servers:
+            server.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         if self._state.tasks:
@@ -272,8 +297,9 @@ class HttpListener:
             connection.transport.abort()
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                await self._server.wait_closed()
-        self._server = None
+                for server in self._servers:
+                    await server.wait_closed()
+        self._servers = []
 
     def _protocol(self) -> BoundedProtocol:
         return BoundedProtocol(

@@ -132,6 +132,23 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class ModelPermission(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be done with a model, as OpenAI once had it and vLLM has it."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: None = None
+    is_blocking: bool = False
+
+
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A served model."""
 
@@ -139,7 +156,10 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "packtrain"
+    root: str
+    parent: None = None
     max_model_len: int
+    permission: list[ModelPermission]
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +175,24 @@ class TokenizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     max_model_len: int
     tokens: list[int]
+
+
+class Version(msgspec.Struct, frozen=True):
+    """Of this server."""
+
+    version: str
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What remote tokenizers ask for. There is no template: conversations go to /v1/chat/completions or /tokenize."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: None = None
+    unk_token: None = None
+    model_max_length: int
+    vocab_size: int
+    chat_template: None = None
 
 
 class DetokenizeAnswer(msgspec.Struct, frozen=True):

@@ -2,12 +2,12 @@
 
 import html
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
-from serving.gateway.http import objects, schemas
+from serving import __version__
+from serving.gateway.http import objects, responses_form, schemas
 
 # Path: (method, what it does, request, answer, event of a stream)
 _PATHS: dict[str, tuple[str, str, type | None, type | None, type | None]] = {
@@ -17,13 +17,20 @@ _PATHS: dict[str, tuple[str, str, type | None, type | None, type | None]] = {
     "/v1/completions": (
         "post", "Continue texts or token ids.", schemas.CompletionRequest, objects.Completion, objects.Completion,
     ),
+    "/v1/responses": (
+        "post", "Answer a text or a conversation, as OpenAI's newer API has it.", responses_form.ResponsesRequest,
+        responses_form.ResponseObject, responses_form.ResponseEvent,
+    ),
     "/v1/models": ("get", "The models that the sender may use.", None, objects.ModelList, None),
     "/v1/models/{model}": ("get", "One model.", None, objects.Model, None),
     "/tokenize": ("post", "Token ids of a text or a conversation.", schemas.TokenizeRequest, objects.TokenizeAnswer, None),
     "/detokenize": ("post", "The text of token ids.", schemas.DetokenizeRequest, objects.DetokenizeAnswer, None),
+    "/tokenizer_info": ("get", "What remote tokenizers ask for.", None, objects.TokenizerInfo, None),
+    "/version": ("get", "The version of this server.", None, objects.Version, None),
     "/healthz": ("get", "The process is alive. Needs no credentials.", None, None, None),
     "/readyz": ("get", "Some replica group can serve (200), or none (503). Needs no credentials.", None, None, None),
     "/health": ("get", "The same as /readyz, by the name that vLLM gives it.", None, None, None),
+    "/ping": ("get", "The same as /readyz, by the name that SageMaker gives it.", None, None, None),
 }  # fmt: skip
 
 
@@ -36,7 +43,7 @@ def document() -> dict[str, Any]:
     )
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Packtrain", "version": version("packtrain")},
+        "info": {"title": "Packtrain", "version": __version__},
         "security": [{"key": []}],
         "paths": {path: _operation(path, *entry) for path, entry in _PATHS.items()},
         "components": {

@@ -1,14 +1,16 @@
 """What clients send: OpenAI's fields, and those of this server's sampling that OpenAI's API lacks.
 
-A field means the same as in packtrain.v1 (protos/inference.proto) unless its class says otherwise, and `validate` has the
-rules about values. A field that would change the answer and is not here is refused by name.
+A field means the same as in packtrain.v1 (protos/inference.proto) unless its class says otherwise. `validate` has the rules about
+values, and `fields` those about fields that are not here.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.fields import INSTEAD_OF_CALLS, UNSUPPORTED, Unsupported
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -17,46 +19,27 @@ from serving.gateway.core.validate import (
     TextPrompt,
     TokenizeQuery,
     TokenPrompt,
+    normalised,
 )
-from serving.gateway.http.body import Neutral, parse
+from serving.gateway.http.body import Body, Object
 from serving.text.chat import ChatMessage
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Of /v1/completions, as OpenAI has it."""
 
-IGNORED = frozenset(
-    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user", "parallel_tool_calls"}
-)
-"""They never change an answer of this server, whatever they hold."""
-_NEUTRAL: Neutral = {"store": (False,), "service_tier": ("auto", "default")}
-_NEUTRAL_IN_COMPLETIONS: Neutral = {**_NEUTRAL, "best_of": (1,), "suffix": ("",)}
-_NEUTRAL_IN_CHAT: Neutral = {
-    **_NEUTRAL,
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "web_search_options": (),
-}
 
-
-class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a stream holds besides the answer."""
+class StreamOptions(Object, frozen=True, kw_only=True):
+    """What a stream holds besides the answer. Without a stream they ask for nothing: a whole answer has its token counts."""
 
     include_usage: bool = False
     """Token counts in a last chunk without choices."""
     continuous_usage_stats: bool = False
     """With include_usage: and in every other chunk those of its choice until then, as vLLM has it."""
-    include_obfuscation: Literal[None] = None
 
 
-class _Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    model: str = ""
+class _Sampling(Body, frozen=True, kw_only=True):
+    model: str | None = None
+    """May be left out where the sender may use one alone."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -73,94 +56,144 @@ class _Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ignore_eos: bool | None = None
     n: int | None = None
     logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
 
     def _query(self, **fields: Any) -> GenerateQuery:
-        if self.stream_options is not None and not self.stream:
-            raise ValidationError("stream_options", "stream_options is set, and stream is not true")
-        return GenerateQuery(
-            model=self.model,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            logit_bias=_logit_bias(self.logit_bias or {}),
-            **{field: getattr(self, field) for field in _SAME_NAME} | fields,
+        given = {field: getattr(self, field) for field in _SAME_NAME}
+        return normalised(
+            GenerateQuery(
+                **{
+                    **given,
+                    "model": self.model or "",
+                    "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                    "stop_token_ids": tuple(self.stop_token_ids or ()),
+                    "logit_bias": _logit_bias(self.logit_bias or {}),
+                    **fields,
+                }
+            )
         )
 
 
 _SAME_NAME = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "max_tokens", "ignore_eos", "n",
+    "max_tokens", "ignore_eos", "n", "skip_special_tokens",
 )  # fmt: skip
 
 
-class CompletionRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Texts or token ids to continue. max_tokens is 16 when unset."""
+class CompletionRequest(_Sampling, frozen=True, kw_only=True):
+    """Texts or token ids to continue. max_tokens is 16 when unset, and all that is left of the model's length when -1."""
 
     prompt: str | list[int | str | list[int]] | None = None
     """A text, token ids, a list of texts, or a list of lists of token ids."""
     echo: bool | None = None
     """Begin the answer with the prompt; with logprobs, the prompt's tokens have theirs."""
-    logprobs: int | None = None
-    """Of every token, and of this many most likely alternatives."""
+    logprobs: int | bool | None = None
+    """Of every token, and of this many most likely alternatives. False is none."""
+    best_of: int | None = None
+    """Not more than n."""
+    parse_special: bool | None = None
+    """Read control tokens in the text where it spells them. Only of a model with allow_parse_special."""
 
     @classmethod
-    def from_json(cls, body: bytes) -> "CompletionRequest":
-        """Raises ValidationError."""
-        return parse(cls, body, _NEUTRAL_IN_COMPLETIONS, IGNORED)
+    def unsupported(cls) -> Mapping[str, Unsupported]:
+        return _UNSUPPORTED_IN_COMPLETIONS
 
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
+        if self.best_of not in (None, self.n or 1):
+            raise ValidationError(
+                "best_of",
+                f"best_of is {self.best_of}; only n, {self.n or 1}, is supported: ask for n choices and pick one",
+            )
+        logprobs = _number_of("logprobs", self.logprobs)
         return self._query(
             prompt=None if self.prompt is None else _prompts(self.prompt),
-            logprobs=self.logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if self.echo else None,
             max_tokens=DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens,
+            parse_special=self.parse_special,
         )
 
 
-class TextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ContentPart(Object, frozen=True, kw_only=True):
     """A piece of a message's text."""
 
-    type: Literal["text"]
-    text: str
+    type: str = "text"
+    """"text", or "input_text", "output_text" or "refusal", as other APIs call it."""
+    text: str | None = None
+    refusal: str | None = None
+
+    @classmethod
+    def no_effect(cls) -> frozenset[str]:
+        return frozenset({"annotations", "logprobs"})  # an answer's part has them
+
+    def plain(self, where: str) -> str:
+        """Its text. Raises ValidationError for another kind of part."""
+        if self.type not in _TEXT_PARTS:
+            raise ValidationError(
+                f"{where}.type",
+                f"{where}.type is {self.type!r:.40}; this server reads text alone: {', '.join(_TEXT_PARTS)}",
+            )
+        text = self.refusal if self.type == "refusal" else self.text
+        if text is None:
+            name = "refusal" if self.type == "refusal" else "text"
+            raise ValidationError(f"{where}.{name}", f"{where}.{name} is missing")
+        return text
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One message; parts of its text are joined by line breaks. The fields that can only be null are there because an
-    answer's message has them, which clients send back as it came."""
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_CALLS = Unsupported(instead=INSTEAD_OF_CALLS)
+
+
+class Message(Object, frozen=True, kw_only=True):
+    """One message; parts of its text are joined by line breaks. No content is an empty one. What the assistant refused to say,
+    with its reason, is its content."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | list[ContentPart | str] | None = None
+    refusal: str | None = None
     type: Literal["text", "message", None] = None
-    name: Literal[None] = None
-    refusal: Literal[None] = None
-    annotations: list[None] | None = None
-    audio: Literal[None] = None
-    function_call: Literal[None] = None
-    tool_calls: Literal[None] = None
 
-    def plain(self) -> ChatMessage:
-        content = self.content
-        return ChatMessage(self.role, content if isinstance(content, str) else "\n".join(part.text for part in content))
+    @classmethod
+    def unsupported(cls) -> Mapping[str, Unsupported]:
+        return {"tool_calls": _CALLS, "function_call": _CALLS, "audio": Unsupported(instead="send its transcript")}
+
+    @classmethod
+    def no_effect(cls) -> frozenset[str]:
+        return frozenset({"annotations", "id", "phase", "status"})  # an answer's message has them
+
+    def plain(self, where: str) -> ChatMessage:
+        """Raises ValidationError."""
+        parts = [self.content] if isinstance(self.content, str) else self.content or []
+        texts = [
+            part if isinstance(part, str) else part.plain(f"{where}.content[{index}]")
+            for index, part in enumerate(parts)
+        ]
+        if self.refusal:
+            texts = [*filter(None, texts), self.refusal]
+        return ChatMessage(self.role, "\n".join(texts))
 
 
-class ChatRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChatRequest(_Sampling, frozen=True, kw_only=True):
     """A conversation to answer. max_completion_tokens is another name of max_tokens."""
 
-    messages: list[Message] = []
+    messages: list[Message] = msgspec.field(default_factory=list)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     """Report the log-probability of every token of the answer."""
-    top_logprobs: int | None = None
-    """And of this many most likely alternatives; needs logprobs."""
+    top_logprobs: int | bool | None = None
+    """And of this many most likely alternatives; needs logprobs. False is none."""
+    continue_final_message: bool | None = None
+    """The last message is the assistant's and the beginning of its answer; the answer goes on where it ends."""
 
     @classmethod
-    def from_json(cls, body: bytes) -> "ChatRequest":
-        """Raises ValidationError."""
-        return parse(cls, body, _NEUTRAL_IN_CHAT, IGNORED)
+    def unsupported(cls) -> Mapping[str, Unsupported]:
+        return _UNSUPPORTED_IN_CHAT
 
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
-        if self.top_logprobs is not None and not self.logprobs:
+        top_logprobs = _number_of("top_logprobs", self.top_logprobs)
+        if top_logprobs and not self.logprobs:
             raise ValidationError("top_logprobs", "top_logprobs is set, and logprobs is not true")
         given = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(given) > 1:
@@ -169,8 +202,8 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"max_completion_tokens is {self.max_completion_tokens} and max_tokens is {self.max_tokens}; give one",
             )
         return self._query(
-            prompt=_conversation(self.messages),
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt=_conversation(self.messages, self.continue_final_message),
+            logprobs=(top_logprobs or 0) if self.logprobs else None,
             max_tokens=next(iter(given), None),
         )
 
@@ -181,21 +214,22 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return names if self.max_tokens is not None else names | {"max_tokens": "max_completion_tokens"}
 
 
-class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TokenizeRequest(Body, frozen=True, kw_only=True):
     """A text or a conversation to tokenise; exactly one."""
 
-    model: str = ""
+    model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     """Put the beginning-of-sequence token before a text; unset is true. Not with messages."""
+    continue_final_message: bool | None = None
+    parse_special: bool | None = None
 
     field_names: ClassVar[dict[str, str]] = {"input": "prompt", "text": "prompt", "add_bos": "add_special_tokens"}
 
     @classmethod
-    def from_json(cls, body: bytes) -> "TokenizeRequest":
-        """Raises ValidationError."""
-        return parse(cls, body, {}, frozenset())
+    def unsupported(cls) -> Mapping[str, Unsupported]:
+        return _UNSUPPORTED_IN_TOKENIZE
 
     def query(self) -> TokenizeQuery:
         """The request as plain data. Raises ValidationError."""
@@ -203,28 +237,63 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValidationError("messages", "messages is set beside prompt; give one")
         prompt = None if self.prompt is None else TextPrompt(self.prompt)
         return TokenizeQuery(
-            model=self.model,
-            prompt=prompt if self.messages is None else _conversation(self.messages),
+            model=self.model or "",
+            prompt=prompt if self.messages is None else _conversation(self.messages, self.continue_final_message),
             add_bos=self.add_special_tokens,
+            parse_special=self.parse_special,
         )
 
 
-class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DetokenizeRequest(Body, frozen=True, kw_only=True):
     """Token ids to turn into text."""
 
-    model: str = ""
-    tokens: list[int] = []
+    model: str | None = None
+    tokens: list[int] = msgspec.field(default_factory=list)
 
     field_names: ClassVar[dict[str, str]] = {"token_ids": "tokens"}
 
-    @classmethod
-    def from_json(cls, body: bytes) -> "DetokenizeRequest":
-        """Raises ValidationError."""
-        return parse(cls, body, {}, frozenset())
+
+_UNSUPPORTED_IN_COMPLETIONS = {
+    **UNSUPPORTED,
+    "add_special_tokens": Unsupported(
+        neutral=(True,), refused=(False,), instead="send token ids, which /tokenize gives without the first token"
+    ),
+    "input": Unsupported(instead="send prompt"),
+    "max_completion_tokens": Unsupported(neutral=(-1,), instead="send max_tokens"),
+    "messages": Unsupported(instead="send prompt, or a conversation to /v1/chat/completions"),
+    "prompt_logprobs": Unsupported(instead="send echo: true with logprobs"),
+    "top_logprobs": Unsupported(neutral=(0,), instead="send logprobs"),
+}
+_UNSUPPORTED_IN_CHAT = {
+    **UNSUPPORTED,
+    "add_special_tokens": Unsupported(instead="leave that to the chat format"),
+    "best_of": Unsupported(neutral=(1,), instead="ask for n choices and pick one"),
+    "echo": Unsupported(instead="send a prompt to /v1/completions"),
+    "input": Unsupported(instead="send messages"),
+    "instructions": Unsupported(instead="send a message of the role system"),
+    "parse_special": Unsupported(instead="send a prompt to /v1/completions"),
+    "prompt": Unsupported(instead="send messages, or a text to /v1/completions"),
+    "prompt_logprobs": Unsupported(instead="send a prompt to /v1/completions with echo: true and logprobs"),
+}
+_UNSUPPORTED_IN_TOKENIZE = {
+    name: UNSUPPORTED[name] for name in ("add_generation_prompt", "chat_template", "chat_template_kwargs", "tools")
+} | {
+    "content": Unsupported(instead="send prompt"),
+    "return_token_strs": Unsupported(instead="send each token to /detokenize"),
+    "with_pieces": Unsupported(instead="send each token to /detokenize"),
+}
 
 
-def _conversation(messages: list[Message]) -> ChatPrompt:
-    return ChatPrompt(tuple(message.plain() for message in messages))
+def _number_of(field: str, value: int | bool | None) -> int | None:
+    """False is none; true is no number. Raises ValidationError."""
+    if value is True:
+        raise ValidationError(field, f"{field} is true; send the number of alternatives")
+    return None if value is False else value
+
+
+def _conversation(messages: list[Message], continues_last: bool | None) -> ChatPrompt:
+    plain = tuple(message.plain(f"messages[{index}]") for index, message in enumerate(messages))
+    return ChatPrompt(plain, bool(continues_last))
 
 
 def _prompts(prompt: str | list[int | str | list[int]]) -> Prompt | PromptList:

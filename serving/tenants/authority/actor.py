@@ -2,13 +2,16 @@
 
 import logging
 import os
+import time
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.placement import DRIVER_RESOURCE
+from cluster.ray_api import has_resource, this_node
 from model_parallel.errors import ConfigError
 from serving.observability.log import configure_logging
 from serving.tenants.authority.ledger import SupersededError
@@ -18,6 +21,7 @@ from serving.tenants.client.link import NAME, NAMESPACE
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
+RETRY_S = 0.5
 
 
 class AuthorityActor:
@@ -53,10 +57,17 @@ class AuthorityActor:
 
 
 def start_authority(url: str, *, refresh_s: float) -> None:
-    """Have it run on this node, which alone has a database file; detached, so that it outlives the process that started it.
+    """Have it run on this node, which alone has a database file; detached, so that it outlives the process that started it. Where
+    nodes of drivers are marked, it is on such a node, and follows the driver to the next one with its volume.
     Raises ConfigError when one with other settings runs in this cluster already, and TimeoutError."""
     is_file = url.startswith("sqlite")
     remote: Any = ray.remote(AuthorityActor)
+    where: dict[str, Any]
+    if has_resource(DRIVER_RESOURCE):
+        where = {"resources": {DRIVER_RESOURCE: 0.001}}
+    else:
+        node_id, _ = this_node()
+        where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=not is_file)}
     actor = remote.options(
         name=NAME,
         namespace=NAMESPACE,
@@ -66,12 +77,25 @@ def start_authority(url: str, *, refresh_s: float) -> None:
         max_restarts=-1,
         max_task_retries=0,  # gateways repeat what was not answered
         max_concurrency=1000,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=not is_file),
+        **where,
     ).remote(url, refresh_s)
-    if ray.get(actor.settings.remote(), timeout=START_TIMEOUT_S) != (url, refresh_s):
+    if _settings(actor) != (url, refresh_s):
         raise ConfigError(
             "tenancy: this cluster has a quota authority with other settings already; stop its server first"
         )
+
+
+def _settings(actor: Any) -> tuple[str, float]:
+    """Of the running authority. One that is being restarted is waited for. Raises TimeoutError, RayError."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            settings: tuple[str, float] = ray.get(actor.settings.remote(), timeout=deadline_s - time.monotonic())
+            return settings
+        except ActorUnavailableError:
+            if time.monotonic() > deadline_s - RETRY_S:
+                raise
+            time.sleep(RETRY_S)
 
 
 def stop_authority(timeout_s: float) -> None:

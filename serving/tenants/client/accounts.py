@@ -105,7 +105,7 @@ class TenantAccounts:
             raise UnauthenticatedError(INVALID_KEY_MESSAGE) from error
         if self._book.num_unrecorded >= MAX_UNRECORDED or self._is_stopping:
             raise AccountsUnavailableError("usage cannot be recorded now")
-        all_costs = ((quota.subject, _cost(quota.limits, num_tokens)) for quota in quotas)
+        all_costs = ((quota.subject, reservation_cost(quota.limits, num_tokens)) for quota in quotas)
         costs = tuple((subject, cost) for subject, cost in all_costs if cost)
         if costs and not self._book.take(costs):
             self.num_asked += 1
@@ -230,7 +230,7 @@ class _Reservation:
         await self.accounts.flush(self.durable)
 
 
-def _cost(limits: Limits, num_tokens: int) -> Amounts:
+def reservation_cost(limits: Limits, num_tokens: int) -> Amounts:
     """What a request takes from each limit that is set."""
     return Amounts(
         requests=0 if limits.requests_per_minute is None else 1,

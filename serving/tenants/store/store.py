@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, select, update
 from sqlalchemy.orm import Session
 
-from serving.config import TenancyConfig, cache_directory
+from model_parallel.directories import cache_directory
+from serving.config import TenancyConfig
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import AlreadyExistsError, NotFoundError, ValidationError
 from serving.tenants.directory import KeyEntry, Snapshot, TenantEntry

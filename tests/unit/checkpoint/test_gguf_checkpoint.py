@@ -50,7 +50,8 @@ def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
     assert ours.tie_word_embeddings
     assert (ours.bos_token_id, ours.eos_token_ids) == (1, (2,))
     assert ours.num_parameters == 134515008
-    assert (info.format, info.chat_format, info.licence, info.add_bos) == ("gguf", "chatml", "apache-2.0", False)
+    assert (info.format, info.licence, info.add_bos) == ("gguf", "apache-2.0", False)
+    assert "<|im_start|>" in info.chat_template
 
 
 def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -240,13 +241,11 @@ def test_run_dtype_and_progress(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("llama.rope.scaling.type", "linear", "llama.rope.scaling.type is 'linear'"),
-        ("llama.rope.scaling.factor", 2.0, "llama.rope.scaling.factor is 2.0"),
+        ("llama.rope.scaling.factor", -2.0, "factor of linear RoPE scaling is -2.0"),
         ("llama.rope.dimension_count", 32, "llama.rope.dimension_count is 32 and the head dimension 64"),
         ("llama.attention.value_length", 32, "llama.attention.value_length is 32"),
         ("llama.expert_count", 8, "llama.expert_count is 8"),
-        ("llama.attention.sliding_window", 128, "llama.attention.sliding_window is 128"),
-        ("llama.attention.head_count_kv", [2, 2], r"head_count_kv is \[2, 2\]"),
+        ("llama.attention.head_count_kv", [2, 1], r"head_count_kv is \[2, 1\]; all layers must have the same"),
         ("llama.attention.head_count_kv", 3, "num_kv_heads is 3"),
         ("llama.attention.head_count", 0, "the head dimension 256"),
         ("llama.embedding_length", "256", "llama.embedding_length is '256'"),
@@ -274,13 +273,74 @@ def test_other_architecture_is_refused(tmp_path: Path) -> None:
         describe(tmp_path / "x.gguf")
 
 
-def test_rope_frequencies_only_when_they_change_nothing(tmp_path: Path) -> None:
+def test_rope_frequencies(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes Llama 3's scaling: float32 divisors; ones are as good as none."""
     tiny = TinyGguf()
+    plain = describe(tiny.write(tmp_path / "plain.gguf")).config
     tiny.tensors["rope_freqs.weight"] = np.ones(HEAD_DIM // 2, np.float32)
-    assert FINAL_NORM in load(tiny.write(tmp_path / "ones.gguf"), 1, 0)
+    assert describe(tiny.write(tmp_path / "ones.gguf")).config == plain
     tiny.tensors["rope_freqs.weight"][3] = 8
-    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
-        load(tiny.write(tmp_path / "scaled.gguf"), 1, 0)
+    path = tiny.write(tmp_path / "scaled.gguf")
+    info = describe(path)
+    assert info.config.rope_divisors == (1, 1, 1, 8, *(1,) * (HEAD_DIM // 2 - 4))
+    assert "rope_freqs.weight" in info.rope_scaling
+    assert FINAL_NORM in load(path, 1, 0)
+    tiny.tensors["rope_freqs.weight"] = np.ones(HEAD_DIM, np.float32)
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight is F32 \[64\]; F32 \[32\] is needed"):
+        describe(tiny.write(tmp_path / "wide.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("values", "divisor"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4),
+        ({"llama.rope.scaling.factor": 4.0}, 4),
+        ({"llama.rope.scale_linear": 4.0}, 4),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0}, None),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 1.0}, None),
+    ],
+)
+def test_linear_scaling(tmp_path: Path, values: dict[str, str | float], divisor: float | None) -> None:
+    tiny = TinyGguf()
+    tiny.values |= values
+    config = describe(tiny.write(tmp_path / "x.gguf")).config
+    assert config.rope_divisors == ((divisor,) * (HEAD_DIM // 2) if divisor else ())
+
+
+def test_other_scaling_is_refused(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.values |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(CheckpointError, match=r"llama.rope.scaling.type is 'yarn'.*made without it"):
+        describe(tiny.write(tmp_path / "x.gguf"))
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.values["llama.attention.sliding_window"] = 32
+    info = describe(tiny.write(tmp_path / "x.gguf"))
+    assert info.config.max_position == 32
+    assert "sliding_window is 32" in info.warnings[0]
+    tiny.values["llama.attention.sliding_window"] = 64
+    assert describe(tiny.write(tmp_path / "y.gguf")).warnings == ()
+
+
+def test_settings_of_each_layer_that_are_equal(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    plain = describe(tiny.write(tmp_path / "plain.gguf")).config
+    tiny.values |= {"llama.attention.head_count_kv": [KV_HEADS], "llama.feed_forward_length": [FFN]}
+    assert describe(tiny.write(tmp_path / "x.gguf")).config == plain
+
+
+def test_every_end_token(tmp_path: Path) -> None:
+    tiny = TinyGguf()
+    tiny.values |= {f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("eos", "eot", "eom"), start=2)}
+    assert describe(tiny.write(tmp_path / "x.gguf")).config.eos_token_ids == (2, 3, 4)
+    tiny.values["tokenizer.ggml.eot_token_id"] = VOCAB
+    info = describe(tiny.write(tmp_path / "y.gguf"))
+    assert info.config.eos_token_ids == (2, 4)
+    assert "special token 40 is not below the vocabulary's 40; answers end at 2, 4" in info.warnings[0]
 
 
 @pytest.mark.parametrize(

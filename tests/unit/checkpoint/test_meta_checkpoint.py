@@ -62,7 +62,8 @@ class Touch:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (params(use_scaled_rope=True), r"params\.json: use_scaled_rope is not supported"),
+        (params(use_scaled_rope=1), r"params\.json: use_scaled_rope is 1; true or false"),
+        (params(use_scaled_rope=True, rope_scaling_factor=0.0), "llama3 RoPE scaling has factor 0"),
         (params(moe={"num_experts": 8}), "moe is not supported"),
         (params(n_heads=None), r"params\.json does not give n_heads"),
         (params(dim="64"), "dim is '64'"),

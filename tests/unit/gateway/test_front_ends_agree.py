@@ -153,7 +153,7 @@ sampling = st.fixed_dictionaries(
         **dict.fromkeys(("top_k", "n", "logprobs"), int32s),
         "seed": st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)),
         "max_tokens": st.one_of(st.integers(-1, 99), st.integers(-(2**63), 2**63 - 1)),
-        "stop": st.lists(st.text(max_size=70), max_size=5),
+        "stop": st.lists(st.text(max_size=70), max_size=35),
         "stop_token_ids": st.lists(uint32s, max_size=17),
         "ignore_eos": st.booleans(),
         "logit_bias": st.dictionaries(uint32s, doubles, max_size=3),

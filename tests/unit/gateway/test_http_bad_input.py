@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.contracts.errors import ValidationError
+from serving.gateway.http.body import parse
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tests.unit.gateway.conftest import Serve
 from tests.unit.gateway.http_client import CHAT, COMPLETION, client, post
@@ -30,16 +31,27 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (COMPLETIONS, {"prompt": [1, 270]}, "prompt[1]", ["270", "269"]),
     (COMPLETIONS, {"prompt": [[1], [2, -1]]}, "prompt[1][1]", ["-1", "269"]),
     (COMPLETIONS, {"prompt": ["a", "x" * 99]}, "prompt[1]", ["100 tokens"]),
-    (COMPLETIONS, {"max_tokens": 98}, "max_tokens", ["98", "3 tokens", "100"]),
-    (COMPLETIONS, {"max_tokens": 0}, "max_tokens", ["0", "1 to 100"]),
-    (COMPLETIONS, {"max_tokens": 5.0}, "max_tokens", ["int", "float"]),
+    (COMPLETIONS, {"max_tokens": 98}, "max_tokens", ["98", "3 tokens", "100", "at most 97"]),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens", ["0", "echo", "1 or more"]),
+    (COMPLETIONS, {"max_tokens": 5.5}, "max_tokens", ["int", "float"]),
+    (COMPLETIONS, {"max_tokens": -2}, "max_tokens", ["-2", "-1 for the default"]),
+    (COMPLETIONS, {"max_tokens": 1e300}, "max_tokens", ["int", "float"]),
+    (COMPLETIONS, {"max_tokens": 2**70}, "max_tokens", ["allowed"]),
     (COMPLETIONS, {"max_tokens": True}, "max_tokens", ["int", "bool"]),
     (COMPLETIONS, {"max_tokens": "5"}, "max_tokens", ["int", "str"]),
     (COMPLETIONS, {"temperature": "hot"}, "temperature", ["float", "str"]),
-    (COMPLETIONS, {"seed": -1}, "seed", ["-1"]),
+    (COMPLETIONS, {"seed": -(2**63) - 1}, "seed", ["allowed"]),
     (COMPLETIONS, {"stop": [1]}, "stop[0]", ["str", "int"]),
-    (COMPLETIONS, {"stop": ""}, "stop[0]", ["0 bytes"]),
-    (COMPLETIONS, {"logprobs": True}, "logprobs", ["int", "bool"]),
+    (COMPLETIONS, {"stop": ["a", "x" * 65]}, "stop[1]", ["65 bytes", "at most 64"]),
+    (COMPLETIONS, {"logprobs": True}, "logprobs", ["true", "number"]),
+    (COMPLETIONS, {"logprobs": -1}, "logprobs", ["-1", "0 to 5"]),
+    (COMPLETIONS, {"n": -1}, "n", ["-1", "1 to 8"]),
+    (COMPLETIONS, {"n": 0}, "n", ["0", "1 to 8"]),
+    (COMPLETIONS, {"top_k": -2}, "top_k", ["-2", "-1 for the default"]),
+    (COMPLETIONS, {"temperature": -1}, "temperature", ["-1", "greedy"]),
+    (COMPLETIONS, {"temperature": True}, "temperature", ["bool"]),
+    (COMPLETIONS, {"temperature": False}, "temperature", ["bool"]),
+    (COMPLETIONS, {"top_p": 0}, "top_p", ["0", "temperature 0"]),
     (COMPLETIONS, {"logprobs": 6}, "logprobs", ["6", "0 to 5"]),
     (COMPLETIONS, {"logit_bias": {"1": "x"}}, "logit_bias", ["float", "str"]),
     (COMPLETIONS, {"logit_bias": {"-1": 1}}, "logit_bias", ["'-1'", "token id"]),
@@ -47,21 +59,49 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (COMPLETIONS, {"logit_bias": {"٣": 1}}, "logit_bias", ["token id"]),
     (COMPLETIONS, {"logit_bias": {"9" * 5000: 1}}, "logit_bias", ["token id"]),
     (COMPLETIONS, {"logit_bias": {"270": 1}}, "logit_bias", ["270", "269"]),
-    (COMPLETIONS, {"best_of": 2}, "best_of", ["not supported", "null or 1"]),
+    (COMPLETIONS, {"best_of": 2}, "best_of", ["2", "n choices"]),
     (COMPLETIONS, {"suffix": "end"}, "suffix", ["not supported"]),
-    (COMPLETIONS, {"messages": []}, "messages", ["not a field"]),
-    (COMPLETIONS, {"x" * 5000: 1}, "x" * 100 + "…", ["not a field"]),
-    (COMPLETIONS, {"stream_options": {}}, "stream_options", ["stream is not true"]),
-    (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x", ["not a field"]),
-    (COMPLETIONS, {"model": ""}, "model", ["empty", "plain, tiny"]),
-    (COMPLETIONS, {"model": None}, "model", ["str", "null"]),
+    (COMPLETIONS, {"messages": CHAT["messages"]}, "messages", ["not supported", "send prompt"]),
+    (COMPLETIONS, {"x" * 5000: 1, "strict": True}, "x" * 100 + "…", ["not a field"]),
+    (COMPLETIONS, {"stream_options": {"x": 1}, "strict": True}, "stream_options.x", ["not a field"]),
+    (COMPLETIONS, {"model": ""}, "model", ["missing", "plain, tiny"]),
+    (COMPLETIONS, {"model": None}, "model", ["missing", "plain, tiny"]),
+    (COMPLETIONS, {"parse_special": True}, "parse_special", ["allow_parse_special"]),
+    (COMPLETIONS, {"add_special_tokens": False}, "add_special_tokens", ["not supported", "/tokenize"]),
+    (COMPLETIONS, {"min_tokens": 3}, "min_tokens", ["not supported", "null or 0"]),
+    (COMPLETIONS, {"n_predict": 3}, "n_predict", ["not supported", "send max_tokens"]),
+    (COMPLETIONS, {"repeat_penalty": 1.1}, "repeat_penalty", ["not supported", "send repetition_penalty"]),
+    (COMPLETIONS, {"do_sample": False}, "do_sample", ["not supported", "temperature 0"]),
+    (COMPLETIONS, {"guided_json": {}}, "guided_json", ["not supported"]),
+    (COMPLETIONS, {"use_beam_search": True}, "use_beam_search", ["not supported"]),
+    (COMPLETIONS, {"include_stop_str_in_output": True}, "include_stop_str_in_output", ["not supported"]),
     (COMPLETIONS, {"prompt": "a\ud800b"}, "prompt", ["surrogate", "character 1"]),
     (CHATS, {"messages": []}, "messages", ["empty"]),
     (CHATS, {"messages": "hi"}, "messages", ["array", "str"]),
-    (CHATS, {"messages": [{"role": "user"}]}, "messages[0].content", ["missing"]),
-    (CHATS, {"messages": [{"role": "user", "content": None}]}, "messages[0].content", ["null"]),
+    (CHATS, {"messages": [{"content": "hi"}]}, "messages[0].role", ["missing"]),
+    (CHATS, {"messages": [{"role": "user", "content": 1}]}, "messages[0].content", ["int"]),
+    (CHATS, {"messages": [{"role": "tool", "content": "4", "tool_call_id": "x"}]}, "messages[0]", ["knows no calls"]),
+    (
+        CHATS,
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}]},
+        "messages[0].tool_calls",
+        ["not supported", "messages"],
+    ),
+    (
+        CHATS,
+        {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "x"}]},
+        "messages[1]",
+        ["continue_final"],
+    ),
+    (CHATS, {"continue_final_message": True}, "continue_final_message", ["assistant"]),
+    (CHATS, {"add_generation_prompt": False}, "add_generation_prompt", ["continue_final_message"]),
     (CHATS, {"messages": [{"role": "root", "content": "x"}]}, "messages[0]", ["root", "system, user, assistant"]),
-    (CHATS, {"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages[0].name", ["null"]),
+    (
+        CHATS,
+        {"messages": [{"role": "user", "content": "x", "name": "bob"}], "strict": True},
+        "messages[0].name",
+        ["strict"],
+    ),
     (
         CHATS,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]},
@@ -74,14 +114,14 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHATS, {"logprobs": True, "top_logprobs": 6}, "top_logprobs", ["6", "0 to 5"]),
     (CHATS, {"top_logprobs": 1}, "top_logprobs", ["logprobs is not true"]),
     (CHATS, {"logprobs": 1}, "logprobs", ["bool", "int"]),
-    (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["0", "1 to 100"]),
+    (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["0", "1 or more"]),
     (CHATS, {"max_completion_tokens": 90}, "max_completion_tokens", ["90", "21 tokens"]),
     (CHATS, {"max_completion_tokens": 9, "max_tokens": 8}, "max_completion_tokens", ["9", "8"]),
-    (CHATS, {"tools": [{"type": "function"}]}, "tools", ["not supported", "null or []"]),
+    (CHATS, {"tools": [{"type": "function"}]}, "tools", ["not supported", "null"]),
     (CHATS, {"tool_choice": "required"}, "tool_choice", ["not supported"]),
     (CHATS, {"response_format": {"type": "json_object"}}, "response_format", ["not supported", "text"]),
-    (CHATS, {"store": True}, "store", ["not supported", "false"]),
-    (CHATS, {"prediction": {}}, "prediction", ["not supported", "null"]),
+    (CHATS, {"store": True, "strict": True}, "store", ["strict"]),
+    (CHATS, {"web_search_options": {}}, "web_search_options", ["not supported", "null"]),
     ("/tokenize", {"prompt": "x", "messages": CHAT["messages"]}, "messages", ["one"]),
     ("/tokenize", {"prompt": None}, "prompt", ["missing"]),
     ("/tokenize", {"prompt": "x" * 5000}, "prompt", ["5000", "100"]),
@@ -125,6 +165,19 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (CHATS, {"metadata": {"a": "b"}, "service_tier": "auto", "modalities": ["text"], "reasoning_effort": None}),
     (CHATS, {"safety_identifier": "x", "prompt_cache_key": "y", "max_tokens": 5, "max_completion_tokens": 5}),
     (CHATS, {"logprobs": False, "top_logprobs": None, "function_call": None, "functions": None}),
+    (COMPLETIONS, {"stop": "", "stop_token_ids": [], "logit_bias": {}, "suffix": "", "logprobs": False, "best_of": 1}),
+    (COMPLETIONS, {"stop": ["", "x"], "seed": -1, "top_k": -1, "max_tokens": -1, "temperature": 1e-7, "n": 1.0}),
+    (
+        COMPLETIONS,
+        {"stop": [], "logit_bias": [], "stop_token_ids": "", "stream": None, "echo": False, "stream_options": []},
+    ),
+    (COMPLETIONS, {"temperature": "", "max_tokens": "", "seed": "", "n": "", "top_p": "", "top_k": 10**6}),
+    (COMPLETIONS, {"min_tokens": 0, "use_beam_search": False, "length_penalty": 1.0, "typical_p": 1.0, "mirostat": 0}),
+    (COMPLETIONS, {"skip_special_tokens": True, "add_special_tokens": True, "guided_json": None, "repeat_penalty": 1}),
+    (COMPLETIONS, {"best_of": 1, "stream_options": {"include_usage": True}, "seed": -7, "n_predict": -1}),
+    (CHATS, {"add_generation_prompt": True, "chat_template_kwargs": {}, "top_logprobs": 0, "tool_choice": "auto"}),
+    (CHATS, {"max_tokens": None, "max_completion_tokens": -1, "response_format": {}, "tools": False, "audio": ""}),
+    (CHATS, {"max_tokens": 4e0, "store": False, "service_tier": "default", "reasoning_effort": "none"}),
 ]
 
 
@@ -165,7 +218,7 @@ CORPUS: list[tuple[bytes, str | None]] = [
     (b'{"model":"tiny","prompt":"hi","user":"\\ud800"}', "user"),
     (b"[" * DEEP + b"]" * DEEP, None),
     (b'{"model":"tiny","prompt":' + b"[" * DEEP + b"1" + b"]" * DEEP + b"}", None),
-    (b'{"a":' * 900 + b"1" + b"}" * 900, "a"),
+    (b'{"a":' * 900 + b"1" + b"}" * 900, "model"),
     (b'{"model":"tiny","prompt":"hi","tools":' + b"[" * 400 + b'"\\ud800"' + b"]" * 400 + b"}", "tools" + "[0]" * 400),
 ]
 
@@ -213,7 +266,7 @@ def test_any_json_becomes_a_request_or_a_named_error(schema: Any, data: st.DataO
     names = st.one_of(st.sampled_from(SCHEMAS[schema]), st.text(max_size=6))
     body = json.dumps(data.draw(st.one_of(json_values, st.dictionaries(names, json_values, max_size=6)))).encode()
     try:
-        request = schema.from_json(body)
+        request, _ = parse(schema, body)
         if hasattr(request, "query"):
             request.query()
     except ValidationError as error:
@@ -224,4 +277,4 @@ def test_any_json_becomes_a_request_or_a_named_error(schema: Any, data: st.DataO
 @given(st.binary(max_size=60))
 def test_any_bytes_become_a_request_or_a_named_error(body: bytes) -> None:
     with suppress(ValidationError):
-        CompletionRequest.from_json(body)
+        parse(CompletionRequest, body)

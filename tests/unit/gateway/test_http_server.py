@@ -66,10 +66,11 @@ async def keyed(accounts: FakeAccounts, backend: FakeBackend | None = None) -> A
 
 ROUTES = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
-    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/docs"),
+    ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/openapi.json"), ("GET", "/docs"), ("POST", "/v1/responses"),
+    ("GET", "/tokenizer_info"), ("GET", "/version"), ("GET", "/v1/models/"), ("POST", "/v1/chat/completions/"),
 ]  # fmt: skip
 MUTATIONS = [
-    "//v1/models", "/v1//models", "/v1/models/../models", "/v1/%2e%2e/v1/models", "/healthz/../v1/models", "/healthz/",
+    "//v1/models", "/v1//models", "/v1/models/../models", "/v1/%2e%2e/v1/models", "/healthz/../v1/models", "/healthz//",
     "/healthz%2f..%2fv1/models", "/healthz;/v1/models", "/HEALTHZ", "/metrics", "/v1", "/", "/nope", "/readyz%00", "*",
 ]  # fmt: skip
 
@@ -88,7 +89,7 @@ async def test_nothing_but_health_is_there_without_a_key() -> None:
             assert b"www-authenticate: Bearer" in answer
             bodies.add(answer.partition(b"\r\n\r\n")[2])
         assert len(bodies) == 1
-        for path in ("/healthz", "/readyz", "/health"):
+        for path in ("/healthz", "/readyz", "/health", "/ping", "/ping/"):
             answer = await answer_to(gateway, raw_request(method="GET", path=path, headers=("connection: close",)))
             assert answer.startswith(b"HTTP/1.1 200 ")
 

@@ -25,7 +25,7 @@ from serving.admin.service import AdminServer
 from serving.config import AdminConfig
 from serving.contracts.errors import ValidationError
 from serving.gateway.grpc import convert
-from serving.gateway.grpc.convert import explain_undecodable, refuse_unknown_fields
+from serving.gateway.grpc.convert import explain_undecodable, unknown_fields_of
 from serving.tenants.records import KeyGrant, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store
@@ -160,7 +160,7 @@ def test_millions_of_parts_are_counted_and_not_looked_at(
     monkeypatch.setattr(convert, "_unknown_fields", None)
     request = inference_pb2.GenerateRequest.FromString(within(1, b"tiny") + data)
     with pytest.raises(ValidationError, match=message):
-        refuse_unknown_fields(request)
+        unknown_fields_of(request)
 
 
 def test_millions_of_unreadable_parts_are_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from model_parallel import native
 from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.kernels.select import select_kernels
@@ -25,8 +27,9 @@ def test_float16_runs_on_the_reference_and_says_why(caplog: pytest.LogCaptureFix
 
 
 def test_without_a_compiler_the_reference_runs(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(native, "library_directories", lambda: iter([tmp_path]))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert isinstance(select_kernels("cpu", torch.bfloat16, 1), ReferenceKernels)
     assert "g++ is not installed" in caplog.text

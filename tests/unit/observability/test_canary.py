@@ -73,7 +73,7 @@ def requests() -> list[pb.GenerateRequest]:
         pb.GenerateRequest(model="tiny", prompt=text),
         pb.GenerateRequest(model="tiny", prompt=chat),
         pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text=PROMPT * 100)),  # too long
-        pb.GenerateRequest(model="tiny", prompt=text, sampling=pb.Sampling(stop=[PROMPT] * 5)),
+        pb.GenerateRequest(model="tiny", prompt=text, sampling=pb.Sampling(stop=[PROMPT] * 33)),
         pb.GenerateRequest(model="tiny", prompt=text, sampling=pb.Sampling(stop=[PROMPT * 9])),
         pb.GenerateRequest(model="plain", prompt=chat),  # has no chat format
         pb.GenerateRequest(model="unknown", prompt=text),

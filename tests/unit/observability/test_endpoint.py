@@ -77,8 +77,8 @@ async def test_a_watch_serves_what_the_groups_report() -> None:
         raise RuntimeError("the groups are not to be reached, and metrics must not end for it")
 
     watch = GatewayWatch([card()], METHODS, Tracing())
-    assert watch.start(AdminConfig(metrics_port=None), ask) is None
-    port = watch.start(AdminConfig(metrics_port=0), ask)
+    assert watch.start(AdminConfig(metrics_port=None), ask, lambda: True) is None
+    port = watch.start(AdminConfig(metrics_port=0), ask, lambda: True)
     try:
         page = await asyncio.to_thread(fetch, port)
         assert "packtrain_build_info" in page and "process_resident_memory_bytes" in page

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from serving.contracts.accounts import RateLimit, RateLimits
-from serving.gateway.http.exchange import rate_limit_headers
+from serving.gateway.http.responses import rate_limit_headers
 from serving.tenants.authority.quota import QuotaAuthority
 from serving.tenants.client.balances import tighter
 from serving.tenants.client.leases import LeaseBook

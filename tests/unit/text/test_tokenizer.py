@@ -176,16 +176,21 @@ def test_an_end_token_is_never_matched_in_text(tmp_path: Path) -> None:
 
 
 def test_tokens_beyond_the_logits(tmp_path: Path) -> None:
-    """A padding token that the model does not have is never used; a token of text would be, and is refused."""
+    """A padding token that the model does not have is never used, whatever its file calls it; a token of the vocabulary itself
+    would be, and is refused."""
     data = json.loads(tokenizer_json())
     data["model"]["vocab"].update({f"filler{i}": i for i in range(500, 512)})
     extra = data["added_tokens"][1] | {"id": 512, "content": "<pad>", "special": True}
     data["added_tokens"].append(extra)
-    tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
-    assert 512 not in tokenizer.encode("<pad>")
-    with pytest.raises(ConfigError, match="<pad>"):
-        tokenizer.control_token_id("<pad>")
-    extra["special"] = False
+    for special in (True, False):
+        extra["special"] = special
+        tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+        assert 512 not in tokenizer.encode("<pad>")
+        assert tokenizer.token_bytes(512) == b""
+        with pytest.raises(ConfigError, match="<pad>"):
+            tokenizer.control_token_id("<pad>")
+    data["added_tokens"].pop()
+    data["model"]["vocab"]["filler512"] = 512
     with pytest.raises(CheckpointError, match="has the token 512, and the model's vocabulary 512"):
         load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
 

@@ -1,0 +1,116 @@
+"""What a run must keep, as written on the command line: `ttft_p99<500ms`, `small:tpot_median<=40ms`, `errors==0`."""
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.loadtest.summary import MEASURES
+from model_parallel.errors import ConfigError
+
+_FORM = re.compile(
+    r"\s*(?:(?P<tenant>[A-Za-z0-9][\w.-]*):)?(?P<name>[a-z]\w*(?:\.\d+)?)\s*(?P<operator><=|>=|==|<|>)\s*"
+    r"(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?P<unit>ms|s|%|)\s*"
+)
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt
+}  # fmt: skip
+_LATENCY = re.compile(
+    rf"(?P<measure>{'|'.join(MEASURES)})_(?P<what>mean|median|std|min|max|p(?P<percent>\d+(?:\.\d+)?))"
+)
+COUNTS = ("sent", "completed", "refused", "errors", "cancelled", "failed", "retries", "short_answers")
+RATES = (
+    "request_throughput", "request_goodput", "output_throughput", "total_token_throughput", "duration", "goodput_share",
+    "max_concurrent_requests",
+)  # fmt: skip
+SHARES = {"error_rate": "errors", "refusal_rate": "refused"}
+OF_THE_RUN = ("jain_index", "max_service_gap")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assertion:
+    """One bound."""
+
+    text: str
+    tenant: str | None
+    name: str
+    key: str
+    """Of the result."""
+    measure: str | None
+    """Of a latency."""
+    percent: float | None
+    """The percentile that must be there."""
+    comparison: str
+    bound: float
+    """In the result's unit."""
+
+    def check(self, result: Mapping[str, Any]) -> "Checked":
+        """Of a run's summary. What was not measured keeps no bound."""
+        found = result if self.tenant is None else result["tenants"].get(self.tenant)
+        if found is None:
+            known = ", ".join(result["tenants"])
+            raise ConfigError(f"{self.text!r}: there is no tenant {self.tenant!r}; there are {known}")
+        value = self._value(found)
+        return Checked(
+            assertion=self, value=value, holds=value is not None and _OPERATORS[self.comparison](value, self.bound)
+        )
+
+    def _value(self, found: Mapping[str, Any]) -> float | None:
+        if self.measure is not None and not found[f"num_{self.measure}"]:
+            return None
+        if self.name in SHARES:
+            return found[self.key] / found["sent"] if found["sent"] else None
+        value = found[self.key]
+        return None if value is None else float(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """How an assertion came out."""
+
+    assertion: Assertion
+    value: float | None
+    holds: bool
+
+    def __str__(self) -> str:
+        measured = "nothing was measured" if self.value is None else f"it is {self.value:.6g}"
+        return f"{self.assertion.text}: {'holds' if self.holds else 'does not hold'}, {measured}"
+
+
+def parse_assertion(text: str, option: str = "--assert") -> Assertion:
+    """Raises ConfigError that says what may stand where."""
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{option} {text!r} must be like ttft_p99<500ms, small:tpot_median<=40ms or error_rate<1%")
+    name, unit, number = match["name"], match["unit"], float(match["number"])
+    latency = _LATENCY.fullmatch(name)
+    if latency is None and match["tenant"] and name in OF_THE_RUN:
+        raise ConfigError(f"{option} {text!r}: {name} is of the whole run, not of a tenant")
+    known = (*COUNTS, *RATES, *SHARES, *OF_THE_RUN)
+    if latency is None and name not in known:
+        raise ConfigError(
+            f"{option} {text!r}: {name!r} is not known; known are {', '.join(known)} and latencies such as ttft_p99, "
+            "tpot_median, itl_mean, e2el_max"
+        )
+    allowed = ("", "ms", "s") if latency else ("", "%") if name in SHARES or name == "goodput_share" else ("", "s")
+    if unit not in allowed or (unit == "s" and latency is None and name != "duration"):
+        raise ConfigError(f"{option} {text!r}: {name} is not measured in {unit}")
+    percent = float(latency["percent"]) if latency and latency["percent"] else None
+    if percent is not None and not 0 < percent <= 100:
+        raise ConfigError(f"{option} {text!r}: a percentile is above 0 and at most 100")
+    what = f"p{percent:g}" if percent is not None else latency["what"] if latency else ""
+    return Assertion(
+        text=text.strip(),
+        tenant=match["tenant"],
+        name=name,
+        key=f"{what}_{latency['measure']}_ms" if latency else SHARES.get(name, name),
+        measure=latency["measure"] if latency else None,
+        percent=percent,
+        comparison=match["operator"],
+        bound=number * {"s": 1e3 if latency else 1.0, "%": 0.01}.get(unit, 1.0),
+    )
+
+
+def percentiles_needed(assertions: Sequence[Assertion]) -> list[float]:
+    return [assertion.percent for assertion in assertions if assertion.percent is not None]

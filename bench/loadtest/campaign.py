@@ -1,0 +1,282 @@
+"""One or many runs of a scenario: repeats, a sweep over rates, a search; and what is written of them."""
+
+import asyncio
+import contextlib
+import math
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.loadtest.assertions import Assertion, percentiles_needed
+from bench.loadtest.discover import resolve
+from bench.loadtest.html_report import curve_report, report
+from bench.loadtest.leader import Crew, Interrupt, Run, Senders, crew
+from bench.loadtest.live import Board, print_result, watched
+from bench.loadtest.outputs import of_repeats, write_csv, write_json, write_text
+from bench.loadtest.runner import Resolved
+from bench.loadtest.scenario import Closed, Scenario, with_rate, with_users
+from bench.loadtest.search import ClientLimitError, Found, Probe, search
+from bench.loadtest.summary import PERCENTILES, summarise
+from bench.loadtest.targets import check_allowed
+from model_parallel.errors import ConfigError
+from model_parallel.transport.frames import LinkError
+from serving.client.tls import ClientTls
+
+
+class Exit(IntEnum):
+    """Status of the command."""
+
+    DONE = 0
+    DOES_NOT_HOLD = 1
+    """An assertion."""
+    INVALID = 3
+    """Assertions were to be checked, and the client was the bottleneck: they say nothing of the server."""
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """Bounds of a search for the highest rate."""
+
+    slo: Sequence[Assertion]
+    start: float = 1.0
+    lowest: float = 0.05
+    highest: float = 10_000.0
+    precision: float = 0.05
+    repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What is to be done and written."""
+
+    repeats: int = 1
+    percentiles: Sequence[float] = PERCENTILES
+    assertions: Sequence[Assertion] = ()
+    sweep: Sequence[float] = ()
+    search: Search | None = None
+    json_file: Path | None = None
+    csv_file: Path | None = None
+    html_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sweep and self.search:
+            raise ConfigError("--sweep and --search exclude each other")
+        if (self.sweep or self.search) and (self.csv_file or self.assertions):
+            raise ConfigError("--csv and --assert are of runs at one rate, not of a sweep or a search")
+        for path in (self.json_file, self.csv_file, self.html_file):
+            if path is not None and not path.parent.is_dir():
+                raise ConfigError(f"{path}: there is no directory {path.parent}")
+
+    @property
+    def all_percentiles(self) -> list[float]:
+        slo = self.search.slo if self.search else ()
+        return sorted({*self.percentiles, *percentiles_needed([*self.assertions, *slo])})
+
+
+class Campaign:
+    """Runs of one scenario by one crew."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        resolved: Sequence[Resolved],
+        team: Crew,
+        wanted: Wanted,
+        console: Console,
+        interrupt: Interrupt,
+    ) -> None:
+        self._scenario, self._resolved, self._team, self._wanted = scenario, resolved, team, wanted
+        self._console, self._interrupt, self._stop = console, interrupt, interrupt.stop
+
+    async def repeat(self) -> Exit:
+        """The scenario as it is, several times over with seeds of their own."""
+        runs: list[Run] = []
+        results: list[dict[str, Any]] = []
+        for number in range(self._wanted.repeats):
+            if self._stop.is_set():
+                break
+            scenario = self._scenario.model_copy(update={"seed": self._scenario.seed + number})
+            run, result = await self._once(scenario)
+            runs.append(run)
+            results.append(result)
+        if not results:
+            return Exit.INTERRUPTED
+        result = of_repeats(results)
+        print_result(result, self._console)
+        if self._wanted.json_file:
+            write_json(result, self._wanted.json_file)
+        if self._wanted.csv_file:
+            write_csv(self._scenario, [run.records for run in runs], self._wanted.csv_file)
+        if self._wanted.html_file:
+            write_text(report(self._scenario, result, runs[0].records), self._wanted.html_file)
+        return self._judge(result)
+
+    def _judge(self, result: dict[str, Any]) -> Exit:
+        checked = [assertion.check(result) for assertion in self._wanted.assertions]
+        for each in checked:
+            self._console.print(f"[{'green' if each.holds else 'bold red'}]{each}[/]")
+        if self._stop.is_set():
+            return Exit.INTERRUPTED
+        if checked and not result["valid"]:
+            return Exit.INVALID
+        return Exit.DONE if all(each.holds for each in checked) else Exit.DOES_NOT_HOLD
+
+    async def sweep(self) -> Exit:
+        """One point for each rate, or number of users where the load is a closed loop."""
+        is_closed = all(isinstance(tenant.arrivals, Closed) for tenant in self._scenario.tenants)
+        scenarios = [
+            with_users(self._scenario, _whole(at)) if is_closed else with_rate(self._scenario, at)
+            for at in self._wanted.sweep
+        ]
+        unit = "users" if is_closed else "requests/s sent"
+        points: list[tuple[float, dict[str, Any]]] = []
+        for at, scenario in zip(self._wanted.sweep, scenarios, strict=True):
+            results = []
+            for number in range(self._wanted.repeats):
+                if self._stop.is_set():
+                    break
+                _, result = await self._once(scenario.model_copy(update={"seed": scenario.seed + number}))
+                results.append(result)
+            if results:
+                points.append((at, of_repeats(results)))
+                self._console.print(f"{at:g} {unit}: {_line(points[-1][1])}", highlight=False)
+        self._write_points("sweep", {"unit": unit}, points, [])
+        return Exit.INTERRUPTED if self._stop.is_set() else Exit.DONE
+
+    async def search(self, bounds: Search) -> Exit:
+        """The highest rate that keeps the SLO."""
+        with_rate(self._scenario, bounds.start)  # refused before anything is sent
+        number = 0
+
+        async def measure(rate: float) -> Probe:
+            nonlocal number
+            number += 1
+            scenario = with_rate(self._scenario, rate)
+            run, result = await self._once(scenario.model_copy(update={"seed": scenario.seed + number}))
+            probe = probed(rate, result, bounds.slo)
+            verdict = "keeps" if probe.passed else f"does not keep ({probe.why})"
+            self._console.print(f"{rate:g} requests/s {verdict} the SLO: {_line(result)}", highlight=False)
+            if run.was_interrupted:
+                raise asyncio.CancelledError
+            if not result["valid"]:
+                raise ClientLimitError(f"the client was the bottleneck: {result['invalid_because'][0]}")
+            return probe
+
+        try:
+            found = await search(
+                measure,
+                start=bounds.start,
+                lowest=bounds.lowest,
+                highest=bounds.highest,
+                precision=bounds.precision,
+                repeats=bounds.repeats,
+            )
+        except asyncio.CancelledError:
+            if not self._stop.is_set():
+                raise
+            return Exit.INTERRUPTED
+        lines = found_lines(found, bounds.slo)
+        for line in lines:
+            self._console.print(f"[bold]{line}[/]", highlight=False)
+        facts = {"rate": found.rate, "failed_at": found.failed_at, "ended_because": found.ended_because, "lines": lines}
+        self._write_points("search", facts, [(probe.rate, probe.result) for probe in found.probes], lines)
+        return Exit.DONE if found.rate is not None else Exit.DOES_NOT_HOLD
+
+    def _write_points(
+        self, kind: str, facts: dict[str, Any], points: Sequence[tuple[float, dict[str, Any]]], lines: Sequence[str]
+    ) -> None:
+        if self._wanted.json_file:
+            rows = [
+                {"at": at, **{key: value for key, value in result.items() if key != "requests"}}
+                for at, result in points
+            ]
+            write_json({"kind": kind, "name": self._scenario.name, **facts, "points": rows}, self._wanted.json_file)
+        if self._wanted.html_file:
+            unit = str(facts.get("unit", "requests/s sent"))
+            write_text(curve_report(f"{self._scenario.name}: {kind}", lines, points, unit), self._wanted.html_file)
+
+    async def _once(self, scenario: Scenario) -> tuple[Run, dict[str, Any]]:
+        board = Board(scenario)
+        view = watched(board, self._console) if self._console.is_terminal else contextlib.nullcontext()
+        self._interrupt.is_running = True
+        try:
+            with view:
+                run = await self._team.run(
+                    scenario, self._resolved, self._stop, on_begin=board.begin, on_progress=board.update
+                )
+        finally:
+            self._interrupt.is_running = False
+        return run, summarise(scenario, run, self._wanted.all_percentiles)
+
+
+def probed(rate: float, result: dict[str, Any], slo: Sequence[Assertion]) -> Probe:
+    """A run passes when it keeps every bound, and when what was under way did not grow: else a longer run would not pass."""
+    broken = [str(checked) for checked in (bound.check(result) for bound in slo) if not checked.holds]
+    if result["steady_state"]["is_steady"] is False:
+        broken.append("what is under way grows")
+    return Probe(rate, not broken, "; ".join(broken), result)
+
+
+def found_lines(found: Found, slo: Sequence[Assertion]) -> list[str]:
+    """What a search came to, in words."""
+    bounds = ", ".join(bound.text for bound in slo)
+    if found.rate is None:
+        return [f"no rate that was tried keeps {bounds}: {found.ended_because}"]
+    beyond = "" if found.failed_at is None else f"; {found.failed_at:.4g} does not"
+    return [f"{found.rate:.4g} requests/s keep {bounds}{beyond} ({found.ended_because}; {len(found.probes)} runs)"]
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:.0f} tokens/s, TTFT p50 "
+        f"{result['median_ttft_ms']:.0f} ms, p99 {result['p99_ttft_ms']:.0f} ms, TPOT p50 {result['median_tpot_ms']:.1f} ms, "
+        f"{result['refused']} refused, {result['errors']} failed" + ("" if result["valid"] else ", NOT VALID")
+    )
+
+
+def _whole(number: float) -> int:
+    if number < 1 or number != math.floor(number):
+        raise ConfigError(f"--sweep holds {number:g}; of a closed loop it must hold whole numbers of users")
+    return int(number)
+
+
+@contextlib.asynccontextmanager
+async def _signals() -> AsyncIterator[Interrupt]:
+    """Ctrl-C and SIGTERM ask for an end."""
+    loop, interrupt = asyncio.get_running_loop(), Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        yield interrupt
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def run_campaign(
+    scenario: Scenario, senders: Senders, tls: ClientTls | None, wanted: Wanted, console: Console
+) -> Exit:
+    """Everything that `packtrain load` does. Raises ConfigError, ConnectionError."""
+    check_allowed([tenant.parsed_target for tenant in scenario.tenants], senders.owns_targets)
+    async with _signals() as interrupt:
+        try:
+            resolved = await resolve(scenario, tls)
+            async with crew(senders, tls, lambda line: console.print(line, highlight=False)) as team:
+                campaign = Campaign(scenario, resolved, team, wanted, console, interrupt)
+                if wanted.sweep:
+                    return await campaign.sweep()
+                if wanted.search:
+                    return await campaign.search(wanted.search)
+                return await campaign.repeat()
+        except LinkError as error:
+            raise ConnectionError(str(error)) from error
+        except asyncio.CancelledError:
+            if not interrupt.stop.is_set():
+                raise
+            return Exit.INTERRUPTED

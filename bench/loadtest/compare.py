@@ -1,0 +1,100 @@
+"""Whether two results differ by more than chance."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.loadtest.estimates import Difference, Values, bootstrap, welch
+from model_parallel.errors import ConfigError
+
+MAX_FILE_BYTES = 512 << 20
+_SEED = 1
+MIN_SAMPLES = 20
+MIN_REPEATS = 3
+Figure = Callable[[Values], Any]
+
+LATENCIES: Mapping[str, tuple[str, Figure]] = {
+    f"{what}_{measure}_ms": (f"{measure}_s", figure)
+    for measure in ("ttft", "tpot", "e2el")
+    for what, figure in (
+        ("mean", lambda values: values.mean(axis=-1)),
+        ("median", lambda values: np.median(values, axis=-1)),
+        ("p99", lambda values: np.percentile(values, 99, axis=-1)),
+    )
+}
+RATES = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure of both."""
+
+    name: str
+    a: float
+    b: float
+    difference: Difference | None
+    """None where there is nothing to judge it by."""
+    how: str
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result of ours, or of `vllm bench serve`. Raises ConfigError."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or not isinstance(data.get("request_throughput"), int | float):
+        raise ConfigError(f"{path} is not the result of a load test: it has no request_throughput")
+    return data
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
+    """All figures that both have."""
+    rows = []
+    for name in (*RATES, *LATENCIES):
+        first, second = a.get(name), b.get(name)
+        if not (_is_figure(first) and _is_figure(second)):
+            continue
+        difference, how = _judge(name, a, b)
+        rows.append(Row(name, float(first), float(second), difference, how))  # type: ignore[arg-type]
+    return rows
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _judge(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Difference | None, str]:
+    """Repeats are judged by Welch's test; single runs by their requests, where those are in the results."""
+    runs = [[run[name] for run in result.get("runs", ()) if _is_figure(run.get(name))] for result in (a, b)]
+    if min(map(len, runs)) >= MIN_REPEATS:
+        return welch(*runs), f"Welch, {len(runs[0])} and {len(runs[1])} runs"
+    if name not in LATENCIES:
+        return None, f"needs {MIN_REPEATS} repeats of each"
+    column, figure = LATENCIES[name]
+    series = [_column(result, column) for result in (a, b)]
+    if min(map(len, series)) < MIN_SAMPLES:
+        return None, f"needs {MIN_SAMPLES} requests of each"
+    return bootstrap(series[0], series[1], figure, _SEED), "block bootstrap of the requests"
+
+
+def _column(result: Mapping[str, Any], name: str) -> Values:
+    requests = result.get("requests")
+    if not isinstance(requests, dict) or not isinstance(requests.get(name), list):
+        return np.zeros(0)
+    outcomes = requests.get("outcome") or ["finished"] * len(requests[name])
+    kept = (
+        value
+        for value, outcome in zip(requests[name], outcomes, strict=True)
+        if value is not None and outcome == "finished"
+    )
+    return np.array([float(value) for value in kept])

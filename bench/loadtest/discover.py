@@ -1,0 +1,139 @@
+"""What must be known of a server before a run: which model, how wide its vocabulary, how many tokens a word is."""
+
+import asyncio
+import json
+import random
+import ssl
+from typing import Any
+
+import aiohttp
+import grpc
+import grpc.aio
+import msgspec
+
+from bench.loadtest.files import load_entries
+from bench.loadtest.grpc_transport import channel_to
+from bench.loadtest.runner import Resolved
+from bench.loadtest.scenario import Scenario, Tenant
+from bench.loadtest.sender import key_of
+from bench.loadtest.words import WORDS
+from bench.loadtest.work import Facts
+from model_parallel.errors import ConfigError
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import InferenceStub
+from serving.client.tls import ClientTls
+
+TIMEOUT_S = 10.0
+UNKNOWN_VOCABULARY = 30_000
+"""Of a server that does not tell: below the width of every vocabulary in wide use."""
+_NUM_PROBE_WORDS = 400
+
+
+async def resolve(scenario: Scenario, tls: ClientTls | None) -> list[Resolved]:
+    """For every tenant. Raises ConfigError, ConnectionError."""
+    known: dict[tuple[str, str, str | None], Facts] = {}
+    found = []
+    for tenant in scenario.tenants:
+        entries = await asyncio.to_thread(load_entries, tenant)
+        key = (tenant.target, key_of(tenant), tenant.model)
+        if key not in known:
+            ask = _ask_grpc if tenant.parsed_target.is_grpc else _ask_http
+            known[key] = await ask(tenant, tls)
+        facts = known[key]
+        if tenant.vocab_size is not None:
+            facts = msgspec.structs.replace(facts, vocab_size=tenant.vocab_size)
+        found.append(Resolved(facts=facts, entries=entries))
+    return found
+
+
+def _probe_text() -> str:
+    return " ".join(random.Random(0).choices(WORDS, k=_NUM_PROBE_WORDS))
+
+
+def _choose(tenant: Tenant, names: list[str]) -> str:
+    if tenant.model is not None:
+        if tenant.model not in names:
+            raise ConfigError(
+                f"tenants.{tenant.name}.model is {tenant.model!r}; {tenant.target} serves {', '.join(names)}"
+            )
+        return tenant.model
+    if len(names) != 1:
+        raise ConfigError(f"{tenant.target} serves {len(names)} models ({', '.join(names)}); choose one with model")
+    return names[0]
+
+
+async def _ask_grpc(tenant: Tenant, tls: ClientTls | None) -> Facts:
+    key = key_of(tenant)
+    metadata = (("authorization", f"Bearer {key}"),) if key else ()
+    async with channel_to(tenant.parsed_target, tls) as channel:
+        stub: Any = InferenceStub(channel)
+        try:
+            await asyncio.wait_for(channel.channel_ready(), TIMEOUT_S)
+        except TimeoutError:
+            problem = tls.problem(tenant.parsed_target.address) if tls and tenant.parsed_target.is_secure else ""
+            raise ConnectionError(
+                f"nothing answers at {tenant.target} within {TIMEOUT_S:g} s. {problem}".rstrip()
+            ) from None
+        try:
+            cards = await stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata)
+            by_name = {card.name: card for card in cards.models}
+            name = _choose(tenant, list(by_name))
+            request = pb.TokenizeRequest(model=name, text=_probe_text(), add_bos=False)
+            tokens = await stub.Tokenize(request, timeout=TIMEOUT_S, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionError(f"{tenant.target}: {error.details()} ({error.code().name})") from error
+    return Facts(
+        model=name,
+        vocab_size=by_name[name].vocab_size,
+        tokens_per_word=max(0.1, len(tokens.token_ids) / _NUM_PROBE_WORDS),
+    )
+
+
+async def _ask_http(tenant: Tenant, tls: ClientTls | None) -> Facts:
+    target, key = tenant.parsed_target, key_of(tenant)
+    context: ssl.SSLContext | bool = True
+    if target.is_secure:
+        context = (tls or ClientTls(None, None, None)).context("http/1.1")
+    base = f"{target.scheme}://{target.address}{target.path}"
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=context), headers=headers, timeout=timeout, trust_env=False
+        ) as session:
+            async with session.get(f"{base}/v1/models", allow_redirects=False) as response:
+                body = await response.content.read(1 << 20)
+                if response.status == 404 and tenant.model is not None:
+                    names = [tenant.model]
+                elif response.status != 200:
+                    raise ConnectionError(f"{base}/v1/models answers {response.status}")
+                else:
+                    names = _model_names(body, base)
+            name = _choose(tenant, names)
+            return Facts(
+                model=name, vocab_size=UNKNOWN_VOCABULARY, tokens_per_word=await _tokens_per_word(session, base, name)
+            )
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        if isinstance(error, ConnectionError) and str(error).startswith(base):
+            raise
+        raise ConnectionError(f"{tenant.target} cannot be reached: {error or 'no answer in time'}") from error
+
+
+def _model_names(body: bytes, base: str) -> list[str]:
+    try:
+        return [str(model["id"]) for model in json.loads(body)["data"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConnectionError(f"{base}/v1/models does not answer as OpenAI's API does") from error
+
+
+async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str) -> float:
+    """By /tokenize, which vLLM and Packtrain have; 1 where there is none."""
+    body = {"model": model, "prompt": _probe_text(), "add_special_tokens": False}
+    async with session.post(f"{base}/tokenize", json=body, allow_redirects=False) as response:
+        if response.status != 200:
+            return 1.0
+        try:
+            count = int(json.loads(await response.content.read(4 << 20))["count"])
+        except (ValueError, KeyError, TypeError):
+            return 1.0
+    return max(0.1, count / _NUM_PROBE_WORDS)

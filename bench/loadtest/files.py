@@ -1,0 +1,200 @@
+"""Reads prompts and traces from files. Everything is bounded, and what is wrong is named by file, line and field."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.loadtest.scenario import JsonLines, ShareGpt, Tenant, Trace
+from bench.loadtest.work import Entry
+from model_parallel.errors import ConfigError
+
+MAX_FILE_BYTES = 2 << 30
+MAX_LINE_BYTES = 8 << 20
+AZURE = {"timestamp": "TIMESTAMP", "input_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
+"""Azure/AzurePublicDataset, AzureLLMInferenceTrace_*.csv."""
+BURSTGPT = {"timestamp": "Timestamp", "input_tokens": "Request tokens", "output_tokens": "Response tokens"}
+"""HPMLL/BurstGPT, BurstGPT_*.csv."""
+
+
+def load_entries(tenant: Tenant) -> list[Entry]:
+    """What the tenant's work reads from a file; empty for synthetic work. Raises ConfigError."""
+    work = tenant.work
+    if isinstance(work, JsonLines | ShareGpt | Trace):
+        where = f"tenants.{tenant.name}.work.path: {work.path}"
+        try:
+            if (size := work.path.stat().st_size) > MAX_FILE_BYTES:
+                raise ConfigError(f"{where} has {size} bytes; the limit is {MAX_FILE_BYTES}")
+            entries = list(islice(_reader(work, where), work.max_entries))
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where} is not UTF-8: {error}") from error
+        if not entries:
+            raise ConfigError(f"{where} holds no request")
+        if isinstance(work, Trace):
+            return _from_start(entries, work.speed)
+        if tenant.chosen_form == "chat" and any(entry.ids for entry in entries):
+            raise ConfigError(
+                f"{where} holds token ids, which api {tenant.chosen_api} does not take as chat; set form: ids"
+            )
+        if tenant.chosen_api == "completions" and any(entry.messages for entry in entries):
+            raise ConfigError(f"{where} holds messages, which api completions does not take")
+        return entries
+    return []
+
+
+def _reader(work: JsonLines | ShareGpt | Trace, where: str) -> Iterator[Entry]:
+    if isinstance(work, JsonLines):
+        return _json_lines(work.path, where, _prompt)
+    if isinstance(work, ShareGpt):
+        return _sharegpt(work, where)
+    match work.format:
+        case "mooncake":
+            return _json_lines(work.path, where, _mooncake)
+        case "azure":
+            return _csv(work.path, where, AZURE)
+        case "burstgpt":
+            return _csv(work.path, where, BURSTGPT)
+        case "csv":
+            return _csv(work.path, where, work.columns.model_dump())
+
+
+def _from_start(entries: list[Entry], speed: float) -> list[Entry]:
+    """In order of time, the first at 0."""
+    first_s = min(entry.at_s for entry in entries)
+    moved = (msgspec.structs.replace(entry, at_s=(entry.at_s - first_s) / speed) for entry in entries)
+    return sorted(moved, key=lambda entry: entry.at_s)
+
+
+def _json_lines(path: Path, where: str, read: Callable[[dict[str, Any]], Entry]) -> Iterator[Entry]:
+    with path.open(encoding="utf-8") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                data = json.loads(line)
+                if not isinstance(data, dict):
+                    raise ValueError("it must be an object")
+                yield read(data)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{where}, line {number}: {error}") from error
+
+
+def _prompt(data: dict[str, Any]) -> Entry:
+    output_tokens = data.get("output_tokens", data.get("max_tokens"))
+    if output_tokens is not None:
+        output_tokens = _count(output_tokens, "output_tokens")
+    prompt, messages = data.get("prompt"), data.get("messages")
+    if (prompt is None) == (messages is None):
+        raise ValueError("it must have either prompt or messages")
+    if messages is not None:
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("messages must be a list of {role, content}")
+        return Entry(output_tokens=output_tokens, messages=[_message(message) for message in messages])
+    if isinstance(prompt, str) and prompt:
+        return Entry(output_tokens=output_tokens, turns=[prompt])
+    if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
+        return Entry(output_tokens=output_tokens, ids=prompt)
+    raise ValueError("prompt must be a text or a list of token ids, not empty")
+
+
+def _message(message: Any) -> tuple[str, str]:
+    match message:
+        case {"role": str(role), "content": str(content)}:
+            return role, content
+    raise ValueError("messages must be a list of {role, content}, both texts")
+
+
+def _mooncake(data: dict[str, Any]) -> Entry:
+    blocks = data.get("hash_ids", [])
+    if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
+        raise ValueError("hash_ids must be a list of whole numbers")
+    return Entry(
+        at_s=_number(data.get("timestamp"), "timestamp") / 1e3,
+        input_tokens=_count(data.get("input_length"), "input_length"),
+        output_tokens=_count(data.get("output_length"), "output_length"),
+        blocks=blocks,
+    )
+
+
+def _sharegpt(work: ShareGpt, where: str) -> Iterator[Entry]:
+    try:
+        conversations = json.loads(work.path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    if not isinstance(conversations, list):
+        raise ConfigError(f"{where} must hold a list of conversations")
+    for number, conversation in enumerate(conversations):
+        said = conversation.get("conversations") if isinstance(conversation, dict) else None
+        if not isinstance(said, list):
+            raise ConfigError(f"{where}, item {number}: it must have a list `conversations`")
+        questions = [
+            part["value"]
+            for part in said
+            if isinstance(part, dict) and part.get("from") in ("human", "user") and isinstance(part.get("value"), str)
+        ]
+        if any(questions):
+            yield Entry(turns=[question for question in questions if question][: work.max_turns])
+
+
+def _csv(path: Path, where: str, columns: Mapping[str, str]) -> Iterator[Entry]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        try:
+            absent = [name for name in columns.values() if name not in (rows.fieldnames or ())]
+            if absent:
+                raise ConfigError(
+                    f"{where} has no column {', '.join(map(repr, absent))}; it has {', '.join(rows.fieldnames or ())}"
+                )
+            for row in rows:
+                try:
+                    input_tokens = _count(row[columns["input_tokens"]], columns["input_tokens"])
+                    output_tokens = _count(row[columns["output_tokens"]], columns["output_tokens"], least=0)
+                    at_s = _moment(row[columns["timestamp"]], columns["timestamp"])
+                except ValueError as error:
+                    raise ConfigError(f"{where}, line {rows.line_num}: {error}") from error
+                if output_tokens:  # BurstGPT has failed requests, which answered nothing
+                    yield Entry(at_s=at_s, input_tokens=input_tokens, output_tokens=output_tokens)
+        except csv.Error as error:
+            raise ConfigError(f"{where}, line {rows.line_num}: {error}") from error
+
+
+def _moment(value: Any, field: str) -> float:
+    """Seconds of a number, or of a date and time; of one without a zone as if it were UTC."""
+    try:
+        return _number(value, field)
+    except ValueError:
+        try:
+            # Azure writes seven digits of a second; the standard library takes six.
+            head, dot, fraction = str(value).strip().partition(".")
+            parsed = datetime.fromisoformat(head + dot + fraction[:6] if dot else head)
+        except ValueError:
+            raise ValueError(f"{field} is {value!r}; it must be seconds, or a date and time") from None
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+
+
+def _number(value: Any, field: str) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{field} is {value!r}; it must be a number") from None
+    if not 0 <= number < 1e15:
+        raise ValueError(f"{field} is {value!r}; it must be from 0 to 1e15")
+    return number
+
+
+def _count(value: Any, field: str, least: int = 1) -> int:
+    number = _number(value, field)
+    if number != int(number) or not least <= number <= 1 << 30:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number of at least {least}")
+    return int(number)

@@ -1,0 +1,126 @@
+"""Results as files: JSON, and CSV with a line a request."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.loadtest.estimates import mean_interval
+from bench.loadtest.records import Record
+from bench.loadtest.scenario import Scenario
+from model_parallel.errors import ConfigError
+
+_SUMMED = frozenset({
+    "duration", "completed", "failed", "sent", "finished", "refused", "cancelled", "errors", "total_input_tokens",
+    "total_output_tokens", "short_answers", "retries", "num_ttft", "num_tpot", "num_itl", "num_e2el",
+})  # fmt: skip
+COLUMNS = (
+    "run", "tenant", "session", "turn", "outcome", "code", "reason", "attempts", "intended_s", "sent_s", "first_token_s",
+    "last_token_s", "ended_s", "ttft_s", "tpot_s", "e2el_s", "prompt_tokens", "output_tokens", "gateway_s", "queue_s",
+    "prefill_s", "decode_s", "server_total_s",
+)  # fmt: skip
+
+
+def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs as one: counts are summed, other figures averaged; `runs` keeps each, `between_runs` their spread."""
+    first = dict(results[0])
+    if len(results) == 1:
+        return first
+    merged = first | _merged(results)
+    merged["tenants"] = {
+        name: dict(tenant) | _merged([result["tenants"][name] for result in results])
+        for name, tenant in first["tenants"].items()
+    }
+    merged["valid"] = all(result["valid"] for result in results)
+    for name in ("invalid_because", "notes"):
+        merged[name] = [f"run {number}: {text}" for number, result in enumerate(results, 1) for text in result[name]]
+    between = {}
+    for name, value in first.items():
+        values = [result[name] for result in results]
+        if isinstance(value, float) and all(isinstance(each, float) for each in values):
+            interval = mean_interval(np.array(values))
+            between[name] = {"std": statistics.stdev(values), "low": interval.low, "high": interval.high}
+    merged["between_runs"] = between
+    merged["requests"] = {
+        name: [value for result in results for value in result["requests"][name]]
+        if isinstance(column, list)
+        else column
+        for name, column in first["requests"].items()
+    }
+    merged["runs"] = [{key: value for key, value in result.items() if key != "requests"} for result in results]
+    return merged
+
+
+def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for name, value in parts[0].items():
+        values = [part[name] for part in parts]
+        if name in ("rejects_by_reason", "errors_by_code"):
+            labels = {label for each in values for label in each}
+            merged[name] = {label: sum(each.get(label, 0) for each in values) for label in sorted(labels)}
+        elif name == "seed" or isinstance(value, bool) or not all(isinstance(each, int | float) for each in values):
+            continue
+        else:
+            merged[name] = sum(values) if name in _SUMMED else statistics.fmean(values)
+    return merged
+
+
+def write_json(result: Mapping[str, Any], path: Path) -> None:
+    """Numbers that JSON does not have become null. Raises ConfigError."""
+    _write(path, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
+
+
+def write_csv(scenario: Scenario, runs: Sequence[Sequence[Record]], path: Path) -> None:
+    """Every request. Raises ConfigError."""
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for number, records in enumerate(runs, 1):
+                for record in records:
+                    writer.writerow([number, *(_cell(value) for value in _row(scenario, record))])
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _row(scenario: Scenario, record: Record) -> list[Any]:
+    told = record.stages
+    stages = [None] * 5 if told is None else [told.gateway_s, told.queue_s, told.prefill_s, told.decode_s, told.total_s]
+    return [
+        scenario.tenants[record.tenant].name, record.session, record.turn, record.outcome.value, record.code, record.reason,
+        record.attempts, record.intended_s, record.sent_s, record.first_s, record.last_s, record.ended_s, record.ttft_s,
+        record.tpot_s, record.e2el_s, record.prompt_tokens, record.output_tokens, *stages,
+    ]  # fmt: skip
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] in "=+-@":
+        return "'" + value  # a server's words must not become a formula in somebody's spreadsheet
+    return f"{value:.6f}" if isinstance(value, float) else value
+
+
+def write_text(text: str, path: Path) -> None:
+    """Raises ConfigError."""
+    _write(path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error

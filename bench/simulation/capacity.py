@@ -1,0 +1,229 @@
+"""How many groups a load needs within a service level: the fewest, for each shape of a group, and the curve around them."""
+
+import math
+import multiprocessing
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bench.simulation.report import Columns
+from bench.simulation.requests import Requests, Status
+from bench.simulation.run import Plan, resolve, simulate
+from bench.simulation.scenario import MAX_GROUPS, SimulationScenario
+from bench.simulation.workload import make_requests
+from model_parallel.errors import ConfigError
+
+STATISTICS = {"median": 50.0, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_BOUND = re.compile(r"(ttft|tpot|e2el)_(median|p50|p90|p95|p99)=([0-9]+(?:\.[0-9]+)?)(s|ms|us)")
+CURVE = (0.8, 0.9, 1.0, 1.1, 1.25)
+"""Numbers of groups around the best one, as parts of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A latency that a percentile of all requests must keep. One that was refused or failed counts as endless."""
+
+    metric: Literal["ttft", "tpot", "e2el"]
+    statistic: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}_{self.statistic}"
+
+
+def parse_slo(text: str) -> tuple[Bound, ...]:
+    """Of "ttft_p99=2s,tpot_p99=200ms". Raises ConfigError."""
+    bounds = []
+    for part in text.split(","):
+        match = _BOUND.fullmatch(part.strip())
+        if match is None:
+            raise ConfigError(
+                f"slo: {part.strip()!r} must be like ttft_p99=2s: one of ttft, tpot, e2el; one of "
+                f"{', '.join(STATISTICS)}; a number; s, ms or us"
+            )
+        metric, statistic, number, unit = match.groups()
+        bounds.append(Bound(metric, statistic, float(number) * _UNITS[unit]))  # type: ignore[arg-type]  # of the pattern
+    return tuple(bounds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One way to build a group."""
+
+    profile: str
+    tensor_parallel_size: int
+    dtype: str
+    quantization: str | None
+
+    def __str__(self) -> str:
+        return f"{self.profile} TP={self.tensor_parallel_size} {self.quantization or self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked of one shape."""
+
+    scenario: SimulationScenario
+    shape: Shape
+    slo: tuple[Bound, ...]
+    price_per_gpu_hour: float | None
+    max_groups: int
+
+
+class _Trial:
+    """One shape under the load, with any number of groups."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+        groups = question.scenario.groups.model_copy(
+            update={
+                "profile": question.shape.profile,
+                "tensor_parallel_size": question.shape.tensor_parallel_size,
+                "dtype": question.shape.dtype,
+                "quantization": question.shape.quantization,
+            }
+        )
+        self.scenario = question.scenario.model_copy(update={"groups": groups, "scaling": None})
+        self.plan: Plan = resolve(groups)
+        self.requests: Requests = make_requests(self.scenario, max_model_len=self.plan.max_model_len)
+        self.tried: dict[int, dict[str, Any]] = {}
+
+    def with_groups(self, num_groups: int) -> dict[str, Any]:
+        """Figures, and whether they keep the service level."""
+        if num_groups not in self.tried:
+            groups = self.scenario.groups.model_copy(update={"num_groups": num_groups})
+            scenario = self.scenario.model_copy(update={"groups": groups})
+            summary, fleet = simulate(scenario, plan=self.plan, requests=self.requests)
+            columns = Columns(fleet)
+            chosen = (columns.arrived_s >= scenario.warmup_s) & (columns.status != Status.NOT_SENT)
+            reached = {bound.name: reached_s(columns, chosen, bound) for bound in self._question.slo}
+            self.tried[num_groups] = self._row(summary, reached, num_groups)
+        return self.tried[num_groups]
+
+    def _row(self, summary: Mapping[str, Any], reached: Mapping[str, float], num_groups: int) -> dict[str, Any]:
+        question, tp_size = self._question, self._question.shape.tensor_parallel_size
+        tokens = summary["total_output_tokens"]
+        price = question.price_per_gpu_hour
+        return {
+            "num_groups": num_groups,
+            "num_gpus": num_groups * tp_size,
+            "holds": all(reached[bound.name] <= bound.seconds for bound in question.slo),
+            **{f"{name}_s": seconds for name, seconds in reached.items()},
+            "sent": summary["sent"],
+            "finished": summary["finished"],
+            "refused": summary["refused"],
+            "failed": summary["failed"] + summary["cancelled"],
+            "output_tokens_per_s": summary["output_throughput"],
+            "busy_share": summary["busy_share"],
+            "preemptions": summary["num_preemptions"],
+            "cost_per_million_output_tokens": None if price is None else price * summary["gpu_hours"] / tokens * 1e6,
+            "kwh_per_million_output_tokens": summary["energy_kwh"] / tokens * 1e6 if tokens else None,
+        }
+
+    def fewest(self) -> int | None:
+        """By doubling and halving, since more groups never make it worse. None when max_groups do not suffice."""
+        low, high = 0, min(self._least(), self._question.max_groups)  # low does not hold, high will
+        while not self.with_groups(high)["holds"]:
+            if high == self._question.max_groups:
+                return None
+            low, high = high, min(max(high + 1, math.ceil(high * 1.5)), self._question.max_groups)
+        while high - low > 1 and not low:  # the first guess holds: look below it
+            lower = max(1, math.floor(high / 1.5))
+            low, high = (0, lower) if self.with_groups(lower)["holds"] else (lower, high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.with_groups(middle)["holds"] else (middle, high)
+        return high
+
+    def _least(self) -> int:
+        """Groups that are busy all the time with full batches, by the cost of prompts and of decoding alone."""
+        cost, scheduler = self.plan.machine.cost, self.plan.shape.scheduler
+        batch, chunk = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        prompt = sum(self.requests.prompt_tokens) * cost.tokens_s(chunk) / chunk
+        answer = sum(self.requests.output_tokens) * (cost.tokens_s(batch) / batch + cost.row_s)
+        return max(1, min(MAX_GROUPS, math.ceil((prompt + answer) / self.scenario.duration_s)))
+
+
+def reached_s(columns: Columns, chosen: "np.ndarray[Any, np.dtype[np.bool_]]", bound: Bound) -> float:
+    """The percentile over all requests that were sent; inf when too many did not finish."""
+    done = chosen & (columns.status == Status.FINISHED)
+    num_lost = int(chosen.sum() - done.sum())
+    match bound.metric:
+        case "ttft":
+            values = columns.ttft_s[done]
+        case "e2el":
+            values = columns.e2e_s[done]
+        case _:
+            values = columns.tpot_s(done)
+    total = len(values) + num_lost
+    if not total:
+        return 0.0
+    rank = math.ceil(STATISTICS[bound.statistic] / 100 * total) - 1
+    return float(np.sort(values)[rank]) if rank < len(values) else math.inf
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """For one shape: the fewest groups and the curve around them; what is in the way when there are none."""
+    found: dict[str, Any] = {
+        "shape": str(question.shape),
+        "profile": question.shape.profile,
+        "tensor_parallel_size": question.shape.tensor_parallel_size,
+        "quantization": question.shape.quantization,
+        "best": None,
+        "curve": [],
+        "problem": "",
+    }
+    try:
+        trial = _Trial(question)
+    except ConfigError as error:  # the weights do not fit, or TP is more than there are heads
+        return found | {"problem": str(error)}
+    fewest = trial.fewest()
+    if fewest is None:
+        last = trial.tried[max(trial.tried)]
+        return found | {
+            "curve": [trial.tried[num] for num in sorted(trial.tried)],
+            "problem": f"with {last['num_groups']} groups the service level is still not kept",
+        }
+    for num_groups in sorted({max(1, round(fewest * part)) for part in CURVE} | {fewest}):
+        trial.with_groups(num_groups)
+    return found | {
+        "best": trial.with_groups(fewest),
+        "curve": [trial.tried[num] for num in sorted(trial.tried)],
+        "is_measured": trial.plan.machine.is_measured,
+        "origin": trial.plan.machine.origin,
+        "kv_cache_tokens": trial.plan.kv_cache_tokens,
+    }
+
+
+def answer_all(
+    questions: Sequence[Question], num_processes: int, report: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """Several shapes, side by side in processes of their own. `report` is told of each as it is there."""
+    if num_processes == 1 or len(questions) == 1:
+        answers = []
+        for question in questions:
+            answers.append(answer(question))
+            report(answers[-1])
+        return answers
+    answers = []
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(answer, questions):
+            report(found)
+            answers.append(found)
+    return answers
+
+
+def cheapest(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """With the fewest GPUs; among equals with less energy a token."""
+    holding = [found for found in answers if found["best"]]
+    return min(
+        holding,
+        key=lambda found: (found["best"]["num_gpus"], found["best"]["kwh_per_million_output_tokens"]),
+        default=None,
+    )

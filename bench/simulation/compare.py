@@ -1,0 +1,43 @@
+"""Variants of one scenario side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from model_parallel.errors import ConfigError
+
+COMPARED = (
+    "sent", "finished", "refused", "failed", "cancelled", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
+    "output_throughput", "gpu_hours", "energy_kwh", "num_migrations", "num_preemptions", "jain_index",
+)  # fmt: skip
+
+
+def with_changes(data: Mapping[str, Any], variant: str) -> tuple[str, dict[str, Any]]:
+    """Name and data of "name: key.key=value key=value" over a scenario's data. Values are YAML. Raises ConfigError."""
+    name, colon, changes = variant.partition(":")
+    if not colon or not name.strip():
+        raise ConfigError(f"variant {variant!r} must be like 'name: groups.num_groups=4 failures.migration=false'")
+    changed: dict[str, Any] = _copied(dict(data))
+    for change in changes.split():
+        path, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"variant {name!r}: {change!r} must be like groups.num_groups=4")
+        *parents, last = path.split(".")
+        section = changed
+        for parent in parents:
+            inner = section.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"variant {name!r}: {path!r} is not in the scenario; {parent!r} has no keys")
+            section = inner
+        try:
+            section[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"variant {name!r}: {text!r} is not valid YAML") from error
+    return name.strip(), changed
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value

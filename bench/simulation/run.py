@@ -1,0 +1,181 @@
+"""From a scenario to its figures."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.simulation.cost import CostTable
+from bench.simulation.fleet import Fleet
+from bench.simulation.parts import FleetSpec, GroupShape
+from bench.simulation.profiles import Machine, StepsFile, hardware, machine_for, read_profile
+from bench.simulation.report import energy_kwh, summarise
+from bench.simulation.requests import Requests
+from bench.simulation.scaling import make_controller
+from bench.simulation.scenario import Groups, SimulationScenario
+from bench.simulation.workload import make_requests
+from model_parallel.checkpoint.detect import describe
+from model_parallel.config import CacheConfig, ModelConfig, SchedulerConfig
+from model_parallel.errors import ConfigError
+from model_parallel.memory import Workload, kv_cache_tokens, plan_group
+from serving.models.known_llama import known_config
+from serving.tenants.records import LIMITS, Limits
+
+OnProgress = Callable[[float, int], None]
+"""(simulated seconds, requests in flight)."""
+DEFAULT_KV_TOKENS = 16384
+"""Of a machine whose memory is not known; what `packtrain serve` takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The groups of a scenario, resolved."""
+
+    machine: Machine
+    shape: GroupShape
+    max_model_len: int
+    kv_cache_tokens: int
+
+
+def model_config(name: str) -> ModelConfig:
+    """Of a checkpoint's path, or of a known model. Raises ConfigError, CheckpointError."""
+    return describe(Path(name)).config if Path(name).exists() else known_config(name)
+
+
+def resolve(groups: Groups) -> Plan:
+    """The cost of a step, and what of the KV cache fits. Raises ConfigError."""
+    file, quantization = read_profile(groups.profile), groups.quantization or ""
+    workload: Workload | None = None
+    if isinstance(file, StepsFile):
+        max_position = file.max_position
+        machine = machine_for(
+            groups.profile,
+            groups.model,
+            None,
+            groups.tensor_parallel_size,
+            dtype=groups.dtype,
+            quantization=quantization,
+        )
+    else:
+        model = model_config(groups.model)
+        max_position = model.max_position
+        machine = machine_for(
+            groups.profile,
+            groups.model,
+            model,
+            groups.tensor_parallel_size,
+            dtype=groups.dtype,
+            quantization=quantization,
+        )
+    max_model_len = max_position if groups.max_model_len is None else groups.max_model_len
+    if max_model_len > max_position:
+        raise ConfigError(f"groups.max_model_len is {max_model_len}, and the model's own length is {max_position}")
+    if isinstance(file, StepsFile):
+        num_tokens = groups.kv_cache_tokens or DEFAULT_KV_TOKENS
+    else:
+        workload = Workload(
+            max_model_len=max_model_len,
+            max_num_seqs=groups.max_num_seqs,
+            max_num_batched_tokens=groups.max_num_batched_tokens,
+        )
+        memory = plan_group(
+            model,
+            groups.tensor_parallel_size,
+            dtype=groups.dtype,
+            quantization=quantization,
+            device=hardware(groups.profile).device,
+            workload=workload,
+            utilisation=groups.memory_utilisation,
+        )
+        num_tokens = kv_cache_tokens(memory, groups.kv_cache_tokens)
+    shape = GroupShape(
+        costs=CostTable(machine.cost),
+        scheduler=SchedulerConfig(
+            max_num_seqs=groups.max_num_seqs,
+            max_num_batched_tokens=groups.max_num_batched_tokens,
+            max_prefill_tokens=groups.max_prefill_tokens,
+            max_model_len=max_model_len,
+            max_waiting_requests=groups.max_waiting_requests,
+        ),
+        cache=CacheConfig(
+            num_blocks=num_tokens // groups.block_size,
+            block_size=groups.block_size,
+            enable_prefix_caching=groups.prefix_caching,
+        ),
+        start_s=machine.start_s if groups.start_s is None else groups.start_s,
+    )
+    return Plan(machine=machine, shape=shape, max_model_len=max_model_len, kv_cache_tokens=num_tokens)
+
+
+def build(
+    scenario: SimulationScenario,
+    *,
+    plan: Plan | None = None,
+    requests: Requests | None = None,
+    jumps: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Fleet:
+    """A fleet that is ready to run. `plan` and `requests` are made of the scenario when not given. Raises ConfigError."""
+    plan = plan or resolve(scenario.groups)
+    requests = requests or make_requests(scenario, max_model_len=plan.max_model_len)
+    gateways, failures = scenario.gateways, scenario.failures
+    spec = FleetSpec(
+        shape=plan.shape,
+        num_groups=scenario.groups.num_groups,
+        num_gateways=gateways.num_gateways,
+        request_s=plan.machine.request_s if gateways.request_s is None else gateways.request_s,
+        output_s=plan.machine.output_s if gateways.output_s is None else gateways.output_s,
+        detect_s=failures.detect_s,
+        failures_s=_failure_times(scenario),
+        migration=failures.migration,
+        jumps=jumps,
+        sample_s=max(1.0, scenario.duration_s / 360),
+    )
+    limits = {
+        tenant.name: Limits(**{name: getattr(tenant.limits, name) for name in LIMITS})
+        for tenant in scenario.tenants
+        if tenant.limits is not None
+    }
+    return Fleet(
+        spec,
+        requests,
+        seed=scenario.seed,
+        limits=limits,
+        controller=make_controller(scenario.scaling),
+        on_progress=on_progress,
+    )
+
+
+def simulate(
+    scenario: SimulationScenario,
+    *,
+    plan: Plan | None = None,
+    requests: Requests | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[dict[str, Any], Fleet]:
+    """Run a scenario. Returns its figures as plain data, and the fleet as it is at the end. Raises ConfigError."""
+    plan = plan or resolve(scenario.groups)
+    fleet = build(scenario, plan=plan, requests=requests, on_progress=on_progress)
+    fleet.run(scenario.duration_s + scenario.drain_s)
+    machine, tp_size = plan.machine, scenario.groups.tensor_parallel_size
+    summary = summarise(fleet, warmup_s=scenario.warmup_s, duration_s=scenario.duration_s, tp_size=tp_size)
+    return {
+        "name": scenario.name,
+        "seed": scenario.seed,
+        "groups": scenario.groups.model_dump(mode="json"),
+        "profile": {"name": machine.name, "origin": machine.origin, "is_measured": machine.is_measured},
+        "kv_cache_tokens": plan.kv_cache_tokens,
+        **summary,
+        "energy_kwh": energy_kwh(summary, idle_w=machine.idle_w, busy_w=machine.busy_w),
+    }, fleet
+
+
+def _failure_times(scenario: SimulationScenario) -> list[float]:
+    failures = scenario.failures
+    times = [at_s for at_s in failures.at_s if at_s <= scenario.duration_s]
+    if failures.every_s is not None:
+        draw, at_s = random.Random(f"{scenario.seed}/failures"), 0.0
+        while (at_s := at_s + draw.expovariate(1 / failures.every_s)) <= scenario.duration_s:
+            times.append(at_s)
+    return sorted(times)

@@ -1,0 +1,211 @@
+"""What is simulated, as plain validated data: the groups, who sends what and when, and what goes wrong. Work and arrivals are
+written as in load tests (bench/loadtest/scenario.py)."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from bench.loadtest.files import load_entries
+from bench.loadtest.scenario import (
+    MAX_DURATION_S,
+    MAX_REQUESTS,
+    OpenLoop,
+    Part,
+    Synthetic,
+    Tenant,
+    Trace,
+    TraceTimes,
+)
+from bench.simulation.clock import MAX_S
+from model_parallel.errors import ConfigError
+from serving.config import explain_errors, read_mapping
+
+MAX_GROUPS = 100_000
+MAX_SIMULATED_S = min(MAX_DURATION_S, 0.9 * MAX_S)
+
+
+class Groups(Part):
+    """Replica groups, which are all alike."""
+
+    model: str = Field(min_length=1, description="A known name (llama-2-70b-chat), or a checkpoint.")
+    profile: str = Field(min_length=1, description="A shipped profile's name, or a file of `packtrain simulate fit`.")
+    num_groups: int = Field(1, ge=1, le=MAX_GROUPS)
+    tensor_parallel_size: int = Field(1, ge=1, le=1024)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["int8"] | None = None
+    max_model_len: int | None = Field(None, ge=1, description="The model's own when unset.")
+    kv_cache_tokens: int | None = Field(
+        None, ge=16, description="What fits beside the weights when unset (GPUs alone)."
+    )
+    memory_utilisation: float = Field(0.9, gt=0, le=1)
+    block_size: int = Field(16, ge=1, le=256)
+    prefix_caching: bool = True
+    max_num_seqs: int = Field(64, ge=1, le=4096)
+    max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)
+    max_prefill_tokens: int | None = Field(None, ge=1)
+    max_waiting_requests: int = Field(256, ge=1)
+    start_s: float | None = Field(
+        None, ge=0, description="From an order to a group that serves; the profile's when unset."
+    )
+
+
+class Gateways(Part):
+    """Front ends."""
+
+    num_gateways: int = Field(1, ge=1, le=1000)
+    request_s: float | None = Field(
+        None, ge=0, le=10, description="From arrival to the group; the profile's when unset."
+    )
+    output_s: float | None = Field(
+        None, ge=0, le=10, description="From a step to the client; the profile's when unset."
+    )
+
+
+class TenantLimits(Part):
+    """As a plan has them (docs/tenancy.md)."""
+
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    max_concurrent_requests: int | None = Field(None, ge=1)
+    token_budget: int | None = Field(None, ge=0)
+
+
+class SimulatedTenant(Part):
+    """One source of requests."""
+
+    name: str = Field("default", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    weight: float = Field(1.0, ge=0.001, le=1000)
+    priority: int = Field(0, ge=-10, le=10)
+    limits: TenantLimits | None = None
+    deadline_s: float | None = Field(None, gt=0)
+    patience_s: float | None = Field(None, gt=0, description="The client cancels when no token has come after so long.")
+    max_tokens: int | None = Field(None, ge=1, description="What requests ask for; unset, just what the answer has.")
+    work: Annotated[Synthetic | Trace, Field(discriminator="kind")] = Synthetic()
+    arrivals: Annotated[OpenLoop | TraceTimes, Field(discriminator="process")] = OpenLoop(process="poisson", rate=1.0)
+    max_requests: int = Field(MAX_REQUESTS, ge=1, le=MAX_REQUESTS)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if isinstance(self.arrivals, TraceTimes) and not isinstance(self.work, Trace):
+            raise ValueError("arrivals of process trace need work of kind trace")
+        return self
+
+
+class Failures(Part):
+    """Groups that are lost."""
+
+    every_s: float | None = Field(
+        None, gt=0, description="Mean of an exponential distribution; one group of all each time."
+    )
+    at_s: list[float] = Field(default=[], max_length=10_000)
+    migration: bool = Field(True, description="What was lost goes on in another group.")
+    detect_s: float = Field(1.0, ge=0, le=3600, description="Until gateways know of a loss.")
+
+
+class Scaling(Part):
+    """How many groups there are over time."""
+
+    policy: Literal["packtrain", "ongoing"] = Field(
+        "packtrain",
+        description="packtrain: the autoscaler's own. ongoing: Ray Serve's, open requests / target_ongoing.",
+    )
+    min_groups: int = Field(1, ge=1, le=MAX_GROUPS)
+    max_groups: int = Field(ge=1, le=MAX_GROUPS)
+    ttft_p99_s: float = Field(2.0, gt=0)
+    tpot_p99_s: float = Field(0.1, gt=0)
+    period_s: float = Field(5.0, gt=0, le=600)
+    target_ongoing: float = Field(16.0, gt=0, description="Of policy ongoing: open requests a group.")
+    upscale_delay_s: float = Field(30.0, ge=0, description="Of policy ongoing.")
+    downscale_delay_s: float = Field(
+        600.0, ge=0, description="Of both: the past that fewer groups must have been enough for."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_groups > self.max_groups:
+            raise ValueError(f"min_groups is {self.min_groups} and must not exceed max_groups, {self.max_groups}")
+        return self
+
+
+class SimulationScenario(Part):
+    """A whole simulation."""
+
+    name: str = Field("simulation", max_length=128)
+    seed: int = Field(0, ge=0, lt=2**63)
+    duration_s: float = Field(600.0, gt=0, le=MAX_SIMULATED_S, description="After that nothing new arrives.")
+    drain_s: float = Field(
+        600.0, ge=0, le=24 * 3600, description="How long what is open may go on; then it is cancelled."
+    )
+    warmup_s: float = Field(0.0, ge=0, le=MAX_SIMULATED_S, description="Cut from the beginning of what is reported.")
+    groups: Groups
+    gateways: Gateways = Gateways()
+    tenants: list[SimulatedTenant] = Field(default=[SimulatedTenant()], min_length=1, max_length=1000)
+    failures: Failures = Failures()
+    scaling: Scaling | None = None
+
+    @model_validator(mode="after")
+    def _sane(self) -> Self:
+        names = [tenant.name for tenant in self.tenants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"tenants: the name {name!r} stands {names.count(name)} times; each needs its own")
+        if self.warmup_s >= self.duration_s:
+            raise ValueError(f"warmup_s is {self.warmup_s:g} and must be below duration_s, {self.duration_s:g}")
+        return self
+
+
+def load_scenario(path: Path) -> SimulationScenario:
+    """Of a YAML file. Raises ConfigError that names each wrong field."""
+    return parse_scenario(read_scenario(path), origin=str(path))
+
+
+def read_scenario(path: Path) -> dict[str, Any]:
+    """A YAML file as plain data, with names of files in it made relative to its directory. Raises ConfigError."""
+    data = read_mapping(path, "groups")
+    tenants = data.get("tenants")
+    for tenant in tenants if isinstance(tenants, list) else ():
+        work = tenant.get("work") if isinstance(tenant, dict) else None
+        if isinstance(work, dict) and isinstance(work.get("path"), str):
+            work["path"] = str(path.parent / work["path"])
+    return data
+
+
+def scenario_of_trace(path: Path, *, model: str, profile: str, speed: float) -> SimulationScenario:
+    """One tenant who sends what a trace has. Raises ConfigError."""
+    work = {
+        "kind": "trace",
+        "path": str(path),
+        "format": trace_format(path),
+        "speed": speed,
+        "max_entries": MAX_REQUESTS,
+    }
+    tenant = {"name": "trace", "work": work, "arrivals": {"process": "trace"}}
+    last_s = load_entries(Tenant.model_validate(tenant))[-1].at_s
+    if last_s + 1 > MAX_SIMULATED_S:
+        raise ConfigError(f"trace: {path} spans {last_s:.0f} s; at most {MAX_SIMULATED_S:.0f} s are simulated")
+    data = {"name": path.name, "duration_s": last_s + 1, "drain_s": 3600.0, "tenants": [tenant]}
+    return parse_scenario(data | {"groups": {"model": model, "profile": profile}}, origin=str(path))
+
+
+def trace_format(path: Path) -> str:
+    """By its first line. Raises ConfigError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline(1 << 16)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"trace: {path} cannot be read: {error}") from error
+    if first.lstrip().startswith("{"):
+        return "mooncake"
+    columns = {column.strip() for column in first.split(",")}
+    if {"ContextTokens", "GeneratedTokens"} <= columns:
+        return "azure"
+    return "burstgpt" if {"Request tokens", "Response tokens"} <= columns else "csv"
+
+
+def parse_scenario(data: dict[str, Any], *, origin: str) -> SimulationScenario:
+    """Raises ConfigError that names each wrong field."""
+    try:
+        return SimulationScenario.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain_errors(error, SimulationScenario, origin)) from error

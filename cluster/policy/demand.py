@@ -1,0 +1,201 @@
+"""How much work arrives, and how much will when a group that is started now can serve."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.policy.capacity import Capacity
+from cluster.policy.config import ModelPolicy
+from cluster.policy.observation import GatewayLoad, GroupLoad
+from cluster.policy.state import GroupTraits, ModelState, Sample, Seen
+
+MAX_SAMPLES = 240
+MAX_START_TIMES = 5
+PROOF = 2.0
+"""Standard errors by which something must stand out before it counts: 1 of 44 times it does by chance."""
+MAX_DISPERSION = 25.0
+SHORTEST_LEVEL_S = 5.0
+"""The first of the windows, each twice as long as the one before, over which the level of the demand is taken."""
+
+
+def take_sample(
+    state: ModelState, gateways: dict[str, GatewayLoad], groups: Sequence[GroupLoad], now_s: float
+) -> tuple[dict[str, Seen], Sample | None]:
+    """What arrived since the last look. None when no gateway was there at both.
+
+    A gateway that is new counts from its first look on. A report that is no newer than the last one says nothing; totals that
+    have fallen contradict the last ones, and so say nothing either until the next look.
+    """
+    num_sequences = num_prompt_tokens = longest_s = 0.0
+    seen = dict(state.seen)
+    for gateway, load in gateways.items():
+        last = seen.get(gateway)
+        if last is None or load.measured_s > last.measured_s:
+            seen[gateway] = Seen(load.measured_s, load.num_sequences, load.num_prompt_tokens)
+        if last is None or load.measured_s <= last.measured_s:
+            continue
+        new_sequences, new_tokens = (
+            load.num_sequences - last.num_sequences,
+            load.num_prompt_tokens - last.num_prompt_tokens,
+        )
+        if new_sequences < 0 or new_tokens < 0:
+            continue
+        # As a rate, for gateways are not all looked at at the same times.
+        length_s = load.measured_s - last.measured_s
+        num_sequences += new_sequences / length_s
+        num_prompt_tokens += new_tokens / length_s
+        longest_s = max(longest_s, length_s)
+    if not longest_s:
+        return seen, None
+    num_open = sum(load.num_open for load in groups) + sum(load.num_held for load in gateways.values())
+    kv_tokens = math.fsum(load.kv_usage * load.kv_cache_tokens for load in groups)
+    sample = Sample(now_s, longest_s, num_sequences * longest_s, num_prompt_tokens * longest_s, num_open, kv_tokens)
+    return seen, sample
+
+
+def remember(samples: tuple[Sample, ...], new: Sample | None, now_s: float, window_s: float) -> tuple[Sample, ...]:
+    """The samples of the window, bounded in number: the older half is kept at half the resolution when there are too many."""
+    kept = [sample for sample in samples if sample.at_s > now_s - window_s]
+    if new is not None:
+        kept.append(new)
+    if len(kept) > MAX_SAMPLES:
+        half = MAX_SAMPLES // 2
+        old = kept[:half]
+        kept[:half] = [_merged(one, other) for one, other in zip(old[::2], old[1::2], strict=True)]
+    return tuple(kept)
+
+
+def _merged(one: Sample, other: Sample) -> Sample:
+    return Sample(
+        other.at_s,
+        one.length_s + other.length_s,
+        one.num_sequences + other.num_sequences,
+        one.num_prompt_tokens + other.num_prompt_tokens,
+        max(one.num_open, other.num_open),
+        max(one.num_kv_tokens, other.num_kv_tokens),
+    )
+
+
+def traits_of(groups: Sequence[GroupLoad], before: GroupTraits | None) -> GroupTraits | None:
+    """The median group of those that have measured something; what was known before when none has."""
+    measured = [load for load in groups if load.line is not None and load.mean_output_tokens is not None]
+    if not measured:
+        return before
+    middle = sorted(measured, key=_nominal_step_s)[len(measured) // 2]
+    if middle.line is None or middle.mean_output_tokens is None:
+        raise AssertionError("only measured groups were chosen")
+    return GroupTraits(
+        line=middle.line,
+        mean_output_tokens=math.fsum(load.mean_output_tokens or 0.0 for load in measured) / len(measured),
+        cached_share=math.fsum(load.cached_share for load in measured) / len(measured),
+        max_num_seqs=middle.max_num_seqs,
+        kv_cache_tokens=middle.kv_cache_tokens,
+    )
+
+
+def _nominal_step_s(load: GroupLoad) -> float:
+    return load.line.step_s(load.max_num_seqs / 2) if load.line is not None else 0.0
+
+
+def mean_prompt_tokens(samples: Sequence[Sample], held_sequences: int, held_tokens: int) -> float:
+    """Of a sequence, over all samples and what is held; 1 while nothing came."""
+    num_sequences = held_sequences + math.fsum(sample.num_sequences for sample in samples)
+    num_tokens = held_tokens + math.fsum(sample.num_prompt_tokens for sample in samples)
+    return num_tokens / num_sequences if num_sequences else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Seconds of service that arrive a second."""
+
+    now: float
+    """The most that the samples prove for the present."""
+    at_ready: float
+    """The same for the time when a group that is started now can serve."""
+    dispersion: float
+    """Index of dispersion of the arrivals: 1 for a Poisson process, more for bursts."""
+
+
+def forecast(samples: Sequence[Sample], ahead_s: float, capacity: Capacity, now_s: float) -> Demand:
+    """From the arrivals so far.
+
+    The level is the highest rate that some window up to now proves: its mean less PROOF standard errors. A step shows in a short
+    window as soon as it stands out from chance, and in steady times the long windows tell, with little error. The trend is
+    the line of least squares through all samples, where it rises by more than PROOF standard errors.
+    """
+    if not samples:
+        return Demand(0.0, 0.0, 1.0)
+    works = [capacity.price_s(sample.num_sequences, sample.num_prompt_tokens) for sample in samples]
+    dispersion = _dispersion(samples, works, capacity.service_s)
+    level = _proven_level(samples, works, dispersion * capacity.service_s, now_s)
+    return Demand(level, max(level, _proven_trend(samples, works, ahead_s, now_s)), dispersion)
+
+
+def _dispersion(samples: Sequence[Sample], works: Sequence[float], service_s: float) -> float:
+    """From the differences of neighbours (von Neumann), which neither a step nor a trend changes much.
+
+    A Poisson process of jobs that cost w each has, in a sample of length l, a rate of the variance mean · w / l.
+    """
+    mean = math.fsum(works) / math.fsum(sample.length_s for sample in samples)
+    if len(samples) < 8 or mean <= 0:
+        return 1.0
+    total, before, before_rate = 0.0, samples[0], works[0] / samples[0].length_s
+    for sample, work_s in zip(samples[1:], works[1:], strict=True):
+        rate = work_s / sample.length_s
+        total += (rate - before_rate) ** 2 / (1 / sample.length_s + 1 / before.length_s)
+        before, before_rate = sample, rate
+    return min(max(1.0, total / (len(samples) - 1) / (mean * service_s)), MAX_DISPERSION)
+
+
+def _proven_level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, now_s: float) -> float:
+    level, work, length_s, window_s = 0.0, 0.0, 0.0, SHORTEST_LEVEL_S
+    for sample, work_s in zip(reversed(samples), reversed(works), strict=True):
+        work += work_s
+        length_s += sample.length_s
+        # From the beginning of this sample until now, also where samples are missing.
+        span_s = max(length_s, now_s - sample.at_s + sample.length_s)
+        if span_s >= window_s or sample is samples[0]:
+            level = max(level, (work - PROOF * math.sqrt(noise_s * work)) / span_s)
+            while window_s <= span_s:
+                window_s *= 2
+    return level
+
+
+def _proven_trend(samples: Sequence[Sample], works: Sequence[float], ahead_s: float, now_s: float) -> float:
+    """Weighted by length; 0 where nothing rises."""
+    total = sum_x = sum_y = sum_xx = sum_xy = sum_yy = 0.0
+    for sample, work_s in zip(samples, works, strict=True):
+        weight = sample.length_s
+        x, y = sample.at_s - weight / 2 - now_s, work_s / weight
+        total += weight
+        sum_x += weight * x
+        sum_y += weight * y
+        sum_xx += weight * x * x
+        sum_xy += weight * x * y
+        sum_yy += weight * y * y
+    num = len(samples)
+    mean_x, mean_y = sum_x / total, sum_y / total
+    spread = sum_xx / total - mean_x**2
+    if num < 8 or spread <= 0:
+        return 0.0
+    slope = (sum_xy / total - mean_x * mean_y) / spread
+    residual = max(0.0, sum_yy / total - mean_y**2 - slope**2 * spread) * num / (num - 2)
+    error = math.sqrt(residual / (num * spread))
+    if slope <= PROOF * error:
+        return 0.0
+    at_x = ahead_s - mean_x
+    return mean_y + slope * at_x - math.sqrt(residual / num + (error * at_x) ** 2)
+
+
+def backlog_s(groups: Sequence[GroupLoad], gateways: dict[str, GatewayLoad], capacity: Capacity) -> float:
+    """Seconds of service that wait, in groups and, when there are none, in gateways."""
+    num_sequences = sum(load.num_waiting for load in groups) + sum(load.num_held for load in gateways.values())
+    num_tokens = sum(load.num_waiting_tokens for load in groups) + sum(
+        load.num_held_tokens for load in gateways.values()
+    )
+    return capacity.price_s(num_sequences, num_tokens)
+
+
+def start_time_s(state: ModelState, policy: ModelPolicy) -> float:
+    """How long a start takes: the longest of the last few, or what is expected until one was measured."""
+    return max(state.start_times_s, default=policy.expected_start_s)

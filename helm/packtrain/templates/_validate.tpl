@@ -1,0 +1,196 @@
+{{/* What cannot work or would be insecure is refused here, with the value's name and what to do. Schemas refuse wrong types and names. */}}
+
+{{- define "packtrain.gpus" -}}
+{{ dig "resources" "limits" "nvidia.com/gpu" 0 . | int }}
+{{- end -}}
+
+{{/* CPUs that Ray counts on a node: `num-cpus`, else the limit, rounded up as KubeRay does. */}}
+{{- define "packtrain.cpus" -}}
+{{- $params := .rayStartParams | default dict -}}
+{{- $limit := dig "resources" "limits" "cpu" "0" . | toString -}}
+{{- if hasKey $params "num-cpus" -}}
+{{ index $params "num-cpus" }}
+{{- else if hasSuffix "m" $limit -}}
+{{ divf (trimSuffix "m" $limit | float64) 1000 | ceil }}
+{{- else -}}
+{{ $limit | float64 | ceil }}
+{{- end -}}
+{{- end -}}
+
+{{- define "packtrain.validate" -}}
+{{- include "packtrain.validate.security" . -}}
+{{- include "packtrain.validate.images" . -}}
+{{- include "packtrain.validate.models" . -}}
+{{- include "packtrain.validate.operation" . -}}
+{{- end -}}
+
+{{- define "packtrain.validate.security" -}}
+{{- $v := .Values -}}
+{{- if not $v.insecure -}}
+{{- if not $v.config.tenancy -}}
+{{- fail "config.tenancy is null: everybody who reaches the Service could use it without a key. Configure tenancy, or say `insecure: true`" -}}
+{{- end -}}
+{{- if not $v.ray.auth.enabled -}}
+{{- fail "ray.auth.enabled is false: whoever reaches Ray's ports could run code. Leave it on, or say `insecure: true`" -}}
+{{- end -}}
+{{- if not $v.networkPolicy.enabled -}}
+{{- fail "networkPolicy.enabled is false: Ray's ports would be open to the whole cluster. Leave it on, or say `insecure: true`" -}}
+{{- end -}}
+{{- if and (has $v.service.type (list "LoadBalancer" "NodePort")) (not (include "packtrain.tlsSecret" .)) -}}
+{{- fail (printf "service.type is %s and there is no TLS: keys and prompts would travel in clear beyond the cluster. Set tls.existingSecret or tls.certManager, or say `insecure: true`" $v.service.type) -}}
+{{- end -}}
+{{- if and $v.ingress.enabled (not $v.ingress.tls) -}}
+{{- fail "ingress.enabled without ingress.tls: keys and prompts would travel in clear. Set ingress.tls, or say `insecure: true`" -}}
+{{- end -}}
+{{- range $v.gatewayApi.parentRefs -}}
+{{- if and $v.gatewayApi.enabled (not .sectionName) -}}
+{{- fail (printf "gatewayApi.parentRefs: %s has no sectionName: the routes would also attach to listeners without TLS. Name a listener with TLS, or say `insecure: true`" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $database := dig "database" "" ($v.config.tenancy | default dict) -}}
+{{- if regexMatch "://[^/@]*:[^/@]*@" $database -}}
+{{- fail "config.tenancy.database has a password in it, which everybody who reads the ConfigMap would see: leave it out, and name its Secret in database.passwordSecret" -}}
+{{- end -}}
+{{- if contains "password=" $database -}}
+{{- fail "config.tenancy.database has a password in it, which everybody who reads the ConfigMap would see: leave it out, and name its Secret in database.passwordSecret" -}}
+{{- end -}}
+{{- $places := dict "common" $v.common "head" $v.head "gateway" $v.gateway "driver" $v.driver -}}
+{{- range include "packtrain.workerGroups" . | fromJsonArray -}}
+{{- $_ := set $places .groupName . -}}
+{{- end -}}
+{{- range $place, $section := $places -}}
+{{- range $section.containerEnv -}}
+{{- if and (hasKey . "value") (regexMatch "(?i)(password|passwd|secret|token|credential|api_?key|access_?key)" .name) -}}
+{{- fail (printf "%s.containerEnv: %s has its value in the values. Keep it in a Secret, and name that with valueFrom.secretKeyRef" $place .name) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $_ := $section.rayStartParams -}}
+{{- if has $name (list "redis-password" "redis-username") -}}
+{{- fail (printf "%s.rayStartParams.%s would stand in the process list. Use gcsFaultTolerance.redis.passwordSecret" $place $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and $v.tls.requireClientCertificate (not (include "packtrain.tlsSecret" .)) -}}
+{{- fail "tls.requireClientCertificate needs tls.existingSecret or tls.certManager" -}}
+{{- end -}}
+{{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuerRef) -}}
+{{- fail "tls.certManager.enabled needs tls.certManager.issuerRef" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "packtrain.validate.images" -}}
+{{- $images := dict "image" (include "packtrain.image" .) "weights.s3.image" .Values.weights.s3.image -}}
+{{- range $index, $container := .Values.weights.initContainers -}}
+{{- $_ := set $images (printf "weights.initContainers[%d].image" $index) (toString $container.image) -}}
+{{- end -}}
+{{- range $where, $image := $images -}}
+{{- if not (contains "@sha256:" $image) -}}
+{{- $tag := regexFind ":[^:/]+$" $image -}}
+{{- if or (not $tag) (eq $tag ":latest") -}}
+{{- fail (printf "%s is %q, which means another image tomorrow: name a version or a digest" $where $image) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "packtrain.validate.models" -}}
+{{- $groups := include "packtrain.workerGroups" . | fromJsonArray -}}
+{{- $autoscaling := .Values.ray.autoscaling.enabled -}}
+{{- $neededGpus := 0 -}}
+{{- $totalGpus := 0 -}}
+{{- range $groups -}}
+{{- $count := ternary .maxReplicas .replicas $autoscaling -}}
+{{- $totalGpus = add $totalGpus (mul (include "packtrain.gpus" . | int) $count (.numOfHosts | default 1)) -}}
+{{- end -}}
+{{- range .Values.config.models -}}
+{{- $model := . -}}
+{{- if and (regexMatch "(?i)llama[-_ ]?2" (printf "%s %s" .name .source)) (not $.Values.license.accept) -}}
+{{- fail (printf "config.models: %s is Llama 2. Read the LLAMA 2 Community License and its Acceptable Use Policy (https://ai.meta.com/llama), and set license.accept: true" .name) -}}
+{{- end -}}
+{{- if and (hasPrefix "/models" .source) (eq $.Values.weights.source "none") -}}
+{{- fail (printf "config.models: the source of %s is %s, and weights.source is none: nothing is mounted at /models" .name .source) -}}
+{{- end -}}
+{{- $tp := .tensor_parallel_size | default 1 | int -}}
+{{- $numGroups := .num_groups | default 1 | int -}}
+{{- /* `auto` is a GPU where there are any. */}}
+{{- $device := .device | default "auto" -}}
+{{- $onGpu := or (eq $device "cuda") (and (eq $device "auto") (gt (int $totalGpus) 0)) -}}
+{{- $perRank := ternary 1.0 (toString (.cpus_per_rank | default 1.0) | float64) $onGpu -}}
+{{- $largest := 0 -}}
+{{- $places := 0 -}}
+{{- $spanning := 0 -}}
+{{- range $groups -}}
+{{- $amount := ternary (include "packtrain.gpus" . | float64) (include "packtrain.cpus" . | float64) $onGpu -}}
+{{- $ranks := divf $amount $perRank | floor | int -}}
+{{- $hosts := .numOfHosts | default 1 | int -}}
+{{- $count := mul (ternary .maxReplicas .replicas $autoscaling | int) $hosts -}}
+{{- $largest = max $largest $ranks -}}
+{{- $places = add $places (mul $count (div $ranks $tp)) -}}
+{{- if gt $hosts 1 -}}
+{{- $spanning = max $spanning (mul $ranks $hosts) -}}
+{{- end -}}
+{{- end -}}
+{{- $what := ternary "GPUs" "CPU ranks" $onGpu -}}
+{{- if gt $tp (max $largest $spanning) -}}
+{{- fail (printf "config.models: %s has tensor_parallel_size %d, and no node holds more than %d %s%s. Lower it, or give the nodes more, or set numOfHosts so that a group may span machines" $model.name $tp $largest $what (ternary (printf " (%d over numOfHosts machines)" $spanning) "" (gt $spanning 0))) -}}
+{{- end -}}
+{{- if and (le $tp $largest) (gt $numGroups $places) -}}
+{{- fail (printf "config.models: %s has num_groups %d of %d ranks, and there are nodes for %d. Raise replicas%s of a worker group" $model.name $numGroups $tp $places (ternary " (maxReplicas)" "" $autoscaling)) -}}
+{{- end -}}
+{{- if $onGpu -}}
+{{- $neededGpus = add $neededGpus (mul $tp $numGroups) -}}
+{{- end -}}
+{{- end -}}
+{{- if gt $neededGpus $totalGpus -}}
+{{- fail (printf "config.models: all groups together need %d GPUs, and the worker groups have %d" $neededGpus $totalGpus) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "packtrain.validate.operation" -}}
+{{- $v := .Values -}}
+{{- $drain := include "packtrain.drainSeconds" . | float64 | ceil | int -}}
+{{- if lt ($v.terminationGracePeriodSeconds | int) (add $drain 45 | int) -}}
+{{- fail (printf "terminationGracePeriodSeconds is %d, and config.gateway.drain_timeout_s is %d: running requests would be cut off. At least %d are needed" ($v.terminationGracePeriodSeconds | int) $drain (add $drain 45 | int)) -}}
+{{- end -}}
+{{- if and (eq (include "packtrain.database" .) "sqlite") (gt ($v.gateway.replicas | int) 1) -}}
+{{- fail (printf "gateway.replicas is %d and config.tenancy.database is SQLite, which only one machine can use: set config.tenancy.database to postgresql://USER@HOST/NAME" ($v.gateway.replicas | int)) -}}
+{{- end -}}
+{{- range $place := list "head" "gateway" "driver" -}}
+{{- $cpus := dig "rayStartParams" "num-cpus" "0" (index $v $place) -}}
+{{- if ne $cpus "0" -}}
+{{- fail (printf "%s.rayStartParams.num-cpus is %q: replica groups would be placed there. It stays \"0\"" $place $cpus) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $v.gcsFaultTolerance.enabled (eq $v.gcsFaultTolerance.backend "redis") (not $v.gcsFaultTolerance.redis.address) -}}
+{{- fail "gcsFaultTolerance.backend is redis: gcsFaultTolerance.redis.address is missing" -}}
+{{- end -}}
+{{- $names := list -}}
+{{- range include "packtrain.workerGroups" . | fromJsonArray -}}
+{{- if has .groupName (append $names "gateways") -}}
+{{- fail (printf "worker groups: the name %q stands twice; `gateways` is the gateways' own" .groupName) -}}
+{{- end -}}
+{{- $names = append $names .groupName -}}
+{{- if gt (.minReplicas | int) (.maxReplicas | int) -}}
+{{- fail (printf "worker group %s: minReplicas %d is above maxReplicas %d" .groupName (.minReplicas | int) (.maxReplicas | int)) -}}
+{{- end -}}
+{{- if or (lt (.replicas | int) (.minReplicas | int)) (gt (.replicas | int) (.maxReplicas | int)) -}}
+{{- fail (printf "worker group %s: replicas %d is not between minReplicas %d and maxReplicas %d" .groupName (.replicas | int) (.minReplicas | int) (.maxReplicas | int)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq $v.weights.source "pvc") (not $v.weights.pvc.existingClaim) -}}
+{{- fail "weights.source is pvc: weights.pvc.existingClaim is missing" -}}
+{{- end -}}
+{{- if and (eq $v.weights.source "s3") (not $v.weights.s3.uri) -}}
+{{- fail "weights.source is s3: weights.s3.uri is missing" -}}
+{{- end -}}
+{{- if and (eq $v.weights.source "init") (not $v.weights.initContainers) -}}
+{{- fail "weights.source is init: weights.initContainers are missing, and nothing would fill /models" -}}
+{{- end -}}
+{{- if and $v.gatewayApi.enabled (not $v.gatewayApi.parentRefs) -}}
+{{- fail "gatewayApi.enabled needs gatewayApi.parentRefs" -}}
+{{- end -}}
+{{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
+{{- fail "ingress.enabled needs ingress.hosts" -}}
+{{- end -}}
+{{- end -}}

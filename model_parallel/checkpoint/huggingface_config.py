@@ -1,0 +1,270 @@
+"""Directories in Hugging Face's format: config.json and what lies beside it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from model_parallel.checkpoint.huggingface_tokenizer import read_tokenizer_settings
+from model_parallel.checkpoint.info import CheckpointInfo, GenerationSettings, TokenizerKind
+from model_parallel.checkpoint.placeholders import refuse_pointers
+from model_parallel.checkpoint.rope_scaling import linear_divisors, llama3_divisors
+from model_parallel.checkpoint.settings import Settings, known_ids, read_json, read_optional_json
+from model_parallel.checkpoint.weight_files import find_weight_files
+from model_parallel.config import ModelConfig
+from model_parallel.errors import CheckpointError, ConfigError
+
+_CARD_LICENCE = re.compile(r"---\n(?:(?!---).*\n)*?license: *[\"']?([\w.-]{1,80})")
+_MAX_CARD_HEAD = 1 << 16
+_MAX_TEMPLATE_BYTES = 1 << 20
+
+_MODEL_TYPES = ("llama", "mistral")
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_ACTIVATIONS = ("silu", "swish")
+# Settings that change the arithmetic, and the values under which this implementation is right; absent counts as None.
+_REQUIRED: dict[str, tuple[object, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "is_encoder_decoder": (False, None),
+}
+_MISTRAL_KV_HEADS = 8
+_DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072}
+_ROPE_KINDS = "default, linear, llama3 and dynamic"
+
+
+def describe_huggingface(directory: Path) -> CheckpointInfo:
+    """Raises CheckpointError naming the file and the setting."""
+    values = read_json(directory / "config.json")
+    settings = Settings(directory / "config.json", values)
+    warnings: list[str] = []
+    model_type = _architecture(settings)
+    settings.require(_REQUIRED)
+    _check_quantization(settings)
+    hidden_size, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
+    head_dim = settings.whole("head_dim", hidden_size // max(num_heads, 1))
+    max_position = settings.whole("max_position_embeddings", _DEFAULT_MAX_POSITION[model_type])
+    max_position = _window(settings, max_position, warnings)
+    theta, divisors, rope_scaling = _rope(settings, head_dim, max_position)
+    if rope_scaling.startswith("dynamic"):
+        warnings.append(
+            f"{settings.path}: dynamic RoPE scaling begins after {max_position} tokens, which are the most here"
+        )
+    generation = Settings(
+        directory / "generation_config.json", read_optional_json(directory / "generation_config.json")
+    )
+    eos = (*settings.token_ids("eos_token_id"), *generation.token_ids("eos_token_id"))
+    kv_default = num_heads if model_type == "llama" or "num_key_value_heads" in values else _MISTRAL_KV_HEADS
+    sizes: dict[str, Any] = {
+        "vocab_size": settings.whole("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": settings.whole("intermediate_size"),
+        "num_layers": settings.whole("num_hidden_layers"),
+        "num_query_heads": num_heads,
+        "num_kv_heads": settings.whole("num_key_value_heads", kv_default),
+        "head_dim": head_dim,
+        "rms_norm_eps": settings.real("rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_divisors": divisors,
+        "max_position": max_position,
+        "tie_word_embeddings": settings.flag("tie_word_embeddings") or False,
+        "bos_token_id": next(iter(settings.token_ids("bos_token_id")), None),
+    }
+    try:
+        config = ModelConfig(**sizes, eos_token_ids=tuple(dict.fromkeys(eos)))
+        config = ModelConfig(**sizes, eos_token_ids=known_ids(settings.path, config, warnings))
+    except ConfigError as error:
+        raise CheckpointError(f"{settings.path}: {error}") from error
+    tokenizer_values = read_optional_json(directory / "tokenizer_config.json")
+    kinds: tuple[TokenizerKind, ...] = ("tokenizer.json", "tokenizer.model")
+    kind: TokenizerKind = next((k for k in kinds if (directory / k).exists() or (directory / k).is_symlink()), "")
+    weights = find_weight_files(directory)
+    refuse_pointers((*weights.files, *([directory / kind] if kind else [])))
+    return CheckpointInfo(
+        path=directory,
+        format="huggingface",
+        config=config,
+        weight_files=weights.files,
+        index_file=weights.index,
+        tokenizer_kind=kind,
+        tokenizer_path=directory / kind if kind else None,
+        tokenizer=read_tokenizer_settings(directory, tokenizer_values),
+        chat_template=_chat_template(directory, tokenizer_values),
+        generation=_generation(generation),
+        rope_scaling=rope_scaling,
+        dtype=(settings.text("dtype") or settings.text("torch_dtype")).removeprefix("torch.").replace("auto", ""),
+        licence=str(values.get("license") or _card_licence(directory)),
+        warnings=(*warnings, *weights.warnings),
+    )
+
+
+def _architecture(settings: Settings) -> str:
+    """ "llama" or "mistral", which compute the same. Raises CheckpointError for any other."""
+    given = settings.values.get("architectures") or []
+    names = given if isinstance(given, list) else [given]
+    known = {name.lower(): name for name in _ARCHITECTURES}
+    if not all(isinstance(name, str) and name.lower() in known for name in names):
+        raise CheckpointError(
+            f"{settings.path}: architectures is {given!r:.80}; {' or '.join(_ARCHITECTURES)} is needed"
+        )
+    model_type = settings.values.get("model_type")
+    if not model_type and names:
+        model_type = names[0].lower().removesuffix("forcausallm")
+    if not isinstance(model_type, str) or model_type.lower() not in _MODEL_TYPES:
+        raise CheckpointError(
+            f"{settings.path}: model_type is {model_type!r:.80}, which is not supported; allowed: "
+            f"{' or '.join(_MODEL_TYPES)}"
+        )
+    activation = settings.values.get("hidden_act") or None
+    if activation is not None and str(activation).lower() not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{settings.path}: hidden_act is {activation!r:.80}, which is not supported; allowed: silu, swish or unset"
+        )
+    return model_type.lower()
+
+
+def _check_quantization(settings: Settings) -> None:
+    given = settings.values.get("quantization_config") or settings.values.get("compression_config")
+    if given:
+        method = given.get("quant_method", "another method") if isinstance(given, dict) else given
+        raise CheckpointError(
+            f"{settings.path}: quantization_config says that the weights are quantised ({method!s:.40}), which cannot be "
+            "read; serve the model's unquantised checkpoint or a GGUF file (with quantization: int8 to save memory)"
+        )
+
+
+def _window(settings: Settings, max_position: int, warnings: list[str]) -> int:
+    """Attention over a sliding window is the same as full attention as long as nothing is longer than the window."""
+    if settings.flag("use_sliding_window") is False or not settings.values.get("sliding_window"):
+        return max_position
+    window = settings.whole("sliding_window")
+    if window < 0:
+        raise CheckpointError(f"{settings.path}: sliding_window is {window}; a number of tokens or null is needed")
+    if window >= max_position:
+        return max_position
+    warnings.append(
+        f"{settings.path}: sliding_window is {window}, which is not implemented; up to {window} tokens the model is the "
+        f"same without, and they are the most here (instead of {max_position})"
+    )
+    return window
+
+
+def _rope(settings: Settings, head_dim: int, max_position: int) -> tuple[float, tuple[float, ...], str]:
+    """theta, divisors of the frequencies, and the scaling in words. Older files give rope_theta and rope_scaling, newer ones
+    both in rope_parameters; a file that has both must not say two things.
+    """
+    given = {
+        key: _rope_object(settings, key) for key in ("rope_parameters", "rope_scaling") if settings.values.get(key)
+    }
+    thetas = {"rope_theta": settings.optional_real("rope_theta")}
+    thetas |= {f"{key}.rope_theta": rope.optional_real("rope_theta") for key, rope in given.items()}
+    different = {key: theta for key, theta in thetas.items() if theta is not None}
+    if len(set(different.values())) > 1:
+        raise CheckpointError(f"{settings.path} says {different}; one rope_theta is needed")
+    theta = next(iter(different.values()), 10000.0)
+    scalings = [
+        scaling
+        for key, rope in given.items()
+        if any(scaling := _scaling(settings, key, rope, theta, head_dim, max_position))
+    ]
+    if len({divisors for divisors, _ in scalings}) > 1:
+        raise CheckpointError(
+            f"{settings.path}: rope_scaling and rope_parameters say different things; keep one of them"
+        )
+    return (theta, *(scalings[0] if scalings else ((), "")))
+
+
+def _rope_object(settings: Settings, key: str) -> Settings:
+    given = settings.values[key]
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{settings.path}: {key} is {given!r:.80}, which is not supported; an object is needed")
+    if nested := sorted(name for name, value in given.items() if isinstance(value, dict)):
+        raise CheckpointError(
+            f"{settings.path}: {key} has {nested}, one scaling a kind of layer, which is not supported"
+        )
+    return Settings(Path(f"{settings.path}: {key}"), given)  # so that errors name the field around theirs
+
+
+def _scaling(
+    settings: Settings, key: str, rope: Settings, theta: float, head_dim: int, max_position: int
+) -> tuple[tuple[float, ...], str]:
+    """Divisors of the frequencies, and the scaling in words; nothing for a scaling that changes nothing."""
+    given = rope.values
+    kind = given.get("rope_type") or given.get("type") or "default"
+    refusal = f"{settings.path}: {key} is {given!r:.200}, which is not supported"
+    if rope.real("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{refusal}; partial_rotary_factor must be 1")
+    try:
+        if kind == "default":
+            return (), ""
+        if kind == "linear":
+            factor = rope.real("factor")
+            divisors = linear_divisors(head_dim, factor)
+            return divisors, f"linear, factor {factor:g}" if divisors else ""
+        if kind == "llama3":
+            factor = rope.real("factor")
+            original = settings.whole("original_max_position_embeddings", max_position)
+            original = rope.whole("original_max_position_embeddings", original)
+            divisors = llama3_divisors(
+                head_dim,
+                theta,
+                factor=factor,
+                low_freq_factor=rope.real("low_freq_factor"),
+                high_freq_factor=rope.real("high_freq_factor"),
+                original_max=original,
+            )
+            return divisors, f"llama3, factor {factor:g} over {original} tokens" if divisors else ""
+        if kind == "dynamic" and "alpha" not in given:
+            factor = rope.real("factor")
+            return (), f"dynamic, factor {factor:g}" if factor != 1 else ""
+        if kind == "yarn" and given.get("factor") == 1 and given.get("attention_factor") in (None, 1):
+            return (), ""
+    except ConfigError as error:
+        raise CheckpointError(f"{settings.path}: {key}: {error}") from error
+    raise CheckpointError(
+        f"{refusal}; {_ROPE_KINDS} scaling are. Serve a checkpoint that was made without {kind!s:.40} scaling"
+    )
+
+
+def _chat_template(directory: Path, tokenizer: dict[str, Any]) -> str:
+    for name in ("chat_template.jinja", "chat_template.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the most is {_MAX_TEMPLATE_BYTES}")
+        if name.endswith(".json"):
+            return _default_template(read_json(path).get("chat_template"))
+        return path.read_text(encoding="utf-8", errors="replace")
+    return _default_template(tokenizer.get("chat_template"))
+
+
+def _default_template(template: object) -> str:
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    elif isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def _generation(settings: Settings) -> GenerationSettings:
+    top_k, longest = settings.values.get("top_k"), settings.values.get("max_new_tokens")
+    return GenerationSettings(
+        do_sample=settings.flag("do_sample"),
+        temperature=settings.optional_real("temperature"),
+        top_p=settings.optional_real("top_p"),
+        top_k=None if top_k is None else settings.whole("top_k"),
+        min_p=settings.optional_real("min_p"),
+        repetition_penalty=settings.optional_real("repetition_penalty"),
+        max_new_tokens=None if longest is None else settings.whole("max_new_tokens"),
+    )
+
+
+def _card_licence(directory: Path) -> str:
+    """`license: …` in the head of the model card, "" where there is none."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return ""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        match = _CARD_LICENCE.match(file.read(_MAX_CARD_HEAD))
+    return match[1] if match else ""

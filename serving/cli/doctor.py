@@ -1,0 +1,228 @@
+"""`packtrain doctor`: is this machine, and this configuration, fit to serve?"""
+
+import datetime
+import importlib.util
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_parallel.directories import cache_choice
+from model_parallel.errors import ConfigError, EngineError
+from model_parallel.gpus import torch_has_cuda, visible_gpus
+from model_parallel.machine import Machine, read_machine
+from model_parallel.memory import GIB
+from model_parallel.native import LIBRARIES, is_compiled
+from serving.cli.serve import default_config, is_model, model_config
+from serving.cli.terminal import EXIT_CONFIG, standard_output
+from serving.config import ServingConfig, load_config
+from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_ports
+from serving.driver.environment import cluster_parent
+from serving.models.fetch import FetchError
+from serving.models.sizes import STACK_BYTES
+
+_MIN_SHM_BYTES = 64 << 20
+_OLDEST_CLOCK = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+"""Certificates and keys that were made for this version are valid after it."""
+
+
+class Level(StrEnum):
+    """How a finding counts."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line."""
+
+    level: Level
+    subject: str
+    text: str
+
+
+def look_at_machine() -> Iterator[Finding]:
+    """Everything that does not depend on a configuration."""
+    machine = read_machine()
+    yield from _cpus_and_memory(machine)
+    yield _either("compiler", check_compiler(), _compiler())
+    yield from _directories()
+    yield _shared_memory()
+    yield _gpus()
+    yield from _surroundings()
+
+
+def _cpus_and_memory(machine: Machine) -> Iterator[Finding]:
+    limit = f", limited by {machine.cpu_limit}" if machine.cpu_limit else ""
+    yield Finding(Level.OK, "CPUs", f"{machine.num_cpus} of {machine.num_host_cpus}{limit}")
+    free, limit = machine.available_memory_bytes, ""
+    if machine.memory_limit:
+        limit = f", limited to {machine.total_memory_bytes / GIB:.2f} GiB by {machine.memory_limit}"
+    text = f"{free / GIB:.2f} of {machine.total_memory_bytes / GIB:.2f} GiB are free{limit}"
+    if free < STACK_BYTES:
+        text += f"; Ray and the gateway alone take {STACK_BYTES / GIB:.2f} GiB: give it more memory"
+    yield Finding(Level.PROBLEM if free < STACK_BYTES else Level.OK, "memory", text)
+
+
+def _compiler() -> str:
+    kept = (
+        "compiled before"
+        if all(is_compiled(library) for library in LIBRARIES)
+        else "code is compiled at the first start"
+    )
+    return f"{shutil.which('g++') or 'none is needed'}; {kept}"
+
+
+def _directories() -> Iterator[Finding]:
+    path, _ = cache_choice()
+    yield _either("cache", check_cache(), str(path))
+    try:
+        parent = cluster_parent()
+    except ConfigError as error:
+        yield Finding(Level.PROBLEM, "temporary files", str(error))
+        return
+    wanted = os.environ.get("TMPDIR")
+    if wanted and Path(wanted) != parent:
+        text = f"{parent}; TMPDIR ({wanted}) is missing, full, read-only or has too long a path"
+        yield Finding(Level.WARNING, "temporary files", text)
+    else:
+        yield Finding(Level.OK, "temporary files", str(parent))
+
+
+def _shared_memory() -> Finding:
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return Finding(
+            Level.WARNING, "shared memory", "/dev/shm is not there: Ray keeps its objects on the disk instead"
+        )
+    text = f"/dev/shm has {free / GIB:.2f} GiB free"
+    if free < _MIN_SHM_BYTES:
+        return Finding(Level.WARNING, "shared memory", f"{text}: give a container more (--shm-size 1g)")
+    return Finding(Level.OK, "shared memory", text)
+
+
+def _gpus() -> Finding:
+    gpus = visible_gpus()
+    if not gpus:
+        return Finding(Level.OK, "GPUs", "none; ranks compute on CPUs")
+    names = ", ".join(
+        f"{gpu.name} ({gpu.free_bytes / GIB:.0f} of {gpu.total_bytes / GIB:.0f} GiB free)" for gpu in gpus
+    )
+    if not torch_has_cuda():
+        return Finding(
+            Level.PROBLEM, "GPUs", f"{names}; the torch that is installed was built without CUDA: install one with"
+        )
+    nccl = "NCCL" if importlib.util.find_spec("nvidia.nccl") or importlib.util.find_spec("triton") else "no NCCL found"
+    level = Level.WARNING if nccl != "NCCL" and len(gpus) > 1 else Level.OK
+    return Finding(level, "GPUs", f"{names}; {nccl}")
+
+
+def _surroundings() -> Iterator[Finding]:
+    proxies = sorted(
+        name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+    )
+    text = f"{', '.join(proxies)}: not used for this machine's own addresses" if proxies else "none"
+    yield Finding(Level.OK, "proxies", text)
+    ray = sorted(name for name in os.environ if name.startswith("RAY_"))
+    if ray:
+        yield Finding(Level.OK, "Ray's variables", f"{', '.join(ray)}: not used by a private cluster")
+    now = datetime.datetime.now(datetime.UTC)
+    if now < _OLDEST_CLOCK:
+        yield Finding(Level.PROBLEM, "clock", f"it says {now:%Y-%m-%d}: certificates will not be valid; set it")
+    else:
+        yield Finding(Level.OK, "clock", f"{now:%Y-%m-%d %H:%M:%S} UTC")
+    yield _loopback()
+
+
+def _loopback() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5.0):
+            return Finding(Level.OK, "loopback", "127.0.0.1 connects")
+    except OSError as error:
+        return Finding(Level.PROBLEM, "loopback", f"127.0.0.1 does not connect ({error.strerror}): bring `lo` up")
+
+
+def _either(subject: str, warning: str, fine: str) -> Finding:
+    return Finding(Level.WARNING, subject, warning) if warning else Finding(Level.OK, subject, fine)
+
+
+def look_at_config(config: ServingConfig) -> Iterator[Finding]:
+    """What `packtrain serve` would refuse, and what it would choose."""
+    _, moved, problems = check_ports(config)
+    for text in moved:
+        yield Finding(Level.WARNING, "ports", text)
+    for text in problems:
+        yield Finding(Level.PROBLEM, "ports", text)
+    if problems:
+        return
+    from serving.driver.preflight import begin
+
+    try:
+        preflight = begin(config)
+        try:
+            preflight.finish()
+        finally:
+            preflight.close()
+    except StartRefusedError as error:
+        yield from (Finding(Level.PROBLEM, "configuration", text) for text in error.problems)
+        return
+    except (EngineError, FetchError) as error:
+        yield Finding(Level.PROBLEM, "configuration", str(error))
+        return
+    for note in preflight.notes:
+        if note not in moved:
+            yield Finding(Level.OK, "model", note)
+    yield Finding(Level.OK, "configuration", "can be served here")
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file, model directory or GGUF file to check as well.")
+    ] = None,
+    source: Annotated[str | None, typer.Option("--model", help="Check this model as well.")] = None,
+) -> None:
+    """Check this machine, and a configuration or model if one is given. Ends with status 78 when something must be mended."""
+    findings = [*look_at_machine(), *_checked(config, source)]
+    console = standard_output()
+    style = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+    for finding in findings:
+        console.print(f"[{style[finding.level]}]{finding.level:>7}[/] ", end="")
+        console.print(f"{finding.subject}: {finding.text}", markup=False, soft_wrap=True)
+    if any(finding.level is Level.PROBLEM for finding in findings):
+        raise typer.Exit(EXIT_CONFIG)
+
+
+def _checked(config: Path | None, source: str | None) -> Iterator[Finding]:
+    if config is not None and is_model(config):
+        source, config = str(config), None
+    if config is None and source is None:
+        yield from _default_ports()
+        return
+    try:
+        loaded = load_config(config) if config is not None else model_config(source or "")
+    except ConfigError as error:
+        yield Finding(Level.PROBLEM, "configuration", str(error))
+        return
+    yield from look_at_config(loaded)
+
+
+def _default_ports() -> Iterator[Finding]:
+    _, moved, problems = check_ports(default_config())
+    for text in (*problems, *moved):
+        yield Finding(Level.WARNING, "ports", text)
+    if not (problems or moved):
+        yield Finding(Level.OK, "ports", "those of the default configuration are free")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(doctor)

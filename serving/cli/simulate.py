@@ -1,0 +1,263 @@
+"""The `packtrain simulate` commands: what a cluster would do, before there is one. What they need is imported when they run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from model_parallel.errors import ConfigError
+from model_parallel.machine import read_machine
+
+EXIT_NOT_POSSIBLE = 1
+TP_SIZES = (1, 2, 4, 8)
+
+app = typer.Typer(
+    help="Say what a cluster would do: the real scheduler, routing and quotas on a virtual clock.", no_args_is_help=True
+)
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
+ScenarioFile = Annotated[Path, typer.Argument(help="YAML file; docs/simulation.md has the keys.")]
+
+
+@app.command()
+def run(scenario: ScenarioFile, json_file: JsonFile = None) -> None:
+    """Simulate a scenario and print its figures."""
+    from bench.simulation.run import simulate
+    from bench.simulation.scenario import load_scenario
+
+    loaded = load_scenario(scenario)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
+    ) as progress:
+        task = progress.add_task("simulating", total=loaded.duration_s + loaded.drain_s)
+
+        def show(at_s: float, num_open: int) -> None:
+            progress.update(task, completed=at_s, description=f"{at_s:,.0f} s simulated, {num_open:,} requests open")
+
+        summary, _ = simulate(loaded, on_progress=show)
+    print_summary(summary, Console(highlight=False))
+    _write(summary, json_file)
+
+
+@app.command()
+def compare(
+    scenario: ScenarioFile,
+    variants: Annotated[
+        list[str], typer.Argument(help="Each like 'one: failures.migration=true groups.num_groups=8'.")
+    ],
+    json_file: JsonFile = None,
+) -> None:
+    """Simulate variants of a scenario, which get the same requests, and print them side by side."""
+    from bench.simulation.compare import COMPARED, with_changes
+    from bench.simulation.run import simulate
+    from bench.simulation.scenario import parse_scenario, read_scenario
+
+    data = read_scenario(scenario)
+    made = [with_changes(data, variant) for variant in variants]
+    parsed = [(name, parse_scenario(changed, origin=f"{scenario}, {name}")) for name, changed in made]
+    console = Console(stderr=True, highlight=False)
+    found: dict[str, Any] = {}
+    for name, changed_scenario in parsed:
+        console.print(f"simulating {name}")
+        found[name], _ = simulate(changed_scenario)
+    table = Table("", *found)
+    for key in COMPARED:
+        table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
+    Console(highlight=False).print(table)
+    _write(found, json_file)
+
+
+@app.command()
+def capacity(
+    slo: Annotated[str, typer.Option(help="Like ttft_p99=2s,tpot_p99=200ms.")],
+    gpu: Annotated[str, typer.Option("--gpu", help="A profile: a100-80g, h100, h200, or a file.")],
+    model: Annotated[str, typer.Option(help="A known name (llama-2-70b-chat), or a checkpoint.")] = "llama-2-70b-chat",
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests with their times: CSV, Azure's or BurstGPT's, or Mooncake's JSON lines."),
+    ] = None,
+    scenario: Annotated[Path | None, typer.Option(help="Instead of a trace: the load of a scenario.")] = None,
+    tp: Annotated[list[int] | None, typer.Option("--tp", min=1, help="Ranks of a group; several may be given.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    quantization: Annotated[
+        list[str] | None, typer.Option(help="none or int8; both may be given. none alone when not given.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that a group runs at the same time.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
+    max_groups: Annotated[int, typer.Option(min=1, help="Give up beyond so many.")] = 2000,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    speed: Annotated[float, typer.Option(min=0.001, help="Replay the trace so many times as fast.")] = 1.0,
+    processes: Annotated[int, typer.Option(min=1, help="Shapes that are tried side by side.")] = 2,
+    json_file: JsonFile = None,
+) -> None:
+    """Find the fewest GPUs that serve a load within a service level, and what that costs.
+
+    Ends with status 1 when no shape does.
+    """
+    from bench.simulation.capacity import Question, Shape, answer_all, cheapest, parse_slo
+    from bench.simulation.scenario import load_scenario, scenario_of_trace
+
+    bounds = parse_slo(slo)
+    if (trace is None) == (scenario is None):
+        raise ConfigError("either trace or scenario must be given")
+    if trace is not None:
+        loaded = scenario_of_trace(trace, model=model, profile=gpu, speed=speed)
+    else:
+        assert scenario is not None
+        loaded = load_scenario(scenario)
+    kinds = [None if kind == "none" else kind for kind in quantization or ["none"]]
+    if unknown := [kind for kind in kinds if kind not in (None, "int8")]:
+        raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8")
+    groups = loaded.groups.model_copy(
+        update={
+            "model": model,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+    )
+    questions = [
+        Question(
+            scenario=loaded.model_copy(update={"groups": groups}),
+            shape=Shape(profile=gpu, tensor_parallel_size=size, dtype=dtype, quantization=kind),
+            slo=bounds,
+            price_per_gpu_hour=price,
+            max_groups=max_groups,
+        )
+        for kind in kinds
+        for size in tp or TP_SIZES
+    ]
+    progress = Console(stderr=True, highlight=False)
+    answers = answer_all(
+        questions, min(processes, read_machine().num_cpus), lambda found: progress.print(f"tried {found['shape']}")
+    )
+    best = cheapest(answers)
+    print_capacity(answers, best, slo, Console(highlight=False))
+    _write({"slo": slo, "answers": answers, "best": best and best["shape"]}, json_file)
+    if best is None:
+        raise typer.Exit(EXIT_NOT_POSSIBLE)
+
+
+@app.command()
+def fit(
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", help="A file of JSON lines, or the address of a gateway's metrics: http://host:9464/steps."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Write the profile here.")],
+    request_ms: Annotated[float, typer.Option(min=0, help="From a request's arrival until the engine has it.")] = 3.0,
+    output_ms: Annotated[float, typer.Option(min=0, help="From a step's end until a client has its token.")] = 1.0,
+) -> None:
+    """Fit the cost of a step to the steps that a running group has timed."""
+    import msgspec
+
+    from bench.simulation.fit import encode_profile, read_samples
+    from bench.simulation.fit import fit as fit_reports
+
+    profile = fit_reports(read_samples(source), origin=f"fitted from {source}")
+    profile = msgspec.structs.replace(profile, request_s=request_ms / 1e3, output_s=output_ms / 1e3)
+    out.write_bytes(encode_profile(profile))
+    typer.echo(
+        f"{out}: {profile.model}, TP={profile.tensor_parallel_size}, {profile.quantization or profile.dtype}; "
+        f"{profile.num_steps} steps, median error {profile.median_error:.1%}, p90 {profile.p90_error:.1%}"
+    )
+
+
+@app.command()
+def profiles() -> None:
+    """List the shipped profiles and where their figures are from."""
+    from bench.simulation.profiles import read_profile, shipped_profiles
+
+    table = Table("name", "kind", "origin")
+    for name in shipped_profiles():
+        file = read_profile(name)
+        table.add_row(name, str(type(file).__struct_config__.tag), file.origin)
+    Console(highlight=False).print(table)
+
+
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """Figures of one simulation as tables."""
+    groups, profile = summary["groups"], summary["profile"]
+    shape = f"{groups['model']}, TP={groups['tensor_parallel_size']}, {groups['quantization'] or groups['dtype']}"
+    table = Table("", "all", *summary["tenants"], title=f"{summary['name']}: {groups['num_groups']} groups of {shape}")
+    for key in (
+        "sent", "finished", "refused", "failed", "cancelled", "request_throughput", "output_throughput", "median_ttft_ms",
+        "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_e2el_ms", "p99_e2el_ms",
+    ):  # fmt: skip
+        table.add_row(key, _number(summary.get(key)), *(_number(one.get(key)) for one in summary["tenants"].values()))
+    console.print(table)
+    rest = Table(show_header=False)
+    for key in (
+        "by_status", "jain_index", "num_preemptions", "num_failures", "num_migrations", "prefix_hit_share", "busy_share",
+        "gpu_hours", "energy_kwh", "num_steps", "num_steps_jumped",
+    ):  # fmt: skip
+        value = summary[key]
+        text = ", ".join(f"{name} {n:,}" for name, n in value.items()) if isinstance(value, dict) else _number(value)
+        rest.add_row(key, text)
+    console.print(rest)
+    kind = "timed" if profile["is_measured"] else "derived"
+    console.print(f"profile {profile['name']} ({kind}): {profile['origin']}", soft_wrap=True)
+
+
+def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None, slo: str, console: Console) -> None:
+    """A row for each shape, and the curve around the best."""
+    table = Table(
+        "shape",
+        "groups",
+        "GPUs",
+        "tokens/s",
+        "busy",
+        "cost / 1M tokens",
+        "kWh / 1M tokens",
+        title=f"fewest GPUs, {slo}",
+    )
+    for found in answers:
+        row = found["best"]
+        if row is None:
+            table.add_row(found["shape"], "none", found["problem"], "", "", "", "")
+            continue
+        table.add_row(
+            found["shape"] + (" *" if found is best else ""), str(row["num_groups"]), str(row["num_gpus"]),
+            _number(row["output_tokens_per_s"]), f"{row['busy_share']:.0%}", _number(row["cost_per_million_output_tokens"]),
+            _number(row["kwh_per_million_output_tokens"]),
+        )  # fmt: skip
+    console.print(table)
+    if best is None:
+        console.print("[bold red]no shape keeps the service level[/]")
+        return
+    names = [key for key in best["curve"][0] if key.endswith("_s") and "tokens" not in key]
+    curve = Table(
+        "groups", "GPUs", "holds", *names, "lost", "busy", "cost / 1M tokens", title=f"around {best['shape']}"
+    )
+    for row in best["curve"]:
+        curve.add_row(
+            str(row["num_groups"]), str(row["num_gpus"]), "yes" if row["holds"] else "no",
+            *(_number(row[name]) for name in names),
+            str(row["refused"] + row["failed"]), f"{row['busy_share']:.0%}", _number(row["cost_per_million_output_tokens"]),
+        )  # fmt: skip
+    console.print(curve)
+    if not best["is_measured"]:
+        console.print(f"nothing was timed on this machine; {best['origin']}", soft_wrap=True)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _write(result: Any, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    parent.add_typer(app, name="simulate")

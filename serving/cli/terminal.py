@@ -1,0 +1,106 @@
+"""What the commands share at the terminal: the console, stages with a bar, errors that end in one line."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+EXIT_CONFIG = 78
+"""sysexits.h EX_CONFIG: starting again will not help."""
+_WIDE = 4096
+"""Of output that no terminal shows: nothing of it is wrapped or cut."""
+
+
+def width_of(is_terminal: bool) -> int | None:
+    """None: as wide as the terminal is."""
+    return None if is_terminal or os.environ.get("COLUMNS") else _WIDE
+
+
+def standard_output() -> Console:
+    """For what a command is asked for."""
+    return Console(highlight=False, width=width_of(sys.stdout.isatty()), soft_wrap=not sys.stdout.isatty())
+
+
+console = Console(stderr=True, highlight=False, width=width_of(sys.stderr.isatty()), soft_wrap=not sys.stderr.isatty())
+"""For everything else that a command has to say."""
+
+
+def help_width() -> int:
+    """Of help texts."""
+    return min(120, shutil.get_terminal_size((100, 24)).columns)
+
+
+def say(text: str) -> None:
+    """One line, without markup: paths and names may hold brackets. Never cut."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Each line of the message is one error."""
+    for line in message.splitlines() or [""]:
+        console.print("[bold red]error:[/] ", end="")
+        say(line)
+    sys.exit(status)
+
+
+def warn(message: str) -> None:
+    """Something works less well than it could."""
+    console.print("[yellow]warning:[/] ", end="")
+    say(message)
+
+
+def raise_on_sigterm() -> None:
+    """Leave in good order on SIGTERM.
+
+    To be called again after Ray has started, which puts a handler in front: that one aborts the process three seconds later.
+    """
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        signal.alarm(0)
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A line that says what is going on, for how long and, where that is known, how far it is."""
+
+    progress: Progress
+    task: TaskID
+
+    def report(self, stage: str) -> None:
+        """A new stage begins; it is also printed where there is no terminal."""
+        self.progress.update(self.task, description=stage, completed=0, total=None)
+        if not console.is_terminal:
+            say(stage)
+
+    def on_load(self, done_bytes: int, total_bytes: int) -> None:
+        self.progress.update(self.task, completed=done_bytes, total=total_bytes)
+
+
+@contextmanager
+def stage(first: str) -> Iterator[Stage]:
+    """Begin with the stage `first`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        shown = Stage(progress, progress.add_task(first, total=None))
+        shown.report(first)
+        yield shown
+
+
+@contextmanager
+def fetch_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of downloaded bytes."""
+    columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)

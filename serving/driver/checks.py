@@ -1,0 +1,174 @@
+"""What is looked at before anything starts: each problem is one line that names the setting and says what to do.
+
+`serve`, `doctor` and, for what concerns a checkpoint, `inspect` make the same checks and say the same. Nothing here imports
+Ray or torch.
+"""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_parallel.directories import cache_choice
+from model_parallel.errors import ConfigError
+from model_parallel.machine import Machine
+from model_parallel.native import LIBRARIES, is_compiled
+from serving.config import AdminConfig, ServingConfig
+from serving.contracts.addresses import explain_listening, is_loopback, listening_addresses, why_not_listening
+
+Probe = Callable[[str, int], int]
+"""(address, port) to the errno of listening there; 0 when it works."""
+
+
+class StartRefusedError(ConfigError):
+    """Nothing was started. Each line of the message is one problem."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listener:
+    """One port that serving opens."""
+
+    setting: str
+    flag: str
+    host: str
+    port: int
+    can_move: bool = False
+    """Nobody chose this port, and no client knows it by heart: where it is taken, another one will do."""
+
+    def problem(self, probe: Probe = why_not_listening) -> str:
+        """Why it cannot be opened, and what to do; "" when it can. Raises ConfigError for a host that does not resolve."""
+        for address in listening_addresses(self.host):
+            if number := probe(address, self.port):
+                reason = explain_listening(number, address, self.port)
+                hint = f"choose another port with {self.flag}, or 0 for a free one"
+                if number == errno.EADDRNOTAVAIL:
+                    hint = "choose an address of this machine with --host"
+                elif number == errno.EADDRINUSE and (owner := port_owner(self.port)):
+                    reason += f" by {owner}"
+                return f"{self.setting} ({self.flag}): {reason}; {hint}"
+        return ""
+
+
+def listeners(config: ServingConfig) -> list[Listener]:
+    """Every port that this configuration opens, in the order in which they are told."""
+    gateway, admin = config.gateway, config.admin
+    found = [Listener(setting="gateway.port", flag="--port", host=gateway.host, port=gateway.port)]
+    if gateway.http_port is not None:
+        found.append(
+            Listener(setting="gateway.http_port", flag="--http-port", host=gateway.host, port=gateway.http_port)
+        )
+    if admin.metrics_port is not None:
+        found.append(_operators(admin, "metrics_port", "--metrics-port", admin.metrics_port))
+    if admin.port is not None and config.tenancy is not None:
+        found.append(_operators(admin, "port", "--admin-port", admin.port))
+    return found
+
+
+def _operators(admin: AdminConfig, name: str, flag: str, port: int) -> Listener:
+    chosen = name in admin.model_fields_set
+    return Listener(setting=f"admin.{name}", flag=flag, host=admin.host, port=port, can_move=not chosen)
+
+
+def check_ports(config: ServingConfig, probe: Probe = why_not_listening) -> tuple[ServingConfig, list[str], list[str]]:
+    """(the configuration with ports moved that may be, what was moved, problems)."""
+    problems, moved = [], []
+    admin: dict[str, int] = {}
+    taken: dict[int, Listener] = {}
+    for listener in listeners(config):
+        try:
+            problem = listener.problem(probe)
+        except ConfigError as error:
+            problem = f"{listener.setting.partition('.')[0]}.host (--host): {error}"
+        other = taken.get(listener.port) if listener.port else None
+        if not problem and other is not None and _overlap(other.host, listener.host):
+            problem = (
+                f"{listener.setting} ({listener.flag}): {listener.port} is {other.setting} ({other.flag}) already; "
+                "choose another port, or 0 for a free one"
+            )
+        taken.setdefault(listener.port, listener)
+        if problem and listener.can_move and "in use" in problem:
+            admin[listener.setting.partition(".")[2]] = 0
+            moved.append(
+                f"{listener.setting} {listener.port} is in use; a free port is taken ({listener.flag} chooses one)"
+            )
+        elif problem and problem not in problems:
+            problems.append(problem)
+    if admin:
+        config = config.model_copy(update={"admin": config.admin.model_copy(update=admin)})
+    return config, moved, problems
+
+
+def _overlap(one: str, other: str) -> bool:
+    wildcards = ("0.0.0.0", "::")
+    return one == other or one in wildcards or other in wildcards or (is_loopback(one) and is_loopback(other))
+
+
+def port_owner(port: int, root: Path = Path("/")) -> str:
+    """The process that listens at a TCP port, as `name (pid)`; "" where that cannot be seen."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (root / "proc/net" / table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:  # 0A: LISTEN
+                inodes.add(f"socket:[{fields[9]}]")
+    return next(_holders(inodes, root), "") if inodes else ""
+
+
+def _holders(inodes: set[str], root: Path) -> Iterator[str]:
+    for process in (root / "proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            if any(str(fd.readlink()) in inodes for fd in (process / "fd").iterdir()):
+                yield f"{(process / 'comm').read_text().strip()} (process {process.name})"
+        except OSError:
+            continue  # it ended, or belongs to somebody else
+
+
+def check_cache() -> str:
+    """Where files are kept when not where they should be; "" when all is as it should be."""
+    path, unusable = cache_choice()
+    if unusable is None:
+        return ""
+    where = f"{unusable.path} " if unusable.path else f"{unusable.setting} "
+    return (
+        f"{unusable.setting}: {where}{unusable.reason}; models and compiled code go to {path} (PACKTRAIN_CACHE chooses)"
+    )
+
+
+def check_compiler() -> str:
+    """What is lost without a compiler; "" when there is one, or when all was compiled before."""
+    if shutil.which("g++") is not None or all(is_compiled(library) for library in LIBRARIES):
+        return ""
+    return (
+        "g++ is not installed and nothing compiled is in the cache: ranks on CPUs compute with the reference kernels, many "
+        "times slower; install g++ (Debian: apt-get install g++)"
+    )
+
+
+def check_cpus(machine: Machine, num_threads: int) -> str:
+    """Whether CPU ranks have a CPU for each of their threads; "" when they do."""
+    if num_threads <= machine.num_cpus:
+        return ""
+    limit = f" ({machine.cpu_limit})" if machine.cpu_limit else ""
+    return (
+        f"{num_threads} threads of ranks share {machine.num_cpus} CPUs{limit}: they wait for each other at every step"
+    )
+
+
+def check_space(directory: Path, needed_bytes: int, setting: str, free_bytes: int | None = None) -> str:
+    """Whether a directory has room; "" when it has."""
+    if free_bytes is None:
+        free_bytes = shutil.disk_usage(directory).free
+    if free_bytes >= needed_bytes:
+        return ""
+    return f"{setting}: {directory} has {free_bytes >> 20} MiB free and {needed_bytes >> 20} MiB are needed; make room there"

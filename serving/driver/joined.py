@@ -1,0 +1,104 @@
+"""A Ray cluster that was there before, such as KubeRay's: what its nodes must have, how they are waited for, what runs there."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster import ray_api
+from cluster.placement import GroupPlacement, GroupRequest, NodeResources, plan_groups
+from model_parallel.errors import ConfigError
+from serving.config import ModelEntry, ServingConfig
+from serving.models.group_spec import GroupSpec
+
+GATEWAY_SHARE = 0.001
+ENVIRONMENT_TIMEOUT_S = 60.0
+_FINGERPRINT_KEY = "packtrain/deployed"
+_POLL_S = 1.0
+
+
+def check_environment(required: Mapping[str, str]) -> None:
+    """Nodes of a cluster that was there before must have been started with the variables that a private one gets.
+
+    Raises ConfigError naming each node and what it lacks, and TimeoutError when a node does not answer.
+    """
+    found = ray_api.environment_by_node(tuple(required), ENVIRONMENT_TIMEOUT_S)
+    if message := missing_settings(required, found):
+        raise ConfigError(message)
+
+
+def missing_settings(required: Mapping[str, str], found: Mapping[str, Mapping[str, str | None]]) -> str:
+    """What is wrong with the environment of which node (by its address); "" when nothing is."""
+    wrong: dict[str, list[str]] = {}
+    for node, environment in found.items():
+        for name, value in required.items():
+            if environment.get(name) != value:
+                wrong.setdefault(f"{name}={value}", []).append(node)
+    if not wrong:
+        return ""
+    parts = "; ".join(f"{setting} on {', '.join(sorted(nodes))}" for setting, nodes in sorted(wrong.items()))
+    return f"ray.address: nodes of this cluster were started without settings that Packtrain needs in their environment: {parts}"
+
+
+def requests_of(entries: Sequence[ModelEntry]) -> list[GroupRequest]:
+    """Of all groups, before there is a node by which the rest of their sizes could be chosen."""
+    return [
+        GroupRequest(
+            name=entry.name,
+            tp_size=entry.tensor_parallel_size,
+            device="cuda" if entry.device == "cuda" else "cpu",
+            cpus_per_rank=entry.cpus_per_rank,
+        )
+        for entry in entries
+        if entry.device == "cuda" or entry.cpus_per_rank  # auto, which turns out to be a GPU, needs no CPU
+        for _ in range(entry.num_groups)
+    ]
+
+
+def wait_for_places(
+    requests: Sequence[GroupRequest],
+    timeout_s: float,
+    report: Callable[[str], None],
+    *,
+    nodes: Callable[[], Sequence[NodeResources]] = ray_api.alive_nodes,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[GroupPlacement]:
+    """Placements of all groups, as soon as the cluster has nodes for them. Raises ConfigError, with what is missing, when it has
+    none within `timeout_s`."""
+    deadline_s = clock() + timeout_s
+    told = ""
+    while True:
+        try:
+            return plan_groups(requests, nodes())
+        except ConfigError as error:
+            if clock() >= deadline_s:
+                raise
+            if str(error) != told:
+                told = str(error)
+                report(f"waiting for nodes: {told}")
+        sleep(_POLL_S)
+
+
+def fingerprint(config: ServingConfig, specs: Sequence[GroupSpec]) -> str:
+    """Of everything that decides what is deployed, the program's version included."""
+    parts = [version("packtrain"), config.model_dump_json(exclude={"ray"}), *map(repr, specs)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def deployed_before(app_name: str, mark: str) -> DeploymentHandle[Any] | None:
+    """Handle of the application that a driver with the same fingerprint has deployed, if it is still there."""
+    if ray_api.read_note(_FINGERPRINT_KEY) != mark or app_name not in serve.status().applications:
+        return None
+    handle: DeploymentHandle[Any] = serve.get_app_handle(app_name)
+    return handle
+
+
+def remember_deployed(mark: str | None) -> None:
+    """None while a deployment is under way: a driver that comes back in the middle begins anew."""
+    ray_api.write_note(_FINGERPRINT_KEY, mark)

@@ -1,0 +1,525 @@
+"""What a configuration takes on Kubernetes: machines, GPUs, memory and time, by the arithmetic of model_parallel/memory.py.
+
+Pure: from a configuration and a kind of machine to values of the chart helm/packtrain, and from values to what is wrong there.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from model_parallel.checkpoint.detect import describe
+from model_parallel.config import ModelConfig
+from model_parallel.errors import ConfigError
+from model_parallel.memory import (
+    DEVICE_RESERVE_BYTES,
+    DEVICES,
+    GIB,
+    Device,
+    GroupMemory,
+    Workload,
+    kv_cache_tokens,
+    plan_group,
+)
+from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
+from serving.models.fetch import KNOWN_MODELS
+from serving.models.known_llama import KNOWN_CONFIGS, known_config
+from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES
+
+COMPLETE = ".packtrain-complete"
+"""File that the chart's copy of the weights ends with."""
+STOP_MARGIN_S = 45
+"""Between the end of the drain and the end of the pod: leaders end (30 s at most), and Ray (15 s)."""
+_MARGIN = 1.25
+_NODE_BYTES = STACK_BYTES
+"""Of Ray itself on a node."""
+_GPU_RANK_HOST_BYTES = 4 * GIB
+"""Host memory of a rank on a GPU: CUDA's context, pinned buffers, a file's pages while it loads."""
+_CPUS_PER_GPU = 8
+_SHM_PER_GPU_BYTES = 8 * GIB
+_CPU_CACHE_TOKENS = 16384
+"""Planned for a group on CPUs whose cache is left to be chosen."""
+IMAGE_MODELS = "/opt/packtrain/models"
+"""Where the image has the models that `packtrain fetch` knows."""
+_LLAMA_2 = re.compile(r"llama[-_ ]?2", re.IGNORECASE)
+
+# What a group of worker nodes is without a word in the values; as in helm/packtrain/values.yaml.
+WORKER_DEFAULTS: Mapping[str, Any] = {
+    "groupName": "workers",
+    "replicas": 1,
+    "minReplicas": 1,
+    "maxReplicas": 1,
+    "numOfHosts": 1,
+    "resources": {"limits": {"cpu": "2", "memory": "8Gi"}},
+    "shmSize": "1Gi",
+}
+GRACE_DEFAULT_S = 90
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """One node. What is None is worked out."""
+
+    num_gpus: int
+    gpu: Device | None
+    num_cpus: int | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPlan:
+    """One model's groups on such machines."""
+
+    entry: ModelEntry
+    memory: GroupMemory
+
+    @property
+    def cache_tokens(self) -> int:
+        """What was asked for; else all that fits on a GPU, and a moderate number on CPUs."""
+        if self.entry.kv_cache_tokens is not None:
+            return self.entry.kv_cache_tokens
+        if self.entry.device == "cuda":
+            return self.memory.kv_tokens
+        return max(_CPU_CACHE_TOKENS, self.memory.workload.max_model_len)
+
+    @property
+    def rank_bytes(self) -> int:
+        """What the fullest rank needs: weights, one step, and the cache."""
+        return max(
+            rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * self.cache_tokens
+            for rank in self.memory.ranks
+        )
+
+    @property
+    def group_bytes(self) -> int:
+        return self.rank_bytes * len(self.memory.ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterPlan:
+    """All groups on machines of one kind."""
+
+    machine: Machine
+    """With nothing left to be worked out."""
+    models: tuple[ModelPlan, ...]
+    num_hosts: int
+    """Machines of one replica of the worker group."""
+    num_replicas: int
+    shm_bytes: int
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether values can work, with the numbers."""
+
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def model_configs(config: ServingConfig, same_as: Mapping[str, str]) -> dict[str, ModelConfig]:
+    """By name of each served model: of its files, of the known model that it is said to be, or of its source's name.
+
+    Raises ConfigError for a model of which nothing is known here.
+    """
+    if unknown := sorted(set(same_as) - {entry.name for entry in config.models}):
+        raise ConfigError(f"--same-as names {', '.join(unknown)}, which the configuration does not serve")
+    found = {}
+    for entry in config.models:
+        known = _model_config(entry, same_as.get(entry.name))
+        if known is None:
+            raise ConfigError(
+                f"models.{entry.name}: {entry.source} is not here; say which known model has its sizes: "
+                f"--same-as {entry.name}=llama-2-7b-chat"
+            )
+        found[entry.name] = known
+    return found
+
+
+def _model_config(entry: ModelEntry, same_as: str | None) -> ModelConfig | None:
+    if same_as is not None:
+        return known_config(same_as)
+    source = Path(entry.source)
+    in_image = source.parent.name if source.is_relative_to(IMAGE_MODELS) else entry.source
+    path = KNOWN_MODELS[in_image].path if in_image in KNOWN_MODELS else source
+    if path.exists():
+        return describe(path).config
+    return KNOWN_CONFIGS.get(Path(entry.source).name.lower())
+
+
+def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConfig]) -> ClusterPlan:
+    """How many machines all groups take, and what each must have."""
+    entries = [_decided(entry, has_gpus=machine.num_gpus > 0) for entry in config.models]
+    plans = tuple(_plan_model(entry, models[entry.name], machine.gpu) for entry in entries)
+    problems = [problem for model in plans for problem in _memory_problems(model, machine.gpu)]
+    on_gpu = [model for model in plans if model.entry.device == "cuda"]
+    if on_gpu and not machine.num_gpus:
+        names = ", ".join(model.entry.name for model in on_gpu)
+        problems.append(f"{names}: device is cuda; say with --gpu and --gpus-per-node what machines there are")
+        return ClusterPlan(
+            machine=machine, models=plans, num_hosts=1, num_replicas=0, shm_bytes=GIB, problems=tuple(problems)
+        )
+    spans = [math.ceil(model.entry.tensor_parallel_size / machine.num_gpus) for model in on_gpu]
+    num_hosts = max(spans, default=1)
+    cpus = machine.num_cpus or _cpus_needed(plans, machine)
+    whole = replace(machine, num_cpus=cpus)
+    num_machines = _machines_needed(plans, whole, problems)
+    shm_bytes = max(GIB, _SHM_PER_GPU_BYTES * machine.num_gpus)
+    needed = _host_bytes(plans, machine) + shm_bytes
+    memory_bytes = machine.memory_bytes or math.ceil(needed / GIB) * GIB
+    if memory_bytes < needed:
+        problems.append(
+            f"a machine has {memory_bytes / GIB:.0f} GiB of memory, and {needed / GIB:.1f} GiB are needed: ranks, Ray, /dev/shm"
+        )
+    return ClusterPlan(
+        machine=replace(whole, memory_bytes=memory_bytes),
+        models=plans,
+        num_hosts=num_hosts,
+        num_replicas=math.ceil(num_machines / num_hosts),
+        shm_bytes=shm_bytes,
+        problems=tuple(problems),
+    )
+
+
+def _decided(entry: ModelEntry, *, has_gpus: bool) -> ModelEntry:
+    """With what is left to be chosen as it will be on such machines. Most checkpoints have 16 bits a weight."""
+    changes: dict[str, str] = {}
+    if entry.device == AUTO:
+        changes["device"] = "cuda" if has_gpus else "cpu"
+    if entry.dtype == AUTO:
+        changes["dtype"] = "bfloat16"
+    return entry.model_copy(update=changes)
+
+
+def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> ModelPlan:
+    host = Device(name="host", memory_bytes=1 << 62, bandwidth_bytes_per_s=math.inf)
+    workload = Workload(
+        max_model_len=entry.max_model_len or min(model.max_position, entry.kv_cache_tokens or model.max_position),
+        max_num_seqs=entry.max_num_seqs,
+        max_num_batched_tokens=entry.max_num_batched_tokens,
+    )
+    memory = plan_group(
+        model,
+        entry.tensor_parallel_size,
+        dtype=entry.dtype,
+        quantization=entry.quantization or "",
+        device=gpu if gpu is not None and entry.device == "cuda" else host,
+        workload=workload,
+    )
+    return ModelPlan(entry=entry, memory=memory)
+
+
+def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
+    if model.entry.device != "cuda" or gpu is None:
+        return
+    try:
+        kv_cache_tokens(model.memory, model.entry.kv_cache_tokens)
+    except ConfigError as error:
+        yield f"{model.entry.name} does not fit {gpu.name}: {error}"
+        return
+    if model.entry.kv_cache_tokens is not None and model.rank_bytes + DEVICE_RESERVE_BYTES > gpu.memory_bytes:
+        yield (
+            f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB and "
+            f"{DEVICE_RESERVE_BYTES / GIB:.2f} GiB of reserve, and {gpu.name} has {gpu.memory_bytes / GIB:.2f} GiB"
+        )
+
+
+def _cpus_needed(plans: Iterable[ModelPlan], machine: Machine) -> int:
+    if machine.num_gpus:
+        return _CPUS_PER_GPU * machine.num_gpus
+    return math.ceil(sum(m.entry.cpus_per_rank * m.entry.tensor_parallel_size * m.entry.num_groups for m in plans))
+
+
+def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: list[str]) -> int:
+    """First fit, largest groups first. A group that spans machines takes whole ones."""
+    free: list[tuple[float, float]] = []  # GPUs and CPUs
+    size = (float(machine.num_gpus), float(machine.num_cpus or 0))
+    whole = 0
+    for model in sorted(plans, key=lambda m: -m.entry.tensor_parallel_size):
+        entry = model.entry
+        tp = entry.tensor_parallel_size
+        takes = (float(tp), tp * entry.cpus_per_rank) if entry.device == "cuda" else (0.0, tp * entry.cpus_per_rank)
+        if entry.device == "cuda" and tp > machine.num_gpus:
+            whole += entry.num_groups * math.ceil(tp / machine.num_gpus)
+            continue
+        if any(need > has for need, has in zip(takes, size, strict=True)):
+            problems.append(
+                f"{entry.name}: a group needs {takes[0]:g} GPUs and {takes[1]:g} CPUs, "
+                f"and a machine has {size[0]:g} and {size[1]:g}"
+            )
+            continue
+        for _ in range(entry.num_groups):
+            place = next((i for i, has in enumerate(free) if has[0] >= takes[0] and has[1] >= takes[1]), None)
+            if place is None:
+                free.append(size)
+                place = len(free) - 1
+            free[place] = (free[place][0] - takes[0], free[place][1] - takes[1])
+    return whole + len(free)
+
+
+def _host_bytes(plans: Iterable[ModelPlan], machine: Machine) -> int:
+    """Memory of a machine that is full: of ranks on CPUs all they hold, of ranks on GPUs what is left on the host."""
+    on_cpu = [m for m in plans if m.entry.device == "cpu"]
+    ranks = sum(m.entry.num_groups * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
+    gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + RANK_BYTES)
+    return math.ceil(_MARGIN * ranks) + gpus + _NODE_BYTES
+
+
+def values(config: ServingConfig, plan: ClusterPlan, *, claim: str | None, accepts_licence: bool) -> dict[str, Any]:
+    """Values of the chart. `claim` is the volume claim with the weights; sources that are not in the image must lie in it."""
+    machine = plan.machine
+    drain_s = config.gateway.drain_timeout_s
+    is_llama_2 = any(_LLAMA_2.search(f"{entry.name} {entry.source}") for entry in config.models)
+    gpus = {"nvidia.com/gpu": machine.num_gpus} if machine.num_gpus else {}
+    resources = {"cpu": str(machine.num_cpus), "memory": f"{(machine.memory_bytes or 0) // GIB}Gi"} | gpus
+    keeps_keys = config.tenancy is not None
+    made: dict[str, Any] = {
+        "config": _chart_config(config),
+        "terminationGracePeriodSeconds": max(GRACE_DEFAULT_S, math.ceil(drain_s) + STOP_MARGIN_S),
+        "worker": {
+            "groupName": "gpu" if machine.num_gpus else "cpu",
+            "replicas": plan.num_replicas,
+            "minReplicas": plan.num_replicas,
+            "maxReplicas": plan.num_replicas,
+            "numOfHosts": plan.num_hosts,
+            "resources": {"requests": resources, "limits": dict(resources)},
+            "shmSize": f"{plan.shm_bytes // GIB}Gi",
+        },
+    }
+    if config.tenancy is not None and config.tenancy.database.startswith("postgresql"):
+        made["gateway"] = {"replicas": 2}
+    if not keeps_keys:
+        made["insecure"] = config.gateway.insecure
+    if is_llama_2:
+        made["license"] = {"accept": accepts_licence}
+    if claim is not None:
+        made["weights"] = {"source": "pvc", "pvc": {"existingClaim": claim}}
+    return made
+
+
+def _chart_config(config: ServingConfig) -> dict[str, Any]:
+    """The configuration without what is as usual and without what the chart decides."""
+    data: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    data.pop("ray", None)
+    for section, keys in (("gateway", ("host", "insecure", "tls")), ("admin", ("host",))):
+        for key in keys:
+            data.get(section, {}).pop(key, None)
+        if not data.get(section, True):
+            del data[section]
+    for entry in data["models"]:
+        if known := KNOWN_MODELS.get(entry["source"]):
+            # Pods fetch nothing: the NetworkPolicy would not let them, and the image has it.
+            entry["source"] = f"{IMAGE_MODELS}/{known.name}/{known.path.name}"
+            chat = {"format": known.chat_format, "default_system": known.chat_default_system}
+            entry.setdefault("chat", chat)
+    data.setdefault("tenancy", None)
+    return data
+
+
+def explained(plan: ClusterPlan) -> Iterator[str]:
+    """The numbers that the plan was made of, a line each."""
+    for model in plan.models:
+        entry, ranks = model.entry, model.memory.ranks
+        weights = max(rank.weight_bytes for rank in ranks)
+        cache = max(rank.kv_bytes_per_token for rank in ranks) * model.cache_tokens
+        yield (
+            f"{entry.name}: {entry.num_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights and "
+            f"{cache / GIB:.2f} GiB of KV cache for {model.cache_tokens} tokens"
+        )
+        if entry.device == "cuda" and model.memory.fits:
+            yield f"{entry.name}: {model.memory.kv_tokens} tokens of KV cache would fit"
+    machine = plan.machine
+    kind = f"{machine.num_gpus} {machine.gpu.name}" if machine.gpu else "no GPU"
+    yield (
+        f"{plan.num_replicas * plan.num_hosts} machines with {kind}, {machine.num_cpus} CPUs and "
+        f"{(machine.memory_bytes or 0) / GIB:.0f} GiB of memory"
+    )
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """As helm merges values: mappings by key, everything else is replaced, null removes."""
+    result = dict(first)
+    for key, value in second.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def worker_groups(chart_values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chart's groups of nodes, each whole: what one leaves out is as in `worker`."""
+    first = merged(WORKER_DEFAULTS, chart_values.get("worker") or {})
+    more = chart_values.get("additionalWorkerGroups") or {}
+    return [first, *(merged(first, {"groupName": name} | (own or {})) for name, own in sorted(more.items()))]
+
+
+_PRODUCTS = (
+    (re.compile(r"A100.*80GB"), "a100-80g"),
+    (re.compile(r"A100.*40GB"), "a100-40g"),
+    (re.compile(r"H100"), "h100"),
+    (re.compile(r"H200"), "h200"),
+)
+
+
+def group_device(group: Mapping[str, Any]) -> Device | None:
+    """The GPU that a group's node selector names, as the GPU operator labels nodes."""
+    product = (group.get("nodeSelector") or {}).get("nvidia.com/gpu.product", "")
+    name = next((name for pattern, name in _PRODUCTS if pattern.search(product)), None)
+    return DEVICES[name] if name else None
+
+
+def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[str, str]) -> Verdict:
+    """Whether these values can work. `gpu` where node selectors do not tell. Raises ConfigError for a wrong configuration."""
+    config = _config_of(chart_values)
+    groups = worker_groups(chart_values)
+    lines: list[str] = []
+    problems = [*_timing_problems(chart_values, config), *_rule_problems(chart_values, config)]
+    for group in groups:
+        lines.append(_group_line(group))
+    has_gpus = any((group["resources"].get("limits") or {}).get("nvidia.com/gpu") for group in groups)
+    for given in config.models:
+        entry = _decided(given, has_gpus=has_gpus)
+        problems += _placement_problems(
+            entry, groups, bool((chart_values.get("ray") or {}).get("autoscaling", {}).get("enabled"))
+        )
+        known = _model_config(entry, same_as.get(entry.name))
+        if known is None:
+            lines.append(
+                f"{entry.name}: memory not checked, {entry.source} is not here; --same-as {entry.name}=… names its like"
+            )
+            continue
+        fitting = [group for group in groups if _ranks_of(group, entry) >= 1]
+        devices = {device.name: device for group in fitting if (device := group_device(group) or gpu)}
+        if entry.device == "cuda" and not devices:
+            lines.append(f"{entry.name}: memory not checked, no node selector names a GPU; --gpu does")
+        for device in devices.values() if entry.device == "cuda" else (None,):
+            model = _plan_model(entry, known, device)
+            problems += _memory_problems(model, device)
+            lines.append(_model_line(model, device))
+            if entry.device == "cpu":
+                problems += _host_problems(model, fitting)
+    return Verdict(lines=tuple(lines), problems=tuple(problems))
+
+
+def _config_of(chart_values: Mapping[str, Any]) -> ServingConfig:
+    data = dict(chart_values.get("config") or {})
+    if data.get("tenancy", {}) == {}:
+        data["tenancy"] = {"database": ""}  # the chart's default
+    for section, keys in (("gateway", ("host", "insecure", "tls")), ("admin", ("host",)), ("", ("ray",))):
+        for key in keys:
+            if key in (data if not section else data.get(section) or {}):
+                raise ConfigError(f"config.{section + '.' if section else ''}{key} is the chart's to set; leave it out")
+    return parse_config(data, origin="config")
+
+
+def _timing_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> Iterator[str]:
+    grace_s = chart_values.get("terminationGracePeriodSeconds", GRACE_DEFAULT_S)
+    needed_s = math.ceil(config.gateway.drain_timeout_s) + STOP_MARGIN_S
+    if grace_s < needed_s:
+        yield f"terminationGracePeriodSeconds is {grace_s}, and draining needs {needed_s}"
+
+
+def _rule_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> Iterator[str]:
+    insecure = bool(chart_values.get("insecure"))
+    if config.tenancy is None and not insecure:
+        yield "config.tenancy is null, so there are no keys, and insecure is not true"
+    gateways = (chart_values.get("gateway") or {}).get("replicas", 1)
+    if config.tenancy is not None and gateways > 1 and not config.tenancy.database.startswith("postgresql"):
+        yield f"gateway.replicas is {gateways}, and SQLite serves one machine: config.tenancy.database must be PostgreSQL"
+    accepted = bool((chart_values.get("license") or {}).get("accept"))
+    for entry in config.models:
+        if _LLAMA_2.search(f"{entry.name} {entry.source}") and not accepted:
+            yield f"{entry.name} is Llama 2, and license.accept is not true"
+
+
+def _placement_problems(entry: ModelEntry, groups: list[dict[str, Any]], autoscaling: bool) -> Iterator[str]:
+    tp = entry.tensor_parallel_size
+    places = 0
+    widest = 0
+    for group in groups:
+        ranks, hosts = _ranks_of(group, entry), group["numOfHosts"]
+        count = group["maxReplicas" if autoscaling else "replicas"]
+        places += count * hosts * (ranks // tp) if tp <= ranks else count * (hosts * ranks // tp)
+        widest = max(widest, ranks * hosts)
+    what = "GPUs" if entry.device == "cuda" else "ranks by their CPUs"
+    if tp > widest:
+        yield f"{entry.name}: tensor_parallel_size is {tp}, and the largest worker group has {widest} {what} for one group"
+    elif entry.num_groups > places:
+        yield f"{entry.name}: num_groups is {entry.num_groups}, and the worker groups have room for {places}"
+
+
+def _ranks_of(group: Mapping[str, Any], entry: ModelEntry) -> int:
+    """Ranks of this model that one machine of the group holds."""
+    limits = group["resources"].get("limits") or {}
+    if entry.device == "cuda":
+        return int(limits.get("nvidia.com/gpu", 0))
+    cpus = (group.get("rayStartParams") or {}).get("num-cpus") or math.ceil(quantity(str(limits.get("cpu", 0))))
+    return int(float(cpus) / entry.cpus_per_rank + 1e-9) if entry.cpus_per_rank else 0
+
+
+def _host_problems(model: ModelPlan, groups: list[dict[str, Any]]) -> Iterator[str]:
+    for group in groups:
+        has = quantity(str((group["resources"].get("limits") or {}).get("memory", "0")))
+        needs = _MARGIN * (model.group_bytes + len(model.memory.ranks) * RANK_BYTES + LEADER_BYTES) + _NODE_BYTES
+        needs += quantity(str(group["shmSize"]))
+        if needs > has:
+            yield (
+                f"{model.entry.name}: a group needs {needs / GIB:.1f} GiB (ranks, Ray, /dev/shm) on a machine of "
+                f"{group['groupName']}, whose memory limit is {has / GIB:.1f} GiB"
+            )
+
+
+def _group_line(group: Mapping[str, Any]) -> str:
+    limits = group["resources"].get("limits") or {}
+    gpus = limits.get("nvidia.com/gpu", 0)
+    machines = group["replicas"] * group["numOfHosts"]
+    return (
+        f"{group['groupName']}: {machines} machines with {gpus} GPUs, {limits.get('cpu')} CPUs, {limits.get('memory')}"
+    )
+
+
+def _model_line(model: ModelPlan, device: Device | None) -> str:
+    weights = max(rank.weight_bytes for rank in model.memory.ranks)
+    where = f" of {device.memory_bytes / GIB:.1f} GiB on {device.name}" if device else ""
+    room = f"; {model.memory.kv_tokens} tokens of KV cache would fit" if device else ""
+    return (
+        f"{model.entry.name}: a rank needs {model.rank_bytes / GIB:.2f} GiB{where}, "
+        f"{weights / GIB:.2f} GiB of them weights, with "
+        f"{model.cache_tokens} tokens of KV cache{room}"
+    )
+
+
+_UNITS = {
+    "": 1.0,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+}
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number. Raises ConfigError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", text)
+    if found is None or found[2] not in _UNITS:
+        raise ConfigError(f"{text!r} is not a quantity such as 8, 500m or 64Gi")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def bytes_below(directory: Path) -> int:
+    """Size of all files below a directory; those that come or go meanwhile count or do not."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue
+    return total

@@ -1,0 +1,159 @@
+"""The start's checks in their order, and what they decide: ports, sizes, and where things lie."""
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model_parallel.native import LIBRARIES, is_compiled
+from serving.config import ServingConfig, tracing_is_on
+from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
+from serving.driver.environment import cluster_parent
+from serving.gateway.http.listener import make_room
+from serving.gateway.server import check_admin_listening, check_listening, check_protobuf
+from serving.gateway.tls import load_tls
+from serving.models.fetch import KNOWN_MODELS
+from serving.models.group_spec import GroupSpec, check_memory, resolve_models
+from serving.models.sizes import Host, describe_sizes, num_ranks, this_host
+
+CHECK_TIMEOUT_S = 300.0
+"""Of a checkpoint's files; comparing a tied head reads it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Preflight:
+    """A configuration that was checked. `finish` waits for what is still looked at beside."""
+
+    config: ServingConfig
+    """With ports moved where that was needed."""
+    specs: list[GroupSpec]
+    """Of a private cluster; of one that is joined they are made when its nodes are known."""
+    parent: Path | None
+    """Where a private cluster's directory is made."""
+    notes: list[str] = field(default_factory=list)
+    """What was chosen, for the terminal."""
+    warnings: list[str] = field(default_factory=list)
+    _checks: "list[subprocess.Popen[str]]" = field(default_factory=list)
+    _compilation: "subprocess.Popen[bytes] | None" = None
+
+    def finish(self) -> None:
+        """Wait for the checks of the checkpoints. Raises StartRefusedError."""
+        problems = []
+        try:
+            for process in self._checks:
+                output, _ = process.communicate(timeout=CHECK_TIMEOUT_S)
+                problems += _problems(process.returncode, output)
+        except subprocess.TimeoutExpired as error:
+            raise StartRefusedError([f"the checkpoint could not be checked within {CHECK_TIMEOUT_S:g} s"]) from error
+        finally:
+            self._end_checks()
+        if problems:
+            self.close()
+            raise StartRefusedError(problems)
+
+    def close(self) -> None:
+        """End what runs beside. Compilation that nobody waits for is ended too; ranks would begin anew."""
+        self._end_checks()
+        if self._compilation is not None:
+            self._compilation.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._compilation.wait(10.0)
+
+    def _end_checks(self) -> None:
+        for process in self._checks:
+            if process.poll() is None:
+                process.kill()
+            process.wait(10.0)
+            if process.stdout is not None:
+                process.stdout.close()
+        self._checks = []
+
+
+def _problems(status: int | None, output: str) -> list[str]:
+    """Of a check's process: JSON on its last line, and anything else is a crash."""
+    with suppress(ValueError, IndexError):
+        return [str(problem) for problem in json.loads(output.strip().splitlines()[-1])]
+    return [f"the checkpoint could not be checked: its process ended with status {status}"]
+
+
+def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
+    """Check everything that takes no time, and begin the rest. Raises StartRefusedError with all problems of a kind, and
+    ConfigError, CheckpointError, FetchError."""
+    joins = config.ray.address is not None
+    has_keys = config.tenancy is not None
+    check_protobuf()
+    check_listening(config.gateway, has_keys=has_keys)
+    check_admin_listening(config.admin, has_keys=has_keys, insecure=config.gateway.insecure)
+    tracing_is_on()  # A wrong setting is told here, before anything starts.
+    if config.gateway.tls is not None:
+        load_tls(config.gateway.tls)
+    notes: list[str] = []
+    if not joins:  # the gateways of another cluster listen on other machines
+        make_room(config.gateway)
+        config, notes, problems = check_ports(config)
+        if problems:
+            raise StartRefusedError(problems)
+    parent = None if joins else cluster_parent()
+    warnings = [warning for warning in (check_cache(),) if warning]
+    specs: list[GroupSpec] = []
+    if not joins:
+        specs, told, worries = _sizes(config, host or this_host())
+        notes += told
+        warnings += worries
+    checks = [
+        _checkpoint_check(entry.source, entry.chat.format if entry.chat else "")
+        for entry in config.models
+        if entry.source not in KNOWN_MODELS
+    ]
+    return Preflight(
+        config=config,
+        specs=specs,
+        parent=parent,
+        notes=notes,
+        warnings=warnings,
+        _checks=checks,
+        _compilation=_begin_compilation() if any(spec.parallel.device == "cpu" for spec in specs) else None,
+    )
+
+
+def _sizes(config: ServingConfig, host: Host) -> tuple[list[GroupSpec], list[str], list[str]]:
+    """(specifications, what was chosen, warnings). Raises ConfigError for what does not fit."""
+    specs = resolve_models(config.models, host)
+    on_cpu = [spec for spec in specs if spec.parallel.device == "cpu"]
+    if on_cpu:
+        check_memory(on_cpu, host.machine)
+    num_threads = sum(num_ranks(spec.entry) * spec.parallel.num_threads for spec in on_cpu)
+    worries = [check_cpus(host.machine, num_threads), check_compiler() if on_cpu else ""]
+    return (
+        specs,
+        [describe_sizes(spec.entry, spec.model) for spec in specs],
+        [
+            *(worry for worry in worries if worry),
+            *(warning for spec in specs for warning in spec.warnings),
+        ],
+    )
+
+
+def _checkpoint_check(source: str, chat_format: str) -> "subprocess.Popen[str]":
+    """In a process of its own, which may load torch while this one loads Ray."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "serving.models.verify", source, chat_format],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _begin_compilation() -> "subprocess.Popen[bytes] | None":
+    """Compile what ranks will need while Ray starts; they wait for it, and none compiles by itself."""
+    if all(is_compiled(library) for library in LIBRARIES):
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-m", "model_parallel.native"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )

@@ -1,0 +1,228 @@
+"""Settings that are left to Packtrain: device, dtype, threads and KV cache of each model, from what the machine has.
+
+A setting that is given keeps its meaning; only what says auto, or nothing, is chosen here.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model_parallel.checkpoint.detect import CheckpointInfo, read_json
+from model_parallel.checkpoint.gguf_file import GgufFile
+from model_parallel.config import DTYPE_BYTES, ModelConfig
+from model_parallel.errors import ConfigError
+from model_parallel.gpus import Gpu, torch_has_cuda, visible_gpus
+from model_parallel.machine import Machine, read_machine
+from model_parallel.memory import (
+    DEVICE_RESERVE_BYTES,
+    GIB,
+    Device,
+    GroupMemory,
+    Workload,
+    activation_bytes,
+    kv_bytes_per_token,
+    plan_group,
+)
+from serving.config import AUTO, ModelEntry
+
+UTILISATION = 0.9
+"""Part of the free memory that may be planned with."""
+STACK_BYTES = 950 << 20
+"""What Ray, Serve, a gateway and the command itself take. Measured as proportional set size."""
+LEADER_BYTES = 150 << 20
+RANK_BYTES = 350 << 20
+"""Of a rank's process without weights, activations and cache: Python, torch, Ray's worker."""
+CPU_CACHE_BYTES = 2 << 30
+"""A CPU computes slowly, so that a larger cache would seldom be full."""
+CPU_CACHE_SEQUENCES = 4
+"""But at least so many sequences of the longest length, where half of the free memory has room for them."""
+_LEAST_TOKENS = 512
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float32"}
+_GGUF_FILE_TYPES = {0: "float32", 1: "float16", 32: "bfloat16"}
+"""`general.file_type` of files that are not quantised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What ranks run on. Of a cluster that is joined: one of its nodes, and the GPUs of all."""
+
+    machine: Machine
+    gpus: tuple[Gpu, ...] = ()
+    num_gpus: int = 0
+
+
+def this_host() -> Host:
+    """GPUs count only where torch can use them."""
+    gpus = visible_gpus() if torch_has_cuda() else ()
+    return Host(machine=read_machine(), gpus=gpus, num_gpus=len(gpus))
+
+
+def look_at_node() -> tuple[Machine, tuple[Gpu, ...]]:
+    """Runs on a node of a cluster. Ray hides GPUs from what has not asked for one, so the driver's own list counts."""
+    return read_machine(), visible_gpus({})
+
+
+def choose_sizes(entries: Sequence[ModelEntry], infos: Sequence[CheckpointInfo], host: Host) -> list[ModelEntry]:
+    """The entries with nothing left to choose. Raises ConfigError when a rank would have no head."""
+    chosen = [
+        entry.model_copy(update={"device": _device(entry, entries, host)}) if entry.device == AUTO else entry
+        for entry in entries
+    ]
+    chosen = [
+        entry.model_copy(update={"dtype": _dtype(stored_dtype(info), entry.device)}) if entry.dtype == AUTO else entry
+        for entry, info in zip(chosen, infos, strict=True)
+    ]
+    num_cpu_ranks = sum(num_ranks(entry) for entry in chosen if entry.device == "cpu")
+    threads = max(1, host.machine.num_cpus // max(1, num_cpu_ranks))
+    chosen = [
+        entry if entry.threads_per_rank is not None else entry.model_copy(update={"threads_per_rank": threads})
+        for entry in chosen
+    ]
+    configs = [info.config for info in infos]
+    room = _room_for_caches(chosen, configs, host.machine)
+    return [
+        entry
+        if entry.kv_cache_tokens is not None
+        else entry.model_copy(update={"kv_cache_tokens": _cache_tokens(entry, config, host, room)})
+        for entry, config in zip(chosen, configs, strict=True)
+    ]
+
+
+def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
+    """One line that tells what a model runs with."""
+    per_token = kv_bytes_per_token(config, config.num_kv_heads, entry.dtype)
+    tokens = entry.kv_cache_tokens or 0
+    threads = f", {_count(entry.threads_per_rank or 1, 'thread')} a rank" if entry.device == "cpu" else ""
+    weights = entry.dtype if entry.quantization is None else f"{entry.dtype} with {entry.quantization} weights"
+    groups = f"{entry.num_groups} groups of " if entry.num_groups > 1 else ""
+    return (
+        f"{entry.name}: {groups}{_count(entry.tensor_parallel_size, 'rank')} on {entry.device}, {weights}{threads}, "
+        f"KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB)"
+    )
+
+
+def num_ranks(entry: ModelEntry) -> int:
+    """Of all groups."""
+    return entry.num_groups * entry.tensor_parallel_size
+
+
+def process_bytes(entries: Sequence[ModelEntry]) -> int:
+    """What the processes take before any weight."""
+    return STACK_BYTES + sum(e.num_groups * LEADER_BYTES + num_ranks(e) * RANK_BYTES for e in entries)
+
+
+def stored_dtype(info: CheckpointInfo) -> str:
+    """What a checkpoint's weights are stored in; bfloat16 for quantised ones, and where it does not say."""
+    match info.format:
+        case "gguf":
+            return _GGUF_FILE_TYPES.get(GgufFile(info.path).get("general.file_type"), "bfloat16")
+        case "meta":
+            return "bfloat16"  # as published
+        case "huggingface":
+            settings = read_json(info.path / "config.json")
+            stated = settings.get("dtype") or settings.get("torch_dtype")
+            if isinstance(stated, str) and stated.removeprefix("torch.") in DTYPE_BYTES:
+                return stated.removeprefix("torch.")
+            return _safetensors_dtype(info)
+
+
+def _safetensors_dtype(info: CheckpointInfo) -> str:
+    """Of the largest tensor of the first file. A file that cannot be read is told by those who read its weights."""
+    path = info.weight_files[0]
+    if path.suffix != ".safetensors":
+        return "bfloat16"
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(size, 100 << 20)))
+        tensors = [value for name, value in header.items() if name != "__metadata__"]
+        largest = max(tensors, key=lambda tensor: tensor["data_offsets"][1] - tensor["data_offsets"][0])
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        return "bfloat16"
+    return _TYPES.get(largest["dtype"], "bfloat16")
+
+
+def _device(entry: ModelEntry, entries: Sequence[ModelEntry], host: Host) -> str:
+    needed = sum(num_ranks(other) for other in entries if other.device in (AUTO, "cuda"))
+    return "cuda" if host.num_gpus and host.num_gpus >= needed else "cpu"
+
+
+def _dtype(stored: str, device: str) -> str:
+    """No CPU kernels compute in float16."""
+    return "bfloat16" if stored == "float16" and device == "cpu" else stored
+
+
+def workload_of(entry: ModelEntry, config: ModelConfig, num_batched_tokens: int | None = None) -> Workload:
+    """For plan_group; the longest length is the model's own where none is given."""
+    return Workload(
+        max_model_len=entry.max_model_len or config.max_position,
+        max_num_seqs=entry.max_num_seqs,
+        max_num_batched_tokens=num_batched_tokens or entry.max_num_batched_tokens,
+    )
+
+
+def _plan(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMemory:
+    return plan_group(
+        config,
+        entry.tensor_parallel_size,
+        dtype=entry.dtype,
+        quantization=entry.quantization or "",
+        device=Device(name="host", memory_bytes=memory_bytes, bandwidth_bytes_per_s=1.0),
+        workload=workload_of(entry, config),
+        utilisation=UTILISATION,
+    )
+
+
+def _room_for_caches(entries: Sequence[ModelEntry], configs: Sequence[ModelConfig], machine: Machine) -> int:
+    """Bytes of the host for the cache of each rank on a CPU whose size is left to us."""
+    rest = int(machine.available_memory_bytes * UTILISATION) - process_bytes(entries)
+    num_open = 0
+    for entry, config in zip(entries, configs, strict=True):
+        if entry.device != "cpu":
+            continue
+        for rank in _plan(entry, config, 0).ranks:
+            rest -= entry.num_groups * (rank.weight_bytes + rank.activation_bytes)
+            rest -= entry.num_groups * rank.kv_bytes_per_token * (entry.kv_cache_tokens or 0)
+        num_open += num_ranks(entry) * (entry.kv_cache_tokens is None)
+    return max(0, rest) // 2 // max(1, num_open)
+
+
+def _cache_tokens(entry: ModelEntry, config: ModelConfig, host: Host, room_bytes: int) -> int:
+    longest = entry.max_model_len or config.max_position
+    if entry.device == "cuda":
+        tokens = _gpu_cache_tokens(entry, config, host)
+    else:
+        per_token = kv_bytes_per_token(config, config.num_kv_heads, entry.dtype)
+        fullest = max(rank.kv_bytes_per_token for rank in _plan(entry, config, 0).ranks)
+        tokens = min(room_bytes // fullest, max(CPU_CACHE_BYTES // per_token, CPU_CACHE_SEQUENCES * longest))
+        tokens = min(tokens, entry.max_num_seqs * longest)
+    # When not even this fits, the check of memory says so with all numbers.
+    tokens = max(tokens, min(longest, _LEAST_TOKENS))
+    return max(tokens // entry.block_size, 1) * entry.block_size
+
+
+def _gpu_cache_tokens(entry: ModelEntry, config: ModelConfig, host: Host) -> int:
+    """What the GPU with the least free memory has room for beside its rank; see model_parallel.memory.check_cache_fits."""
+    if not host.gpus:
+        raise ConfigError(
+            f"models.{entry.name}.kv_cache_tokens is auto and device is cuda, but no GPU can be asked for its memory "
+            "(nvidia-smi); give kv_cache_tokens"
+        )
+    free = min(gpu.free_bytes for gpu in host.gpus)
+    tokens = []
+    for rank in _plan(entry, config, free).ranks:
+        captured = activation_bytes(
+            config,
+            entry.tensor_parallel_size,
+            rank.rank,
+            dtype=entry.dtype,
+            workload=workload_of(entry, config, entry.max_num_seqs),
+        )
+        room = rank.budget_bytes - DEVICE_RESERVE_BYTES - rank.weight_bytes - rank.activation_bytes - captured
+        tokens.append(max(0, room) // rank.kv_bytes_per_token)
+    return min(tokens)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,152 @@
+"""Vocabularies in Hugging Face's tokenizer.json, which brings its own rules."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from model_parallel.checkpoint.detect import CheckpointInfo, read_json
+from model_parallel.checkpoint.info import AddedToken
+from model_parallel.errors import CheckpointError
+from serving.text.token_bytes import byte_level_bytes, piece_bytes
+from serving.text.vocabulary import ControlToken, Vocabulary, is_markup, special_ids
+
+
+def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabulary:
+    """Raises CheckpointError for a file that is broken, or whose decoder is not known here."""
+    data = read_json(path)
+    try:
+        added = _added_tokens(info, data, markup)
+        library = _library(data)
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(f"{path} is not a valid tokenizer: {error}") from error
+    for token_id, token in added.items():
+        if library.token_to_id(token["content"]) != token_id:
+            raise CheckpointError(
+                f"{path}: the token {token['content']!r:.40} is to have the id {token_id}, and the vocabulary gives it "
+                f"{library.token_to_id(token['content'])}"
+            )
+    to_bytes, strips_leading_space = _decoder(data, path)
+    ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
+    token_bytes = [b""] * (max(ids.values(), default=-1) + 1)
+    for text, token_id in ids.items():
+        if token_id not in added:
+            token_bytes[token_id] = to_bytes(text)
+        elif not added[token_id]["special"]:
+            token_bytes[token_id] = text.encode()
+    bos_id = ids.get(info.tokenizer.bos_text)
+    bos = info.config.bos_token_id if bos_id is None else bos_id
+    later = _library_for_later_parts(info, data) or library
+    return Vocabulary(
+        encode=lambda text: library.encode(text, add_special_tokens=False).ids,
+        encode_later=lambda text: later.encode(text, add_special_tokens=False).ids,
+        token_bytes=token_bytes,
+        control={
+            token["content"]: ControlToken(id=token_id, lstrip=token["lstrip"], rstrip=token["rstrip"])
+            for token_id, token in added.items()
+            if token["special"]
+        },
+        token_id=ids.get,
+        add_bos=bos in library.encode("").ids if info.add_bos is None else info.add_bos,
+        strips_leading_space=strips_leading_space,
+        bos_token_id=bos_id,
+    )
+
+
+def _library(data: dict[str, Any]) -> tokenizers.Tokenizer:
+    library = tokenizers.Tokenizer.from_str(json.dumps(data))
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _added_tokens(info: CheckpointInfo, data: dict[str, Any], markup: str) -> dict[int, dict[str, Any]]:
+    """The file's added tokens by id, and those of the files beside it, which are written into `data`. What is special is never
+    found in text; so are end tokens, those that a chat format writes, and those that the model has no embedding for.
+    """
+    added = {token["id"]: token for token in data.get("added_tokens") or ()}
+    by_id = special_ids(info)
+    by_text = {token["content"]: token for token in added.values()}
+    for token in info.tokenizer.added:
+        if token.id in added or token.text in by_text:
+            known = added.get(token.id) or by_text[token.text]
+            known["special"] = known["special"] or (bool(token.special) and known["content"] == token.text)
+            continue
+        added[token.id] = _add(data, token)
+    for token_id, token in added.items():
+        token["special"] = bool(
+            token["special"]
+            or token_id in by_id
+            or token_id >= info.config.vocab_size
+            or is_markup(info, token["content"], markup)
+        )
+    data["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+    return added
+
+
+def _add(data: dict[str, Any], token: AddedToken) -> dict[str, Any]:
+    vocab = data["model"].get("vocab")
+    if isinstance(vocab, dict):  # so that it gets its own id, and not the next one
+        vocab.setdefault(token.text, token.id)
+    return {
+        "id": token.id, "content": token.text, "single_word": False, "lstrip": token.lstrip, "rstrip": token.rstrip,
+        "normalized": False, "special": bool(token.special),
+    }  # fmt: skip
+
+
+def _decoder(data: dict[str, Any], path: Path) -> tuple[Callable[[str], bytes], bool]:
+    """What a token's text stands for, and whether the first one carries a space that the text does not have."""
+    decoders = _steps(data.get("decoder"), "decoders")
+    kinds = [step["type"] for step in decoders]
+    before = _steps(data.get("pre_tokenizer"), "pretokenizers")
+    if "ByteLevel" in kinds or (not kinds and any(step["type"] == "ByteLevel" for step in before)):
+        return byte_level_bytes, False
+    if "ByteFallback" in kinds or "Metaspace" in kinds or (data.get("model") or {}).get("byte_fallback"):
+        metaspace = next((step for step in decoders if step["type"] == "Metaspace"), None)
+        return piece_bytes, "Strip" in kinds or (metaspace is not None and _scheme(metaspace) != "never")
+    raise CheckpointError(f"{path}: its decoder is {kinds or None}; ByteLevel or ByteFallback is needed")
+
+
+def _steps(part: Any, key: str) -> list[dict[str, Any]]:
+    """The steps of a decoder, normalizer or pre-tokenizer: one, or a sequence."""
+    if not isinstance(part, dict):
+        return []
+    steps = part.get(key, [part])
+    return [step for step in steps if isinstance(step, dict)]
+
+
+def _scheme(metaspace: dict[str, Any]) -> str:
+    """Whether text begins with a space of its own: "always", "first" or "never"; older files have a flag."""
+    scheme = metaspace.get("prepend_scheme")
+    if scheme is None:
+        scheme = "always" if metaspace.get("add_prefix_space", True) else "never"
+    return str(scheme)
+
+
+def _library_for_later_parts(info: CheckpointInfo, data: dict[str, Any]) -> tokenizers.Tokenizer | None:
+    """For parts after a control token, where they are cut by another rule: without the space that the first part begins with.
+
+    `legacy` in tokenizer_config.json says it, or the scheme "first" of the file's Metaspace step.
+    """
+    data = copy.deepcopy(data)
+    changed = False
+    for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
+        if step.get("type") != "Metaspace":
+            continue
+        scheme = _scheme(step)
+        first = scheme == "first" if info.tokenizer.legacy is None else not info.tokenizer.legacy
+        if scheme != "never" and first:
+            step.update(prepend_scheme="never", add_prefix_space=False)
+            changed = True
+    normalizer = data.get("normalizer")
+    if info.tokenizer.legacy is False and isinstance(normalizer, dict):
+        steps = _steps(normalizer, "normalizers")
+        kept = [step for step in steps if step.get("type") != "Prepend"]
+        if len(kept) != len(steps):
+            data["normalizer"] = {"type": "Sequence", "normalizers": kept}
+            changed = True
+    return _library(data) if changed else None

@@ -1,0 +1,160 @@
+"""Assertions, searches and comparisons."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.loadtest.assertions import parse_assertion, percentiles_needed
+from bench.loadtest.campaign import Wanted, found_lines, probed
+from bench.loadtest.compare import compare, read_result
+from bench.loadtest.search import ClientLimitError, Probe, search
+from model_parallel.errors import ConfigError
+
+RESULT: dict[str, Any] = {
+    "sent": 200, "completed": 198, "refused": 2, "errors": 0, "request_goodput": None, "request_throughput": 10.0,
+    "num_ttft": 198, "p99_ttft_ms": 480.0, "num_tpot": 0, "median_tpot_ms": 0.0, "jain_index": 0.9,
+    "steady_state": {"is_steady": True},
+    "tenants": {"small": {"num_ttft": 3, "p99_ttft_ms": 900.0, "sent": 0, "errors": 0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("ttft_p99<500ms", True),
+        ("ttft_p99<0.4s", False),
+        ("ttft_p99 <= 480", True),
+        ("small:ttft_p99<1s", True),
+        ("small:ttft_p99<500ms", False),
+        ("errors==0", True),
+        ("refusal_rate<=1%", True),
+        ("refusal_rate<0.5%", False),
+        ("request_throughput>9.5", True),
+        ("jain_index>0.95", False),
+        # What was not measured keeps no bound, however the zeros of a result look.
+        ("tpot_median<50ms", False),
+        ("request_goodput>0", False),
+        ("small:error_rate<1%", False),
+    ],
+)
+def test_assertions(text: str, holds: bool) -> None:
+    assert parse_assertion(text).check(RESULT).holds is holds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ttft", "ttft_p99", "ttft_p99<", "ttft_p99<5kg", "speed<5", "errors<5ms", "small:jain_index>0.5", "ttft_p0<1",
+             "ttft_p101<1", "ttft_p99!=3", "errors<1%", "request_throughput>5s", "ttft_p99<5%"],
+)  # fmt: skip
+def test_assertions_that_say_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--assert"):
+        parse_assertion(text)
+
+
+def test_assertions_bring_their_percentiles_and_name_unknown_tenants() -> None:
+    assert percentiles_needed([parse_assertion("itl_p97.5<5"), parse_assertion("errors==0")]) == [97.5]
+    with pytest.raises(ConfigError, match="there are small"):
+        parse_assertion("large:ttft_p99<5s").check(RESULT)
+
+
+@given(st.floats(0.1, 900), st.floats(0.2, 50), st.floats(0.01, 0.3), st.integers(1, 5))
+async def test_a_search_ends_at_the_capacity(capacity: float, start: float, precision: float, repeats: int) -> None:
+    async def measure(rate: float) -> Probe:
+        return Probe(rate, rate <= capacity, "", {})
+
+    found = await search(measure, start=start, lowest=0.05, highest=1000, precision=precision, repeats=repeats)
+    assert found.rate is not None and found.failed_at is not None
+    assert found.rate <= capacity < found.failed_at <= found.rate * (1 + precision) * (1 + 1e-9)
+    # A verdict needs a majority, and doubling and halving are logarithmic.
+    assert len(found.probes) <= 64
+
+
+async def test_a_search_with_noise_is_near_the_capacity() -> None:
+    """Each run errs by 10 %; with one run a rate a single error sends it to the wrong half for good."""
+    draw = random.Random(0)
+    ends = []
+    for _ in range(50):
+
+        async def measure(rate: float) -> Probe:
+            return Probe(rate, rate * draw.gauss(1, 0.1) <= 20, "", {})
+
+        found = await search(measure, start=1, lowest=0.05, highest=1000, precision=0.05, repeats=5)
+        ends.append(found.rate or 0.0)
+    assert np.median(ends) == pytest.approx(20, rel=0.1)
+    assert min(ends) > 12 and max(ends) < 28
+
+
+async def test_a_search_ends_at_its_bounds_and_where_the_client_ends() -> None:
+    async def always(rate: float) -> Probe:
+        return Probe(rate, True, "", {})
+
+    async def never(rate: float) -> Probe:
+        return Probe(rate, False, "", {})
+
+    async def weak(rate: float) -> Probe:
+        if rate > 5:
+            raise ClientLimitError("the client was the bottleneck")
+        return Probe(rate, True, "", {})
+
+    bounds: dict[str, Any] = {"start": 1.0, "lowest": 0.5, "highest": 64.0, "precision": 0.05, "repeats": 1}
+    assert (await search(always, **bounds)).rate == 64
+    nothing = await search(never, **bounds)
+    assert nothing.rate is None and "no rate" in found_lines(nothing, [])[0]
+    limited = await search(weak, **bounds)
+    assert limited.rate == 4 and "bottleneck" in limited.ended_because
+
+
+def test_a_run_passes_only_when_it_could_have_gone_on() -> None:
+    slo = [parse_assertion("ttft_p99<500ms")]
+    assert probed(1.0, RESULT, slo).passed
+    growing = RESULT | {"steady_state": {"is_steady": False}}
+    assert not probed(1.0, growing, slo).passed
+    assert "does not hold" in probed(1.0, RESULT, [parse_assertion("ttft_p99<5ms")]).why
+
+
+def result_of(ttfts_s: list[float], **fields: Any) -> dict[str, Any]:
+    values = np.array(ttfts_s) * 1e3
+    return {
+        "request_throughput": 5.0, "mean_ttft_ms": values.mean(), "median_ttft_ms": np.median(values),
+        "p99_ttft_ms": np.percentile(values, 99), "requests": {"ttft_s": ttfts_s},
+    } | fields  # fmt: skip
+
+
+def test_a_difference_is_judged_by_requests_or_by_repeats() -> None:
+    draw = np.random.default_rng(0)
+    a, b = (result_of(draw.exponential(mean, 400).tolist()) for mean in (0.1, 0.15))
+    rows = {row.name: row for row in compare(a, b)}
+    median = rows["median_ttft_ms"].difference
+    assert median is not None and median.is_significant and median.relative == pytest.approx(0.5, abs=0.3)
+    assert rows["request_throughput"].difference is None  # one run has one throughput
+    runs = {"runs": [{"request_throughput": value} for value in (5.0, 5.1, 4.9)]}
+    faster = {"runs": [{"request_throughput": value} for value in (6.0, 6.1, 5.9)]}
+    judged = {row.name: row for row in compare(a | runs, b | faster)}["request_throughput"].difference
+    assert judged is not None and judged.is_significant
+
+
+def test_results_of_vllm_bench_serve_can_be_compared(tmp_path: Path) -> None:
+    theirs = tmp_path / "vllm.json"
+    theirs.write_text(json.dumps({"request_throughput": 4.0, "median_ttft_ms": 30.0, "completed": 5}))
+    rows = compare(read_result(theirs), result_of([0.1] * 30))
+    assert {row.name for row in rows} == {"request_throughput", "median_ttft_ms"}
+    assert all(row.difference is None for row in rows)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"request_throughput": "fast"}'])
+def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.json"):
+        read_result(tmp_path / "r.json")
+
+
+def test_wishes_that_contradict_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no directory"):
+        Wanted(json_file=tmp_path / "nowhere" / "r.json")
+    with pytest.raises(ConfigError, match="--assert"):
+        Wanted(sweep=[1.0], assertions=[parse_assertion("errors==0")])

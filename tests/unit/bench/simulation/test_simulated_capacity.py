@@ -1,0 +1,83 @@
+import math
+
+import pytest
+
+from bench.simulation.capacity import Bound, Question, Shape, answer, cheapest, parse_slo, reached_s
+from bench.simulation.report import Columns
+from bench.simulation.requests import Status
+from bench.simulation.run import simulate
+from bench.simulation.scenario import SimulationScenario, parse_scenario
+from model_parallel.errors import ConfigError
+
+
+def scenario_with(*, rate: float, model: str = "llama-2-7b", **groups: int) -> SimulationScenario:
+    """Half a minute of chat."""
+    return parse_scenario(
+        {
+            "duration_s": 30,
+            "groups": {"model": model, "profile": "a100-80g", "max_num_seqs": 8, "kv_cache_tokens": 8192, **groups},
+            "tenants": [{
+                "name": "a", "arrivals": {"process": "poisson", "rate": rate},
+                "work": {"kind": "synthetic", "input_tokens": 100, "output_tokens": 80},
+            }],
+        },
+        origin="a test",
+    )  # fmt: skip
+
+
+def question(slo: str, *, tp_size: int = 1, model: str = "llama-2-7b", max_groups: int = 20) -> Question:
+    """What a dozen requests a second need."""
+    shape = Shape(profile="a100-80g", tensor_parallel_size=tp_size, dtype="bfloat16", quantization=None)
+    return Question(
+        scenario=scenario_with(rate=12, model=model),
+        shape=shape,
+        slo=parse_slo(slo),
+        price_per_gpu_hour=2.0,
+        max_groups=max_groups,
+    )
+
+
+def test_a_service_level_is_read() -> None:
+    assert parse_slo("ttft_p99=2s, tpot_median=200ms,e2el_p90=1500us") == (
+        Bound("ttft", "p99", 2.0), Bound("tpot", "median", 0.2), Bound("e2el", "p90", 0.0015),
+    )  # fmt: skip
+    for wrong in ("", "ttft=2s", "ttft_p98=2s", "ttft_p99=2", "ttft_p99=-1s", "itl_p99=1s"):
+        with pytest.raises(ConfigError, match="slo: "):
+            parse_slo(wrong)
+
+
+def test_the_fewest_groups_keep_it_and_one_fewer_does_not() -> None:
+    found = answer(question("ttft_p99=1s,tpot_p99=100ms"))
+    best = found["best"]
+    assert best["holds"]
+    rows = {row["num_groups"]: row["holds"] for row in found["curve"]}
+    assert rows[best["num_groups"]]
+    assert best["num_groups"] == 1 or not rows[best["num_groups"] - 1]
+    assert best["cost_per_million_output_tokens"] > 0
+    assert best["kwh_per_million_output_tokens"] > 0
+    assert found["is_measured"] is False
+    assert cheapest([found, {"best": None}]) is found
+
+
+def test_what_cannot_be_kept_is_said() -> None:
+    found = answer(question("tpot_p99=1ms", max_groups=4))
+    assert found["best"] is None
+    assert "4 groups" in found["problem"]
+    assert cheapest([found]) is None
+
+
+def test_what_does_not_fit_is_said() -> None:
+    found = answer(question("tpot_p99=1s", model="llama-2-70b"))
+    assert found["best"] is None
+    assert "GiB" in found["problem"]
+
+
+def test_a_refused_request_counts_as_endless() -> None:
+    made = scenario_with(rate=200, max_waiting_requests=1)
+    _, fleet = simulate(made)
+    columns = Columns(fleet)
+    everything = columns.status != Status.NOT_SENT
+    assert (columns.status == Status.REFUSED_OVERLOADED).sum() > len(columns.status) / 50
+    assert math.isinf(reached_s(columns, everything, Bound("ttft", "p99", 1.0)))
+    none = columns.status == Status.NOT_SENT
+    assert reached_s(columns, none, Bound("ttft", "p99", 1.0)) == 0.0

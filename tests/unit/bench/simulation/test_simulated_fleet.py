@@ -1,0 +1,201 @@
+"""Whole fleets: nothing is lost or counted twice, time goes forward, and the same seed gives the same bytes."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.simulation.fleet import Fleet
+from bench.simulation.report import Columns, counts, goodput, jain_index
+from bench.simulation.requests import Status
+from bench.simulation.run import build, simulate
+from bench.simulation.scenario import SimulationScenario, parse_scenario
+
+PROFILE = "a100-80g"
+
+
+def scenario(**changes: Any) -> SimulationScenario:
+    """Two groups of Llama 2 7B that are busy for a few seconds."""
+    data: dict[str, Any] = {
+        "duration_s": 20,
+        "drain_s": 60,
+        "groups": {
+            "model": "llama-2-7b", "profile": PROFILE, "num_groups": 2, "max_num_seqs": 8, "kv_cache_tokens": 4096,
+            "max_waiting_requests": 16,
+        },
+        "tenants": [tenant("one", rate=4)],
+    }  # fmt: skip
+    for path, value in changes.items():
+        if isinstance(value, dict) and isinstance(data.get(path), dict):
+            data[path] = data[path] | value
+        else:
+            data[path] = value
+    return parse_scenario(data, origin="a test")
+
+
+def tenant(name: str, *, rate: float, **more: Any) -> dict[str, Any]:
+    """Who sends short prompts."""
+    work = {"kind": "synthetic", "input_tokens": {"kind": "uniform", "min": 10, "max": 400}, "output_tokens": 60}
+    return {"name": name, "work": work, "arrivals": {"process": "poisson", "rate": rate}} | more
+
+
+def check_conservation(fleet: Fleet) -> None:
+    """sent = finished + refused + failed + cancelled, for everybody; raises when it is not."""
+    columns = Columns(fleet)
+    for number in range(len(fleet.requests.tenants)):
+        found = counts(columns.status[columns.tenant == number])
+        assert found["sent"] == found["finished"] + found["refused"] + found["failed"] + found["cancelled"]
+    assert Status.OPEN not in columns.status
+    assert fleet.num_unsettled == 0
+
+
+@given(
+    seed=st.integers(0, 1 << 30),
+    rates=st.lists(st.sampled_from([0.5, 3.0, 30.0]), min_size=1, max_size=3),
+    num_gateways=st.integers(1, 3),
+    request_s=st.sampled_from([0.0, 0.005]),
+    deadline_s=st.sampled_from([None, 2.0]),
+    patience_s=st.sampled_from([None, 0.2]),
+    limits=st.sampled_from(
+        [None, {"tokens_per_minute": 20000}, {"max_concurrent_requests": 3}, {"token_budget": 5000}]
+    ),
+    failures=st.sampled_from([[], [3.0, 3.0, 9.5]]),
+    migration=st.booleans(),
+    turns=st.sampled_from([1, 3]),
+    max_tokens=st.sampled_from([None, 90]),
+    scaling=st.sampled_from([None, "ongoing", "packtrain"]),
+    drain_s=st.sampled_from([0.0, 60.0]),
+)
+def test_nothing_is_lost_whatever_happens(seed: int, rates: list[float], scaling: str | None, **c: Any) -> None:
+    tenants = [
+        tenant(
+            f"t{number}", rate=rate, deadline_s=c["deadline_s"], patience_s=c["patience_s"], max_tokens=c["max_tokens"]
+        )
+        for number, rate in enumerate(rates)
+    ]
+    tenants[0]["limits"] = c["limits"]
+    tenants[0]["work"]["turns"] = {"count": c["turns"], "think_s": 0.5}
+    fleet = build(
+        scenario(
+            seed=seed,
+            duration_s=10,
+            drain_s=c["drain_s"],
+            tenants=tenants,
+            gateways={"num_gateways": c["num_gateways"], "request_s": c["request_s"]},
+            groups={"start_s": 2.0},
+            failures={"at_s": c["failures"], "migration": c["migration"]},
+            scaling=scaling
+            and {"policy": scaling, "max_groups": 4, "upscale_delay_s": 1, "downscale_delay_s": 3, "period_s": 1},
+        )
+    )
+    fleet.run(10 + c["drain_s"])  # whose clocks raise when time would go back
+    check_conservation(fleet)
+    for member in fleet.members.values():
+        member.group.engine.check_integrity()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not() -> None:
+    one, again = (simulate(scenario(seed=3, failures={"at_s": [5]}))[0] for _ in range(2))
+    other, _ = simulate(scenario(seed=4, failures={"at_s": [5]}))
+    assert json.dumps(one) == json.dumps(again)
+    assert json.dumps(one) != json.dumps(other)
+
+
+def test_jumping_changes_nothing_in_a_fleet() -> None:
+    made = scenario(gateways={"num_gateways": 2, "request_s": 0.003}, failures={"at_s": [5]})
+    jumping, stepping = build(made), build(made, jumps=False)
+    for fleet in (jumping, stepping):
+        fleet.run()
+    assert vars(jumping.outcomes) == vars(stepping.outcomes)
+    assert jumping.num_steps == stepping.num_steps
+    assert jumping.num_jumped > stepping.num_jumped == 0
+
+
+def test_twice_the_groups_wait_less() -> None:
+    few, many = (simulate(scenario(tenants=[tenant("one", rate=20)], groups={"num_groups": n}))[0] for n in (1, 4))
+    assert few["refused"] > many["refused"]
+    assert few["p99_ttft_ms"] > many["p99_ttft_ms"]
+
+
+def test_a_lost_group_costs_answers_only_without_migration() -> None:
+    made = {"tenants": [tenant("one", rate=10)], "groups": {"start_s": 1.0}}
+    with_it, fleet = simulate(scenario(failures={"at_s": [10], "migration": True}, **made))
+    without, _ = simulate(scenario(failures={"at_s": [10], "migration": False}, **made))
+    assert with_it["failed"] == 0
+    assert with_it["num_migrations"] > 0
+    assert without["failed"] == with_it["num_migrations"]
+    migrated = Columns(fleet).num_migrations > 0
+    assert (Columns(fleet).num_output[migrated] == 60).all()
+
+
+def test_a_busy_group_gives_tenants_their_shares() -> None:
+    tenants = [tenant("heavy", rate=40, weight=3), tenant("light", rate=40, weight=1)]
+    summary, _ = simulate(scenario(tenants=tenants, drain_s=0, groups={"max_waiting_requests": 64}))
+    heavy, light = (summary["tenants"][name]["total_output_tokens"] for name in ("heavy", "light"))
+    assert 2 < heavy / light < 4
+    assert summary["jain_index"] > 0.95
+
+
+def test_a_quota_is_kept_over_all_gateways() -> None:
+    limited = tenant("limited", rate=20, limits={"requests_per_minute": 60})
+    summary, fleet = simulate(scenario(tenants=[limited], gateways={"num_gateways": 3}, duration_s=20))
+    # A full bucket, and 20 seconds of refilling.
+    assert 60 <= summary["finished"] <= 60 + 20 + 1
+    assert summary["by_status"]["refused_quota"] == summary["sent"] - summary["finished"]
+    assert fleet.quotas is not None
+
+
+def test_sessions_find_their_history_in_the_cache() -> None:
+    session = tenant("chat", rate=1)
+    session["work"] = {
+        "kind": "synthetic", "input_tokens": 64, "output_tokens": 64, "turns": {"count": 3, "think_s": 1},
+    }  # fmt: skip
+    summary, fleet = simulate(scenario(tenants=[session]))
+    assert summary["finished"] == summary["sent"] == len(fleet.requests)
+    assert summary["prefix_hit_share"] > 0.3
+
+
+def test_the_autoscaler_grows_under_load_and_shrinks_after_it() -> None:
+    wave = tenant("wave", rate=1)
+    wave["arrivals"] = {
+        "process": "poisson",
+        "stages": [
+            {"duration_s": 100, "start": 1}, {"duration_s": 200, "start": 40}, {"duration_s": 300, "start": 1},
+        ],
+    }  # fmt: skip
+    made = scenario(
+        tenants=[wave], duration_s=600, groups={"num_groups": 1, "start_s": 5.0},
+        scaling={"policy": "ongoing", "max_groups": 6, "target_ongoing": 4, "upscale_delay_s": 5, "downscale_delay_s": 60},
+    )  # fmt: skip
+    _, fleet = simulate(made)
+    groups = list(fleet.samples.num_groups)
+    assert groups[0] == 1
+    assert max(groups) >= 3
+    assert groups[-1] < max(groups)
+
+
+def test_figures_have_the_names_of_vllm_bench() -> None:
+    summary, fleet = simulate(scenario())
+    assert {
+        "duration", "completed", "total_input_tokens", "total_output_tokens", "request_throughput", "output_throughput",
+        "mean_ttft_ms", "median_ttft_ms", "std_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_e2el_ms",
+    } <= summary.keys()  # fmt: skip
+    assert 0 < summary["busy_share"] <= 1
+    assert goodput(fleet, {"ttft": 1e9}, 0) == 1.0
+    assert goodput(fleet, {"ttft": 1e9, "tpot": 0.0}, 0) == 0.0
+
+
+def test_a_request_that_is_counted_twice_is_found() -> None:
+    """A negative control of the account."""
+    _, fleet = simulate(scenario(duration_s=3))
+    fleet.outcomes.status[0] = Status.OPEN
+    with pytest.raises(RuntimeError, match="lost or counted twice"):
+        counts(Columns(fleet).status)
+
+
+def test_jain_index() -> None:
+    assert jain_index([2.0, 2.0]) == 1.0
+    assert jain_index([1.0, 0.0]) == 0.5
+    assert jain_index([0.0]) == 1.0

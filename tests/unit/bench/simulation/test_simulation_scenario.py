@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+
+from bench.simulation.compare import with_changes
+from bench.simulation.run import resolve
+from bench.simulation.scenario import load_scenario, parse_scenario, scenario_of_trace, trace_format
+from bench.simulation.workload import make_requests
+from model_parallel.errors import ConfigError
+
+GROUPS = {"model": "llama-2-7b", "profile": "h200"}
+SHIPPED = Path(__file__).parents[4] / "bench" / "simulation" / "scenarios"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_scenarios_are_good(path: Path) -> None:
+    scenario = load_scenario(path)
+    assert resolve(scenario.groups).kv_cache_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": {}}, "unknown key 'group'; did you mean 'groups'"),
+        ({"groups": {**GROUPS, "num_groups": 0}}, "groups.num_groups: .*greater than or equal to 1.*got 0"),
+        (
+            {"groups": {**GROUPS, "quantisation": "int8"}},
+            "unknown key 'groups.quantisation'; did you mean 'quantization'",
+        ),
+        ({"tenants": [{"name": "a"}, {"name": "a"}]}, "the name 'a' stands 2 times"),
+        ({"tenants": [{"name": "a", "weight": 0}]}, "tenants.0.weight"),
+        ({"tenants": [{"name": "a", "arrivals": {"process": "trace"}}]}, "need work of kind trace"),
+        ({"scaling": {"min_groups": 5, "max_groups": 2}}, "min_groups is 5"),
+        ({"duration_s": 10, "warmup_s": 10}, "warmup_s is 10"),
+        ({"failures": {"every_s": -1}}, "failures.every_s"),
+    ],
+)
+def test_a_bad_scenario_is_refused_by_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_scenario({"groups": GROUPS} | change, origin="a.yaml")
+
+
+def test_a_model_that_does_not_fit_is_refused_with_numbers() -> None:
+    scenario = parse_scenario({"groups": {"model": "llama-2-70b", "profile": "a100-80g"}}, origin="a.yaml")
+    with pytest.raises(ConfigError, match="rank 0 of 1 needs"):
+        resolve(scenario.groups)
+    scenario = parse_scenario({"groups": GROUPS | {"max_model_len": 9999}}, origin="a.yaml")
+    with pytest.raises(ConfigError, match="max_model_len is 9999"):
+        resolve(scenario.groups)
+
+
+def test_traces_are_told_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    for text, form in [
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n", "azure"),
+        (
+            "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n",
+            "burstgpt",
+        ),
+        ('{"timestamp": 27482, "input_length": 1500, "output_length": 52, "hash_ids": [46, 47, 48]}\n', "mooncake"),
+        ("timestamp,input_tokens,output_tokens\n0.5,10,20\n", "csv"),
+    ]:
+        path.write_text(text)
+        assert trace_format(path) == form
+        scenario = scenario_of_trace(path, model="llama-2-7b", profile="h200", speed=1.0)
+        requests = make_requests(scenario, max_model_len=1024)
+        assert len(requests) == 1
+        assert requests.prompt_tokens[0] + requests.output_tokens[0] <= 1024
+    with pytest.raises(ConfigError, match="cannot be read"):
+        trace_format(tmp_path / "nothing")
+
+
+def test_shared_blocks_of_a_trace_are_shared_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    lines = (
+        f'{{"timestamp": {at}, "input_length": 1100, "output_length": 5, "hash_ids": {ids}}}'
+        for at, ids in [(0, [7, 8, 9]), (1, [7, 8, 5])]
+    )
+    path.write_text("\n".join(lines))
+    scenario = scenario_of_trace(path, model="llama-2-7b", profile="h200", speed=1.0)
+    requests = make_requests(scenario, max_model_len=4096)
+    one, other = (requests.prompt(index, (), with_content=True) for index in range(2))
+    assert len(one) == len(other) == 1100
+    assert one[:1024] == other[:1024]
+    assert not set(one[1024:]) & set(other[1024:])
+
+
+def test_a_rate_and_a_mean_come_out() -> None:
+    scenario = parse_scenario(
+        {
+            "groups": GROUPS, "duration_s": 1000,
+            "tenants": [{"name": "a", "arrivals": {"process": "poisson", "rate": 5}, "max_tokens": 300,
+                         "work": {"kind": "synthetic", "output_tokens": {"kind": "lognormal", "mean": 100}}}],
+        },
+        origin="a.yaml",
+    )  # fmt: skip
+    requests = make_requests(scenario, max_model_len=4096)
+    assert len(requests) == pytest.approx(5000, rel=0.06)
+    assert sum(requests.output_tokens) / len(requests) == pytest.approx(89, rel=0.1)
+    assert max(requests.output_tokens) <= 300
+    assert set(requests.max_tokens) == {300}
+    assert list(requests.ticks) == sorted(requests.ticks)
+
+
+def test_variants_change_what_they_say() -> None:
+    data = {"groups": dict(GROUPS), "failures": {"at_s": [1]}}
+    name, changed = with_changes(data, "more: groups.num_groups=4 failures.migration=false scaling.max_groups=9")
+    assert name == "more"
+    assert changed == {
+        "groups": {**GROUPS, "num_groups": 4}, "failures": {"at_s": [1], "migration": False}, "scaling": {"max_groups": 9},
+    }  # fmt: skip
+    assert data == {"groups": GROUPS, "failures": {"at_s": [1]}}
+    for wrong in ("no colon", "a: groups", "a: groups.model.size=3"):
+        with pytest.raises(ConfigError, match="variant"):
+            with_changes(data, wrong)

@@ -1,0 +1,128 @@
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench.simulation.cost import StepCost
+from bench.simulation.fit import encode_profile, fit, fit_cost, read_samples
+from bench.simulation.profiles import StepsFile, read_profile
+from model_parallel.engine.messages import Row, StepPlan, StepResult
+from model_parallel.engine.step_times import MAX_SAMPLES, StepSample, StepWork, TimedExecutor
+from model_parallel.errors import ConfigError
+from serving.contracts.step_report import GroupShape, StepReport, to_lines
+
+TRUE = StepCost(knots=((1, 0.02), (8, 0.025), (64, 0.05), (512, 0.4)), row_s=2e-4, context_s=1e-6, pair_s=2e-7)
+SHAPE = GroupShape(group="g1", model="m", tensor_parallel_size=1, dtype="bfloat16", quantization="", max_position=2048)
+
+
+def samples(num: int, noise: float, seed: int = 1) -> list[StepSample]:
+    """Steps of a group that costs TRUE, give or take."""
+    draw, made = random.Random(seed), []
+    for _ in range(num):
+        decodes, prefill = draw.randint(0, 16), draw.choice([0, 0, draw.randint(2, 512)])
+        if not decodes + prefill:
+            continue
+        work = StepWork(decodes + prefill, decodes, decodes * draw.randint(1, 2000), prefill * prefill / 2)
+        made.append(StepSample(work, TRUE.seconds(work) * draw.uniform(1 - noise, 1 + noise)))
+    return made
+
+
+def test_the_cost_that_made_the_steps_is_found() -> None:
+    found = fit_cost(samples(500, noise=0.0))
+    for sample in samples(200, noise=0.0, seed=2):
+        assert found.seconds(sample.work) == pytest.approx(sample.seconds, rel=0.02)
+
+
+def test_noise_and_steps_that_were_held_up_do_not_lead_astray() -> None:
+    made = samples(800, noise=0.2)
+    held_up = [StepSample(sample.work, sample.seconds * 30) for sample in samples(8, noise=0.2, seed=3)]
+    profile = fit([StepReport(shape=SHAPE, samples=tuple(made + held_up))], origin="a test")
+    assert f"{len(held_up)} of" in profile.origin
+    cost = StepCost(knots=tuple(profile.knots), row_s=profile.row_s, context_s=profile.context_s, pair_s=profile.pair_s)
+    for sample in samples(200, noise=0.0, seed=2):
+        assert cost.seconds(sample.work) == pytest.approx(sample.seconds, rel=0.15)
+
+
+def test_lines_are_read_back_and_a_profile_too(tmp_path: Path) -> None:
+    reports = [StepReport(shape=SHAPE, samples=tuple(samples(200, noise=0.05)))]
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(to_lines(reports))
+    assert read_samples(str(path)) == reports
+    profile = fit(reports, origin="a test")
+    out = tmp_path / "profile.json"
+    out.write_bytes(encode_profile(profile))
+    read = read_profile(str(out))
+    assert isinstance(read, StepsFile)
+    assert read == profile
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"work":[1,1,1,0],"seconds":0.1}\n')
+    with pytest.raises(ConfigError, match="line 1: a step comes before the shape"):
+        read_samples(str(path))
+    path.write_text('{"model": 3}\n')
+    with pytest.raises(ConfigError, match="line 1"):
+        read_samples(str(path))
+    with pytest.raises(ConfigError, match="No such file"):
+        read_samples(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="at least 50"):
+        fit([StepReport(shape=SHAPE, samples=tuple(samples(3, noise=0)))], origin="")
+    other = StepReport(shape=msgspec.structs.replace(SHAPE, model="n"), samples=())
+    with pytest.raises(ConfigError, match="must all be alike"):
+        fit([StepReport(shape=SHAPE, samples=()), other], origin="")
+
+
+class Clockwork:
+    """An executor that takes a second a step."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.plans: list[StepPlan] = []
+        self.is_shut_down = False
+
+    def submit(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+
+    def collect(self) -> StepResult:
+        self.now_s += 1.0
+        return StepResult(1, self.plans.pop(0).step_id)
+
+    def set_failure_callback(self, callback: object) -> None:
+        self.callback = callback
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+def plan(step_id: int, num_rows: int = 1) -> StepPlan:
+    return StepPlan(epoch=1, step_id=step_id, rows=tuple(Row(n, 4, 1, True) for n in range(num_rows)))
+
+
+def test_a_step_is_timed_from_the_end_of_the_one_before() -> None:
+    inner = Clockwork()
+    timed = TimedExecutor(inner, clock=lambda: inner.now_s)
+    timed.submit(plan(1))
+    timed.submit(plan(2))
+    timed.collect()
+    timed.collect()
+    inner.now_s = 10.0
+    timed.submit(plan(3, num_rows=0))
+    timed.collect()
+    timed.submit(plan(4, num_rows=2))
+    timed.collect()
+    assert [(sample.work.num_decodes, sample.seconds) for sample in timed.samples] == [(1, 1.0), (1, 1.0), (2, 1.0)]
+    timed.set_failure_callback(print)
+    timed.shutdown()
+    assert inner.callback is print
+    assert inner.is_shut_down
+
+
+def test_the_samples_are_bounded() -> None:
+    inner = Clockwork()
+    timed = TimedExecutor(inner, clock=lambda: inner.now_s)
+    for number in range(MAX_SAMPLES + 10):
+        timed.submit(plan(number))
+        timed.collect()
+    assert len(timed.samples) == MAX_SAMPLES

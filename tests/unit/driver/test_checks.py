@@ -1,0 +1,143 @@
+"""The checks before a start, with the system's answers put in."""
+
+import errno
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from model_parallel.machine import Machine
+from serving.config import ServingConfig, parse_config
+from serving.driver import checks
+from serving.driver.checks import (
+    check_cache,
+    check_compiler,
+    check_cpus,
+    check_ports,
+    check_space,
+    listeners,
+    port_owner,
+)
+from serving.driver.preflight import _problems
+
+GIB = 1 << 30
+
+
+def config(**sections: object) -> ServingConfig:
+    return parse_config({"models": [{"name": "m", "source": "s"}], **sections}, origin="test")
+
+
+def taken(*ports: int, number: int = errno.EADDRINUSE) -> checks.Probe:
+    return lambda address, port: number if port in ports else 0
+
+
+def test_every_listener_is_checked() -> None:
+    found = [listener.setting for listener in listeners(config(tenancy={}))]
+    assert found == ["gateway.port", "gateway.http_port", "admin.metrics_port", "admin.port"]
+    closed = config(gateway={"http_port": None}, admin={"metrics_port": None})
+    assert [listener.setting for listener in listeners(closed)] == ["gateway.port"]
+
+
+@pytest.mark.parametrize(
+    ("port", "setting", "flag"), [(50051, "gateway.port", "--port"), (8000, "gateway.http_port", "--http-port")]
+)
+def test_a_taken_port_of_clients_is_refused_with_its_flag(port: int, setting: str, flag: str) -> None:
+    _, moved, problems = check_ports(config(), taken(port))
+    assert not moved
+    (problem,) = problems
+    assert f"{setting} ({flag}): 127.0.0.1:{port} is in use" in problem and flag in problem.partition(";")[2]
+
+
+def test_ports_of_operators_move_where_nobody_chose_them() -> None:
+    changed, moved, problems = check_ports(config(tenancy={}), taken(9464, 50052))
+    assert not problems
+    assert (changed.admin.metrics_port, changed.admin.port) == (0, 0)
+    assert [line.split()[0] for line in moved] == ["admin.metrics_port", "admin.port"]
+    assert "--metrics-port" in moved[0] and "--admin-port" in moved[1]
+
+
+def test_a_port_of_operators_that_was_chosen_is_refused() -> None:
+    changed, moved, problems = check_ports(config(admin={"metrics_port": 9464}), taken(9464))
+    assert not moved and changed.admin.metrics_port == 9464
+    assert "admin.metrics_port (--metrics-port)" in problems[0]
+
+
+def test_two_listeners_with_one_port_are_told_by_both_names() -> None:
+    _, _, problems = check_ports(config(gateway={"port": 7000, "http_port": 7000}), taken())
+    assert problems == [
+        "gateway.http_port (--http-port): 7000 is gateway.port (--port) already; choose another port, or 0 for a free one"
+    ]
+    free = config(gateway={"port": 0, "http_port": 0}, admin={"metrics_port": 0})
+    assert check_ports(free, taken())[2] == []
+
+
+def test_other_reasons_have_other_ways_out() -> None:
+    _, _, problems = check_ports(config(gateway={"port": 80}), taken(80, number=errno.EACCES))
+    assert "below 1024" in problems[0]
+    _, _, problems = check_ports(config(gateway={"host": "192.0.2.7", "http_port": None}))
+    assert "192.0.2.7 is not an address of this machine" in problems[0] and "--host" in problems[0]
+    _, _, problems = check_ports(config(gateway={"host": "no-such-host.invalid"}))
+    assert len(problems) == 1 and "'no-such-host.invalid' cannot be resolved" in problems[0]
+
+
+def test_who_holds_a_port_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert "process" in port_owner(port)
+        (_, _, problems) = check_ports(config(gateway={"port": port}))
+        assert f"127.0.0.1:{port} is in use by" in problems[0]
+    assert port_owner(port) == ""
+
+
+def test_a_process_table_of_somebody_else_is_no_answer(tmp_path: Path) -> None:
+    assert port_owner(1, tmp_path) == ""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]", "localhost"])
+def test_hosts_as_they_are_written(host: str) -> None:
+    _, _, problems = check_ports(config(gateway={"host": host}), taken())
+    assert problems == []
+
+
+def test_a_cache_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.delenv("PACKTRAIN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    text = check_cache()
+    assert (
+        text.startswith("HOME: /proc/nowhere/.cache/packtrain ") and str(tmp_path) in text and "PACKTRAIN_CACHE" in text
+    )
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path))
+    assert check_cache() == ""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "compiled", "warns"), [(None, False, True), (None, True, False), ("/g++", False, False)]
+)
+def test_a_missing_compiler(compiler: str | None, compiled: bool, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    monkeypatch.setattr(checks, "is_compiled", lambda library: compiled)
+    assert ("install g++" in check_compiler()) == warns
+
+
+def test_more_threads_than_cpus() -> None:
+    machine = Machine(
+        num_cpus=1, num_host_cpus=8, total_memory_bytes=GIB, available_memory_bytes=GIB, cpu_limit="CPU affinity"
+    )
+    assert check_cpus(machine, 1) == ""
+    assert check_cpus(machine, 2).startswith("2 threads of ranks share 1 CPUs (CPU affinity)")
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    assert check_space(tmp_path, 0, "X") == ""
+    assert check_space(tmp_path, 2 << 20, "PACKTRAIN_CACHE", 1 << 20).startswith(
+        f"PACKTRAIN_CACHE: {tmp_path} has 1 MiB free"
+    )
+
+
+def test_what_a_check_of_a_checkpoint_prints() -> None:
+    assert _problems(0, json.dumps(["a", "b"])) == ["a", "b"]
+    assert _problems(0, "[]\n") == []
+    assert "status -9" in _problems(-9, "")[0]

@@ -1,0 +1,104 @@
+"""What the environment may not decide."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from cluster.guard import MAX_PARENT_BYTES
+from model_parallel.errors import ConfigError
+from serving.driver.environment import (
+    CLUSTER_VARIABLES,
+    cluster_environment,
+    cluster_parent,
+    prepare_environment,
+    without_proxy,
+)
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "10.1.1.1:6379", "http://127.0.0.1:8265", "ray://h:10001", ""])
+def test_ray_variables_do_not_reach_a_private_cluster(address: str) -> None:
+    environment = {
+        "RAY_ADDRESS": address,
+        "RAY_NAMESPACE": "other",
+        "RAY_memory_usage_threshold": "0.01",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+        "RAY_ENABLE_AUTO_CONNECT": "1",
+        "RAYON_NUM_THREADS": "1",
+    }
+    removed = prepare_environment(environment=environment)
+    assert removed == ["RAY_ADDRESS", "RAY_NAMESPACE", "RAY_memory_usage_threshold"]
+    assert environment["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1" and environment["RAY_ENABLE_AUTO_CONNECT"] == "0"
+    assert environment["RAYON_NUM_THREADS"] == "1", "not one of Ray's"
+    assert "RAY_ADDRESS" not in environment
+
+
+def test_a_cluster_that_is_joined_keeps_its_variables() -> None:
+    environment = {"RAY_ADDRESS": "10.1.1.1:6379", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_AUTO_CONNECT": "1"}
+    assert prepare_environment(joins=True, environment=environment) == []
+    assert environment["RAY_ADDRESS"] == "10.1.1.1:6379" and environment["RAY_AUTH_MODE"] == "disabled"
+    assert environment["RAY_ENABLE_AUTO_CONNECT"] == "0"
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "grpc_proxy", "All_Proxy"])
+def test_calls_to_this_machine_take_no_proxy(name: str) -> None:
+    environment = {name: "http://proxy:3128", "no_proxy": ".internal,localhost"}
+    changes = without_proxy(environment)
+    assert changes["no_proxy"] == ".internal,localhost,127.0.0.1,::1" == changes["NO_PROXY"]
+    assert name not in changes, "what goes elsewhere still takes it"
+
+
+def test_a_list_of_grpcs_own_is_kept_and_extended() -> None:
+    changes = without_proxy({"grpc_proxy": "http://proxy:3128", "no_grpc_proxy": "db"})
+    assert changes["no_grpc_proxy"] == "db,localhost,127.0.0.1,::1"
+
+
+def test_without_a_proxy_nothing_changes() -> None:
+    assert without_proxy({"no_proxy": "x"}) == {}
+
+
+def test_processes_of_a_cluster_write_below_its_directory_and_the_cache(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    cache, directory = tmp_path / "cache", tmp_path / "run"
+    directory.mkdir()
+    environment = {"HOME": str(home), "USER": "u", "PACKTRAIN_CACHE": str(cache), "TMPDIR": "/nowhere"}
+    variables = cluster_environment(directory, environment)
+    assert variables.items() >= CLUSTER_VARIABLES.items()
+    for name in ("TMPDIR", "RAY_AUTH_TOKEN_PATH"):
+        assert Path(variables[name]).is_relative_to(directory)
+    for name in ("PACKTRAIN_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
+        assert Path(variables[name]).is_relative_to(cache)
+    assert "HOME" not in variables and "USER" not in variables
+
+
+def test_a_directory_that_a_user_chose_is_kept(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "TRITON_CACHE_DIR": "/kernels"}
+    assert cluster_environment(tmp_path, environment)["TRITON_CACHE_DIR"] == "/kernels"
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
+def test_without_a_home_and_a_name_both_are_made_up(home: str, tmp_path: Path) -> None:
+    variables = cluster_environment(tmp_path, {"HOME": home, "PACKTRAIN_CACHE": str(tmp_path)})
+    assert variables["HOME"] == str(tmp_path / "tmp")
+    assert variables["USER"]
+
+
+def test_the_token_is_its_owners_alone(tmp_path: Path) -> None:
+    path = Path(cluster_environment(tmp_path, {"HOME": str(tmp_path)})["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(path.read_text()) == 64
+    assert Path(cluster_environment(tmp_path, {"HOME": str(tmp_path)})["RAY_AUTH_TOKEN_PATH"]) == path
+
+
+def test_a_directory_with_a_long_path_is_passed_over(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * MAX_PARENT_BYTES)
+    long.mkdir()
+    assert cluster_parent({"TMPDIR": str(long)}) in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
+
+
+def test_why_no_directory_can_be_used_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"TMPDIR.*too long for Ray's sockets.*set TMPDIR"):
+        cluster_parent({}, [tmp_path / ("x" * MAX_PARENT_BYTES)])
+    with pytest.raises(ConfigError, match="TMPDIR, /tmp"):
+        cluster_parent({}, [])

@@ -1,0 +1,174 @@
+"""Machines, memory and timeouts of a configuration, and what is wrong with values of the chart."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from model_parallel.errors import ConfigError
+from model_parallel.memory import DEVICES, GIB
+from serving.config import ServingConfig, parse_config
+from serving.driver import kubernetes
+from serving.driver.kubernetes import Machine
+
+ROOT = Path(__file__).parents[3]
+CHART = ROOT / "helm" / "packtrain"
+A100 = DEVICES["a100-80g"]
+NODE = Machine(num_gpus=8, gpu=A100)
+LLAMA_70B = {
+    "name": "chat",
+    "source": "/models/Llama-2-70b-chat-hf",
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "tensor_parallel_size": 8,
+    "kv_cache_tokens": 1 << 20,
+    "max_model_len": 4096,
+}
+
+
+def config(*models: dict[str, Any], **sections: Any) -> ServingConfig:
+    return parse_config({"models": list(models), "tenancy": {}, **sections}, origin="test")
+
+
+def planned(serving: ServingConfig, machine: Machine = NODE, **same_as: str) -> kubernetes.ClusterPlan:
+    return kubernetes.plan(serving, machine, kubernetes.model_configs(serving, same_as))
+
+
+def test_70b_on_eight_gpus_takes_one_machine_a_group() -> None:
+    plan = planned(config(LLAMA_70B | {"num_groups": 2}))
+    assert plan.problems == ()
+    assert (plan.num_replicas, plan.num_hosts) == (2, 1)
+    # 70B in bfloat16 is 137.95 GB; a rank's eighth and its one key/value head of 2 * 80 * 128 * 2 bytes a token.
+    (model,) = plan.models
+    assert max(rank.weight_bytes for rank in model.memory.ranks) / GIB == pytest.approx(16.06, abs=0.01)
+    assert {rank.kv_bytes_per_token for rank in model.memory.ranks} == {2 * 80 * 128 * 2}
+
+
+def test_a_group_that_spans_machines() -> None:
+    plan = planned(config(LLAMA_70B | {"tensor_parallel_size": 16, "num_groups": 2}))
+    assert (plan.num_replicas, plan.num_hosts) == (2, 2)
+
+
+def test_small_groups_share_a_machine() -> None:
+    small = {"name": "small", "source": "Llama-2-7b-hf", "device": "cuda", "dtype": "bfloat16", "num_groups": 3}
+    plan = planned(config(small, LLAMA_70B | {"tensor_parallel_size": 4, "num_groups": 3, "kv_cache_tokens": 65536}))
+    assert plan.num_replicas == 2  # 15 GPUs: 4 + 4, and 4 + 1 + 1 + 1
+
+
+def test_a_cache_that_does_not_fit_is_told_with_its_numbers() -> None:
+    (problem,) = planned(config(LLAMA_70B | {"kv_cache_tokens": 2 << 20})).problems
+    assert "chat does not fit a100-80g" in problem and "16.06 GiB for weights" in problem and "tokens fit" in problem
+
+
+def test_gpus_must_be_told() -> None:
+    (problem,) = planned(config(LLAMA_70B), Machine(num_gpus=0, gpu=None)).problems
+    assert "--gpus-per-node" in problem
+
+
+def test_a_machine_without_enough_memory_or_cpus() -> None:
+    serving = config(
+        {"name": "m", "source": "llama-2-7b", "dtype": "bfloat16", "tensor_parallel_size": 4, "cpus_per_rank": 2}
+    )
+    small = Machine(num_gpus=0, gpu=None, num_cpus=4, memory_bytes=8 * GIB)
+    cpus, memory = planned(serving, small).problems
+    assert "a group needs 0 GPUs and 8 CPUs, and a machine has 0 and 4" in cpus
+    assert "a machine has 8 GiB of memory" in memory
+
+
+def test_a_model_of_which_nothing_is_known() -> None:
+    serving = config({"name": "mine", "source": "/models/mine"})
+    with pytest.raises(ConfigError, match="--same-as mine=llama-2-7b-chat"):
+        kubernetes.model_configs(serving, {})
+    assert kubernetes.model_configs(serving, {"mine": "llama-2-13b"})["mine"].num_layers == 40
+    with pytest.raises(ConfigError, match="does not serve"):
+        kubernetes.model_configs(serving, {"mine": "llama-2-13b", "other": "llama-2-7b"})
+
+
+def test_values_pass_their_own_check() -> None:
+    serving = config(
+        LLAMA_70B | {"num_groups": 2}, gateway={"drain_timeout_s": 300, "host": "0.0.0.0"}, admin={"host": "0.0.0.0"}
+    )
+    made = kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True)
+    assert made["terminationGracePeriodSeconds"] == 345
+    assert made["worker"]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert made["weights"] == {"source": "pvc", "pvc": {"existingClaim": "llama"}}
+    assert "host" not in made["config"]["gateway"] and "admin" not in made["config"]
+    assert kubernetes.check(made, A100, {}).problems == ()
+
+
+@pytest.mark.parametrize("path", sorted((CHART / "ci").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_charts_own_values_can_work(path: Path) -> None:
+    verdict = kubernetes.check(yaml.safe_load(path.read_text()), A100, {})
+    assert verdict.problems == ()
+
+
+def test_defaults_are_the_charts() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert values["terminationGracePeriodSeconds"] == kubernetes.GRACE_DEFAULT_S
+    worker = values["worker"] | {"resources": {"limits": values["worker"]["resources"]["limits"]}}
+    assert {key: worker[key] for key in kubernetes.WORKER_DEFAULTS} == kubernetes.WORKER_DEFAULTS
+
+
+def test_what_is_left_to_be_chosen_is_planned_as_it_will_be() -> None:
+    serving = config({"name": "chat", "source": "llama-2-7b"})
+    (on_gpu,) = planned(serving, Machine(num_gpus=1, gpu=A100)).models
+    assert (on_gpu.entry.device, on_gpu.cache_tokens) == ("cuda", on_gpu.memory.kv_tokens)
+    (on_cpu,) = planned(serving, Machine(num_gpus=0, gpu=None)).models
+    assert (on_cpu.entry.device, on_cpu.cache_tokens) == ("cpu", 16384)
+
+
+def test_a_known_model_is_taken_from_the_image() -> None:
+    serving = config({"name": "small", "source": "smollm2-135m-instruct"})
+    plan = planned(serving, Machine(num_gpus=0, gpu=None), small="llama-2-7b")
+    (entry,) = kubernetes.values(serving, plan, claim=None, accepts_licence=False)["config"]["models"]
+    assert entry["source"] == "/opt/packtrain/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert entry["chat"]["format"] == "chatml"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"terminationGracePeriodSeconds": 60}, "draining needs 75"),
+        ({"license": {"accept": False}}, "license.accept is not true"),
+        ({"gateway": {"replicas": 2}}, "must be PostgreSQL"),
+        ({"config": {"tenancy": None}}, "there are no keys"),
+        (
+            {"worker": {"resources": {"limits": {"nvidia.com/gpu": 4}}}},
+            "tensor_parallel_size is 8, and the largest worker group has 4 GPUs",
+        ),
+        ({"worker": {"replicas": 1}}, "num_groups is 2, and the worker groups have room for 1"),
+        ({"worker": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB"}}}, "does not fit a100-40g"),
+    ],
+)
+def test_what_is_wrong_is_told(change: dict[str, Any], words: str) -> None:
+    serving = config(LLAMA_70B | {"num_groups": 2})
+    good = kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True)
+    problems = kubernetes.check(kubernetes.merged(good, change), A100, {}).problems
+    assert [problem for problem in problems if words in problem], problems
+
+
+def test_a_memory_limit_below_what_ranks_need() -> None:
+    values = {
+        "config": {"models": [{"name": "m", "source": "llama-2-7b", "tensor_parallel_size": 2, "dtype": "bfloat16"}]},
+        "license": {"accept": True},
+        "worker": {"resources": {"limits": {"cpu": "2", "memory": "16Gi"}}},
+    }
+    (problem,) = kubernetes.check(values, None, {}).problems
+    assert "whose memory limit is 16.0 GiB" in problem
+
+
+def test_what_is_the_charts_to_set_is_refused() -> None:
+    values = {"config": {"models": [{"name": "m", "source": "llama-2-7b"}], "ray": {"address": "auto"}}}
+    with pytest.raises(ConfigError, match=r"config\.ray is the chart's to set"):
+        kubernetes.check(values, None, {})
+
+
+@pytest.mark.parametrize(("text", "number"), [("8", 8), ("500m", 0.5), ("1.5Gi", 1.5 * GIB), ("2k", 2000)])
+def test_quantities(text: str, number: float) -> None:
+    assert kubernetes.quantity(text) == number
+
+
+def test_a_quantity_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="is not a quantity"):
+        kubernetes.quantity("8 GB")

@@ -1,0 +1,143 @@
+"""Compiled code: kept in the cache, found again, and used where there is no compiler."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model_parallel import native
+from model_parallel.native import LIBRARIES, Library, NativeBuildError, load_library
+
+SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return %s; }\n'
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Of one source, with a cache of its own and no other place for compiled code."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "private_directories", lambda: iter([tmp_path / "private"]))
+    directory = tmp_path / "sources"
+    directory.mkdir()
+    (directory / "answer.cpp").write_text(SOURCE % 42)
+    return Library(name="answer", directory=directory)
+
+
+def compiled(tmp_path: Path, place: str = "cache") -> list[Path]:
+    return sorted((tmp_path / place / "native").glob("*.so"))
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+def test_code_is_compiled_once_below_the_cache(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_library(library).answer() == 42
+    (path,) = compiled(tmp_path)
+    assert path.name.startswith(library.source_id)
+    monkeypatch.setattr(native, "_build", pytest.fail)
+    assert load_library(library).answer() == 42
+    assert not list((tmp_path / "cache" / "native").glob(".build-*"))
+
+
+def test_without_a_compiler_what_is_there_is_used(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_library(library)
+    without_compiler(monkeypatch)
+    assert load_library(library).answer() == 42
+
+
+def test_without_a_compiler_and_with_nothing_there_it_says_so(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_compiler(monkeypatch)
+    with pytest.raises(NativeBuildError, match=r"g\+\+ is not installed"):
+        load_library(library)
+
+
+def test_code_of_other_sources_is_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_library(library)
+    library.sources[0].write_text(SOURCE % 43)
+    without_compiler(monkeypatch)
+    with pytest.raises(NativeBuildError):
+        load_library(library)
+
+
+def test_a_cache_that_cannot_be_written_is_passed_over(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKTRAIN_CACHE", "/proc/nowhere")
+    assert load_library(library).answer() == 42
+    assert compiled(tmp_path, "private")
+
+
+def test_a_library_that_cannot_be_loaded_is_made_anew(library: Library, tmp_path: Path) -> None:
+    """Of another system, or cut."""
+    load_library(library)
+    (path,) = compiled(tmp_path)
+    path.unlink()
+    path.write_bytes(b"no library")
+    assert load_library(library).answer() == 42
+
+
+def test_where_code_may_not_be_run_the_next_directory_is_used(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a mount with noexec, which this imitates."""
+    load = native._load
+
+    def no_exec(path: Path) -> object:
+        return None if path.is_relative_to(tmp_path / "cache") else load(path)
+
+    monkeypatch.setattr(native, "_load", no_exec)
+    assert load_library(library).answer() == 42
+    assert compiled(tmp_path, "private")
+
+
+def test_a_compiler_that_refuses_is_quoted(library: Library, tmp_path: Path) -> None:
+    library.sources[0].write_text("this is not C++\n")
+    with pytest.raises(NativeBuildError, match="this is not"):
+        load_library(library)
+    assert not compiled(tmp_path)
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "g++"
+    pid = tmp_path / "pid"
+    slow.write_text(f"#!/bin/sh\ncase $1 in --version) exit 0;; esac\nsleep 600 & echo $! > {pid}\nwait\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(slow))
+    monkeypatch.setattr(native, "BUILD_TIMEOUT_S", 5.0)
+    with pytest.raises(NativeBuildError, match="did not finish within 5 s"):
+        load_library(library)
+    child = psutil.pid_exists(int(pid.read_text())) and psutil.Process(int(pid.read_text()))
+    assert not child or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_broken_compiler_does_not_hide_what_is_there(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_library(library)
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(broken))
+    assert load_library(library).answer() == 42
+
+
+def test_a_missing_tmpdir_does_not_matter(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+    assert load_library(library).answer() == 42
+
+
+def test_the_sources_of_every_library_are_there() -> None:
+    for one in LIBRARIES:
+        assert any(source.suffix == ".cpp" for source in one.sources)
+        assert len(one.source_id) == 24
