@@ -83,18 +83,18 @@ def test_kill_9_of_the_only_group_loses_no_token(app: RunningApp, victim: int) -
     wait_until(lambda: _live_placement_groups() == 1, PATIENCE_S, "one placement group a group")
 
 
+@pytest.mark.timeout(600)
 def test_a_reader_that_does_not_read_pauses_its_own_sequences_alone(app: RunningApp) -> None:
     wait_until(lambda: group_stats()["num_running"] == 0, PATIENCE_S, "nothing runs")
     before = group_stats()
     # Otherwise a window that grows with the speed of the loopback would hold the whole answer.
     options = [("grpc.http2.bdp_probe", 0)]
     with grpc.insecure_channel(app.address, options) as channel, Client(app.address) as other:
-        unread = InferenceStub(channel).GenerateStream(story(900, n=8, logprobs=5), timeout=100)
+        unread = InferenceStub(channel).GenerateStream(story(900, n=8, logprobs=5), timeout=10 * PATIENCE_S)
         next(unread)
-        wait_until(lambda: group_stats()["num_paused"] == 8, 60, "all its choices are paused")
-        stats = group_stats()
-        assert stats["kv_usage"] == 0 and stats["num_running"] == 0
-        assert stats["num_generation_tokens"] - before["num_generation_tokens"] < 8 * 600
+        paused = {"num_paused": 8, "num_running": 0, "kv_usage": 0}
+        wait_until(lambda: paused.items() <= group_stats().items(), 4 * PATIENCE_S, "all its choices are paused")
+        assert group_stats()["num_generation_tokens"] - before["num_generation_tokens"] < 8 * 600
         assert _answers(other)
         unread.cancel()
         wait_until(lambda: group_stats()["num_paused"] == 0, PATIENCE_S, "it has ended")
