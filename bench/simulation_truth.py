@@ -41,7 +41,8 @@ from bench.simulation.requests import REFUSED, Requests, Status, TenantTraits
 from bench.stack import on_all_cores, running, stack_config
 from model_parallel.config import CacheConfig, SchedulerConfig
 from protos import inference_pb2 as pb
-from serving.config import ServingConfig, prepare_environment
+from serving.config import ServingConfig
+from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "simulation_truth.json"
 MIXES = {

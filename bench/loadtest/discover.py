@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import ssl
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -26,7 +27,9 @@ from serving.client.tls import ClientTls
 TIMEOUT_S = 10.0
 UNKNOWN_VOCABULARY = 30_000
 """Of a server that does not tell: below the width of every vocabulary in wide use."""
-_NUM_PROBE_WORDS = 400
+_MAX_PROBE_WORDS = 400
+_PROBE_CHARACTERS_PER_WORD = 8
+"""More than the words have, with their spaces; in a vocabulary of bytes each is a token."""
 
 
 async def resolve(scenario: Scenario, tls: ClientTls | None) -> list[Resolved]:
@@ -46,8 +49,12 @@ async def resolve(scenario: Scenario, tls: ClientTls | None) -> list[Resolved]:
     return found
 
 
-def _probe_text() -> str:
-    return " ".join(random.Random(0).choices(WORDS, k=_NUM_PROBE_WORDS))
+def _probe_words(max_model_len: int | None) -> list[str]:
+    """As many as fit into the model's context in any vocabulary."""
+    num_words = _MAX_PROBE_WORDS
+    if max_model_len is not None:
+        num_words = max(1, min(num_words, max_model_len // _PROBE_CHARACTERS_PER_WORD))
+    return random.Random(0).choices(WORDS, k=num_words)
 
 
 def _choose(tenant: Tenant, names: list[str]) -> str:
@@ -78,14 +85,15 @@ async def _ask_grpc(tenant: Tenant, tls: ClientTls | None) -> Facts:
             cards = await stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT_S, metadata=metadata)
             by_name = {card.name: card for card in cards.models}
             name = _choose(tenant, list(by_name))
-            request = pb.TokenizeRequest(model=name, text=_probe_text(), add_bos=False)
+            words = _probe_words(by_name[name].max_model_len)
+            request = pb.TokenizeRequest(model=name, text=" ".join(words), add_bos=False)
             tokens = await stub.Tokenize(request, timeout=TIMEOUT_S, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise ConnectionError(f"{tenant.target}: {error.details()} ({error.code().name})") from error
     return Facts(
         model=name,
         vocab_size=by_name[name].vocab_size,
-        tokens_per_word=max(0.1, len(tokens.token_ids) / _NUM_PROBE_WORDS),
+        tokens_per_word=max(0.1, len(tokens.token_ids) / len(words)),
     )
 
 
@@ -104,31 +112,32 @@ async def _ask_http(tenant: Tenant, tls: ClientTls | None) -> Facts:
             async with session.get(f"{base}/v1/models", allow_redirects=False) as response:
                 body = await response.content.read(1 << 20)
                 if response.status == 404 and tenant.model is not None:
-                    names = [tenant.model]
+                    contexts: dict[str, int | None] = {tenant.model: None}
                 elif response.status != 200:
                     raise ConnectionError(f"{base}/v1/models answers {response.status}")
                 else:
-                    names = _model_names(body, base)
-            name = _choose(tenant, names)
-            return Facts(
-                model=name, vocab_size=UNKNOWN_VOCABULARY, tokens_per_word=await _tokens_per_word(session, base, name)
-            )
+                    contexts = _model_contexts(body, base)
+            name = _choose(tenant, list(contexts))
+            tokens_per_word = await _tokens_per_word(session, base, name, _probe_words(contexts[name]))
+            return Facts(model=name, vocab_size=UNKNOWN_VOCABULARY, tokens_per_word=tokens_per_word)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         if isinstance(error, ConnectionError) and str(error).startswith(base):
             raise
         raise ConnectionError(f"{tenant.target} cannot be reached: {error or 'no answer in time'}") from error
 
 
-def _model_names(body: bytes, base: str) -> list[str]:
+def _model_contexts(body: bytes, base: str) -> dict[str, int | None]:
+    """max_model_len by model, of servers that tell it: vLLM and Packtrain do."""
     try:
-        return [str(model["id"]) for model in json.loads(body)["data"]]
-    except (ValueError, KeyError, TypeError) as error:
+        models = json.loads(body)["data"]
+        return {str(model["id"]): int(told) if (told := model.get("max_model_len")) else None for model in models}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConnectionError(f"{base}/v1/models does not answer as OpenAI's API does") from error
 
 
-async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str) -> float:
+async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str, words: Sequence[str]) -> float:
     """By /tokenize, which vLLM and Packtrain have; 1 where there is none."""
-    body = {"model": model, "prompt": _probe_text(), "add_special_tokens": False}
+    body = {"model": model, "prompt": " ".join(words), "add_special_tokens": False}
     async with session.post(f"{base}/tokenize", json=body, allow_redirects=False) as response:
         if response.status != 200:
             return 1.0
@@ -136,4 +145,4 @@ async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str
             count = int(json.loads(await response.content.read(4 << 20))["count"])
         except (ValueError, KeyError, TypeError):
             return 1.0
-    return max(0.1, count / _NUM_PROBE_WORDS)
+    return max(0.1, count / len(words))

@@ -119,6 +119,7 @@ class AdminServer:
             open_service=HEALTH,
             retry_delay_s=_RETRY_DELAY_S,
             slow_reader_timeout_s=_TIMEOUT_S,
+            is_strict=True,  # a limit that is not read would be a limit that does not hold
         )
         server = self._server = grpc.aio.server(interceptors=(interceptor,), options=_OPTIONS)
         admin_pb2_grpc.add_AdminServicer_to_server(self._servicer, server)

@@ -71,7 +71,7 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     """`inspect_checkpoint`'s result as a table."""
     table = Table(show_header=False, title=found["path"])
     for key, value in found.items():
-        if key in ("path", "files", "warnings") or value in ("", None, []):
+        if key in ("path", "files", "licence_notice", "warnings") or value in ("", None, []):
             continue
         if key == "default_sampling":
             for rule, fields in value.items():
@@ -89,6 +89,8 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     for file in found["files"]:
         table.add_row("file", f"{file['name']}  {file['bytes']:,} bytes")
     console.print(table)
+    if found["licence_notice"]:
+        console.print(escape(found["licence_notice"]), soft_wrap=True)
     for warning in found["warnings"]:
         console.print(f"[bold yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 

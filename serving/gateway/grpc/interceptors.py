@@ -55,6 +55,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         open_service: str,
         retry_delay_s: float,
         slow_reader_timeout_s: float,
+        is_strict: bool = False,
         observe: Observe = unobserved,
     ) -> None:
         self._observe = observe
@@ -64,6 +65,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         self._open_prefix = f"/{open_service}/"
         self._retry_delay_s = retry_delay_s
         self._slow_reader_timeout_s = slow_reader_timeout_s
+        self._is_strict = is_strict
 
     async def intercept_service(
         self,
@@ -90,14 +92,14 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, behaviour: Any) -> Callable[..., Any]:
         async def answer(request: Message | _Undecodable, context: Any) -> Any:
             async with self._guard(method, context):
-                return await behaviour(_readable(method, request), context)
+                return await behaviour(self._readable(method, request), context)
 
         return answer
 
     def _stream(self, method: str, behaviour: Any) -> Callable[..., Any]:
         async def answer(request: Message | _Undecodable, context: Any) -> None:
             async with self._guard(method, context):
-                responses = behaviour(_readable(method, request), context)
+                responses = behaviour(self._readable(method, request), context)
                 if not hasattr(responses, "__aiter__"):  # health's Watch writes for itself
                     await responses
                     return
@@ -123,6 +125,18 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                     await context.write(response)
 
         return answer
+
+    def _readable(self, method: str, request: Message | _Undecodable) -> Message:
+        if isinstance(request, _Undecodable):
+            found = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
+            raise explain_undecodable(found.input_type, request.data)
+        names = unknown_fields_of(request)
+        if names and (self._is_strict or getattr(request, "strict", False)):
+            why = "" if self._is_strict else ", and the request is strict"
+            raise ValidationError(names[0], f"{names[0]} is not a field that this server knows{why}")
+        ignored.set(tuple(names))
+        observer.get().ignored(len(names))
+        return request
 
     @asynccontextmanager
     async def _guard(self, method: str, context: Any) -> AsyncIterator[None]:
@@ -194,15 +208,3 @@ def _never_raising(deserialise: Any) -> Callable[[bytes], Message | _Undecodable
             return _Undecodable(data)
 
     return decode
-
-
-def _readable(method: str, request: Message | _Undecodable) -> Message:
-    if isinstance(request, _Undecodable):
-        found = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
-        raise explain_undecodable(found.input_type, request.data)
-    names = unknown_fields_of(request)
-    if names and getattr(request, "strict", False):
-        raise ValidationError(names[0], f"{names[0]} is not a field that this server knows, and the request is strict")
-    ignored.set(tuple(names))
-    observer.get().ignored(len(names))
-    return request

@@ -220,7 +220,7 @@ def test_check_integrity_notices(break_it: str) -> None:
 
 def test_pool_check_compares_free_list_and_holders() -> None:
     pool = BlockPool(2)
-    block_id = pool.take()
+    (block_id,) = pool.take(1)
     pool.check_integrity([block_id])
     pool._free[block_id] = None
     with pytest.raises(RuntimeError, match="block 0 has 1 holders and free is True"):

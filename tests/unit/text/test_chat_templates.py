@@ -246,9 +246,9 @@ def test_a_plain_string_format(tmp_path: Path) -> None:
     expected = text.tokenizer.encode_parts([])
     assert expected == []
     assert ids[0] == 1 and ids.count(2) == 1
-    assert (
-        text.tokenizer.decode(ids).replace("\n ###", "\n###") == "Be brief.\n\n### Q: a\n### A: b\n### Q: </s>c\n### A:"
-    )
+    # What follows a control token of this vocabulary begins with a space, as a text does.
+    expected_text = "Be brief.\n\n### Q: a\n### A: b \n### Q: </s>c\n### A:"
+    assert text.tokenizer.decode(ids) == expected_text
 
 
 @pytest.mark.parametrize(
