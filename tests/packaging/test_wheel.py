@@ -20,6 +20,7 @@ from serving import __version__
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bench", "cluster", "model_parallel", "protos", "serving")
 SUFFIXES = {".py", ".pyi", ".proto", ".cpp", ".h", ".typed"}
+DATA = ("bench/simulation/profiles/*.json", "bench/simulation/scenarios/*.yaml")
 DIST_INFO = f"packtrain-{__version__}.dist-info"
 
 
@@ -51,7 +52,8 @@ def test_holds_every_module_the_proto_and_its_stubs_and_nothing_else(wheel: ZipF
         for path in (ROOT / package).rglob("*")
         if path.suffix in SUFFIXES
     }
-    assert {name for name in wheel.namelist() if not name.startswith(f"{DIST_INFO}/")} == sources
+    data = {path.relative_to(ROOT).as_posix() for pattern in DATA for path in ROOT.glob(pattern)}
+    assert {name for name in wheel.namelist() if not name.startswith(f"{DIST_INFO}/")} == sources | data
     assert {Path(name).suffix for name in sources} == SUFFIXES
     assert {f"{package}/py.typed" for package in PACKAGES} <= sources
 

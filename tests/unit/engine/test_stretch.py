@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.simulation.clock import to_ticks
@@ -142,7 +142,6 @@ def state(group: VirtualGroup) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40, deadline=None)
 @given(cases)
 def test_jumping_equals_stepping(case: Case) -> None:
     jumping, told_jumping = run(case, jumps=True)
