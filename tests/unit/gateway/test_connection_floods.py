@@ -223,6 +223,7 @@ async def gateway_with_few_files() -> AsyncIterator[tuple[Running, psutil.Proces
             process.kill()
             await process.wait()
         await reading
+        await process.stdout.read()  # to its end, which closes it
 
 
 async def _collect(stream: asyncio.StreamReader, lines: list[bytes]) -> None:
