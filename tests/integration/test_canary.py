@@ -63,7 +63,10 @@ def send_everything(app: RunningApp) -> tuple[str, str]:
         leaving = client.stub.GenerateStream(story(2000), metadata=METADATA, timeout=60)
         next(leaving)
         leaving.cancel()
-        for wrong in (canary_request(sampling=pb.Sampling(stop=[f"my {CANARY}"] * 9)), canary_request(model="unknown")):
+        for wrong in (
+            canary_request(sampling=pb.Sampling(stop=[f"my {CANARY} {number}" for number in range(40)])),
+            canary_request(model="unknown"),
+        ):
             with pytest.raises(grpc.RpcError) as caught:
                 client.stub.Generate(wrong, metadata=METADATA, timeout=60)
             told += str(caught.value)

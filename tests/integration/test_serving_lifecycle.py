@@ -21,6 +21,8 @@ from serving.client.client import Client
 from serving.config import parse_config
 from serving.contracts.start_failure import StartError
 from serving.driver.app import start
+from serving.driver.checks import StartRefusedError
+from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 from tests.support.waiting import PATIENCE_S
@@ -116,14 +118,16 @@ def test_a_group_that_cannot_be_placed_is_refused_with_both_numbers() -> None:
     assert "3" in str(error) and "2" in str(error) and "CPU" in str(error)
 
 
-def test_a_checkpoint_that_does_not_load_is_reported(tmp_path: Path) -> None:
-    save_random_llama(tmp_path)
+def test_a_checkpoint_that_does_not_load_is_reported_before_anything_starts(tmp_path: Path) -> None:
+    save_random_llama(tmp_path, vocab_size=640)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    error = _start_error(
-        {"models": [{"name": "broken", "source": str(tmp_path)}], "gateway": {"port": 0, "http_port": 0}}
-    )
-    assert "model.safetensors" in str(error)
+    data = {"models": [{"name": "broken", "source": str(tmp_path)}], "gateway": {"port": 0, "http_port": 0}}
+    stages: list[str] = []
+    with pytest.raises(StartRefusedError, match=r"model\.safetensors"):
+        start(parse_config(data, origin="test"), stages.append)
+    assert not any("Ray" in stage for stage in stages)
 
 
 def test_a_port_that_is_taken_is_reported() -> None:
