@@ -65,12 +65,14 @@ def _home_cache(environment: Mapping[str, str]) -> "Path | Unusable":
         return Unusable("HOME", "", "is not set")
 
 
-def private_directories(environment: Mapping[str, str] = os.environ) -> Iterator[Path]:
-    """Directories in the temporary ones that only this user can write, by names that the next start finds again."""
+def private_directories(environment: Mapping[str, str] = os.environ, *, create: bool = True) -> Iterator[Path]:
+    """Directories in the temporary ones that only this user can write, by names that the next start finds again. Without
+    `create`, those that are there."""
     for parent in temporary_parents(environment):
         path = parent / f"packtrain-cache-{os.getuid()}"
         with suppress(OSError):
-            path.mkdir(mode=0o700, exist_ok=True)
+            if create:
+                path.mkdir(mode=0o700, exist_ok=True)
             status = path.lstat()
             # A name that can be guessed: somebody else may have put something there.
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:

@@ -70,10 +70,10 @@ SHARED_MEMORY = Library(name="shared_memory", directory=_PACKAGE / "collectives"
 LIBRARIES = (CPU_KERNELS, SHARED_MEMORY)
 
 
-def library_directories() -> Iterator[Path]:
-    """Where compiled libraries are looked for; they are written to the first that takes them."""
+def library_directories(*, create: bool = False) -> Iterator[Path]:
+    """Where compiled libraries are looked for; they are written to the first that takes them, which `create` is for."""
     yield from (cache / "native" for cache in readable_caches())
-    yield from (directory / "native" for directory in private_directories())
+    yield from (directory / "native" for directory in private_directories(create=create))
 
 
 def load_library(library: Library) -> ctypes.CDLL:
@@ -108,7 +108,7 @@ def _load_or_build(library: Library, compiler: str) -> ctypes.CDLL:
         if (loaded := _load(directory / name)) is not None:
             return loaded
     reasons = []
-    for directory in library_directories():
+    for directory in library_directories(create=True):
         if reason := why_not_writable(directory):
             reasons.append(f"{directory} {reason}")
             continue

@@ -51,13 +51,16 @@ def test_ranks_of_one_host_exchange_through_memory_that_leaves_nothing(group: Sp
     assert tokens(execute(group, plan(1, (0, 5)))) == [15]
 
 
-def test_without_a_compiler_ranks_exchange_through_gloo(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_a_compiler_and_what_it_made_ranks_exchange_through_gloo(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(cache))
     monkeypatch.setattr("model_parallel.native.shutil.which", lambda name: None)
     executor = SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
     assert [record.getMessage() for record in caplog.records] == [
-        "ranks will exchange through Gloo, which is slower than shared memory: g++ is not installed"
+        "ranks will exchange through Gloo, which is slower than shared memory: g++ is not installed, and nothing compiled "
+        f"before is in {cache / 'native'}"
     ]
     assert all(listening_addresses(pid) == {"127.0.0.1"} for pid in executor.pids)
     assert tokens(execute(executor, plan(1, (0, 5)))) == [15]

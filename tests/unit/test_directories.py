@@ -58,6 +58,14 @@ def test_somebody_elses_directory_is_not_used(tmp_path: Path) -> None:
     assert all(path.parent != tmp_path for path in private_directories({"TMPDIR": str(tmp_path)}))
 
 
+def test_who_only_looks_makes_no_directory(tmp_path: Path) -> None:
+    environment = {"TMPDIR": str(tmp_path)}
+    assert all(path.parent != tmp_path for path in private_directories(environment, create=False))
+    assert list(tmp_path.iterdir()) == []
+    made = next(private_directories(environment))
+    assert next(private_directories(environment, create=False)) == made
+
+
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -18,7 +18,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "private_directories", lambda: iter([tmp_path / "private"]))
+    monkeypatch.setattr(native, "private_directories", lambda create: iter([tmp_path / "private"]))
     directory = tmp_path / "sources"
     directory.mkdir()
     (directory / "answer.cpp").write_text(SOURCE % 42)
