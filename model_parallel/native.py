@@ -209,6 +209,8 @@ def _compile(
         raise NativeBuildError(f"{_COMPILER} did not finish within {BUILD_TIMEOUT_S:g} s") from error
     finally:
         _kill(process)
+        assert process.stderr is not None
+        process.stderr.close()  # which is open still when it did not finish
     if process.returncode:
         raise NativeBuildError(f"{_COMPILER} failed:\n{errors[-4000:]}")
 
