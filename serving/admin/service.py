@@ -18,9 +18,10 @@ from serving.config import AdminConfig
 from serving.contracts.accounts import OpenAccounts, Principal
 from serving.contracts.errors import PermissionDeniedError, StoreUnavailableError
 from serving.gateway.core.admission import Admission
+from serving.gateway.grpc.health import HEALTH
 from serving.gateway.grpc.interceptors import StatusInterceptor
 from serving.gateway.grpc.reflection import add_reflection
-from serving.gateway.server import HEALTH, bind, check_protobuf
+from serving.gateway.server import bind, check_protobuf
 from serving.tenants.directory import KeyDirectory
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def _change(
         self, change: Callable[_Arguments, _Answer], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Answer:
-        """LeaseRequest for a change, and have it hold here before it is answered."""
+        """Ask for a change, and have it hold here before it is answered."""
         answer = await self._ask(change, *args, **kwargs)
         with suppress(StoreUnavailableError):  # the change is made; `AdminServer` goes on trying to see it
             await self._operators.refresh()

@@ -115,7 +115,7 @@ def generate(
     cert: CertFile = None,
     key: KeyFile = None,
 ) -> None:
-    """LeaseRequest a running gateway once and print the answer as it comes."""
+    """Ask a running gateway once and print the answer as it comes."""
     with _client(address, tls, ca, cert, key) as client:
         client.wait_until_connected()
         sampling = pb.Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop or [])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf.internal import api_implementation
-from grpc_health.v1 import health_pb2_grpc
 from starlette.types import ASGIApp
 
 from model_parallel.errors import ConfigError
@@ -28,6 +27,7 @@ from serving.gateway.core.admission import Admission
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.generation import Generator
 from serving.gateway.core.health import HealthMonitor
+from serving.gateway.grpc.health import HEALTH, HealthService
 from serving.gateway.grpc.interceptors import StatusInterceptor
 from serving.gateway.grpc.reflection import add_reflection
 from serving.gateway.grpc.servicer import InferenceServicer
@@ -38,7 +38,6 @@ from serving.gateway.tls import load_tls
 from serving.text.tokenizer import Tokenizer
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-HEALTH = "grpc.health.v1.Health"
 METHODS = (
     *(f"/{INFERENCE}/{method.name}" for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods),
     *PATHS,
@@ -84,7 +83,8 @@ class GatewayServer:
             raise ConfigError(f"no tokenizer for the models {', '.join(missing)}")
         self._config = config
         self._admission = Admission(config.max_concurrent_requests)
-        self._health = HealthMonitor(backend, [INFERENCE])
+        self._health_service = HealthService([INFERENCE])
+        self._health = HealthMonitor(backend, self._health_service.show)
         self._health_task: asyncio.Task[None] | None = None
         self._accounts: Accounts = accounts or OpenAccounts()
         self._generator = Generator(backend, tokenizers, limits, accounts=self._accounts)
@@ -117,7 +117,7 @@ class GatewayServer:
         )
         server = self._server = grpc.aio.server(interceptors=(interceptor,), options=self._options())
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._generator), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        self._health_service.add_to(server)
         if self._config.reflection:
             add_reflection(server, [INFERENCE, HEALTH])
         port = bind(server, self._config.host, self._config.port, None if self._tls is None else self._tls.grpc)

@@ -97,7 +97,7 @@ class Exchange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Decision(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to an LeaseRequest."""
+    """The answer to a LeaseRequest."""
 
     kind: Literal["granted", "refused", "wait"]
     """"wait": ask again; others have been told to give back what they do not use."""
