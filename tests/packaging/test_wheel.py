@@ -110,17 +110,9 @@ def test_the_demo_runs_from_the_wheel_outside_of_a_checkout(wheel_path: Path, tm
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     (packages,) = environment.glob("lib/python*/site-packages")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--prefix",
-        str(environment),
-        str(wheel_path),
-    ]
+    # Without --ignore-installed pip would take this environment's own installation away.
+    flags = ["--no-deps", "--no-index", "--ignore-installed", "--prefix", str(environment)]
+    command = [sys.executable, "-m", "pip", "install", *flags, str(wheel_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     script = environment / "bin" / "packtrain"
