@@ -13,6 +13,7 @@ from model_parallel.collectives.interface import Collectives
 from model_parallel.collectives.rendezvous import Rendezvous
 from model_parallel.config import ParallelConfig
 from model_parallel.runtime.leader import store_file
+from tests.support.waiting import PATIENCE_S
 
 
 class _Nccl:
@@ -40,7 +41,7 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Join:
         monkeypatch.setattr(cuda_collectives, "SymmetricCollectives", _Symmetric)
         left = iter(workspaces)
         monkeypatch.setattr(cuda_collectives, "_open_workspace", lambda device: next(left))
-        parallel = ParallelConfig(tp_size=size, device="cuda", step_timeout_s=20)
+        parallel = ParallelConfig(tp_size=size, device="cuda", step_timeout_s=PATIENCE_S)
         with store_file() as path, ThreadPoolExecutor(size) as pool:
             where = Rendezvous(bind_host="127.0.0.1", store_path=path)
             return list(pool.map(lambda rank: cuda_collectives.join_gpus(parallel, rank, where), range(size)))
