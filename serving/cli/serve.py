@@ -61,8 +61,14 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help='Ray cluster to join ("auto"); a private one is started if unset.')
     ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="The YAML file, as other commands take it.")
+    ] = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then drain and stop."""
+    if config is not None and config_file is not None:
+        raise ConfigError(f"{config} is given, and --config {config_file} too; give one of the two")
+    config = config or config_file
     if config is not None and is_model(config):
         if source is not None:
             raise ConfigError(f"{config} is a model, and --model names another one; give one of the two")
@@ -81,6 +87,8 @@ def serve(
         "generation_config": generation_config,
     }
     if config is not None:
+        if not config.exists() and config.suffix.lower() not in (".yaml", ".yml", ".json"):
+            raise ConfigError(missing_source(str(config), "config"))
         loaded = load_config(config)
     elif source is not None:
         loaded = model_config(source)
@@ -152,21 +160,26 @@ def served_name(source: str) -> str:
     return _NOT_IN_A_NAME.sub("-", name).lstrip("._/-") or "model"
 
 
-def missing_source(source: str) -> str:
-    """What to do about a model that is not there."""
+def missing_source(source: str, setting: str = "--model") -> str:
+    """What to do about a model, or a configuration file, that is not there."""
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith((".gguf", "/"))
     if not looks_like_path and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return (
-            f"--model: there is no directory {source!r} here, and Packtrain does not download from Hugging Face; fetch it "
+            f"{setting}: there is no directory {source!r} here, and Packtrain does not download from Hugging Face; fetch it "
             f"(hf download {source} --local-dir DIR) and give its directory"
         )
     if looks_like_path or "/" in source:
-        return f"--model: {source} does not exist; give a model's directory or GGUF file"
+        wanted = (
+            "a YAML file, or a model's directory or GGUF file"
+            if setting == "config"
+            else "a model's directory or GGUF file"
+        )
+        return f"{setting}: {source} does not exist; give {wanted}"
     import difflib
 
     near = difflib.get_close_matches(source, KNOWN_MODELS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known models: {', '.join(KNOWN_MODELS)}"
-    return f"--model: {source!r} is neither a known model nor an existing directory or GGUF file; {hint}"
+    return f"{setting}: {source!r} is neither a known model nor an existing directory or GGUF file; {hint}"
 
 
 def default_config() -> ServingConfig:

@@ -154,6 +154,22 @@ def test_an_unknown_model_source_is_refused_before_anything_starts() -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("meta-llama/Llama-2-7b-hf",), "hf download meta-llama/Llama-2-7b-hf"),
+        (("smollm2-135m-instrct",), "did you mean 'smollm2-135m-instruct'?"),
+        (("/no/such",), "/no/such does not exist; give a YAML file, or a model's directory or GGUF file"),
+        (("--config", "/no/such.yaml"), "/no/such.yaml: No such file or directory"),
+        (("a.yaml", "--config", "b.yaml"), "give one of the two"),
+    ],
+)
+def test_what_is_not_there_to_serve(arguments: tuple[str, ...], part: str) -> None:
+    result = _run("serve", *arguments)
+    assert result.returncode == 78
+    assert part in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_no_server_is_said_plainly() -> None:
     result = _run("models", "--address", "127.0.0.1:9")
     assert result.returncode == 1
