@@ -185,7 +185,7 @@ class _Http:
             told = self._behaviour.retry_after_s
             headers = {} if told is None else {"retry-after": str(told)}
             return web.json_response({"error": error}, status=503, headers=headers)
-        is_chat, num_tokens = "messages" in body, body.get("max_tokens") or 16
+        is_chat, num_tokens = "messages" in body, body.get("max_completion_tokens") or body.get("max_tokens") or 16
         usage = {"prompt_tokens": _num_prompt_tokens(body), "completion_tokens": num_tokens}
         if not body.get("stream"):
             async for _ in self._behaviour.answer(num_tokens):
