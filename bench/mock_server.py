@@ -169,7 +169,7 @@ class _Http:
         return web.Response()
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": MODEL, "root": MODEL, "object": "model"}]})
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
