@@ -185,6 +185,8 @@ EXPORT void packtrain_destroy(Kernels* kernels) { delete kernels; }
 
 EXPORT const char* packtrain_isa(const Kernels* kernels) { return kernels->isa->name; }
 
+EXPORT int64_t packtrain_num_done(const Kernels* kernels) { return kernels->pool.num_done(); }
+
 EXPORT int64_t packtrain_packed_bytes(const Linear* linear) { return linear->num_panels() * linear->panel_bytes(); }
 
 // weight: [outputs, inputs]; of a gated one [2 · outputs, inputs], gate rows and then up rows. scales: a float32 a row of an
