@@ -7,7 +7,7 @@ group are stopped for nine tenths of the time that it allows, which it must surv
 `--compare` times decoding by this tree and by another one, such as an earlier commit's, in turn in one run.
 
     python -m bench.recovery [--faults 20] [--stops 20] [--json FILE]
-    python -m bench.recovery --compare TREE [--repeats 20]
+    python -m bench.recovery --compare TREE [--repeats 60]
 """
 
 import argparse
@@ -44,7 +44,7 @@ WARM_UP_STEPS = 20
 TIMEOUT_S = 120.0
 SHORT_STOP = 0.9
 """Of the limit."""
-STEPS = Workload(8, 32, 128)
+STEPS = Workload(8, 32, 48)
 """What two trees are compared by."""
 
 SERVE_TREE = """
@@ -177,8 +177,11 @@ def compare(other: Path, num_repeats: int, console: Console) -> float:
             order = processes if turn % 2 else processes[::-1]
             took_s = {process.pid: _run_once(process) for process in order}
             ratios.append(took_s[processes[1].pid] / took_s[processes[0].pid])
-    console.print(f"steps/s of this tree over {other}: {statistics.median(ratios):.3f}, of {sorted(ratios)}")
-    return statistics.median(ratios)
+    first, median, last = statistics.quantiles(ratios, n=4)
+    console.print(
+        f"steps/s of this tree over {other}: {median:.3f}, quartiles {first:.3f} and {last:.3f}, {num_repeats} pairs"
+    )
+    return median
 
 
 def _tree_process(tree: Path, model: Path) -> "subprocess.Popen[str]":
@@ -205,7 +208,7 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=20, help="that one group must survive")
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     parser.add_argument("--compare", type=Path, metavar="TREE", help="compare speeds with another tree, and no more")
-    parser.add_argument("--repeats", type=int, default=20, help="of the comparison")
+    parser.add_argument("--repeats", type=int, default=60, help="of the comparison")
     arguments = parser.parse_args()
     console = Console(width=130, highlight=False)
     if arguments.compare is not None:
