@@ -13,6 +13,8 @@ from model_parallel.transport.frames import LinkError
 
 PERIOD_S = 0.2
 """Between two looks."""
+CLOSE_TIMEOUT_S = 5.0
+"""A leader that reads nothing can hold the thread up."""
 
 
 class Worker(Protocol):
@@ -55,9 +57,9 @@ class MovementReports:
             self._connection.send(answer)
 
     def close(self) -> None:
-        """Look no more."""
+        """Look no more: whoever calls may send by itself afterwards."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def look(self) -> None:
         """Tell the leader of what has moved since the last look, if the same step was computed then. Raises LinkError."""

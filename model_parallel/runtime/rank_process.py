@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from typing import Protocol, cast
 
 import msgspec
@@ -117,14 +118,13 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
     )
     collectives.barrier()
     connection.send(Ready(os.getpid(), worker.kernels_name, worker.deterministic))
-    reports = MovementReports(connection, worker)
-    while not isinstance(message := connection.receive(), Stop):
-        if not isinstance(message, Step):
-            raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")
-        reports.begin(message.plan.step_id)
-        result = worker.execute(message.plan)
-        reports.end(Result(result) if launch.rank == 0 else Ack(launch.epoch, message.plan.step_id))
-    reports.close()
+    with closing(MovementReports(connection, worker)) as reports:
+        while not isinstance(message := connection.receive(), Stop):
+            if not isinstance(message, Step):
+                raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")
+            reports.begin(message.plan.step_id)
+            result = worker.execute(message.plan)
+            reports.end(Result(result) if launch.rank == 0 else Ack(launch.epoch, message.plan.step_id))
     worker.close()
     collectives.close()
 
