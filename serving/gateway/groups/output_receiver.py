@@ -33,8 +33,8 @@ MAX_UNAUTHENTICATED = 32
 """Connections in their handshake at a time."""
 SILENT_AFTER_S = 2.0
 """Counted in looks of HEARTBEAT_S, so that a gateway that was held up itself blames nobody."""
-SUBMITTED_FOR_S = 1.0
-"""A request that no group has answered for so long went to the one that is silent, if there is one."""
+UNANSWERED_AFTER_S = 2.0
+"""While a group is silent, a request that none has answered for so long is taken to have gone to that one."""
 MAX_UNREAD_STEPS = 64
 PAUSE_AFTER_TURNS = 10
 """A request with so many unread steps is paused when its reader has not come in so many turns of the event loop. A loop that was
@@ -108,7 +108,7 @@ class Inbox:
     def is_unanswered(self) -> bool:
         """No group has said for a while whether it accepts the request."""
         num_looks = self._receiver.num_looks - self._first_look
-        return self._state is _State.SUBMITTED and num_looks * HEARTBEAT_S >= SUBMITTED_FOR_S
+        return self._state is _State.SUBMITTED and num_looks * HEARTBEAT_S >= UNANSWERED_AFTER_S
 
     def fail(self, error: Exception) -> None:
         """Nothing more will come."""
@@ -161,6 +161,8 @@ class OutputReceiver:
         self.connections: set[GroupConnection] = set()
         self.num_looks = 0
         """How often it was looked which groups are silent: every HEARTBEAT_S."""
+        self._last_distrustful_look = 0
+        """Until then some group may be silent that Serve still sends requests to."""
         self._inboxes: dict[str, Inbox] = {}
         self._server: asyncio.Server | None = None
         self._address: ReturnAddress | None = None
@@ -234,15 +236,17 @@ class OutputReceiver:
             connection.num_silent_looks += 1
             if connection.num_silent_looks * HEARTBEAT_S > SILENT_AFTER_S:
                 self._give_up(connection)
+        if self.num_looks <= self._last_distrustful_look:
+            for inbox in {inbox for inbox in self._inboxes.values() if inbox.is_unanswered}:
+                inbox.fail(GroupSilentError("the replica group that was asked does not answer"))
         self._next_look = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._look)
 
     def _give_up(self, connection: "GroupConnection") -> None:
-        """The group is silent: what it runs, and what it has not answered, goes elsewhere."""
+        """The group is silent: what it runs goes elsewhere, and so does from now on what it does not answer."""
         logger.warning("the replica group %s has said nothing for %g s", connection.engine, SILENT_AFTER_S)
         self.loads.refused(connection.engine, AVOIDED_WHEN_SILENT_S)
         connection.transport.abort()
-        for inbox in {inbox for inbox in self._inboxes.values() if inbox.is_unanswered}:
-            inbox.fail(GroupSilentError("the replica group that was asked does not answer"))
+        self._last_distrustful_look = self.num_looks + int(AVOIDED_WHEN_SILENT_S / HEARTBEAT_S)
 
     def lose(self, connection: "GroupConnection") -> None:
         """The requests that ran over it get nothing more."""

@@ -342,7 +342,7 @@ async def test_a_group_that_has_nothing_to_say_says_that_it_lives(receiver: Outp
 
 
 async def test_a_group_that_hangs_loses_its_requests_and_is_avoided(receiver: OutputReceiver, group: Group) -> None:
-    """And so do requests that have not been answered, because it may have been asked. Those of another group go on."""
+    """And so do requests that are not answered then or soon after, because it may have been asked. Those of another group go on."""
     await silent_group(receiver, "group-2")
     ran, asked = receiver.open(["a"]), receiver.open(["b"])
     ran.accepted(receiver.connection_of("group-2"))
@@ -355,6 +355,11 @@ async def test_a_group_that_hangs_loses_its_requests_and_is_avoided(receiver: Ou
         with pytest.raises(error):
             async with asyncio.timeout(PATIENCE_S):
                 await inbox.next()
+    asked.close(cancel=True)
+    asked_later = receiver.open(["d"])
+    with pytest.raises(GroupSilentError):
+        async with asyncio.timeout(PATIENCE_S):
+            await asked_later.next()
     assert receiver.loads.is_avoided("group-2")
     assert receiver.connection_of("group-2") is None
     assert receiver.connection_of("group-1")
