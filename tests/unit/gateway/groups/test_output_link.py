@@ -342,7 +342,7 @@ async def test_a_group_that_has_nothing_to_say_says_that_it_lives(receiver: Outp
 
 
 async def test_a_group_that_hangs_loses_its_requests_and_is_avoided(receiver: OutputReceiver, group: Group) -> None:
-    """And so do requests that are not answered then or soon after, because it may have been asked. Those of another group go on."""
+    """And so do requests that are not answered then or soon after: it may have been asked. Those of another group go on."""
     await silent_group(receiver, "group-2")
     ran, asked = receiver.open(["a"]), receiver.open(["b"])
     ran.accepted(receiver.connection_of("group-2"))
