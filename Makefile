@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SERVING := $(VENV)/.installed-serving
 STAMP := $(VENV)/.installed
-SUITES := unit triton-interpreted triton-compiled numerics distributed integration packaging helm
+SUITES := unit triton-interpreted triton-compiled numerics distributed chaos integration packaging helm
 
 # Interpreters to try, in order; 3.11 first, because constraints.txt is tested with it.
 PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3

@@ -1,5 +1,9 @@
 """A replica group whose ranks are Ray actors. Ray starts and ends them; steps go over the link."""
 
+import contextlib
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +53,9 @@ class RayExecutor(SocketExecutor):
         self._configure_logging = configure_logging
         self._actors: list[ray_api.ActorHandle[Any]] = []
         self._serving: list[Any] = []
+        self._processes: list[int] = []
+        """Descriptors (pidfd) of the ranks' processes on this node."""
+        self._killing = threading.Lock()
         group = placement_group or ray_api.current_placement_group()
         tp_size = config.parallel.tp_size
         if group is None or group.bundle_count != tp_size:
@@ -78,6 +85,7 @@ class RayExecutor(SocketExecutor):
         leader_node, leader_ip = ray_api.this_node()
         self.locations = tuple(order_ranks(locations, leader_node))
         self._actors = [self._actors[at.bundle] for at in self.locations]
+        self._processes = [os.pidfd_open(at.pid) for at in self.locations if at.node_id == leader_node]
         if all(at.node_id == leader_node for at in self.locations):
             return LOOPBACK, [local_rendezvous(self.config.parallel, store_path)] * len(self._actors)
         store_host = self.locations[0].ip
@@ -104,6 +112,11 @@ class RayExecutor(SocketExecutor):
             raise GroupFailedError(f"rank {rank} ended before it connected")
 
     def _kill_ranks(self) -> None:
+        """Those of this node by a signal, which also ends a process that is stopped; Ray would first ask it, and wait."""
+        with self._killing:
+            for process in self._processes:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
         for actor in self._actors:
             ray_api.kill(actor)
 
@@ -111,3 +124,6 @@ class RayExecutor(SocketExecutor):
         """Ray ends the processes; wait, bounded, until it says that they have."""
         self._kill_ranks()
         ray_api.finished(self._serving, STOP_TIMEOUT_S)
+        with self._killing:
+            while self._processes:
+                os.close(self._processes.pop())

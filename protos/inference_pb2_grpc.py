@@ -38,7 +38,8 @@ class InferenceStub:
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     DEADLINE_EXCEEDED, CANCELLED
-    INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
+    INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
+    replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
     grpc-retry-pushback-ms says when to try again (google.rpc.RetryInfo too), or -1 where that is pointless.
 
     A field that this server does not know is ignored, and named in the initial metadata `x-packtrain-ignored`; with `strict` it is
@@ -104,7 +105,8 @@ class InferenceServicer:
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     DEADLINE_EXCEEDED, CANCELLED
-    INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
+    INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
+    replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
     grpc-retry-pushback-ms says when to try again (google.rpc.RetryInfo too), or -1 where that is pointless.
 
     A field that this server does not know is ignored, and named in the initial metadata `x-packtrain-ignored`; with `strict` it is
@@ -222,7 +224,8 @@ class Inference:
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     DEADLINE_EXCEEDED, CANCELLED
-    INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
+    INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
+    replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
     grpc-retry-pushback-ms says when to try again (google.rpc.RetryInfo too), or -1 where that is pointless.
 
     A field that this server does not know is ignored, and named in the initial metadata `x-packtrain-ignored`; with `strict` it is

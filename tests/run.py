@@ -59,6 +59,7 @@ SUITES = (
     ),
     Suite(name="numerics", arguments=("tests/numerics",), shares="worksteal"),
     Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile"),
+    Suite(name="chaos", arguments=("tests/chaos",), shares="worksteal"),
     Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
     Suite(name="helm", arguments=("tests/helm",)),
     Suite(name="packaging", arguments=("tests/packaging",)),
@@ -73,7 +74,10 @@ NIGHTLY_SUITES = (
         if each.name in ("unit", "triton-interpreted", "numerics")
     ),
     # Some of these measure time, so one after the other.
-    Suite(name="nightly cases", arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics", "tests/packaging")),
+    Suite(
+        name="nightly cases",
+        arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics", "tests/chaos", "tests/packaging"),
+    ),
     Suite(name="nightly", arguments=(*NIGHT, "-m", "nightly", "tests/nightly")),
 )
 

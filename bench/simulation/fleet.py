@@ -16,13 +16,13 @@ from bench.simulation.requests import Outcomes, Requests, Status
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
 from model_parallel.errors import RequestError
 from serving.contracts.errors import GroupRefusedError
-from serving.replica.output_sender import REPORT_LOAD_S
+from serving.contracts.group_link import HEARTBEAT_S
 from serving.tenants.messages import Decision
 from serving.tenants.records import Limits
 
 CONTROL, DELIVERY, ARRIVAL, GROUP = range(4)
 """Order of what happens at the same moment."""
-TELL_TICKS = to_ticks(REPORT_LOAD_S)
+TELL_TICKS = to_ticks(HEARTBEAT_S)
 
 
 class Controller(Protocol):

@@ -77,6 +77,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Prefix-cache blocks are shared only between requests of equal salt."""
     deadline_s: float | None = None
     """Seconds from acceptance after which the request ends with FinishReason.DEADLINE."""
+    runs_alone: bool = False
+    """No other sequence runs in the group while this one does: it may be what ends groups."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -116,6 +118,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     """With FinishReason.ERROR: what happened, fit for the client to read."""
     error_kind: str = ""
     """With FinishReason.ERROR: "unavailable" (the group is lost) or "numerical_error"."""
+    was_waiting: bool = False
+    """With "unavailable": the ranks never heard of it, so it is not what ended them."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave."""
     timings: Timings | None = None

@@ -54,6 +54,9 @@ class Scheduler:
     admitted before it; those are finitely many, and end. A waiting sequence is not charged and each one admitted before it is, so
     their number is bounded too. A lower class may starve.
 
+    **Alone.** A sequence that runs alone waits, when it is next, until nothing runs, and nothing is admitted while it does. Those
+    that run end, so it does not wait for ever; nothing is preempted for it.
+
     **Steps in flight.** `schedule` uses how many tokens a sequence has, never which, and counts as computed what it has just
     planned. So a step can be planned and sent before the results of earlier steps are known. Ranks run plans in order. Hence:
 
@@ -178,7 +181,8 @@ class Scheduler:
     def fail_all(self, error: str) -> None:
         """End every request because the group is lost. `error` is for the client to read."""
         for sequence in list(self._requests.values()):
-            self._end(sequence, FinishReason.ERROR, error=error, error_kind="unavailable")
+            was_waiting = sequence.started_s is None
+            self._end(sequence, FinishReason.ERROR, error=error, error_kind="unavailable", was_waiting=was_waiting)
         self._finished.clear()
 
     def schedule(self) -> StepPlan | None:
@@ -285,7 +289,7 @@ class Scheduler:
         while room > 0:
             self._end_late_heads()
             sequence = self._queue.first()
-            if sequence is None or not self._queue.is_below_fair_share(sequence):
+            if sequence is None or not self._queue.is_below_fair_share(sequence) or self._keeps_apart(sequence):
                 break
             while not self._try_to_admit(sequence):
                 if sequence.num_pending or not self._preempt_for(sequence):
@@ -323,7 +327,7 @@ class Scheduler:
             self._end(sequence, FinishReason.DEADLINE)
 
     def _try_to_admit(self, sequence: Sequence) -> bool:
-        if sequence.num_pending or len(self._running) == self._config.max_num_seqs:
+        if sequence.num_pending or len(self._running) == self._config.max_num_seqs or self._keeps_apart(sequence):
             return False
         # A sequence gets the blocks of all its tokens at once, so that prefills never starve each other half way,
         # and leaves one for each that runs already, so that nobody is preempted as soon as those grow.
@@ -343,6 +347,11 @@ class Scheduler:
             self._totals.num_prefix_query_tokens += sequence.num_tokens
             self._totals.num_prefix_hit_tokens += num_cached
         return True
+
+    def _keeps_apart(self, sequence: Sequence) -> bool:
+        """Whether it, or one that runs, is to run alone."""
+        running = self._running.values()
+        return bool(running) and (sequence.request.runs_alone or any(each.request.runs_alone for each in running))
 
     def _grow_decodes(self) -> None:
         """Give each sequence that decodes the block that it needs, if it needs one; by preemption when none is free."""
@@ -451,13 +460,22 @@ class Scheduler:
         elif token_ids or prompt_logprobs:
             self._outputs.append(output)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, *, error: str = "", error_kind: str = "") -> None:
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        error: str = "",
+        error_kind: str = "",
+        was_waiting: bool = False,
+    ) -> None:
         output = EngineOutput(
             request_id=sequence.request.request_id,
             choice=sequence.request.choice,
             finish_reason=reason,
             error=error,
             error_kind=error_kind,
+            was_waiting=was_waiting,
         )
         self._close(sequence, output, reason)
 

@@ -104,6 +104,16 @@ class Kernels(Protocol):
     The `runs` of such a plan then say no more than whether there are runs of one token and how long the longest is.
     """
 
+    @property
+    def num_done(self) -> int:
+        """Grows all the while a long operation is computed, where the backend can tell; may be read by any thread."""
+        ...
+
+    @property
+    def is_compiling(self) -> bool:
+        """A kernel is being compiled, which takes far longer than any operation; may be read by any thread."""
+        ...
+
     # An Int8Matrix is multiplied as the matrix that it stands for: activations are not quantised.
 
     def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Weight:

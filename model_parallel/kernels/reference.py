@@ -26,6 +26,8 @@ class ReferenceKernels:
     name = "reference"
     has_threads = False
     only_enqueue = False
+    num_done = 0
+    is_compiling = False
 
     def __init__(self, *, num_threads: int, device: str) -> None:
         self.row_multiple = ROWS_PER_THREAD * num_threads

@@ -40,6 +40,8 @@ class Llama:
         """
         self.config = config
         self.kernels = kernels
+        self.num_layers_done = 0
+        """In all calls of `forward` together; another thread may read it."""
         self._collectives = collectives
         self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
         self.embedding_VE: Tensor = weights[EMBEDDING]
@@ -97,6 +99,7 @@ class Llama:
             x_TE, residual_TE = norm(x_TE, residual_TE, layer.feed_forward_norm_E, eps)
             x_TE = all_reduce(layer.feed_forward(x_TE))
             x_TE, residual_TE = norm(x_TE, residual_TE, next_norm_E, eps)
+            self.num_layers_done += 1
         return x_TE
 
     def logits(self, hidden_RE: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from model_parallel.runtime.rank_link import (
     Connection,
     Failed,
     Listener,
+    Moved,
     Progress,
     RankMessage,
     Ready,
@@ -37,6 +38,7 @@ from model_parallel.runtime.rank_link import (
     Step,
     Stop,
 )
+from model_parallel.runtime.silence import SilenceLimits
 from model_parallel.transport.authentication import SECRET_BYTES
 from model_parallel.transport.frames import LinkError
 
@@ -48,6 +50,8 @@ OnProgress = Callable[[int, int, int], None]
 """(rank, bytes loaded, bytes in all), called while ranks load."""
 STOP_TIMEOUT_S = 2.0
 """Bound on each stage of ending ranks: being asked, being told, being killed."""
+_LOOK_S = 0.2
+"""Between two looks at whether something has moved, while a step is waited for."""
 _LAST_WORDS_TIMEOUT_S = 0.2
 _START_ERRORS: dict[str, type[EngineError]] = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
 
@@ -87,14 +91,19 @@ class _RankLink:
             raise LinkError(self.last_words(error)) from error
         return messages
 
-    def receive_acks(self, epoch: int) -> None:
-        """Raises LinkError for anything but the next acknowledgements."""
+    def receive_acks(self, epoch: int) -> bool:
+        """Take in acknowledgements; whether the rank compiles. Raises LinkError for any other message than those two."""
+        is_compiling = False
         for message in self.receive_present():
             if isinstance(message, Failed):
                 raise LinkError(self.failed(message))
-            if message != Ack(epoch, self.last_step_id + 1):
+            if isinstance(message, Moved):
+                is_compiling |= message.is_compiling
+            elif message == Ack(epoch, self.last_step_id + 1):
+                self.last_step_id += 1
+            else:
                 raise LinkError(f"{self.name} answered {message!r:.200} after step {self.last_step_id}")
-            self.last_step_id += 1
+        return is_compiling
 
     def failed(self, message: Failed) -> str:
         return f"{self.name} failed: {message.kind}: {message.message}"
@@ -148,6 +157,11 @@ class SocketExecutor(ABC):
         self._lock = threading.Lock()
         self._shutting_down = threading.Lock()
         self.health = GroupHealth(config.parallel.step_timeout_s)
+        self._limits = SilenceLimits(config.parallel.step_timeout_s)
+        self._began_s = 0.0
+        """When the oldest step in flight began."""
+        self._is_compiling = False
+        """Some rank has compiled in that step."""
         self._on_failure: Callable[[str], None] | None = None
         self._link_of: dict[int, _RankLink] = {}
         self._in_flight: deque[StepPlan] = deque()
@@ -240,7 +254,7 @@ class SocketExecutor(ABC):
         with self._lock:
             self._raise_if_lost()
             if not self._in_flight:
-                self.health.step_began()
+                self._begin_step()
             self._in_flight.append(plan)
         with self._blame():
             self._send(plan)
@@ -250,13 +264,20 @@ class SocketExecutor(ABC):
             result = self._receive()
         with self._lock:
             self._raise_if_lost()
-            self._in_flight.popleft()
+            plan = self._in_flight.popleft()
+            if not self._is_compiling:
+                self._limits.learn(plan, time.monotonic() - self._began_s)
             # The next one could begin when this one was answered.
             if self._in_flight:
-                self.health.step_began()
+                self._begin_step()
             else:
                 self.health.step_ended()
         return result
+
+    def _begin_step(self) -> None:
+        self._began_s = time.monotonic()
+        self._is_compiling = False
+        self.health.moved()
 
     def _raise_if_lost(self) -> None:
         """The lock is held."""
@@ -271,10 +292,10 @@ class SocketExecutor(ABC):
         """Give the group up when a rank is lost in the body."""
         try:
             yield
-        except TimeoutError:
-            step_id, timeout_s = self._in_flight[0].step_id, self.config.parallel.step_timeout_s
+        except TimeoutError as error:
+            step_id = self._in_flight[0].step_id
             silent = ", ".join(link.name for link in self._links if link.last_step_id < step_id)
-            self._fail(f"step {step_id} did not end within {timeout_s:g} s; no answer from {silent}")
+            self._fail(f"{error}; no answer from {silent}")
         except LinkError as error:
             self._fail(str(error))
         else:
@@ -288,25 +309,52 @@ class SocketExecutor(ABC):
             link.connection.sock.settimeout(self.config.parallel.step_timeout_s)
             try:
                 link.connection.send_frame(frame)
+            except TimeoutError:
+                timeout_s = self.config.parallel.step_timeout_s
+                raise TimeoutError(f"{link.name} did not take step {plan.step_id} within {timeout_s:g} s") from None
             except LinkError as error:
                 with link.reading:
                     raise LinkError(link.last_words(error)) from error
 
     def _receive(self) -> StepResult:
         plan, first = self._in_flight[0], self._links[0]
-        with first.reading:
-            answer = first.receive(self.health.seconds_left())
+        while (answer := self._next_of(first)) is None:
+            self._receive_acks()
+            self._check_silence(plan)
         if not isinstance(answer, Result) or (answer.result.epoch, answer.result.step_id) != (plan.epoch, plan.step_id):
             raise LinkError(f"{first.name} answered step {plan.step_id} of epoch {plan.epoch} with {answer!r:.200}")
         first.last_step_id = plan.step_id
         self._receive_acks()
         return answer.result
 
+    def _next_of(self, link: _RankLink) -> RankMessage | None:
+        """What it says within a moment; None when that is nothing, or that it moves."""
+        try:
+            with link.reading:
+                message = link.receive(_LOOK_S)
+        except TimeoutError:
+            return None
+        if isinstance(message, Moved):
+            self._take_movement(is_compiling=message.is_compiling)
+            return None
+        return message
+
     def _receive_acks(self) -> None:
         for fd, _ in self._answers.poll(0):
             link = self._link_of[fd]
             with link.reading:
-                link.receive_acks(self.config.epoch)
+                self._take_movement(is_compiling=link.receive_acks(self.config.epoch))
+
+    def _take_movement(self, *, is_compiling: bool) -> None:
+        """Some rank has got further."""
+        self._is_compiling |= is_compiling
+        self.health.moved()
+
+    def _check_silence(self, plan: StepPlan) -> None:
+        """Raises TimeoutError when nothing has moved in the oldest step, `plan`, for longer than it may."""
+        limit_s = self.config.parallel.step_timeout_s if self._is_compiling else self._limits.of(plan)
+        if self.health.look() > limit_s:
+            raise TimeoutError(f"nothing has moved in step {plan.step_id} for {limit_s:.3g} s")
 
     def set_failure_callback(self, callback: Callable[[str], None]) -> None:
         with self._lock:

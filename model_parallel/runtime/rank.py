@@ -129,6 +129,15 @@ class Rank:
     def deterministic(self) -> bool:
         return self.kernels.batch_invariant and self.collectives.in_rank_order
 
+    @property
+    def num_done(self) -> int:
+        """Layers, and pieces of them where the kernels can tell: grows all the while a step is computed."""
+        return self.model.num_layers_done + self.kernels.num_done
+
+    @property
+    def is_compiling(self) -> bool:
+        return self.kernels.is_compiling
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. Every rank returns the same result. Raises EngineError for a plan that is out of turn."""

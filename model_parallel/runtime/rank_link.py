@@ -98,6 +98,14 @@ class Ack(msgspec.Struct, frozen=True, tag=True, array_like=True):
     step_id: int
 
 
+class Moved(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Rank → leader, in a long step: some more of it is done."""
+
+    step_id: int
+    is_compiling: bool
+    """What it does now can take long, and nothing of it can be counted."""
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Rank → leader, last: it cannot go on."""
 
@@ -107,7 +115,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 LeaderMessage = Start | Step | Stop
-RankMessage = Progress | Ready | Result | Ack | Failed
+RankMessage = Progress | Ready | Result | Ack | Moved | Failed
 
 
 Received = TypeVar("Received")

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from typing import Protocol, cast
 
 import msgspec
@@ -28,6 +29,7 @@ from model_parallel.collectives.shared_memory.segment import SharedMemoryCollect
 from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, EngineError, GroupFailedError
+from model_parallel.runtime.movement import MovementReports
 from model_parallel.runtime.rank_link import (
     Ack,
     Connection,
@@ -58,6 +60,16 @@ class RankWorker(Protocol):
     @property
     def deterministic(self) -> bool:
         """A row's bits do not depend on the rest of the step."""
+        ...
+
+    @property
+    def num_done(self) -> int:
+        """Grows while a step is computed; read by another thread."""
+        ...
+
+    @property
+    def is_compiling(self) -> bool:
+        """What it does now can take long without anything that could be counted; read by another thread."""
         ...
 
     def execute(self, plan: StepPlan) -> StepResult: ...
@@ -106,11 +118,13 @@ def _run(connection: Connection[LeaderMessage], launch: Launch, store_listener: 
     )
     collectives.barrier()
     connection.send(Ready(os.getpid(), worker.kernels_name, worker.deterministic))
-    while not isinstance(message := connection.receive(), Stop):
-        if not isinstance(message, Step):
-            raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")
-        result = worker.execute(message.plan)
-        connection.send(Result(result) if launch.rank == 0 else Ack(launch.epoch, message.plan.step_id))
+    with closing(MovementReports(connection, worker)) as reports:
+        while not isinstance(message := connection.receive(), Stop):
+            if not isinstance(message, Step):
+                raise LinkError(f"the leader sent {type(message).__name__} to a rank that runs")
+            reports.begin(message.plan.step_id)
+            result = worker.execute(message.plan)
+            reports.end(Result(result) if launch.rank == 0 else Ack(launch.epoch, message.plan.step_id))
     worker.close()
     collectives.close()
 

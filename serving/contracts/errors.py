@@ -11,6 +11,8 @@ ServingError
 ├── DrainingError              the gateway stops
 ├── GroupRefusedError          a replica group has not accepted the request
 ├── GroupUnavailableError      no live replica group, or the one that ran the request is lost
+│   └── GroupSilentError       the one that was asked does not answer
+├── PoisonedRequestError       every group that ran the request was lost
 ├── DeadlineExceededError      the client's deadline passed
 ├── CancelledInGroupError      the group cancelled the request, and this gateway did not ask for it
 ├── SlowReaderError            the client does not read its answer
@@ -182,6 +184,22 @@ class GroupUnavailableError(ServingError):
         """Without `may_have_run`, the group has said that it has not begun; another one may."""
         super().__init__(message)
         self.may_have_run = may_have_run
+
+
+class PoisonedRequestError(ServingError):
+    """As many groups as are allowed were lost while they ran the request, the last one while it ran nothing else."""
+
+    status = Status(
+        code="INTERNAL",
+        http_status=500,
+        reason="REQUEST_POISONED",
+        error_type="server_error",
+        error_code="request_poisoned",
+    )
+
+
+class GroupSilentError(GroupUnavailableError):
+    """The replica group that was asked to run the request does not answer. Another one may."""
 
 
 class GroupRefusedError(ServingError):

@@ -54,8 +54,12 @@ class GroupReply(msgspec.Struct, frozen=True, array_like=True):
     """When to try again, where the group can tell."""
 
 
+HEARTBEAT_S = 0.25
+"""A leader sends each gateway at least one frame in this time."""
+
+
 class GroupUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """What a group has made of a gateway's requests in one step; no outputs when it only reports its load."""
+    """What a group has made of a gateway's requests in one step; no outputs when it only reports its load, and that it lives."""
 
     outputs: Outputs
     num_elsewhere: int

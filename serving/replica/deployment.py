@@ -96,8 +96,8 @@ class ReplicaGroup:
             engine.start(call.requests, sink, span.received, span.end)
         except RequestError as error:
             reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
-        except GroupFailedError:
-            logger.exception("a request reached a lost group")
+        except GroupFailedError as lost:
+            logger.warning("a request reached a lost group: %s", lost)
             reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")
         except (OSError, TimeoutError) as error:
             logger.warning("no outputs can be sent to a gateway at %s: %s", call.return_address.host, error)

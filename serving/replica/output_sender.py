@@ -9,11 +9,8 @@ import msgspec
 from model_parallel.engine.request import EngineOutput
 from model_parallel.transport.authentication import HANDSHAKE_TIMEOUT_S
 from model_parallel.transport.frame_protocol import ConnectingProtocol
-from serving.contracts.group_link import MAGIC, Command, GroupUpdate, ReturnAddress
+from serving.contracts.group_link import HEARTBEAT_S, MAGIC, Command, GroupUpdate, ReturnAddress
 from serving.replica.async_engine import AsyncEngine
-
-REPORT_LOAD_S = 0.25
-"""Between two reports to a gateway of what the group does for others."""
 
 
 class GatewayConnection(ConnectingProtocol):
@@ -25,16 +22,19 @@ class GatewayConnection(ConnectingProtocol):
         self._engine = engine
         self._on_lost = on_lost
         self._num_elsewhere = 0
+        self._has_sent = False
+        """Since the last heartbeat."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Command).decode
 
     def authenticated(self) -> None:
         super().authenticated()
         self.send_frame(self._encode(self._engine_id))
-        self._report_load()
+        self._beat()
 
     def send(self, outputs: Sequence[EngineOutput]) -> None:
         """One step's outputs for this gateway."""
+        self._has_sent = True
         self.send_frame(self._encode(GroupUpdate(tuple(outputs), self._num_elsewhere)))
 
     def frame_received(self, payload: bytes) -> None:
@@ -55,15 +55,16 @@ class GatewayConnection(ConnectingProtocol):
         self._on_lost()
         self._engine.drop(self)
 
-    def _report_load(self) -> None:
-        """Say how busy the group is, if that has changed, and again after a while."""
+    def _beat(self) -> None:
+        """Say how busy the group is, if that has changed or nothing has been said for a while, and go on so."""
         if self.transport.is_closing():
             return
         num_elsewhere = self._engine.num_open - self._engine.num_open_of(self)
-        if num_elsewhere != self._num_elsewhere:
+        if num_elsewhere != self._num_elsewhere or not self._has_sent:
             self._num_elsewhere = num_elsewhere
             self.send(())
-        asyncio.get_running_loop().call_later(REPORT_LOAD_S, self._report_load)
+        self._has_sent = False
+        asyncio.get_running_loop().call_later(HEARTBEAT_S, self._beat)
 
 
 class OutputSenders:

@@ -17,8 +17,9 @@ import pytest
 
 from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
 from model_parallel.runtime.executors import SpawnedExecutor
+from model_parallel.runtime.silence import MIN_LIMIT_S
 from tests.support.executors import execute
-from tests.support.fake_rank import EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
+from tests.support.fake_rank import CRAWL, EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
 from tests.support.waiting import wait_until
 
 
@@ -143,13 +144,51 @@ def test_kill_inside_a_step(group: SpawnedExecutor) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_stopped_rank_is_given_up_after_the_step_timeout(victim: int) -> None:
+def test_a_first_step_in_which_a_rank_is_stopped_has_the_step_timeout(victim: int) -> None:
     group = SpawnedExecutor(group_config(2, step_timeout_s=2.0), rank_class=FAKE_RANK)
     os.kill(group.pids[victim], signal.SIGSTOP)
-    with pytest.raises(GroupFailedError, match=rf"step 1 did not end within 2 s; no answer from .*rank {victim}"):
+    with pytest.raises(GroupFailedError, match=rf"nothing has moved in step 1 for 2 s; no answer from .*rank {victim}"):
         execute(group, plan(1, (0, 1)))
     assert wait_until(lambda: not any(map(is_running, group.pids)))
     group.shutdown()
+
+
+def run_steps(group: SpawnedExecutor, num_steps: int) -> None:
+    """Enough for the group to know how long its steps take."""
+    for step_id in range(1, num_steps + 1):
+        execute(group, plan(step_id, (0, 1)))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_later_is_given_up_as_soon_as_its_steps_allow(
+    group: SpawnedExecutor, victim: int
+) -> None:
+    """They take milliseconds, so that is the least that every group has."""
+    run_steps(group, 10)
+    os.kill(group.pids[victim], signal.SIGSTOP)
+    with pytest.raises(
+        GroupFailedError, match=rf"nothing has moved in step 11 for 1 s; no answer from .*rank {victim}"
+    ):
+        execute(group, plan(11, (0, 1)))
+    assert wait_until(lambda: not any(map(is_running, group.pids)))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_short_stop_restarts_nothing(group: SpawnedExecutor, victim: int) -> None:
+    run_steps(group, 10)
+    os.kill(group.pids[victim], signal.SIGSTOP)
+    timer = threading.Timer(0.9 * MIN_LIMIT_S, os.kill, (group.pids[victim], signal.SIGCONT))
+    timer.start()
+    assert tokens(execute(group, plan(11, (0, 5)))) == [15]
+    timer.join()
+    assert group.health.problem() is None
+
+
+@pytest.mark.parametrize("crawler", [0, 1])
+def test_a_long_step_that_moves_is_waited_for(group: SpawnedExecutor, crawler: int) -> None:
+    """It takes four times as long as a group may be silent whose steps were as short until then."""
+    run_steps(group, 10)
+    assert tokens(execute(group, plan(11, (CRAWL, crawler), (0, 5)))) == [3 * crawler, 15]
 
 
 def test_step_out_of_turn_is_refused(group: SpawnedExecutor) -> None:

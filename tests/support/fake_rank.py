@@ -13,8 +13,10 @@ from model_parallel.errors import CheckpointError
 from tests.support.waiting import PATIENCE_S
 
 FAKE_RANK = "tests.support.fake_rank:FakeRank"
-RAISE, HANG, EXIT = -1, -2, -3
+RAISE, HANG, EXIT, CRAWL = -1, -2, -3, -4
 """As a row's seq_id: what the rank in its `start` does."""
+NUM_CRAWLS, CRAWL_S = 40, 0.1
+"""A rank that crawls gets a little further so many times, after so long each time."""
 
 
 class FakeRank:
@@ -22,6 +24,8 @@ class FakeRank:
 
     kernels_name = "fake"
     deterministic = True
+    num_done = 0
+    is_compiling = False
 
     def __init__(
         self,
@@ -50,6 +54,10 @@ class FakeRank:
             raise ValueError("told to raise")
         if row.start == self.rank and row.seq_id == HANG:
             time.sleep(60)
+        if row.start == self.rank and row.seq_id == CRAWL:
+            for _ in range(NUM_CRAWLS):
+                time.sleep(CRAWL_S)
+                self.num_done += 1
         if row.start == self.rank and row.seq_id == EXIT:
             os._exit(4)
         x = torch.full((8,), float((self.rank + 1) * row.start))

@@ -73,6 +73,7 @@ int64_t grain_of(int64_t count, const Pool& pool) {
 
 constexpr int64_t kRowGrain = 8;  // rows of a norm, a cache write or a look-up: less than this is not worth a second thread
 constexpr int64_t kFewPositions = 512;  // cached positions of all pieces together: as few are not worth it either
+constexpr int64_t kFewRows = 64;  // of a product: with as few, one thread is soon through, and nobody waits for its pieces
 
 // Input features of a step.
 template <class T>
@@ -185,6 +186,8 @@ EXPORT void packtrain_destroy(Kernels* kernels) { delete kernels; }
 
 EXPORT const char* packtrain_isa(const Kernels* kernels) { return kernels->isa->name; }
 
+EXPORT int64_t packtrain_num_done(const Kernels* kernels) { return kernels->pool.num_done(); }
+
 EXPORT int64_t packtrain_packed_bytes(const Linear* linear) { return linear->num_panels() * linear->panel_bytes(); }
 
 // weight: [outputs, inputs]; of a gated one [2 · outputs, inputs], gate rows and then up rows. scales: a float32 a row of an
@@ -226,7 +229,9 @@ EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void
   if (num_rows == 0) return;
   perform(kernels, [=, job = Product{*weight, x, x_type, out, out_type, num_rows}] {
     const int64_t num_panels = job.weight.num_panels();
-    share_out(kernels->pool, num_panels, grain_of(num_panels, kernels->pool), kernels->isa->product_scratch_bytes(job),
+    const bool in_pieces = kernels->pool.size() > 1 || job.num_rows > kFewRows;
+    const int64_t grain = in_pieces ? grain_of(num_panels, kernels->pool) : num_panels;
+    share_out(kernels->pool, num_panels, grain, kernels->isa->product_scratch_bytes(job),
               [&](int64_t begin, int64_t end, char* scratch) { kernels->isa->product(job, begin, end, scratch); });
   });
 }

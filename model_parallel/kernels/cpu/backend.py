@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "create": (_POINTER, [ctypes.c_int, ctypes.c_char_p]),
     "destroy": (None, [_POINTER]),
     "isa": (ctypes.c_char_p, [_POINTER]),
+    "num_done": (_INT64, [_POINTER]),
     "packed_bytes": (_INT64, [_POINTER]),
     "pack": (None, [_POINTER] * 5),
     "embed": (None, [_POINTER, _POINTER, _INT64, _POINTER, ctypes.c_int, _INT64, _INT64, _INT64, _POINTER]),
@@ -111,6 +112,7 @@ class CpuKernels:
     row_multiple = 1
     has_threads = True
     only_enqueue = False
+    is_compiling = False
 
     def __init__(self, *, num_threads: int, isa: str = "") -> None:
         """isa: "avx512_bf16", "avx2" or "scalar". Unless given it is that of PACKTRAIN_CPU_ISA, or else the best that the machine
@@ -132,6 +134,10 @@ class CpuKernels:
         self._workspace: Workspace | None = None
         self._plan: AttentionPlan | None = None
         self._attention = _Attention()
+
+    @property
+    def num_done(self) -> int:
+        return int(self._library.packtrain_num_done(self._handle))
 
     def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> PackedWeight:
         return self._pack(weight_OI, gated=False)

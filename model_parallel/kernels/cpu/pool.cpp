@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace packtrain {
@@ -48,7 +49,11 @@ Pool::~Pool() {
 void Pool::run(const Job& job) {
   if (job.count <= 0) return;
   if (threads_.empty() || job.count <= job.grain) {
-    job.run(job.context, 0, job.count, scratch(0, job.scratch_bytes));
+    char* memory = scratch(0, job.scratch_bytes);
+    for (int64_t begin = 0; begin < job.count; begin += job.grain) {
+      job.run(job.context, begin, std::min(begin + job.grain, job.count), memory);
+      count_piece(workers_[0]);
+    }
     return;
   }
   job_ = job;
@@ -79,9 +84,21 @@ void Pool::take_pieces(int thread) {
     for (;;) {
       const int64_t begin = workers_[owner].next.fetch_add(job_.grain, std::memory_order_relaxed);
       if (begin >= run_end) break;
-      job_.run(job_.context, begin, begin + job_.grain < run_end ? begin + job_.grain : run_end, memory);
+      job_.run(job_.context, begin, std::min(begin + job_.grain, run_end), memory);
+      count_piece(workers_[thread]);
     }
   }
+}
+
+// Only the worker's own thread writes.
+void Pool::count_piece(Worker& worker) {
+  worker.num_done.store(worker.num_done.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
+
+int64_t Pool::num_done() const {
+  int64_t sum = 0;
+  for (const Worker& worker : workers_) sum += worker.num_done.load(std::memory_order_relaxed);
+  return sum;
 }
 
 char* Pool::scratch(int thread, int64_t num_bytes) {

@@ -31,6 +31,7 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()); }
   void run(const Job& job);  // one call at a time; returns when all pieces are done
+  int64_t num_done() const;  // grows with the pieces that are done; may be read by any thread at any time
 
  private:
   void serve(int thread);
@@ -39,10 +40,12 @@ class Pool {
   char* scratch(int thread, int64_t num_bytes);
 
   struct alignas(64) Worker {
-    std::atomic<int64_t> next{0};  // first piece of its run that nobody has taken
+    std::atomic<int64_t> next{0};      // first piece of its run that nobody has taken
+    std::atomic<int64_t> num_done{0};  // how often this thread has taken pieces and computed them
     std::unique_ptr<char[]> scratch;
     int64_t scratch_bytes = 0;
   };
+  static void count_piece(Worker& worker);
   std::vector<Worker> workers_;  // the caller is the first
   std::vector<std::thread> threads_;
   Job job_{};

@@ -4,6 +4,7 @@ Shape suffixes: those of kernels/interface.py
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,20 @@ class CudaKernels:
     row_multiple = 1
     has_threads = False
     only_enqueue = True
+    num_done = 0
+    """What is enqueued is done soon after; a step takes tenths of a second at most."""
 
     def __init__(self, *, device: str = "cuda", num_multiprocessors: int) -> None:
         self.device = device
         self.num_multiprocessors = num_multiprocessors
+        self.is_compiling = False
+        triton.knobs.runtime.jit_cache_hook = partial(self._set_compiling, True)
+        triton.knobs.runtime.jit_post_compile_hook = partial(self._set_compiling, False)
+
+    def _set_compiling(self, is_compiling: bool, **_: object) -> bool:
+        """Triton compiles a kernel, or has compiled it. Returns that it shall."""
+        self.is_compiling = is_compiling
+        return False
 
     def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
         return weight_OI

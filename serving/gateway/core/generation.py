@@ -25,6 +25,7 @@ from serving.contracts.errors import (
     CancelledInGroupError,
     DeadlineExceededError,
     GroupRefusedError,
+    GroupSilentError,
     GroupUnavailableError,
 )
 from serving.contracts.group_link import GroupOutputs
@@ -54,12 +55,11 @@ from serving.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_LOSSES = 3
-"""Groups that may be lost while they run one request; after one more it fails."""
 RECOVERY_TIMEOUT_S = 300.0
 """How long a request whose group is lost waits for a group that can go on, where its deadline is not sooner: as long as a group
 may take to load."""
-RECOVERY_PAUSE_S = 0.1
+MIN_RECOVERY_PAUSE_S, MAX_RECOVERY_PAUSE_S = 0.1, 1.0
+"""Between two offers of a request that no group has accepted meanwhile; each is twice as long as the one before."""
 _SAME_NAME = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "ignore_eos", "logprobs", "prompt_logprobs",
@@ -235,33 +235,38 @@ class Generator:
     ) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of the request, whichever groups run it: when one is lost, another goes on where it stopped.
 
-        Raises GroupUnavailableError when no group accepts it at first, after MAX_LOSSES, or when no group goes on within
-        RECOVERY_TIMEOUT_S.
+        Raises GroupUnavailableError when no group accepts it at first, or none goes on within RECOVERY_TIMEOUT_S, and
+        PoisonedRequestError when too many groups are lost while they run it.
         """
         self._refusals.check(card.name, card.num_groups, requests)
         trace_context = meter.submit()
         rest = Resumption(requests)
         recover_until_s = math.inf
+        pause_s = MIN_RECOVERY_PAUSE_S
+        is_begun = False
         while True:
             is_accepted = False
             try:
                 steps = self._offer(card, rest.requests(self._time_left(call)), trace_context)
                 async with aclosing(steps):
                     while step := await _next_within(steps, None if is_accepted else recover_until_s - self.clock()):
-                        is_accepted, recover_until_s = True, math.inf
+                        is_accepted = is_begun = True
+                        recover_until_s, pause_s = math.inf, MIN_RECOVERY_PAUSE_S
                         meter.received(step)
                         for output in step.outputs:
                             yield rest.take(output)
                 return
             except (GroupUnavailableError, GroupRefusedError) as error:
-                rest.num_losses += is_accepted and isinstance(error, GroupUnavailableError)
-                if rest.num_losses == 0 or rest.num_losses > MAX_LOSSES or self.clock() >= recover_until_s:
+                if is_accepted and isinstance(error, GroupUnavailableError):
+                    rest.lose(error)
+                recover_until_s = min(recover_until_s, self.clock() + RECOVERY_TIMEOUT_S)
+                if not (is_begun or isinstance(error, GroupSilentError)) or self.clock() >= recover_until_s:
                     raise
                 if isinstance(error, GroupRefusedError) and error.kind != "overloaded":
                     raise
-                recover_until_s = min(recover_until_s, self.clock() + RECOVERY_TIMEOUT_S)
                 logger.info("request %s waits for a group that goes on: %s", call.request_id, error)
-            await asyncio.sleep(RECOVERY_PAUSE_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_RECOVERY_PAUSE_S)
 
     async def _offer(
         self, card: ModelCard, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]

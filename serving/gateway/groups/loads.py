@@ -13,6 +13,10 @@ AVOIDED_S = 0.25
 and so has none, would be sent everything."""
 
 
+AVOIDED_WHEN_SILENT_S = 30.0
+"""The same of one that does not answer: longer than Serve takes to replace it."""
+
+
 class GroupLoads:
     """Open sequences of the groups, as one gateway knows them. One thread writes; any may read."""
 
@@ -40,11 +44,11 @@ class GroupLoads:
         """The group cannot tell any more."""
         self._elsewhere.pop(engine, None)
 
-    def refused(self, engine: str) -> None:
-        """The group has not taken a request in."""
+    def refused(self, engine: str, avoided_s: float = AVOIDED_S) -> None:
+        """The group has not taken a request in, and comes last for so long."""
         now_s = self._clock()
         avoided = {name: until_s for name, until_s in self._avoided_until_s.items() if now_s < until_s}
-        self._avoided_until_s = avoided | {engine: now_s + AVOIDED_S}
+        self._avoided_until_s = avoided | {engine: max(now_s + avoided_s, avoided.get(engine, 0.0))}
 
     def is_avoided(self, engine: str) -> bool:
         """It has refused something just now."""

@@ -5,8 +5,10 @@ stream and step costs both sides of Serve more than the token, and a call that i
 
 A gateway listens at a port of its own. The leader of a group connects when the first request of that gateway comes
 (`serving.replica.output_sender`); the secret for the handshake came with the request. Its first frame is the id of the group,
-every later one a GroupUpdate. The other way go Commands. A connection that is lost ends the requests that went over it, at both
-ends.
+every later one a GroupUpdate, at least one each HEARTBEAT_S. The other way go Commands. A connection that is lost ends the
+requests that went over it, at both ends. One that says nothing for SILENT_AFTER_S belongs to a leader that hangs: it is closed,
+and its requests go elsewhere. What such a leader sends when it goes on is lost with the connection; and outputs of a request
+count only over the connection of the group that has accepted it.
 """
 
 import asyncio
@@ -21,14 +23,18 @@ import msgspec
 from model_parallel.engine.request import EngineOutput
 from model_parallel.transport.authentication import SECRET_BYTES
 from model_parallel.transport.frame_protocol import AcceptingProtocol
-from serving.contracts.errors import GroupUnavailableError
-from serving.contracts.group_link import MAGIC, Command, GroupOutputs, GroupUpdate, Outputs, ReturnAddress
-from serving.gateway.groups.loads import GroupLoads
+from serving.contracts.errors import GroupSilentError, GroupUnavailableError
+from serving.contracts.group_link import HEARTBEAT_S, MAGIC, Command, GroupOutputs, GroupUpdate, Outputs, ReturnAddress
+from serving.gateway.groups.loads import AVOIDED_WHEN_SILENT_S, GroupLoads
 
 logger = logging.getLogger(__name__)
 
 MAX_UNAUTHENTICATED = 32
 """Connections in their handshake at a time."""
+SILENT_AFTER_S = 2.0
+"""Counted in looks of HEARTBEAT_S, so that a gateway that was held up itself blames nobody."""
+UNANSWERED_AFTER_S = 2.0
+"""While a group is silent, a request that none has answered for so long is taken to have gone to that one."""
 MAX_UNREAD_STEPS = 64
 PAUSE_AFTER_TURNS = 10
 """A request with so many unread steps is paused when its reader has not come in so many turns of the event loop. A loop that was
@@ -52,6 +58,7 @@ class Inbox:
 
     def __init__(self, receiver: "OutputReceiver", request_ids: Sequence[str]) -> None:
         self._request_ids = tuple(request_ids)
+        self._first_look = receiver.num_looks
         self._receiver = receiver
         self._state = _State.SUBMITTED
         self._connection: GroupConnection | None = None
@@ -89,9 +96,19 @@ class Inbox:
         self._add(())
 
     def put(self, outputs: Outputs, connection: "GroupConnection") -> None:
-        """One step's outputs of this request. They may overtake the reply that the group has accepted it."""
+        """One step's outputs of this request, which `takes_from` that group. They may overtake the reply that it has accepted."""
         self.accepted(connection)
         self._add(outputs)
+
+    def takes_from(self, connection: "GroupConnection") -> bool:
+        """Whether the group of this connection runs the request, or may turn out to."""
+        return self._state is _State.SUBMITTED or self._connection is connection
+
+    @property
+    def is_unanswered(self) -> bool:
+        """No group has said for a while whether it accepts the request."""
+        num_looks = self._receiver.num_looks - self._first_look
+        return self._state is _State.SUBMITTED and num_looks * HEARTBEAT_S >= UNANSWERED_AFTER_S
 
     def fail(self, error: Exception) -> None:
         """Nothing more will come."""
@@ -142,6 +159,10 @@ class OutputReceiver:
         self.loads = loads
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self.connections: set[GroupConnection] = set()
+        self.num_looks = 0
+        """How often it was looked which groups are silent: every HEARTBEAT_S."""
+        self._last_distrustful_look = 0
+        """Until then some group may be silent that Serve still sends requests to."""
         self._inboxes: dict[str, Inbox] = {}
         self._server: asyncio.Server | None = None
         self._address: ReturnAddress | None = None
@@ -158,10 +179,12 @@ class OutputReceiver:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: GroupConnection(self), host, 0)
         self._address = ReturnAddress(host, self._server.sockets[0].getsockname()[1], self.secret)
+        self._next_look = loop.call_later(HEARTBEAT_S, self._look)
 
     async def stop(self) -> None:
         """Close the port and all connections."""
         if self._server is not None:
+            self._next_look.cancel()
             self._server.close()
             for connection in list(self.connections):
                 connection.transport.abort()
@@ -195,14 +218,35 @@ class OutputReceiver:
         unwanted: list[str] = []
         for output in outputs:
             inbox = self._inboxes.get(output.request_id)
-            if inbox is not None:
+            if inbox is not None and inbox.takes_from(connection):
                 by_inbox.setdefault(inbox, []).append(output)
             elif output.finish_reason is None:
                 unwanted.append(output.request_id)
         for inbox, belonging in by_inbox.items():
             inbox.put(tuple(belonging), connection)
-        if unwanted:  # Their clients have gone, and the group was not told, or had not begun when it was.
+        if (
+            unwanted
+        ):  # Their clients have gone, or another group runs them; the group was not told, or had not begun when it was.
             connection.send(Command(tuple(unwanted), "cancel"))
+
+    def _look(self) -> None:
+        """Give up the groups that have been silent for too long, and look again after a while."""
+        self.num_looks += 1
+        for connection in [connection for connection in self.connections if connection.engine]:
+            connection.num_silent_looks += 1
+            if connection.num_silent_looks * HEARTBEAT_S > SILENT_AFTER_S:
+                self._give_up(connection)
+        if self.num_looks <= self._last_distrustful_look:
+            for inbox in {inbox for inbox in self._inboxes.values() if inbox.is_unanswered}:
+                inbox.fail(GroupSilentError("the replica group that was asked does not answer"))
+        self._next_look = asyncio.get_running_loop().call_later(HEARTBEAT_S, self._look)
+
+    def _give_up(self, connection: "GroupConnection") -> None:
+        """The group is silent: what it runs goes elsewhere, and so does from now on what it does not answer."""
+        logger.warning("the replica group %s has said nothing for %g s", connection.engine, SILENT_AFTER_S)
+        self.loads.refused(connection.engine, AVOIDED_WHEN_SILENT_S)
+        connection.transport.abort()
+        self._last_distrustful_look = self.num_looks + int(AVOIDED_WHEN_SILENT_S / HEARTBEAT_S)
 
     def lose(self, connection: "GroupConnection") -> None:
         """The requests that ran over it get nothing more."""
@@ -220,6 +264,8 @@ class GroupConnection(AcceptingProtocol):
         super().__init__(MAGIC, receiver.secret)
         self.engine = ""
         """Id of the group; empty until it has told."""
+        self.num_silent_looks = 0
+        """Since the last frame."""
         self._receiver = receiver
         self._decode = msgspec.msgpack.Decoder(GroupUpdate).decode
 
@@ -234,6 +280,7 @@ class GroupConnection(AcceptingProtocol):
         self._receiver.lose(self)
 
     def frame_received(self, payload: bytes) -> None:
+        self.num_silent_looks = 0
         if self.engine:
             update = self._decode(payload)
             self._receiver.loads.tell(self.engine, update.num_elsewhere)

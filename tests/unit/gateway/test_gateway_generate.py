@@ -236,7 +236,7 @@ Code = grpc.StatusCode
     [
         (failing(GroupRefusedError("queue is full", kind="overloaded")), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
         (failing(GroupUnavailableError("no live group")), Code.UNAVAILABLE, "NO_GROUP", True),
-        (failing(GroupUnavailableError("lost"), after=2), Code.UNAVAILABLE, "NO_GROUP", True),
+        (failing(GroupUnavailableError("lost"), after=2), Code.INTERNAL, "REQUEST_POISONED", False),
         (
             failing(GroupRefusedError("prompt over the KV cache", kind="invalid")),
             Code.INVALID_ARGUMENT,
@@ -245,7 +245,7 @@ Code = grpc.StatusCode
         ),
         (failing(ZeroDivisionError("/secret/path prompt")), Code.INTERNAL, "INTERNAL", False),
         (failing(GroupRefusedError("/secret twice", kind="duplicate")), Code.INTERNAL, "INTERNAL", False),
-        (ending(FinishReason.ERROR, "unavailable"), Code.UNAVAILABLE, "NO_GROUP", True),
+        (ending(FinishReason.ERROR, "unavailable"), Code.INTERNAL, "REQUEST_POISONED", False),
         (ending(FinishReason.ERROR, "numerical_error"), Code.INTERNAL, "NUMERICAL_ERROR", False),
         (ending(FinishReason.DEADLINE), Code.DEADLINE_EXCEEDED, "DEADLINE", False),
         (ending(FinishReason.CANCELLED), Code.CANCELLED, "CANCELLED", False),

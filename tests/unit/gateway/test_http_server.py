@@ -193,7 +193,7 @@ async def test_faults_before_the_first_token_have_a_status(
 async def test_faults_within_a_stream_are_told_in_it(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, code: str, retries: bool
 ) -> None:
-    monkeypatch.setattr("serving.gateway.core.generation.MAX_LOSSES", 0)  # no other group goes on with it
+    monkeypatch.setattr("serving.gateway.core.generation.RECOVERY_TIMEOUT_S", 0.0)  # no other group goes on with it
     async with serve(FakeBackend(failing(error, after="ab")), http_port=0) as gateway:
         answer = await post(gateway, "/v1/completions", STREAM)
         assert answer.status_code == 200

@@ -1,6 +1,8 @@
 """Groups are lost at any token; the client gets what one group alone would have sent, and is charged once."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from bench.support.fake_backend import FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from protos import inference_pb2 as pb
-from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.errors import GroupRefusedError, GroupSilentError, GroupUnavailableError
 from serving.contracts.group_link import GroupOutputs
 from serving.gateway.core import generation
 from serving.gateway.core.resumption import Resumption
@@ -57,8 +59,13 @@ class MortalBackend(FakeBackend):
                 if len(tokens) == request.sampling.max_tokens:
                     continue
                 if life == 0:
-                    if self._death == "output":
-                        error = {"finish_reason": FinishReason.ERROR, "error": "lost", "error_kind": "unavailable"}
+                    if self._death != "connection":
+                        error: dict[str, Any] = {
+                            "finish_reason": FinishReason.ERROR,
+                            "error": "lost",
+                            "error_kind": "unavailable",
+                            "was_waiting": self._death == "waiting",
+                        }
                         yield GroupOutputs(
                             engine, (EngineOutput(request_id=request.request_id, choice=request.choice, **error),)
                         )
@@ -79,7 +86,7 @@ class MortalBackend(FakeBackend):
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "RECOVERY_PAUSE_S", 0.0)
+    monkeypatch.setattr(generation, "MIN_RECOVERY_PAUSE_S", 0.0)
 
 
 def query(max_tokens: int, n: int) -> pb.GenerateRequest:
@@ -91,7 +98,7 @@ def query(max_tokens: int, n: int) -> pb.GenerateRequest:
 
 
 @pytest.mark.parametrize("death", ["connection", "output"])
-@pytest.mark.parametrize(("lives", "n"), [([0], 1), ([1], 1), ([7], 2), ([3, 0, 5], 1), ([2, 9, 1], 3)])
+@pytest.mark.parametrize(("lives", "n"), [([0], 1), ([1], 1), ([7], 2), ([3, 0], 1), ([2, 9], 3)])
 async def test_a_stream_goes_on_where_the_lost_group_stopped(
     serve: Serve, lives: list[int], n: int, death: str
 ) -> None:
@@ -116,11 +123,58 @@ async def test_a_group_that_is_full_is_asked_again(serve: Serve) -> None:
     assert list(answer.choices[0].token_ids) == solo(0, 12)
 
 
-async def test_too_many_losses_end_the_request(serve: Serve) -> None:
+async def test_a_request_that_ends_group_after_group_runs_alone_and_then_ends(serve: Serve) -> None:
     backend = MortalBackend([1] * 20)
     async with serve(backend) as gateway:
-        assert await gateway.stub.Generate(query(12, 1), timeout=60).code() is grpc.StatusCode.UNAVAILABLE
-    assert len(backend.asked) == generation.MAX_LOSSES + 1
+        call = gateway.stub.Generate(query(12, 1), timeout=60)
+        assert await call.code() is grpc.StatusCode.INTERNAL
+        assert "3 replica groups were lost while they ran it" in await call.details()
+    assert [[request.runs_alone for request in requests] for requests in backend.asked] == [[False], [False], [True]]
+
+
+async def test_a_request_that_only_waited_where_groups_were_lost_goes_on(serve: Serve) -> None:
+    """However many they were: it is not what ended them."""
+    backend = MortalBackend([1] * 20, death="waiting")
+    async with serve(backend) as gateway:
+        answer = await gateway.stub.Generate(query(12, 1), timeout=60)
+    assert list(answer.choices[0].token_ids) == solo(0, 12)
+    assert not any(request.runs_alone for requests in backend.asked for request in requests)
+
+
+async def test_a_request_that_no_group_answers_is_offered_again(serve: Serve) -> None:
+    class SilentBackend(MortalBackend):
+        async def generate(
+            self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+        ) -> AsyncIterator[GroupOutputs]:
+            if len(self.asked) < 4:
+                self.asked.append(list(requests))
+                raise GroupSilentError("the group does not answer")
+            async for step in super().generate(model, requests, trace_context):
+                yield step
+
+    backend = SilentBackend([])
+    async with serve(backend) as gateway:
+        answer = await gateway.stub.Generate(query(12, 1), timeout=60)
+    assert list(answer.choices[0].token_ids) == solo(0, 12)
+    ids = [request.request_id for requests in backend.asked for request in requests]
+    assert len(set(ids)) == len(ids) == 5
+
+
+async def test_the_pauses_of_a_request_that_waits_grow_to_a_second(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses_s: list[float] = []
+
+    async def sleep(delay_s: float) -> None:
+        pauses_s.append(delay_s)
+
+    monkeypatch.setattr(generation, "MIN_RECOVERY_PAUSE_S", 0.1)
+    monkeypatch.setattr(generation, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
+    backend = MortalBackend([4], refusals=12)
+    async with serve(backend) as gateway:
+        answer = await gateway.stub.Generate(query(12, 1), timeout=60)
+    assert list(answer.choices[0].token_ids) == solo(0, 12)
+    assert pauses_s == [0.1, 0.2, 0.4, 0.8, *[1.0] * (len(pauses_s) - 4)]
 
 
 async def test_without_a_group_that_goes_on_the_wait_ends(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +202,6 @@ def test_the_rest_is_what_was_not_delivered(
     for token in range(num_delivered):
         rest.take(EngineOutput(request_id="r-0", token_ids=(token,)))
     rest.take(EngineOutput(request_id="r-0", prompt_logprobs=(TokenLogprobs(1, -1.0),) * num_logprobs))
-    rest.num_losses = 1
     (left,) = rest.requests(None)
     assert left.output_token_ids == (*before, *range(num_delivered))
     assert left.sampling.prompt_logprobs_start == max(1, start) + num_logprobs

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.cuda.elementwise import swiglu_kernel
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
 
@@ -85,3 +86,20 @@ def test_elementwise(kernels: CudaKernels, dtype: torch.dtype) -> None:
 def test_int8_products(kernels: CudaKernels, num_rows: int, dtype: torch.dtype) -> None:
     weight = cuda_checks.random_int8(kernels, 64, 4096)
     kernels.partial_sum(torch.zeros(num_rows, 4096, dtype=dtype), weight)
+
+
+def test_who_watches_can_see_that_a_kernel_is_being_compiled(
+    kernels: CudaKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    compiled = triton.knobs.runtime.jit_post_compile_hook
+
+    def at_the_end(**facts: Any) -> bool:
+        seen.append(kernels.is_compiling)
+        return bool(compiled(**facts))
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", at_the_end)
+    for device in list(swiglu_kernel.device_caches):
+        del swiglu_kernel.device_caches[device]  # as if nothing had been compiled in this process
+    kernels.swiglu(torch.empty(3, 154), torch.bfloat16)
+    assert (seen, kernels.is_compiling) == ([True], False)

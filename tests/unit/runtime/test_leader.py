@@ -18,6 +18,7 @@ from model_parallel.runtime.rank_link import (
     Connection,
     Failed,
     LeaderMessage,
+    Moved,
     Progress,
     Ready,
     Result,
@@ -25,6 +26,7 @@ from model_parallel.runtime.rank_link import (
     Step,
     connect,
 )
+from model_parallel.runtime.silence import MIN_LIMIT_S, NUM_FIRST_STEPS, STEPS_A_LIMIT
 from model_parallel.transport.frames import LinkError
 from tests.support.executors import execute
 from tests.support.fake_rank import group_config, plan
@@ -126,15 +128,16 @@ def test_steps_are_sent_ahead_and_collected_in_order() -> None:
 
 
 def test_a_step_sent_ahead_has_its_time_from_the_answer_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: each answer comes after three quarters of the time that a step has."""
+    """By a clock of its own: the leader learns how long its ranks took, not how long a step was in flight."""
     executor = ScriptedExecutor(good(0), step_timeout_s=4 * PATIENCE_S)
     now_s = 0.0
     monkeypatch.setattr(leader, "time", SimpleNamespace(monotonic=lambda: now_s))
     executor.submit(plan(1))
-    executor.submit(plan(2))
-    for step_id in (1, 2):
-        now_s += 3 * PATIENCE_S
+    for step_id in range(1, NUM_FIRST_STEPS + 3):
+        executor.submit(plan(step_id + 1))
+        now_s += 3.0
         assert executor.collect().step_id == step_id
+    assert executor._limits.of(plan(1)) == STEPS_A_LIMIT * 3.0
     monkeypatch.undo()
     executor.shutdown()
 
@@ -258,9 +261,62 @@ def test_callback_may_shut_the_group_down() -> None:
 
 def test_rank_that_does_not_answer_is_named() -> None:
     executor = ScriptedExecutor(answering(lambda c, s: None), good(1), step_timeout_s=0.3)
-    with pytest.raises(GroupFailedError, match=r"step 1 did not end within 0\.3 s; no answer from rank 0 \(pid 1\)"):
+    reason = r"nothing has moved in step 1 for 0\.3 s; no answer from rank 0 \(pid 1\)"
+    with pytest.raises(GroupFailedError, match=reason):
         execute(executor, plan(1))
     executor.shutdown()
+
+
+@pytest.mark.parametrize("mover", [0, 1])
+def test_a_step_that_moves_may_take_longer_than_the_limit(mover: int) -> None:
+    """Whichever rank moves."""
+    limit_s = 0.5
+    executor = ScriptedExecutor(*(crawling(rank, mover, 2 * limit_s) for rank in range(2)), step_timeout_s=limit_s)
+    assert execute(executor, plan(1)) == StepResult(7, 1)
+    executor.shutdown()
+
+
+def crawling(rank: int, mover: int, step_s: float) -> Script:
+    """Answers a step so late; all the while the mover says that it moves, and the other one nothing."""
+
+    def script(connection: Connection[LeaderMessage]) -> None:
+        load(connection)
+        while isinstance(message := connection.receive(), Step):
+            step, began_s = message.plan, time.monotonic()
+            while time.monotonic() - began_s < step_s:
+                if rank == mover:
+                    connection.send(Moved(step.step_id, False))
+                time.sleep(0.01)
+            connection.send(
+                Result(StepResult(step.epoch, step.step_id)) if rank == 0 else Ack(step.epoch, step.step_id)
+            )
+
+    return script
+
+
+@pytest.mark.parametrize("is_compiling", [False, True])
+def test_a_step_that_compiles_has_the_longest_limit(is_compiling: bool) -> None:
+    """Though the leader has learned that steps of this size are short."""
+    executor = ScriptedExecutor(answering(lambda c, s: compile_late(c, s, is_compiling)))
+    for step_id in range(1, COMPILED_STEP):
+        execute(executor, plan(step_id))
+    if is_compiling:
+        assert execute(executor, plan(COMPILED_STEP)) == StepResult(7, COMPILED_STEP)
+        assert executor._limits.of(plan(1)) == MIN_LIMIT_S, "it is not learned from"
+    else:
+        with pytest.raises(GroupFailedError, match="nothing has moved in step 5 for 1 s"):
+            execute(executor, plan(COMPILED_STEP))
+    executor.shutdown()
+
+
+COMPILED_STEP = 5
+
+
+def compile_late(connection: Connection[LeaderMessage], step_id: int, is_compiling: bool) -> None:
+    if step_id == COMPILED_STEP:
+        connection.send(Moved(step_id, is_compiling))
+        time.sleep(3 * MIN_LIMIT_S)
+    connection.send(Result(StepResult(7, step_id)))
 
 
 @pytest.mark.parametrize(

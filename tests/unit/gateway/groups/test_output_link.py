@@ -13,10 +13,10 @@ from model_parallel.transport import frame_protocol
 from model_parallel.transport.authentication import CHALLENGE_BYTES
 from model_parallel.transport.frame_protocol import ConnectingProtocol
 from model_parallel.transport.frames import MAX_FRAME_BYTES, encode_frame
-from serving.contracts.errors import GroupUnavailableError
-from serving.contracts.group_link import MAGIC, GroupUpdate
+from serving.contracts.errors import GroupSilentError, GroupUnavailableError
+from serving.contracts.group_link import HEARTBEAT_S, MAGIC, Command, GroupUpdate
 from serving.gateway.groups import output_receiver as output_link
-from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
+from serving.gateway.groups.output_receiver import GroupConnection, Inbox, OutputReceiver
 from serving.replica import output_sender
 from serving.replica.async_engine import AsyncEngine
 from serving.replica.output_sender import OutputSenders
@@ -225,7 +225,7 @@ async def test_a_client_may_go_before_the_group_has_answered(
 async def test_gateways_know_what_a_group_does_for_all_of_them(
     receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_sender, "REPORT_LOAD_S", 0.005)
+    monkeypatch.setattr(output_sender, "HEARTBEAT_S", 0.005)
     other = await listening()
     ours = receiver.open(["a"])
     theirs = [other.open([name]) for name in ("b", "c")]
@@ -303,6 +303,17 @@ async def _is_closed(reader: asyncio.StreamReader) -> bool:
 class Leader(ConnectingProtocol):
     """A group's end that sends what a test wants."""
 
+    def __init__(self, magic: bytes, secret: bytes) -> None:
+        super().__init__(magic, secret)
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+
+    def frame_received(self, payload: bytes) -> None:
+        self._commands.put_nowait(msgspec.msgpack.decode(payload, type=Command))
+
+    async def received(self) -> Command:
+        async with asyncio.timeout(PATIENCE_S):
+            return await self._commands.get()
+
 
 async def connect(receiver: OutputReceiver, secret: bytes | None = None) -> Leader:
     _, leader = await asyncio.get_running_loop().create_connection(
@@ -311,6 +322,88 @@ async def connect(receiver: OutputReceiver, secret: bytes | None = None) -> Lead
     async with asyncio.timeout(30):
         await leader.established()
     return leader
+
+
+async def silent_group(receiver: OutputReceiver, name: str) -> Leader:
+    """It tells who it is, and then hangs."""
+    leader = await connect(receiver)
+    leader.send_frame(msgspec.msgpack.encode(name))
+    await until(lambda: receiver.connection_of(name))
+    return leader
+
+
+async def test_a_group_that_has_nothing_to_say_says_that_it_lives(receiver: OutputReceiver, group: Group) -> None:
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    num_looks = 2 * output_link.SILENT_AFTER_S / HEARTBEAT_S
+    await until(lambda: receiver.num_looks > num_looks)
+    assert receiver.connection_of("group-1")
+    assert not receiver.loads.is_avoided("group-1")
+
+
+async def test_a_group_that_hangs_loses_its_requests_and_is_avoided(receiver: OutputReceiver, group: Group) -> None:
+    """And so do requests that are not answered then or soon after: it may have been asked. Those of another group go on."""
+    await silent_group(receiver, "group-2")
+    ran, asked = receiver.open(["a"]), receiver.open(["b"])
+    ran.accepted(receiver.connection_of("group-2"))
+    assert (await ran.next()).engine == "group-2"
+    other = receiver.open(["c"])
+    running = asyncio.create_task(group.run(receiver, request("c")))
+    assert tokens(await read(other), "c") == solo_output(request("c"))
+    await running
+    for inbox, error in ((ran, GroupUnavailableError), (asked, GroupSilentError)):
+        with pytest.raises(error):
+            async with asyncio.timeout(PATIENCE_S):
+                await inbox.next()
+    asked.close(cancel=True)
+    asked_later = receiver.open(["d"])
+    with pytest.raises(GroupSilentError):
+        async with asyncio.timeout(PATIENCE_S):
+            await asked_later.next()
+    assert receiver.loads.is_avoided("group-2")
+    assert receiver.connection_of("group-2") is None
+    assert receiver.connection_of("group-1")
+
+
+async def test_a_gateway_that_was_held_up_itself_blames_no_group(
+    receiver: OutputReceiver, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    num_looks = receiver.num_looks
+    time.sleep(1.5 * output_link.SILENT_AFTER_S)
+    await until(lambda: receiver.num_looks > num_looks + 2)
+    assert receiver.connection_of("group-1")
+
+
+async def test_what_a_revived_group_sends_reaches_no_request(receiver: OutputReceiver, group: Group) -> None:
+    """It connects anew and goes on with what it had; the request runs elsewhere by now, under whatever id."""
+    await silent_group(receiver, "group-2")
+    old = receiver.open(["a"])
+    old.accepted(receiver.connection_of("group-2"))
+    await old.next()
+    with pytest.raises(GroupUnavailableError):
+        async with asyncio.timeout(PATIENCE_S):
+            await old.next()
+    old.close(cancel=True)
+    new = receiver.open(["a"])
+    new.accepted(await connected(receiver, group))
+    revived = await silent_group(receiver, "group-2")
+    late = GroupUpdate((EngineOutput(request_id="a", token_ids=(7, 7, 7)),), 0)
+    revived.send_frame(msgspec.msgpack.encode(late))
+    command = await revived.received()
+    assert (command.kind, command.request_ids) == ("cancel", ("a",))
+    running = asyncio.create_task(group.run(receiver, request("a")))
+    assert tokens(await read(new), "a") == solo_output(request("a"))
+    await running
+
+
+async def connected(receiver: OutputReceiver, group: Group) -> GroupConnection:
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    connection = receiver.connection_of("group-1")
+    assert connection is not None
+    return connection
 
 
 @pytest.mark.parametrize(
