@@ -78,6 +78,7 @@ NIGHTLY_SUITES = (
         name="nightly cases",
         arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics", "tests/chaos", "tests/packaging"),
     ),
+    Suite(name="faults", arguments=(*NIGHT, "-m", "nightly", "tests/integration/test_serving_faults.py")),
     Suite(name="nightly", arguments=(*NIGHT, "-m", "nightly", "tests/nightly")),
 )
 

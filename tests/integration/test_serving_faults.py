@@ -14,6 +14,7 @@ from ray.util import placement_group_table
 from protos.inference_pb2_grpc import InferenceStub
 from serving.client.client import Client
 from serving.driver.app import RunningApp
+from tests.support.effort import rest_by_night
 from tests.support.stack import (
     group_handle,
     group_stats,
@@ -26,6 +27,11 @@ from tests.support.waiting import PATIENCE_S
 
 NUM_TOKENS = 240
 """Of a stream: enough that the kill comes in the middle."""
+
+VICTIMS = ("leader", "rank 0", "rank 1")
+FAULTS = [(victim, fault) for victim in VICTIMS for fault in ("SIGKILL", "SIGSTOP")]
+DAY_FAULTS = [("leader", "SIGKILL"), ("leader", "SIGSTOP"), ("rank 1", "SIGSTOP")]
+"""A killed rank is among what other tests do."""
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +69,8 @@ def _streamed(address: str, seed: int, started: threading.Event) -> tuple[list[i
 
 
 @pytest.mark.timeout(1200)  # a group starts anew in the middle, which takes minutes on a busy machine
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("victim", [0, 1, 2], ids=["leader", "rank0", "rank1"])
-def test_a_fault_of_the_only_group_loses_no_token(app: RunningApp, victim: int, fault: signal.Signals) -> None:
+@pytest.mark.parametrize(("victim", "fault"), rest_by_night(FAULTS, by_day=DAY_FAULTS, has_names=True))
+def test_a_fault_of_the_only_group_loses_no_token(app: RunningApp, victim: str, fault: str) -> None:
     """Its streams wait for the next incarnation of the group, and have the tokens that they have without the loss."""
     before = _pids()
     with ThreadPoolExecutor(4) as threads, Client(app.address) as client:
@@ -74,7 +79,7 @@ def test_a_fault_of_the_only_group_loses_no_token(app: RunningApp, victim: int, 
         started = [threading.Event() for _ in range(4)]
         streams = [threads.submit(_streamed, app.address, seed, event) for seed, event in enumerate(started)]
         assert all(event.wait(PATIENCE_S) for event in started)
-        os.kill(before[victim], fault)
+        os.kill(before[VICTIMS.index(victim)], signal.Signals[fault])
         assert not any(stream.done() for stream in streams), "the fault came in the middle"
         assert [stream.result(timeout=10 * PATIENCE_S) for stream in streams] == expected
         assert all(num_tokens == len(token_ids) == NUM_TOKENS for token_ids, num_tokens in expected)
