@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOGGED = 4096
 """Decisions that are remembered for whoever asks why."""
-MAX_KEPT = 512
+MAX_KEPT = 128
 """Of those, what a successor inherits."""
 
 

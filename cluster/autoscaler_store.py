@@ -1,88 +1,80 @@
-"""The autoscaler's memory in a file, on the host that runs it. The last who opened it may write, and nobody before."""
+"""The autoscaler's memory in Ray's control store, which lives as long as the groups that it is about. The last who opened it may
+write, and nobody before."""
 
-import fcntl
-import os
-import tempfile
-from contextlib import suppress
-from pathlib import Path
+from typing import Protocol
 
+from cluster import ray_api
 from cluster.autoscaler import ScalingError, SupersededError
 
-_EPOCH_BYTES = 8
+
+class Records(Protocol):
+    """A key-value store, whose calls raise RayError."""
+
+    def read(self, key: str) -> bytes | None: ...
+
+    def write(self, key: str, value: bytes | None) -> None:
+        """None removes it."""
+        ...
+
+    def create(self, key: str, value: bytes) -> bool:
+        """Write it unless the key is there; whether it was written."""
+        ...
 
 
-class FileStore:
-    """Two files: the memory, replaced as a whole, and the number of times that it was opened.
+class RayRecords:
+    """Ray's own."""
 
-    `open` counts that number up under a lock, and `save` compares under the same lock, so a writer that was superseded never
-    replaces what its successor has written, however long it was stopped in between.
+    def read(self, key: str) -> bytes | None:
+        return ray_api.read_record(key)
+
+    def write(self, key: str, value: bytes | None) -> None:
+        ray_api.write_record(key, value)
+
+    def create(self, key: str, value: bytes) -> bool:
+        return ray_api.create_record(key, value)
+
+
+class RecordStore:
+    """Writers are numbered. Each has a key of its own that only it could create, and writes its memory under its own number.
+
+    So a writer that was superseded never replaces what its successor has written, however long it was stopped in between.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._epoch_path = path.with_name(path.name + ".epoch")
-        self._epoch = 0
+    def __init__(self, records: Records, prefix: str = "packtrain/autoscaler") -> None:
+        self._records, self._prefix = records, prefix
+        self._number = 0
+        self._has_saved = False
 
     def open(self) -> bytes | None:
         """Raises ScalingError."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with _Locked(self._epoch_path) as epoch_file:
-                self._epoch = _epoch_in(epoch_file) + 1
-                os.pwrite(epoch_file, self._epoch.to_bytes(_EPOCH_BYTES, "big"), 0)
-                os.fsync(epoch_file)
-                return self._path.read_bytes() if self._path.exists() else None
-        except OSError as error:
-            raise ScalingError(f"{self._path}: {error.strerror}") from error
+            number = int(self._records.read(f"{self._prefix}/last") or b"0") + 1
+            while not self._records.create(self._writer(number), b""):
+                number += 1
+            self._number, self._has_saved = number, False
+            self._records.write(f"{self._prefix}/last", str(number).encode())
+            for before in range(number - 1, 0, -1):
+                if (memory := self._records.read(self._memory(before))) is not None:
+                    return memory
+            return None
+        except ray_api.RayError as error:
+            raise ScalingError(f"the autoscaler's memory cannot be read: {error}") from error
 
     def save(self, memory: bytes) -> None:
         """Raises SupersededError, ScalingError."""
         try:
-            with _Locked(self._epoch_path) as epoch_file:
-                epoch = _epoch_in(epoch_file)
-                if epoch != self._epoch:
-                    raise SupersededError(
-                        f"{self._path} was opened as number {self._epoch}, and number {epoch} came after"
-                    )
-                _replace(self._path, memory)
-        except OSError as error:
-            raise ScalingError(f"{self._path}: {error.strerror}") from error
+            if self._records.read(self._writer(self._number + 1)) is not None:
+                raise SupersededError(f"writer {self._number} of the autoscaler's memory has a successor")
+            self._records.write(self._memory(self._number), memory)
+            if not self._has_saved:
+                for before in range(1, self._number):
+                    self._records.write(self._memory(before), None)
+                self._has_saved = True
+        except ray_api.RayError as error:
+            raise ScalingError(f"the autoscaler's memory cannot be written: {error}") from error
 
+    def _writer(self, number: int) -> str:
+        return f"{self._prefix}/writer/{number}"
 
-class _Locked:
-    """A file, open and locked (flock). The system unlocks it when its holder dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> int:
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(self._file)
-            raise
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-
-
-def _epoch_in(epoch_file: int) -> int:
-    """0 in a new file."""
-    return int.from_bytes(os.pread(epoch_file, _EPOCH_BYTES, 0), "big")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """All or nothing, also when the host stops in the middle."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    def _memory(self, number: int) -> str:
+        return f"{self._prefix}/memory/{number}"

@@ -7,7 +7,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
+import msgspec
+
 from serving.config import AdminConfig
+from serving.contracts.fleet import Fleet
 from serving.contracts.group_report import PERIOD_S, GroupReport
 from serving.contracts.models import ModelCard
 from serving.contracts.step_report import StepReport, to_lines
@@ -67,6 +70,13 @@ class GatewayWatch:
             asyncio.create_task(self._watch_loop()),
         ]
         return self._endpoint.port
+
+    def take_fleet(self, fleet: Fleet, *, is_shown: bool) -> None:
+        """What the autoscaler has told: for the page /fleet, and for the metrics of the one gateway that shows it."""
+        self.metrics.fleet.take(fleet if is_shown else None)
+        self.metrics.groups.set_configured({model: seen.target for model, seen in fleet.models.items()})
+        if self._endpoint is not None:
+            self._endpoint.fleet_page = msgspec.json.encode(fleet)
 
     async def stop(self) -> None:
         """Close the port and send what is left of the traces."""

@@ -66,6 +66,10 @@ class GroupCollector(Collector):
                 self._num_ended[model] += counted_here
                 self._on_gone(model, engine)
 
+    def set_configured(self, num_groups: Mapping[str, int]) -> None:
+        """So many groups there should be of these models from now on."""
+        self._num_configured = {**self._num_configured, **num_groups}
+
     def collect(self) -> Iterator[Metric]:
         """All families, also those that have no samples yet. Called from another thread."""
         counted = [(model, r) for model, listed in self._reports.items() for r in listed if r.stats]

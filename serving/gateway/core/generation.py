@@ -33,6 +33,7 @@ from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
@@ -103,6 +104,7 @@ class Generator:
         self._backend = backend
         self._accounts: Accounts = accounts or OpenAccounts()
         self._refusals = RecentRefusals(clock)
+        self.demand = DemandCounter(backend.models)
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
@@ -238,6 +240,7 @@ class Generator:
         Raises GroupUnavailableError when no group accepts it at first, after MAX_LOSSES, or when no group goes on within
         RECOVERY_TIMEOUT_S.
         """
+        self.demand.count(card.name, requests)
         self._refusals.check(card.name, card.num_groups, requests)
         trace_context = meter.submit()
         rest = Resumption(requests)

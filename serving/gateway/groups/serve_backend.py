@@ -53,6 +53,12 @@ class ServeBackend:
     def models(self) -> Mapping[str, ModelCard]:
         return self._models
 
+    def set_num_groups(self, model: str, num_groups: int) -> None:
+        """So many groups of the model run now, of which each may be asked before a request is refused."""
+        card = self._models[model]
+        if card.num_groups != num_groups:
+            self._models[model] = msgspec.structs.replace(card, num_groups=num_groups)
+
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
     ) -> AsyncGenerator[GroupOutputs, None]:

@@ -1,0 +1,81 @@
+"""What the autoscaler tells every gateway of the groups, and what a gateway answers of its demand."""
+
+import msgspec
+
+
+class ModelDemand(msgspec.Struct, frozen=True):
+    """What has arrived for a model since the gateway started, whatever became of it."""
+
+    num_sequences: int
+    """Choices of all requests."""
+    num_prompt_tokens: int
+    """Of those sequences."""
+
+
+class GatewayDemand(msgspec.Struct, frozen=True, kw_only=True):
+    """One gateway's answer."""
+
+    gateway: str
+    """Id, new with every incarnation."""
+    models: dict[str, ModelDemand]
+
+
+class FleetGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica group."""
+
+    group: str
+    """Id, new with every incarnation."""
+    state: str
+    """starting, running or draining."""
+    since_s: float
+    """Wall clock, when it entered the state."""
+    num_running: int | None = None
+    """Sequences; None when the group does not answer."""
+    num_waiting: int | None = None
+    kv_usage: float | None = None
+    """0 to 1."""
+
+
+class FleetModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The groups of one model."""
+
+    mode: str
+    """What becomes of decisions: advise or on."""
+    target: int
+    """Groups that there should be."""
+    min_groups: int
+    max_groups: int
+    groups: tuple[FleetGroup, ...]
+    num_decisions: dict[str, int] = {}
+    """Changes of the number of groups that were decided, by cause, since the autoscaler's process started."""
+
+
+class FleetDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """One decision of the autoscaler, and from when to when it was the same."""
+
+    first_s: float
+    """Wall clock."""
+    last_s: float
+    model: str
+    mode: str
+    before: int
+    """Groups."""
+    target: int
+    """Groups."""
+    cause: str
+    reason: str
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    """Why it was not carried out."""
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """All models that the autoscaler looks after."""
+
+    at_s: float
+    """Wall clock, when it looked."""
+    shown_by: str = ""
+    """Id of the gateway whose metrics show it: one, so that sums over gateways are true."""
+    models: dict[str, FleetModel] = {}
+    decisions: tuple[FleetDecision, ...] = ()
+    """The last ones, oldest first."""

@@ -1,0 +1,128 @@
+"""The autoscaler on a real Ray: whole groups come with the load and go after it, and nobody notices."""
+
+import os
+import signal
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+import pytest
+import ray
+
+from serving.autoscaling.actor import NAME, NAMESPACE
+from serving.client.client import Client
+from serving.config import ServingConfig
+from serving.contracts.fleet import Fleet
+from serving.driver.app import RunningApp
+from tests.support.stack import MODEL, group_handle, running_stack, stack_config, story, wait_until
+from tests.support.waiting import PATIENCE_S
+
+NUM_RANKS = 2
+NUM_TOKENS = 24
+SCALE_TIMEOUT_S = 4 * PATIENCE_S
+"""A group is started while the others and their load have the processor."""
+
+
+def scaled_config(mode: str) -> ServingConfig:
+    """A group runs two sequences at a time, so a few clients ask for more than one group can do."""
+    config = stack_config(
+        max_num_seqs=2,
+        cpus_per_rank=0.5,
+        autoscaling={"mode": mode, "max_groups": 2, "tpot_p99_s": 0.5, "shrink_after_s": 10.0, "cooldown_s": 5.0},
+    )
+    return config.model_copy(update={"autoscaler": config.autoscaler.model_copy(update={"period_s": 1.0})})
+
+
+class Load:
+    """Clients that ask all the time, each for one answer after the other."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._pool = ThreadPoolExecutor(16)
+        self._asking: list[Future[None]] = []
+        self._is_over = threading.Event()
+        self.num_answers = 0
+
+    def begin(self, num_clients: int) -> None:
+        self._asking += [self._pool.submit(self._ask, self._is_over) for _ in range(num_clients)]
+
+    def end(self) -> None:
+        """Raises what a request failed with."""
+        self._is_over.set()
+        for asking in self._asking:
+            asking.result(timeout=2 * PATIENCE_S)
+        self._asking, self._is_over = [], threading.Event()
+
+    def _ask(self, is_over: threading.Event) -> None:
+        with Client(self._address) as client:
+            while not is_over.is_set():
+                response = client.stub.Generate(story(NUM_TOKENS), timeout=2 * PATIENCE_S)
+                assert response.usage.completion_tokens == NUM_TOKENS
+                self.num_answers += 1
+
+
+def page(app: RunningApp, name: str) -> str:
+    with urllib.request.urlopen(str(app.metrics_url).replace("/metrics", name), timeout=PATIENCE_S) as answer:
+        return str(answer.read().decode())
+
+
+def fleet(app: RunningApp) -> Fleet:
+    """What the gateway was told last."""
+    return msgspec.json.decode(page(app, "/fleet"), type=Fleet)
+
+
+def states(app: RunningApp) -> list[str]:
+    """Of all groups."""
+    try:
+        return sorted(group.state for group in fleet(app).models[MODEL].groups)
+    except (urllib.error.HTTPError, KeyError):  # nothing has been told yet
+        return []
+
+
+def changes(app: RunningApp) -> list[tuple[int, int]]:
+    return [(made.before, made.target) for made in fleet(app).decisions if made.before != made.target]
+
+
+def num_processes() -> list[int]:
+    """Of each group: its leader and its ranks."""
+    pids = group_handle().broadcast("pids").results(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
+    return [len(found) for found in pids]
+
+
+@pytest.mark.timeout(900)
+def test_groups_come_with_the_load_and_go_after_it() -> None:
+    with running_stack(scaled_config("on")) as app:
+        load = Load(app.address)
+        wait_until(lambda: states(app) == ["running"], PATIENCE_S, "the first group is seen")
+        load.begin(6)
+        wait_until(lambda: states(app) == ["running", "running"], SCALE_TIMEOUT_S, "a second group runs")
+        assert num_processes() == [1 + NUM_RANKS, 1 + NUM_RANKS]
+        with Client(app.address) as client:
+            assert [card.num_groups for card in client.models()] == [2]
+
+        autoscaler = ray.get_actor(NAME, NAMESPACE)
+        pid = ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S)
+        os.kill(pid, signal.SIGKILL)
+        load.end()
+        wait_until(lambda: states(app) == ["running"], SCALE_TIMEOUT_S, "the second group is gone")
+        assert ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S) != pid
+        assert num_processes() == [1 + NUM_RANKS]
+
+        # The autoscaler that was killed grew the model, and its successor, which knows that, shrank it.
+        assert changes(app) == [(1, 2), (2, 1)]
+        assert all(made.reason for made in fleet(app).decisions)
+        assert f'packtrain_groups{{model_name="{MODEL}",state="running"}} 1.0' in page(app, "/metrics")
+        load.begin(1)
+        load.end()
+
+
+@pytest.mark.timeout(900)
+def test_advice_is_told_and_not_carried_out() -> None:
+    with running_stack(scaled_config("advise")) as app:
+        load = Load(app.address)
+        load.begin(6)
+        wait_until(lambda: states(app) == ["running"] and (1, 2) in changes(app), SCALE_TIMEOUT_S, "advice is given")
+        load.end()
+        assert num_processes() == [1 + NUM_RANKS]
