@@ -26,9 +26,9 @@ class FleetGroup(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     """Id, new with every incarnation."""
     state: str
-    """starting, running or draining."""
-    since_s: float
-    """Wall clock, when it entered the state."""
+    """starting, running or draining; lost where no autoscaler looks and a rank is gone."""
+    since_s: float | None = None
+    """Wall clock, when it entered the state, as far as somebody has seen it."""
     num_running: int | None = None
     """Sequences; None when the group does not answer."""
     num_waiting: int | None = None
@@ -40,7 +40,7 @@ class FleetModel(msgspec.Struct, frozen=True, kw_only=True):
     """The groups of one model."""
 
     mode: str
-    """What becomes of decisions: advise or on."""
+    """What becomes of decisions: advise or on; off where none are made."""
     target: int
     """Groups that there should be."""
     min_groups: int
@@ -70,7 +70,7 @@ class FleetDecision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """All models that the autoscaler looks after."""
+    """All models that the autoscaler looks after. Where there is none, a gateway makes it up of what groups report."""
 
     at_s: float
     """Wall clock, when it looked."""

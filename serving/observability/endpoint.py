@@ -38,7 +38,7 @@ class MetricsEndpoint:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server_class = type("_Server", (_Server,), {"address_family": family})
         self.fleet_page = b""
-        """JSON, what GET /fleet answers; "" before an autoscaler has told anything."""
+        """JSON, what GET /fleet answers; "" before the groups have been asked for the first time."""
         application = _application(registry, steps_page, is_ready, lambda: self.fleet_page)
         try:
             self._server: WSGIServer = make_server(address, port, application, server_class, _Handler)
@@ -100,8 +100,8 @@ def _application(
             return [lines]
         if path == "/fleet":
             page = fleet_page()
-            start_response("200 OK" if page else "404 Not Found", [("Content-Type", "application/json")])
-            return [page or b'"no autoscaler runs, or it has told nothing yet"\n']
+            start_response("200 OK" if page else "503 Service Unavailable", [("Content-Type", "application/json")])
+            return [page]
         if path == "/healthz" or (path == "/readyz" and is_ready()):
             start_response("200 OK", text)
             return [b"ok\n"]
