@@ -10,8 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 import pytest
 import ray
+from typer.testing import CliRunner
 
 from serving.autoscaling.actor import NAME, NAMESPACE
+from serving.cli.main import app as program
 from serving.client.client import Client
 from serving.config import ServingConfig
 from serving.contracts.fleet import Fleet
@@ -21,6 +23,7 @@ from tests.support.waiting import PATIENCE_S
 
 NUM_RANKS = 2
 NUM_TOKENS = 24
+LONG = 1500
 SCALE_TIMEOUT_S = 4 * PATIENCE_S
 """A group is started while the others and their load have the processor."""
 
@@ -61,6 +64,15 @@ class Load:
                 response = client.stub.Generate(story(NUM_TOKENS), timeout=2 * PATIENCE_S)
                 assert response.usage.completion_tokens == NUM_TOKENS
                 self.num_answers += 1
+
+
+def long_stream(address: str) -> str:
+    """Longer than a group that is to stop waits for it. The same text from whichever groups made it."""
+    with Client(address) as client:
+        chunks, _ = client.stream(story(LONG, seed=1), timeout_s=8 * PATIENCE_S)
+        whole = list(chunks)
+    assert whole[-1].usage.completion_tokens == LONG
+    return "".join(chunk.text for chunk in whole)
 
 
 def page(app: RunningApp, name: str) -> str:
@@ -106,7 +118,11 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         pid = ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S)
         os.kill(pid, signal.SIGKILL)
         load.end()
-        wait_until(lambda: states(app) == ["running"], SCALE_TIMEOUT_S, "the second group is gone")
+        with ThreadPoolExecutor(2) as threads:  # one stream for each group, of which one has to move
+            streams = [threads.submit(long_stream, app.address) for _ in range(2)]
+            wait_until(lambda: states(app) == ["running"], SCALE_TIMEOUT_S, "the second group is gone")
+            texts = {stream.result(timeout=4 * PATIENCE_S) for stream in streams}
+        assert len(texts) == 1
         assert ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S) != pid
         assert num_processes() == [1 + NUM_RANKS]
 
@@ -116,6 +132,11 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         assert f'packtrain_groups{{model_name="{MODEL}",state="running"}} 1.0' in page(app, "/metrics")
         load.begin(1)
         load.end()
+        shown = CliRunner().invoke(program, ["status", "--address", str(app.metrics_port)], catch_exceptions=False)
+        assert "running" in shown.output
+        said = CliRunner().invoke(program, ["autoscaler", "explain", "--address", str(app.metrics_port)]).output
+        assert "1 → 2: " in said
+        assert "2 → 1: " in said
 
 
 @pytest.mark.timeout(900)

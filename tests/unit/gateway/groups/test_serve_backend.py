@@ -254,3 +254,10 @@ async def test_a_model_can_be_served_while_one_of_its_groups_can(
         problem is not None for problem in problems[:num_asked]
     ]
     assert backend.models[MODEL].kernels == ("cpu-scalar" if expected else "reference")
+
+
+def test_the_number_of_groups_follows_what_the_gateway_is_told(receiver: OutputReceiver) -> None:
+    backend = ServeBackend([card(MODEL, num_groups=2)], {MODEL: SimpleNamespace()}, receiver)
+    models = backend.models
+    backend.set_num_groups(MODEL, 5)
+    assert models[MODEL].num_groups == 5
