@@ -25,8 +25,8 @@ MEASURABLE = 200
 FEWEST_FOR_A_LINE = 8
 """Samples. A line through fewer proves nothing."""
 MAX_DISPERSION = 25.0
-MEDIAN_OF_SQUARES = 0.4549
-"""Of a standard normal variable: the median of chi-squared with one degree of freedom."""
+NUM_BLOCKS = 9
+"""That differences are averaged in before the median of the averages is taken."""
 SHORTEST_WINDOW_S = 5.0
 
 
@@ -142,8 +142,8 @@ def forecast(samples: Sequence[Sample], ahead_s: float, capacity: Capacity, now_
 
 
 def _dispersion(samples: Sequence[Sample], works: Sequence[float], service_s: float) -> float:
-    """From the differences of neighbours (von Neumann), which a trend changes little, and their median, which a step does not
-    change.
+    """From the squared differences of neighbours (von Neumann), which a trend changes little, and the median of their means
+    over blocks, which a step does not change: it is in one block.
 
     A Poisson process of jobs that cost w each has, in a sample of length l, a rate of the variance mean · w / l.
     """
@@ -155,8 +155,11 @@ def _dispersion(samples: Sequence[Sample], works: Sequence[float], service_s: fl
         (rate - rate_before) ** 2 / (1 / sample.length_s + 1 / before.length_s)
         for (before, rate_before), (sample, rate) in pairwise(zip(samples, rates, strict=True))
     ]
-    variance = median(squares) / MEDIAN_OF_SQUARES
-    return min(max(1.0, variance / (mean * service_s)), MAX_DISPERSION)
+    blocks = [squares[first::NUM_BLOCKS] for first in range(min(NUM_BLOCKS, len(squares)))]
+    middle = median(math.fsum(block) / len(block) for block in blocks)
+    # A mean of m squares of normal variables has its median below the variance (chi-squared; Wilson and Hilferty 1931).
+    below = (1 - 2 / (9 * len(squares) / len(blocks))) ** 3
+    return min(max(1.0, middle / below / (mean * service_s)), MAX_DISPERSION)
 
 
 def _level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, now_s: float) -> float:

@@ -16,7 +16,7 @@ from tests.unit.gateway.conftest import Serve
 
 def ask(num_choices: int = 1, **sampling: int) -> pb.GenerateRequest:
     return pb.GenerateRequest(
-        model="tiny", prompt=pb.Prompt(text="hi"), n=num_choices, sampling=pb.Sampling(**sampling)
+        model="tiny", prompt=pb.Prompt(text="hi"), sampling=pb.Sampling(n=num_choices, **sampling)
     )
 
 
