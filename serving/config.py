@@ -185,7 +185,7 @@ class AutoscalingConfig(_Section):
     mode: Annotated[Literal["off", "advise", "on"], BeforeValidator(_off_or_on)] = Field(
         "on", description="on: groups are started and stopped. advise: what would be done is told. off: neither."
     )
-    min_groups: int = Field(1, ge=1)
+    min_groups: int = Field(1, ge=0, description="0: a model that nobody asks for has no group until somebody does.")
     max_groups: int = Field(ge=1)
     ttft_p99_s: float = Field(2.0, gt=0, description="99 of 100 requests have their first token within this.")
     tpot_p99_s: float = Field(
@@ -199,6 +199,9 @@ class AutoscalingConfig(_Section):
         "unset.",
     )
     cooldown_s: float = Field(30.0, gt=0, description="The number changes its direction at most once in this time.")
+    idle_s: float = Field(
+        600.0, gt=0, description="With min_groups 0: after how long without a request the last group is stopped."
+    )
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> "AutoscalingConfig":

@@ -75,8 +75,8 @@ class AutoscalerActor:
 
 
 def start_autoscaler(settings: AutoscalerSettings, timeout_s: float) -> None:
-    """Detached, so that it outlives the process that started it. It goes on with what the last one has learned. Raises RayError,
-    TimeoutError."""
+    """Detached, so that it outlives the process that started it. It goes on with what the last one has learned, and nobody waits
+    until it does. Raises RayError."""
     stop_autoscaler(timeout_s)
     deadline_s = time.monotonic() + timeout_s
     node_id, _ = this_node()
@@ -92,13 +92,12 @@ def start_autoscaler(settings: AutoscalerSettings, timeout_s: float) -> None:
     )
     while True:
         try:
-            actor = options.remote(msgspec.msgpack.encode(settings))
-            break
+            options.remote(msgspec.msgpack.encode(settings))
+            return
         except ValueError:  # the name is still taken by the one that was ended just now
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(RETRY_S)
-    ray.get(actor.pid.remote(), timeout=max(0.0, deadline_s - time.monotonic()))
 
 
 def stop_autoscaler(timeout_s: float) -> None:

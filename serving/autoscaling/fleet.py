@@ -197,7 +197,13 @@ def _load_of(demands: Mapping[str, ModelDemand], model: str, at_s: float) -> Gat
     demand = demands.get(model)
     if demand is None:
         return None
-    return GatewayLoad(measured_s=at_s, num_sequences=demand.num_sequences, num_prompt_tokens=demand.num_prompt_tokens)
+    return GatewayLoad(
+        measured_s=at_s,
+        num_sequences=demand.num_sequences,
+        num_prompt_tokens=demand.num_prompt_tokens,
+        num_held=demand.num_held,
+        num_held_tokens=demand.num_held_tokens,
+    )
 
 
 def _told_of(log: Iterable[LoggedDecision]) -> Iterable[FleetDecision]:

@@ -61,5 +61,6 @@ def _scaled(entry: ModelEntry) -> ScaledModel | None:
         start_timeout_s=2 * entry.start_timeout_s,
         shrink_after_s=scaling.shrink_after_s,
         cooldown_s=scaling.cooldown_s,
+        idle_s=scaling.idle_s,
     )
     return ScaledModel(policy=policy, mode=Mode(scaling.mode))

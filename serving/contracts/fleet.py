@@ -10,6 +10,10 @@ class ModelDemand(msgspec.Struct, frozen=True):
     """Choices of all requests."""
     num_prompt_tokens: int
     """Of those sequences."""
+    num_held: int = 0
+    """Sequences that wait in the gateway now because the model has no group."""
+    num_held_tokens: int = 0
+    """Prompt tokens of those."""
 
 
 class GatewayDemand(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +52,16 @@ class FleetModel(msgspec.Struct, frozen=True, kw_only=True):
     groups: tuple[FleetGroup, ...]
     num_decisions: dict[str, int] = {}
     """Changes of the number of groups that were decided, by cause, since the autoscaler's process started."""
+
+    @property
+    def num_running(self) -> int:
+        """Groups that take requests."""
+        return sum(group.state == "running" for group in self.groups)
+
+    @property
+    def is_asleep(self) -> bool:
+        """It has no group, and gets one when somebody asks."""
+        return self.mode == "on" and not self.min_groups and not self.num_running
 
 
 class FleetDecision(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,10 +85,14 @@ class Gateway:
         """Fleet (msgpack) from the autoscaler; returns GatewayDemand (msgpack)."""
         fleet = msgspec.msgpack.decode(encoded, type=Fleet)
         for model, seen in fleet.models.items():
-            num_running = sum(group.state == "running" for group in seen.groups)
-            self._backend.set_num_groups(model, max(1, num_running))
+            self._backend.set_groups(model, seen.num_running, is_asleep=seen.is_asleep)
         self._watch.take_fleet(fleet, is_shown=fleet.shown_by == self._id)
-        return msgspec.msgpack.encode(GatewayDemand(gateway=self._id, models=dict(self._server.demand)))
+        demand = {
+            model: msgspec.structs.replace(total, num_held=held.num_sequences, num_held_tokens=held.num_prompt_tokens)
+            for model, total in self._server.demand.items()
+            for held in (self._backend.held(model),)
+        }
+        return msgspec.msgpack.encode(GatewayDemand(gateway=self._id, models=demand))
 
     async def drain(self) -> None:
         """Refuse new requests, let running ones finish up to gateway.drain_timeout_s, deliver their usage records."""

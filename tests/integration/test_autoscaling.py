@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import grpc
 import msgspec
 import pytest
 import ray
@@ -28,13 +29,10 @@ SCALE_TIMEOUT_S = 4 * PATIENCE_S
 """A group is started while the others and their load have the processor."""
 
 
-def scaled_config(mode: str) -> ServingConfig:
+def scaled_config(mode: str, **changes: object) -> ServingConfig:
     """A group runs two sequences at a time, so a few clients ask for more than one group can do."""
-    config = stack_config(
-        max_num_seqs=2,
-        cpus_per_rank=0.5,
-        autoscaling={"mode": mode, "max_groups": 2, "tpot_p99_s": 0.5, "shrink_after_s": 10.0, "cooldown_s": 5.0},
-    )
+    scaling = {"mode": mode, "max_groups": 2, "tpot_p99_s": 0.5, "shrink_after_s": 10.0, "cooldown_s": 5.0, **changes}
+    config = stack_config(max_num_seqs=2, cpus_per_rank=0.5, autoscaling=scaling)
     return config.model_copy(update={"autoscaler": config.autoscaler.model_copy(update={"period_s": 1.0})})
 
 
@@ -147,3 +145,31 @@ def test_advice_is_told_and_not_carried_out() -> None:
         wait_until(lambda: states(app) == ["running"] and (1, 2) in changes(app), SCALE_TIMEOUT_S, "advice is given")
         load.end()
         assert num_processes() == [1 + NUM_RANKS]
+
+
+def is_asleep(app: RunningApp) -> bool:
+    seen = fleet(app).models[MODEL]
+    return seen.mode == "on" and seen.target == 0 and not seen.groups
+
+
+@pytest.mark.timeout(900)
+def test_a_model_that_nobody_asks_for_has_no_group_until_somebody_does() -> None:
+    with running_stack(scaled_config("on", min_groups=0, idle_s=3.0)) as app, Client(app.address) as client:
+        first = client.stub.Generate(story(NUM_TOKENS, seed=1), timeout=SCALE_TIMEOUT_S)
+        wait_until(lambda: is_asleep(app), SCALE_TIMEOUT_S, "the last group is gone")
+        assert [card.num_groups for card in client.models()] == [0]
+        assert (
+            urllib.request.urlopen(str(app.metrics_url).replace("/metrics", "/readyz"), timeout=PATIENCE_S).status
+            == 200
+        )
+
+        woken = client.stub.Generate(story(NUM_TOKENS, seed=1), timeout=SCALE_TIMEOUT_S)
+        assert woken.choices[0].text == first.choices[0].text
+        wait_until(lambda: is_asleep(app), SCALE_TIMEOUT_S, "the group that was started is gone")
+
+        with pytest.raises(grpc.RpcError) as caught:
+            client.stub.Generate(story(NUM_TOKENS), timeout=0.5)  # must expire
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        causes = {made.cause for made in fleet(app).decisions if made.before != made.target}
+        assert causes >= {"idle", "wake"}

@@ -241,7 +241,7 @@ class Generator:
         RECOVERY_TIMEOUT_S.
         """
         self.demand.count(card.name, requests)
-        self._refusals.check(card.name, card.num_groups, requests)
+        self._refusals.check(card.name, max(1, card.num_groups), requests)
         trace_context = meter.submit()
         rest = Resumption(requests)
         recover_until_s = math.inf
@@ -270,7 +270,7 @@ class Generator:
         self, card: ModelCard, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
     ) -> AsyncGenerator[GroupOutputs, None]:
         """Offers the request to one group after another until one accepts it."""
-        for num_others in reversed(range(card.num_groups)):
+        for num_others in reversed(range(max(1, card.num_groups))):
             try:
                 async with aclosing(self._backend.generate(card.name, requests, trace_context)) as steps:
                     async for step in steps:
@@ -282,7 +282,7 @@ class Generator:
                 self._refusals.remember(card.name, error.engine, requests, error)
                 if not num_others:
                     raise
-                self._refusals.check(card.name, card.num_groups, requests)
+                self._refusals.check(card.name, max(1, card.num_groups), requests)
             except GroupUnavailableError as error:
                 if error.may_have_run or not num_others:
                     raise

@@ -10,7 +10,7 @@ from cluster.policy import Cause, GroupLoad, ModelDecision, ModelObservation, Ph
 from serving.autoscaling.fleet import MAX_TOLD, Deployed, Replica, ServeFleet
 from serving.autoscaling.settings import AutoscalerSettings, settings_of
 from serving.config import parse_config
-from serving.contracts.fleet import Fleet, GatewayDemand, ModelDemand
+from serving.contracts.fleet import Fleet, FleetGroup, FleetModel, GatewayDemand, ModelDemand
 from tests.support.policy_worlds import group_load
 
 START_S = 100.0
@@ -182,3 +182,29 @@ def test_nothing_is_started_where_no_model_is_to_be_scaled() -> None:
 
 def test_advice_is_asked_for_by_its_mode() -> None:
     assert settings(mode="advise").models["m"].scaled.mode is Mode.ADVISE
+
+
+def test_what_waits_for_a_first_group_is_seen(serve: Serve, observe: Callable[[], ModelObservation]) -> None:
+    held = GatewayDemand(gateway="one", models={"m": ModelDemand(5, 70, num_held=2, num_held_tokens=30)})
+    serve.gateways, serve.target = {"one": held}, 0
+    (gateway,) = observe().gateways
+    assert gateway.load is not None
+    assert (gateway.load.num_held, gateway.load.num_held_tokens) == (2, 30)
+
+
+@pytest.mark.parametrize(
+    ("mode", "least", "states", "expected"),
+    [
+        ("on", 0, [], True),
+        ("on", 0, ["starting", "draining"], True),
+        ("on", 0, ["running"], False),
+        ("on", 1, ["starting"], False),  # its groups are lost, and nobody knows for how long
+        ("advise", 0, [], False),  # nobody would start one
+    ],
+)
+def test_a_model_is_asleep_while_it_has_no_group_and_would_get_one(
+    mode: str, least: int, states: list[str], expected: bool
+) -> None:
+    groups = tuple(FleetGroup(group=f"g{place}", state=state) for place, state in enumerate(states))
+    seen = FleetModel(mode=mode, target=0, min_groups=least, max_groups=2, groups=groups)
+    assert seen.is_asleep is expected
