@@ -109,14 +109,14 @@ class Autoscaler:
         store: Store,
         *,
         clock: Callable[[], float],
-        on_decision: Callable[[str, Mode, ModelDecision], None] = lambda model, mode, decision: None,
+        on_change: Callable[[str, Mode, ModelDecision], None] = lambda model, mode, decision: None,
     ) -> None:
-        """`clock` is the wall clock, which the times of observations are from. Raises ScalingError when the store cannot be
-        opened."""
+        """`clock` is the wall clock, which the times of observations are from. `on_change` is told of each decision for another
+        number of groups, once however often it is repeated. Raises ScalingError when the store cannot be opened."""
         self._models = {name: scaled for name, scaled in models.items() if scaled.mode is not Mode.OFF}
         self._config = PolicyConfig(models={name: scaled.policy for name, scaled in self._models.items()})
         self._observer, self._actuator, self._store = observer, actuator, store
-        self._clock, self._on_decision = clock, on_decision
+        self._clock, self._on_change = clock, on_change
         self._lock = threading.Lock()
         memory = _decoded(store.open())
         self._state = memory.state
@@ -158,19 +158,21 @@ class Autoscaler:
 
     def _carry_out(self, model: str, made: ModelDecision, now_s: float) -> None:
         mode, error = self._models[model].mode, ""
-        if made.target != made.before:
-            logger.info("%s%s: %s (%s)", "" if mode is Mode.ON else "advice for ", model, made.reason, made.cause)
-            if mode is Mode.ON:
-                try:
-                    self._actuator.scale(model, made.target, made.victims)
-                except ScalingError as failure:
-                    error = str(failure)
-                    logger.warning("%s could not be scaled to %d groups: %s", model, made.target, error)
-        self._remember(LoggedDecision(first_s=now_s, last_s=now_s, model=model, mode=mode, decision=made, error=error))
-        self._on_decision(model, mode, made)
+        if made.target != made.before and mode is Mode.ON:
+            try:
+                self._actuator.scale(model, made.target, made.victims)
+            except ScalingError as failure:
+                error = str(failure)
+        entry = LoggedDecision(first_s=now_s, last_s=now_s, model=model, mode=mode, decision=made, error=error)
+        if not self._remember(entry) or made.target == made.before:
+            return
+        logger.info("%s%s: %s (%s)", "" if mode is Mode.ON else "advice for ", model, made.reason, made.cause)
+        if error:
+            logger.warning("%s could not be scaled to %d groups: %s", model, made.target, error)
+        self._on_change(model, mode, made)
 
-    def _remember(self, entry: LoggedDecision) -> None:
-        """As one with the last of its model where that one says the same."""
+    def _remember(self, entry: LoggedDecision) -> bool:
+        """As one with the last of its model where that one says the same; whether it says something new."""
         with self._lock:
             for place in range(len(self._log) - 1, max(-1, len(self._log) - 1 - 2 * len(self._models)), -1):
                 last = self._log[place]
@@ -178,17 +180,20 @@ class Autoscaler:
                     continue
                 if _is_same(last, entry):
                     self._log[place] = msgspec.structs.replace(entry, first_s=last.first_s)
-                    return
+                    return False
                 break
             self._log.append(entry)
+            return True
 
 
 def _is_same(one: LoggedDecision, other: LoggedDecision) -> bool:
+    """Nothing has come of it, and the same is said again. What has been carried out and is decided anew is another decision."""
     before, after = one.decision, other.decision
+    is_without_effect = before.target == before.before or one.mode is Mode.ADVISE or one.error != ""
     return (
-        (before.target, before.before, before.cause) == (after.target, after.before, after.cause)
-        and before.target == before.before
-        and one.error == other.error
+        is_without_effect
+        and (before.target, before.before, before.cause) == (after.target, after.before, after.cause)
+        and (one.mode, one.error) == (other.mode, other.error)
     )
 
 

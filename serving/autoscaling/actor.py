@@ -70,7 +70,7 @@ class AutoscalerActor:
             fleet,
             RecordStore(RayRecords()),
             clock=time.time,
-            on_decision=fleet.count,
+            on_change=fleet.count,
         )
 
 

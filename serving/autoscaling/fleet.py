@@ -110,9 +110,8 @@ class ServeFleet:
         self._control.set_target(self._settings.models[model].deployment, target)
 
     def count(self, model: str, mode: Mode, decision: ModelDecision) -> None:
-        """A decision was made."""
-        if decision.target != decision.before:
-            self._num_decisions[model][decision.cause] += 1
+        """Another number of groups was decided."""
+        self._num_decisions[model][decision.cause] += 1
 
     def _observe_gateways(self, deployed: Deployed) -> dict[str, tuple[Mapping[str, ModelDemand] | None, float]]:
         """(demands by model, when they were asked for) of each gateway that takes requests; None for one that is silent."""

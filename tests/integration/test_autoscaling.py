@@ -5,15 +5,19 @@ import signal
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
 import msgspec
 import pytest
 import ray
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from typer.testing import CliRunner
 
 from serving.autoscaling.actor import NAME, NAMESPACE
+from serving.cli.fleet import sentence
 from serving.cli.main import app as program
 from serving.client.client import Client
 from serving.config import ServingConfig
@@ -95,15 +99,31 @@ def changes(app: RunningApp) -> list[tuple[int, int]]:
     return [(made.before, made.target) for made in fleet(app).decisions if made.before != made.target]
 
 
+def controller_pid() -> int:
+    """Of Serve's controller."""
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    return int(ray.get(controller.get_pid.remote(), timeout=PATIENCE_S))
+
+
 def num_processes() -> list[int]:
     """Of each group: its leader and its ranks."""
     pids = group_handle().broadcast("pids").results(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
     return [len(found) for found in pids]
 
 
+@contextmanager
+def explained(app: RunningApp) -> Iterator[None]:
+    """When the block fails, what was decided is told."""
+    try:
+        yield
+    except BaseException:
+        print(*map(sentence, fleet(app).decisions), sep="\n")
+        raise
+
+
 @pytest.mark.timeout(900)
 def test_groups_come_with_the_load_and_go_after_it() -> None:
-    with running_stack(scaled_config("on")) as app:
+    with running_stack(scaled_config("on")) as app, explained(app):
         load = Load(app.address)
         wait_until(lambda: states(app) == ["running"], PATIENCE_S, "the first group is seen")
         load.begin(6)
@@ -115,6 +135,7 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         autoscaler = ray.get_actor(NAME, NAMESPACE)
         pid = ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S)
         os.kill(pid, signal.SIGKILL)
+        os.kill(controller_pid(), signal.SIGKILL)
         load.end()
         with ThreadPoolExecutor(2) as threads:  # one stream for each group, of which one has to move
             streams = [threads.submit(long_stream, app.address) for _ in range(2)]
@@ -124,7 +145,8 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         assert ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S) != pid
         assert num_processes() == [1 + NUM_RANKS]
 
-        # The autoscaler that was killed grew the model, and its successor, which knows that, shrank it.
+        # The autoscaler that was killed grew the model, and its successor, which knows that, shrank it. Serve's controller was
+        # killed too, and knew how many groups there should be.
         assert changes(app) == [(1, 2), (2, 1)]
         assert all(made.reason for made in fleet(app).decisions)
         assert f'packtrain_groups{{model_name="{MODEL}",state="running"}} 1.0' in page(app, "/metrics")
@@ -139,7 +161,7 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
 
 @pytest.mark.timeout(900)
 def test_advice_is_told_and_not_carried_out() -> None:
-    with running_stack(scaled_config("advise")) as app:
+    with running_stack(scaled_config("advise")) as app, explained(app):
         load = Load(app.address)
         load.begin(6)
         wait_until(lambda: states(app) == ["running"] and (1, 2) in changes(app), SCALE_TIMEOUT_S, "advice is given")
@@ -154,7 +176,11 @@ def is_asleep(app: RunningApp) -> bool:
 
 @pytest.mark.timeout(900)
 def test_a_model_that_nobody_asks_for_has_no_group_until_somebody_does() -> None:
-    with running_stack(scaled_config("on", min_groups=0, idle_s=3.0)) as app, Client(app.address) as client:
+    with (
+        running_stack(scaled_config("on", min_groups=0, idle_s=3.0)) as app,
+        explained(app),
+        Client(app.address) as client,
+    ):
         first = client.stub.Generate(story(NUM_TOKENS, seed=1), timeout=SCALE_TIMEOUT_S)
         wait_until(lambda: is_asleep(app), SCALE_TIMEOUT_S, "the last group is gone")
         assert [card.num_groups for card in client.models()] == [0]

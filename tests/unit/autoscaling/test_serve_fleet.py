@@ -143,7 +143,6 @@ def test_gateways_are_told_what_was_seen_and_decided(serve: Serve) -> None:
     logged = LoggedDecision(first_s=1.0, last_s=2.0, model="m", mode=Mode.ON, decision=made, error="no")
     fleet.show_decisions(lambda since_s: [logged] * (MAX_TOLD + 1))
     fleet.count("m", Mode.ON, made)
-    fleet.count("m", Mode.ON, msgspec.structs.replace(made, target=1))
     serve.gateways = {"b": demand("b", 0, 0), "a": demand("a", 0, 0)}
     serve.groups = {"g1": ("RUNNING", group_load(5.0, num_running=3))}
     fleet.observe()

@@ -213,3 +213,30 @@ def test_decisions_that_say_the_same_are_one_entry(records: Records) -> None:
         scaler.tick()
     causes = [(entry.decision.before, entry.decision.target) for entry in scaler.log(0.0)]
     assert causes == [(1, 2), (2, 2)]
+
+
+def test_advice_that_is_repeated_is_one_entry_and_told_once(records: Records) -> None:
+    cluster = Cluster()
+    told: list[tuple[str, Mode, int]] = []
+    adviser = Autoscaler(
+        {"m": ScaledModel(policy=POLICY, mode=Mode.ADVISE)},
+        cluster,
+        cluster,
+        RecordStore(records),
+        clock=iter(range(1000, 2000)).__next__,
+        on_change=lambda model, mode, made: told.append((model, mode, made.target)),
+    )
+    for _ in range(10):
+        adviser.tick()
+    (entry,) = adviser.log(0.0)
+    assert (entry.first_s, entry.last_s) == (1000, 1009)
+    assert told == [("m", Mode.ADVISE, 2)]
+
+
+def test_an_order_that_fails_again_and_again_is_one_entry(records: Records) -> None:
+    cluster = Cluster()
+    cluster.refuses = True
+    scaler = autoscaler(cluster, records)
+    for _ in range(10):
+        scaler.tick()
+    assert [entry.error for entry in scaler.log(0.0)] == ["the controller is gone"]
