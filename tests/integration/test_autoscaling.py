@@ -29,7 +29,7 @@ from tests.support.waiting import PATIENCE_S
 NUM_RANKS = 2
 NUM_TOKENS = 24
 LONG = 1500
-SCALE_TIMEOUT_S = 4 * PATIENCE_S
+SCALE_TIMEOUT_S = 6 * PATIENCE_S
 """A group is started while the others and their load have the processor."""
 
 
@@ -121,7 +121,7 @@ def explained(app: RunningApp) -> Iterator[None]:
         raise
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_groups_come_with_the_load_and_go_after_it() -> None:
     with running_stack(scaled_config("on")) as app, explained(app):
         load = Load(app.address)
@@ -140,7 +140,7 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         with ThreadPoolExecutor(2) as threads:  # one stream for each group, of which one has to move
             streams = [threads.submit(long_stream, app.address) for _ in range(2)]
             wait_until(lambda: states(app) == ["running"], SCALE_TIMEOUT_S, "the second group is gone")
-            texts = {stream.result(timeout=4 * PATIENCE_S) for stream in streams}
+            texts = {stream.result(timeout=SCALE_TIMEOUT_S) for stream in streams}
         assert len(texts) == 1
         assert ray.get(autoscaler.pid.remote(), timeout=PATIENCE_S) != pid
         assert num_processes() == [1 + NUM_RANKS]
@@ -159,7 +159,7 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         assert "2 → 1: " in said
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_advice_is_told_and_not_carried_out() -> None:
     with running_stack(scaled_config("advise")) as app, explained(app):
         load = Load(app.address)
@@ -174,7 +174,7 @@ def is_asleep(app: RunningApp) -> bool:
     return seen.mode == "on" and seen.target == 0 and not seen.groups
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_model_that_nobody_asks_for_has_no_group_until_somebody_does() -> None:
     with (
         running_stack(scaled_config("on", min_groups=0, idle_s=3.0)) as app,
