@@ -52,16 +52,33 @@ def has_resource(name: str) -> bool:
 
 def read_note(key: str) -> str | None:
     """What was written last under this name; kept as long as Ray's control store."""
-    value = ray.experimental.internal_kv._internal_kv_get(key.encode())
-    return None if value is None else bytes(value).decode()
+    value = read_record(key)
+    return None if value is None else value.decode()
 
 
 def write_note(key: str, text: str | None) -> None:
     """None removes it."""
-    if text is None:
+    write_record(key, None if text is None else text.encode())
+
+
+def read_record(key: str) -> bytes | None:
+    """What was written last under this name; kept as long as Ray's control store. Raises RayError."""
+    value = ray.experimental.internal_kv._internal_kv_get(key.encode())
+    return None if value is None else bytes(value)
+
+
+def write_record(key: str, value: bytes | None) -> None:
+    """None removes it. Raises RayError."""
+    if value is None:
         ray.experimental.internal_kv._internal_kv_del(key.encode())
     else:
-        ray.experimental.internal_kv._internal_kv_put(key.encode(), text.encode())
+        ray.experimental.internal_kv._internal_kv_put(key.encode(), value)
+
+
+def create_record(key: str, value: bytes) -> bool:
+    """Write it unless there is one of this name; whether it was written. Of several who try, one succeeds. Raises RayError."""
+    is_there_already = ray.experimental.internal_kv._internal_kv_put(key.encode(), value, overwrite=False)
+    return not is_there_already
 
 
 def this_node() -> tuple[str, str]:

@@ -28,6 +28,11 @@ def _host(value: object) -> object:
 Host = Annotated[str, BeforeValidator(_host), Field(min_length=1)]
 
 
+def _off_or_on(value: object) -> object:
+    """YAML reads off and on, where they are not quoted, as false and true."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -174,13 +179,45 @@ class ChatConfig(_Section):
         return self
 
 
+class AutoscalingConfig(_Section):
+    """How the number of a model's groups follows what is asked of it."""
+
+    mode: Annotated[Literal["off", "advise", "on"], BeforeValidator(_off_or_on)] = Field(
+        "on", description="on: groups are started and stopped. advise: what would be done is told. off: neither."
+    )
+    min_groups: int = Field(1, ge=0, description="0: a model that nobody asks for has no group until somebody does.")
+    max_groups: int = Field(ge=1)
+    ttft_p99_s: float = Field(2.0, gt=0, description="99 of 100 requests have their first token within this.")
+    tpot_p99_s: float = Field(
+        0.1, gt=0, description="99 of 100 requests have each further token within this, on average over the request."
+    )
+    priority: int = Field(0, description="When autoscaler.max_ranks is reached, models of higher priority go first.")
+    shrink_after_s: float | None = Field(
+        None,
+        gt=0,
+        description="How long fewer groups must have been enough before some are stopped; twice the measured start time when "
+        "unset.",
+    )
+    cooldown_s: float = Field(30.0, gt=0, description="The number changes its direction at most once in this time.")
+    idle_s: float = Field(
+        600.0, gt=0, description="With min_groups 0: after how long without a request the last group is stopped."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> "AutoscalingConfig":
+        if self.min_groups > self.max_groups:
+            raise ValueError(f"min_groups is {self.min_groups} and max_groups {self.max_groups}")
+        return self
+
+
 class ModelEntry(_Section):
     """One served model and its replica groups."""
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     source: str = Field(min_length=1, description="A name that `packtrain fetch` knows, a directory, or a GGUF file.")
     tensor_parallel_size: int = Field(1, ge=1)
-    num_groups: int = Field(1, ge=1)
+    num_groups: int = Field(1, ge=1, description="With autoscaling: to begin with.")
+    autoscaling: AutoscalingConfig | None = Field(None, description="Unset: there are num_groups.")
     device: Literal["auto", "cpu", "cuda"] = Field(AUTO, description="auto: cuda where there is a GPU for every rank.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         AUTO, description="auto: the checkpoint's own; bfloat16 where the device cannot compute in that."
@@ -220,6 +257,22 @@ class ModelEntry(_Section):
         "whatever do_sample says, and max_new_tokens; none: neutral values.",
     )
 
+    @model_validator(mode="after")
+    def _begins_within_bounds(self) -> "ModelEntry":
+        scaling = self.autoscaling
+        if scaling and scaling.mode != "off" and not scaling.min_groups <= self.num_groups <= scaling.max_groups:
+            raise ValueError(
+                f"num_groups is {self.num_groups}; it must lie between autoscaling's min_groups {scaling.min_groups} and "
+                f"max_groups {scaling.max_groups}"
+            )
+        return self
+
+    @property
+    def most_groups(self) -> int:
+        """That there can be."""
+        scales = self.autoscaling is not None and self.autoscaling.mode == "on"
+        return self.autoscaling.max_groups if self.autoscaling and scales else self.num_groups
+
 
 class RayConfig(_Section):
     """The Ray cluster to run on."""
@@ -253,6 +306,18 @@ class RayConfig(_Section):
         return self
 
 
+class AutoscalerConfig(_Section):
+    """Of all models that have autoscaling."""
+
+    period_s: float = Field(5.0, ge=1, le=60, description="How often groups and gateways are looked at.")
+    max_ranks: int | None = Field(
+        None,
+        ge=1,
+        description="Ranks that the groups of all models may have together: GPUs, or on CPUs processes. Unset: the sum of what "
+        "max_groups allows.",
+    )
+
+
 class ServingConfig(_Section):
     """One `packtrain serve`."""
 
@@ -262,6 +327,7 @@ class ServingConfig(_Section):
     tenancy: TenancyConfig | None = None
     admin: AdminConfig = AdminConfig()
     ray: RayConfig = RayConfig()
+    autoscaler: AutoscalerConfig = AutoscalerConfig()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ServingConfig":

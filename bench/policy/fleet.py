@@ -19,14 +19,17 @@ MEMORY_OF_ENDED = 0.99
 """What the last ended sequence counts less than the next."""
 
 
+_LINE = StepLine(base_s=0.040, sequence_s=0.0004, prompt_token_s=0.00012)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupModel:
     """What a group is like. The numbers are of the size of a 70B model's on four A100: see docs/autoscaling.md."""
 
-    line: StepLine = field(default_factory=lambda: StepLine(base_s=0.040, sequence_s=0.0004, prompt_token_s=0.00012))
+    line: StepLine = _LINE
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
-    kv_cache_tokens: int = 200_000
+    kv_cache_tokens: int = 400_000
     max_waiting: int = 256
     start_s: float = 90.0
 

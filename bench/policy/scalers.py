@@ -67,7 +67,7 @@ class Oracle:
     """Knows how many requests are to be expected, the lengths' means and what a group can do, and never errs about them.
 
     Blind to what comes, it learns of a rise when it happens, and a start takes as long for it as for anybody. It keeps a group
-    that it will need again within the time that two starts take. Clairvoyant, it has ordered every group before it is needed.
+    that it will need again within the time that two starts take. Seeing ahead, it has ordered every group before it is needed.
     `margin` is what it provides beyond the mean, for chance.
     """
 

@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from bench.simulation.cost import StepCost
-from bench.simulation.least_squares import nonnegative_least_squares
 from bench.simulation.profiles import StepsFile
+from cluster.policy.least_squares import nonnegative_least_squares
 from model_parallel.engine.step_times import StepSample
 from model_parallel.errors import ConfigError
 from serving.contracts.step_report import GroupShape, StepReport

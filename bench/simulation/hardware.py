@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.simulation.cost import StepCost, knots_from
-from bench.simulation.least_squares import nonnegative_least_squares
+from cluster.policy.least_squares import nonnegative_least_squares
 from model_parallel.config import DTYPE_BYTES, ModelConfig
 from model_parallel.errors import ConfigError
 from model_parallel.memory import Device, Workload, plan_group

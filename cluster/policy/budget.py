@@ -28,8 +28,7 @@ def share(claims: Mapping[str, Claim], num_accelerators: float | None) -> dict[s
     """Groups that each model gets.
 
     A model grows only into what nobody holds, so the sum never exceeds the budget, also while groups drain. What is missing
-    for a model's minimum, and then for models of higher priority, is given up by those of lower priority beyond their own
-    minimum.
+    for a model's minimum, and then for models of higher priority, is given up by those of lower priority, down to their minimum.
     """
     granted = {model: min(claim.wanted, claim.target) for model, claim in claims.items()}
     if num_accelerators is None:

@@ -1,8 +1,8 @@
 """What one group can do within its service level, and how long users would wait: in seconds of service.
 
-A step of n decoding sequences and p prompt tokens takes a + b·n + c·p (`StepLine`). A sequence with P prompt and D output
-tokens is in D steps, so it costs w = c·P + b·D seconds of service beyond the base. At r sequences a second a step carries r·P·t
-prompt tokens, and by Little's law n = r·D·t sequences decode. Put into the line, t = a + b·r·D·t + c·r·P·t, so
+A step of n decoding sequences and p prompt tokens takes a + b·n + c·p (`StepLine`). A sequence with P prompt and D output tokens
+is in D steps, so it costs w = c·P + b·D seconds of service beyond the base. At r sequences a second a step carries r·P·t prompt
+tokens, and by Little's law n = r·D·t sequences decode. Put into the line, t = a + b·r·D·t + c·r·P·t, so
 
     t = a / (1 − r·w):    the step time, which is the time per output token, at the utilisation r·w.
 
@@ -49,6 +49,12 @@ class Capacity:
     def utilisation(self) -> float:
         """Seconds of service that a group gives a second within the service level."""
         return self.rate * self.service_s
+
+    @property
+    def num_in_service(self) -> float:
+        """Sequences that a group has at that rate (Little's law)."""
+        num_output = max(self.traits.mean_output_tokens, 1.0)
+        return self.rate * num_output * self.tpot_s(self.utilisation)
 
     def price_s(self, num_sequences: float, num_prompt_tokens: float) -> float:
         """Seconds of service that these cost; prompt tokens as they arrive."""
@@ -98,11 +104,12 @@ def capacity_of(traits: GroupTraits, num_prompt_tokens: float, policy: ModelPoli
 def margin_for_bursts(rate: float, dispersion: float, capacity: Capacity, policy: ModelPolicy) -> float:
     """By how much more than the mean to provide, as a part of it (square-root staffing; Halfin and Whitt 1981).
 
-    n = rate · D · tpot sequences are in service, over all groups. Their number varies with a standard deviation of √(I·n),
-    where I is the index of dispersion of the arrivals: 1 for a Poisson process.
+    n = rate · D · tpot sequences are in service, over all groups. Their number varies with a variance of I·n, where I is the
+    index of dispersion of the arrivals: 1 for a Poisson process. A request feels the mean over its own duration. The number is
+    correlated over just that time, and such a mean has 2/e of the variance (for an exponential correlation).
     """
     num_in_service = rate * max(capacity.traits.mean_output_tokens, 1.0) * policy.tpot_p99_s
-    return CONFIDENCE * math.sqrt(dispersion / num_in_service) if num_in_service > 0 else 0.0
+    return CONFIDENCE * math.sqrt(2 / math.e * dispersion / num_in_service) if num_in_service > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,36 +127,32 @@ def replay(
 ) -> Replay:
     """Serve the samples since then again, as a fluid: work that exceeds what the groups can do queues up.
 
-    The number of sequences in a step follows the arrivals of a request's duration, so the utilisation is smoothed by it. KV cache
-    in use is a stock: fewer groups hold the same tokens, and longer by as much as their steps are slower.
+    The number of sequences in a step follows the arrivals of a request's duration, so the utilisation is smoothed by it. Open
+    sequences and the KV cache that they use are stocks: fewer groups have to hold as many.
     """
     if num_groups == 0:
         return Replay(0.0 if any(s.num_sequences for s in samples if s.at_s > since_s) else 1.0, math.inf, math.inf)
     traits = capacity.traits
     duration_s = max(traits.mean_output_tokens, 1.0) * policy.tpot_p99_s
     kv_tokens = policy.max_kv_usage * traits.kv_cache_tokens * num_groups
+    num_in_service = capacity.num_in_service * num_groups
+    max_open = num_in_service + CONFIDENCE * math.sqrt(num_in_service)
     backlog_s = smoothed = num_all = num_within = worst_ttft_s = worst_tpot_s = 0.0
     for sample in samples:
-        if sample.at_s <= since_s:
-            continue
         work_s = capacity.price_s(sample.num_sequences, sample.num_prompt_tokens)
         smoothed += (work_s / sample.length_s - smoothed) * -math.expm1(-sample.length_s / duration_s)
+        if sample.at_s <= since_s:
+            continue
         backlog_s = max(0.0, backlog_s + work_s - num_groups * sample.length_s)
         utilisation = smoothed / num_groups
-        tpot_s = capacity.tpot_s(utilisation)
         ttft_s = capacity.ttft_s(utilisation, backlog_s / num_groups)
-        worst_ttft_s, worst_tpot_s = max(worst_ttft_s, ttft_s), max(worst_tpot_s, tpot_s)
-        is_within = (
-            utilisation <= capacity.utilisation
-            and (ttft_s <= policy.ttft_p99_s or bool(capacity.unreachable))
-            and sample.num_kv_tokens <= kv_tokens
-        )
-        num_all += sample.num_sequences
-        num_within += sample.num_sequences * is_within
-        if not is_within and sample.num_kv_tokens > kv_tokens:
-            num_all += (
-                sample.num_open
-            )  # A stock that does not fit concerns all who are there, also when nobody arrives.
+        worst_ttft_s, worst_tpot_s = max(worst_ttft_s, ttft_s), max(worst_tpot_s, capacity.tpot_s(utilisation))
+        fits = sample.num_kv_tokens <= kv_tokens and sample.num_open <= max_open
+        is_in_time = ttft_s <= policy.ttft_p99_s or bool(capacity.unreachable)
+        # What is there counts beside what arrives: a stock that does not fit concerns everybody, also when nobody arrives.
+        weight = sample.num_sequences + sample.num_open
+        num_all += weight
+        num_within += weight * (utilisation <= capacity.utilisation and is_in_time and fits)
     return Replay(num_within / num_all if num_all else 1.0, worst_ttft_s, worst_tpot_s)
 
 

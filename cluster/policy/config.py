@@ -25,8 +25,9 @@ class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How long a start takes, until one was measured."""
     start_timeout_s: float = 600.0
     """A start that takes longer is not expected to end any more."""
-    shrink_after_s: float = 300.0
-    """The past that fewer groups must have been able to serve, and the time after growing in which nothing is stopped."""
+    shrink_after_s: float | None = None
+    """How long fewer groups must have been enough before some are stopped, and how long after growing nothing is. None is twice
+    the measured start time."""
     cooldown_s: float = 30.0
     """The direction changes at most once in this time; waking a sleeping model alone is exempt."""
     idle_s: float = 600.0
@@ -47,13 +48,15 @@ class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; it must be greater than 0")
+        if self.shrink_after_s is not None and not 0 < self.shrink_after_s < math.inf:
+            raise ConfigError(f"shrink_after_s is {self.shrink_after_s}; it must be greater than 0")
         if not 0 < self.max_kv_usage <= 1:
             raise ConfigError(f"max_kv_usage is {self.max_kv_usage}; it must be greater than 0 and at most 1")
 
 
 _POSITIVE = (
-    "ttft_p99_s", "tpot_p99_s", "accelerators_per_group", "expected_start_s", "start_timeout_s", "shrink_after_s",
-    "cooldown_s", "idle_s", "stale_after_s",
+    "ttft_p99_s", "tpot_p99_s", "accelerators_per_group", "expected_start_s", "start_timeout_s", "cooldown_s", "idle_s",
+    "stale_after_s",
 )  # fmt: skip
 
 

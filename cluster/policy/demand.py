@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from cluster.policy.capacity import Capacity
 from cluster.policy.config import ModelPolicy
@@ -11,11 +13,21 @@ from cluster.policy.state import GroupTraits, ModelState, Sample, Seen
 
 MAX_SAMPLES = 240
 MAX_START_TIMES = 5
-PROOF = 2.0
-"""Standard errors by which something must stand out before it counts: 1 of 44 times it does by chance."""
+SHRINK_AFTER_STARTS = 2.0
+LEAST_SHRINK_AFTER_S = 30.0
+PROOF = 2.5
+"""Standard errors by which something must stand out before it counts. It is looked for at every tick, in several windows, and by
+chance it should not be found every few minutes."""
+CHANGE = 3.0
+"""Standard errors by which two windows differ when the demand has changed between them."""
+MEASURABLE = 200
+"""Requests in a window that make its mean a measure: its standard error is a fourteenth then."""
+FEWEST_FOR_A_LINE = 8
+"""Samples. A line through fewer proves nothing."""
 MAX_DISPERSION = 25.0
-SHORTEST_LEVEL_S = 5.0
-"""The first of the windows, each twice as long as the one before, over which the level of the demand is taken."""
+NUM_BLOCKS = 9
+"""That differences are averaged in before the median of the averages is taken."""
+SHORTEST_WINDOW_S = 5.0
 
 
 def take_sample(
@@ -119,72 +131,103 @@ class Demand:
 def forecast(samples: Sequence[Sample], ahead_s: float, capacity: Capacity, now_s: float) -> Demand:
     """From the arrivals so far.
 
-    The level is the highest rate that some window up to now proves: its mean less PROOF standard errors. A step shows in a short
-    window as soon as it stands out from chance, and in steady times the long windows tell, with little error. The trend is
-    the line of least squares through all samples, where it rises by more than PROOF standard errors.
+    What the demand will have risen by then is added to its present level, if a rise is proven.
     """
     if not samples:
         return Demand(0.0, 0.0, 1.0)
     works = [capacity.price_s(sample.num_sequences, sample.num_prompt_tokens) for sample in samples]
     dispersion = _dispersion(samples, works, capacity.service_s)
-    level = _proven_level(samples, works, dispersion * capacity.service_s, now_s)
-    return Demand(level, max(level, _proven_trend(samples, works, ahead_s, now_s)), dispersion)
+    level = _level(samples, works, dispersion * capacity.service_s, now_s)
+    return Demand(level, level + ahead_s * _proven_rise(samples, works), dispersion)
 
 
 def _dispersion(samples: Sequence[Sample], works: Sequence[float], service_s: float) -> float:
-    """From the differences of neighbours (von Neumann), which neither a step nor a trend changes much.
+    """From the squared differences of neighbours (von Neumann), which a trend changes little, and the median of their means
+    over blocks, which a step does not change: it is in one block.
 
     A Poisson process of jobs that cost w each has, in a sample of length l, a rate of the variance mean · w / l.
     """
     mean = math.fsum(works) / math.fsum(sample.length_s for sample in samples)
-    if len(samples) < 8 or mean <= 0:
+    if len(samples) < FEWEST_FOR_A_LINE or mean <= 0:
         return 1.0
-    total, before, before_rate = 0.0, samples[0], works[0] / samples[0].length_s
-    for sample, work_s in zip(samples[1:], works[1:], strict=True):
-        rate = work_s / sample.length_s
-        total += (rate - before_rate) ** 2 / (1 / sample.length_s + 1 / before.length_s)
-        before, before_rate = sample, rate
-    return min(max(1.0, total / (len(samples) - 1) / (mean * service_s)), MAX_DISPERSION)
+    rates = [work_s / sample.length_s for sample, work_s in zip(samples, works, strict=True)]
+    squares = [
+        (rate - rate_before) ** 2 / (1 / sample.length_s + 1 / before.length_s)
+        for (before, rate_before), (sample, rate) in pairwise(zip(samples, rates, strict=True))
+    ]
+    blocks = [squares[first::NUM_BLOCKS] for first in range(min(NUM_BLOCKS, len(squares)))]
+    middle = median(math.fsum(block) / len(block) for block in blocks)
+    # A mean of m squares of normal variables has its median below the variance (chi-squared; Wilson and Hilferty 1931).
+    below = (1 - 2 / (9 * len(squares) / len(blocks))) ** 3
+    return min(max(1.0, middle / below / (mean * service_s)), MAX_DISPERSION)
 
 
-def _proven_level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, now_s: float) -> float:
-    level, work, length_s, window_s = 0.0, 0.0, 0.0, SHORTEST_LEVEL_S
+def _level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, now_s: float) -> float:
+    """Of what arrives at present. A mean over `span_s` seconds has the variance noise_s · rate / span_s.
+
+    It is the mean over the longest window in which nothing has changed: none of the shorter ones
+    differs from it by more than CHANGE standard errors (Lepski 1991). A window with too few requests is no measure. What any
+    window proves to be higher, less PROOF standard errors, counts nevertheless: so a step shows within seconds, and then ever
+    more of it.
+    """
+    windows = _windows(samples, works, now_s)
+    level = max(max(0.0, work - PROOF * math.sqrt(noise_s * work)) / span_s for span_s, work in windows)
+    for place in range(len(windows) - 1, -1, -1):
+        span_s, work = windows[place]
+        if work < MEASURABLE * noise_s:
+            break
+        rate = work / span_s
+        if all(abs(w / s - rate) <= CHANGE * math.sqrt(noise_s * rate / s) for s, w in windows[:place]):
+            return max(level, rate)
+    return level
+
+
+def _windows(samples: Sequence[Sample], works: Sequence[float], now_s: float) -> list[tuple[float, float]]:
+    """(seconds, seconds of service that arrived in them) of windows up to now, each about twice as long as the one before."""
+    windows, work, length_s, next_s = [], 0.0, 0.0, SHORTEST_WINDOW_S
     for sample, work_s in zip(reversed(samples), reversed(works), strict=True):
         work += work_s
         length_s += sample.length_s
         # From the beginning of this sample until now, also where samples are missing.
         span_s = max(length_s, now_s - sample.at_s + sample.length_s)
-        if span_s >= window_s or sample is samples[0]:
-            level = max(level, (work - PROOF * math.sqrt(noise_s * work)) / span_s)
-            while window_s <= span_s:
-                window_s *= 2
-    return level
+        if span_s >= next_s or sample is samples[0]:
+            windows.append((span_s, work))
+            next_s = 2 * span_s
+    return windows
 
 
-def _proven_trend(samples: Sequence[Sample], works: Sequence[float], ahead_s: float, now_s: float) -> float:
-    """Weighted by length; 0 where nothing rises."""
+def _proven_rise(samples: Sequence[Sample], works: Sequence[float]) -> float:
+    """By how much the rate rises a second, as far as both halves of the samples prove it; 0 where nothing does.
+
+    A step or a flash crowd rises in one half only. It is in the level as soon as it stands out, and says nothing of what follows.
+    """
+    half = len(samples) // 2
+    return max(0.0, min(_proven_slope(samples[:half], works[:half]), _proven_slope(samples[half:], works[half:])))
+
+
+def _proven_slope(samples: Sequence[Sample], works: Sequence[float]) -> float:
+    """Of the line of least squares through the rates, weighted by length, less PROOF standard errors."""
+    num = len(samples)
+    if num < FEWEST_FOR_A_LINE:
+        return 0.0
     total = sum_x = sum_y = sum_xx = sum_xy = sum_yy = 0.0
+    origin_s = samples[-1].at_s
     for sample, work_s in zip(samples, works, strict=True):
         weight = sample.length_s
-        x, y = sample.at_s - weight / 2 - now_s, work_s / weight
+        x, y = sample.at_s - weight / 2 - origin_s, work_s / weight
         total += weight
         sum_x += weight * x
         sum_y += weight * y
         sum_xx += weight * x * x
         sum_xy += weight * x * y
         sum_yy += weight * y * y
-    num = len(samples)
     mean_x, mean_y = sum_x / total, sum_y / total
     spread = sum_xx / total - mean_x**2
-    if num < 8 or spread <= 0:
+    if spread <= 0:
         return 0.0
     slope = (sum_xy / total - mean_x * mean_y) / spread
     residual = max(0.0, sum_yy / total - mean_y**2 - slope**2 * spread) * num / (num - 2)
-    error = math.sqrt(residual / (num * spread))
-    if slope <= PROOF * error:
-        return 0.0
-    at_x = ahead_s - mean_x
-    return mean_y + slope * at_x - math.sqrt(residual / num + (error * at_x) ** 2)
+    return slope - PROOF * math.sqrt(residual / (num * spread))
 
 
 def backlog_s(groups: Sequence[GroupLoad], gateways: dict[str, GatewayLoad], capacity: Capacity) -> float:
@@ -199,3 +242,12 @@ def backlog_s(groups: Sequence[GroupLoad], gateways: dict[str, GatewayLoad], cap
 def start_time_s(state: ModelState, policy: ModelPolicy) -> float:
     """How long a start takes: the longest of the last few, or what is expected until one was measured."""
     return max(state.start_times_s, default=policy.expected_start_s)
+
+
+def shrink_after_s(state: ModelState, policy: ModelPolicy) -> float:
+    """How long fewer groups must have been enough before some are stopped.
+
+    As in the ski-rental problem: keeping a group that is not needed for as long as a start takes costs what starting it again
+    would, so waiting for a small multiple of that is never far from the best in hindsight.
+    """
+    return policy.shrink_after_s or max(SHRINK_AFTER_STARTS * start_time_s(state, policy), LEAST_SHRINK_AFTER_S)

@@ -27,9 +27,9 @@ def observe_target(state: ModelState, target: int, now_s: float) -> ModelState:
     )
 
 
-def note_need(state: ModelState, num_groups: int, policy: ModelPolicy, now_s: float) -> ModelState:
+def note_need(state: ModelState, num_groups: int, shrink_after_s: float, now_s: float) -> ModelState:
     """Remember how many groups are needed, for as long as shrinking looks back."""
-    kept = [need for need in state.needs if need.at_s > now_s - policy.shrink_after_s and need.num_groups > num_groups]
+    kept = [need for need in state.needs if need.at_s > now_s - shrink_after_s and need.num_groups > num_groups]
     return msgspec.structs.replace(state, needs=(*kept, Need(now_s, num_groups)))
 
 
@@ -40,13 +40,11 @@ def is_reversal_due(state: ModelState, direction: int, policy: ModelPolicy, now_
     return now_s - state.reversed_s >= policy.cooldown_s
 
 
-def is_shrink_due(state: ModelState, policy: ModelPolicy, now_s: float) -> bool:
+def is_shrink_due(state: ModelState, policy: ModelPolicy, shrink_after_s: float, now_s: float) -> bool:
     """Whether enough of the past is known, and the last growth is long enough ago to have shown what it is good for."""
-    known_s = math.fsum(sample.length_s for sample in state.samples if sample.at_s > now_s - policy.shrink_after_s)
-    has_settled = state.grown_s is None or now_s - state.grown_s >= policy.shrink_after_s
-    return (
-        known_s >= KNOWN_SHARE * policy.shrink_after_s and has_settled and is_reversal_due(state, DOWN, policy, now_s)
-    )
+    known_s = math.fsum(sample.length_s for sample in state.samples if sample.at_s > now_s - shrink_after_s)
+    has_settled = state.grown_s is None or now_s - state.grown_s >= shrink_after_s
+    return known_s >= KNOWN_SHARE * shrink_after_s and has_settled and is_reversal_due(state, DOWN, policy, now_s)
 
 
 def forget_the_future(state: ModelState, now_s: float) -> ModelState:

@@ -10,7 +10,7 @@ from cluster.policy.capacity import replay
 from cluster.policy.checks import fresh_gateways, fresh_groups
 from cluster.policy.config import ModelPolicy
 from cluster.policy.decision import Cause
-from cluster.policy.demand import MAX_START_TIMES, remember, start_time_s, take_sample, traits_of
+from cluster.policy.demand import MAX_START_TIMES, remember, shrink_after_s, start_time_s, take_sample, traits_of
 from cluster.policy.observation import GatewayLoad, GroupLoad, ModelObservation, Phase
 from cluster.policy.outlook import Outlook, look_ahead
 from cluster.policy.state import ModelState
@@ -130,7 +130,7 @@ def _learn(
         sample = None
     starts = [group for group in observed.groups if group.start_s is not None and group.group not in state.started]
     start_times_s = [group.start_s for group in starts if group.start_s is not None and 0 < group.start_s < math.inf]
-    window_s = max(policy.shrink_after_s, STARTS_BACK * start_time_s(state, policy))
+    window_s = max(shrink_after_s(state, policy), STARTS_BACK * start_time_s(state, policy))
     has_work = (
         any(load.num_open for load in groups)
         or any(load.num_held for load in gateways.values())
@@ -175,12 +175,13 @@ def _measured(case: _Case, outlook: Outlook) -> Want:
             f"no number of groups keeps the service level, and none is started for it: {outlook.capacity.unreachable}"
         )
     needed = max(outlook.needed, 1)
-    case.state = hysteresis.note_need(case.state, needed, case.policy, case.now_s)
+    past_s = shrink_after_s(case.state, case.policy)
+    case.state = hysteresis.note_need(case.state, needed, past_s, case.now_s)
     if needed > case.policy.max_groups:
         case.warnings.append(f"{needed} groups are needed and max_groups is {case.policy.max_groups}")
     if min(needed, case.policy.max_groups) > target:
         return _grow(case, outlook, needed)
-    return _shrink_if_proven(case, outlook)
+    return _shrink_if_proven(case, outlook, past_s)
 
 
 def _grow(case: _Case, outlook: Outlook, needed: int) -> Want:
@@ -203,16 +204,16 @@ def _grow(case: _Case, outlook: Outlook, needed: int) -> Want:
     return case.want(needed, outlook.cause, outlook.sentence)
 
 
-def _shrink_if_proven(case: _Case, outlook: Outlook) -> Want:
+def _shrink_if_proven(case: _Case, outlook: Outlook, past_s: float) -> Want:
     """The fewest groups that would have kept the service level through the last minutes, and were ever enough in that time."""
     policy, target = case.policy, case.observed.target
     least = max(case.state.needs[0].num_groups, policy.min_groups, 1)
     if least >= target or not case.is_certain:
         return case.want(target, Cause.STEADY, outlook.sentence)
-    if not hysteresis.is_shrink_due(case.state, policy, case.now_s):
-        reason = f"{least} may do, and shrink_after_s is {policy.shrink_after_s:g}: {outlook.sentence}"
+    if not hysteresis.is_shrink_due(case.state, policy, past_s, case.now_s):
+        reason = f"{least} may do, if they are for {past_s:.0f} s: {outlook.sentence}"
         return case.want(target, Cause.STEADY, reason)
-    since_s = case.now_s - policy.shrink_after_s
+    since_s = case.now_s - past_s
     low, high = least, target  # `high` is enough, since no fewer are asked for
     while low < high:
         middle = (low + high) // 2
@@ -223,9 +224,8 @@ def _shrink_if_proven(case: _Case, outlook: Outlook) -> Want:
             low = middle + 1
     past = replay(case.state.samples, since_s, min(high, target - 1), outlook.capacity, policy)
     numbers = (
-        f"the last {policy.shrink_after_s:.0f} s on {min(high, target - 1)} have {past.share_within:.1%} of the requests "
-        f"in time, "
-        f"the worst TTFT {past.worst_ttft_s:.2f} s and TPOT {past.worst_tpot_s * 1e3:.0f} ms"
+        f"the last {past_s:.0f} s on {min(high, target - 1)} have {past.share_within:.1%} of the requests in time, the "
+        f"worst TTFT {past.worst_ttft_s:.2f} s and TPOT {past.worst_tpot_s * 1e3:.0f} ms"
     )
     if high == target:
         return case.want(target, Cause.STEADY, f"{numbers}; {outlook.sentence}")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from model_parallel.errors import ConfigError
+from serving.cli.durations import duration_s
 from serving.cli.printing import Format, Row, print_rows
 from serving.config import TenancyConfig, load_config
 from serving.contracts.accounts import UsageRecord
@@ -37,7 +38,6 @@ _KEY_COLUMNS = (
 _SUM_COLUMNS = (
     "tenant_id", "key_id", "model", "num_requests", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens",
 )  # fmt: skip
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="The server's YAML file, which names the database.")]
 DatabaseUrl = Annotated[
@@ -205,7 +205,7 @@ def create_key(
         raise typer.BadParameter("give either --model or --all-models")
     is_for_all = all_models or not (model or admin)
     limits = _limits(requests_per_minute, tokens_per_minute, max_concurrent_requests, token_budget)
-    expires_unix_s = None if expires_in is None else time.time() + _duration_s(expires_in)
+    expires_unix_s = None if expires_in is None else time.time() + duration_s(expires_in)
     with _store(config, database) as store:
         models = None if is_for_all else tuple(model or ())
         grant = KeyGrant(models=models, is_admin=admin, label=label, expires_unix_s=expires_unix_s, **limits)
@@ -234,7 +234,7 @@ def rotate_key(
 ) -> None:
     """Make a key that allows the same, print it, and let the old one end."""
     with _store(config, database) as store:
-        _print_issued(store.rotate_key(key, overlap_s=_duration_s(overlap)))
+        _print_issued(store.rotate_key(key, overlap_s=duration_s(overlap)))
 
 
 @keys.command("revoke")
@@ -346,19 +346,12 @@ def _number(name: str, text: str, kind: type[int] | type[float]) -> int | float 
         raise typer.BadParameter(f"{name} must be a number or {NO_VALUE!r}, not {text!r}") from None
 
 
-def _duration_s(text: str) -> float:
-    match = re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII)
-    if match is None:
-        raise typer.BadParameter(f"a length of time is a number and one of s, m, h, d, such as 24h; not {text!r}")
-    return float(int(match[1]) * _UNITS_S[match[2]])
-
-
 def _moment(text: str | None) -> float | None:
     """UNIX seconds of a point in time; UTC where it names no zone."""
     if text is None:
         return None
     if re.fullmatch(r"\d{1,9}[smhd]", text, re.ASCII):
-        return time.time() - _duration_s(text)
+        return time.time() - duration_s(text)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

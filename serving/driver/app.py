@@ -25,6 +25,8 @@ from cluster.ray_api import alive_nodes, run_on_node
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
+from serving.autoscaling.actor import start_autoscaler, stop_autoscaler
+from serving.autoscaling.settings import settings_of
 from serving.config import ServingConfig
 from serving.contracts.addresses import host_port, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
@@ -105,6 +107,7 @@ class RunningApp:
                 ray.shutdown()
             return
         try:
+            stop_autoscaler(STOP_TIMEOUT_S)
             gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
             gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
@@ -121,6 +124,7 @@ def shut_down(guard: Guard | None) -> None:
     """End a private cluster (that of `guard`) with all in it; from a joined one, take our application away and leave."""
     try:
         if guard is None and ray.is_initialized():
+            stop_autoscaler(STOP_TIMEOUT_S)
             serve.delete(APP_NAME)
             stop_authority(STOP_TIMEOUT_S)
             if not serve.status().applications:
@@ -226,7 +230,7 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
 
 
 def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard) -> None:
-    needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.card.num_groups for s in specs)
+    needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.entry.most_groups for s in specs)
     with suppress(FileNotFoundError):
         tempfile.gettempdir()  # this process keeps its own, whatever its children get
     with _environment(cluster_environment(guard.directory)):
@@ -277,6 +281,7 @@ def _deploy(
     handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
     if handle is None:
         joined.remember_deployed(None)
+        stop_autoscaler(STOP_TIMEOUT_S)  # one of before knows other groups
         handle = _run(config, specs, report)
         joined.remember_deployed(mark if config.ray.detached else None)
     else:
@@ -284,6 +289,11 @@ def _deploy(
     # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
     ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
     metrics_ports: list[int | None] = handle.broadcast("metrics_port").results(timeout_s=STOP_TIMEOUT_S)
+    scaling = settings_of(
+        config, APP_NAME, Gateway.__name__, {spec.card.name: _deployment_name(spec.card.name) for spec in specs}
+    )
+    if scaling is not None:
+        start_autoscaler(scaling, STOP_TIMEOUT_S)
     return ports[0], metrics_ports[0]
 
 
@@ -316,15 +326,23 @@ def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[st
     cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
     application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
-    handle: DeploymentHandle[Any] = serve.run(application, name=APP_NAME, route_prefix=None)
+    is_scaled = any(entry.autoscaling and entry.autoscaling.mode == "on" for entry in config.models)
+    handle: DeploymentHandle[Any] = serve.run(
+        application, name=APP_NAME, route_prefix=None, external_scaler_enabled=is_scaled
+    )
     return handle
+
+
+def _deployment_name(model: str) -> str:
+    """Of the deployment whose replicas are the groups of a model."""
+    return f"ReplicaGroup-{model.replace('/', '-')}"
 
 
 def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:
     """All replica groups of one model: each replica is a leader in the first bundle of a placement group of its own."""
     scheduler = spec.scheduler
     deployment = serve.deployment(
-        name=f"ReplicaGroup-{spec.card.name.replace('/', '-')}",
+        name=_deployment_name(spec.card.name),
         num_replicas=spec.card.num_groups,
         placement_group_bundles=list(placement.bundles),
         placement_group_strategy=placement.strategy,

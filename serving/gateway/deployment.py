@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+from ray import serve
+
 from cluster.ray_api import this_node
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
+from serving.contracts.fleet import Fleet, GatewayDemand
 from serving.contracts.models import ModelCard
 from serving.contracts.start_failure import telling_start_failures
 from serving.gateway.groups.loads import loads_of_this_process
@@ -53,7 +57,8 @@ class Gateway:
         tokenizers = {card.name: _tokenizer_of(card) for card in cards}
         self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
-        backend = ServeBackend(cards, groups, self._receiver)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._backend = backend = ServeBackend(cards, groups, self._receiver)
         self._watch = GatewayWatch(cards, METHODS, open_tracing())
         self._accounts: TenantAccounts | None = None
         if tenancy is not None:
@@ -75,6 +80,19 @@ class Gateway:
     async def metrics_port(self) -> int | None:
         """Port of /metrics; None when it is turned off."""
         return self._metrics_port
+
+    async def take_fleet(self, encoded: bytes) -> bytes:
+        """Fleet (msgpack) from the autoscaler; returns GatewayDemand (msgpack)."""
+        fleet = msgspec.msgpack.decode(encoded, type=Fleet)
+        for model, seen in fleet.models.items():
+            self._backend.set_groups(model, seen.num_running, is_asleep=seen.is_asleep)
+        self._watch.take_fleet(fleet, is_shown=fleet.shown_by == self._id)
+        demand = {
+            model: msgspec.structs.replace(total, num_held=held.num_sequences, num_held_tokens=held.num_prompt_tokens)
+            for model, total in self._server.demand.items()
+            for held in (self._backend.held(model),)
+        }
+        return msgspec.msgpack.encode(GatewayDemand(gateway=self._id, models=demand))
 
     async def drain(self) -> None:
         """Refuse new requests, let running ones finish up to gateway.drain_timeout_s, deliver their usage records."""

@@ -22,6 +22,7 @@ from serving.contracts.addresses import (
     listening_addresses,
     why_not_listening,
 )
+from serving.contracts.fleet import ModelDemand
 from serving.contracts.observer import Observe, unobserved
 from serving.gateway.core.admission import Admission
 from serving.gateway.core.backend import Backend
@@ -93,6 +94,11 @@ class GatewayServer:
         self._tls = None if config.tls is None else load_tls(config.tls)
         self._server: grpc.aio.Server | None = None
         self._http = self._http_listener()
+
+    @property
+    def demand(self) -> Mapping[str, ModelDemand]:
+        """What has arrived since the start, by model."""
+        return self._generator.demand.totals
 
     async def start(self) -> Ports:
         """Listen and serve. Raises ConfigError when an address cannot be had."""

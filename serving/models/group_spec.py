@@ -98,7 +98,7 @@ def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
 
     Raises ConfigError with the numbers of the fullest rank.
     """
-    num_ranks = sum(spec.card.num_groups * spec.parallel.tp_size for spec in specs)
+    num_ranks = sum(spec.entry.most_groups * spec.parallel.tp_size for spec in specs)
     processes = process_bytes([spec.entry for spec in specs])
     limit = f" (limited by {machine.memory_limit})" if machine.memory_limit else ""
     room = int(machine.available_memory_bytes * UTILISATION) - processes

@@ -96,6 +96,8 @@ def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
     threads = f", {_count(entry.threads_per_rank or 1, 'thread')} a rank" if entry.device == "cpu" else ""
     weights = entry.dtype if entry.quantization is None else f"{entry.dtype} with {entry.quantization} weights"
     groups = f"{entry.num_groups} groups of " if entry.num_groups > 1 else ""
+    if entry.most_groups != entry.num_groups:
+        groups = f"{entry.num_groups}, and at most {entry.most_groups}, groups of "
     return (
         f"{entry.name}: {groups}{_count(entry.tensor_parallel_size, 'rank')} on {entry.device}, {weights}{threads}, "
         f"KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB)"
@@ -103,13 +105,13 @@ def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
 
 
 def num_ranks(entry: ModelEntry) -> int:
-    """Of all groups."""
-    return entry.num_groups * entry.tensor_parallel_size
+    """Of all groups that there can be."""
+    return entry.most_groups * entry.tensor_parallel_size
 
 
 def process_bytes(entries: Sequence[ModelEntry]) -> int:
     """What the processes take before any weight."""
-    return STACK_BYTES + sum(e.num_groups * LEADER_BYTES + num_ranks(e) * RANK_BYTES for e in entries)
+    return STACK_BYTES + sum(e.most_groups * LEADER_BYTES + num_ranks(e) * RANK_BYTES for e in entries)
 
 
 def stored_dtype(info: CheckpointInfo) -> str:
@@ -144,7 +146,7 @@ def _safetensors_dtype(info: CheckpointInfo) -> str:
 
 
 def _device(entry: ModelEntry, entries: Sequence[ModelEntry], host: Host) -> str:
-    needed = sum(num_ranks(other) for other in entries if other.device in (AUTO, "cuda"))
+    needed = sum(o.num_groups * o.tensor_parallel_size for o in entries if o.device in (AUTO, "cuda"))
     return "cuda" if host.num_gpus and host.num_gpus >= needed else "cpu"
 
 
@@ -182,8 +184,8 @@ def _room_for_caches(entries: Sequence[ModelEntry], configs: Sequence[ModelConfi
         if entry.device != "cpu":
             continue
         for rank in _plan(entry, config, 0).ranks:
-            rest -= entry.num_groups * (rank.weight_bytes + rank.activation_bytes)
-            rest -= entry.num_groups * rank.kv_bytes_per_token * (entry.kv_cache_tokens or 0)
+            rest -= entry.most_groups * (rank.weight_bytes + rank.activation_bytes)
+            rest -= entry.most_groups * rank.kv_bytes_per_token * (entry.kv_cache_tokens or 0)
         num_open += num_ranks(entry) * (entry.kv_cache_tokens is None)
     return max(0, rest) // 2 // max(1, num_open)
 

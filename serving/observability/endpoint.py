@@ -22,7 +22,7 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
 class MetricsEndpoint:
-    """Serves GET /metrics, /steps, /healthz and /readyz from a thread, so that making up a page does not hold up tokens."""
+    """Serves GET /metrics, /steps, /fleet, /healthz and /readyz from a thread, so that making up a page holds up no tokens."""
 
     def __init__(
         self,
@@ -37,7 +37,9 @@ class MetricsEndpoint:
         address = listening_addresses(host)[0]
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server_class = type("_Server", (_Server,), {"address_family": family})
-        application = _application(registry, steps_page, is_ready)
+        self.fleet_page = b""
+        """JSON, what GET /fleet answers; "" before the groups have been asked for the first time."""
+        application = _application(registry, steps_page, is_ready, lambda: self.fleet_page)
         try:
             self._server: WSGIServer = make_server(address, port, application, server_class, _Handler)
         except OSError as error:
@@ -78,7 +80,10 @@ class _Handler(WSGIRequestHandler):
 
 
 def _application(
-    registry: CollectorRegistry, steps_page: Callable[[], bytes] | None, is_ready: Callable[[], bool]
+    registry: CollectorRegistry,
+    steps_page: Callable[[], bytes] | None,
+    is_ready: Callable[[], bool],
+    fleet_page: Callable[[], bytes],
 ) -> Any:
     metrics = make_wsgi_app(registry)
     text = [("Content-Type", "text/plain")]
@@ -93,6 +98,10 @@ def _application(
                 return [b"the replica groups do not answer in time\n"]
             start_response("200 OK", [("Content-Type", "application/x-ndjson")])
             return [lines]
+        if path == "/fleet":
+            page = fleet_page()
+            start_response("200 OK" if page else "503 Service Unavailable", [("Content-Type", "application/json")])
+            return [page]
         if path == "/healthz" or (path == "/readyz" and is_ready()):
             start_response("200 OK", text)
             return [b"ok\n"]
@@ -102,7 +111,7 @@ def _application(
         if path != "/metrics":
             start_response("404 Not Found", text)
             return [b"metrics are at /metrics\n"]
-        page: Iterable[bytes] = metrics(environ, start_response)
-        return page
+        samples: Iterable[bytes] = metrics(environ, start_response)
+        return samples
 
     return answer

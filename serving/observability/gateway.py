@@ -2,16 +2,21 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
+import msgspec
+
 from serving.config import AdminConfig
+from serving.contracts.fleet import Fleet
 from serving.contracts.group_report import PERIOD_S, GroupReport
 from serving.contracts.models import ModelCard
 from serving.contracts.step_report import StepReport, to_lines
 from serving.observability.endpoint import MetricsEndpoint
+from serving.observability.groups import FORGET_AFTER_S
 from serving.observability.metrics import GatewayMetrics
 from serving.observability.requests import Telemetry
 from serving.observability.tracing import Tracing
@@ -42,6 +47,8 @@ class GatewayWatch:
         self.telemetry = Telemetry(self.metrics, tracing)
         self._tracing = tracing
         self._endpoint: MetricsEndpoint | None = None
+        self._fleet, self._told_s = Fleet(at_s=0.0), -math.inf
+        """What the autoscaler told last, and when (monotonic)."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(
@@ -68,6 +75,13 @@ class GatewayWatch:
         ]
         return self._endpoint.port
 
+    def take_fleet(self, fleet: Fleet, *, is_shown: bool) -> None:
+        """What the autoscaler has told: for the page /fleet, and for the metrics of the one gateway that shows it."""
+        self._fleet, self._told_s = fleet, time.monotonic()
+        self.metrics.fleet.take(fleet if is_shown else None)
+        self.metrics.groups.set_configured({model: seen.target for model, seen in fleet.models.items()})
+        self._show_fleet()
+
     async def stop(self) -> None:
         """Close the port and send what is left of the traces."""
         for task in self._tasks:
@@ -80,10 +94,19 @@ class GatewayWatch:
             self._endpoint = None
         await asyncio.to_thread(self._tracing.close)
 
+    def _show_fleet(self) -> None:
+        """The autoscaler's models as it told them, others as their groups report."""
+        is_told = time.monotonic() - self._told_s < FORGET_AFTER_S
+        told = self._fleet if is_told else Fleet(at_s=time.time())
+        if self._endpoint is not None:
+            models = {**self.metrics.groups.fleet_models(), **told.models}
+            self._endpoint.fleet_page = msgspec.json.encode(msgspec.structs.replace(told, models=models))
+
     async def _watch_groups(self, ask: Callable[[], Awaitable[Mapping[str, Sequence[GroupReport]]]]) -> None:
         while True:
             try:
                 self.metrics.groups.take(await ask(), time.monotonic())
+                self._show_fleet()
             except Exception:  # metrics must outlive whatever the asking does
                 logger.exception("the replica groups cannot be asked for their metrics")
             await asyncio.sleep(PERIOD_S)

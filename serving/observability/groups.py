@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from serving.contracts.fleet import FleetGroup, FleetModel
 from serving.contracts.group_report import ITERATION_TOKENS_BUCKETS, GroupReport
 
 FORGET_AFTER_S = 60.0
@@ -66,6 +67,23 @@ class GroupCollector(Collector):
                 self._num_ended[model] += counted_here
                 self._on_gone(model, engine)
 
+    def fleet_models(self) -> dict[str, FleetModel]:
+        """The models as their groups report them. Those that count with another gateway tell no numbers here."""
+        return {
+            model: FleetModel(
+                mode="off",
+                target=number,
+                min_groups=number,
+                max_groups=number,
+                groups=tuple(_fleet_group(report) for report in self._reports.get(model, ())),
+            )
+            for model, number in self._num_configured.items()
+        }
+
+    def set_configured(self, num_groups: Mapping[str, int]) -> None:
+        """So many groups there should be of these models from now on."""
+        self._num_configured = {**self._num_configured, **num_groups}
+
     def collect(self) -> Iterator[Metric]:
         """All families, also those that have no samples yet. Called from another thread."""
         counted = [(model, r) for model, listed in self._reports.items() for r in listed if r.stats]
@@ -96,6 +114,17 @@ class GroupCollector(Collector):
             ended.add_metric((model,), self._num_ended[model])
         yield configured
         yield ended
+
+
+def _fleet_group(report: GroupReport) -> FleetGroup:
+    stats = report.stats
+    return FleetGroup(
+        group=report.engine,
+        state="running" if report.is_healthy else "lost",
+        num_running=int(stats["num_running"]) if stats else None,
+        num_waiting=int(stats["num_waiting"]) if stats else None,
+        kv_usage=stats["kv_usage"] if stats else None,
+    )
 
 
 def _iterations(counted: Sequence[tuple[str, GroupReport]]) -> Metric:

@@ -12,6 +12,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from serving import __version__
+from serving.observability.fleet import FleetCollector
 from serving.observability.groups import GroupCollector
 
 MAX_TENANTS = 200
@@ -147,6 +148,8 @@ class GatewayMetrics:
         Info("packtrain_build", "The version that runs.", registry=registry).info({"version": __version__})
         self.groups = GroupCollector(num_groups, self._forget_engine)
         registry.register(self.groups)
+        self.fleet = FleetCollector()
+        registry.register(self.fleet)
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         self.ttft_stages = {(model, stage): ttft_stage.labels(model, stage) for model in models for stage in STAGES}

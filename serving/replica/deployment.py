@@ -29,6 +29,7 @@ from serving.models.group_spec import GroupSpec
 from serving.observability.log import configure_logging, request_id
 from serving.observability.tracing import GroupSpan, open_tracing
 from serving.replica.async_engine import AsyncEngine
+from serving.replica.load import LoadMeter
 from serving.replica.output_sender import OutputSenders
 from serving.replica.progress import ProgressFile
 from serving.replica.reports import IterationTokens, ReaderLease
@@ -80,6 +81,7 @@ class ReplicaGroup:
         self._iterations = IterationTokens()
         scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
         self._timed = TimedExecutor(self._executor)
+        self._load_meter = LoadMeter(spec.scheduler, spec.cache)
         self._engine = Engine(self._timed, scheduler, on_step=self._iterations.observe)
         self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
@@ -143,6 +145,13 @@ class ReplicaGroup:
                 },
             )
         return self._encode(report)
+
+    async def load(self) -> bytes:
+        """(the group's id, GroupLoad) for the autoscaler (msgpack); without the load when the group is lost."""
+        load = None
+        if self._executor.health.problem() is None:
+            load = self._load_meter.load(self._engine.stats, list(self._timed.samples.copy()))
+        return self._encode((self._engine_id, load))
 
     async def steps(self) -> bytes:
         """StepReport (msgpack) of the last steps."""

@@ -3,6 +3,7 @@
 from bench.support.fake_backend import card
 from model_parallel.engine.request import EngineOutput, SamplingParams, Timings
 from serving.contracts.accounts import Principal
+from serving.contracts.fleet import Fleet, FleetModel
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
 from serving.observability.tracing import Tracing
@@ -28,6 +29,8 @@ def labels_by_sample() -> dict[str, set[str]]:
         observer.failed("RESOURCE_EXHAUSTED", "OVERLOADED", quota="tokens_per_minute", engine="g1")
     watch.metrics.loop_lag.observe(0)
     watch.metrics.groups.take({"tiny": [report("g1")]}, 0.0)
+    seen = FleetModel(mode="on", target=1, min_groups=1, max_groups=1, groups=(), num_decisions={"demand": 1})
+    watch.metrics.fleet.take(Fleet(at_s=0.0, models={"tiny": seen}))
     found: dict[str, set[str]] = {}
     for family in watch.metrics.registry.collect():
         for sample in family.samples:

@@ -36,12 +36,38 @@ def _error(data: dict[str, object]) -> str:
         ({"models": [{**MODEL, "dtype": "int4"}]}, ["models.0.dtype", "int4", "bfloat16"]),
         ({"models": [MODEL, MODEL]}, ["'m'", "2 times"]),
         ({"models": [MODEL], "gateway": {"port": 70000}}, ["gateway.port", "70000", "65535"]),
+        ({"models": [{**MODEL, "autoscaling": {}}]}, ["models.0.autoscaling.max_groups", "required"]),
+        (
+            {"models": [{**MODEL, "autoscaling": {"max_groups": 2, "mode": "of"}}]},
+            ["models.0.autoscaling.mode", "'off'"],
+        ),
+        (
+            {"models": [{**MODEL, "autoscaling": {"max_groups": 2, "min_groups": 3}}]},
+            ["min_groups is 3", "max_groups 2"],
+        ),
+        (
+            {"models": [{**MODEL, "num_groups": 5, "autoscaling": {"max_groups": 2}}]},
+            ["num_groups is 5", "max_groups 2"],
+        ),
         ({"models": [{**MODEL, "chat": {"format": "jinja"}}]}, ["models.0.chat.format", "jinja", "llama-2"]),
     ],
 )
 def test_what_is_wrong_is_named(data: dict[str, object], parts: list[str]) -> None:
     message = _error(data)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "most"),
+    [("off", "off", 1), ("on", "on", 3), ("'on'", "on", 3), ("advise", "advise", 1)],
+)
+def test_off_and_on_may_be_written_without_quotes(text: str, mode: str, most: int, tmp_path: Path) -> None:
+    """YAML 1.1 reads them as false and true."""
+    file = tmp_path / "packtrain.yaml"
+    file.write_text(f"models: [{{name: m, source: s, autoscaling: {{mode: {text}, max_groups: 3}}}}]")
+    (entry,) = load_config(file).models
+    assert entry.autoscaling is not None
+    assert (entry.autoscaling.mode, entry.most_groups) == (mode, most)
 
 
 def test_one_mistake_is_one_message() -> None:

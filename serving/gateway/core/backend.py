@@ -30,5 +30,5 @@ class Backend(Protocol):
         ...
 
     async def can_serve(self, model: str) -> bool:
-        """Whether some group of `model` can take a request now; bounded wait, never raises."""
+        """Whether some group of `model` can take a request now, or one will be started for it; bounded wait, never raises."""
         ...

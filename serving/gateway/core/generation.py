@@ -34,6 +34,7 @@ from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
@@ -103,6 +104,7 @@ class Generator:
         self._backend = backend
         self._accounts: Accounts = accounts or OpenAccounts()
         self._refusals = RecentRefusals(clock)
+        self.demand = DemandCounter(backend.models)
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
@@ -238,7 +240,8 @@ class Generator:
         Raises GroupUnavailableError when no group accepts it at first, or none goes on within RECOVERY_TIMEOUT_S, and
         PoisonedRequestError when too many groups are lost while they run it.
         """
-        self._refusals.check(card.name, card.num_groups, requests)
+        self.demand.count(card.name, requests)
+        self._refusals.check(card.name, max(1, card.num_groups), requests)
         trace_context = meter.submit()
         rest = Resumption(requests)
         recover_until_s = math.inf
@@ -272,7 +275,7 @@ class Generator:
         self, card: ModelCard, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
     ) -> AsyncGenerator[GroupOutputs, None]:
         """Offers the request to one group after another until one accepts it."""
-        for num_others in reversed(range(card.num_groups)):
+        for num_others in reversed(range(max(1, card.num_groups))):
             try:
                 async with aclosing(self._backend.generate(card.name, requests, trace_context)) as steps:
                     async for step in steps:
@@ -284,7 +287,7 @@ class Generator:
                 self._refusals.remember(card.name, error.engine, requests, error)
                 if not num_others:
                     raise
-                self._refusals.check(card.name, card.num_groups, requests)
+                self._refusals.check(card.name, max(1, card.num_groups), requests)
             except GroupUnavailableError as error:
                 if error.may_have_run or not num_others:
                     raise

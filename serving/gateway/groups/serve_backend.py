@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from model_parallel.engine.request import EngineRequest
 from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.fleet import ModelDemand
 from serving.contracts.group_link import GroupCall, GroupOutputs, GroupReply
 from serving.contracts.group_report import GroupReport
 from serving.contracts.models import ModelCard
@@ -28,6 +29,8 @@ from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 2.0
+ASLEEP_FOR_S = 120.0
+"""How long what the autoscaler has told is believed: two of its longest periods."""
 STALE_AFTER_S = 10.0
 """How long a group that was healthy and answers late is taken to be healthy."""
 Handle = DeploymentHandle[Any]
@@ -36,15 +39,24 @@ Handle = DeploymentHandle[Any]
 class ServeBackend:
     """The gateway's Backend on Serve handles. See serving/gateway/core/backend.py."""
 
-    def __init__(self, cards: Sequence[ModelCard], groups: Mapping[str, Handle], receiver: OutputReceiver) -> None:
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        groups: Mapping[str, Handle],
+        receiver: OutputReceiver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`receiver` must have started before the first request."""
         self._models = {card.name: card for card in cards}
         self._groups = groups
         self._receiver = receiver
         self._could_serve_s: dict[str, float] = {}
         """When (monotonic) a group of each model last said that it can."""
-        self._submissions: set[asyncio.Task[bytes]] = set()
-        """Calls of Serve that no group has answered yet."""
+        self._clock = clock
+        self._told_asleep_s: dict[str, float] = {}
+        """When (monotonic) the autoscaler last said that the model has no group until it is asked for."""
+        self._submissions: dict[asyncio.Task[bytes], tuple[str, int, int]] = {}
+        """Calls of Serve that no group has answered yet: (model, sequences, prompt tokens)."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
         self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
@@ -52,6 +64,28 @@ class ServeBackend:
     @property
     def models(self) -> Mapping[str, ModelCard]:
         return self._models
+
+    def set_groups(self, model: str, num_groups: int, *, is_asleep: bool) -> None:
+        """So many groups of the model run now, of which each may be asked before a request is refused. One that is asleep gets
+        a group when a request waits for it."""
+        card = self._models[model]
+        if card.num_groups != num_groups:
+            self._models[model] = msgspec.structs.replace(card, num_groups=num_groups)
+        if is_asleep:
+            self._told_asleep_s[model] = self._clock()
+        else:
+            self._told_asleep_s.pop(model, None)
+
+    def is_asleep(self, model: str) -> bool:
+        """The autoscaler has said so lately. When it is not there any more, nobody would wake the model."""
+        return self._clock() - self._told_asleep_s.get(model, -math.inf) < ASLEEP_FOR_S
+
+    def held(self, model: str) -> ModelDemand:
+        """What waits for the first group of a model that is asleep."""
+        if not self.is_asleep(model):
+            return ModelDemand(0, 0)
+        waiting = [asked for asked in self._submissions.values() if asked[0] == model]
+        return ModelDemand(sum(asked[1] for asked in waiting), sum(asked[2] for asked in waiting))
 
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
@@ -62,7 +96,8 @@ class ServeBackend:
         # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
         submission = asyncio.create_task(_value(self._groups[model].generate.remote(self._encode(call))))
         del call
-        self._submissions.add(submission)
+        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self._submissions[submission] = model, len(requests), num_tokens
         submission.add_done_callback(partial(self._take_reply, model, inbox))
         try:
             while num_open:
@@ -76,7 +111,7 @@ class ServeBackend:
 
     def _take_reply(self, model: str, inbox: Inbox, submission: asyncio.Task[bytes]) -> None:
         """A group has answered for a request, or none can."""
-        self._submissions.discard(submission)
+        del self._submissions[submission]
         try:
             reply = self._decode(submission.result())
         except BackPressureError:
@@ -107,7 +142,9 @@ class ServeBackend:
             )
 
     async def can_serve(self, model: str) -> bool:
-        for _ in range(self._models[model].num_groups):
+        if self.is_asleep(model):
+            return True  # whoever asks waits for its first group
+        for _ in range(max(1, self._models[model].num_groups)):
             probe = self._groups[model].probe.remote()
             try:
                 engine, problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)

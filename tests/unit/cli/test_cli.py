@@ -13,7 +13,7 @@ from serving.cli.main import app, main
 from serving.cli.serve import default_config, model_config, overridden, served_name
 from serving.config import parse_config
 
-COMMANDS = ["serve", "demo", "generate", "chat", "models", "fetch", "version", "doctor"]
+COMMANDS = ["serve", "demo", "generate", "chat", "models", "fetch", "version", "doctor", "status"]
 
 
 def test_help_lists_every_command() -> None:

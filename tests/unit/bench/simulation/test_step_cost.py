@@ -6,7 +6,7 @@ from scipy.optimize import nnls
 
 from bench.simulation.clock import TICK_S
 from bench.simulation.cost import CostTable, StepCost
-from bench.simulation.least_squares import nonnegative_least_squares
+from cluster.policy.least_squares import nonnegative_least_squares
 from model_parallel.engine.messages import Row, StepPlan
 from model_parallel.engine.step_times import StepWork
 from model_parallel.errors import ConfigError

@@ -14,9 +14,10 @@ from bench.support.fake_backend import card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError
 from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.fleet import ModelDemand
 from serving.contracts.group_link import GroupCall
 from serving.gateway.groups.output_receiver import OutputReceiver
-from serving.gateway.groups.serve_backend import ServeBackend
+from serving.gateway.groups.serve_backend import ASLEEP_FOR_S, ServeBackend
 from serving.observability.tracing import Tracing
 from serving.replica.deployment import ReplicaGroup
 from tests.support.engine import Harness, make_request
@@ -254,3 +255,37 @@ async def test_a_model_can_be_served_while_one_of_its_groups_can(
         problem is not None for problem in problems[:num_asked]
     ]
     assert backend.models[MODEL].kernels == ("cpu-scalar" if expected else "reference")
+
+
+def test_the_number_of_groups_follows_what_the_gateway_is_told(receiver: OutputReceiver) -> None:
+    backend = ServeBackend([card(MODEL, num_groups=2)], {MODEL: SimpleNamespace()}, receiver)
+    models = backend.models
+    backend.set_groups(MODEL, 5, is_asleep=False)
+    assert models[MODEL].num_groups == 5
+
+
+async def test_requests_for_a_model_that_is_asleep_are_held_and_counted(receiver: OutputReceiver) -> None:
+    now_s = 0.0
+    answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    handle: Any = SimpleNamespace(generate=SimpleNamespace(remote=lambda call: answer))
+    backend = ServeBackend([card(MODEL)], {MODEL: handle}, receiver, clock=lambda: now_s)
+    outputs = backend.generate(MODEL, [make_request("r-0", [1, 2, 3]), make_request("r-1", [4, 5])], {})
+    waiting = asyncio.ensure_future(anext(outputs))
+    await asyncio.sleep(0)
+    assert backend.held(MODEL) == ModelDemand(0, 0)  # a group is there, and will answer
+
+    backend.set_groups(MODEL, 0, is_asleep=True)
+    assert await backend.can_serve(MODEL)
+    assert backend.held(MODEL) == ModelDemand(2, 5)
+
+    now_s = ASLEEP_FOR_S  # the autoscaler is gone, and nobody would wake the model
+    assert not backend.is_asleep(MODEL)
+    assert backend.held(MODEL) == ModelDemand(0, 0)
+
+    backend.set_groups(MODEL, 0, is_asleep=True)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await outputs.aclose()
+    await asyncio.sleep(0)
+    assert backend.held(MODEL) == ModelDemand(0, 0)  # its client has left

@@ -1,0 +1,222 @@
+"""Groups and gateways as the autoscaler sees them through Ray Serve, and how it starts and stops groups."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from cluster.autoscaler import LoggedDecision, Mode
+from cluster.policy import (
+    GatewayLoad,
+    GatewayObservation,
+    GroupLoad,
+    GroupObservation,
+    ModelDecision,
+    ModelObservation,
+    Observation,
+    Phase,
+)
+from serving.autoscaling.settings import AutoscalerSettings
+from serving.contracts.fleet import Fleet, FleetDecision, FleetGroup, FleetModel, GatewayDemand, ModelDemand
+
+MAX_TOLD = 200
+"""Decisions that gateways are told."""
+_PHASES = {"STARTING": Phase.STARTING, "STOPPING": Phase.DRAINING, "STOPPED": Phase.DRAINING}
+"""By Serve's name; whatever else there is, such as RECOVERING, runs."""
+_encode = msgspec.msgpack.Encoder().encode
+_decode_load = msgspec.msgpack.Decoder(tuple[str, GroupLoad | None]).decode
+_decode_demand = msgspec.msgpack.Decoder(GatewayDemand).decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replica:
+    """One replica of a deployment."""
+
+    id: str
+    state: str
+    """Serve's name of it."""
+    started_s: float
+    """Wall clock, when Serve began to start it, or found it again after a restart of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployed:
+    """One deployment."""
+
+    target: int
+    """Replicas that there should be."""
+    replicas: tuple[Replica, ...]
+
+
+class Control(Protocol):
+    """Ray Serve; see serve_control.py."""
+
+    def deployed(self) -> Mapping[str, Deployed]: ...
+
+    def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]: ...
+
+    def set_target(self, deployment: str, num_replicas: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """What was seen of a group's life so far."""
+
+    phase: Phase
+    since_s: float
+    start_s: float | None = None
+
+
+class ServeFleet:
+    """Implements cluster.autoscaler's Observer and Actuator. All times are of this process's wall clock: what answers now was
+    measured now, and clocks of other nodes do not matter."""
+
+    def __init__(self, settings: AutoscalerSettings, control: Control, clock: Callable[[], float] = time.time) -> None:
+        self._settings, self._control, self._clock = settings, control, clock
+        self._lives: dict[str, _Life] = {}
+        self._last = Fleet(at_s=0.0)
+        """What gateways are told at the next look."""
+        self._num_decisions: dict[str, Counter[str]] = {model: Counter() for model in settings.models}
+        self._log: Callable[[float], list[LoggedDecision]] = lambda since_s: []
+
+    def show_decisions(self, log: Callable[[float], list[LoggedDecision]]) -> None:
+        """Gateways are told of these decisions."""
+        self._log = log
+
+    def observe(self) -> Observation:
+        """Raises ScalingError."""
+        deployed = self._control.deployed()
+        gateways = self._observe_gateways(deployed.get(self._settings.gateway, Deployed(target=0, replicas=())))
+        models: dict[str, ModelObservation] = {}
+        lives: dict[str, _Life] = {}
+        for model, scaled in self._settings.models.items():
+            if (found := deployed.get(scaled.deployment)) is None:
+                continue
+            groups = self._observe_groups(scaled.deployment, found, lives)
+            loads = tuple(
+                GatewayObservation(gateway=gateway, load=None if demands is None else _load_of(demands, model, at_s))
+                for gateway, (demands, at_s) in gateways.items()
+            )
+            models[model] = ModelObservation(target=found.target, groups=groups, gateways=loads)
+        self._lives = lives
+        self._last = self._seen(models, deployed)
+        return Observation(models=models, num_accelerators=self._settings.max_ranks)
+
+    def scale(self, model: str, target: int, victims: tuple[str, ...]) -> None:
+        """Serve chooses itself which groups it stops: see docs/autoscaling.md. Raises ScalingError."""
+        self._control.set_target(self._settings.models[model].deployment, target)
+
+    def count(self, model: str, mode: Mode, decision: ModelDecision) -> None:
+        """Another number of groups was decided."""
+        self._num_decisions[model][decision.cause] += 1
+
+    def _observe_gateways(self, deployed: Deployed) -> dict[str, tuple[Mapping[str, ModelDemand] | None, float]]:
+        """(demands by model, when they were asked for) of each gateway that takes requests; None for one that is silent."""
+        at_s = self._clock()
+        running = [replica.id for replica in deployed.replicas if _phase(replica) is Phase.RUNNING]
+        fleet = msgspec.structs.replace(self._last, decisions=self._told())
+        answers = map(_decode_demand, self._control.ask_all(self._settings.gateway, "take_fleet", _encode(fleet)))
+        demands = {answer.gateway: answer.models for answer in answers}
+        return {gateway: (demands.get(gateway), at_s) for gateway in running}
+
+    def _observe_groups(
+        self, deployment: str, deployed: Deployed, lives: dict[str, _Life]
+    ) -> tuple[GroupObservation, ...]:
+        at_s = self._clock()
+        loads = dict(map(_decode_load, self._control.ask_all(deployment, "load")))
+        groups = []
+        for replica in deployed.replicas:
+            life = lives[replica.id] = self._live(replica, at_s)
+            load = loads.get(replica.id)
+            if load is not None:
+                load = msgspec.structs.replace(load, measured_s=at_s)
+            groups.append(
+                GroupObservation(
+                    group=replica.id, phase=life.phase, since_s=life.since_s, load=load, start_s=life.start_s
+                )
+            )
+        return tuple(groups)
+
+    def _live(self, replica: Replica, now_s: float) -> _Life:
+        phase, before = _phase(replica), self._lives.get(replica.id)
+        if phase is Phase.STARTING:
+            return _Life(phase, replica.started_s or now_s)
+        if before is None:
+            return _Life(phase, now_s)
+        if before.phase is phase:
+            return before
+        start_s = now_s - before.since_s if before.phase is Phase.STARTING else before.start_s
+        return _Life(phase, now_s, start_s)
+
+    def _seen(self, models: Mapping[str, ModelObservation], deployed: Mapping[str, Deployed]) -> Fleet:
+        gateways = sorted(
+            replica.id
+            for replica in deployed.get(self._settings.gateway, Deployed(target=0, replicas=())).replicas
+            if _phase(replica) is Phase.RUNNING
+        )
+        return Fleet(
+            at_s=self._clock(),
+            shown_by=gateways[0] if gateways else "",
+            models={model: self._model(model, observed) for model, observed in models.items()},
+        )
+
+    def _model(self, model: str, observed: ModelObservation) -> FleetModel:
+        scaled = self._settings.models[model].scaled
+        return FleetModel(
+            mode=scaled.mode,
+            target=observed.target,
+            min_groups=scaled.policy.min_groups,
+            max_groups=scaled.policy.max_groups,
+            groups=tuple(
+                FleetGroup(
+                    group=group.group,
+                    state=group.phase,
+                    since_s=group.since_s,
+                    num_running=group.load.num_running if group.load else None,
+                    num_waiting=group.load.num_waiting if group.load else None,
+                    kv_usage=group.load.kv_usage if group.load else None,
+                )
+                for group in observed.groups
+            ),
+            num_decisions=dict(self._num_decisions[model]),
+        )
+
+    def _told(self) -> tuple[FleetDecision, ...]:
+        return tuple(_told_of(self._log(0.0)[-MAX_TOLD:]))
+
+
+def _phase(replica: Replica) -> Phase:
+    return _PHASES.get(replica.state, Phase.RUNNING)
+
+
+def _load_of(demands: Mapping[str, ModelDemand], model: str, at_s: float) -> GatewayLoad | None:
+    demand = demands.get(model)
+    if demand is None:
+        return None
+    return GatewayLoad(
+        measured_s=at_s,
+        num_sequences=demand.num_sequences,
+        num_prompt_tokens=demand.num_prompt_tokens,
+        num_held=demand.num_held,
+        num_held_tokens=demand.num_held_tokens,
+    )
+
+
+def _told_of(log: Iterable[LoggedDecision]) -> Iterable[FleetDecision]:
+    for entry in log:
+        made = entry.decision
+        yield FleetDecision(
+            first_s=entry.first_s,
+            last_s=entry.last_s,
+            model=entry.model,
+            mode=entry.mode,
+            before=made.before,
+            target=made.target,
+            cause=made.cause,
+            reason=made.reason,
+            warnings=made.warnings,
+            error=entry.error,
+        )

@@ -1,0 +1,78 @@
+"""The calls to Ray Serve that the autoscaler makes. Each has a deadline."""
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.autoscaler import ScalingError
+from serving.autoscaling.fleet import Deployed, Replica
+
+TIMEOUT_S = 10.0
+"""For the controller. It may be starting again."""
+ANSWER_TIMEOUT_S = 2.0
+"""For groups and gateways."""
+
+
+class ServeControl:
+    """Of one application."""
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+
+    def deployed(self) -> dict[str, Deployed]:
+        """All deployments by name. Raises ScalingError."""
+        # What GET /api/serve/applications/ of Ray's dashboard answers.
+        details = self._ask_controller("get_serve_instance_details")
+        app = details["applications"].get(self._app)
+        if app is None:
+            raise ScalingError(f"the application {self._app} is not deployed")
+        return {
+            name: Deployed(
+                target=deployment["target_num_replicas"],
+                replicas=tuple(
+                    Replica(
+                        id=replica["replica_id"], state=str(replica["state"].value), started_s=replica["start_time_s"]
+                    )
+                    for replica in deployment["replicas"]
+                ),
+            )
+            for name, deployment in app["deployments"].items()
+        }
+
+    def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]:
+        """What the running replicas answer in time, in no order."""
+        try:
+            broadcast = self._handle(deployment).broadcast(method, *arguments)
+            items = broadcast.results(timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True)
+        except (RayError, RayServeException, TimeoutError):
+            return []
+        return [item for item in items if isinstance(item, bytes)]
+
+    def _handle(self, deployment: str) -> DeploymentHandle[Any]:
+        if deployment not in self._handles:
+            handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, self._app)
+            # The cluster's setting puts routers into the event loop of their process, and this thread has none.
+            handle._init(_run_router_in_separate_loop=True)
+            self._handles[deployment] = handle
+        return self._handles[deployment]
+
+    def set_target(self, deployment: str, num_replicas: int) -> None:
+        """Raises ScalingError."""
+        self._ask_controller("update_deployment_replicas", DeploymentID(deployment, self._app), num_replicas)
+
+    def _ask_controller(self, method: str, *arguments: object) -> Any:
+        try:
+            client = _get_global_client()
+            if client is None:
+                raise ScalingError("Serve does not run")
+            controller: Any = client._controller
+            return ray.get(getattr(controller, method).remote(*arguments), timeout=TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError, ValueError) as error:
+            raise ScalingError(f"Serve's controller: {type(error).__name__}: {error}") from error

@@ -1,0 +1,15 @@
+"""Lengths of time on the command line."""
+
+import re
+
+import typer
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration_s(text: str) -> float:
+    """Seconds. Raises BadParameter."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(f"a length of time is a number and one of s, m, h, d, such as 24h; not {text!r}")
+    return float(int(match[1]) * _UNITS_S[match[2]])

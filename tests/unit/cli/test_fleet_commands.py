@@ -1,0 +1,105 @@
+"""`packtrain status` and `packtrain autoscaler explain`."""
+
+import json
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
+from threading import Thread
+
+import msgspec
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from serving.cli.fleet import read_fleet, render
+from serving.cli.main import app
+from serving.contracts.fleet import Fleet, FleetDecision, FleetGroup, FleetModel
+
+NOW_S = time.time()
+GROUP = FleetGroup(group="g1", state="running", since_s=NOW_S - 7200, num_running=3, num_waiting=1, kv_usage=0.25)
+DECISION = FleetDecision(
+    first_s=NOW_S - 7200, last_s=NOW_S - 7200, model="chat", mode="on", before=1, target=2, cause="demand",
+    reason="1 → 2: much arrives",
+)  # fmt: skip
+FLEET = Fleet(
+    at_s=NOW_S,
+    models={
+        "chat": FleetModel(
+            mode="on", target=2, min_groups=1, max_groups=4,
+            groups=(GROUP, FleetGroup(group="g2", state="starting", since_s=NOW_S - 30)),
+        ),
+        "fixed": FleetModel(mode="off", target=1, min_groups=1, max_groups=1, groups=()),
+    },
+    decisions=(
+        DECISION,
+        msgspec.structs.replace(
+            DECISION, first_s=NOW_S - 600, last_s=NOW_S - 60, mode="advise", before=2, reason="stays at 2",
+            warnings=("3 groups are needed and max_groups is 2",), error="the controller does not answer",
+        ),
+        msgspec.structs.replace(DECISION, model="other", first_s=NOW_S, last_s=NOW_S),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Of a gateway that shows FLEET."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/fleet" else 404)
+            self.end_headers()
+            self.wfile.write(msgspec.json.encode(FLEET))
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_status_shows_groups_and_the_last_decisions(address: str) -> None:
+    output = CliRunner().invoke(app, ["status", "--address", address], catch_exceptions=False).output
+    assert "much arrives" in output
+    shown = StringIO()
+    Console(file=shown, width=160).print(render(FLEET, NOW_S))
+    for word in ("g1", "running", "2.0 h", "25%", "g2", "starting", "30 s", "2 (1-4)", "fixed", "much arrives"):
+        assert word in shown.getvalue()
+
+
+def test_explain_goes_back_as_far_as_it_is_asked_to(address: str) -> None:
+    explained = CliRunner().invoke(app, ["autoscaler", "explain", "--address", address], catch_exceptions=False).output
+    assert len(explained.splitlines()) == 2
+    assert "chat (advise), demand: stays at 2; warning: 3 groups" in explained
+    assert "not carried out: the controller does not answer" in explained
+    whole = CliRunner().invoke(app, ["autoscaler", "explain", "--address", address, "--since", "1d"]).output
+    assert len(whole.splitlines()) == 3
+    of_one = ["autoscaler", "explain", "--address", address, "--model", "other", "--since", "1d"]
+    assert len(CliRunner().invoke(app, of_one).output.splitlines()) == 1
+
+
+def test_no_decision_is_said_to_be_none(address: str) -> None:
+    nothing = ["autoscaler", "explain", "--address", address, "--model", "nobody"]
+    assert "no decision since" in CliRunner().invoke(app, nothing).output
+
+
+def test_a_wrong_length_of_time_is_named(address: str) -> None:
+    result = CliRunner().invoke(app, ["autoscaler", "explain", "--address", address, "--since", "soon"])
+    assert result.exit_code != 0
+    assert "'soon'" in result.output
+
+
+def test_whoever_does_not_answer_is_named() -> None:
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 "):
+        read_fleet("1")
+
+
+def test_what_is_no_gateway_is_told_from_one(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(msgspec.json, "encode", lambda fleet: json.dumps({"at_s": "soon"}).encode())
+    with pytest.raises(ConnectionError, match="is no gateway"):
+        read_fleet(address)
