@@ -228,15 +228,12 @@ class Pod:
             return directory
         directory.mkdir(parents=True)
         if volume.get("emptyDir", {}).get("medium") == "Memory":
-            run(
-                "mount",
-                "-t",
-                "tmpfs",
-                "-o",
-                f"size={volume['emptyDir']['sizeLimit'].removesuffix('i')},mode=1777",
-                "shm",
-                str(directory),
-            )
+            # In the pod's own mounts: what is mounted outside of them now, the pod does not see.
+            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            options = f"size={size},mode=2777,uid={owner},gid={self.spec['securityContext']['fsGroup']}"
+            in_pod = ("nsenter", "-t", str(self._pid), "-m", "--")
+            run(*in_pod, "mount", "-t", "tmpfs", "-o", options, "memory", str(directory))
+            return directory
         files: Mapping[str, str] = {}
         if "configMap" in volume:
             files = self.cluster.config_maps[volume["configMap"]["name"]]
@@ -380,9 +377,6 @@ class Pod:
             run("ip", "link", "del", f"v{self.ip.rpartition('.')[2]}")
         # What is not on a claim goes with the pod.
         volumes = self.cluster.directory / "volumes" / self.name
-        for volume in volumes.iterdir() if volumes.exists() else ():
-            with contextlib.suppress(RuntimeError):
-                run("umount", str(volume))
         shutil.rmtree(volumes, ignore_errors=True)
         self.containers.clear()
 
