@@ -130,7 +130,12 @@ def is_ready(pod: Pod) -> bool:
 def left_in(pod: Pod) -> list[str]:
     """What goes on in a pod that has ended, but Ray's agents: they tell the control store of their node's end, for a minute when
     there is none any more, and a container's runtime ends them with the container."""
-    return [line for line in pod.processes() if not line.startswith(RAYS_AGENTS)]
+    deadline = time.monotonic() + 15  # children of what was killed see it within seconds
+    while (
+        left := [line for line in pod.processes() if not line.startswith(RAYS_AGENTS)]
+    ) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
 
 
 def live(pods: dict[str, Pod], facts: Facts) -> None:
