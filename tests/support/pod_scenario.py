@@ -25,7 +25,7 @@ HEAD = f"{NAME}-head-svc.{NAMESPACE}.svc.cluster.local"
 READY_S = 900.0
 STREAM_S = 300.0
 RAYS_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-MAX_TOKENS = 1500
+MAX_TOKENS = 400  # a KV cache as small as a busy machine has room for holds them
 
 
 def wait(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
