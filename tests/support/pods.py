@@ -32,8 +32,8 @@ TOKEN = "a-token-that-kuberay-would-have-drawn"
 _UID = 10001
 _START_S = 60.0
 _MAX_RESTARTS = 5
-# What Ray gives up after is meant for a machine that has its cores to itself. Its memory monitor looks at a pod's own memory; here
-# it would see the machine's, and end replicas because of what others use.
+# What Ray gives up after is meant for a machine that has its cores to itself. Its memory monitor looks at a pod's own memory;
+# here it would see the machine's, and end replicas because of what others use.
 PATIENCE = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
     "RAY_raylet_start_wait_time_s": "600",
