@@ -50,6 +50,12 @@ _SWITCHES = {
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_agent_register_timeout_ms": "300000",
 }
+# Of a process that joins a cluster, whatever its container has for the nodes: the driver calls gateways from plain threads,
+# which no event loop runs in, and its calls after the end must fail.
+_OF_WHO_JOINS = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+}
 _NO_PROXY = ("localhost", "127.0.0.1", "::1")
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy")
 _TOKEN = secrets.token_hex(32)
@@ -59,8 +65,8 @@ _TOKEN = secrets.token_hex(32)
 def prepare_environment(*, joins: bool = False, environment: MutableMapping[str, str] = os.environ) -> list[str]:
     """Set Ray's switches for this process and all that it starts. Returns the names of variables that are no longer set.
 
-    A private cluster takes nothing from variables named RAY_*. With `joins` they stay: they say how the cluster at hand is
-    reached.
+    A private cluster takes nothing from variables named RAY_*. With `joins` they stay, but for what its nodes need and the
+    driver must not have: they say how the cluster at hand is reached.
     """
     removed = []
     if not joins:
@@ -69,10 +75,12 @@ def prepare_environment(*, joins: bool = False, environment: MutableMapping[str,
             del environment[name]
         environment["RAY_AUTH_MODE"] = "token"
     for name, value in _SWITCHES.items():
-        if joins and name != "RAY_ENABLE_AUTO_CONNECT":
+        if joins:
             environment.setdefault(name, value)
         else:
             environment[name] = value
+    if joins:
+        environment.update(_OF_WHO_JOINS)
     environment.update(without_proxy(environment))
     return removed
 

@@ -44,6 +44,7 @@ MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
     (rules.grace_is_longer_than_the_drain, "minimal-cpu", {CLUSTER: ("terminationGracePeriodSeconds: {{ $grace }}", "terminationGracePeriodSeconds: 30")}),
     (rules.grace_is_longer_than_the_drain, "llama-2-70b-tp8", {HELPERS: ("{{ add (include \"packtrain.drainSeconds\" . | float64 | ceil | int) 30 | quote }}", '"60"')}),
     (rules.grace_is_longer_than_the_drain, "minimal-cpu", {HELPERS: ("command: [packtrain, k8s, drain,", "command: [sleep,")}),
+    (rules.grace_is_longer_than_the_drain, "minimal-cpu", {HELPERS: ('RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "0"', 'RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "30"')}),
     (rules.live_is_not_ready, "minimal-cpu", {PODS: ("grpc: {port: {{ include \"packtrain.port\" (list . \"gateway\" \"port\" 50051) }}}", "httpGet: {path: /api/healthz, port: {{ $port }}}")}),
     (rules.live_is_not_ready, "many-models", {PODS: ("path: /readyz", "path: /healthz")}),
     (rules.live_is_not_ready, "minimal-cpu", {PODS: ("livenessProbe:\n  httpGet: {path: /api/healthz,", "livenessProbe:\n  httpGet: {path: /readyz,")}),

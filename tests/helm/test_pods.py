@@ -76,20 +76,21 @@ def test_ray_is_closed(facts: Facts) -> None:
 def test_a_drivers_restart_is_not_noticed(facts: Facts) -> None:
     assert facts["left of the driver"] == []
     assert facts["driver ended after"] < POD_GRACE_S
-    assert tuple(facts["stream beside a driver's restart"]) == ("OK", 1500)
+    assert facts["stream beside a driver's restart"] == "OK"
     assert facts["replicas stayed"]
     assert "taking over what is deployed already" in facts["driver's log"]
 
 
 def test_the_head_may_be_lost(facts: Facts) -> None:
     assert facts["without a head"] == "OK"
-    assert tuple(facts["stream beside the head's loss"]) == ("OK", 1500)
+    assert facts["stream beside the head's loss"] == "OK"
     assert facts["replicas outlived the head"]
     assert facts["after the head's loss"] == "OK"
 
 
 def test_pods_drain_within_their_grace_and_leave_nothing(facts: Facts) -> None:
-    assert tuple(facts["stream while ending"]) == ("OK", 400)
+    assert facts["a stream was open then"]
+    assert facts["stream while ending"] == "OK"
     assert facts["new request while ending"] == "UNAVAILABLE"
     assert all(seconds < POD_GRACE_S for seconds in facts["seconds to end"].values())
     assert facts["left"] == {}

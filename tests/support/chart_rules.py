@@ -195,6 +195,14 @@ def grace_is_longer_than_the_drain(manifests: list[Manifest]) -> list[str]:
             found.append(f"{name} waits {timeout_s} s for requests that may take {drain_s} s")
         if grace_s < timeout_s + 15:
             found.append(f"{name} is killed after {grace_s} s and needs {timeout_s + 15} s")
+    for name, template in pod_templates(manifests):
+        for container in containers(template):
+            variables = {v["name"]: v.get("value") for v in container.get("env", [])}
+            if (
+                "RAY_SERVE_USE_GRPC_BY_DEFAULT" in variables
+                and variables.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") != "0"
+            ):
+                found.append(f"{name}/{container['name']} drains its node once more after preStop has")
     return found
 
 

@@ -32,8 +32,13 @@ TOKEN = "a-token-that-kuberay-would-have-drawn"
 _UID = 10001
 _START_S = 60.0
 _MAX_RESTARTS = 5
-# What Ray gives up after is meant for a machine that has its cores to itself.
-PATIENCE = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600", "RAY_raylet_start_wait_time_s": "600"}
+# What Ray gives up after is meant for a machine that has its cores to itself. Its memory monitor looks at a pod's own memory;
+# here it would see the machine's, and end replicas because of what others use.
+PATIENCE = {
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+    "RAY_raylet_start_wait_time_s": "600",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 
 # Pid 1 of a pod: takes in processes whose parents have ended.
 _PAUSE = "import os, time\nwhile True:\n    try:\n        os.wait()\n    except ChildProcessError:\n        time.sleep(0.2)\n"
@@ -228,15 +233,12 @@ class Pod:
             return directory
         directory.mkdir(parents=True)
         if volume.get("emptyDir", {}).get("medium") == "Memory":
-            run(
-                "mount",
-                "-t",
-                "tmpfs",
-                "-o",
-                f"size={volume['emptyDir']['sizeLimit'].removesuffix('i')},mode=1777",
-                "shm",
-                str(directory),
-            )
+            # In the pod's own mounts: what is mounted outside of them now, the pod does not see.
+            size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
+            options = f"size={size},mode=2777,uid={owner},gid={self.spec['securityContext']['fsGroup']}"
+            in_pod = ("nsenter", "-t", str(self._pid), "-m", "--")
+            run(*in_pod, "mount", "-t", "tmpfs", "-o", options, "memory", str(directory))
+            return directory
         files: Mapping[str, str] = {}
         if "configMap" in volume:
             files = self.cluster.config_maps[volume["configMap"]["name"]]
@@ -380,9 +382,6 @@ class Pod:
             run("ip", "link", "del", f"v{self.ip.rpartition('.')[2]}")
         # What is not on a claim goes with the pod.
         volumes = self.cluster.directory / "volumes" / self.name
-        for volume in volumes.iterdir() if volumes.exists() else ():
-            with contextlib.suppress(RuntimeError):
-                run("umount", str(volume))
         shutil.rmtree(volumes, ignore_errors=True)
         self.containers.clear()
 

@@ -138,6 +138,9 @@ driver refuses a cluster whose nodes lack one. */}}
 - {name: MALLOC_ARENA_MAX, value: "4"}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
+# A pod's preStop has drained its node already. Ray would do it once more at SIGTERM, and the head, with Serve's controller, and the
+# driver's node, with the quota authority, would wait for the whole of these seconds: nothing takes those two away from them.
+- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "0"}
 - {name: RAY_ROTATION_MAX_BYTES, value: "67108864"}
 - {name: RAY_ROTATION_BACKUP_COUNT, value: "3"}
 {{- if .Values.gcsFaultTolerance.enabled }}

@@ -40,6 +40,13 @@ def test_a_cluster_that_is_joined_keeps_its_variables() -> None:
     assert environment["RAY_ENABLE_AUTO_CONNECT"] == "0"
 
 
+def test_the_driver_of_a_joined_cluster_calls_gateways_from_plain_threads() -> None:
+    environment = dict(CLUSTER_VARIABLES)  # as a container has them that runs the driver and a node's image
+    prepare_environment(joins=True, environment=environment)
+    assert environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] == "1"
+    assert environment["RAY_task_events_report_interval_ms"] == "0"
+
+
 @pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "grpc_proxy", "All_Proxy"])
 def test_calls_to_this_machine_take_no_proxy(name: str) -> None:
     environment = {name: "http://proxy:3128", "no_proxy": ".internal,localhost"}
