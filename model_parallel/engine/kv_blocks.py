@@ -15,37 +15,56 @@ from model_parallel.config import CacheConfig
 
 
 class BlockPool:
-    """Holders, free list and published hashes of single blocks. Every operation takes constant time."""
+    """Holders, free list and published hashes of single blocks. Every operation takes constant time. Memory grows with the blocks
+    that have been used, not with those that there are.
+
+    Free blocks are taken in this order: those that hold nothing of use, the last released first; those never used; published
+    ones, the least recently released first.
+    """
 
     def __init__(self, num_blocks: int) -> None:
-        self._num_holders = [0] * num_blocks
-        self._free = OrderedDict[int, None].fromkeys(range(num_blocks))
-        """In the order in which blocks will be taken: worthless ones first, then the least recently released."""
+        self.num_blocks = num_blocks
+        self._num_holders: dict[int, int] = {}
+        """Of blocks that are held."""
+        self._worthless: list[int] = []
+        """Free blocks that were used and are not published; the last is the next to be taken."""
+        self._num_used = 0
+        """Blocks of this number and above have never been taken."""
+        self._reusable = OrderedDict[int, None]()
+        """Free blocks that are published, in the order in which they will be taken."""
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
     @property
-    def num_blocks(self) -> int:
-        return len(self._num_holders)
-
-    @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self.num_blocks - len(self._num_holders)
 
     def is_free(self, block_id: int) -> bool:
-        return block_id in self._free
+        return block_id not in self._num_holders
+
+    def free_blocks(self) -> list[int]:
+        """In the order in which they will be taken."""
+        return [*reversed(self._worthless), *range(self._num_used, self.num_blocks), *self._reusable]
 
     def find(self, block_hash: bytes) -> int | None:
         """The block published under this hash, held or free."""
         return self._block_of.get(block_hash)
 
     def take(self, num_blocks: int) -> list[int]:
-        """Blocks for new content, with one holder each; what they held until now is no longer found."""
-        popitem, num_holders, hash_of = self._free.popitem, self._num_holders, self._hash_of
+        """Blocks for new content, with one holder each; what they held until now is no longer found. Raises IndexError when
+        fewer are free."""
+        if num_blocks > self.num_free:
+            raise IndexError(f"{num_blocks} blocks are asked for and {self.num_free} are free")
+        num_holders, worthless = self._num_holders, self._worthless
         taken = []
         for _ in range(num_blocks):
-            block_id, _ = popitem(last=False)
-            if block_id in hash_of:
+            if worthless:
+                block_id = worthless.pop()
+            elif self._num_used < self.num_blocks:
+                block_id = self._num_used
+                self._num_used += 1
+            else:
+                block_id, _ = self._reusable.popitem(last=False)
                 self.forget(block_id)
             num_holders[block_id] = 1
             taken.append(block_id)
@@ -53,19 +72,21 @@ class BlockPool:
 
     def hold(self, block_id: int) -> None:
         """One more holder for a published block."""
-        self._free.pop(block_id, None)
-        self._num_holders[block_id] += 1
+        self._reusable.pop(block_id, None)
+        self._num_holders[block_id] = self._num_holders.get(block_id, 0) + 1
 
     def release(self, block_ids: Iterable[int]) -> None:
         """One holder fewer for each in turn. Without any, a block is free, and is still found if it was published."""
-        free, num_holders, hash_of = self._free, self._num_holders, self._hash_of
+        num_holders, hash_of = self._num_holders, self._hash_of
         for block_id in block_ids:
-            num_left = num_holders[block_id] - 1
-            num_holders[block_id] = num_left
-            if not num_left:
-                free[block_id] = None
-                if block_id not in hash_of:
-                    free.move_to_end(block_id, last=False)
+            if num_left := num_holders[block_id] - 1:
+                num_holders[block_id] = num_left
+                continue
+            del num_holders[block_id]
+            if block_id in hash_of:
+                self._reusable[block_id] = None
+            else:
+                self._worthless.append(block_id)
 
     def publish(self, block_id: int, block_hash: bytes) -> None:
         """Let others find the block. The first of two equal blocks keeps the hash; the second stays private."""
@@ -81,15 +102,15 @@ class BlockPool:
 
     def check_integrity(self, held: Iterable[int]) -> None:
         """Compare with `held`, which names a block once for each of its holders. RuntimeError when they disagree."""
-        holders = Counter(held)
-        for block_id, num_holders in enumerate(self._num_holders):
+        holders, free = Counter(held), Counter(self.free_blocks())
+        for block_id in range(self.num_blocks):
+            num_holders = self._num_holders.get(block_id, 0)
             if num_holders != holders[block_id]:
                 raise RuntimeError(f"block {block_id} counts {num_holders} holders and has {holders[block_id]}")
-            if self.is_free(block_id) != (num_holders == 0):
-                raise RuntimeError(f"block {block_id} has {num_holders} holders and free is {self.is_free(block_id)}")
-        num_held = sum(num_holders > 0 for num_holders in self._num_holders)
-        if num_held + self.num_free != self.num_blocks:
-            raise RuntimeError(f"{num_held} blocks held + {self.num_free} free is not {self.num_blocks}")
+            if free[block_id] != (num_holders == 0):
+                raise RuntimeError(f"block {block_id} has {num_holders} holders and is {free[block_id]} times free")
+        if free.total() + len(self._num_holders) != self.num_blocks:
+            raise RuntimeError(f"{len(self._num_holders)} blocks held + {free.total()} free is not {self.num_blocks}")
         if {block_hash: block_id for block_id, block_hash in self._hash_of.items()} != self._block_of:
             raise RuntimeError("the two directions of the hash table disagree")
 

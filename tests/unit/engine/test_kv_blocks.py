@@ -222,6 +222,26 @@ def test_pool_check_compares_free_list_and_holders() -> None:
     pool = BlockPool(2)
     (block_id,) = pool.take(1)
     pool.check_integrity([block_id])
-    pool._free[block_id] = None
-    with pytest.raises(RuntimeError, match="block 0 has 1 holders and free is True"):
+    pool._worthless.append(block_id)
+    with pytest.raises(RuntimeError, match="block 0 has 1 holders and is 1 times free"):
         pool.check_integrity([block_id])
+
+
+def test_a_pool_takes_memory_for_what_was_used_not_for_what_there_is() -> None:
+    pool = BlockPool(1 << 60)
+    block_ids = pool.take(3)
+    pool.release(block_ids[:1])
+    assert (pool.num_free, pool.take(2)) == ((1 << 60) - 2, [0, 3])
+
+
+def test_free_blocks_are_taken_worthless_ones_first_then_unused_then_the_longest_released() -> None:
+    pool = BlockPool(5)
+    first, second, third = pool.take(3)
+    for block_id in (first, third):
+        pool.publish(block_id, bytes([block_id]))
+    pool.release([third, second, first])
+    assert pool.free_blocks() == [second, 3, 4, third, first]
+    assert pool.take(4) == [second, 3, 4, third]
+    assert pool.find(bytes([third])) is None and pool.find(bytes([first])) == first
+    with pytest.raises(IndexError, match="2 blocks are asked for and 1 are free"):
+        pool.take(2)

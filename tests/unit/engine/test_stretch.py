@@ -129,7 +129,7 @@ def state(group: VirtualGroup) -> dict[str, Any]:
         "pace": {name: value for name, value in pace.items() if name != "_step_times"},
         "step times": vars(scheduler._pace._step_times),
         "last step": scheduler._last_step_id,
-        "free blocks, in order": list(scheduler._kv._pool._free),
+        "free blocks, in order": scheduler._kv._pool.free_blocks(),
         "published": scheduler._kv._pool._hash_of,
         "counters": {
             priority: {name: tenant.counter for name, tenant in one.tenants.items()}
@@ -162,7 +162,7 @@ def test_a_jump_that_forgets_a_block_is_found() -> None:
     case = Case(2, 5, 2.0, 16, 90, 4, True, None, (1.0,), (0,), None, False)
     jumping, _ = run(case, jumps=True)
     stepping, _ = run(case, jumps=False)
-    jumping.engine.scheduler._kv._pool._free.popitem()
+    jumping.engine.scheduler._kv._pool.take(1)
     assert state(jumping) != state(stepping)
 
 
