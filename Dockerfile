@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 # The image of every pod: gateways, leaders, ranks, Ray's head, `packtrain serve`.
 #
-#   docker build -t packtrain:0.1.0 .                                        # CPU
-#   docker build -t packtrain:0.1.0-cuda --build-arg TARGET=cuda .           # GPU: torch with CUDA, Triton's compiler
+#   docker build -t packtrain:0.2.0 .                                        # CPU
+#   docker build -t packtrain:0.2.0-cuda --build-arg TARGET=cuda .           # GPU: torch with CUDA, Triton's compiler
 #
 # Bases by digest: --build-arg BASE=docker.io/library/debian@sha256:…
 # TORCH is what pip installs; for a CPU build of torch from an index of yours, PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as build arguments,

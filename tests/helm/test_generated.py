@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from serving import __version__
 from serving.config import ServingConfig
 from tests.support.helm import CHART, ROOT
 
@@ -44,3 +45,9 @@ def test_a_new_key_of_the_server_gets_into_the_schema(generate: ModuleType) -> N
     assert schema["$defs"]["ModelEntry"]["properties"]["new_key"] == {"type": "integer"}
     assert "host" not in schema["$defs"]["GatewayConfig"]["properties"]
     assert "RayConfig" not in schema["$defs"]
+
+
+def test_the_chart_is_of_this_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == __version__
+    assert f"packtrain:{__version__}" in (ROOT / "compose" / "compose.yaml").read_text()
