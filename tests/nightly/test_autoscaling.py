@@ -26,6 +26,8 @@ from serving.driver.app import RunningApp
 from tests.support.stack import MODEL, group_handle, running_stack, stack_config, story, wait_until
 from tests.support.waiting import PATIENCE_S
 
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
+
 NUM_RANKS = 2
 NUM_TOKENS = 24
 LONG = 1500
@@ -121,7 +123,6 @@ def explained(app: RunningApp) -> Iterator[None]:
         raise
 
 
-@pytest.mark.timeout(1500)
 def test_groups_come_with_the_load_and_go_after_it() -> None:
     with running_stack(scaled_config("on")) as app, explained(app):
         load = Load(app.address)
@@ -159,7 +160,6 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         assert "2 → 1: " in said
 
 
-@pytest.mark.timeout(1500)
 def test_advice_is_told_and_not_carried_out() -> None:
     with running_stack(scaled_config("advise")) as app, explained(app):
         load = Load(app.address)
@@ -174,7 +174,6 @@ def is_asleep(app: RunningApp) -> bool:
     return seen.mode == "on" and seen.target == 0 and not seen.groups
 
 
-@pytest.mark.timeout(1500)
 def test_a_model_that_nobody_asks_for_has_no_group_until_somebody_does() -> None:
     with (
         running_stack(scaled_config("on", min_groups=0, idle_s=3.0)) as app,
