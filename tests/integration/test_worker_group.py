@@ -85,7 +85,8 @@ def test_killed_rank_ends_the_group(bundles: PlacementGroup) -> None:
 def test_stopped_rank_is_given_up_and_killed(bundles: PlacementGroup) -> None:
     executor = RayExecutor(group_config(2, step_timeout_s=1.5), placement_group=bundles, rank_class=FAKE_RANK)
     os.kill(executor.pids[0], signal.SIGSTOP)
-    with pytest.raises(GroupFailedError, match=r"step 1 did not end within 1\.5 s"):
+    # Told by the leader, or by the other rank, which waited as long.
+    with pytest.raises(GroupFailedError, match=r"within 1\.5 s|has moved in step 1"):
         execute(executor, plan(1, (0, 1)))
     executor.shutdown()
     assert all_gone(executor.pids)
