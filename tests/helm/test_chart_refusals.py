@@ -138,6 +138,14 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         "num_groups 3 of 8 ranks, and there are nodes for 2",
         {"worker": gpus(8, replicas=3, maxReplicas=3)},
     ),
+    "more groups to come than nodes": (
+        {
+            "config": models(ON_GPU | {"tensor_parallel_size": 8, "autoscaling": {"max_groups": 3}}),
+            "worker": gpus(8, replicas=2, maxReplicas=2),
+        },
+        "autoscaling.max_groups 3 of 8 ranks, and there are nodes for 2",
+        {"worker": gpus(8, replicas=3, maxReplicas=3)},
+    ),
     "all groups together": (
         {"config": models(ON_GPU, ON_GPU | {"name": "other"}), "worker": gpus(1)},
         "all groups together need 2 GPUs, and the worker groups have 1",

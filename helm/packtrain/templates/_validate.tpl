@@ -113,6 +113,13 @@
 {{- end -}}
 {{- $tp := .tensor_parallel_size | default 1 | int -}}
 {{- $numGroups := .num_groups | default 1 | int -}}
+{{- $bound := "num_groups" -}}
+{{- with .autoscaling -}}
+{{- if has (ternary (toString .mode) "on" (hasKey . "mode")) (list "on" "true") -}}
+{{- $numGroups = int .max_groups -}}
+{{- $bound = "autoscaling.max_groups" -}}
+{{- end -}}
+{{- end -}}
 {{- /* `auto` is a GPU where there are any. */}}
 {{- $device := .device | default "auto" -}}
 {{- $onGpu := or (eq $device "cuda") (and (eq $device "auto") (gt (int $totalGpus) 0)) -}}
@@ -136,7 +143,7 @@
 {{- fail (printf "config.models: %s has tensor_parallel_size %d, and no node holds more than %d %s%s. Lower it, or give the nodes more, or set numOfHosts so that a group may span machines" $model.name $tp $largest $what (ternary (printf " (%d over numOfHosts machines)" $spanning) "" (gt $spanning 0))) -}}
 {{- end -}}
 {{- if and (le $tp $largest) (gt $numGroups $places) -}}
-{{- fail (printf "config.models: %s has num_groups %d of %d ranks, and there are nodes for %d. Raise replicas%s of a worker group" $model.name $numGroups $tp $places (ternary " (maxReplicas)" "" $autoscaling)) -}}
+{{- fail (printf "config.models: %s has %s %d of %d ranks, and there are nodes for %d. Raise replicas%s of a worker group" $model.name $bound $numGroups $tp $places (ternary " (maxReplicas)" "" $autoscaling)) -}}
 {{- end -}}
 {{- if $onGpu -}}
 {{- $neededGpus = add $neededGpus (mul $tp $numGroups) -}}
