@@ -349,9 +349,9 @@ class Scheduler:
         return True
 
     def _keeps_apart(self, sequence: Sequence) -> bool:
-        """Whether it, or one that runs, is to run alone."""
-        running = self._running.values()
-        return bool(running) and (sequence.request.runs_alone or any(each.request.runs_alone for each in running))
+        """Whether it, or the one that runs, is to run alone: beside several there is none that is."""
+        first = next(iter(self._running.values()), None)
+        return first is not None and (sequence.request.runs_alone or first.request.runs_alone)
 
     def _grow_decodes(self) -> None:
         """Give each sequence that decodes the block that it needs, if it needs one; by preemption when none is free."""
