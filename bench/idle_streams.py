@@ -220,9 +220,9 @@ def measure(
     """On a running stack, which serves nobody else. `addresses` by front end."""
     from ray import serve  # noqa: PLC0415  # after prepare_environment
 
-    from serving.driver.app import APP_NAME  # noqa: PLC0415
+    from serving.contracts.served import app_name, deployment_name  # noqa: PLC0415
 
-    group = serve.get_deployment_handle(f"ReplicaGroup-{MODEL}", APP_NAME)
+    group = serve.get_deployment_handle(deployment_name(MODEL), app_name(MODEL))
     processes = {name: process for name, process in served_processes().items() if not name.startswith("rank")}
     num_open, costs = 0, {}
     with Streams(addresses, credentials[LARGE]) as streams:

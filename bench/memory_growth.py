@@ -119,9 +119,9 @@ def served_processes() -> dict[str, psutil.Process]:
     """Gateway, leader and ranks of the running stack, by name."""
     from ray import serve  # noqa: PLC0415  # after prepare_environment
 
-    from serving.driver.app import APP_NAME  # noqa: PLC0415
+    from serving.contracts.served import app_name, deployment_name  # noqa: PLC0415
 
-    handle: Any = serve.get_deployment_handle(f"ReplicaGroup-{MODEL}", APP_NAME)
+    handle: Any = serve.get_deployment_handle(deployment_name(MODEL), app_name(MODEL))
     leader, *ranks = handle.pids.remote().result(timeout_s=30)
     gateways = [
         process.pid

@@ -56,9 +56,9 @@ def rank_pids() -> list[int]:
     from ray import serve  # noqa: PLC0415  # after prepare_environment
     from ray.serve.handle import DeploymentHandle  # noqa: PLC0415
 
-    from serving.driver.app import APP_NAME  # noqa: PLC0415
+    from serving.contracts.served import app_name, deployment_name  # noqa: PLC0415
 
-    handle: DeploymentHandle[Any] = serve.get_deployment_handle(f"ReplicaGroup-{NAME}", APP_NAME)
+    handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment_name(NAME), app_name(NAME))
     pids: tuple[int, ...] = handle.pids.remote().result(timeout_s=30)
     return list(pids[1:])
 

@@ -332,3 +332,85 @@ class ListUsageResponse(_message.Message):
     records: _containers.RepeatedCompositeFieldContainer[UsageRecord]
     next_page_token: str
     def __init__(self, records: _Optional[_Iterable[_Union[UsageRecord, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ListDeployedModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListDeployedModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[DeployedModel]
+    def __init__(self, models: _Optional[_Iterable[_Union[DeployedModel, _Mapping]]] = ...) -> None: ...
+
+class DeployedModel(_message.Message):
+    __slots__ = ("name", "state", "num_groups", "num_running_groups", "config", "change")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: str
+    num_groups: int
+    num_running_groups: int
+    config: str
+    change: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., num_groups: _Optional[int] = ..., num_running_groups: _Optional[int] = ..., config: _Optional[str] = ..., change: _Optional[str] = ...) -> None: ...
+
+class ChangeProgress(_message.Message):
+    __slots__ = ("stage", "text", "num_done", "num_total")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    NUM_DONE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    text: str
+    num_done: int
+    num_total: int
+    def __init__(self, stage: _Optional[str] = ..., text: _Optional[str] = ..., num_done: _Optional[int] = ..., num_total: _Optional[int] = ...) -> None: ...
+
+class DeployModelRequest(_message.Message):
+    __slots__ = ("config", "max_unavailable", "only_check")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    MAX_UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    ONLY_CHECK_FIELD_NUMBER: _ClassVar[int]
+    config: str
+    max_unavailable: int
+    only_check: bool
+    def __init__(self, config: _Optional[str] = ..., max_unavailable: _Optional[int] = ..., only_check: _Optional[bool] = ...) -> None: ...
+
+class UndeployModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ScaleModelRequest(_message.Message):
+    __slots__ = ("name", "num_groups", "min_groups", "max_groups")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    MIN_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_groups: int
+    min_groups: int
+    max_groups: int
+    def __init__(self, name: _Optional[str] = ..., num_groups: _Optional[int] = ..., min_groups: _Optional[int] = ..., max_groups: _Optional[int] = ...) -> None: ...
+
+class RestartModelRequest(_message.Message):
+    __slots__ = ("name", "max_unavailable")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    max_unavailable: int
+    def __init__(self, name: _Optional[str] = ..., max_unavailable: _Optional[int] = ...) -> None: ...
+
+class DrainGroupRequest(_message.Message):
+    __slots__ = ("group", "grace")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    grace: _duration_pb2.Duration
+    def __init__(self, group: _Optional[str] = ..., grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

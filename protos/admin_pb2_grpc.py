@@ -27,14 +27,16 @@ if _version_not_supported:
 
 class AdminStub:
     """Every call, reflection included, needs `authorization: Bearer KEY` of a key with administration. Health needs none.
-    What is changed holds in every gateway within tenancy.refresh_s.
+    What is changed of plans, tenants and keys holds in every gateway within tenancy.refresh_s. Without tenancy there are none, and the
+    key is the operator's own, in a file that only who has started the server can read.
 
     Errors, by status code:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too.
     UNAUTHENTICATED     no key, a wrong, expired or revoked one.
     PERMISSION_DENIED   the key is good and does not allow administration.
-    NOT_FOUND           no such plan, tenant or key.
+    NOT_FOUND           no such plan, tenant, key, model or group.
     ALREADY_EXISTS      there is one of that name.
+    FAILED_PRECONDITION what is served cannot be changed so, or not now; what was served before still is. Or there is no tenancy.
     RESOURCE_EXHAUSTED  too many calls at a time, or a message over the size limit.
     UNAVAILABLE         the database cannot be asked now, or the server stops. A change may have been made all the same.
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
@@ -116,18 +118,50 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.ListUsageRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ListUsageResponse.FromString,
                 _registered_method=True)
+        self.ListDeployedModels = channel.unary_unary(
+                '/packtrain.v1.Admin/ListDeployedModels',
+                request_serializer=protos_dot_admin__pb2.ListDeployedModelsRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ListDeployedModelsResponse.FromString,
+                _registered_method=True)
+        self.DeployModel = channel.unary_stream(
+                '/packtrain.v1.Admin/DeployModel',
+                request_serializer=protos_dot_admin__pb2.DeployModelRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ChangeProgress.FromString,
+                _registered_method=True)
+        self.UndeployModel = channel.unary_stream(
+                '/packtrain.v1.Admin/UndeployModel',
+                request_serializer=protos_dot_admin__pb2.UndeployModelRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ChangeProgress.FromString,
+                _registered_method=True)
+        self.ScaleModel = channel.unary_stream(
+                '/packtrain.v1.Admin/ScaleModel',
+                request_serializer=protos_dot_admin__pb2.ScaleModelRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ChangeProgress.FromString,
+                _registered_method=True)
+        self.RestartModel = channel.unary_stream(
+                '/packtrain.v1.Admin/RestartModel',
+                request_serializer=protos_dot_admin__pb2.RestartModelRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ChangeProgress.FromString,
+                _registered_method=True)
+        self.DrainGroup = channel.unary_stream(
+                '/packtrain.v1.Admin/DrainGroup',
+                request_serializer=protos_dot_admin__pb2.DrainGroupRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ChangeProgress.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
     """Every call, reflection included, needs `authorization: Bearer KEY` of a key with administration. Health needs none.
-    What is changed holds in every gateway within tenancy.refresh_s.
+    What is changed of plans, tenants and keys holds in every gateway within tenancy.refresh_s. Without tenancy there are none, and the
+    key is the operator's own, in a file that only who has started the server can read.
 
     Errors, by status code:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too.
     UNAUTHENTICATED     no key, a wrong, expired or revoked one.
     PERMISSION_DENIED   the key is good and does not allow administration.
-    NOT_FOUND           no such plan, tenant or key.
+    NOT_FOUND           no such plan, tenant, key, model or group.
     ALREADY_EXISTS      there is one of that name.
+    FAILED_PRECONDITION what is served cannot be changed so, or not now; what was served before still is. Or there is no tenancy.
     RESOURCE_EXHAUSTED  too many calls at a time, or a message over the size limit.
     UNAVAILABLE         the database cannot be asked now, or the server stops. A change may have been made all the same.
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
@@ -231,6 +265,50 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeployedModels(self, request, context):
+        """What is served, and what is being changed of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeployModel(self, request, context):
+        """Serves one more model, or one that is served in another way. All is checked before anything is changed. A change of what groups
+        are made of replaces them as RestartModel does. The call reports until the change is made; it is made all the same when the
+        client leaves. One change is made at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeployModel(self, request, context):
+        """Serves a model no more. Requests that run may finish, for gateway.drain_timeout_s at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleModel(self, request, context):
+        """Changes the number of a model's groups, or the bounds of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartModel(self, request, context):
+        """Replaces all groups of a model by new ones, some at a time, without losing a request. Needs no more machines than there are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainGroup(self, request, context):
+        """Replaces one group. It takes nothing new; what it runs ends within the grace, or goes on in another group.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -304,6 +382,36 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_admin__pb2.ListUsageRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ListUsageResponse.SerializeToString,
             ),
+            'ListDeployedModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeployedModels,
+                    request_deserializer=protos_dot_admin__pb2.ListDeployedModelsRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ListDeployedModelsResponse.SerializeToString,
+            ),
+            'DeployModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.DeployModel,
+                    request_deserializer=protos_dot_admin__pb2.DeployModelRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ChangeProgress.SerializeToString,
+            ),
+            'UndeployModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.UndeployModel,
+                    request_deserializer=protos_dot_admin__pb2.UndeployModelRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ChangeProgress.SerializeToString,
+            ),
+            'ScaleModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScaleModel,
+                    request_deserializer=protos_dot_admin__pb2.ScaleModelRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ChangeProgress.SerializeToString,
+            ),
+            'RestartModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.RestartModel,
+                    request_deserializer=protos_dot_admin__pb2.RestartModelRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ChangeProgress.SerializeToString,
+            ),
+            'DrainGroup': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainGroup,
+                    request_deserializer=protos_dot_admin__pb2.DrainGroupRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ChangeProgress.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'packtrain.v1.Admin', rpc_method_handlers)
@@ -314,14 +422,16 @@ def add_AdminServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Admin:
     """Every call, reflection included, needs `authorization: Bearer KEY` of a key with administration. Health needs none.
-    What is changed holds in every gateway within tenancy.refresh_s.
+    What is changed of plans, tenants and keys holds in every gateway within tenancy.refresh_s. Without tenancy there are none, and the
+    key is the operator's own, in a file that only who has started the server can read.
 
     Errors, by status code:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too.
     UNAUTHENTICATED     no key, a wrong, expired or revoked one.
     PERMISSION_DENIED   the key is good and does not allow administration.
-    NOT_FOUND           no such plan, tenant or key.
+    NOT_FOUND           no such plan, tenant, key, model or group.
     ALREADY_EXISTS      there is one of that name.
+    FAILED_PRECONDITION what is served cannot be changed so, or not now; what was served before still is. Or there is no tenancy.
     RESOURCE_EXHAUSTED  too many calls at a time, or a message over the size limit.
     UNAVAILABLE         the database cannot be asked now, or the server stops. A change may have been made all the same.
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged.
@@ -695,6 +805,168 @@ class Admin:
             '/packtrain.v1.Admin/ListUsage',
             protos_dot_admin__pb2.ListUsageRequest.SerializeToString,
             protos_dot_admin__pb2.ListUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeployedModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/packtrain.v1.Admin/ListDeployedModels',
+            protos_dot_admin__pb2.ListDeployedModelsRequest.SerializeToString,
+            protos_dot_admin__pb2.ListDeployedModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeployModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/packtrain.v1.Admin/DeployModel',
+            protos_dot_admin__pb2.DeployModelRequest.SerializeToString,
+            protos_dot_admin__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeployModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/packtrain.v1.Admin/UndeployModel',
+            protos_dot_admin__pb2.UndeployModelRequest.SerializeToString,
+            protos_dot_admin__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/packtrain.v1.Admin/ScaleModel',
+            protos_dot_admin__pb2.ScaleModelRequest.SerializeToString,
+            protos_dot_admin__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/packtrain.v1.Admin/RestartModel',
+            protos_dot_admin__pb2.RestartModelRequest.SerializeToString,
+            protos_dot_admin__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/packtrain.v1.Admin/DrainGroup',
+            protos_dot_admin__pb2.DrainGroupRequest.SerializeToString,
+            protos_dot_admin__pb2.ChangeProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -119,7 +119,7 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     error_kind: str = ""
     """With FinishReason.ERROR: "unavailable" (the group is lost) or "numerical_error"."""
     was_waiting: bool = False
-    """With "unavailable": the ranks never heard of it, so it is not what ended them."""
+    """With "unavailable": the ranks never heard of it, or they are well and stop; it is not what ended them."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave."""
     timings: Timings | None = None

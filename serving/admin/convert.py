@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from protos import admin_pb2 as pb
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import ValidationError
+from serving.contracts.operations import ModelStatus, Progress
 from serving.tenants.records import LIMITS, MAX_UNIX_S, Key, KeyGrant, Plan, Tenant, UsageFilter
 
 DEFAULT_PAGE_SIZE = 100
@@ -140,6 +141,38 @@ def usage_message(record: UsageRecord) -> pb.UsageRecord:
         decode_s=record.decode_s,
         total_s=record.total_s,
     )
+
+
+def model_message(status: ModelStatus) -> pb.DeployedModel:
+    """A served model on the wire."""
+    return pb.DeployedModel(
+        name=status.name,
+        state=status.state,
+        num_groups=status.num_groups,
+        num_running_groups=status.num_running,
+        config=status.config,
+        change=status.change,
+    )
+
+
+def progress_message(progress: Progress) -> pb.ChangeProgress:
+    """A change's progress on the wire."""
+    return pb.ChangeProgress(
+        stage=progress.stage, text=progress.text, num_done=progress.num_done, num_total=progress.num_total
+    )
+
+
+def max_unavailable(number: int) -> int:
+    """Groups that may be away at a time. Raises ValidationError."""
+    if number < 0:
+        raise ValidationError("max_unavailable", f"max_unavailable must be 1 or more, or 0 for 1, not {number}")
+    return number or 1
+
+
+def group_numbers(message: pb.ScaleModelRequest) -> dict[str, int | None]:
+    """By name; None for those that are unset."""
+    names = ("num_groups", "min_groups", "max_groups")
+    return {name: getattr(message, name) if message.HasField(name) else None for name in names}
 
 
 def duration_s(message: Duration) -> float:

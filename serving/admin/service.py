@@ -1,4 +1,5 @@
-"""packtrain.v1.Admin, health and reflection on a port for operators: every call needs a key with administration."""
+"""packtrain.v1.Admin, health and reflection on a port for operators: every call needs a key with administration, or without
+tenancy the operator's own."""
 
 import asyncio
 import logging
@@ -14,9 +15,12 @@ from model_parallel.errors import ConfigError
 from protos import admin_pb2, admin_pb2_grpc
 from protos import admin_pb2 as pb
 from serving.admin import convert
+from serving.admin.models import ModelCalls
+from serving.admin.operator_key import KeyHolder
 from serving.config import AdminConfig
 from serving.contracts.accounts import OpenAccounts, Principal
-from serving.contracts.errors import PermissionDeniedError, StoreUnavailableError
+from serving.contracts.errors import ChangeError, PermissionDeniedError, StoreUnavailableError
+from serving.contracts.operations import Operations
 from serving.gateway.core.admission import Admission
 from serving.gateway.grpc.health import HEALTH
 from serving.gateway.grpc.interceptors import StatusInterceptor
@@ -90,19 +94,25 @@ class AdminServer:
     def __init__(
         self,
         config: AdminConfig,
-        store: "Store",
+        store: "Store | None",
         *,
         refresh_s: float,
+        operations: Operations | None = None,
+        operator_key: str = "",
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        """`refresh_s` is how soon keys that others have changed count here; `credentials` serve TLS."""
+        """`refresh_s` is how soon keys that others have changed count here; `credentials` serve TLS. Without a `store` there is
+        no tenancy, and who shows the `operator_key` is let in."""
         if config.port is None:
             raise ConfigError("admin.port is null, which turns packtrain.v1.Admin off")
         self._config = config
         self._refresh_s = refresh_s
         self._credentials = credentials
-        self._operators = Operators(store)
-        self._servicer = AdminServicer(store, self._operators)
+        if store is None and not operator_key:
+            raise ValueError("without a store, an operator's key is needed")
+        self._operators = None if store is None else Operators(store)
+        self._accounts = self._operators or KeyHolder(operator_key)
+        self._servicer = AdminServicer(store, self._operators, operations)
         self._health = health.aio.HealthServicer()
         self._refresh_task: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
@@ -112,10 +122,11 @@ class AdminServer:
         if self._server is not None:
             raise RuntimeError("an admin server starts once")
         check_protobuf()
-        await self._operators.refresh()
+        if self._operators is not None:
+            await self._operators.refresh()
         interceptor = StatusInterceptor(
             Admission(_MAX_CONCURRENT_CALLS),
-            self._operators,
+            self._accounts,
             admitted_service=ADMIN,
             open_service=HEALTH,
             retry_delay_s=_RETRY_DELAY_S,
@@ -130,7 +141,8 @@ class AdminServer:
         port = bind(server, self._config.host, self._config.port, self._credentials)
         await self._show(health_pb2.HealthCheckResponse.SERVING)
         await server.start()
-        self._refresh_task = asyncio.create_task(self._run())
+        if self._operators is not None:
+            self._refresh_task = asyncio.create_task(self._run(self._operators))
         return port
 
     async def stop(self, grace_s: float = 1.0) -> None:
@@ -143,14 +155,16 @@ class AdminServer:
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
-        self._operators.close()
+        self._servicer.close()
+        if self._operators is not None:
+            self._operators.close()
 
-    async def _run(self) -> None:
+    async def _run(self, operators: Operators) -> None:
         """Follow changes of keys until cancelled. Without the database the service is shown as NOT_SERVING."""
         while True:
             await asyncio.sleep(self._refresh_s)
             try:
-                await self._operators.refresh()
+                await operators.refresh()
             except StoreUnavailableError as error:
                 logger.warning("%s", error)
                 await self._show(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -162,12 +176,21 @@ class AdminServer:
             await self._health.set(name, status)
 
 
-class AdminServicer(admin_pb2_grpc.AdminServicer):
-    """Turns requests into the store's operations. Exceptions pass through; `interceptors` answers them."""
+class AdminServicer(ModelCalls, admin_pb2_grpc.AdminServicer):
+    """Turns requests into the store's and the driver's operations. Exceptions pass through; `interceptors` answers them."""
 
-    def __init__(self, store: "Store", operators: Operators) -> None:
-        self._store = store
+    def __init__(
+        self, store: "Store | None", operators: Operators | None, operations: Operations | None = None
+    ) -> None:
+        super().__init__(operations)
+        self._found_store = store
         self._operators = operators
+
+    @property
+    def _store(self) -> "Store":
+        if self._found_store is None:
+            raise ChangeError("this server has no tenancy, and so no plans, tenants, keys and usage; configure tenancy")
+        return self._found_store
 
     async def CreatePlan(self, request: pb.CreatePlanRequest, context: Context) -> pb.CreatePlanResponse:
         with convert.within("plan"):
@@ -250,6 +273,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def _ask(
         self, question: Callable[_Arguments, _Answer], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Answer:
+        assert self._operators is not None, "there is a store"
         try:
             return await self._operators.ask(question, *args, **kwargs)
         except StoreUnavailableError as error:
@@ -262,6 +286,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         """Ask for a change, and have it hold here before it is answered."""
         answer = await self._ask(change, *args, **kwargs)
         with suppress(StoreUnavailableError):  # the change is made; `AdminServer` goes on trying to see it
+            assert self._operators is not None, "there is a store"
             await self._operators.refresh()
         return answer
 

@@ -3,8 +3,10 @@
 import asyncio
 import threading
 
+from serving.admin.operator_key import make_operator_key
 from serving.admin.service import AdminServer
-from serving.config import ServingConfig, TenancyConfig
+from serving.config import ServingConfig
+from serving.contracts.operations import Operations
 from serving.gateway.tls import load_tls
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store, database_url
@@ -16,12 +18,19 @@ TIMEOUT_S = 30.0
 class AdminThread:
     """The admin server on an event loop of its own. Serves from its construction until `stop`."""
 
-    def __init__(self, config: ServingConfig, tenancy: TenancyConfig) -> None:
-        """Raises ConfigError when certificates cannot be used or the port cannot be had, StoreUnavailableError, TimeoutError."""
+    def __init__(self, config: ServingConfig, operations: Operations) -> None:
+        """Raises ConfigError when certificates cannot be used, the port cannot be had or the operator's key not be kept,
+        StoreUnavailableError, TimeoutError."""
+        tenancy = config.tenancy
         credentials = None if config.gateway.tls is None else load_tls(config.gateway.tls).grpc
-        self._database = Database(database_url(tenancy))
+        self._database = None if tenancy is None else Database(database_url(tenancy))
         self._server = AdminServer(
-            config.admin, Store(self._database), refresh_s=tenancy.refresh_s, credentials=credentials
+            config.admin,
+            None if self._database is None else Store(self._database),
+            refresh_s=1.0 if tenancy is None else tenancy.refresh_s,
+            operations=operations,
+            operator_key="" if tenancy is not None else make_operator_key(),
+            credentials=credentials,
         )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="admin", daemon=True)
@@ -40,4 +49,5 @@ class AdminThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(TIMEOUT_S)
             self._loop.close()
-            self._database.close()
+            if self._database is not None:
+                self._database.close()

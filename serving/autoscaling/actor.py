@@ -48,7 +48,7 @@ class AutoscalerActor:
 
     def _run(self) -> None:
         try:
-            fleet = ServeFleet(self._settings, ServeControl(self._settings.app))
+            fleet = ServeFleet(self._settings, ServeControl(self._settings.apps))
             while not self._stop.is_set():
                 try:
                     autoscaler = self._opened(fleet)

@@ -1,9 +1,9 @@
 """The calls to Ray Serve that the autoscaler makes. Each has a deadline."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
@@ -20,19 +20,23 @@ ANSWER_TIMEOUT_S = 2.0
 
 
 class ServeControl:
-    """Of one application."""
+    """Of some deployments."""
 
-    def __init__(self, app: str) -> None:
-        self._app = app
+    def __init__(self, apps: Mapping[str, str]) -> None:
+        """`apps`: Serve's application of each deployment."""
+        self._apps = apps
         self._handles: dict[str, DeploymentHandle[Any]] = {}
 
     def deployed(self) -> dict[str, Deployed]:
-        """All deployments by name. Raises ScalingError."""
+        """Those of the deployments that there are, by name. Raises ScalingError."""
         # What GET /api/serve/applications/ of Ray's dashboard answers.
         details = self._ask_controller("get_serve_instance_details")
-        app = details["applications"].get(self._app)
-        if app is None:
-            raise ScalingError(f"the application {self._app} is not deployed")
+        found = {
+            name: details["applications"].get(app, {}).get("deployments", {}).get(name)
+            for name, app in self._apps.items()
+        }
+        if not any(found.values()):
+            raise ScalingError("nothing is deployed")
         return {
             name: Deployed(
                 target=deployment["target_num_replicas"],
@@ -43,7 +47,8 @@ class ServeControl:
                     for replica in deployment["replicas"]
                 ),
             )
-            for name, deployment in app["deployments"].items()
+            for name, deployment in found.items()
+            if deployment
         }
 
     def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]:
@@ -57,7 +62,7 @@ class ServeControl:
 
     def _handle(self, deployment: str) -> DeploymentHandle[Any]:
         if deployment not in self._handles:
-            handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, self._app)
+            handle: DeploymentHandle[Any] = DeploymentHandle(deployment, self._apps[deployment])
             # The cluster's setting puts routers into the event loop of their process, and this thread has none.
             handle._init(_run_router_in_separate_loop=True)
             self._handles[deployment] = handle
@@ -65,7 +70,9 @@ class ServeControl:
 
     def set_target(self, deployment: str, num_replicas: int) -> None:
         """Raises ScalingError."""
-        self._ask_controller("update_deployment_replicas", DeploymentID(deployment, self._app), num_replicas)
+        self._ask_controller(
+            "update_deployment_replicas", DeploymentID(deployment, self._apps[deployment]), num_replicas
+        )
 
     def _ask_controller(self, method: str, *arguments: object) -> Any:
         try:

@@ -1,23 +1,29 @@
 """What the autoscaler's process is started with."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from cluster.autoscaler import Mode, ScaledModel
 from cluster.policy import ModelPolicy
-from serving.config import ModelEntry, ServingConfig
+from serving.config import AutoscalerConfig, ModelEntry
+from serving.contracts.served import APP_NAME, app_name, deployment_name
 
 
 class ScaledDeployment(msgspec.Struct, frozen=True, kw_only=True):
     """One model, and the deployment whose replicas are its groups."""
 
+    app: str
+    """Serve's application that it belongs to."""
     deployment: str
     scaled: ScaledModel
 
 
 class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one application of Serve."""
+    """Of all models of a cluster."""
 
     app: str
+    """Serve's application of the gateways."""
     gateway: str
     """Name of the gateways' deployment."""
     models: dict[str, ScaledDeployment]
@@ -26,24 +32,23 @@ class AutoscalerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_ranks: int | None = None
     """Of the groups of all models together."""
 
+    @property
+    def apps(self) -> dict[str, str]:
+        """Serve's application of each deployment."""
+        return {self.gateway: self.app} | {model.deployment: model.app for model in self.models.values()}
 
-def settings_of(
-    config: ServingConfig, app: str, gateway: str, deployments: dict[str, str]
-) -> AutoscalerSettings | None:
-    """`deployments` by model. None when no model has a mode other than off."""
+
+def settings_of(entries: Iterable[ModelEntry], config: AutoscalerConfig, gateway: str) -> AutoscalerSettings | None:
+    """`gateway` is the name of the gateways' deployment. None when no model has a mode other than off."""
     models = {
-        entry.name: ScaledDeployment(deployment=deployments[entry.name], scaled=scaled)
-        for entry in config.models
+        entry.name: ScaledDeployment(app=app_name(entry.name), deployment=deployment_name(entry.name), scaled=scaled)
+        for entry in entries
         if (scaled := _scaled(entry)) is not None
     }
     if not models:
         return None
     return AutoscalerSettings(
-        app=app,
-        gateway=gateway,
-        models=models,
-        period_s=config.autoscaler.period_s,
-        max_ranks=config.autoscaler.max_ranks,
+        app=APP_NAME, gateway=gateway, models=models, period_s=config.period_s, max_ranks=config.max_ranks
     )
 
 

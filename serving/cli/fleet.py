@@ -16,7 +16,7 @@ from rich.text import Text
 from serving.cli.durations import duration_s
 from serving.cli.terminal import standard_output
 from serving.contracts.addresses import parse_target
-from serving.contracts.fleet import Fleet, FleetDecision
+from serving.contracts.fleet import Fleet, FleetDecision, FleetModel
 
 DEFAULT_METRICS_PORT = 9464
 DEFAULT_METRICS_ADDRESS = f"127.0.0.1:{DEFAULT_METRICS_PORT}"
@@ -87,7 +87,7 @@ def render(fleet: Fleet, now_s: float) -> Group:
         bounds = f"{seen.target}" if seen.mode == "off" else f"{seen.target} ({seen.min_groups}-{seen.max_groups})"
         for place, group in enumerate(seen.groups):
             groups.add_row(
-                *((Text(model), seen.mode, bounds) if not place else ("", "", "")),
+                *((_named(model, seen), seen.mode, bounds) if not place else ("", "", "")),
                 group.group,
                 group.state,
                 "-" if group.since_s is None else _length(now_s - group.since_s),
@@ -96,8 +96,12 @@ def render(fleet: Fleet, now_s: float) -> Group:
                 "-" if group.kv_usage is None else f"{group.kv_usage:.0%}",
             )
         if not seen.groups:
-            groups.add_row(Text(model), seen.mode, bounds, "-", "-", "-", "-", "-", "-")
+            groups.add_row(_named(model, seen), seen.mode, bounds, "-", "-", "-", "-", "-", "-")
     return Group(groups, *(Text(sentence(made)) for made in fleet.decisions[-NUM_SHOWN:]))
+
+
+def _named(model: str, seen: FleetModel) -> Text:
+    return Text(model if seen.state == "serving" else f"{model} ({seen.state})")
 
 
 def sentence(made: FleetDecision) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from protos import inference_pb2 as pb
+from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2_grpc import InferenceStub
 from serving.client.probe import Port, look_at_port
 from serving.client.tls import ClientTls
@@ -81,6 +82,8 @@ class Client:
             self._channel = grpc.secure_channel(self._target.address, tls.credentials(), options)
         signed = grpc.intercept_channel(self._channel, _Credentials(api_key)) if api_key else self._channel
         self.stub = InferenceStub(signed)
+        self.admin = AdminStub(signed)
+        """Answers where the address is that of packtrain.v1.Admin."""
 
     def __enter__(self) -> "Client":
         return self

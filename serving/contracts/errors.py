@@ -11,11 +11,13 @@ ServingError
 ├── DrainingError              the gateway stops
 ├── GroupRefusedError          a replica group has not accepted the request
 ├── GroupUnavailableError      no live replica group, or the one that ran the request is lost
-│   └── GroupSilentError       the one that was asked does not answer
+│   ├── GroupSilentError       the one that was asked does not answer
+│   └── GroupDrainingError     the ones that were asked take nothing new, and will be replaced
 ├── PoisonedRequestError       every group that ran the request was lost
 ├── DeadlineExceededError      the client's deadline passed
 ├── CancelledInGroupError      the group cancelled the request, and this gateway did not ask for it
 ├── SlowReaderError            the client does not read its answer
+├── ChangeError                what is served cannot be changed so, or not now
 └── TenancyError
     ├── NotFoundError          no plan, tenant or key of that name
     ├── AlreadyExistsError     the name is taken
@@ -202,6 +204,13 @@ class GroupSilentError(GroupUnavailableError):
     """The replica group that was asked to run the request does not answer. Another one may."""
 
 
+class GroupDrainingError(GroupUnavailableError):
+    """The replica groups that were asked take nothing new, because they are to be replaced. Others will be there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, may_have_run=False)
+
+
 class GroupRefusedError(ServingError):
     """A replica group has not accepted the request."""
 
@@ -248,6 +257,12 @@ class SlowReaderError(ServingError):
         error_type="timeout_error",
         error_code="slow_reader",
     )
+
+
+class ChangeError(ServingError):
+    """What is served cannot be changed in this way, or not now. What was served before still is."""
+
+    status = Status(code="FAILED_PRECONDITION", http_status=409, reason="CHANGE_FAILED", error_code="change_failed")
 
 
 class TenancyError(ServingError):

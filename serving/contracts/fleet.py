@@ -50,6 +50,8 @@ class FleetModel(msgspec.Struct, frozen=True, kw_only=True):
     min_groups: int
     max_groups: int
     groups: tuple[FleetGroup, ...]
+    state: str = "serving"
+    """Or "replacing", while its groups are replaced by others."""
     num_decisions: dict[str, int] = {}
     """Changes of the number of groups that were decided, by cause, since the autoscaler's process started."""
 

@@ -12,33 +12,34 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.placement import GATEWAY_RESOURCE, GroupPlacement, GroupRequest
 from cluster.ray_api import alive_nodes, run_on_node
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
-from serving.autoscaling.actor import start_autoscaler, stop_autoscaler
-from serving.autoscaling.settings import settings_of
+from serving.autoscaling.actor import stop_autoscaler
 from serving.config import ServingConfig
-from serving.contracts.addresses import host_port, to_connect_to
+from serving.contracts.addresses import host_port, is_loopback, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
+from serving.contracts.served import APP_NAME, Served, app_name
 from serving.contracts.start_failure import StartError, plain_reason
-from serving.driver import joined
+from serving.driver import applications, joined
+from serving.driver.applications import STOP_TIMEOUT_S
 from serving.driver.environment import CLUSTER_VARIABLES, cluster_environment
+from serving.driver.operations import ClusterOperations, finish_interrupted, run_autoscaler
 from serving.driver.preflight import Preflight, begin
+from serving.driver.record import first_served, read_served, write_served
 from serving.gateway.deployment import Gateway
 from serving.gateway.server import Ports
 from serving.models.group_spec import GroupSpec, resolve_models
-from serving.models.sizes import Host, look_at_node
-from serving.replica.deployment import ReplicaGroup
+from serving.models.sizes import Host, look_at_node, this_host
 from serving.replica.progress import watched_progress
 from serving.tenants.authority.actor import start_authority, stop_authority
 from serving.tenants.store.database import Database
@@ -46,11 +47,9 @@ from serving.tenants.store.store import database_url
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "packtrain"
-STOP_TIMEOUT_S = 30.0
-"""For what should take no time at all once requests are drained."""
-HEALTH_PERIOD_S = 1.0
-HEALTH_TIMEOUT_S = 5.0
+_PLACES_FOR_OTHERS = 256
+"""CPUs that a private cluster has beside those of its machine, for models that are deployed later. What they may take is decided
+by memory; nothing else goes by the number."""
 _OBJECT_STORE_BYTES = 80 << 20
 """Ray takes no less than 75 MiB."""
 
@@ -67,6 +66,7 @@ class RunningApp:
     guard: Guard | None
     """Of a private cluster."""
     admin: AdminThread | None
+    operations: ClusterOperations
     metrics_port: int | None = None
     """Of the first gateway; None when metrics are turned off."""
 
@@ -99,6 +99,7 @@ class RunningApp:
 
     def stop(self) -> None:
         """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
+        self.operations.close()
         if self.config.ray.detached:
             try:
                 if self.admin is not None:
@@ -125,7 +126,8 @@ def shut_down(guard: Guard | None) -> None:
     try:
         if guard is None and ray.is_initialized():
             stop_autoscaler(STOP_TIMEOUT_S)
-            serve.delete(APP_NAME)
+            applications.delete(applications.our_applications(), 4 * STOP_TIMEOUT_S)
+            write_served(Served(generation=0, models={}))
             stop_authority(STOP_TIMEOUT_S)
             if not serve.status().applications:
                 serve.shutdown()
@@ -176,12 +178,13 @@ def _start(
         if guard is not None:
             specs = [replace(spec, progress_directory=str(guard.directory)) for spec in specs]
         with watched_progress(guard.directory, on_load) if guard and on_load else nullcontext():
-            ports, metrics_port = _deploy(config, specs, report)
+            ports, metrics_port, served = _deploy(config, specs, report)
+        operations = ClusterOperations(config, served, this_host if guard else _host_of_cluster)
         admin = None
-        if config.tenancy is not None and config.admin.port is not None:
-            admin = AdminThread(config, config.tenancy)
+        if config.admin.port is not None and (config.tenancy is not None or is_loopback(config.admin.host)):
+            admin = AdminThread(config, operations)
     except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, OSError) as error:
-        message = plain_reason(f"{_deployment_messages()}\n{error}")
+        message = plain_reason(f"{applications.messages()}\n{error}")
         _give_up(config, guard)
         raise StartError(message) from error
     except BaseException:
@@ -194,6 +197,7 @@ def _start(
         config=config,
         guard=guard,
         admin=admin,
+        operations=operations,
         metrics_port=metrics_port,
     )
 
@@ -236,7 +240,7 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
     with _environment(cluster_environment(guard.directory)):
         ray.init(
             address="local",
-            num_cpus=config.ray.num_cpus or max(read_machine().num_cpus, math.ceil(needed)),
+            num_cpus=config.ray.num_cpus or max(read_machine().num_cpus, math.ceil(needed)) + _PLACES_FOR_OTHERS,
             # One machine: no name, no route and no firewall of its network matters.
             _node_ip_address="127.0.0.1",
             # Nothing goes through it but what Serve keeps of deployments.
@@ -273,111 +277,64 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _deploy(
     config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
-) -> tuple[Ports, int | None]:
-    """Where the first gateway listens, and where it shows metrics."""
+) -> tuple[Ports, int | None, Served]:
+    """Where the first gateway listens, where it shows metrics, and what is served."""
     if config.tenancy is not None:
         start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     mark = joined.fingerprint(config, specs)
     handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
-    if handle is None:
+    before = _read_served()
+    if handle is None or before is None:
         joined.remember_deployed(None)
         stop_autoscaler(STOP_TIMEOUT_S)  # one of before knows other groups
-        handle = _run(config, specs, report)
+        served = first_served(config.models, specs, before)
+        write_served(served)
+        try:
+            handle = _run(config, served, specs, report)
+        except BaseException:
+            if before is not None:  # gateways that are left go on as before
+                write_served(msgspec.structs.replace(before, generation=served.generation + 1))
+            raise
         joined.remember_deployed(mark if config.ray.detached else None)
     else:
         report("taking over what is deployed already")
+        served = finish_interrupted(before, report)
     # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
     ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
     metrics_ports: list[int | None] = handle.broadcast("metrics_port").results(timeout_s=STOP_TIMEOUT_S)
-    scaling = settings_of(
-        config, APP_NAME, Gateway.__name__, {spec.card.name: _deployment_name(spec.card.name) for spec in specs}
-    )
-    if scaling is not None:
-        start_autoscaler(scaling, STOP_TIMEOUT_S)
-    return ports[0], metrics_ports[0]
+    run_autoscaler(config, served)
+    return ports[0], metrics_ports[0], served
 
 
-def _requests(specs: Sequence[GroupSpec]) -> list[GroupRequest]:
-    """One for each group of each model, whose name it has."""
-    return [
-        GroupRequest(
-            name=spec.card.name,
-            tp_size=spec.parallel.tp_size,
-            device=spec.parallel.device,
-            cpus_per_rank=spec.cpus_per_rank,
-        )
-        for spec in specs
-        for _ in range(spec.card.num_groups)
-    ]
+def _read_served() -> Served | None:
+    """None too for a record of another version: its stack is deployed anew."""
+    try:
+        return read_served()
+    except msgspec.DecodeError as error:
+        logger.warning("what was served before cannot be read, and everything is deployed anew: %s", error)
+        return None
 
 
-def _run(config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]) -> DeploymentHandle[Any]:
-    requests = _requests(specs)
+def _run(
+    config: ServingConfig, served: Served, specs: Sequence[GroupSpec], report: Callable[[str], None]
+) -> DeploymentHandle[Any]:
+    """All applications; those of models that are served no more are ended first, for their places."""
+    requests = joined.requests_of_specs(specs)
     planned = joined.wait_for_places(requests, config.ray.wait_for_nodes_s, report)
     placements = {request.name: placement for request, placement in zip(requests, planned, strict=True)}
-    groups = {spec.card.name: _group_application(spec, placements[spec.card.name], config) for spec in specs}
-    only_there = {GATEWAY_RESOURCE: joined.GATEWAY_SHARE} if config.ray.num_gateways else {}
-    gateway = serve.deployment(
-        num_replicas=config.ray.num_gateways or len({node.ip for node in alive_nodes()}),
-        max_replicas_per_node=1,
-        ray_actor_options={"num_cpus": 0, "resources": only_there},
-        **_lifecycle(config),
-    )(Gateway)
-    cards = [spec.card for spec in specs]
     serve.start(proxy_location="Disabled")
-    application = gateway.bind(config.gateway, config.limits, cards, groups, config.admin, config.tenancy)
-    is_scaled = any(entry.autoscaling and entry.autoscaling.mode == "on" for entry in config.models)
-    handle: DeploymentHandle[Any] = serve.run(
-        application, name=APP_NAME, route_prefix=None, external_scaler_enabled=is_scaled
-    )
-    return handle
-
-
-def _deployment_name(model: str) -> str:
-    """Of the deployment whose replicas are the groups of a model."""
-    return f"ReplicaGroup-{model.replace('/', '-')}"
-
-
-def _group_application(spec: GroupSpec, placement: GroupPlacement, config: ServingConfig) -> serve.Application:
-    """All replica groups of one model: each replica is a leader in the first bundle of a placement group of its own."""
-    scheduler = spec.scheduler
-    deployment = serve.deployment(
-        name=_deployment_name(spec.card.name),
-        num_replicas=spec.card.num_groups,
-        placement_group_bundles=list(placement.bundles),
-        placement_group_strategy=placement.strategy,
-        ray_actor_options={"num_cpus": 0},
-        request_router_config=RequestRouterConfig(
-            request_router_class="serving.gateway.groups.router.LeastLoadedRouter"  # type: ignore[arg-type]  # its **kwargs are typed wrongly
-        ),
-        # The engine's own bounds decide what is refused; Serve's only keep it from queueing without bound.
-        max_ongoing_requests=2 * (scheduler.max_num_seqs + scheduler.max_waiting_requests),
-        max_queued_requests=scheduler.max_waiting_requests,
-        **_lifecycle(config),
-    )(ReplicaGroup)
-    application: serve.Application = deployment.bind(spec, config.gateway.drain_timeout_s)
-    return application
-
-
-def _lifecycle(config: ServingConfig) -> dict[str, Any]:
-    """How Serve watches and ends replicas of either kind. A leader outlives the streams that its gateways drain."""
-    return {
-        # What a constructor refuses once it refuses again. When a replica that once ran is replaced, Serve tries for ever.
-        "max_constructor_retry_count": 1,
-        "health_check_period_s": HEALTH_PERIOD_S,
-        "health_check_timeout_s": HEALTH_TIMEOUT_S,
-        "graceful_shutdown_timeout_s": config.gateway.drain_timeout_s + STOP_TIMEOUT_S,
-        "graceful_shutdown_wait_loop_s": 0.1,
-    }
-
-
-def _deployment_messages() -> str:
-    """Why deployments are not healthy, as Serve tells it; empty when it does not."""
-    if not ray.is_initialized():  # Serve would look for a cluster, and wait
-        return ""
-    try:
-        applications = serve.status().applications
-    except (RayError, RayServeException, RuntimeError):
-        return ""
-    deployments = applications[APP_NAME].deployments if APP_NAME in applications else {}
-    return "; ".join(f"{name}: {status.message}" for name, status in deployments.items() if status.message)
+    wanted = {APP_NAME, *(app_name(spec.card.name) for spec in specs)}
+    if gone := applications.our_applications() - wanted:
+        report(f"ending {', '.join(sorted(gone))}")
+        applications.delete(gone, config.gateway.drain_timeout_s + 2 * STOP_TIMEOUT_S)
+    models = [
+        applications.model_target(
+            config,
+            spec,
+            placements[spec.card.name],
+            num_groups=spec.card.num_groups,
+            revision=served.models[spec.card.name].revision,
+        )
+        for spec in specs
+    ]
+    return applications.run([*models, applications.gateway_target(config)], wait=True)[-1]

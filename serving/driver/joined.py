@@ -60,6 +60,20 @@ def requests_of(entries: Sequence[ModelEntry]) -> list[GroupRequest]:
     ]
 
 
+def requests_of_specs(specs: Sequence[GroupSpec]) -> list[GroupRequest]:
+    """One for each group of each model, whose name it has."""
+    return [
+        GroupRequest(
+            name=spec.card.name,
+            tp_size=spec.parallel.tp_size,
+            device=spec.parallel.device,
+            cpus_per_rank=spec.cpus_per_rank,
+        )
+        for spec in specs
+        for _ in range(spec.card.num_groups)
+    ]
+
+
 def wait_for_places(
     requests: Sequence[GroupRequest],
     timeout_s: float,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model_parallel.native import LIBRARIES, is_compiled
-from serving.config import ServingConfig, tracing_is_on
+from serving.config import ModelEntry, ServingConfig, tracing_is_on
 from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
 from serving.driver.environment import cluster_parent
 from serving.gateway.http.listener import make_room
@@ -116,6 +116,23 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
         _checks=checks,
         _compilation=_begin_compilation() if any(spec.parallel.device == "cpu" for spec in specs) else None,
     )
+
+
+def check_model(entry: ModelEntry, host: Host, *, is_private: bool) -> Preflight:
+    """The same for one model that comes to a stack that runs, or that replaces one of its own. `host` is what it finds there.
+    Returns when all is checked. Raises what `begin` and `finish` raise."""
+    config = ServingConfig(models=(entry,))
+    if is_private:
+        specs, notes, warnings = _sizes(config, host)
+    else:
+        specs = resolve_models(config.models, host)
+        notes, warnings = [describe_sizes(spec.entry, spec.model) for spec in specs], list(specs[0].warnings)
+    checks = []
+    if entry.source not in KNOWN_MODELS:
+        checks.append(_checkpoint_check(entry.source, entry.chat.format if entry.chat else ""))
+    checked = Preflight(config=config, specs=specs, parent=None, notes=notes, warnings=warnings, _checks=checks)
+    checked.finish()
+    return checked
 
 
 def _sizes(config: ServingConfig, host: Host) -> tuple[list[GroupSpec], list[str], list[str]]:

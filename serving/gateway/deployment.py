@@ -1,15 +1,19 @@
 """The gateway process: a Ray Serve deployment, one replica a node."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_api import this_node
+from cluster.ray_api import RayError, read_record, this_node
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
 from serving.contracts.fleet import Fleet, GatewayDemand
 from serving.contracts.models import ModelCard
+from serving.contracts.served import RECORD_KEY, GatewayModels, Served, app_name, deployment_name
 from serving.contracts.start_failure import telling_start_failures
 from serving.gateway.groups.loads import loads_of_this_process
 from serving.gateway.groups.output_receiver import OutputReceiver
@@ -22,6 +26,11 @@ from serving.tenants.client.accounts import TenantAccounts
 from serving.tenants.client.link import ActorLink
 from serving.text.tokenizer import Tokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
+LOOK_PERIOD_S = 2.0
+"""How often a gateway looks whether other models are to be served. It is also told, and sooner."""
+
 
 def _tokenizer_of(card: ModelCard) -> Tokenizer:
     """What the chat format writes is control to the tokenizer."""
@@ -29,36 +38,55 @@ def _tokenizer_of(card: ModelCard) -> Tokenizer:
     return load_tokenizer(Path(card.source), markup="".join(literals.values()))
 
 
+def _read_served() -> Served | None:
+    """Raises RayError."""
+    encoded = read_record(RECORD_KEY)
+    return None if encoded is None else msgspec.msgpack.decode(encoded, type=Served)
+
+
+def _handle(model: str) -> Handle:
+    return DeploymentHandle(deployment_name(model), app_name(model))
+
+
+def _is_read_anew(before: ModelCard, after: ModelCard) -> bool:
+    """Another number of groups is nothing that prompts depend on."""
+    return msgspec.structs.replace(before, num_groups=after.num_groups) != after
+
+
 class Gateway:
-    """A node's front end."""
+    """A node's front end. Which models it serves is written in Ray's control store (contracts/served.py)."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         config: GatewayConfig,
         limits: LimitsConfig,
-        cards: Sequence[ModelCard],
-        groups: Mapping[str, Handle],
         admin: AdminConfig,
         tenancy: TenancyConfig | None,
     ) -> None:
         configure_logging("gateway", error_messages=False)
         with telling_start_failures():
-            await self._start(config, limits, cards, groups, admin, tenancy)
+            await self._start(config, limits, admin, tenancy)
 
     async def _start(
         self,
         config: GatewayConfig,
         limits: LimitsConfig,
-        cards: Sequence[ModelCard],
-        groups: Mapping[str, Handle],
         admin: AdminConfig,
         tenancy: TenancyConfig | None,
     ) -> None:
+        served = _read_served()
+        if served is None:
+            raise RuntimeError("it is not written down which models are served")
+        cards = [model.card for model in served.shown.values()]
         tokenizers = {card.name: _tokenizer_of(card) for card in cards}
+        self._served = msgspec.structs.replace(served, models=served.shown)
+        self._problems: dict[str, str] = {}
+        """Models that this gateway cannot serve, and why."""
+        self._looking = asyncio.Lock()
         self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._backend = backend = ServeBackend(cards, groups, self._receiver)
+        self._backend = backend = ServeBackend(cards, {card.name: _handle(card.name) for card in cards}, self._receiver)
         self._watch = GatewayWatch(cards, METHODS, open_tracing())
         self._accounts: TenantAccounts | None = None
         if tenancy is not None:
@@ -71,6 +99,9 @@ class Gateway:
         self._metrics_port = self._watch.start(
             admin, backend.reports, backend.step_reports, lambda: self._server.is_serving
         )
+        for name, model in self._served.models.items():
+            backend.set_model(model.card, _handle(name), is_held=model.state == "replacing")
+        self._look_task = asyncio.create_task(self._look_again())
 
     async def ready(self) -> Ports:
         """Where the gateway listens; its health tells by now what the groups are."""
@@ -94,6 +125,54 @@ class Gateway:
         }
         return msgspec.msgpack.encode(GatewayDemand(gateway=self._id, models=demand))
 
+    async def take_models(self) -> bytes:
+        """Look now which models are to be served. Returns GatewayModels (msgpack)."""
+        await self._look()
+        answer = GatewayModels(
+            gateway=self._id,
+            generation=self._served.generation,
+            num_open=self._backend.num_open,
+            problems=self._problems,
+        )
+        return msgspec.msgpack.encode(answer)
+
+    async def _look(self) -> None:
+        """Serve what the record says. A record that cannot be read changes nothing."""
+        async with self._looking:
+            try:
+                served = await asyncio.to_thread(_read_served)
+            except (RayError, RuntimeError, msgspec.DecodeError) as error:
+                logger.warning("the record of the served models cannot be read: %s", error)
+                return
+            if served is not None and served.generation != self._served.generation:
+                await self._follow(served)
+
+    async def _look_again(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_PERIOD_S)
+            await self._look()
+
+    async def _follow(self, served: Served) -> None:
+        before, shown = self._served.models, served.shown
+        for name in self._backend.models.keys() - shown.keys():
+            self._backend.forget_model(name)
+            self._server.forget_model(name)
+        problems, self._problems = self._problems, {}
+        for name, model in shown.items():
+            card = model.card
+            try:
+                if name not in before or name in problems or _is_read_anew(before[name].card, card):
+                    await self._server.set_model(card, await asyncio.to_thread(_tokenizer_of, card))
+            except Exception as error:  # whatever is wrong with its files here, the other models are served
+                logger.exception("the model %s cannot be served", name)
+                self._problems[name] = f"{type(error).__name__}: {error}"
+                continue
+            self._backend.set_model(card, _handle(name), is_held=model.state == "replacing")
+        self._watch.set_models(
+            [model.card for model in shown.values()], {name: model.state for name, model in shown.items()}
+        )
+        self._served = msgspec.structs.replace(served, models=shown)
+
     async def drain(self) -> None:
         """Refuse new requests, let running ones finish up to gateway.drain_timeout_s, deliver their usage records."""
         await self._server.drain()
@@ -107,6 +186,9 @@ class Gateway:
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends in good order."""
+        self._look_task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._look_task
         await self.drain()
         await self._server.stop()
         await self._receiver.stop()

@@ -23,6 +23,7 @@ from serving.contracts.addresses import (
     why_not_listening,
 )
 from serving.contracts.fleet import ModelDemand
+from serving.contracts.models import ModelCard
 from serving.contracts.observer import Observe, unobserved
 from serving.gateway.core.admission import Admission
 from serving.gateway.core.backend import Backend
@@ -94,6 +95,14 @@ class GatewayServer:
         self._tls = None if config.tls is None else load_tls(config.tls)
         self._server: grpc.aio.Server | None = None
         self._http = self._http_listener()
+
+    async def set_model(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+        """See Generator.set_model."""
+        await self._generator.set_model(card, tokenizer)
+
+    def forget_model(self, name: str) -> None:
+        """See Generator.forget_model."""
+        self._generator.forget_model(name)
 
     @property
     def demand(self) -> Mapping[str, ModelDemand]:

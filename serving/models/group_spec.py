@@ -15,7 +15,15 @@ from serving.models.chat import ModelText, resolve_text
 from serving.models.fetch import KNOWN_MODELS, resolve_source
 from serving.models.generation_defaults import default_sampling
 from serving.models.licence import licence_of
-from serving.models.sizes import UTILISATION, Host, choose_sizes, process_bytes, this_host
+from serving.models.sizes import (
+    LEADER_BYTES,
+    RANK_BYTES,
+    UTILISATION,
+    Host,
+    choose_sizes,
+    process_bytes,
+    this_host,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +99,29 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         scheduler=scheduler,
         cpus_per_rank=entry.cpus_per_rank,
     )
+
+
+def held_bytes(spec: GroupSpec, num_groups: int) -> int:
+    """Of a host's memory that so many groups of a model on CPUs hold, processes included."""
+    scheduler = spec.scheduler
+    workload = Workload(
+        max_model_len=scheduler.max_model_len,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+    )
+    group = plan_group(
+        spec.model,
+        spec.parallel.tp_size,
+        dtype=spec.parallel.dtype,
+        quantization=spec.parallel.quantization,
+        device=Device(name="host", memory_bytes=0, bandwidth_bytes_per_s=math.inf),
+        workload=workload,
+    )
+    ranks = sum(
+        rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * spec.cache.num_tokens + RANK_BYTES
+        for rank in group.ranks
+    )
+    return num_groups * (ranks + LEADER_BYTES)
 
 
 def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:

@@ -49,6 +49,7 @@ class GatewayWatch:
         self._endpoint: MetricsEndpoint | None = None
         self._fleet, self._told_s = Fleet(at_s=0.0), -math.inf
         """What the autoscaler told last, and when (monotonic)."""
+        self._states: Mapping[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(
@@ -82,6 +83,12 @@ class GatewayWatch:
         self.metrics.groups.set_configured({model: seen.target for model, seen in fleet.models.items()})
         self._show_fleet()
 
+    def set_models(self, cards: Iterable[ModelCard], states: Mapping[str, str]) -> None:
+        """These are served from now on. `states` by name, for the page /fleet."""
+        self.metrics.set_models({card.name: card.num_groups for card in cards})
+        self._states = states
+        self._show_fleet()
+
     async def stop(self) -> None:
         """Close the port and send what is left of the traces."""
         for task in self._tasks:
@@ -99,7 +106,12 @@ class GatewayWatch:
         is_told = time.monotonic() - self._told_s < FORGET_AFTER_S
         told = self._fleet if is_told else Fleet(at_s=time.time())
         if self._endpoint is not None:
-            models = {**self.metrics.groups.fleet_models(), **told.models}
+            shown = self.metrics.groups.fleet_models()
+            shown |= {model: seen for model, seen in told.models.items() if model in shown}
+            models = {
+                model: msgspec.structs.replace(seen, state=self._states.get(model, seen.state))
+                for model, seen in shown.items()
+            }
             self._endpoint.fleet_page = msgspec.json.encode(msgspec.structs.replace(told, models=models))
 
     async def _watch_groups(self, ask: Callable[[], Awaitable[Mapping[str, Sequence[GroupReport]]]]) -> None:

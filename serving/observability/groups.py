@@ -80,9 +80,15 @@ class GroupCollector(Collector):
             for model, number in self._num_configured.items()
         }
 
+    def set_models(self, num_configured: Mapping[str, int]) -> None:
+        """These models there are from now on, with so many groups each."""
+        self._num_configured = dict(num_configured)
+        self._num_ended = {**dict.fromkeys(num_configured, 0), **self._num_ended}
+
     def set_configured(self, num_groups: Mapping[str, int]) -> None:
         """So many groups there should be of these models from now on."""
-        self._num_configured = {**self._num_configured, **num_groups}
+        known = {model: number for model, number in num_groups.items() if model in self._num_configured}
+        self._num_configured = {**self._num_configured, **known}
 
     def collect(self) -> Iterator[Metric]:
         """All families, also those that have no samples yet. Called from another thread."""
@@ -111,7 +117,8 @@ class GroupCollector(Collector):
         )
         for model, number in self._num_configured.items():
             configured.add_metric((model,), number)
-            ended.add_metric((model,), self._num_ended[model])
+        for model, number in self._num_ended.items():
+            ended.add_metric((model,), number)
         yield configured
         yield ended
 

@@ -152,7 +152,15 @@ class GatewayMetrics:
         registry.register(self.fleet)
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
+        self._ttft_stage = ttft_stage
         self.ttft_stages = {(model, stage): ttft_stage.labels(model, stage) for model in models for stage in STAGES}
+
+    def set_models(self, num_groups: Mapping[str, int]) -> None:
+        """Models that are served from now on, with the number of their groups. Series of others stay: their requests counted."""
+        for model in set(num_groups) - self._models:
+            self.ttft_stages |= {(model, stage): self._ttft_stage.labels(model, stage) for stage in STAGES}
+        self._models |= set(num_groups)
+        self.groups.set_models(num_groups)
 
     def watch_pending_records(self, count: Callable[[], float]) -> None:
         """`count` is asked whenever the metrics are read."""

@@ -104,6 +104,23 @@ class AsyncEngine:
         for run in self._runs_of(sink):
             self._end(run)
 
+    def hand_over(self, reason: str) -> None:
+        """End all requests here, and have their gateways give what is left of them to other groups. Nothing is wrong with the
+        group, and so with none of them."""
+        for run in set(self._runs.values()):
+            last = [
+                EngineOutput(
+                    request_id=request_id,
+                    finish_reason=FinishReason.ERROR,
+                    error=reason,
+                    error_kind="unavailable",
+                    was_waiting=True,
+                )
+                for request_id in run.running
+            ]
+            self._end(run)
+            run.sink.send(last)
+
     def fail(self, reason: str) -> None:
         """The executor has lost a rank between steps: end all requests. May be called from any thread."""
         logger.error("the group is lost: %s", reason)

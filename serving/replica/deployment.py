@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 from ray import serve
 
+from cluster.ray_api import RayError, draining_nodes, this_node
 from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
@@ -38,12 +39,24 @@ logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
 DRAIN_POLL_S = 0.1
+NODE_LOOK_PERIOD_S = 2.0
+"""How often a leader looks whether a node of its group is to end."""
+NODE_LOOK_TIMEOUT_S = 5.0
+MARGIN_S = 5.0
+"""Before the end of a node that is to end: by then all is elsewhere."""
+
+
+class _DrainingError(Exception):
+    """The group takes nothing new."""
 
 
 class ReplicaGroup:
     """The leader of one replica group: the engine's thread and the sockets to its ranks."""
 
     _async_engine: AsyncEngine | None = None
+    _drain: "asyncio.Task[None] | None" = None
+    """Takes nothing new any more: ends when nothing runs either."""
+    _node_watch: "asyncio.Task[None] | None" = None
 
     async def __init__(self, spec: GroupSpec, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
         self._drain_timeout_s = drain_timeout_s
@@ -85,6 +98,7 @@ class ReplicaGroup:
         self._engine = Engine(self._timed, scheduler, on_step=self._iterations.observe)
         self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
+        self._node_watch = asyncio.create_task(self._watch_nodes())
 
     async def generate(self, encoded_call: bytes) -> bytes:
         """Take in the choices of one client request (msgpack, GroupCall). Returns a GroupReply (msgpack)."""
@@ -93,11 +107,15 @@ class ReplicaGroup:
         span = GroupSpan(self._tracing, self._model, self._engine_id, call.trace_context)
         reply = GroupReply(self._engine_id)
         try:
+            if self._drain is not None:
+                raise _DrainingError
             engine = self._running_engine()
             sink = await self._senders.to(call.return_address)
             engine.start(call.requests, sink, span.received, span.end)
         except RequestError as error:
             reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
+        except _DrainingError:
+            reply = GroupReply(self._engine_id, "draining", "the replica group drains")
         except GroupFailedError as lost:
             logger.warning("a request reached a lost group: %s", lost)
             reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")
@@ -165,20 +183,59 @@ class ReplicaGroup:
         """Process ids of the leader and then of its ranks, in rank order."""
         return (os.getpid(), *self._executor.pids)
 
+    async def begin_drain(self, group: str, grace_s: float) -> bool:
+        """Take nothing new, finish what runs within the grace, give the rest to other groups, and be replaced. Of all groups that
+        are asked only the one of this id does; whether this is the one."""
+        if group == self._engine_id:
+            self._drain_within(grace_s, "an operator has asked for it")
+        return group == self._engine_id
+
+    def _drain_within(self, grace_s: float, reason: str) -> None:
+        if self._drain is None:
+            logger.info("draining for %.0f s at most: %s", grace_s, reason)
+            self._drain = asyncio.create_task(self._finish_within(grace_s))
+
+    async def _finish_within(self, timeout_s: float) -> None:
+        """Until nothing runs; what is left by then goes on in other groups."""
+        if self._async_engine is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._async_engine.num_open:
+                    await asyncio.sleep(DRAIN_POLL_S)
+        self._async_engine.hand_over("the replica group that served this request was stopped")
+
+    async def _watch_nodes(self) -> None:
+        """Drain as soon as a node with a rank of this group is to end. Serve looks at the leader's alone."""
+        nodes = {at.node_id for at in self._executor.locations} | {this_node()[0]}
+        while self._drain is None:
+            await asyncio.sleep(NODE_LOOK_PERIOD_S)
+            try:
+                ending = await asyncio.to_thread(draining_nodes, NODE_LOOK_TIMEOUT_S)
+            except (RayError, RuntimeError, OSError) as error:
+                logger.warning("it cannot be told which nodes are to end: %s", error)
+                continue
+            if found := nodes & ending.keys():
+                left_s = min(ending[node] for node in found) - time.time() - MARGIN_S
+                self._drain_within(
+                    max(0.0, min(self._drain_timeout_s, left_s)), f"Ray is to end the node {', '.join(sorted(found))}"
+                )
+
     async def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica and free its placement group."""
         self._running_engine()
         problem = self._executor.health.problem()
         if problem is not None:
             raise GroupFailedError(problem)
+        if self._drain is not None and self._drain.done():
+            raise GroupFailedError("the group has drained, and is to be replaced")
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends in good order: what it has taken in runs to its end, in bounded time."""
+        if self._node_watch is not None:
+            self._node_watch.cancel()
         if self._async_engine is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._drain_timeout_s):
-                    while self._async_engine.num_open:
-                        await asyncio.sleep(DRAIN_POLL_S)
+            await self._finish_within(0.0 if self._drain is not None and self._drain.done() else self._drain_timeout_s)
             await asyncio.to_thread(self._async_engine.close, self._step_timeout_s)
             self._senders.close()
         if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself

@@ -14,7 +14,8 @@ from ray import serve
 
 from protos import inference_pb2 as pb
 from serving.client.client import Client
-from serving.driver.app import APP_NAME, RunningApp
+from serving.contracts.served import APP_NAME
+from serving.driver.app import RunningApp
 from tests.support.otlp import Collector, running_collector
 from tests.support.stack import MODEL, running_stack, stack_config, story, wait_until
 from tests.support.waiting import PATIENCE_S

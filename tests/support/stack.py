@@ -15,7 +15,8 @@ from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
 from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
-from serving.driver.app import APP_NAME, RunningApp, start
+from serving.contracts.served import app_name, deployment_name
+from serving.driver.app import RunningApp, start
 from tests.support.waiting import PATIENCE_S
 
 SMALL = {"device": "cpu", "dtype": "float32", "threads_per_rank": 1}
@@ -29,7 +30,7 @@ def stack_config(**model: object) -> ServingConfig:
     data = {
         "models": [entry],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},
-        "admin": {"metrics_port": 0},
+        "admin": {"metrics_port": 0, "port": 0},
     }
     return parse_config(data, origin="the test's configuration")
 
@@ -46,7 +47,7 @@ def running_stack(config: ServingConfig) -> Iterator[RunningApp]:
 
 
 def group_handle(model: str = MODEL) -> "DeploymentHandle[object]":
-    return serve.get_deployment_handle(f"ReplicaGroup-{model}", APP_NAME)
+    return serve.get_deployment_handle(deployment_name(model), app_name(model))
 
 
 def group_stats(model: str = MODEL) -> dict[str, float]:

@@ -14,7 +14,7 @@ class DemandCounter:
 
     def count(self, model: str, requests: Sequence[EngineRequest]) -> None:
         """The choices of one client request."""
-        before = self.totals[model]
+        before = self.totals.get(model, ModelDemand(0, 0))
         self.totals[model] = ModelDemand(
             before.num_sequences + len(requests),
             before.num_prompt_tokens + sum(len(request.prompt_token_ids) for request in requests),

@@ -24,6 +24,7 @@ from serving.contracts.accounts import Accounts, OpenAccounts, Principal
 from serving.contracts.errors import (
     CancelledInGroupError,
     DeadlineExceededError,
+    GroupDrainingError,
     GroupRefusedError,
     GroupSilentError,
     GroupUnavailableError,
@@ -98,7 +99,7 @@ class Generator:
     ) -> None:
         self.clock = clock
         self.models: Mapping[str, ModelCard] = backend.models
-        self.tokenizers = tokenizers
+        self.tokenizers = dict(tokenizers)
         self._encoders = {name: PromptEncoder(card, tokenizers[name]) for name, card in backend.models.items()}
         self._limits = limits
         self._backend = backend
@@ -106,11 +107,20 @@ class Generator:
         self._refusals = RecentRefusals(clock)
         self.demand = DemandCounter(backend.models)
 
+    async def set_model(self, card: ModelCard, tokenizer: Tokenizer) -> None:
+        """Be ready for a model that the backend is about to serve, or to serve with another card."""
+        encoder = await asyncio.to_thread(PromptEncoder, card, tokenizer)
+        self._encoders[card.name], self.tokenizers[card.name] = encoder, tokenizer
+
+    def forget_model(self, name: str) -> None:
+        """The backend does not serve it any more. Requests that have begun go on."""
+        del self._encoders[name], self.tokenizers[name]
+
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
         end the request early. The query must be normalised."""
         card = self.model_for(call, query.model)
-        encoder, num_choices = self._encoders[card.name], query.n or 1
+        encoder, tokenizer, num_choices = self._encoders[card.name], self.tokenizers[card.name], query.n or 1
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
@@ -123,7 +133,7 @@ class Generator:
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
-        choices = self._choices(query, card, [token_ids for token_ids, _ in sequences])
+        choices = _choices(query, tokenizer, [token_ids for token_ids, _ in sequences])
         meter = await self._meter(call, card, num_prompt_tokens, sum(sampling.max_tokens for _, sampling in sequences))
         with meter:
             requests = self._requests(card, call, sequences)
@@ -207,21 +217,6 @@ class Generator:
         """Raises what `model_for` does."""
         return self.tokenizers[self.model_for(call, name).name]
 
-    def _choices(self, query: GenerateQuery, card: ModelCard, prompts: Sequence[tuple[int, ...]]) -> list[Choice]:
-        """One for each of `prompts`, in which the prompt of several choices stands several times."""
-        return [
-            Choice(
-                index,
-                self.tokenizers[card.name],
-                [stop for stop in query.stop if stop],
-                prompt_token_ids=token_ids,
-                reports_prompt=index % (query.n or 1) == 0,
-                continues_text=not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last,
-                shows_special=query.skip_special_tokens is False,
-            )
-            for index, token_ids in enumerate(prompts)
-        ]
-
     async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
         """Reserves the most that the request can use. Raises QuotaExceededError."""
         reservation = await self._accounts.reserve(
@@ -263,7 +258,10 @@ class Generator:
                 if is_accepted and isinstance(error, GroupUnavailableError):
                     rest.lose(error)
                 recover_until_s = min(recover_until_s, self.clock() + RECOVERY_TIMEOUT_S)
-                if not (is_begun or isinstance(error, GroupSilentError)) or self.clock() >= recover_until_s:
+                may_wait = is_begun or isinstance(error, GroupSilentError | GroupDrainingError)
+                if not may_wait or self.clock() >= recover_until_s:
+                    raise
+                if card.name not in self.models:  # it was removed, and no group of it will come
                     raise
                 if isinstance(error, GroupRefusedError) and error.kind != "overloaded":
                     raise
@@ -319,6 +317,22 @@ class Generator:
             )
             for choice, (prompt, sampling) in enumerate(sequences)
         ]
+
+
+def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple[int, ...]]) -> list[Choice]:
+    """One for each of `prompts`, in which the prompt of several choices stands several times."""
+    return [
+        Choice(
+            index,
+            tokenizer,
+            [stop for stop in query.stop if stop],
+            prompt_token_ids=token_ids,
+            reports_prompt=index % (query.n or 1) == 0,
+            continues_text=not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last,
+            shows_special=query.skip_special_tokens is False,
+        )
+        for index, token_ids in enumerate(prompts)
+    ]
 
 
 def draw_seed() -> int:

@@ -16,6 +16,9 @@ and so has none, would be sent everything."""
 AVOIDED_WHEN_SILENT_S = 30.0
 """The same of one that does not answer: longer than Serve takes to replace it."""
 
+AVOIDED_WHEN_DRAINING_S = 600.0
+"""The same of one that takes nothing new: its successor has another name."""
+
 
 class GroupLoads:
     """Open sequences of the groups, as one gateway knows them. One thread writes; any may read."""

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,12 +19,13 @@ from ray.serve.exceptions import BackPressureError, RayServeException, RequestCa
 from ray.serve.handle import DeploymentHandle
 
 from model_parallel.engine.request import EngineRequest
-from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.errors import GroupDrainingError, GroupRefusedError, GroupUnavailableError
 from serving.contracts.fleet import ModelDemand
 from serving.contracts.group_link import GroupCall, GroupOutputs, GroupReply
 from serving.contracts.group_report import GroupReport
 from serving.contracts.models import ModelCard
 from serving.contracts.step_report import StepReport
+from serving.gateway.groups.loads import AVOIDED_WHEN_DRAINING_S
 from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ class ServeBackend:
     ) -> None:
         """`receiver` must have started before the first request."""
         self._models = {card.name: card for card in cards}
-        self._groups = groups
+        self._groups = dict(groups)
+        self._held: set[str] = set()
+        """Models whose groups are being replaced."""
+        self._num_open: Counter[str] = Counter()
         self._receiver = receiver
         self._could_serve_s: dict[str, float] = {}
         """When (monotonic) a group of each model last said that it can."""
@@ -65,10 +70,33 @@ class ServeBackend:
     def models(self) -> Mapping[str, ModelCard]:
         return self._models
 
+    def set_model(self, card: ModelCard, handle: Handle, *, is_held: bool) -> None:
+        """Serve a model from now on, or with another card. While it `is_held`, its groups are being replaced: requests that none
+        can take wait."""
+        if (before := self._models.get(card.name)) is not None:
+            card = msgspec.structs.replace(card, kernels=before.kernels, deterministic=before.deterministic)
+        self._groups.setdefault(card.name, handle)
+        self._models[card.name] = card
+        (self._held.add if is_held else self._held.discard)(card.name)
+
+    def forget_model(self, name: str) -> None:
+        """Serve it no more. What groups have taken in goes on."""
+        del self._models[name], self._groups[name]
+        self._held.discard(name)
+        self._told_asleep_s.pop(name, None)
+        self._could_serve_s.pop(name, None)
+
+    @property
+    def num_open(self) -> dict[str, int]:
+        """Requests that have been offered to groups and have not ended, of each model that has any."""
+        return dict(self._num_open)
+
     def set_groups(self, model: str, num_groups: int, *, is_asleep: bool) -> None:
         """So many groups of the model run now, of which each may be asked before a request is refused. One that is asleep gets
         a group when a request waits for it."""
-        card = self._models[model]
+        card = self._models.get(model)
+        if card is None:  # the autoscaler has not heard yet that it was removed
+            return
         if card.num_groups != num_groups:
             self._models[model] = msgspec.structs.replace(card, num_groups=num_groups)
         if is_asleep:
@@ -90,21 +118,27 @@ class ServeBackend:
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
     ) -> AsyncGenerator[GroupOutputs, None]:
+        if (handle := self._groups.get(model)) is None:
+            raise GroupUnavailableError(f"model {model!r} is not served any more", may_have_run=False)
         num_open = len(requests)
         inbox = self._receiver.open([request.request_id for request in requests])
         call = GroupCall(tuple(requests), dict(trace_context), self._receiver.address)
         # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
-        submission = asyncio.create_task(_value(self._groups[model].generate.remote(self._encode(call))))
+        submission = asyncio.create_task(_value(handle.generate.remote(self._encode(call))))
         del call
         num_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self._submissions[submission] = model, len(requests), num_tokens
         submission.add_done_callback(partial(self._take_reply, model, inbox))
+        self._num_open[model] += 1
         try:
             while num_open:
                 step = await inbox.next()
                 num_open -= sum(output.finish_reason is not None for output in step.outputs)
                 yield step
         finally:
+            self._num_open[model] -= 1
+            if not self._num_open[model]:
+                del self._num_open[model]
             inbox.close(cancel=num_open > 0)
             # If a group has taken the request in without our knowing, its first output is answered by a cancel.
             submission.cancel()
@@ -132,7 +166,10 @@ class ServeBackend:
             return
         if reply.error_kind in ("overloaded", "unavailable"):
             self._receiver.loads.refused(reply.engine)
-        if reply.error_kind == "unavailable":
+        if reply.error_kind == "draining":
+            self._receiver.loads.refused(reply.engine, AVOIDED_WHEN_DRAINING_S)
+            inbox.fail(GroupDrainingError(reply.error))
+        elif reply.error_kind == "unavailable":
             inbox.fail(GroupUnavailableError(reply.error, may_have_run=False))
         else:
             inbox.fail(
@@ -142,10 +179,12 @@ class ServeBackend:
             )
 
     async def can_serve(self, model: str) -> bool:
-        if self.is_asleep(model):
-            return True  # whoever asks waits for its first group
+        if (handle := self._groups.get(model)) is None:
+            return False
+        if self.is_asleep(model) or model in self._held:
+            return True  # whoever asks waits for its next group
         for _ in range(max(1, self._models[model].num_groups)):
-            probe = self._groups[model].probe.remote()
+            probe = handle.probe.remote()
             try:
                 engine, problem, kernels, deterministic = await asyncio.wait_for(_value(probe), PROBE_TIMEOUT_S)
             except TimeoutError:
@@ -156,8 +195,8 @@ class ServeBackend:
                 return False
             if problem is None:
                 self._could_serve_s[model] = time.monotonic()
-                card = self._models[model]
-                if card.kernels != kernels:
+                card = self._models.get(model)
+                if card is not None and card.kernels != kernels:
                     self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
                 return True
             logger.warning("a replica group of %s is lost: %s", model, problem)
@@ -166,8 +205,9 @@ class ServeBackend:
 
     async def reports(self, reader: str) -> dict[str, list[GroupReport]]:
         """What every group of every model tells the gateway `reader`; a group that does not answer in time is left out."""
-        answers = await asyncio.gather(*(self._reports(handle, reader) for handle in self._groups.values()))
-        return dict(zip(self._groups, answers, strict=True))
+        groups = dict(self._groups)
+        answers = await asyncio.gather(*(self._reports(handle, reader) for handle in groups.values()))
+        return dict(zip(groups, answers, strict=True))
 
     async def step_reports(self) -> list[StepReport]:
         """The last steps of every group of every model; a group that does not answer in time is left out."""

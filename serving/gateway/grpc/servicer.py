@@ -30,10 +30,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call = self._call(context)
         query = convert.generate_query(request)
         seed = draw_seed() if query.seed is None else query.seed
+        tokenizer = self._generator.tokenizer_of(call, query.model)
         async with aclosing(self._generator.generate(query, call, seed)) as chunks:
-            response = convert.generate_response(
-                [chunk async for chunk in chunks], self._generator.tokenizer_of(call, query.model)
-            )
+            response = convert.generate_response([chunk async for chunk in chunks], tokenizer)
         response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
         await _send_headers(context)
         return response
@@ -69,8 +68,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         call = self._call(context)
-        scores, summary = await self._generator.score(convert.score_query(request), call)
         tokenizer = self._generator.tokenizer_of(call, request.model)
+        scores, summary = await self._generator.score(convert.score_query(request), call)
         await _send_headers(context)
         return pb.ScoreResponse(
             request_id=call.request_id,
@@ -82,8 +81,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         query = convert.tokenize_query(request)
         call = self._call(context)
-        token_ids = await self._generator.tokenize(query, call)
         tokenizer = self._generator.tokenizer_of(call, query.model)
+        token_ids = await self._generator.tokenize(query, call)
         await _send_headers(context)
         return pb.TokenizeResponse(token_ids=token_ids, tokens=[tokenizer.token_bytes(token) for token in token_ids])
 

@@ -19,7 +19,7 @@ START_S = 100.0
 def settings(**model: object) -> AutoscalerSettings:
     entry = {"name": "m", "source": "s", "tensor_parallel_size": 2, "autoscaling": {"max_groups": 3, **model}}
     config = parse_config({"models": [entry], "autoscaler": {"max_ranks": 6}}, origin="test")
-    found = settings_of(config, "app", "Gateway", {"m": "Groups-m"})
+    found = settings_of(config.models, config.autoscaler, "Gateway")
     assert found is not None
     return found
 
@@ -43,7 +43,7 @@ class Serve:
             "Gateway": Deployed(
                 target=1, replicas=tuple(Replica(id=name, state="RUNNING", started_s=1.0) for name in self.gateways)
             ),
-            "Groups-m": Deployed(
+            "ReplicaGroup-m": Deployed(
                 target=self.target,
                 replicas=tuple(
                     Replica(id=name, state=state, started_s=START_S) for name, (state, _) in self.groups.items()
@@ -55,7 +55,7 @@ class Serve:
         if deployment == "Gateway":
             self.told.append(msgspec.msgpack.decode(arguments[0], type=Fleet))
             return [msgspec.msgpack.encode(demand) for demand in self.gateways.values() if demand is not None]
-        assert (deployment, method) == ("Groups-m", "load")
+        assert (deployment, method) == ("ReplicaGroup-m", "load")
         return [
             msgspec.msgpack.encode((name, load))
             for name, (state, load) in self.groups.items()
@@ -159,7 +159,7 @@ def test_gateways_are_told_what_was_seen_and_decided(serve: Serve) -> None:
 
 def test_orders_go_to_the_deployment_of_the_model(serve: Serve) -> None:
     ServeFleet(settings(), serve, Clock()).scale("m", 2, ())
-    assert serve.orders == [("Groups-m", 2)]
+    assert serve.orders == [("ReplicaGroup-m", 2)]
 
 
 def test_nothing_is_seen_without_the_controller(serve: Serve, observe: Callable[[], ModelObservation]) -> None:
@@ -176,7 +176,7 @@ def test_ranks_are_what_models_share(serve: Serve) -> None:
 def test_nothing_is_started_where_no_model_is_to_be_scaled() -> None:
     for autoscaling in (None, {"mode": "off", "max_groups": 2}):
         config = parse_config({"models": [{"name": "m", "source": "s", "autoscaling": autoscaling}]}, origin="test")
-        assert settings_of(config, "app", "Gateway", {"m": "Groups-m"}) is None
+        assert settings_of(config.models, config.autoscaler, "Gateway") is None
 
 
 def test_advice_is_asked_for_by_its_mode() -> None:

@@ -35,7 +35,12 @@ def taken(*ports: int, number: int = errno.EADDRINUSE) -> checks.Probe:
 def test_every_listener_is_checked() -> None:
     found = [listener.setting for listener in listeners(config(tenancy={}))]
     assert found == ["gateway.port", "gateway.http_port", "admin.metrics_port", "admin.port"]
-    closed = config(gateway={"http_port": None}, admin={"metrics_port": None})
+    assert "admin.port" in [listener.setting for listener in listeners(config())]
+    beyond = config(gateway={"insecure": True}, admin={"host": "0.0.0.0"})
+    assert "admin.port" not in [
+        listener.setting for listener in listeners(beyond)
+    ]  # nothing to show there without keys
+    closed = config(gateway={"http_port": None}, admin={"metrics_port": None, "port": None})
     assert [listener.setting for listener in listeners(closed)] == ["gateway.port"]
 
 

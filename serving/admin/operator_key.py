@@ -1,0 +1,69 @@
+"""The operator's key of a server without tenancy: in a file that only the user who runs the server can read."""
+
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from model_parallel.directories import cache_directory
+from model_parallel.errors import ConfigError
+from serving.contracts.accounts import OPEN, OpenAccounts, Principal
+from serving.contracts.errors import UnauthenticatedError
+
+_NAME = "operator.key"
+
+
+def operator_key_file() -> Path:
+    """Where it lies: in the cache, with fetched models."""
+    return cache_directory() / _NAME
+
+
+def make_operator_key() -> str:
+    """The key, which is made when there is none. Raises ConfigError when it cannot be kept, or others could have read it."""
+    path = operator_key_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return _read(path)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(key := secrets.token_urlsafe(32))
+        return key
+    except OSError as error:
+        raise ConfigError(f"admin.port: the operator's key cannot be kept in {path}: {error.strerror}") from error
+
+
+def read_operator_key() -> str:
+    """ "" when there is none that this user can read."""
+    try:
+        return operator_key_file().read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _read(path: Path) -> str:
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(
+            f"admin.port: {path} has the operator's key, and others can read it; remove it, and a new one is made"
+        )
+    if not (key := path.read_text(encoding="ascii").strip()):
+        raise ConfigError(f"admin.port: {path} is empty; remove it, and a new operator's key is made")
+    return key
+
+
+class KeyHolder(OpenAccounts):
+    """Lets in who shows the operator's key."""
+
+    def __init__(self, key: str) -> None:
+        self._expected = f"Bearer {key}".encode()
+
+    def authenticate(self, credentials: Sequence[str]) -> Principal:
+        """Raises UnauthenticatedError."""
+        if len(credentials) != 1 or not hmac.compare_digest(credentials[0].encode(), self._expected):
+            raise UnauthenticatedError(
+                "this server has no tenancy, and lets in who shows the operator's key of the user who runs it"
+            )
+        return OPEN

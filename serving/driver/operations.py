@@ -1,0 +1,430 @@
+"""Changing what is served while it runs: models that come, change and go, numbers of groups, groups that are replaced.
+
+Each change is checked whole before anything is done. Then the record in Ray's control store says what is under way, Serve does
+it, and the record says what holds from now on. A change that fails is taken back. The driver that comes after one that was lost
+in the middle finishes or takes back what it finds (`finish_interrupted`).
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.placement import GroupRequest
+from model_parallel.errors import EngineError
+from serving.autoscaling.actor import start_autoscaler, stop_autoscaler
+from serving.autoscaling.settings import settings_of
+from serving.config import ModelEntry, ServingConfig
+from serving.contracts.errors import ChangeError, NotFoundError, UnknownModelError, ValidationError
+from serving.contracts.operations import ModelStatus, Progress, Report
+from serving.contracts.served import Served, ServedModel, app_name, deployment_name
+from serving.contracts.start_failure import StartError, plain_reason
+from serving.driver import applications, changes, joined
+from serving.driver.preflight import check_model
+from serving.driver.record import served_model, write_served
+from serving.driver.waits import SERVE_ERRORS, TELL_TIMEOUT_S, Tell, Waits
+from serving.gateway.deployment import Gateway
+from serving.models.fetch import KNOWN_MODELS, FetchError, fetch_model
+from serving.models.group_spec import GroupSpec, held_bytes, resolve_models
+from serving.models.sizes import STACK_BYTES, Host
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterOperations:
+    """Implements contracts.operations.Operations on Ray Serve."""
+
+    def __init__(self, config: ServingConfig, served: Served, look_at_host: Callable[[], Host]) -> None:
+        """`config` is the stack's own; which models there are, `served` says, which is what the record holds."""
+        self._config = config
+        self._served = served
+        self._look_at_host = look_at_host
+        self._is_private = config.ray.address is None
+        self._lock = threading.Lock()
+        self._waits = Waits()
+        self._changing = ""
+        """The model that is being changed."""
+        self._progress = ""
+
+    @property
+    def entries(self) -> list[ModelEntry]:
+        """As they were given."""
+        return [changes.entry_of(model.given) for model in self._served.models.values()]
+
+    def close(self) -> None:
+        """Changes that are under way end at their next look, with a ChangeError."""
+        self._waits.stop()
+
+    def status(self) -> Sequence[ModelStatus]:
+        """Raises ChangeError when Serve does not answer."""
+        return [self._status(name, model) for name, model in self._served.models.items()]
+
+    def _status(self, name: str, model: ServedModel) -> ModelStatus:
+        try:
+            found = applications.deployed(name)
+        except StartError as error:
+            raise ChangeError(str(error)) from error
+        return ModelStatus(
+            name=name,
+            state=model.state,
+            num_groups=found.target if found else 0,
+            num_running=len(found.running) if found else 0,
+            config=model.given,
+            change=self._progress if name == self._changing else "",
+        )
+
+    def deploy(self, entry: str, max_unavailable: int, report: Report, *, only_check: bool) -> None:
+        with _explained():
+            given = changes.parse_entry(entry, self._running_config(), "the model")
+            before = self._served.models.get(given.name)
+        with self._change(given.name, report) as tell, _explained():
+            if before is None:
+                self._add(given, tell, only_check=only_check)
+            else:
+                self._alter(before, given, max_unavailable, tell, only_check=only_check)
+
+    def undeploy(self, model: str, report: Report) -> None:
+        name, served = self._find(model)
+        with self._change(name, report) as tell:
+            if len(self._served.models) == 1:
+                raise ChangeError(
+                    f"{name} is the only model that is served; deploy another one first, or stop the server"
+                )
+            self._write(name, msgspec.structs.replace(served, state="removing"))
+            tell("draining", "new requests are refused; those that run may finish")
+            self._waits.gateways(self._served.generation)
+            self._waits.unused(name, tell, self._config.gateway.drain_timeout_s)
+            tell("stopping", "its groups end")
+            self._delete(name)
+            self._write(name, None)
+            self._waits.gateways(self._served.generation)
+            self._restart_autoscaler(served)
+            tell("done", f"{name} is not served any more")
+
+    def scale(
+        self, model: str, report: Report, *, num_groups: int | None, min_groups: int | None, max_groups: int | None
+    ) -> None:
+        name, served = self._find(model)
+        with self._change(name, report) as tell, _explained():
+            data = changes.scaled(
+                changes.entry_of(served.given), num_groups=num_groups, min_groups=min_groups, max_groups=max_groups
+            )
+            given = changes.parse_entry(msgspec.json.encode(data).decode(), self._running_config(), "the model")
+            self._alter(served, given, 1, tell, only_check=False)
+
+    def restart(self, model: str, max_unavailable: int, report: Report) -> None:
+        name, served = self._find(model)
+        with self._change(name, report) as tell, _explained():
+            target = self._deployed(name).target
+            changes.check_max_unavailable(max_unavailable, target)
+            self._replace(served, self._spec_of(served), served.given, target, max_unavailable, tell)
+            tell("done", f"all groups of {name} are new", target, target)
+
+    def drain(self, group: str, grace_s: float | None, report: Report) -> None:
+        longest_s = self._config.gateway.drain_timeout_s
+        grace_s = longest_s if grace_s is None else grace_s
+        if not 0 <= grace_s <= longest_s:
+            raise ValidationError(
+                "grace", f"grace is {grace_s:g} s; it must be from 0 to gateway.drain_timeout_s, {longest_s:g} s"
+            )
+        name = self._model_of(group)
+        served = self._served.models[name]
+        with self._change(name, report) as tell:
+            target = self._deployed(name).target
+            if target == 1:
+                tell("draining", f"{name} has one group: what comes meanwhile waits for the next one")
+                self._write(name, msgspec.structs.replace(served, state="replacing"))
+                self._waits.gateways(self._served.generation)
+            try:
+                asked = [group, grace_s]
+                self._handle(name).broadcast("begin_drain", *asked).results(timeout_s=TELL_TIMEOUT_S)
+                self._waits.rollout(name, frozenset((group,)), tell, self._start_timeout_s(served), what="run")
+            except SERVE_ERRORS as error:
+                raise ChangeError(f"the group cannot be told to drain: {plain_reason(str(error))}") from error
+            finally:
+                if target == 1:
+                    self._write(name, served)
+                    self._waits.gateways(self._served.generation)
+            tell("done", f"{group} is replaced", target, target)
+
+    def _add(self, given: ModelEntry, tell: Tell, *, only_check: bool) -> None:
+        name = given.name
+        tell("checking", f"{name} comes to {', '.join(self._served.models)}")
+        spec = self._checked(given, None, tell)
+        if only_check:
+            tell("done", f"{name} can be deployed")
+            return
+        revision = self._served.generation + 1
+        text = changes.entry_text(given)
+        self._write(name, served_model(spec, text, revision, "starting"))
+        try:
+            self._run(spec, spec.card.num_groups, revision, 1)
+            self._waits.rollout(name, frozenset(), tell, self._start_timeout_s(self._served.models[name]), what="run")
+            self._write(name, served_model(spec, text, revision, "serving"))
+            tell("telling", "gateways learn of it")
+            self._waits.gateways(self._served.generation, name)
+        except (StartError, EngineError, *SERVE_ERRORS) as error:
+            tell("stopping", "it did not start, and is taken away")
+            self._write(name, None)
+            self._delete(name)
+            self._waits.gateways(self._served.generation)
+            raise ChangeError(f"{name} was not deployed: {plain_reason(str(error))}") from error
+        self._restart_autoscaler(self._served.models[name])
+        tell("done", f"{name} is served", spec.card.num_groups, spec.card.num_groups)
+
+    def _alter(
+        self, before: ServedModel, given: ModelEntry, max_unavailable: int, tell: Tell, *, only_check: bool
+    ) -> None:
+        name, old = given.name, changes.entry_of(before.given)
+        differs = changes.difference(old, given)
+        if not differs.fields:
+            tell("done", f"{name} is served like that already")
+            return
+        tell("checking", f"{name}: {differs}")
+        found = self._deployed(name)
+        follows_load = given.autoscaling is not None and given.autoscaling.mode == "on"
+        target = max(1, found.target) if follows_load else given.num_groups
+        if differs.replaces_groups:
+            changes.check_max_unavailable(max_unavailable, target)
+        spec = self._checked(changes.with_sizes_kept(given, old, changes.entry_of(before.chosen)), before, tell)
+        changes.check_same_files(before.card, spec.card)
+        if only_check:
+            tell("done", f"{name} can be changed: {differs}")
+            return
+        text = changes.entry_text(given)
+        if differs.replaces_groups:
+            self._replace(before, spec, text, target, max_unavailable, tell)
+        else:
+            self._write(name, served_model(spec, text, before.revision, "serving"))
+            if not follows_load and target != found.target:
+                self._set_target(before, found.target, target, tell)
+            self._waits.gateways(self._served.generation, name)
+        if "autoscaling" in differs.fields or follows_load:
+            self._restart_autoscaler(self._served.models[name], before)
+        tell("done", f"{name} is served with {differs}", target, target)
+
+    def _set_target(self, before: ServedModel, old_target: int, target: int, tell: Tell) -> None:
+        """Raises ChangeError, and then there are as many groups as before."""
+        name = before.card.name
+        try:
+            applications.set_num_groups(name, target)
+            self._waits.number(name, target, tell, self._start_timeout_s(before))
+        except StartError as error:
+            applications.set_num_groups(name, old_target)
+            self._write(name, before)
+            raise ChangeError(f"{name} has {old_target} groups as before: {error}") from error
+
+    def _replace(
+        self, before: ServedModel, spec: GroupSpec, given: str, target: int, max_unavailable: int, tell: Tell
+    ) -> None:
+        """All groups of a model by others. Raises ChangeError, and then it is served as before."""
+        name = spec.card.name
+        if target <= 1:
+            tell("replacing", f"{name} has one group: what comes meanwhile waits for the new one")
+        # Until all groups are new, no request may be longer than the shortest of them allows.
+        shortest = min(before.card.max_model_len, spec.card.max_model_len)
+        during = msgspec.structs.replace(spec.card, max_model_len=shortest)
+        self._write(name, msgspec.structs.replace(before, card=during, state="replacing"))
+        self._waits.gateways(self._served.generation, name)
+        revision = self._served.generation
+        old = self._deployed(name)
+        num_rounds = -(-max(1, target) // max_unavailable)
+        timeout_s = num_rounds * self._start_timeout_s(before)
+        try:
+            self._run(spec, max(1, target), revision, max_unavailable)
+            self._waits.rollout(name, old.running, tell, timeout_s, what="replaced", stale=old.message)
+        except (StartError, EngineError, *SERVE_ERRORS) as error:
+            reason = plain_reason(str(error))
+            tell("replacing", f"taken back, since a new group did not start: {reason}")
+            self._take_back(before, max(1, target), max_unavailable, timeout_s, tell)
+            raise ChangeError(f"{name} is served as before; a new group did not start: {reason}") from error
+        self._write(name, served_model(spec, given, revision, "serving"))
+        self._waits.gateways(self._served.generation, name)
+
+    def _take_back(self, before: ServedModel, target: int, max_unavailable: int, timeout_s: float, tell: Tell) -> None:
+        """The groups that are left of the old configuration stay; the others are started again."""
+        name = before.card.name
+        try:
+            self._run(self._spec_of(before), target, before.revision, max_unavailable)
+            self._waits.number(name, target, tell, timeout_s)
+        except (StartError, *SERVE_ERRORS, EngineError) as error:
+            logger.error("%s could not be brought back whole: %s", name, error)
+        self._write(name, before)
+        self._waits.gateways(self._served.generation, name)
+
+    def _checked(self, entry: ModelEntry, before: ServedModel | None, tell: Tell) -> GroupSpec:
+        """Everything that `serve` checks before it starts a model. Raises ConfigError, CheckpointError, FetchError,
+        StartRefusedError."""
+        if entry.source in KNOWN_MODELS:
+            fetch_model(entry.source)
+        host = self._look_at_host()
+        if self._is_private:
+            # What runs already has its memory, and groups that are replaced give theirs back.
+            freed = STACK_BYTES
+            if before is not None:
+                old = self._spec_of(before)
+                freed += held_bytes(old, self._deployed(entry.name).target) if old.parallel.device == "cpu" else 0
+            memory = host.machine.available_memory_bytes + freed
+            host = replace(host, machine=replace(host.machine, available_memory_bytes=memory))
+        checked = check_model(entry, host, is_private=self._is_private)
+        for line in (*checked.notes, *checked.warnings):
+            tell("checking", line)
+        spec = checked.specs[0]
+        others = [model for name, model in self._served.models.items() if name != entry.name]
+        joined.wait_for_places(
+            [*_requests(spec), *(request for other in others for request in _requests(self._spec_of(other)))],
+            0.0,
+            lambda text: None,
+        )
+        return spec
+
+    def _spec_of(self, served: ServedModel) -> GroupSpec:
+        """Raises ConfigError, CheckpointError: its files may have changed."""
+        host = Host(machine=self._look_at_host().machine)
+        return resolve_models([changes.entry_of(served.chosen)], host)[0]
+
+    def _running_config(self) -> ServingConfig:
+        return changes.with_models(self._config, self.entries, "what is served")
+
+    def _find(self, name: str) -> tuple[str, ServedModel]:
+        if (found := self._served.models.get(name)) is None:
+            raise UnknownModelError(
+                f"model {name!r:.130} is not served; served: {', '.join(sorted(self._served.models))}"
+            )
+        return name, found
+
+    def _model_of(self, group: str) -> str:
+        known = []
+        for name in self._served.models:
+            running = self._deployed(name).running
+            if group in running:
+                return name
+            known += sorted(running)
+        raise NotFoundError(f"no group {group!r:.80} runs; running: {', '.join(known)}")
+
+    def _run(self, spec: GroupSpec, num_groups: int, revision: int, max_unavailable: int) -> None:
+        (placement,) = joined.wait_for_places(_requests(spec)[:1], 0.0, lambda text: None)
+        target = applications.model_target(
+            self._config,
+            spec,
+            placement,
+            num_groups=num_groups,
+            revision=revision,
+            max_unavailable=max_unavailable,
+        )
+        applications.run([target], wait=False)
+
+    def _delete(self, name: str) -> None:
+        try:
+            applications.delete(
+                [app_name(name)], self._config.gateway.drain_timeout_s + 2 * applications.STOP_TIMEOUT_S
+            )
+        except SERVE_ERRORS as error:
+            logger.error("the groups of %s did not end in time: %s", name, error)
+
+    def _deployed(self, name: str) -> applications.Deployed:
+        try:
+            found = applications.deployed(name)
+        except StartError as error:
+            raise ChangeError(str(error)) from error
+        if found is None:
+            raise ChangeError(f"{name} is not deployed")
+        return found
+
+    def _start_timeout_s(self, served: ServedModel) -> float:
+        """Of one group, from the order to stop another one."""
+        entry = changes.entry_of(served.chosen)
+        return self._config.gateway.drain_timeout_s + entry.start_timeout_s + 2 * applications.STOP_TIMEOUT_S
+
+    def _handle(self, name: str) -> DeploymentHandle[Any]:
+        return serve.get_deployment_handle(deployment_name(name), app_name(name))
+
+    def _write(self, name: str, model: ServedModel | None) -> None:
+        """The record, with `model` in place of what it had under this name; None takes it away. Raises ChangeError."""
+        models = {other: served for other, served in self._served.models.items() if other != name or model is not None}
+        if model is not None:
+            models[name] = model
+        served = Served(generation=self._served.generation + 1, models=models)
+        try:
+            write_served(served)
+        except RayError as error:
+            raise ChangeError(f"it cannot be written down: {plain_reason(str(error))}") from error
+        self._served = served
+
+    def _restart_autoscaler(self, *concerned: ServedModel) -> None:
+        """The autoscaler learns of the models as they are now, when one of these is, or was, any concern of its. It goes on with
+        what the last one has learned."""
+        if any(changes.entry_of(model.given).autoscaling is not None for model in concerned):
+            run_autoscaler(self._config, self._served)
+
+    @contextmanager
+    def _change(self, name: str, report: Report) -> Iterator[Tell]:
+        """One change at a time. Raises ChangeError when there is another."""
+        if not self._lock.acquire(blocking=False):
+            raise ChangeError(f"{self._changing} is being changed ({self._progress}); one change is made at a time")
+        try:
+            self._changing, self._progress = name, ""
+
+            def tell(stage: str, text: str, num_done: int = 0, num_total: int = 0) -> None:
+                self._progress = text
+                logger.info("%s: %s", name, text)
+                report(Progress(stage=stage, text=text, num_done=num_done, num_total=num_total))
+
+            yield tell
+        except StartError as error:
+            raise ChangeError(str(error)) from error
+        finally:
+            self._changing = self._progress = ""
+            self._lock.release()
+
+
+def run_autoscaler(config: ServingConfig, served: Served) -> None:
+    """The one for these models, in place of any other; none where no model needs it."""
+    entries = [changes.entry_of(model.chosen) for model in served.models.values()]
+    settings = settings_of(entries, config.autoscaler, Gateway.__name__)
+    if settings is None:
+        stop_autoscaler(applications.STOP_TIMEOUT_S)
+    else:
+        start_autoscaler(settings, applications.STOP_TIMEOUT_S)
+
+
+def finish_interrupted(served: Served, report: Callable[[str], None]) -> Served:
+    """What a driver that was lost in the middle of a change has left: models that were to come or to go are taken away, and the
+    groups that were being replaced are Serve's to finish. Returns the record as it is now. Raises RayError, TimeoutError."""
+    unfinished = {name: model.state for name, model in served.models.items() if model.state != "serving"}
+    if not unfinished:
+        return served
+    for name, state in unfinished.items():
+        report(
+            f"{name} was {state} when the last command ended; {'it goes on' if state == 'replacing' else 'it is taken away'}"
+        )
+    away = [name for name, state in unfinished.items() if state != "replacing"]
+    models: Mapping[str, ServedModel] = {
+        name: msgspec.structs.replace(model, state="serving")
+        for name, model in served.models.items()
+        if name not in away
+    }
+    finished = Served(generation=served.generation + 1, models=dict(models))
+    write_served(finished)
+    applications.delete(map(app_name, away), 2 * applications.STOP_TIMEOUT_S)
+    return finished
+
+
+def _requests(spec: GroupSpec) -> list[GroupRequest]:
+    return joined.requests_of_specs([spec])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What is wrong with what was asked for becomes the caller's to correct."""
+    try:
+        yield
+    except (EngineError, FetchError) as error:
+        raise ValidationError("config", str(error)) from error
