@@ -30,13 +30,14 @@ class InferenceStub:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. The reason in google.rpc.ErrorInfo is
     CONTEXT_LENGTH_EXCEEDED where prompt and answer do not fit the model, and INVALID_REQUEST otherwise.
     UNAUTHENTICATED     no key, or a wrong, expired or revoked one. Only where there are keys.
-    PERMISSION_DENIED   the key is good and does not allow the model.
+    PERMISSION_DENIED   the key is good and does not allow the model, or the resume_token is another tenant's.
     NOT_FOUND           no such model.
     RESOURCE_EXHAUSTED  reason QUOTA: the tenant or the key has used up what it may (google.rpc.QuotaFailure says of what);
     reason OVERLOADED: the gateway or every replica group is full; reason SLOW_READER: the answer was left
     unread for too long; no reason: a message over the size limit.
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
+    FAILED_PRECONDITION reason CANNOT_RESUME: the resume_token has expired, or the model is no longer the one of before.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
     replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
@@ -97,13 +98,14 @@ class InferenceServicer:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. The reason in google.rpc.ErrorInfo is
     CONTEXT_LENGTH_EXCEEDED where prompt and answer do not fit the model, and INVALID_REQUEST otherwise.
     UNAUTHENTICATED     no key, or a wrong, expired or revoked one. Only where there are keys.
-    PERMISSION_DENIED   the key is good and does not allow the model.
+    PERMISSION_DENIED   the key is good and does not allow the model, or the resume_token is another tenant's.
     NOT_FOUND           no such model.
     RESOURCE_EXHAUSTED  reason QUOTA: the tenant or the key has used up what it may (google.rpc.QuotaFailure says of what);
     reason OVERLOADED: the gateway or every replica group is full; reason SLOW_READER: the answer was left
     unread for too long; no reason: a message over the size limit.
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
+    FAILED_PRECONDITION reason CANNOT_RESUME: the resume_token has expired, or the model is no longer the one of before.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
     replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
@@ -124,7 +126,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Answers a prompt as it is made. Chunks of different choices come interleaved.
+        """Answers a prompt as it is made. Chunks of different choices come interleaved. When the connection or the gateway is lost, the same
+        request with resume_token and resume_from brings the rest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,13 +219,14 @@ class Inference:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. The reason in google.rpc.ErrorInfo is
     CONTEXT_LENGTH_EXCEEDED where prompt and answer do not fit the model, and INVALID_REQUEST otherwise.
     UNAUTHENTICATED     no key, or a wrong, expired or revoked one. Only where there are keys.
-    PERMISSION_DENIED   the key is good and does not allow the model.
+    PERMISSION_DENIED   the key is good and does not allow the model, or the resume_token is another tenant's.
     NOT_FOUND           no such model.
     RESOURCE_EXHAUSTED  reason QUOTA: the tenant or the key has used up what it may (google.rpc.QuotaFailure says of what);
     reason OVERLOADED: the gateway or every replica group is full; reason SLOW_READER: the answer was left
     unread for too long; no reason: a message over the size limit.
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
+    FAILED_PRECONDITION reason CANNOT_RESUME: the resume_token has expired, or the model is no longer the one of before.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
     replica groups were lost while they ran the request; it may be the cause, and should not be sent again.

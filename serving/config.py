@@ -118,6 +118,12 @@ class GatewayConfig(_Section):
         30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."
     )
 
+    resume_key_file: Path | None = Field(
+        None,
+        description="File with at least 32 random bytes, the same on every node: the key of resume tokens. Unset, one is drawn "
+        "that lives as long as the Ray cluster.",
+    )
+
     @field_validator("cors_allow_origins")
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ class Quotas:
 
         def answered() -> None:
             line.is_in_flight = False
-            reply = self._authority.exchange(exchange, recorded=())
+            reply = self._authority.exchange(exchange, recorded={})
             self._authority.take_changes()
             for gateway, subjects in self._authority.take_recalls().items():
                 self._lines[gateway].book.recall(subjects)

@@ -27,6 +27,6 @@ def print_stream(client: Client, request: pb.GenerateRequest) -> tuple[str, Stre
 def print_speed(times: StreamTimes, usage: pb.Usage) -> None:
     first = "-" if times.ttft_s is None else f"{times.ttft_s * 1e3:.0f} ms"
     rate = "-" if times.tokens_per_s is None else f"{times.tokens_per_s:.1f} tokens/s"
-    say(
-        f"time to first token {first}, then {rate}; {usage.prompt_tokens} prompt and {usage.completion_tokens} answer tokens"
-    )
+    lost = f"; its gateway was lost {times.num_resumed} time(s)" if times.num_resumed else ""
+    tokens = f"{usage.prompt_tokens} prompt and {usage.completion_tokens} answer tokens"
+    say(f"time to first token {first}, then {rate}; {tokens}{lost}")

@@ -41,7 +41,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": help_width()},
 )
 
-Address = Annotated[str, typer.Option(help="Where the gateway listens: HOST:PORT, a URL, or a port.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        help="Where the gateway listens: HOST:PORT, a URL, or a port. With commas between several of them, another one goes "
+        "on when one is lost."
+    ),
+]
 ModelName = Annotated[str | None, typer.Option("--model", help="Served model; needed when there are several.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to answer with.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")]
@@ -231,8 +237,9 @@ def _ask() -> str:
 
 
 def _client(address: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Client:
-    target = parse_target(address)
-    return Client(target.address, api_key=api_key(), tls=client_tls(tls or target.uses_tls, ca, cert, key))
+    targets = [parse_target(each) for each in address.split(",")]
+    uses_tls = tls or any(target.uses_tls for target in targets)
+    return Client(*(target.address for target in targets), api_key=api_key(), tls=client_tls(uses_tls, ca, cert, key))
 
 
 if __name__ == "__main__":

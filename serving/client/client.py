@@ -1,4 +1,4 @@
-"""A small blocking gRPC client, for the command line and for load tests."""
+"""A small blocking gRPC client, for the command line and for load tests. Its streams go on when their gateway is lost."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,10 +7,12 @@ from typing import Any
 
 import grpc
 
+from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from protos.admin_pb2_grpc import AdminStub
 from protos.inference_pb2_grpc import InferenceStub
 from serving.client.probe import Port, look_at_port
+from serving.client.resuming import Patience, Received, is_lost, pushback_s
 from serving.client.tls import ClientTls
 from serving.contracts.addresses import DEFAULT_GRPC_PORT, parse_target
 
@@ -27,6 +29,8 @@ class StreamTimes:
     first_token_s: float | None = None
     last_token_s: float | None = None
     num_tokens: int = 0
+    num_resumed: int = 0
+    """How often a gateway or connection was lost and the stream asked for again."""
 
     def count(self, num_tokens: int, now_s: float) -> None:
         """Take in a chunk that brought `num_tokens`."""
@@ -66,68 +70,113 @@ class _Credentials(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         return details._replace(metadata=[*(details.metadata or ()), self._header])
 
 
-class Client:
-    """One connection to a gateway. Use it as a context manager."""
+class _Gateway:
+    """A connection to one address."""
 
-    def __init__(self, address: str, *, api_key: str = "", tls: ClientTls | None = None) -> None:
-        """`api_key` for a server that has tenants."""
+    def __init__(self, address: str, api_key: str, tls: ClientTls | None) -> None:
         self.address = address
-        self._target = parse_target(address)
-        self._tls = tls
-        # gRPC would send calls to this very machine through a proxy of the environment.
-        options = [("grpc.enable_http_proxy", 0)] if self._target.is_on_this_machine else []
+        self.target = parse_target(address)
+        options: list[tuple[str, int]] = [
+            # After a loss the next gateway may be there in a moment. gRPC would wait for minutes in the end.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 1000),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+        if self.target.is_on_this_machine:
+            options.append(("grpc.enable_http_proxy", 0))  # it would send calls to this very machine through one
         if tls is None:
-            self._channel = grpc.insecure_channel(self._target.address, options)
+            self.channel = grpc.insecure_channel(self.target.address, options)
         else:
-            self._channel = grpc.secure_channel(self._target.address, tls.credentials(), options)
-        signed = grpc.intercept_channel(self._channel, _Credentials(api_key)) if api_key else self._channel
+            self.channel = grpc.secure_channel(self.target.address, tls.credentials(), options)
+        signed = grpc.intercept_channel(self.channel, _Credentials(api_key)) if api_key else self.channel
         self.stub = InferenceStub(signed)
         self.admin = AdminStub(signed)
+        self.has_answered = False
+
+
+class Client:
+    """Connections to the gateways of one deployment, of which one is used until it is lost. Use it as a context manager."""
+
+    def __init__(self, *addresses: str, api_key: str = "", tls: ClientTls | None = None) -> None:
+        """`addresses` of one gateway or several; `api_key` for a server that has tenants. Raises ConfigError."""
+        if not addresses:
+            raise ConfigError("no address of a gateway is given")
+        self._tls = tls
+        self._gateways = [_Gateway(address, api_key, tls) for address in addresses]
+        self._current = 0
+
+    @property
+    def address(self) -> str:
+        """Of the gateway that is used now."""
+        return self._gateways[self._current].address
+
+    @property
+    def stub(self) -> Any:
+        """Of the gateway that is used now."""
+        return self._gateways[self._current].stub
+
+    @property
+    def admin(self) -> Any:
         """Answers where the address is that of packtrain.v1.Admin."""
+        return self._gateways[self._current].admin
 
     def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._channel.close()
+        for gateway in self._gateways:
+            gateway.channel.close()
 
     def wait_until_connected(self, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        """Raises ConnectionError when nothing answers at the address in time, or when TLS with it fails."""
-        if problem := self._problem():
+        """To the first gateway that can be reached. Raises ConnectionError when none answers in time, or when TLS fails."""
+        problems: list[ConnectionError] = []
+        for index in range(len(self._gateways)):
+            try:
+                self._connect(self._gateways[index], timeout_s)
+            except ConnectionError as error:
+                problems.append(error)
+            else:
+                self._current = index
+                return
+        raise problems[0] if len(problems) == 1 else ConnectionError("\n".join(map(str, problems)))
+
+    def _connect(self, gateway: _Gateway, timeout_s: float) -> None:
+        if problem := self._problem(gateway):
             raise ConnectionError(problem)
-        ready = grpc.channel_ready_future(self._channel)
+        ready = grpc.channel_ready_future(gateway.channel)
         if self._tls is not None:
-            self._explain_tls(ready)
+            self._explain_tls(gateway.address, ready)
         try:
             ready.result(timeout=timeout_s)
         except grpc.FutureTimeoutError as error:
             hint = " If it speaks TLS, give --tls." if self._tls is None else ""
             raise ConnectionError(
-                f"nothing answers at {self.address}; is `packtrain serve` running there?{hint}"
+                f"nothing answers at {gateway.address}; is `packtrain serve` running there?{hint}"
             ) from error
+        gateway.has_answered = True
 
-    def _problem(self) -> str:
+    def _problem(self, gateway: _Gateway) -> str:
         """What one look at the port tells at once; "" when gRPC may have more luck."""
-        parts = self._target.host_and_port
-        if parts is None or not self._target.is_on_this_machine:
+        parts = gateway.target.host_and_port
+        if parts is None or not gateway.target.is_on_this_machine:
             return ""  # there may be a proxy, or a name that resolves for gRPC alone
         match look_at_port(*parts, tls=self._tls is not None):
             case Port.CLOSED:
-                return f"nothing listens at {self.address}; is `packtrain serve` running there?"
+                return f"nothing listens at {gateway.address}; is `packtrain serve` running there?"
             case Port.HTTP:
                 return (
-                    f"{self.address} speaks HTTP and not gRPC; give the address of gRPC, which `packtrain serve` prints "
+                    f"{gateway.address} speaks HTTP and not gRPC; give the address of gRPC, which `packtrain serve` prints "
                     f"({DEFAULT_GRPC_PORT} unless another was chosen)"
                 )
         return ""
 
-    def _explain_tls(self, ready: "grpc.Future[None]") -> None:
+    def _explain_tls(self, address: str, ready: "grpc.Future[None]") -> None:
         assert self._tls is not None
         try:
             ready.result(timeout=_EXPLAIN_AFTER_S)
         except grpc.FutureTimeoutError:
-            if problem := self._tls.problem(self.address):
-                raise ConnectionError(f"TLS with {self.address} fails: {problem}") from None
+            if problem := self._tls.problem(address):
+                raise ConnectionError(f"TLS with {address} fails: {problem}") from None
 
     def models(self, timeout_s: float = CONNECT_TIMEOUT_S) -> Sequence[pb.ModelCard]:
         response: pb.ListModelsResponse = self.stub.ListModels(pb.ListModelsRequest(), timeout=timeout_s)
@@ -136,16 +185,48 @@ class Client:
     def stream(
         self, request: pb.GenerateRequest, *, timeout_s: float, clock: Callable[[], float] = time.perf_counter
     ) -> tuple[Iterator[pb.GenerateStreamResponse], StreamTimes]:
-        """The chunks as they come, and their times, which fill up as the chunks are read."""
+        """The chunks as they come, and their times, which fill up as the chunks are read.
+
+        When the gateway goes away in the middle, the stream goes on at the next one, or at the same address, without a lost or
+        repeated token, where the model is deterministic. What cannot be gone on with within `timeout_s` and RESUME_WITHIN_S ends
+        with the grpc.RpcError of the loss.
+        """
         times = StreamTimes(started_s=clock())
-        call = self.stub.GenerateStream(request, timeout=timeout_s)
+        patience = Patience(time.monotonic() + timeout_s)
+        received = Received(request)
+        first = self.stub.GenerateStream(request, timeout=timeout_s)
 
         def chunks() -> Iterator[pb.GenerateStreamResponse]:
-            for chunk in call:
-                times.count(len(chunk.token_ids), clock())
-                yield chunk
+            call = first
+            while True:
+                try:
+                    for chunk in call:
+                        self._gateways[self._current].has_answered = True
+                        patience.restore()
+                        received.take(chunk)
+                        times.count(len(chunk.token_ids), clock())
+                        yield chunk
+                    return
+                except grpc.RpcError as error:
+                    self._wait_after(error, received, patience)
+                    times.num_resumed += received.can_be_resumed
+                finally:
+                    call.cancel()  # of a reader that leaves
+                call = self.stub.GenerateStream(received.rest(), timeout=max(0.0, patience.left_s))
 
         return chunks(), times
+
+    def _wait_after(self, error: grpc.RpcError, received: Received, patience: Patience) -> None:
+        """Until another try, at the next address. Raises the error where none makes sense."""
+        lost = self._gateways[self._current]
+        said_s = pushback_s(error)
+        # What nobody has begun to answer is tried again only where a connection was there and broke.
+        may_help = received.can_be_resumed or (said_s is None and (lost.has_answered or len(self._gateways) > 1))
+        pause_s = patience.pause_s(said_s) if is_lost(error) and may_help else None
+        if pause_s is None:
+            raise error
+        self._current = (self._current + 1) % len(self._gateways)
+        time.sleep(pause_s)
 
 
 def chat_prompt(messages: Sequence[tuple[str, str]]) -> pb.Prompt:

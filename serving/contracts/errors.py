@@ -14,6 +14,7 @@ ServingError
 │   ├── GroupSilentError       the one that was asked does not answer
 │   └── GroupDrainingError     the ones that were asked take nothing new, and will be replaced
 ├── PoisonedRequestError       every group that ran the request was lost
+├── CannotResumeError          a broken stream cannot be gone on with
 ├── DeadlineExceededError      the client's deadline passed
 ├── CancelledInGroupError      the group cancelled the request, and this gateway did not ask for it
 ├── SlowReaderError            the client does not read its answer
@@ -198,6 +199,21 @@ class PoisonedRequestError(ServingError):
         error_type="server_error",
         error_code="request_poisoned",
     )
+
+
+class CannotResumeError(ServingError):
+    """The rest of a broken stream cannot be made any more: its token has expired, or the model is another one by now."""
+
+    status = Status(
+        code="FAILED_PRECONDITION",
+        http_status=412,
+        reason="CANNOT_RESUME",
+        error_code="cannot_resume",
+    )
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class GroupSilentError(GroupUnavailableError):

@@ -20,6 +20,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     source: str
     """Where its weights and tokenizer lie: a directory or a GGUF file."""
+    checkpoint: str = ""
+    """Fingerprint of those files: another one when the weights are others."""
     architecture: str
     num_parameters: int
     vocab_size: int

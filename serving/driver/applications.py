@@ -24,7 +24,7 @@ from cluster.ray_api import alive_nodes
 from serving.config import ServingConfig
 from serving.contracts.served import APP_NAME, app_name, deployment_name, is_ours
 from serving.contracts.start_failure import StartError, plain_reason
-from serving.driver.joined import GATEWAY_SHARE
+from serving.driver.joined import GATEWAY_SHARE, resume_key
 from serving.gateway.deployment import Gateway
 from serving.models.group_spec import GroupSpec
 from serving.replica.deployment import ReplicaGroup
@@ -69,7 +69,7 @@ def gateway_target(config: ServingConfig) -> serve.RunTarget:
         ray_actor_options={"num_cpus": 0, "resources": only_there},
         **_lifecycle(config),
     )(Gateway)
-    application = deployment.bind(config.gateway, config.limits, config.admin, config.tenancy)
+    application = deployment.bind(config.gateway, config.limits, config.admin, config.tenancy, resume_key())
     return serve.RunTarget(target=application, name=APP_NAME, route_prefix=None)
 
 

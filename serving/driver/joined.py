@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -14,11 +15,13 @@ from cluster import ray_api
 from cluster.placement import GroupPlacement, GroupRequest, NodeResources, plan_groups
 from model_parallel.errors import ConfigError
 from serving.config import ModelEntry, ServingConfig
+from serving.gateway.core.resume_tokens import KEY_BYTES
 from serving.models.group_spec import GroupSpec
 
 GATEWAY_SHARE = 0.001
 ENVIRONMENT_TIMEOUT_S = 60.0
 _FINGERPRINT_KEY = "packtrain/deployed"
+_RESUME_KEY = "packtrain/resume-key"
 _POLL_S = 1.0
 
 
@@ -111,6 +114,14 @@ def deployed_before(app_name: str, mark: str) -> DeploymentHandle[Any] | None:
         return None
     handle: DeploymentHandle[Any] = serve.get_app_handle(app_name)
     return handle
+
+
+def resume_key() -> bytes:
+    """Key of the deployment's resume tokens, drawn by the first that asks and kept as long as the cluster lives."""
+    if (kept := ray_api.read_note(_RESUME_KEY)) is None:
+        kept = secrets.token_hex(KEY_BYTES)
+        ray_api.write_note(_RESUME_KEY, kept)
+    return bytes.fromhex(kept)
 
 
 def remember_deployed(mark: str | None) -> None:

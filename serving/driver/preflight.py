@@ -11,6 +11,7 @@ from model_parallel.native import LIBRARIES, is_compiled
 from serving.config import ModelEntry, ServingConfig, tracing_is_on
 from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
 from serving.driver.environment import cluster_parent
+from serving.gateway.core.resume_tokens import load_key
 from serving.gateway.http.listener import make_room
 from serving.gateway.server import check_admin_listening, check_listening, check_protobuf
 from serving.gateway.tls import load_tls
@@ -89,6 +90,8 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     tracing_is_on()  # A wrong setting is told here, before anything starts.
     if config.gateway.tls is not None:
         load_tls(config.gateway.tls)
+    if config.gateway.resume_key_file is not None:
+        load_key(config.gateway.resume_key_file)
     notes: list[str] = []
     if not joins:  # the gateways of another cluster listen on other machines
         make_room(config.gateway)

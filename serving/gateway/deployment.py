@@ -62,10 +62,12 @@ class Gateway:
         limits: LimitsConfig,
         admin: AdminConfig,
         tenancy: TenancyConfig | None,
+        resume_key: bytes,
     ) -> None:
+        """`resume_key` is the same for all gateways of the deployment."""
         configure_logging("gateway", error_messages=False)
         with telling_start_failures():
-            await self._start(config, limits, admin, tenancy)
+            await self._start(config, limits, admin, tenancy, resume_key)
 
     async def _start(
         self,
@@ -73,6 +75,7 @@ class Gateway:
         limits: LimitsConfig,
         admin: AdminConfig,
         tenancy: TenancyConfig | None,
+        resume_key: bytes,
     ) -> None:
         served = _read_served()
         if served is None:
@@ -94,7 +97,9 @@ class Gateway:
             self._watch.metrics.watch_pending_records(lambda: accounts.num_unrecorded)
             await accounts.start()
         observe = self._watch.telemetry.observe
-        self._server = GatewayServer(config, limits, backend, tokenizers, self._accounts, observe=observe)
+        self._server = GatewayServer(
+            config, limits, backend, tokenizers, self._accounts, observe=observe, resume_key=resume_key
+        )
         self._ports = await self._server.start()
         self._metrics_port = self._watch.start(
             admin, backend.reports, backend.step_reports, lambda: self._server.is_serving

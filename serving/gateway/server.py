@@ -29,6 +29,7 @@ from serving.gateway.core.admission import Admission
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.generation import Generator
 from serving.gateway.core.health import HealthMonitor
+from serving.gateway.core.resume_tokens import ResumeTokens, load_key
 from serving.gateway.grpc.health import HEALTH, HealthService
 from serving.gateway.grpc.interceptors import StatusInterceptor
 from serving.gateway.grpc.reflection import add_reflection
@@ -77,9 +78,14 @@ class GatewayServer:
         tokenizers: Mapping[str, Tokenizer],
         accounts: Accounts | None = None,
         observe: Observe = unobserved,
+        resume_key: bytes = b"",
     ) -> None:
-        """`tokenizers` by model name. Raises ConfigError for an address that is open to others without `accounts` or
-        `insecure`, for certificates that cannot be used, and for a model without tokenizer."""
+        """`tokenizers` by model name. `resume_key` is the deployment's, unless the configuration has one; without either, streams
+        are resumed by this gateway alone.
+
+        Raises ConfigError for an address that is open to others without `accounts` or `insecure`, for certificates and a key that
+        cannot be used, and for a model without tokenizer.
+        """
         check_listening(config, has_keys=accounts is not None)
         if missing := sorted(set(backend.models) - set(tokenizers)):
             raise ConfigError(f"no tokenizer for the models {', '.join(missing)}")
@@ -89,7 +95,10 @@ class GatewayServer:
         self._health = HealthMonitor(backend, self._health_service.show)
         self._health_task: asyncio.Task[None] | None = None
         self._accounts: Accounts = accounts or OpenAccounts()
-        self._generator = Generator(backend, tokenizers, limits, accounts=self._accounts)
+        if config.resume_key_file is not None:
+            resume_key = load_key(config.resume_key_file)
+        tokens = ResumeTokens(resume_key) if resume_key else None
+        self._generator = Generator(backend, tokenizers, limits, accounts=self._accounts, resume_tokens=tokens)
         self._observe = observe
         self._limits = limits
         self._tls = None if config.tls is None else load_tls(config.tls)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
+from model_parallel.checkpoint.fingerprint import fingerprint
 from model_parallel.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
@@ -186,6 +187,7 @@ def _card(entry: ModelEntry, info: CheckpointInfo, text: ModelText, max_model_le
     return ModelCard(
         name=entry.name,
         source=str(info.path),
+        checkpoint=fingerprint(info.path),
         architecture="llama",
         num_parameters=info.config.num_parameters,
         vocab_size=info.config.vocab_size,

@@ -88,8 +88,8 @@ class Streaming(threading.Thread):
     def run(self) -> None:
         with Client(self._address, api_key=self._key) as client:
             try:
-                chunks, _ = client.stream(request(self._max_tokens), timeout_s=STREAM_S)
-                for chunk in chunks:
+                # Not `client.stream`, which would go on elsewhere: nothing may be cut.
+                for chunk in client.stub.GenerateStream(request(self._max_tokens), timeout=STREAM_S):
                     self.has_begun.set()
                     if chunk.HasField("usage"):
                         self.num_tokens = chunk.usage.completion_tokens

@@ -67,7 +67,7 @@ def story(max_tokens: int, **sampling: object) -> pb.GenerateRequest:
 def stream_until_error(address: str, first_token: threading.Event) -> grpc.StatusCode:
     """Read a stream that is too long to finish; the status that it ends with."""
     with Client(address) as client:
-        chunks, _ = client.stream(story(2000), timeout_s=100)
+        chunks = client.stub.GenerateStream(story(2000), timeout=100)  # `client.stream` would go on elsewhere
         try:
             for _ in chunks:
                 first_token.set()

@@ -1,9 +1,12 @@
 """From the engine's tokens to the text of one choice: detokenisation, stop strings, and where the choice ends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from model_parallel.engine.request import EngineOutput, FinishReason, Timings, TokenLogprobs
+from serving.contracts.errors import ValidationError
 from serving.text.detokenizer import IncrementalDetokenizer, StopStrings
 from serving.text.tokenizer import Tokenizer
 
@@ -28,6 +31,8 @@ class Chunk:
     """What one step brought for one choice."""
 
     index: int
+    num_tokens: int = 0
+    """Of the choice until now, this chunk's included."""
     prompt_token_ids: tuple[int, ...] = ()
     """What the choice's prompt became; the same on every chunk."""
     text: str = ""
@@ -72,6 +77,21 @@ class Choice:
         """Of the text until now, with what is held back."""
         self._stops = StopStrings(stops)
 
+    def take_around(self, output: EngineOutput, num_known: int) -> Iterator[Chunk]:
+        """The same in chunks that end, or do not, with the first `num_known` tokens of the choice, which the client has.
+
+        Raises ValidationError when the choice ends before.
+        """
+        num_first = num_known - self.num_tokens
+        for part in _split(output, num_first) if 0 < num_first < len(output.token_ids) else (output,):
+            chunk = self.take(part)
+            if self.finished and self.num_tokens < num_known:
+                field = f"resume_from.num_tokens[{self.index}]"
+                raise ValidationError(field, f"{field} is {num_known}, and the choice has {self.num_tokens} tokens")
+            yield chunk
+            if self.finished:
+                return
+
     def take(self, output: EngineOutput) -> Chunk:
         """The chunk that an output makes. Tokens after a stop string are dropped, however many came with it.
 
@@ -96,6 +116,7 @@ class Choice:
         self.num_tokens += num_tokens
         return Chunk(
             index=self.index,
+            num_tokens=self.num_tokens,
             prompt_token_ids=self._prompt_token_ids,
             text=text,
             token_ids=output.token_ids[:num_tokens],
@@ -116,3 +137,13 @@ class Choice:
             if self._stops.matched is not None:
                 break
         return text, offsets
+
+
+def _split(output: EngineOutput, num_first: int) -> tuple[EngineOutput, EngineOutput]:
+    """Two outputs, as two steps would have brought them: the first has so many tokens."""
+    replace = msgspec.structs.replace
+    token_ids, logprobs = output.token_ids, output.logprobs
+    first = replace(
+        output, token_ids=token_ids[:num_first], logprobs=logprobs[:num_first], finish_reason=None, stop_token_id=None
+    )
+    return first, replace(output, token_ids=token_ids[num_first:], logprobs=logprobs[num_first:], prompt_logprobs=())

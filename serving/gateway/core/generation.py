@@ -39,6 +39,7 @@ from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
+from serving.gateway.core.resume_tokens import KEY_BYTES, AskedStream, ResumeTokens, Stream
 from serving.gateway.core.resumption import Resumption
 from serving.gateway.core.validate import (
     ChatPrompt,
@@ -46,6 +47,7 @@ from serving.gateway.core.validate import (
     ScoreQuery,
     TextPrompt,
     TokenizeQuery,
+    check_delivered,
     check_generate,
     check_score,
     check_token_ids,
@@ -95,9 +97,12 @@ class Generator:
         limits: LimitsConfig,
         *,
         accounts: Accounts | None = None,
+        resume_tokens: ResumeTokens | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`resume_tokens` are those of the deployment; unset, streams are resumed by this gateway alone."""
         self.clock = clock
+        self._tokens = resume_tokens or ResumeTokens(secrets.token_bytes(KEY_BYTES))
         self.models: Mapping[str, ModelCard] = backend.models
         self.tokenizers = dict(tokenizers)
         self._encoders = {name: PromptEncoder(card, tokenizers[name]) for name, card in backend.models.items()}
@@ -116,9 +121,42 @@ class Generator:
         """The backend does not serve it any more. Requests that have begun go on."""
         del self._encoders[name], self.tokenizers[name]
 
-    async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
+    def begin(self, query: GenerateQuery, call: Call) -> Stream:
+        """An answer that is not streamed, with the seed that was asked for or is drawn here."""
+        return Stream(
+            billed_id=call.request_id,
+            seed=draw_seed() if query.seed is None else query.seed,
+            created_unix_s=int(time.time()),
+        )
+
+    def begin_stream(
+        self,
+        query: GenerateQuery,
+        call: Call,
+        request: bytes,
+        token: bytes | None = None,
+        delivered: Sequence[int] = (),
+        token_field: str = "resume_token",
+    ) -> Stream:
+        """A streamed answer; with a `token`, one that was broken after `delivered` tokens of each choice.
+
+        `request` is everything that changes a byte of the answer. Raises what `ResumeTokens.resume` and `model_for` do.
+        """
+        card = self.model_for(call, query.model)
+        asked = AskedStream(request=request, tenant_id=call.principal.tenant_id, card=card, token_field=token_field)
+        if token is None:
+            seed = draw_seed() if query.seed is None else query.seed
+            return self._tokens.begin(asked, request_id=call.request_id, seed=seed)
+        stream = self._tokens.resume(token, asked, tuple(delivered))
+        logger.info("request %s goes on with the stream of request %s", call.request_id, stream.billed_id)
+        return stream
+
+    async def generate(self, query: GenerateQuery, call: Call, stream: Stream) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
-        end the request early. The query must be normalised."""
+        end the request early. The query must be normalised.
+
+        Of a stream that is resumed, what its client has comes again; a chunk is wholly among that or not at all.
+        """
         card = self.model_for(call, query.model)
         encoder, tokenizer, num_choices = self._encoders[card.name], self.tokenizers[card.name], query.n or 1
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
@@ -129,12 +167,15 @@ class Generator:
             if query.max_tokens is None:
                 max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
-            sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
+            sampling = _sampling_params(query, card, seed=stream.seed, max_tokens=max_tokens)
+            sequences += [(token_ids, sampling)] * num_choices
+        check_delivered(stream.delivered, [sampling.max_tokens for _, sampling in sequences])
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
         choices = _choices(query, tokenizer, [token_ids for token_ids, _ in sequences])
-        meter = await self._meter(call, card, num_prompt_tokens, sum(sampling.max_tokens for _, sampling in sequences))
+        num_output_tokens = sum(sampling.max_tokens for _, sampling in sequences)
+        meter = await self._meter(call, card, num_prompt_tokens, num_output_tokens, billed_id=stream.billed_id)
         with meter:
             requests = self._requests(card, call, sequences)
             last: Chunk | None = None
@@ -144,12 +185,14 @@ class Generator:
                     if choice.finished:  # by a stop string, which the group does not know of
                         continue
                     _raise_failure(output)
-                    chunk = choice.take(output)
-                    meter.num_completion_tokens = sum(choice.num_tokens for choice in choices)
-                    if all(choice.finished for choice in choices):
-                        last = chunk
+                    for chunk in choice.take_around(output, stream.num_delivered(output.choice)):
+                        meter.num_completion_tokens = sum(choice.num_tokens for choice in choices)
+                        if all(choice.finished for choice in choices):
+                            last = chunk
+                            break
+                        yield chunk
+                    if last is not None:
                         break
-                    yield chunk
             if last is None or last.finish_reason is None:
                 raise RuntimeError("the backend ended before every choice did")
             last_outputs = [choice.last_output for choice in choices]
@@ -217,7 +260,9 @@ class Generator:
         """Raises what `model_for` does."""
         return self.tokenizers[self.model_for(call, name).name]
 
-    async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
+    async def _meter(
+        self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int, *, billed_id: str = ""
+    ) -> Meter:
         """Reserves the most that the request can use. Raises QuotaExceededError."""
         reservation = await self._accounts.reserve(
             call.principal,
@@ -225,7 +270,7 @@ class Generator:
             model=card.name,
             num_tokens=num_prompt_tokens + num_output_tokens,
         )
-        return Meter(call, card.name, num_prompt_tokens, reservation, self.clock)
+        return Meter(call, card.name, num_prompt_tokens, reservation, self.clock, billed_id=billed_id)
 
     async def _run(
         self, card: ModelCard, requests: list[EngineRequest], call: Call, meter: Meter

@@ -29,8 +29,12 @@ class Meter:
         reservation: Reservation,
         clock: Callable[[], float],
         wall_clock: Callable[[], float] = time.time,
+        *,
+        billed_id: str = "",
     ) -> None:
+        """`billed_id` is the id of the request that this one goes on with; its own when empty."""
         self._call = call
+        self._billed_id = billed_id or call.request_id
         self._model = model
         self._num_prompt_tokens = num_prompt_tokens
         self._reservation = reservation
@@ -78,7 +82,7 @@ class Meter:
         self._is_settled = True
         group = summary.group or Timings()
         record = UsageRecord(
-            request_id=self._call.request_id,
+            request_id=self._billed_id,
             tenant_id=self._call.principal.tenant_id,
             key_id=self._call.principal.key_id,
             model=self._model,

@@ -269,6 +269,17 @@ def output_budget(
     return min(max_tokens, left)
 
 
+def check_delivered(delivered: Sequence[int], max_tokens: Sequence[int]) -> None:
+    """What a client says that it has of a broken stream, by choice, and the most that each can have. Raises ValidationError."""
+    if len(delivered) > len(max_tokens):
+        raise ValidationError(
+            "resume_from.num_tokens",
+            f"resume_from.num_tokens has {len(delivered)} entries; the request has {len(max_tokens)} choices",
+        )
+    for index, (num_tokens, most) in enumerate(zip(delivered, max_tokens, strict=False)):
+        _check_integer(f"resume_from.num_tokens[{index}]", num_tokens, 0, most)
+
+
 def _named_prompts(prompt: Prompt | PromptList | None, limits: LimitsConfig) -> dict[str, Prompt | None]:
     if prompt is None or isinstance(prompt, Prompt):
         return {"prompt": prompt}

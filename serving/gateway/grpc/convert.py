@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
 from google.protobuf import descriptor_pb2, empty_pb2, unknown_fields
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -57,6 +58,25 @@ def generate_query(request: pb.GenerateRequest) -> GenerateQuery:
             **{field: getattr(sampling, field) for field in _OPTIONAL if sampling.HasField(field)},
         )
     )
+
+
+def canonical(query: GenerateQuery) -> bytes:
+    """One spelling for all requests of gRPC that ask for the same."""
+    return b"grpc\0" + msgspec.json.encode(query, order="deterministic")
+
+
+def delivered(request: pb.GenerateRequest) -> tuple[int, ...]:
+    """What the client has of each choice. Raises ValidationError for resume_from without resume_token."""
+    if request.HasField("resume_from") and not request.resume_token:
+        raise ValidationError("resume_from", "resume_from is set without resume_token; set both, or neither")
+    return tuple(request.resume_from.num_tokens)
+
+
+def refuse_resumption(request: pb.GenerateRequest) -> None:
+    """Of an answer that is not streamed. Raises ValidationError."""
+    if request.resume_token or request.HasField("resume_from"):
+        field = "resume_token" if request.resume_token else "resume_from"
+        raise ValidationError(field, f"{field} is set, and Generate streams nothing; call GenerateStream")
 
 
 def score_query(request: pb.ScoreRequest) -> ScoreQuery:

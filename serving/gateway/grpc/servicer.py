@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -11,7 +12,8 @@ from protos import inference_pb2_grpc
 from serving.gateway.core.call import Call, printable_label
 from serving.gateway.core.choices import Chunk
 from serving.gateway.core.fields import IGNORED_HEADER, ignored_header
-from serving.gateway.core.generation import Generator, draw_seed
+from serving.gateway.core.generation import Generator
+from serving.gateway.core.resume_tokens import Stream
 from serving.gateway.core.ticks import KEEP_ALIVE_HEADER, keep_alive_of, with_ticks
 from serving.gateway.grpc import convert
 from serving.gateway.grpc.interceptors import ignored, observer, principal
@@ -27,13 +29,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._generator = generator
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        convert.refuse_resumption(request)
         call = self._call(context)
         query = convert.generate_query(request)
-        seed = draw_seed() if query.seed is None else query.seed
+        stream = self._generator.begin(query, call)
         tokenizer = self._generator.tokenizer_of(call, query.model)
-        async with aclosing(self._generator.generate(query, call, seed)) as chunks:
+        async with aclosing(self._generator.generate(query, call, stream)) as chunks:
             response = convert.generate_response([chunk async for chunk in chunks], tokenizer)
-        response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
+        response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=stream.seed))
         await _send_headers(context)
         return response
 
@@ -42,13 +45,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call = self._call(context, is_streamed=True)
         query = convert.generate_query(request)
-        seed = draw_seed() if query.seed is None else query.seed
+        stream = self._generator.begin_stream(
+            query,
+            call,
+            convert.canonical(query),
+            request.resume_token or None,
+            convert.delivered(request),
+        )
         tokenizer = self._generator.tokenizer_of(call, query.model)
         keep_alive_s = keep_alive_of(_metadata(context, KEEP_ALIVE_HEADER), None)
-        chunks: AsyncGenerator[Chunk | None, None] = self._generator.generate(query, call, seed)
+        chunks: AsyncGenerator[Chunk | None, None] = _new_to_client(
+            self._generator.generate(query, call, stream), stream, request.resume_from.num_prompt_logprobs
+        )
         if keep_alive_s is not None:
             chunks = with_ticks(chunks, keep_alive_s)
-        is_first, has_told = True, False
+        is_first, has_told, told_token = True, False, b""
         async with aclosing(chunks):
             async for chunk in chunks:
                 if chunk is None:
@@ -59,7 +70,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 response = convert.stream_response(chunk, tokenizer)
                 if not has_told or chunk.summary is not None:
                     has_told = True
-                    response.request.CopyFrom(pb.RequestInfo(request_id=call.request_id, seed=seed))
+                    response.request.CopyFrom(pb.RequestInfo(request_id=stream.billed_id, seed=stream.seed))
+                if (token := stream.token()) != told_token:
+                    response.resume_token = told_token = token
                 if is_first:
                     # Not before: errors until here go out as trailers alone, which clients may retry by themselves.
                     await _send_headers(context)
@@ -110,6 +123,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             observer=observer.get(),
             is_streamed=is_streamed,
         )
+
+
+async def _new_to_client(
+    chunks: AsyncGenerator[Chunk, None], stream: Stream, num_prompt_logprobs: int
+) -> AsyncGenerator[Chunk, None]:
+    """Chunks without what the client of a resumed stream has: of choices that have no token yet, so many prompt
+    log-probabilities; of others, everything until the last token that it has."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            num_delivered = stream.num_delivered(chunk.index)
+            if chunk.num_tokens > num_delivered or not num_delivered:
+                num_skipped = min(num_prompt_logprobs, len(chunk.prompt_logprobs))
+                num_prompt_logprobs -= num_skipped
+                yield replace(chunk, prompt_logprobs=chunk.prompt_logprobs[num_skipped:]) if num_skipped else chunk
+            elif chunk.summary is not None:
+                yield Chunk(index=chunk.index, finish_reason=chunk.finish_reason, summary=chunk.summary)
 
 
 async def _send_headers(context: Context) -> None:

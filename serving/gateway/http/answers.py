@@ -1,6 +1,5 @@
 """Chunks of an answer in OpenAI's forms: a whole object, or the events of a stream."""
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypedDict
@@ -11,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from model_parallel.engine.request import TokenLogprobs
 from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
+from serving.gateway.core.resume_tokens import Stream
 from serving.gateway.http.objects import (
     CachedTokens,
     ChatChoice,
@@ -30,6 +30,7 @@ from serving.gateway.http.objects import (
     Usage,
 )
 from serving.gateway.http.responses import event
+from serving.gateway.http.resuming import Event, Place
 from serving.gateway.http.schemas import StreamOptions
 from serving.text.detokenizer import IncrementalDetokenizer
 from serving.text.tokenizer import Tokenizer
@@ -44,10 +45,13 @@ class Identity(TypedDict):
     system_fingerprint: str
 
 
-def identity(answer_id: str, card: ModelCard) -> Identity:
-    """Of an answer that begins now."""
+def identity(kind: str, stream: Stream, card: ModelCard) -> Identity:
+    """The same whichever gateways send the answer."""
     return Identity(
-        id=answer_id, created=int(time.time()), model=card.name, system_fingerprint=system_fingerprint(card)
+        id=f"{kind}-{stream.billed_id}",
+        created=stream.created_unix_s,
+        model=card.name,
+        system_fingerprint=system_fingerprint(card),
     )
 
 
@@ -58,23 +62,31 @@ class AnswerForm(Protocol):
         """All chunks together."""
         ...
 
-    def events(self, chunk: Chunk) -> Iterator[msgspec.Struct]:
+    def events(self, chunk: Chunk) -> Iterator[Event]:
         """What goes out for a chunk; nothing for one that brings nothing to see."""
         ...
 
-    def last_events(self, summary: Summary) -> Iterator[msgspec.Struct]:
+    def last_events(self, summary: Summary) -> Iterator[Event]:
         """What goes out at the end: token counts without choices, if they are wanted."""
         ...
 
-    def encode(self, event: msgspec.Struct) -> bytes:
-        """An event on the wire."""
+    def encode(self, event: msgspec.Struct, number: int) -> bytes:
+        """An event on the wire, without its id; the `number` is its place in the whole stream."""
         ...
+
+
+_ROLE, _CONTENT, _FINISH, _USAGE = range(4)
+"""Ranks of events that are at the same token."""
+
+
+def _unnumbered(data: msgspec.Struct, number: int) -> bytes:
+    return event(data)
 
 
 class CompletionForm:
     """Of /v1/completions."""
 
-    encode = staticmethod(event)
+    encode = staticmethod(_unnumbered)
 
     def __init__(
         self,
@@ -93,6 +105,8 @@ class CompletionForm:
         self._echo = echo
         self._logprobs = logprobs
         self._usage = _StreamUsage(stream_options)
+        self._num_first_tokens = 0
+        """Of the first choice, until now."""
         self._echoed: dict[int, int] = {}
         """Length of the prompt's text before the answer, of each choice that has begun."""
         self._prompt_logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
@@ -102,22 +116,27 @@ class CompletionForm:
     def whole(self, chunks: Sequence[Chunk]) -> Completion:
         by_choice: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
         for chunk in chunks:
-            for choice in self._choices(chunk):
+            for _, choice in self._choices(chunk):
                 by_choice[choice.index].append(choice)
         choices = [_joined(parts) for _, parts in sorted(by_choice.items())]
         return Completion(**self._identity, choices=choices, usage=_usage(chunks[-1].summary))
 
-    def events(self, chunk: Chunk) -> Iterator[Completion]:
+    def events(self, chunk: Chunk) -> Iterator[Event]:
         usage = self._usage.take(chunk)
-        for choice in self._choices(chunk):
+        if chunk.index == 0:
+            self._num_first_tokens = chunk.num_tokens
+        for num_tokens, choice in self._choices(chunk):
             if choice.text or choice.finish_reason or choice.logprobs:
-                yield Completion(**self._identity, choices=[choice], usage=usage)
+                place = Place(num_tokens, _FINISH if choice.finish_reason else _CONTENT)
+                yield Event(choice.index, place, Completion(**self._identity, choices=[choice], usage=usage))
 
-    def last_events(self, summary: Summary) -> Iterator[Completion]:
+    def last_events(self, summary: Summary) -> Iterator[Event]:
         if self._usage.include:
-            yield Completion(**self._identity, choices=[], usage=_usage(summary))
+            data = Completion(**self._identity, choices=[], usage=_usage(summary))
+            yield Event(0, Place(self._num_first_tokens, _USAGE), data)
 
-    def _choices(self, chunk: Chunk) -> Iterator[CompletionChoice]:
+    def _choices(self, chunk: Chunk) -> Iterator[tuple[int, CompletionChoice]]:
+        """(tokens of the choice until then, what the chunk brings)."""
         prompt = chunk.index // self._num_choices
         ready = [chunk]
         if self._echo is not None and self._logprobs:
@@ -128,7 +147,7 @@ class CompletionForm:
                 return
             ready = self._held.pop(prompt)
         for each in ready:
-            yield self._choice(each, prompt)
+            yield each.num_tokens, self._choice(each, prompt)
 
     def _choice(self, chunk: Chunk, prompt: int) -> CompletionChoice:
         text, logprobs = chunk.text, list(chunk.logprobs)
@@ -157,7 +176,7 @@ class CompletionForm:
 class ChatForm:
     """Of /v1/chat/completions."""
 
-    encode = staticmethod(event)
+    encode = staticmethod(_unnumbered)
 
     def __init__(
         self, identity: Identity, tokenizer: Tokenizer, *, logprobs: bool, stream_options: StreamOptions | None
@@ -166,6 +185,8 @@ class ChatForm:
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._usage = _StreamUsage(stream_options)
+        self._num_first_tokens = 0
+        """Of the first choice, until now."""
         self._begun: set[int] = set()
 
     def whole(self, chunks: Sequence[Chunk]) -> ChatCompletion:
@@ -183,24 +204,30 @@ class ChatForm:
         ]
         return ChatCompletion(**self._identity, choices=choices, usage=_usage(chunks[-1].summary))
 
-    def events(self, chunk: Chunk) -> Iterator[ChatChunk]:
+    def events(self, chunk: Chunk) -> Iterator[Event]:
         usage = self._usage.take(chunk)
-        for choice in self._choices(chunk):
-            yield ChatChunk(**self._identity, choices=[choice], usage=usage)
+        if chunk.index == 0:
+            self._num_first_tokens = chunk.num_tokens
+        for place, choice in self._choices(chunk):
+            yield Event(chunk.index, place, ChatChunk(**self._identity, choices=[choice], usage=usage))
 
-    def last_events(self, summary: Summary) -> Iterator[ChatChunk]:
+    def last_events(self, summary: Summary) -> Iterator[Event]:
         if self._usage.include:
-            yield ChatChunk(**self._identity, choices=[], usage=_usage(summary))
+            data = ChatChunk(**self._identity, choices=[], usage=_usage(summary))
+            yield Event(0, Place(self._num_first_tokens, _USAGE), data)
 
-    def _choices(self, chunk: Chunk) -> Iterator[ChatChunkChoice]:
-        if chunk.index not in self._begun:
-            self._begun.add(chunk.index)
-            yield ChatChunkChoice(index=chunk.index, delta=ChatDelta(role="assistant", content=""))
+    def _choices(self, chunk: Chunk) -> Iterator[tuple[Place, ChatChunkChoice]]:
+        index, num_tokens = chunk.index, chunk.num_tokens
+        if index not in self._begun:
+            self._begun.add(index)
+            yield Place(0, _ROLE), ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
         if chunk.text or (self._logprobs and chunk.logprobs):
-            delta = ChatDelta(content=chunk.text)
-            yield ChatChunkChoice(index=chunk.index, delta=delta, logprobs=self._chat_logprobs(chunk.logprobs))
+            logprobs = self._chat_logprobs(chunk.logprobs)
+            choice = ChatChunkChoice(index=index, delta=ChatDelta(content=chunk.text), logprobs=logprobs)
+            yield Place(num_tokens, _CONTENT), choice
         if chunk.finish_reason is not None:
-            yield ChatChunkChoice(index=chunk.index, delta=ChatDelta(), finish_reason=chunk.finish_reason.value)
+            choice = ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=chunk.finish_reason.value)
+            yield Place(num_tokens, _FINISH), choice
 
     def _chat_logprobs(self, tokens: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
         if not self._logprobs:

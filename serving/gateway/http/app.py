@@ -32,6 +32,7 @@ from serving.gateway.http.requests import (
 )
 from serving.gateway.http.responses import HeaderList, HttpError, error_answer, error_event, rate_limit_headers
 from serving.gateway.http.responses_form import response_error_event
+from serving.gateway.http.resuming import LAST_EVENT_HEADER, RESUMABLE_HEADER, position_of, resumable_of
 from serving.observability.log import request_id
 
 logger = logging.getLogger(__name__)
@@ -161,12 +162,16 @@ class _Admitted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call: Call = scope[_CALL]
+        headers = Headers(scope=scope)
+        resumed = position_of(headers.getlist(LAST_EVENT_HEADER))
         request = Request(
             call,
             scope["path_params"],
             QueryParams(scope["query_string"]),
             await self._bodies.read(scope, receive),
-            keep_alive_of(Headers(scope=scope).getlist(KEEP_ALIVE_HEADER), self._keep_alive_s),
+            keep_alive_of(headers.getlist(KEEP_ALIVE_HEADER), self._keep_alive_s),
+            has_event_ids=resumable_of(headers.getlist(RESUMABLE_HEADER)) or resumed is not None,
+            resumed=resumed,
         )
         async with cancelled_with_client(receive), deadline(call.timeout_s):
             with self._admission.permit():

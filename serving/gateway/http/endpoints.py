@@ -4,14 +4,17 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from itertools import chain
 
+import msgspec
 from starlette.responses import HTMLResponse, Response
 
 from serving import __version__
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.choices import Chunk
-from serving.gateway.core.generation import Generator, draw_seed
+from serving.gateway.core.generation import Generator
 from serving.gateway.core.health import HealthMonitor
+from serving.gateway.core.resume_tokens import Stream
 from serving.gateway.core.validate import GenerateQuery, TextPrompt
 from serving.gateway.http.answers import AnswerForm, ChatForm, CompletionForm, identity, model
 from serving.gateway.http.objects import DetokenizeAnswer, ModelList, TokenizeAnswer, TokenizerInfo, Version
@@ -19,9 +22,11 @@ from serving.gateway.http.openapi import document, page
 from serving.gateway.http.requests import Request
 from serving.gateway.http.responses import DONE, EventStream, json_answer
 from serving.gateway.http.responses_form import ResponsesForm, ResponsesRequest
+from serving.gateway.http.resuming import LAST_EVENT_HEADER, EventIds
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 Handler = Callable[[Request], Awaitable[Response]]
+AnsweredBody = ChatRequest | CompletionRequest | ResponsesRequest
 
 MODELS = "/v1/models/"
 RESPONSES = "/v1/responses"
@@ -65,51 +70,72 @@ class Endpoints:
         body = request.read(ChatRequest)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
+        stream = self._begin(query, request, body)
         form = ChatForm(
-            identity(f"chatcmpl-{request.call.request_id}", card),
+            identity("chatcmpl", stream, card),
             self._generator.tokenizers[card.name],
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
         )
-        return await self._generate(query, request, form, body.stream, body.field_names)
+        return await self._generate(query, request, form, stream, body.stream, body.field_names)
 
     async def completions(self, request: Request) -> Response:
         body = request.read(CompletionRequest)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
+        stream = self._begin(query, request, body)
         form = CompletionForm(
-            identity(f"cmpl-{request.call.request_id}", card),
+            identity("cmpl", stream, card),
             self._generator.tokenizers[card.name],
             num_choices=query.n or 1,
             echo=_texts(query) if body.echo else None,
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
         )
-        return await self._generate(query, request, form, body.stream, {})
+        return await self._generate(query, request, form, stream, body.stream, {})
 
     async def responses(self, request: Request) -> Response:
         body = request.read(ResponsesRequest)
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
-        form = ResponsesForm(request.call.request_id, card, body)
-        return await self._generate(query, request, form, body.stream, body.field_names, end=b"")
+        stream = self._begin(query, request, body)
+        form = ResponsesForm(stream, card, body)
+        return await self._generate(query, request, form, stream, body.stream, body.field_names, end=b"")
+
+    def _begin(self, query: GenerateQuery, request: Request, body: AnsweredBody) -> Stream:
+        """Raises ValidationError for an event's id without a stream, and what `begin_stream` does."""
+        if not body.stream:
+            if request.resumed is not None:
+                raise ValidationError(
+                    LAST_EVENT_HEADER, f"{LAST_EVENT_HEADER} is set, and the request is not one for a stream"
+                )
+            return self._generator.begin(query, request.call)
+        canonical = type(body).__name__.encode() + b"\0" + msgspec.json.encode(body, order="deterministic")
+        resumed = request.resumed
+        if resumed is None:
+            return self._generator.begin_stream(query, request.call, canonical)
+        return self._generator.begin_stream(
+            query, request.call, canonical, resumed.token, resumed.delivered, LAST_EVENT_HEADER
+        )
 
     async def _generate(
         self,
         query: GenerateQuery,
         request: Request,
         form: AnswerForm,
+        stream: Stream,
         is_streamed: bool | None,
         names: Mapping[str, str],
         end: bytes = DONE,
     ) -> Response:
-        seed = draw_seed() if query.seed is None else query.seed
-        headers = (("x-seed", str(seed)),)
+        headers = (("x-seed", str(stream.seed)),)
         if is_streamed:
-            chunks = self._generator.generate(query, replace(request.call, is_streamed=True), seed)
-            return EventStream(_events(chunks, form, names), headers, keep_alive_s=request.keep_alive_s, end=end)
+            chunks = self._generator.generate(query, replace(request.call, is_streamed=True), stream)
+            ids = EventIds(stream, request.has_event_ids, request.resumed)
+            names = {**names, "resume_from.num_tokens": LAST_EVENT_HEADER}
+            return EventStream(_events(chunks, form, ids, names), headers, keep_alive_s=request.keep_alive_s, end=end)
         with _called(names):
-            async with aclosing(self._generator.generate(query, request.call, seed)) as chunks:
+            async with aclosing(self._generator.generate(query, request.call, stream)) as chunks:
                 return json_answer(form.whole([chunk async for chunk in chunks]), headers=headers)
 
     async def list_models(self, request: Request) -> Response:
@@ -167,16 +193,16 @@ class Endpoints:
 
 
 async def _events(
-    chunks: AsyncGenerator[Chunk, None], form: AnswerForm, names: Mapping[str, str]
+    chunks: AsyncGenerator[Chunk, None], form: AnswerForm, ids: EventIds, names: Mapping[str, str]
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream; those that are ready together come together."""
     with _called(names):
         async with aclosing(chunks):
             async for chunk in chunks:
-                part = b"".join(map(form.encode, form.events(chunk)))
+                events = form.events(chunk)
                 if chunk.summary is not None:
-                    part += b"".join(map(form.encode, form.last_events(chunk.summary)))
-                if part:
+                    events = chain(events, form.last_events(chunk.summary))
+                if part := b"".join(line + form.encode(data, number) for data, number, line in ids.new(events)):
                     yield part
 
 

@@ -14,6 +14,7 @@ from serving.contracts.errors import DeadlineExceededError, OverloadedError, Val
 from serving.gateway.core.call import Call
 from serving.gateway.http.body import Body, parse
 from serving.gateway.http.responses import HttpError
+from serving.gateway.http.resuming import Position
 
 T = TypeVar("T", bound=Body)
 
@@ -39,6 +40,10 @@ class Request:
     body: bytes = b""
     keep_alive_s: float | None = None
     """How long a stream may be silent."""
+    has_event_ids: bool = False
+    """Its events have ids, by which it can be resumed."""
+    resumed: Position | None = None
+    """Where a broken stream goes on."""
     ignored: list[str] = field(default_factory=list)
     """The endpoint adds what it does not look at."""
 

@@ -71,14 +71,17 @@ class EventStream(Response):
         parts: AsyncGenerator[bytes | None, None] = self._events
         if self._keep_alive_s is not None:
             parts = with_ticks(self._events, self._keep_alive_s)
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         has_begun = False
         async with aclosing(parts):
             async for part in parts:
                 if not has_begun:
-                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                    await send(start)
                     has_begun = True
                 body = _KEEP_ALIVE if part is None else part
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+        if not has_begun:  # of a resumed stream whose client had all but the end
+            await send(start)
         await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 

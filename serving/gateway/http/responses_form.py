@@ -1,6 +1,5 @@
 """/v1/responses: OpenAI's newer API, for text. Nothing is kept, so every request brings its whole conversation."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -13,9 +12,11 @@ from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.error_responses import ErrorResponse
 from serving.gateway.core.fields import UNSUPPORTED, Unsupported
+from serving.gateway.core.resume_tokens import Stream
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
 from serving.gateway.http.responses import to_json
+from serving.gateway.http.resuming import Event, Place
 from serving.gateway.http.schemas import Message, StreamOptions
 from serving.text.chat import ChatMessage
 
@@ -190,12 +191,12 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
 class ResponsesForm:
     """One answer on its way out."""
 
-    def __init__(self, request_id: str, card: ModelCard, request: ResponsesRequest) -> None:
-        self._id, self._item_id = f"resp_{request_id}", f"msg_{request_id}"
-        self._created = int(time.time())
+    def __init__(self, stream: Stream, card: ModelCard, request: ResponsesRequest) -> None:
+        self._id, self._item_id = f"resp_{stream.billed_id}", f"msg_{stream.billed_id}"
+        self._created = stream.created_unix_s
         self._model = card.name
         self._request = request
-        self._num_events = 0
+        self._has_begun = False
         self._text: list[str] = []
         self._reason: FinishReason | None = None
 
@@ -204,35 +205,40 @@ class ResponsesForm:
             self._take(chunk)
         return self._ended(chunks[-1].summary)
 
-    def events(self, chunk: Chunk) -> Iterator[ResponseEvent]:
-        if not self._num_events:
-            yield self._event("response.created", response=self._response("in_progress", []))
-            yield self._event("response.in_progress", response=self._response("in_progress", []))
-            yield self._event("response.output_item.added", item=self._message("in_progress", []), output_index=0)
-            yield self._event("response.content_part.added", part=OutputText(text=""), **self._place())
+    def events(self, chunk: Chunk) -> Iterator[Event]:
+        if not self._has_begun:
+            self._has_begun = True
+            yield from _ranked(0, 0, self._first_events())
         self._take(chunk)
         if chunk.text:
-            yield self._event("response.output_text.delta", delta=chunk.text, logprobs=[], **self._place())
+            delta = _event("response.output_text.delta", delta=chunk.text, logprobs=[], **self._place())
+            yield Event(0, Place(chunk.num_tokens, _DELTA), delta)
 
-    def last_events(self, summary: Summary) -> Iterator[ResponseEvent]:
+    def last_events(self, summary: Summary) -> Iterator[Event]:
+        return _ranked(summary.num_completion_tokens, _DELTA + 1, self._done_events(summary))
+
+    def _first_events(self) -> Iterator[ResponseEvent]:
+        yield _event("response.created", response=self._response("in_progress", []))
+        yield _event("response.in_progress", response=self._response("in_progress", []))
+        yield _event("response.output_item.added", item=self._message("in_progress", []), output_index=0)
+        yield _event("response.content_part.added", part=OutputText(text=""), **self._place())
+
+    def _done_events(self, summary: Summary) -> Iterator[ResponseEvent]:
         text = "".join(self._text)
         ended = self._ended(summary)
-        yield self._event("response.output_text.done", text=text, logprobs=[], **self._place())
-        yield self._event("response.content_part.done", part=OutputText(text=text), **self._place())
-        yield self._event("response.output_item.done", item=ended.output[0], output_index=0)
-        yield self._event(f"response.{ended.status}", response=ended)
+        yield _event("response.output_text.done", text=text, logprobs=[], **self._place())
+        yield _event("response.content_part.done", part=OutputText(text=text), **self._place())
+        yield _event("response.output_item.done", item=ended.output[0], output_index=0)
+        yield _event(f"response.{ended.status}", response=ended)
 
     @staticmethod
-    def encode(event: msgspec.Struct) -> bytes:
-        return _named(event.type, event)  # type: ignore[attr-defined]
+    def encode(event: msgspec.Struct, number: int) -> bytes:
+        numbered = msgspec.structs.replace(event, sequence_number=number)
+        return _named(numbered.type, numbered)  # type: ignore[attr-defined]
 
     def _take(self, chunk: Chunk) -> None:
         self._text.append(chunk.text)
         self._reason = chunk.finish_reason or self._reason
-
-    def _event(self, kind: str, **fields: Any) -> ResponseEvent:
-        self._num_events += 1
-        return ResponseEvent(type=kind, sequence_number=self._num_events - 1, **fields)
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
@@ -269,6 +275,20 @@ class ResponsesForm:
             top_p=1.0 if request.top_p is None else request.top_p,
             usage=usage,
         )
+
+
+_DELTA = 4
+"""Rank of an event with text: behind those that begin the answer."""
+
+
+def _event(kind: str, **fields: Any) -> ResponseEvent:
+    """Numbered when it is encoded."""
+    return ResponseEvent(type=kind, sequence_number=0, **fields)
+
+
+def _ranked(num_tokens: int, first_rank: int, events: Iterator[ResponseEvent]) -> Iterator[Event]:
+    for rank, data in enumerate(events, first_rank):
+        yield Event(0, Place(num_tokens, rank), data)
 
 
 def response_error_event(error: ErrorResponse) -> bytes:

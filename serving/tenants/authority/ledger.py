@@ -6,9 +6,10 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Delete, Insert, and_, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Delete, Insert, and_, bindparam, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.buckets import Bucket
 from serving.tenants.authority.quota import Account, Changes, Gateway, Holding, QuotaAuthority
 from serving.tenants.messages import Amounts, Reply
@@ -18,8 +19,7 @@ from serving.tenants.store.schema import AuthorityRow, Base, LeaseRow, QuotaGate
 _BATCH = 500
 """Parameters of one statement; databases bound them."""
 
-_FIND_RECORDS = select(UsageRow.request_id).where(UsageRow.request_id.in_(bindparam("ids", expanding=True)))
-_INSERT_RECORD = insert(UsageRow)
+_FIND_RECORDS = select(UsageRow.__table__).where(UsageRow.request_id.in_(bindparam("ids", expanding=True)))
 _KEEP_EPOCH = update(AuthorityRow).where(AuthorityRow.epoch == bindparam("mine")).values(epoch=bindparam("mine"))
 
 _Row = dict[str, Any]
@@ -54,21 +54,22 @@ class Ledger:
                 accounts[row.subject].holdings[row.gateway_id] = Holding(held, free=held)
         return accounts, gateways
 
-    def recorded(self, request_ids: Sequence[str]) -> set[str]:
-        """Those of which there is a record."""
-        found: set[str] = set()
+    def recorded(self, request_ids: Sequence[str]) -> dict[str, UsageRecord]:
+        """The records that there are of these, by id."""
+        found: dict[str, UsageRecord] = {}
         if not request_ids:
             return found
         with self._database.read() as session:
             for start in range(0, len(request_ids), _BATCH):
                 part = request_ids[start : start + _BATCH]
-                found.update(session.connection().execute(_FIND_RECORDS, {"ids": part}).scalars())
+                for row in session.connection().execute(_FIND_RECORDS, {"ids": part}).mappings():
+                    found[row["request_id"]] = UsageRecord(**row)
         return found
 
     def commit(self, changes: Changes, authority: QuotaAuthority) -> None:
         """Make it durable. Raises SupersededError, and then nothing was written."""
         accounts, gateways = authority.accounts, authority.gateways
-        records = [msgspec.structs.asdict(settlement.record) for settlement in changes.settlements]
+        records = [msgspec.structs.asdict(settlement.record) for settlement in changes.settlements.values()]
         quotas = [_quota_row(subject, accounts[subject]) for subject in changes.accounts]
         leases, ended_leases = [], []
         for gateway_id, subject in changes.holdings:
@@ -83,9 +84,7 @@ class Ledger:
         with self._database.write() as session:
             connection = session.connection()
             self._check_epoch(connection)
-            if records:
-                connection.execute(_INSERT_RECORD, records)
-            for table, rows in ((QuotaRow, quotas), (LeaseRow, leases), (QuotaGatewayRow, talks)):
+            for table, rows in ((UsageRow, records), (QuotaRow, quotas), (LeaseRow, leases), (QuotaGatewayRow, talks)):
                 if rows:
                     connection.execute(_upsert(table, connection.dialect.name), rows)
             for table, rows in ((LeaseRow, ended_leases), (QuotaGatewayRow, ended_talks)):

@@ -12,9 +12,12 @@ message may be lost or repeated anywhere. What a gateway holds it says absolutel
 """
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.buckets import Bucket
 from serving.tenants.messages import (
     GRANTED,
@@ -150,8 +153,8 @@ class _Shortage:
 class Changes:
     """What has to be durable before any reply goes out."""
 
-    settlements: list[Settlement] = field(default_factory=list)
-    """Whose records are new."""
+    settlements: dict[str, Settlement] = field(default_factory=dict)
+    """By the id of the record, which is new or says more than the one before."""
     accounts: set[str] = field(default_factory=set)
     holdings: set[tuple[str, str]] = field(default_factory=set)
     """(gateway, subject). One that is no longer there is to be deleted."""
@@ -185,8 +188,8 @@ class QuotaAuthority:
         for subject, account in self.accounts.items():
             account.limits = limits.get(subject, account.limits)
 
-    def exchange(self, message: Exchange, recorded: Container[str]) -> Reply:
-        """Charge, take back, give. `recorded` has the ids of those records that are in the ledger already. Raises
+    def exchange(self, message: Exchange, recorded: Mapping[str, UsageRecord]) -> Reply:
+        """Charge, take back, give. `recorded` has those records, by id, that are in the ledger already. Raises
         StaleExchangeError."""
         gateway = self.gateways.setdefault(message.gateway_id, Gateway())
         gateway.is_silent = False
@@ -195,8 +198,7 @@ class QuotaAuthority:
         if message.number <= gateway.number:
             raise StaleExchangeError(f"exchange {message.number} comes after {gateway.number}")
         for settlement in message.settlements:
-            if settlement.record.request_id not in recorded:
-                self._charge(settlement)
+            self._charge(settlement, recorded)
         for report in message.reports:
             self._take_report(message.gateway_id, report)
         decisions = tuple(self._decide(message.gateway_id, request) for request in message.lease_requests)
@@ -242,11 +244,21 @@ class QuotaAuthority:
         self._changes.accounts.add(subject)
         return account
 
-    def _charge(self, settlement: Settlement) -> None:
-        record = settlement.record
+    def _charge(self, settlement: Settlement, recorded: Mapping[str, UsageRecord]) -> None:
+        """Of a stream that was resumed, each gateway that had a part in it sends a record under the same id, of all that it knows
+        to be used: only what no record before has counted is charged."""
+        record, request_id = settlement.record, settlement.record.request_id
+        changed = self._changes.settlements.get(request_id)
+        before = recorded.get(request_id) if changed is None else changed.record
+        num_charged = 0
+        if before is not None:
+            num_charged = before.num_prompt_tokens + before.num_completion_tokens
+            record = _joined(before, record)
+            if record == before:
+                return
         for subject in settlement.subjects:
-            self._account(subject).charged += record.num_prompt_tokens + record.num_completion_tokens
-        self._changes.settlements.append(settlement)
+            self._account(subject).charged += record.num_prompt_tokens + record.num_completion_tokens - num_charged
+        self._changes.settlements[request_id] = Settlement(record, settlement.subjects)
 
     def _take_report(self, gateway_id: str, report: Report) -> None:
         account = self._account(report.subject)
@@ -337,3 +349,16 @@ class QuotaAuthority:
                     share = account.available(name) / (_SHARE * num_gateways)
                     num_requests = min(num_requests, max(0, int(share // needed)))
         return num_requests
+
+
+def _joined(before: UsageRecord, record: UsageRecord) -> UsageRecord:
+    """One record of what two say of one request: the one that has seen more of it says how it ended."""
+    further = max(before, record, key=lambda each: (each.num_completion_tokens, each.outcome in ("stop", "length")))
+    return msgspec.structs.replace(
+        further,
+        tenant_id=before.tenant_id,
+        key_id=before.key_id,
+        num_prompt_tokens=max(before.num_prompt_tokens, record.num_prompt_tokens),
+        num_cached_tokens=before.num_cached_tokens if before.num_prompt_tokens else record.num_cached_tokens,
+        started_unix_s=before.started_unix_s,
+    )

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
+from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.authority.ledger import Ledger, SupersededError
 from serving.tenants.authority.quota import QuotaAuthority, StaleExchangeError
@@ -230,7 +231,9 @@ def limits_by_subject(snapshot: Snapshot) -> dict[str, Limits]:
     return tenants | {f"key:{key.quota_id}": key.limits for key in snapshot.keys}
 
 
-def _answer(authority: QuotaAuthority, message: Exchange, recorded: set[str]) -> Reply | StaleExchangeError:
+def _answer(
+    authority: QuotaAuthority, message: Exchange, recorded: dict[str, UsageRecord]
+) -> Reply | StaleExchangeError:
     try:
         return authority.exchange(message, recorded)
     except StaleExchangeError as error:

@@ -315,7 +315,8 @@ async def test_no_values_bring_an_unexpected_status(data: st.DataObject) -> None
     generator = Generator(backend, tokenizers, LimitsConfig())
     call = Call(request_id="id", arrived_s=generator.clock(), timeout_s=None)
     try:
-        async for _ in generator.generate(generate_query(request), call, 1):
+        query = generate_query(request)
+        async for _ in generator.generate(query, call, generator.begin(query, call)):
             pass
     except Exception as error:
         assert error_response(error, 1.0).status.code in (INVALID.name, NOT_FOUND.name), error

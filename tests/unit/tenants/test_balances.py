@@ -34,7 +34,7 @@ class World:
 
     def exchange(self, book: LeaseBook) -> None:
         if exchange := book.next_exchange(self.now_s):
-            book.take_reply(self.authority.exchange(exchange, ()), self.now_s)
+            book.take_reply(self.authority.exchange(exchange, {}), self.now_s)
 
     def admit(self, book: LeaseBook, costs: Costs) -> bool:
         """Out of the lease if it can be, otherwise by asking."""
@@ -85,7 +85,7 @@ def test_what_was_let_in_during_an_exchange_is_not_forgotten() -> None:
     assert exchange is not None
     book.take(cost(50))
     assert world.remaining(book) == (57, 5750)
-    book.take_reply(world.authority.exchange(exchange, ()), world.now_s)
+    book.take_reply(world.authority.exchange(exchange, {}), world.now_s)
     assert world.remaining(book) == (57, 5750)
 
 

@@ -35,7 +35,7 @@ class World:
             Exchange(
                 gateway, number, settlements, reports, tuple(LeaseRequest(((T, cost),), waited_s) for cost in asks)
             ),
-            (),
+            {},
         )
 
     def ask(self, gateway: str, cost: Amounts, *, waited_s: float = 0.0) -> Decision:
@@ -137,24 +137,24 @@ def test_nobody_waits_for_what_would_not_be_enough_or_does_not_come() -> None:
 def test_the_same_exchange_again_gets_the_same_reply_and_changes_nothing() -> None:
     world = World(token_budget=100)
     message = Exchange("g", 1, (settlement("r", 40),), (), (LeaseRequest(((T, Amounts(budget=60)),), 0.0),))
-    first = world.authority.exchange(message, ())
+    first = world.authority.exchange(message, {})
     world.authority.take_changes()
-    assert world.authority.exchange(message, ()) == first
+    assert world.authority.exchange(message, {}) == first
     assert world.authority.take_changes().is_empty
     assert world.authority.accounts[T].charged == 40
     world.numbers["g"] = 1
     world.exchange("g")
     with pytest.raises(StaleExchangeError):
-        world.authority.exchange(message, ())
+        world.authority.exchange(message, {})
 
 
 def test_a_record_that_the_ledger_has_is_not_charged_again() -> None:
     world = World(token_budget=100)
     message = Exchange("g", 1, (settlement("old", 40), settlement("new", 2)), (), ())
-    world.authority.exchange(message, {"old"})
+    world.authority.exchange(message, {"old": settlement("old", 40).record})
     assert world.authority.accounts[T].charged == world.authority.accounts["key:k"].charged == 2
     changes = world.authority.take_changes()
-    assert [item.record.request_id for item in changes.settlements] == ["new"]
+    assert list(changes.settlements) == ["new"]
 
 
 def test_a_dead_gateways_places_are_free_and_its_budget_stays_withheld() -> None:
@@ -204,6 +204,6 @@ def test_a_clock_that_is_put_back_gives_nothing_and_takes_nothing() -> None:
 def test_a_revoked_key_of_a_tenant_that_nobody_has_asked_about_is_refused() -> None:
     world = World(requests_per_minute=5)
     ask = LeaseRequest(((T, Amounts(requests=1)), ("key:gone", Amounts(requests=1))), 0.0)
-    reply = world.authority.exchange(Exchange("g", 1, (), (), (ask,)), ())
+    reply = world.authority.exchange(Exchange("g", 1, (), (), (ask,)), {})
     assert reply.decisions == (Decision(kind="refused", subject="key:gone"),)
     assert reply.balances == ()

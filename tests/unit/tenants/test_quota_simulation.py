@@ -40,14 +40,14 @@ class Disk:
 
     accounts: dict[str, Account] = field(default_factory=dict)
     gateways: dict[str, Gateway] = field(default_factory=dict)
-    records: dict[str, int] = field(default_factory=dict)
+    records: dict[str, UsageRecord] = field(default_factory=dict)
     """Tokens by request id."""
 
     def commit(self, authority: QuotaAuthority) -> None:
         changes: Changes = authority.take_changes()
-        for settlement in changes.settlements:
+        for settlement in changes.settlements.values():
             assert settlement.record.request_id not in self.records
-            self.records[settlement.record.request_id] = settlement.record.num_prompt_tokens
+            self.records[settlement.record.request_id] = settlement.record
         # What the changes do not name is not written: forgetting to name something shows after a restart.
         for subject in changes.accounts:
             holdings = self.accounts[subject].holdings if subject in self.accounts else {}
@@ -264,7 +264,9 @@ class World:
 
     def ledger_and_quota_agree(self) -> None:
         for subject in self.limits:
-            charged = sum(n for name, n in self.disk.records.items() if subject in self.admitted[name].subjects)
+            charged = sum(
+                r.num_prompt_tokens for name, r in self.disk.records.items() if subject in self.admitted[name].subjects
+            )
             assert charged == (self.disk.accounts[subject].charged if subject in self.disk.accounts else 0)
         assert self.durable <= self.disk.records.keys()
 
@@ -275,7 +277,7 @@ class World:
         self.exchange_everything()
         assert not self.waiting
         alive = {name: r.used for name, r in self.admitted.items() if r.gateway_id not in self.dead}
-        assert {name: n for name, n in self.disk.records.items() if name in alive} == alive
+        assert {name: r.num_prompt_tokens for name, r in self.disk.records.items() if name in alive} == alive
         assert alive.keys() <= self.durable
         for account in self.authority.accounts.values():
             assert not account.holdings.keys() & self.books.keys()
