@@ -1,5 +1,7 @@
 """What is committed is there after a restart: nothing less, and nothing that was not committed."""
 
+import msgspec
+
 from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.ledger import Ledger
 from serving.tenants.authority.quota import QuotaAuthority
@@ -85,6 +87,14 @@ def test_records_and_charges_go_together_and_once(store: Store) -> None:
         "key:k": 21,
     }
     assert list(all_usage(store.database, UsageFilter())) == [usage("a"), usage("b"), usage("c")]
+
+
+def test_a_record_that_says_more_takes_the_place_of_the_one_before(store: Store) -> None:
+    more = msgspec.structs.replace(usage("b"), num_completion_tokens=9, outcome="stop")
+    exchanged(store, settled(1, usage("a"), usage("b")))
+    exchanged(store, settled(2, more, usage("c")))
+    assert opened(store)[1].accounts["tenant:t"].charged == 7 + 12 + 7
+    assert list(all_usage(store.database, UsageFilter())) == [usage("a"), more, usage("c")]
 
 
 def test_what_has_ended_leaves_no_rows(store: Store) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -9,18 +11,27 @@ import openai
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from sqlalchemy import select
 
 from bench.support.fake_backend import ByteTokenizer, FakeBackend
+from model_parallel.engine.request import EngineRequest, SamplingParams
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
+from serving.client.resuming import Received
 from serving.config import GatewayConfig, LimitsConfig
+from serving.contracts.accounts import UsageRecord
+from serving.gateway.core import generation
+from serving.gateway.core.metering import Meter
+from serving.gateway.core.resume_tokens import ResumeTokens
 from serving.gateway.server import GatewayServer, Ports
 from serving.tenants.authority.service import AuthorityService
 from serving.tenants.client import accounts as accounts_module
 from serving.tenants.client.accounts import AuthorityUnreachableError, TenantAccounts
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
+from serving.tenants.store.schema import QuotaRow
 from serving.tenants.store.store import Store
 from serving.tenants.store.usage import all_usage
+from tests.support.drawn_groups import DrawnGroups, answer
 from tests.support.waiting import PATIENCE_S
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
@@ -133,3 +144,78 @@ async def test_an_answer_whose_record_is_late_is_withheld_and_recorded_once(
         link.is_cut = False
     records = list(all_usage(store.database, UsageFilter()))
     assert [record.num_completion_tokens for record in records] == [6, 6]
+
+
+settle, resume = Meter._settle, ResumeTokens.resume
+TAKEN = 7
+"""Messages of a stream before its client leaves it."""
+
+
+async def resumed_elsewhere(store: Store, url: str, tmp_path: Path) -> tuple[list[UsageRecord], list[int], int]:
+    """A stream is left and resumed at another gateway while the first one lives, which counts what it has sent: all records, the
+    tokens that came, and what the tenant is charged."""
+    key, path = new_key(store, token_budget=10**6), tmp_path / "key"
+    path.write_text("k" * 32)
+    link, token_ids = Link(AuthorityService(url, refresh_s=0.05)), list[int]()
+    request = pb.GenerateRequest(
+        model="tiny", prompt=pb.Prompt(text="tell me"), sampling=pb.Sampling(max_tokens=30, ignore_eos=True)
+    )
+    received = Received(request)
+    for is_first in (True, False):
+        accounts = TenantAccounts(link, refresh_s=0.05)
+        await accounts.start()
+        backend: Any = DrawnGroups()
+        tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
+        config = GatewayConfig(port=0, http_port=None, resume_key_file=path)
+        server = GatewayServer(config, LimitsConfig(), backend, tokenizers, accounts)
+        ports = await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
+            stub: Any = InferenceStub(channel)
+            call = stub.GenerateStream(
+                received.rest(), metadata=(("authorization", f"Bearer {key}"),), timeout=PATIENCE_S
+            )
+            async for chunk in call:
+                received.take(chunk)
+                token_ids += chunk.token_ids
+                if is_first and len(token_ids) == TAKEN:
+                    break
+            call.cancel()
+        await server.drain()  # so that what was cut is settled
+        await server.stop(0)
+        await accounts.stop()
+    await link.service.close()
+    with store.database.read() as session:
+        charged = session.scalars(select(QuotaRow.charged_tokens).where(QuotaRow.subject == "tenant:t")).one()
+    return list(all_usage(store.database, UsageFilter())), token_ids, charged
+
+
+async def test_a_stream_that_is_resumed_is_billed_once(store: Store, url: str, tmp_path: Path) -> None:
+    records, token_ids, charged = await resumed_elsewhere(store, url, tmp_path)
+    ((record),) = records
+    assert (record.num_prompt_tokens, record.num_completion_tokens, record.outcome) == (8, 30, "length")
+    assert len(token_ids) == 30
+    assert charged == 38
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "bug"),
+    [
+        (
+            Meter,
+            "_settle",
+            lambda self, *given: (setattr(self, "_billed_id", self._call.request_id), settle(self, *given)),
+        ),
+        (ResumeTokens, "resume", lambda self, *given: replace(resume(self, *given), seed=1)),
+    ],
+    ids=["bills-twice", "draws-with-another-seed"],
+)
+async def test_a_bug_that_is_put_in_is_found(
+    store: Store, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, bug: Any
+) -> None:
+    monkeypatch.setattr(generation, "draw_seed", lambda: 5)
+    request = EngineRequest(
+        request_id="", prompt_token_ids=(1,), sampling=SamplingParams(seed=5, max_tokens=30, ignore_eos=True)
+    )
+    monkeypatch.setattr(owner, name, bug)
+    records, token_ids, charged = await resumed_elsewhere(store, url, tmp_path)
+    assert len(records) > 1 or charged > 38 or token_ids != answer(request)[0]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
 from serving.tenants.messages import Amounts, Decision, Exchange, LeaseRequest, Reply, Report, Settlement
 from serving.tenants.records import Limits
@@ -155,6 +156,30 @@ def test_a_record_that_the_ledger_has_is_not_charged_again() -> None:
     assert world.authority.accounts[T].charged == world.authority.accounts["key:k"].charged == 2
     changes = world.authority.take_changes()
     assert list(changes.settlements) == ["new"]
+
+
+@pytest.mark.parametrize("is_durable", [True, False], ids=["in another transaction", "in one"])
+def test_of_a_stream_that_was_resumed_nothing_is_charged_twice(is_durable: bool) -> None:
+    """The first gateway has seen 10 tokens of it, the second all 25, and a late record of the first tells nothing new."""
+    world, recorded = World(token_budget=100), dict[str, UsageRecord]()
+
+    def take(number: int, gateway: str, num_tokens: int, outcome: str) -> None:
+        record = usage_record("r", num_prompt_tokens=5, num_completion_tokens=num_tokens, outcome=outcome)
+        world.authority.exchange(Exchange(gateway, number, (Settlement(record, (T, "key:k")),), (), ()), recorded)
+        if is_durable:
+            recorded.update((name, each.record) for name, each in world.authority.take_changes().settlements.items())
+
+    for number, gateway, num_tokens, outcome, charged in (
+        (1, "a", 10, "cancelled", 15),
+        (1, "b", 25, "length", 30),
+        (2, "a", 10, "cancelled", 30),
+        (3, "a", 25, "cancelled", 30),
+    ):
+        take(number, gateway, num_tokens, outcome)
+        assert world.authority.accounts[T].charged == world.authority.accounts["key:k"].charged == charged
+    if not is_durable:
+        recorded = {name: each.record for name, each in world.authority.take_changes().settlements.items()}
+    assert recorded["r"] == usage_record("r", num_prompt_tokens=5, num_completion_tokens=25, outcome="length")
 
 
 def test_a_dead_gateways_places_are_free_and_its_budget_stays_withheld() -> None:
