@@ -221,7 +221,8 @@ class Client:
         lost = self._gateways[self._current]
         said_s = pushback_s(error)
         # What nobody has begun to answer is tried again only where a connection was there and broke.
-        may_help = received.can_be_resumed or (said_s is None and (lost.has_answered or len(self._gateways) > 1))
+        was_cut = said_s is None and (lost.has_answered or len(self._gateways) > 1)
+        may_help = received.can_be_resumed if received.has_begun else was_cut
         pause_s = patience.pause_s(said_s) if is_lost(error) and may_help else None
         if pause_s is None:
             raise error

@@ -30,6 +30,8 @@ class Received:
     def __init__(self, request: pb.GenerateRequest) -> None:
         self._request = request
         self._token = b""
+        self.has_begun = False
+        """Some of it has come."""
         self._num_tokens: defaultdict[int, int] = defaultdict(int)
         self._num_prompt_logprobs = 0
 
@@ -40,6 +42,7 @@ class Received:
 
     def take(self, chunk: pb.GenerateStreamResponse) -> None:
         """One more message."""
+        self.has_begun = True
         self._token = chunk.resume_token or self._token
         self._num_tokens[chunk.index] += len(chunk.token_ids)
         self._num_prompt_logprobs += len(chunk.prompt_logprobs)

@@ -93,7 +93,7 @@ class Reader(threading.Thread):
     """Reads one stream, and tells when it has so many tokens."""
 
     def __init__(self, client: Client, asked: pb.GenerateRequest, tell_at: int) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self.read = Read()
         self.has_come = threading.Event()
         self._client, self._asked, self._tell_at = client, asked, tell_at
