@@ -35,8 +35,10 @@ from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.constraints import grammar_of
 from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
+from serving.gateway.core.grammars import GrammarChecker
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
 from serving.gateway.core.resumption import Resumption
@@ -53,6 +55,7 @@ from serving.gateway.core.validate import (
     find_model,
     output_budget,
 )
+from serving.text.token_table import token_table
 from serving.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -106,15 +109,30 @@ class Generator:
         self._accounts: Accounts = accounts or OpenAccounts()
         self._refusals = RecentRefusals(clock)
         self.demand = DemandCounter(backend.models)
+        self.grammars = {card.name: self._checker(card, tokenizers[card.name]) for card in backend.models.values()}
+
+    def _checker(self, card: ModelCard, tokenizer: Tokenizer) -> GrammarChecker:
+        return GrammarChecker(
+            lambda: token_table(tokenizer, card.vocab_size, card.eos_token_ids), self._limits.max_grammar_compile_s
+        )
+
+    def close(self) -> None:
+        """End what runs beside the requests."""
+        for checker in self.grammars.values():
+            checker.close()
 
     async def set_model(self, card: ModelCard, tokenizer: Tokenizer) -> None:
         """Be ready for a model that the backend is about to serve, or to serve with another card."""
         encoder = await asyncio.to_thread(PromptEncoder, card, tokenizer)
         self._encoders[card.name], self.tokenizers[card.name] = encoder, tokenizer
+        if (old := self.grammars.get(card.name)) is not None:
+            old.close()
+        self.grammars[card.name] = self._checker(card, tokenizer)
 
     def forget_model(self, name: str) -> None:
         """The backend does not serve it any more. Requests that have begun go on."""
         del self._encoders[name], self.tokenizers[name]
+        self.grammars.pop(name).close()
 
     async def generate(self, query: GenerateQuery, call: Call, seed: int) -> AsyncGenerator[Chunk, None]:
         """Chunks of all choices as they are made: the first n are the first prompt's, and so on. Close it (`aclose`) to
@@ -130,13 +148,14 @@ class Generator:
                 max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
             sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
+        grammar = await self._grammar(query, card)
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
         choices = _choices(query, tokenizer, [token_ids for token_ids, _ in sequences])
         meter = await self._meter(call, card, num_prompt_tokens, sum(sampling.max_tokens for _, sampling in sequences))
         with meter:
-            requests = self._requests(card, call, sequences)
+            requests = self._requests(card, call, sequences, grammar)
             last: Chunk | None = None
             async with aclosing(self._run(card, requests, call, meter)) as outputs:
                 async for output in outputs:
@@ -216,6 +235,15 @@ class Generator:
     def tokenizer_of(self, call: Call, name: str) -> Tokenizer:
         """Raises what `model_for` does."""
         return self.tokenizers[self.model_for(call, name).name]
+
+    async def _grammar(self, query: GenerateQuery, card: ModelCard) -> str:
+        """What the answers must follow, which can be compiled; "" for nothing. Raises ValidationError, OverloadedError."""
+        if query.constraint is None:
+            return ""
+        strips_space = self.tokenizers[card.name].strips_leading_space and not _continues_text(query)
+        grammar = grammar_of(query.constraint, strips_space=strips_space)
+        await self.grammars[card.name].check(grammar)
+        return grammar.text
 
     async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
         """Reserves the most that the request can use. Raises QuotaExceededError."""
@@ -300,7 +328,11 @@ class Generator:
         return left_s
 
     def _requests(
-        self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]
+        self,
+        card: ModelCard,
+        call: Call,
+        sequences: Sequence[tuple[tuple[int, ...], SamplingParams]],
+        grammar: str = "",
     ) -> list[EngineRequest]:
         return [
             EngineRequest(
@@ -309,6 +341,7 @@ class Generator:
                 sampling=sampling,
                 choice=choice,
                 eos_token_ids=card.eos_token_ids,
+                grammar=grammar,
                 deadline_s=self._time_left(call),
                 cache_salt=call.principal.cache_salt,
                 tenant=call.principal.tenant_id,
@@ -328,11 +361,16 @@ def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple
             [stop for stop in query.stop if stop],
             prompt_token_ids=token_ids,
             reports_prompt=index % (query.n or 1) == 0,
-            continues_text=not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last,
+            continues_text=_continues_text(query),
             shows_special=query.skip_special_tokens is False,
         )
         for index, token_ids in enumerate(prompts)
     ]
+
+
+def _continues_text(query: GenerateQuery) -> bool:
+    """The answer goes on where a text ends, so that a space that begins it belongs to it."""
+    return not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last
 
 
 def draw_seed() -> int:
