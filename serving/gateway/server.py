@@ -185,7 +185,7 @@ class GatewayServer:
         await self._http.stop(grace_s)
         if self._server is not None:
             await self._server.stop(grace_s)
-        await self._generator.close()
+        self._generator.close()
 
     def _options(self) -> list[tuple[str, int]]:
         return [

@@ -139,6 +139,7 @@ class Generator:
         end the request early. The query must be normalised."""
         card = self.model_for(call, query.model)
         encoder, tokenizer, num_choices = self._encoders[card.name], self.tokenizers[card.name], query.n or 1
+        checker = self.grammars[card.name]
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
@@ -148,7 +149,7 @@ class Generator:
                 max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
             num_prompt_tokens += len(token_ids)
             sequences += [(token_ids, _sampling_params(query, card, seed=seed, max_tokens=max_tokens))] * num_choices
-        grammar = await self._grammar(query, card)
+        grammar = await _grammar(query, tokenizer, checker)
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
@@ -235,15 +236,6 @@ class Generator:
     def tokenizer_of(self, call: Call, name: str) -> Tokenizer:
         """Raises what `model_for` does."""
         return self.tokenizers[self.model_for(call, name).name]
-
-    async def _grammar(self, query: GenerateQuery, card: ModelCard) -> str:
-        """What the answers must follow, which can be compiled; "" for nothing. Raises ValidationError, OverloadedError."""
-        if query.constraint is None:
-            return ""
-        strips_space = self.tokenizers[card.name].strips_leading_space and not _continues_text(query)
-        grammar = grammar_of(query.constraint, strips_space=strips_space)
-        await self.grammars[card.name].check(grammar)
-        return grammar.text
 
     async def _meter(self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int) -> Meter:
         """Reserves the most that the request can use. Raises QuotaExceededError."""
@@ -366,6 +358,16 @@ def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple
         )
         for index, token_ids in enumerate(prompts)
     ]
+
+
+async def _grammar(query: GenerateQuery, tokenizer: Tokenizer, checker: GrammarChecker) -> str:
+    """What the answers must follow, which can be compiled; "" for nothing. Raises ValidationError, OverloadedError."""
+    if query.constraint is None:
+        return ""
+    strips_space = tokenizer.strips_leading_space and not _continues_text(query)
+    grammar = grammar_of(query.constraint, strips_space=strips_space)
+    await checker.check(grammar)
+    return grammar.text
 
 
 def _continues_text(query: GenerateQuery) -> bool:

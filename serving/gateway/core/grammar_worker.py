@@ -39,8 +39,8 @@ class Trial(msgspec.Struct, frozen=True, array_like=True):
     """Gateway → worker: can this be compiled?"""
 
     grammar: str
-    schemas: tuple[tuple[str, str], ...] = ()
-    """JSON schemas that it is made of, by what the client calls each: to find the place of what is wrong."""
+    schemas: tuple[str, ...] = ()
+    """JSON schemas that it is made of: to find the place of what is wrong."""
 
 
 class Verdict(msgspec.Struct, frozen=True, array_like=True):
@@ -48,8 +48,10 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
 
     error: str = ""
     """What is wrong; "" for nothing."""
+    schema: int | None = None
+    """In which schema, where that is known."""
     place: str = ""
-    """Where, of a schema: a path such as "response_format.json_schema.schema.properties.age"."""
+    """Where in it: a path such as ".properties.age"."""
 
 
 def try_out(compiler: GrammarCompiler, trial: Trial) -> Verdict:
@@ -57,8 +59,8 @@ def try_out(compiler: GrammarCompiler, trial: Trial) -> Verdict:
     try:
         compiler.compile(trial.grammar)
     except GrammarError as error:
-        for name, schema in trial.schemas:
-            if found := _find(compiler, name, json.loads(schema)):
+        for index, schema in enumerate(trial.schemas):
+            if found := _find(compiler, index, json.loads(schema)):
                 return found
         return Verdict(_line(str(error)))
     return Verdict()
@@ -69,7 +71,7 @@ def schema_rule(schema: Any) -> str:
     return "%json " + json.dumps(schema, ensure_ascii=False)
 
 
-def _find(compiler: GrammarCompiler, name: str, schema: Any) -> Verdict | None:
+def _find(compiler: GrammarCompiler, index: int, schema: Any) -> Verdict | None:
     """The smallest part of a schema that cannot be compiled by itself; None when all of it can."""
     definitions = {key: schema[key] for key in ("$defs", "definitions") if isinstance(schema, dict) and key in schema}
     num_left = _MAX_PROBES
@@ -87,7 +89,7 @@ def _find(compiler: GrammarCompiler, name: str, schema: Any) -> Verdict | None:
     error = problem_of(schema)
     if not error:
         return None
-    place, part = name, schema
+    place, part = "", schema
     found = True
     while found and num_left > 0:
         found = False
@@ -97,7 +99,7 @@ def _find(compiler: GrammarCompiler, name: str, schema: Any) -> Verdict | None:
             if inner_error := problem_of(inner):
                 place, part, error, found = f"{place}.{step}", inner, inner_error, True
                 break
-    return Verdict(error, place)
+    return Verdict(error, index, place)
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -117,14 +119,11 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
 
 def _line(message: str) -> str:
     """The library's message on one line, without the grammar that it quotes below it."""
-    first, *rest = message.splitlines()
-    _, is_schema, what = first.partition("failed to compile JSON schema: ")
-    if is_schema:
-        return what
-    if "regex parse error" in first or "in regex" in first:
-        told = [line.strip().removeprefix("error: ") for line in rest if line.strip().startswith("error: ")]
-        return f"{told[0]} in a regular expression" if told else first
-    return first
+    told = [line.strip().removeprefix("error: ") for line in message.splitlines() if line.strip().startswith("error: ")]
+    if told:  # of a regular expression
+        return f"{told[0]}, in a regular expression"
+    first = message.partition("\n")[0]
+    return first.partition("failed to compile JSON schema: ")[2] or first
 
 
 def _limit(max_compile_s: int, most_bytes: int) -> None:

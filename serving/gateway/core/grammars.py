@@ -57,6 +57,7 @@ class GrammarChecker:
         self._waiting: dict[bytes, asyncio.Future[_Known]] = {}
         self._worker: _Worker | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packtrain-grammar-trials")
+        self._is_closed = False
         self.num_hits = 0
         self.num_tried = 0
 
@@ -72,17 +73,18 @@ class GrammarChecker:
             # Others may wait for the same one: it goes on when this request does not.
             verdict, _ = await asyncio.shield(self._waiting.get(key) or self._begin(key, grammar))
         if verdict.error:
-            place = verdict.place or grammar.field
+            place = grammar.field if verdict.schema is None else grammar.schemas[verdict.schema][0] + verdict.place
             raise ValidationError(place, f"{place}: {verdict.error}")
 
-    async def close(self) -> None:
-        """End the process."""
-        if self._worker is not None:
-            self._worker.kill()
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+    def close(self) -> None:
+        """End the process; requests that wait for it are refused, and may come again."""
+        self._is_closed = True
+        if (worker := self._worker) is not None:
+            worker.kill()
+        self._thread.shutdown(wait=False)
 
     def _begin(self, key: bytes, grammar: GrammarText) -> "asyncio.Future[_Known]":
-        if len(self._waiting) >= MAX_WAITING:
+        if self._is_closed or len(self._waiting) >= MAX_WAITING:
             raise OverloadedError("too many new grammars are being tried out")
         self.num_tried += 1
         trial = asyncio.get_running_loop().run_in_executor(self._thread, self._try_out, grammar)
@@ -100,10 +102,14 @@ class GrammarChecker:
     def _try_out(self, grammar: GrammarText) -> _Known:
         """In the thread of trials: the verdict, and until when it counts."""
         try:
+            if self._is_closed:
+                raise OverloadedError("the model is being changed")
             if self._worker is None:
                 self._worker = _Worker(self._table(), self._max_compile_s)
-            return self._worker.ask(Trial(grammar.text, grammar.schemas)), math.inf
+            return self._worker.ask(Trial(grammar.text, tuple([schema for _, schema in grammar.schemas]))), math.inf
         except LinkError as error:
+            if self._is_closed:
+                raise OverloadedError("the model is being changed") from error
             logger.info("a grammar was given up: %s", error)
             if self._worker is not None:
                 self._worker.kill()

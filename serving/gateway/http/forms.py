@@ -94,7 +94,9 @@ class StructuredOutputs(Object, frozen=True, kw_only=True):
     def constraint(self, where: str) -> Constraint:
         """Raises ValidationError."""
         names = {name: f"{where}.{name}" for name in ("json", "regex", "choice", "grammar", "json_object")}
-        found = _given(self, names, self._whitespace(where))
+        whitespace = self._whitespace(where)
+        name = "disable_any_whitespace" if whitespace == "" else "whitespace_pattern"
+        found = _given(self, names, whitespace, f"{where}.{name}")
         if found is None:
             raise ValidationError(where, f"{where} is empty; give json, regex, choice, grammar or json_object")
         return found
@@ -128,7 +130,7 @@ class Forms(Body, frozen=True, kw_only=True):
         found = [
             self.response_format and self.response_format.constraint("response_format"),
             self.structured_outputs and self.structured_outputs.constraint("structured_outputs"),
-            _given(given, names, self.guided_whitespace_pattern),
+            _given(given, names, self.guided_whitespace_pattern, "guided_whitespace_pattern"),
         ]
         return only_one([each for each in found if each])
 
@@ -140,8 +142,10 @@ def only_one(found: Sequence[Constraint]) -> Constraint | None:
     return found[0] if found else None
 
 
-def _given(forms: StructuredOutputs, names: Mapping[str, str], whitespace: str | None) -> Constraint | None:
-    """The one that is set, by what the client calls each."""
+def _given(
+    forms: StructuredOutputs, names: Mapping[str, str], whitespace: str | None, whitespace_name: str
+) -> Constraint | None:
+    """The one that is set, by what the client calls each, with its rule for whitespace."""
     found: list[Constraint] = []
     if forms.json is not None:
         found.append(
@@ -157,7 +161,7 @@ def _given(forms: StructuredOutputs, names: Mapping[str, str], whitespace: str |
         found.append(JsonSchema(field=names["json_object"], schema={"type": "object"}, whitespace_pattern=whitespace))
     only = only_one(found)
     if whitespace is not None and not isinstance(only, JsonSchema):
-        raise ValidationError(names["json"], "a rule for whitespace is set, which is for JSON alone")
+        raise ValidationError(whitespace_name, f"{whitespace_name} is set, which is for JSON alone")
     return only
 
 
