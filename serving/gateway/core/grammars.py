@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -80,7 +81,8 @@ class GrammarChecker:
         """End the process; requests that wait for it are refused, and may come again."""
         self._is_closed = True
         if (worker := self._worker) is not None:
-            worker.kill()
+            worker.end()  # the thread may be reading from it, and closes it
+            self._thread.submit(worker.kill)
         self._thread.shutdown(wait=False)
 
     def _begin(self, key: bytes, grammar: GrammarText) -> "asyncio.Future[_Known]":
@@ -122,7 +124,8 @@ class _Worker:
     """The process, as one thread uses it."""
 
     def __init__(self, table: TokenTable, max_compile_s: float) -> None:
-        environment = dict(os.environ) | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
+        environment = dict(os.environ) | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serving.gateway.core.grammar_worker"],
             stdin=subprocess.PIPE,
@@ -150,8 +153,12 @@ class _Worker:
             self._reader.feed(data)
         return msgspec.msgpack.decode(payload, type=Verdict)
 
+    def end(self) -> None:
+        """The process ends now. Any thread may call it."""
+        self._process.kill()
+
     def kill(self) -> None:
-        """End it; bounded, because it is killed."""
+        """End it and free what it held; bounded, because it is killed. Safe to call twice."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

@@ -291,6 +291,7 @@ async def test_a_grammar_that_takes_too_long_ends_its_trial_and_no_other() -> No
         pid = checker._worker._process.pid
     finally:
         checker.close()
+    await asyncio.to_thread(checker._thread.shutdown)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
