@@ -1,7 +1,9 @@
 """What a replica group is made of. Frozen and validated; dtypes and devices are strings, so that no torch is needed here."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from model_parallel.errors import ConfigError
 
@@ -156,6 +158,10 @@ class SchedulerConfig:
     """Prompt tokens that may wait, shared in the same way; a request that would exceed them is refused as overloaded."""
     max_prefill_chunk: int = field(default=1 << 30)
     """Most prompt tokens of one sequence in one step. Lower it only to test chunked prefill."""
+    max_grammars: int = 64
+    """Compiled grammars that the ranks keep; those in use are never dropped, and one more is then refused as overloaded."""
+    max_grammar_bytes: int = 4 << 20
+    """Their texts together."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -167,12 +173,36 @@ class SchedulerConfig:
             max_waiting_requests=self.max_waiting_requests,
             max_waiting_tokens=self.max_waiting_tokens,
             max_prefill_chunk=self.max_prefill_chunk,
+            max_grammars=self.max_grammars,
+            max_grammar_bytes=self.max_grammar_bytes,
         )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"scheduler.max_num_batched_tokens is {self.max_num_batched_tokens} and scheduler.max_num_seqs is "
                 f"{self.max_num_seqs}; a step must have room for one token of every running sequence"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenTable:
+    """What each token of a model stands for: all that constrained output needs of a tokenizer."""
+
+    lengths: tuple[int, ...]
+    """Bytes of each token, by its id; 0 for control tokens, and for ids that the logits alone have."""
+    text: bytes
+    """The bytes of all tokens, one after another."""
+    eos_token_ids: tuple[int, ...]
+    """What ends an answer."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[bytes], eos_token_ids: tuple[int, ...]) -> "TokenTable":
+        """`tokens` by id, as many as the logits are wide."""
+        return cls(lengths=tuple(map(len, tokens)), text=b"".join(tokens), eos_token_ids=eos_token_ids)
+
+    def tokens(self) -> list[bytes]:
+        """By id."""
+        ends = list(accumulate(self.lengths, initial=0))
+        return [self.text[begin:end] for begin, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,3 +217,5 @@ class GroupConfig:
     """Incarnation of the group; on every message, and anything from another epoch is dropped."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     """What a step may hold, which a GPU rank prepares for when it starts."""
+    tokens: TokenTable | None = None
+    """None for a group without constrained output."""

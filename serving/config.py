@@ -51,6 +51,13 @@ class LimitsConfig(_Section):
     max_chat_messages: int = Field(1024, ge=1, le=16384)
     max_continuations: int = Field(16, ge=1, le=256, description="Most continuations of one Score request.")
     max_prompts: int = Field(16, ge=1, le=256, description="Most prompts of one HTTP completion request.")
+    max_grammar_bytes: int = Field(
+        64 << 10, ge=256, le=1 << 20, description="Largest JSON schema, regular expression, list of choices or grammar."
+    )
+    max_grammar_compile_s: float = Field(
+        2.0, gt=0, le=60, description="Seconds of processor that compiling one may take in the gateway, rounded up."
+    )
+    max_tools: int = Field(128, ge=0, le=1024, description="Most functions (tools) of one request.")
     clamp_max_tokens: bool = Field(
         False,
         description="Answer with as many tokens as there is room for where max_tokens asks for more; else refuse.",
@@ -254,6 +261,12 @@ class ModelEntry(_Section):
         False,
         description="Let requests that set parse_special have control tokens read in their text. Whoever may send text to "
         "such a caller can then forge roles and ends of turns.",
+    )
+    structured_output: bool = Field(
+        True, description="Let requests say what form an answer must have: JSON schemas, tools, grammars."
+    )
+    max_grammars: int = Field(
+        64, ge=1, le=4096, description="Compiled grammars that each rank keeps, with structured_output."
     )
     chat: ChatConfig | None = Field(None, description="Read out of the checkpoint's own template when unset.")
     generation_config: Literal["auto", "vllm-like", "none"] = Field(

@@ -3,7 +3,12 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from functools import cache
 
+import numpy as np
+
+from model_parallel.config import TokenTable
+from model_parallel.engine.matching import GrammarCompiler, Matcher, allowed_bits
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, Timings, TokenLogprobs
 from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import Licence, ModelCard
@@ -173,3 +178,52 @@ async def for_ever(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[Eng
     """One token, then nothing until it is closed."""
     yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("x"),)),)
     await asyncio.Event().wait()
+
+
+_COMPILER_TABLE = TokenTable.of([ByteTokenizer().token_bytes(token_id) for token_id in range(270)], (EOS,))
+_CLOSING = frozenset(b'"}],:{')
+_MAX_DRAWN = 4000
+
+
+@cache
+def _compiler() -> GrammarCompiler:
+    return GrammarCompiler(_COMPILER_TABLE)
+
+
+def obey(*texts: str, seed: int = 0) -> Script:
+    """Choice c draws what its request's grammar allows, some tokens a step, as a model of no knowledge would, but one that likes
+    to come to an end; or it says texts[c] where the request has no grammar, or that text follows it."""
+
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        answers = [
+            _drawn(request, (texts or ("Paris",))[choice % max(1, len(texts))], seed + choice)
+            for choice, request in enumerate(requests)
+        ]
+        parts = ([answer[i : i + 8] for i in range(0, len(answer), 8)] or [[]] for answer in answers)
+        async for outputs in steps(*parts, eos=False)(requests):
+            yield outputs
+
+    return script
+
+
+def _drawn(request: EngineRequest, text: str, seed: int) -> list[int]:
+    token_ids = list(text.encode())
+    if not request.grammar:
+        return token_ids
+    grammar = _compiler().compile(request.grammar)
+    matcher = Matcher(grammar, spares_end=False)
+    for token_id in token_ids:
+        matcher.consume(token_id)
+    mask_W = np.zeros(matcher.num_words, dtype=np.int32)
+    if matcher.is_complete or (matcher.is_open and matcher.fill(mask_W) and mask_W[EOS // 32] >> (EOS % 32) & 1):
+        return token_ids
+    draw = np.random.default_rng(seed)
+    matcher, token_ids = Matcher(grammar, spares_end=False), []
+    while not matcher.is_complete and len(token_ids) < _MAX_DRAWN:
+        assert matcher.fill(mask_W)
+        allowed = np.flatnonzero(allowed_bits(mask_W[None], range(270))[0]).tolist()
+        liked = [token_id for token_id in allowed if token_id in _CLOSING or token_id == EOS]
+        token_id = int(draw.choice(liked if liked and draw.random() < 0.4 else allowed))
+        matcher.consume(token_id)
+        token_ids += [] if token_id == EOS else [token_id]
+    return token_ids

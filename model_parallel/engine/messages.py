@@ -19,6 +19,16 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int
     choice: int
     sampling: SamplingParams
+    grammar_id: int = 0
+    """The grammar that its output must follow, which every rank has compiled by now; 0 for none."""
+
+
+class NewGrammar(msgspec.Struct, frozen=True, array_like=True):
+    """A grammar that ranks are to compile beside the steps that they run."""
+
+    grammar_id: int
+    """Unique within an epoch; made by the scheduler, from 1."""
+    text: str
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -46,6 +56,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """Sequences to forget."""
     new_sequences: tuple[NewSequence, ...] = ()
     rows: tuple[Row, ...] = ()
+    new_grammars: tuple[NewGrammar, ...] = ()
+    dropped_grammars: tuple[int, ...] = ()
+    """Grammars to forget; no sequence that comes later has one of them."""
 
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True):
@@ -59,7 +72,18 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     """For each position p in (start, start + num_tokens] that is a prompt position at or after prompt_logprobs_start: the
     log-probability of the prompt token at p."""
     error_kind: str = ""
-    """"numerical_error": this row's logits are not finite. Neighbours are not touched."""
+    """"numerical_error": this row's logits are not finite. "constraint_error": its grammar allows no token, or became too
+    complex. Neighbours are not touched."""
+    is_complete: bool = False
+    """Nothing can come after the token in the sequence's grammar."""
+
+
+class CompiledGrammar(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a new grammar."""
+
+    grammar_id: int
+    error: str = ""
+    """Why some rank could not compile it."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -68,3 +92,5 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     step_id: int
     rows: tuple[RowResult, ...] = ()
+    compiled_grammars: tuple[CompiledGrammar, ...] = ()
+    """Those that every rank has compiled since the step before."""

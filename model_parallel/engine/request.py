@@ -9,7 +9,7 @@ class FinishReason(StrEnum):
     """Why a sequence ended. Exactly one of these closes every accepted request."""
 
     STOP = "stop"
-    """An end-of-sequence token, a stop token, or (told by the gateway) a stop string."""
+    """An end-of-sequence token, a stop token, a grammar after which nothing can come, or (told by the gateway) a stop string."""
     LENGTH = "length"
     """max_tokens or the model's length was reached."""
     CANCELLED = "cancelled"
@@ -20,8 +20,8 @@ class FinishReason(StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is drawn. Validated by the front end; the engine takes it as it is.
 
-    Order of operations (as in transformers): logit_bias, repetition/presence/frequency penalties, temperature, top_k,
-    top_p over what top_k left, min_p. Log-probabilities are those of the model itself, before any of these.
+    Order of operations (as in transformers): the request's grammar, logit_bias, repetition/presence/frequency penalties,
+    temperature, top_k, top_p over what top_k left, min_p. Log-probabilities are those of the model itself, before any of these.
     """
 
     temperature: float = 1.0
@@ -67,6 +67,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens already delivered by another group: they count as output (penalties, max_tokens, positions), and the answer
     goes on after them."""
     eos_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
+    """What the output must be, as llguidance writes grammars (engine/matching.py); "" for anything. It has been compiled once,
+    so that it is known to be valid."""
     tenant: str = ""
     """Whose request it is, for the fair queue."""
     weight: float = 1.0
@@ -117,7 +120,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     """With FinishReason.ERROR: what happened, fit for the client to read."""
     error_kind: str = ""
-    """With FinishReason.ERROR: "unavailable" (the group is lost) or "numerical_error"."""
+    """With FinishReason.ERROR: "unavailable" (the group is lost), "numerical_error", or "constraint_error" (the grammar allows
+    no token here, or became too complex)."""
     was_waiting: bool = False
     """With "unavailable": the ranks never heard of it, or they are well and stop; it is not what ended them."""
     num_cached_tokens: int = 0

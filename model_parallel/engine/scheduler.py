@@ -10,6 +10,7 @@ import msgspec
 
 from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.fair_queue import FairQueue
+from model_parallel.engine.grammars import GrammarTable
 from model_parallel.engine.kv_blocks import KVBlocks
 from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.overload import DEADLINE_MARGIN, Deadlines, Pace, check_fits, check_room
@@ -54,6 +55,9 @@ class Scheduler:
     admitted before it; those are finitely many, and end. A waiting sequence is not charged and each one admitted before it is, so
     their number is bounded too. A lower class may starve.
 
+    **Grammars.** A sequence whose grammar the ranks have not compiled yet is unready: it has no place among those that run or
+    wait, and gets one when they have. Meanwhile, and when there is nothing else to do, steps without rows ask them.
+
     **Alone.** A sequence that runs alone waits, when it is next, until nothing runs, and nothing is admitted while it does. Those
     that run end, so it does not wait for ever; nothing is preempted for it.
 
@@ -91,6 +95,9 @@ class Scheduler:
         """By seq_id, in order of admission."""
         self._paused: dict[int, Sequence] = {}
         """By seq_id."""
+        self._unready: dict[int, Sequence] = {}
+        """By seq_id: their grammar is being compiled."""
+        self._grammars = GrammarTable(config)
         self._finished: list[int] = []
         """Sequences that the next plan tells the ranks to forget."""
         self._outputs: list[EngineOutput] = []
@@ -125,6 +132,8 @@ class Scheduler:
             num_waiting=len(self._queue),
             num_waiting_tokens=self._queue.num_tokens,
             num_paused=len(self._paused),
+            num_grammars=len(self._grammars),
+            num_compiled_grammars=self._grammars.num_compiled,
             kv_usage=1 - self._kv.num_free / self._kv.num_blocks,
             estimated_wait_s=self._pace.wait_s(self._queue.num_tokens) or 0.0,
         )
@@ -134,13 +143,14 @@ class Scheduler:
         finish_reason.
 
         Raises RequestError: "duplicate" while another request of an id lives, "invalid" when one can never fit, "overloaded"
-        when too much is waiting.
+        when too much is waiting, or too many grammars are in use.
         """
         self._check_new(requests)
         for request in requests:
             check_fits(request, self._kv, self._config)
         try:
             check_room(requests, self._queue, len(self._running), self._pace, self._config)
+            self._check_grammars(requests)
         except RequestError as error:
             self._totals.num_refused += error.kind == "overloaded"
             raise
@@ -166,7 +176,8 @@ class Scheduler:
             return
         if sequence.seq_id in self._running:
             self._stop_running(sequence)
-        self._queue.leave(sequence)
+        if self._unready.pop(sequence.seq_id, None) is None:
+            self._queue.leave(sequence)
         self._paused[sequence.seq_id] = sequence
         sequence.was_paused = True
         self._totals.num_pauses += 1
@@ -176,7 +187,13 @@ class Scheduler:
         sequence = self._requests.get(request_id)
         if sequence is not None and sequence.seq_id in self._paused:
             del self._paused[sequence.seq_id]
-            self._queue.add_in_front(sequence)
+            if sequence.grammar is not None and not sequence.grammar.is_compiled:
+                self._unready[sequence.seq_id] = sequence
+            elif sequence.grammar is not None and sequence.grammar.error:
+                self._queue.add_in_front(sequence)
+                self._end_without_grammar(sequence, sequence.grammar.error)
+            else:
+                self._queue.add_in_front(sequence)
 
     def fail_all(self, error: str) -> None:
         """End every request because the group is lost. `error` is for the client to read."""
@@ -199,11 +216,12 @@ class Scheduler:
         self._plan_rows(draft, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
         num_tokens += self._admit_in_order(draft)
         self._pace.record_step(draft.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
-        if not (draft.rows or self._finished):
+        if not (draft.rows or self._finished or self._grammars.has_news or self._unready):
             return None
         for row in draft.rows:
             self._sequences[row.seq_id].num_pending += row.sample
         finished, self._finished = tuple(self._finished), []
+        new_grammars, dropped_grammars = self._grammars.take_news()
         self._last_step_id += 1
         return StepPlan(
             epoch=self._epoch,
@@ -211,6 +229,8 @@ class Scheduler:
             finished=finished,
             new_sequences=tuple(draft.new_sequences),
             rows=tuple(draft.rows),
+            new_grammars=new_grammars,
+            dropped_grammars=dropped_grammars,
         )
 
     def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
@@ -220,6 +240,7 @@ class Scheduler:
         """
         _check_answers(plan, result)
         now_s = self._clock()
+        self._take_compiled(result)
         self._record_decode(plan, now_s)
         for row, row_result in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.seq_id)
@@ -239,9 +260,13 @@ class Scheduler:
         if list(self._sequences.values()) != list(self._requests.values()):
             raise RuntimeError("the two indexes of living sequences disagree")
         placed = [*self._running.values(), *self._queue]
-        if sorted([s.seq_id for s in placed] + list(self._paused)) != sorted(self._sequences):
-            raise RuntimeError("a living sequence does not either run, wait or pause")
-        in_order = _by_tenant(sequence for sequence in self._sequences.values() if not sequence.was_paused)
+        if sorted([s.seq_id for s in placed] + list(self._paused) + list(self._unready)) != sorted(self._sequences):
+            raise RuntimeError("a living sequence does not either run, wait, pause or have its grammar compiled")
+        in_order = _by_tenant(
+            sequence
+            for sequence in self._sequences.values()
+            if not (sequence.was_paused or sequence.seq_id in self._unready)
+        )
         if _by_tenant(sequence for sequence in placed if not sequence.was_paused) != in_order:
             raise RuntimeError("a tenant's running and then its waiting sequences are not its own in order of arrival")
         for sequences in _by_tenant(self._sequences.values()).values():
@@ -268,9 +293,38 @@ class Scheduler:
         )
         self._requests[request.request_id] = sequence
         self._sequences[sequence.seq_id] = sequence
-        self._queue.add(sequence)
+        if request.grammar:
+            sequence.grammar = self._grammars.acquire(request.grammar)
+        if sequence.grammar is not None and not sequence.grammar.is_compiled:
+            self._unready[sequence.seq_id] = sequence
+        else:
+            self._queue.add(sequence)
         if request.deadline_s is not None:
             self._deadlines.add(now_s + request.deadline_s, sequence.seq_id)
+
+    def _check_grammars(self, requests: Iterable[EngineRequest]) -> None:
+        """Raises RequestError "overloaded"."""
+        texts = {request.grammar for request in requests if request.grammar}
+        if not texts:
+            return
+        if len(self._unready) >= self._config.max_waiting_requests:
+            raise RequestError(f"{len(self._unready)} requests wait for their grammars", kind="overloaded")
+        self._grammars.check_room(texts)
+
+    def _take_compiled(self, result: StepResult) -> None:
+        """Sequences whose grammar is there now wait in the queue, out of the order of arrival."""
+        for grammar in self._grammars.take_compiled(result.compiled_grammars):
+            for sequence in [each for each in self._unready.values() if each.grammar is grammar]:
+                if grammar.error:
+                    self._end_without_grammar(sequence, grammar.error)
+                    continue
+                del self._unready[sequence.seq_id]
+                sequence.was_paused = True
+                self._queue.add(sequence)
+
+    def _end_without_grammar(self, sequence: Sequence, why: str) -> None:
+        error = f"the grammar cannot be compiled: {why}"
+        self._end(sequence, FinishReason.ERROR, error=error, error_kind="constraint_error")
 
     def _check_new(self, requests: Iterable[EngineRequest]) -> None:
         taken = {output.request_id for output in self._outputs}
@@ -422,6 +476,11 @@ class Scheduler:
             draft.rows.append(row)
 
     def _update_sequence(self, sequence: Sequence, row: Row, result: RowResult, *, step_id: int, now_s: float) -> None:
+        if result.error_kind == "constraint_error":
+            num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+            error = f"after {num_output} tokens the grammar allows no token, or is too complex to tell"
+            self._end(sequence, FinishReason.ERROR, error=error, error_kind=result.error_kind)
+            return
         if result.error_kind:
             # What its blocks hold may not be finite either, so no other request may meet it.
             self._kv.forget(sequence.table)
@@ -435,12 +494,15 @@ class Scheduler:
         ended_at_last_token = row.start + row.num_tokens == len(sequence.token_ids)
         token_ids: tuple[int, ...] = ()
         reason: FinishReason | None = None
+        stop_token_id: int | None = None
         if result.token_id is not None:
             sequence.append(result.token_id, now_s)
             self._queue.charge_output(sequence)
             self._totals.num_generation_tokens += 1
             token_ids = (result.token_id,)
         if not sequence.stop_ids.isdisjoint(token_ids):
+            reason, stop_token_id = FinishReason.STOP, result.token_id
+        elif result.is_complete:
             reason = FinishReason.STOP
         elif ended_at_last_token and sequence.has_all_output and not sequence.num_pending:
             reason = FinishReason.LENGTH
@@ -451,7 +513,7 @@ class Scheduler:
             logprobs=() if result.logprobs is None else (result.logprobs,),
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
-            stop_token_id=result.token_id if reason is FinishReason.STOP else None,
+            stop_token_id=stop_token_id,
             num_cached_tokens=sequence.num_cached_tokens,
             timings=sequence.timings(now_s),
         )
@@ -482,8 +544,10 @@ class Scheduler:
     def _close(self, sequence: Sequence, output: EngineOutput, reason: FinishReason) -> None:
         """Forget the sequence; `output` is its last."""
         del self._requests[sequence.request.request_id], self._sequences[sequence.seq_id]
-        if self._paused.pop(sequence.seq_id, None) is None:
+        if self._paused.pop(sequence.seq_id, None) is None and self._unready.pop(sequence.seq_id, None) is None:
             self._queue.leave(sequence)
+        if sequence.grammar is not None:
+            self._grammars.release(sequence.grammar)
         self._running.pop(sequence.seq_id, None)
         self._kv.release(sequence.table)
         self._deadlines.keep(self._sequences.keys())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from model_parallel.engine.grammars import GroupGrammar
 from model_parallel.engine.kv_blocks import BlockTable
 from model_parallel.engine.messages import NewSequence, Row, RowResult
 from model_parallel.engine.request import EngineRequest, Timings, TokenLogprobs
@@ -16,6 +17,8 @@ class Sequence:
     table: BlockTable
     accepted_s: float
     """Monotonic, like every `*_s` here."""
+    grammar: GroupGrammar | None = None
+    """What its output must follow."""
     token_ids: list[int] = field(init=False)
     """Prompt, output delivered by another group, and what was sampled here."""
     stop_ids: frozenset[int] = field(init=False)
@@ -88,6 +91,7 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             choice=self.request.choice,
             sampling=self.request.sampling,
+            grammar_id=0 if self.grammar is None else self.grammar.grammar_id,
         )
 
     def append(self, token_id: int, now_s: float) -> None:

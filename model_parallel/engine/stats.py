@@ -45,6 +45,10 @@ class SchedulerStats(Totals):
     """Prompt tokens of those."""
     num_paused: int
     """Whose readers do not keep up."""
+    num_grammars: int
+    """That the ranks keep, or compile now."""
+    num_compiled_grammars: int
+    """Since the group started."""
     kv_usage: float
     """Share of the KV cache that sequences hold, 0 to 1. Published blocks that nobody holds count as free."""
     estimated_wait_s: float

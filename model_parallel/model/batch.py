@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model_parallel.config import ModelConfig
+from model_parallel.engine.matching import Matcher
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
 from model_parallel.kernels.interface import AttentionPlan, SequenceRun
@@ -30,13 +31,20 @@ class SequenceState:
     """Occurrences of each output token, for the presence and frequency penalties."""
     distinct_ids: dict[int, None] = field(default_factory=dict)
     """Every token of prompt and output once, for the repetition penalty."""
+    matcher: Matcher | None = None
+    """Of a sequence with a grammar: what may come next."""
 
     @classmethod
-    def begin(cls, new: NewSequence) -> "SequenceState":
+    def begin(cls, new: NewSequence, matcher: Matcher | None = None) -> "SequenceState":
+        """`matcher` stands at the beginning of the output."""
         output = new.token_ids[new.num_prompt_tokens :]
         state = cls(new.seq_id, list(new.token_ids), new.num_prompt_tokens, new.choice, new.sampling)
         state.output_counts.update(output)
         state.distinct_ids.update(dict.fromkeys(new.token_ids))
+        state.matcher = matcher
+        if matcher is not None:
+            for token_id in output:
+                matcher.consume(token_id)
         return state
 
     def append(self, token_id: int) -> None:
@@ -44,6 +52,8 @@ class SequenceState:
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
         self.distinct_ids[token_id] = None
+        if self.matcher is not None:
+            self.matcher.consume(token_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

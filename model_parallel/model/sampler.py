@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model_parallel.collectives.interface import Collectives
+from model_parallel.engine.matching import allowed_bits
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
 from model_parallel.kernels.interface import Kernels
 from model_parallel.model.batch import SequenceState
@@ -62,13 +64,15 @@ class Sampler:
     def sample(self, logits_RV: Tensor, states: Sequence[SequenceState]) -> list[Sampled]:
         """The next token of each state. logits_RV: float32, its first rows are the states' in order."""
         num_top = max(state.sampling.logprobs or 0 for state in states)
+        # Before anything waits for a GPU, which computes the logits meanwhile.
+        forbidden = self._forbidden(states)
         parts_R3 = self.kernels.softmax_parts(logits_RV)
         best_R3 = self._greedy(parts_R3)
         winners: dict[int, tuple[int, float]] = {}
-        changed = [r for r, state in enumerate(states) if not _is_plain(state.sampling)]
+        changed = [r for r, state in enumerate(states) if r in forbidden or not _is_plain(state.sampling)]
         if changed:
             changed_states, changed_logits_RV = [states[r] for r in changed], logits_RV[changed]
-            scores_RV = self._adjusted(changed_logits_RV, changed_states)
+            scores_RV = self._adjusted(changed_logits_RV, changed_states, [forbidden.get(r) for r in changed])
             best_R3[changed] = self._best(scores_RV, changed_logits_RV, changed_states)
             filtered = [i for i, state in enumerate(changed_states) if _is_filtered(state.sampling)]
             drawn = self._draw_filtered(scores_RV, changed_logits_RV, changed_states, filtered)
@@ -81,6 +85,9 @@ class Sampler:
             softmax = _combined([part[:2] for part in parts])
             if not softmax.is_finite:
                 results.append(Sampled(None, error_kind="numerical_error"))
+                continue
+            if state.matcher is not None and state.matcher.has_failed:
+                results.append(Sampled(None, error_kind="constraint_error"))
                 continue
             if r in winners:
                 token_id, logit = winners[r]
@@ -120,11 +127,29 @@ class Sampler:
         gathered: list[list[list[float]]] = self.collectives.all_gather(mine_RX.contiguous()).transpose(0, 1).tolist()
         return gathered
 
-    def _adjusted(self, logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
-        """float64 [R, V]: logits after bias, penalties and temperature. Greedy rows keep temperature 1."""
+    def _forbidden(self, states: Sequence[SequenceState]) -> dict[int, Tensor]:
+        """By row, of sequences with a grammar: bool [V], true for tokens of this rank's part that it does not allow.
+
+        Every rank asks its own copy of the matchers, which all come to the same. A row whose matcher fails has none.
+        """
+        rows = [r for r, state in enumerate(states) if state.matcher is not None and state.matcher.is_open]
+        if not rows:
+            return {}
+        matchers = [matcher for r in rows if (matcher := states[r].matcher) is not None]
+        mask_RW = np.zeros((len(matchers), matchers[0].num_words), dtype=np.int32)
+        is_told = [matcher.fill(mask_W) for matcher, mask_W in zip(matchers, mask_RW, strict=True)]
+        forbidden_RV = torch.from_numpy(~allowed_bits(mask_RW, self.vocabulary))
+        return {r: forbidden_V for r, forbidden_V, told in zip(rows, forbidden_RV, is_told, strict=True) if told}
+
+    def _adjusted(
+        self, logits_RV: Tensor, states: Sequence[SequenceState], forbidden: Sequence[Tensor | None]
+    ) -> Tensor:
+        """float64 [R, V]: logits after grammar, bias, penalties and temperature. Greedy rows keep temperature 1."""
         scores_RV = logits_RV.double()
-        for r, state in enumerate(states):
+        for r, (state, forbidden_V) in enumerate(zip(states, forbidden, strict=True)):
             sampling = state.sampling
+            if forbidden_V is not None:  # which stays so, whatever is added, and whatever it is multiplied with
+                scores_RV[r].masked_fill_(forbidden_V.to(scores_RV.device, non_blocking=True), -math.inf)
             bias = dict(sampling.logit_bias)
             if bias:
                 self._add(scores_RV[r], list(bias), list(bias.values()))
@@ -221,11 +246,14 @@ def _draw(offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: b
     score_RM, token_RM, logit_RM = (x_RM.gather(1, order_RM) for x_RM in (score_RM, token_RM, logit_RM))
 
     # A rank that offered as many as asked may hold more, none above its lowest offer. What lies above every rank's lowest
-    # offer is therefore known for certain.
+    # offer is therefore known for certain. A rank that offered a token that cannot be drawn has offered all that can.
     lowest_R1 = offers_GRC3[:, :, -1, 0].amax(0).unsqueeze(1)
+    is_complete_R = (lowest_R1.squeeze(1) == -math.inf) | is_complete
     certain_RM = (token_RM != _NO_TOKEN) if is_complete else (score_RM > lowest_R1)
     weight_RM = (score_RM - maximum_R.unsqueeze(1)).exp() * certain_RM
-    num_kept_R = _num_kept(weight_RM, certain_RM.sum(1), total_R, [s.sampling for s in states], is_complete=is_complete)
+    num_kept_R = _num_kept(
+        weight_RM, certain_RM.sum(1), total_R, [s.sampling for s in states], is_complete_R=is_complete_R
+    )
 
     noise_RM = gumbel_noise(_keys(states), token_RM.long())
     rank_M = torch.arange(score_RM.shape[1])
@@ -237,7 +265,12 @@ def _draw(offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: b
 
 
 def _num_kept(
-    weight_RM: Tensor, num_certain_R: Tensor, total_R: Tensor, params: Sequence[SamplingParams], *, is_complete: bool
+    weight_RM: Tensor,
+    num_certain_R: Tensor,
+    total_R: Tensor,
+    params: Sequence[SamplingParams],
+    *,
+    is_complete_R: Tensor,
 ) -> Tensor:
     """int64 [R]: how many of the most likely tokens the filters keep; 0 when the certain ones do not suffice to tell.
 
@@ -258,14 +291,14 @@ def _num_kept(
     num_likely_R = ((weight_RM >= min_p_R.unsqueeze(1)) & (weight_RM > 0)).sum(1)
 
     limits = [
-        num_certain_R if is_complete else torch.full_like(num_certain_R, silent),
+        num_certain_R.where(is_complete_R, silent),
         top_k_R.where(is_cut_R, silent),
         (reached_RM.int().argmax(1) + 1).where(is_reached_R, silent),
         num_likely_R.clamp(min=1).where((min_p_R > 0) & (num_likely_R < num_certain_R), silent),
     ]
     kept_R = torch.stack(limits).amin(0)
     # Without the tokens that top_k keeps, the mass that top_p is measured against is not known.
-    is_open_R = (kept_R == silent) | ((top_k_R < silent) & ~is_cut_R & (not is_complete))
+    is_open_R = (kept_R == silent) | ((top_k_R < silent) & ~is_cut_R & ~is_complete_R)
     return kept_R.masked_fill(is_open_R, 0)
 
 
@@ -286,8 +319,11 @@ def _keys(states: Sequence[SequenceState]) -> Tensor:
 
 def _normalisers(values_RV: Tensor) -> Tensor:
     """float64 [R, 2]: maximum, and sum of exp(value − maximum)."""
+    # A rank may hold no token that a row's grammar allows; its sum is then zero.
     maximum_R1 = values_RV.amax(dim=1, keepdim=True)
-    return torch.cat([maximum_R1, (values_RV - maximum_R1).exp().sum(dim=1, keepdim=True)], dim=1).double()
+    is_empty_R1 = maximum_R1 == -math.inf
+    shifted_RV = values_RV - maximum_R1.masked_fill(is_empty_R1, 0.0)
+    return torch.cat([maximum_R1, shifted_RV.exp().sum(dim=1, keepdim=True)], dim=1).double()
 
 
 def _combined(parts: Sequence[Sequence[float]]) -> _Softmax:

@@ -29,6 +29,7 @@ from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, parti
 from model_parallel.model.quantization import int8_converter
 from model_parallel.model.sampler import Sampler
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
+from model_parallel.runtime.rank_grammars import RankGrammars
 from model_parallel.runtime.recorded_steps import RecordedSteps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,6 +76,7 @@ class Rank:
         largest_part = len(even_range(model_config.vocab_size, tp_size, 0))
         self.sampler = Sampler(self.kernels, collectives, self.model.vocabulary, largest_part)
         self.sequences: dict[int, SequenceState] = {}
+        self.grammars = RankGrammars(config.tokens, collectives, self.device)
         self.last_step_id = 0
         if self.device.type == "cpu":
             scheduler = config.scheduler
@@ -149,13 +151,14 @@ class Rank:
         self.last_step_id = plan.step_id
         self._take_in(plan)
         results = self._compute(plan.rows) if plan.rows else ()
-        return StepResult(plan.epoch, plan.step_id, results)
+        return StepResult(plan.epoch, plan.step_id, results, self.grammars.take_compiled(is_idle=not plan.rows))
 
     def _take_in(self, plan: StepPlan) -> None:
         for seq_id in plan.finished:
             self.sequences.pop(seq_id, None)
         for new in plan.new_sequences:
-            self.sequences[new.seq_id] = SequenceState.begin(new)
+            self.sequences[new.seq_id] = SequenceState.begin(new, self.grammars.matcher_for(new))
+        self.grammars.take_in(plan)
         for row in plan.rows:
             state = self.sequences[row.seq_id]
             if row.reset_blocks:
@@ -190,12 +193,17 @@ class Rank:
         self, row: Row, sampled: dict[int, RowResult], scored: dict[int, list[TokenLogprobs | None]]
     ) -> RowResult:
         result = sampled.get(row.seq_id, RowResult(row.seq_id))
+        is_complete = False
         if row.sample:  # After an error, too: the next step is planned already and counts on a token.
-            self.sequences[row.seq_id].append(result.token_id or 0)
+            state = self.sequences[row.seq_id]
+            state.append(result.token_id or 0)
+            is_complete = state.matcher is not None and state.matcher.is_complete
         prompt_logprobs = tuple([entry for entry in scored.get(row.seq_id, []) if entry is not None])
         if len(prompt_logprobs) < len(scored.get(row.seq_id, [])):
             return RowResult(row.seq_id, error_kind="numerical_error")
-        return RowResult(row.seq_id, result.token_id, result.logprobs, prompt_logprobs, result.error_kind)
+        return RowResult(
+            row.seq_id, result.token_id, result.logprobs, prompt_logprobs, result.error_kind, is_complete=is_complete
+        )
 
     def _logits(self, hidden_TE: Tensor, rows: list[int]) -> Tensor:
         """float32 [R, V], R padded by repeating the first row."""
@@ -242,6 +250,7 @@ class Rank:
     def close(self) -> None:
         """Leave the group and let go of the memory."""
         self.graphs = None
+        self.grammars.close()
         self.collectives.close()
         self.caches.clear()
         self.sequences.clear()

@@ -45,6 +45,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     licence: Licence
     allow_parse_special: bool = False
     """Callers may have control tokens read in the text of a prompt."""
+    structured_output: bool = True
+    """Callers may say what form an answer must have."""
     chat: ChatFormat | None = None
     """How conversations become prompts; None is the known format that chat_format names."""
     generation_config: str = "none"

@@ -194,6 +194,7 @@ class GatewayServer:
         await self._http.stop(grace_s)
         if self._server is not None:
             await self._server.stop(grace_s)
+        self._generator.close()
 
     def _options(self) -> list[tuple[str, int]]:
         return [

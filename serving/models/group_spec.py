@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
 from model_parallel.checkpoint.fingerprint import fingerprint
-from model_parallel.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from model_parallel.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, TokenTable
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.memory import GIB, Device, Workload, kv_cache_tokens, plan_group
@@ -25,6 +25,7 @@ from serving.models.sizes import (
     process_bytes,
     this_host,
 )
+from serving.text.token_table import token_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,8 @@ class GroupSpec:
     cache: CacheConfig
     scheduler: SchedulerConfig
     cpus_per_rank: float
+    tokens: TokenTable | None = None
+    """For structured output; None where there is none."""
     warnings: tuple[str, ...] = ()
     """What was ignored in the checkpoint, or is different from what its files say, as sentences."""
     progress_directory: str = ""
@@ -88,6 +91,7 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         max_model_len=max_model_len,
         max_waiting_requests=entry.max_waiting_requests,
         max_waiting_tokens=entry.max_waiting_tokens,
+        max_grammars=entry.max_grammars,
     )
     text = resolve_text(info, _chat(entry))
     return GroupSpec(
@@ -99,6 +103,9 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         cache=cache,
         scheduler=scheduler,
         cpus_per_rank=entry.cpus_per_rank,
+        tokens=token_table(text.tokenizer, info.config.vocab_size, text.eos_token_ids)
+        if entry.structured_output
+        else None,
     )
 
 
@@ -207,4 +214,5 @@ def _card(entry: ModelEntry, info: CheckpointInfo, text: ModelText, max_model_le
         kernels="",
         licence=licence_of(info),
         allow_parse_special=entry.allow_parse_special,
+        structured_output=entry.structured_output,
     )

@@ -84,6 +84,7 @@ class ReplicaGroup:
             cache=spec.cache,
             scheduler=spec.scheduler,
             epoch=epoch,
+            tokens=spec.tokens,
         )
         self._step_timeout_s = spec.parallel.step_timeout_s
         on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None

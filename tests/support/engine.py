@@ -36,6 +36,7 @@ class Harness:
         max_prefill_chunk: int = 1 << 30,
         max_prefill_tokens: int | None = None,
         max_in_flight: int = 1,
+        max_grammars: int = 64,
     ) -> None:
         self.clock = ManualClock()
         self.executor = FakeExecutor(
@@ -50,6 +51,7 @@ class Harness:
                 max_waiting_tokens=max_waiting_tokens,
                 max_prefill_chunk=max_prefill_chunk,
                 max_prefill_tokens=max_prefill_tokens,
+                max_grammars=max_grammars,
             ),
             CacheConfig(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             epoch=1,
@@ -112,6 +114,7 @@ def make_request(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     prompt_logprobs_start: int = 1,
+    grammar: str = "",
 ) -> EngineRequest:
     """A request; the seed, by which the fake ranks know it, is the request id's number unless given."""
     return EngineRequest(
@@ -124,6 +127,7 @@ def make_request(
         weight=weight,
         priority=priority,
         deadline_s=deadline_s,
+        grammar=grammar,
         sampling=SamplingParams(
             seed=int(request_id.strip("abcdefghijklmnopqrstuvwxyz") or 0) if seed is None else seed,
             max_tokens=max_tokens,

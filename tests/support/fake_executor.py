@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan, StepResult
+from model_parallel.engine.messages import CompiledGrammar, NewSequence, Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import EngineRequest, SamplingParams, TokenLogprobs
 from model_parallel.errors import GroupFailedError
 
@@ -57,6 +57,8 @@ class _RankSequence:
     sampling: SamplingParams
     salt: bytes
     block_ids: list[int] = field(default_factory=list)
+    most_output: int | None = None
+    """Tokens after which its grammar is complete."""
 
     def slot_contents(self) -> list[bytes]:
         contents = [b"salt" + self.salt]
@@ -79,6 +81,9 @@ class FakeExecutor:
         """Called in the middle of every step."""
         self.on_failure: Callable[[str], None] | None = None
         self.is_shut_down = False
+        self.grammars: dict[int, str] = {}
+        """Compiled ones: the text is the number of tokens after which an output is complete, or "wrong"."""
+        self.steps_to_compile = 2
         self.sequences: dict[int, _RankSequence] = {}
         self._submitted: deque[StepPlan] = deque()
         self._num_blocks = num_blocks
@@ -86,6 +91,8 @@ class FakeExecutor:
         self._max_tokens_a_step = max_tokens_a_step
         self._epoch = epoch
         self._slots: dict[tuple[int, int], bytes] = {}
+        self._compiling: dict[int, tuple[str, int]] = {}
+        """Text, and steps that are left."""
 
     def set_failure_callback(self, callback: Callable[[str], None]) -> None:
         self.on_failure = callback
@@ -109,6 +116,11 @@ class FakeExecutor:
         for new in plan.new_sequences:
             assert new.seq_id not in self.sequences
             self.sequences[new.seq_id] = self._accept(new)
+        for grammar_id in plan.dropped_grammars:
+            self.grammars.pop(grammar_id, None)
+        for grammar in plan.new_grammars:
+            assert grammar.grammar_id not in self.grammars | self._compiling
+            self._compiling[grammar.grammar_id] = grammar.text, self.steps_to_compile
         assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
         assert sum(row.num_tokens for row in plan.rows) <= self._max_tokens_a_step
         for row in plan.rows:
@@ -121,11 +133,21 @@ class FakeExecutor:
             self._write(row, written)
         for row in plan.rows:
             self._check_reads(row, row.start + row.num_tokens)
-        return StepResult(plan.epoch, plan.step_id, tuple(self._answer(row) for row in plan.rows))
+        return StepResult(plan.epoch, plan.step_id, tuple(self._answer(row) for row in plan.rows), self._compile())
+
+    def _compile(self) -> tuple[CompiledGrammar, ...]:
+        self._compiling = {grammar_id: (text, left - 1) for grammar_id, (text, left) in self._compiling.items()}
+        done = {grammar_id: text for grammar_id, (text, left) in self._compiling.items() if left <= 0}
+        for grammar_id, text in done.items():
+            del self._compiling[grammar_id]
+            if text != "wrong":
+                self.grammars[grammar_id] = text
+        return tuple(CompiledGrammar(grammar_id, "wrong" * (text == "wrong")) for grammar_id, text in done.items())
 
     def _accept(self, new: NewSequence) -> _RankSequence:
         salt = self.salts.get(new.sampling.seed, b"")
-        return _RankSequence(list(new.token_ids), new.num_prompt_tokens, new.sampling, salt)
+        most_output = int(self.grammars[new.grammar_id]) if new.grammar_id else None
+        return _RankSequence(list(new.token_ids), new.num_prompt_tokens, new.sampling, salt, most_output=most_output)
 
     def _extend_table(self, row: Row) -> None:
         sequence = self.sequences[row.seq_id]
@@ -180,4 +202,6 @@ class FakeExecutor:
         logprobs = None
         if sampling.logprobs is not None:
             logprobs = token_logprob(sequence.token_ids, len(sequence.token_ids) - 1)
-        return RowResult(row.seq_id, token_id, logprobs, prompt_logprobs)
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+        is_complete = sequence.most_output is not None and num_output >= sequence.most_output
+        return RowResult(row.seq_id, token_id, logprobs, prompt_logprobs, is_complete=is_complete)

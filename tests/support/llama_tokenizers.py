@@ -1,5 +1,6 @@
 """Small tokenizers with Llama 2's rules, trained on the spot."""
 
+import base64
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -7,6 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import (
@@ -20,6 +23,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from serving.text.token_bytes import byte_level_bytes
 
 CORPUS = """The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.
 [INST] <<SYS>> You are a helpful, respectful and honest assistant. <</SYS>> [/INST] Hello, how are you today?
@@ -139,4 +144,41 @@ def llama_directory(directory: Path, **files: str | bytes) -> Path:
     for name, content in files.items():
         path = directory / name.replace("__", ".")
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return directory
+
+
+def write_gguf(path: Path, model: str) -> Path:
+    """A GGUF file of `pieces`, of a tokenizer of this kind."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "block_count": 1, "context_length": 8, "embedding_length": 8, "feed_forward_length": 8,
+        "attention.head_count": 2,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model(model)
+    writer.add_token_list([p.piece for p in pieces()])
+    writer.add_token_scores([p.score for p in pieces()])
+    writer.add_token_types([p.type for p in pieces()])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_tensor("token_embd.weight", np.zeros((512, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tiktoken_directory(parent: Path) -> Path:
+    """Meta's format of Llama 3, with the vocabulary of `byte_level_json`."""
+    vocab: dict[str, int] = json.loads(byte_level_json([]))["model"]["vocab"]
+    ranked = [byte_level_bytes(text) for text in sorted(vocab, key=lambda text: vocab[text])[3:]]
+    directory = parent / "Llama-3-8B-Instruct"
+    directory.mkdir()
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranked))
+    (directory / "tokenizer.model").write_bytes(lines)
+    (directory / "consolidated.00.pth").write_bytes(b"")
+    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "vocab_size": -1, "use_scaled_rope": True, "rope_theta": 500000.0}
+    (directory / "params.json").write_text(json.dumps(params))
     return directory

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.config import CacheConfig, SchedulerConfig, TokenTable
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
@@ -29,8 +29,10 @@ class LocalGroup:
         quantization: str = "",
         num_blocks: int = 256,
         rank_factory: RankFactory = Rank,
+        tokens: TokenTable | None = None,
     ) -> None:
-        self.config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
+        config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
+        self.config = replace(config, tokens=tokens)
         torch.set_num_threads(1)
         self.executor = InProcessExecutor(self.config, rank_factory=rank_factory)
 
@@ -52,6 +54,8 @@ class LocalGroup:
         scheduler = Scheduler(config, replace(cache), epoch=1)
         scheduler._last_step_id = self.executor._workers[0].last_step_id  # type: ignore[attr-defined]
         scheduler._last_seq_id = scheduler._last_step_id * 1000
+        # So are grammars: those of the engine before are still there under its numbers.
+        scheduler._grammars._last_id = scheduler._last_step_id * 1000
         engine = Engine(self.executor, scheduler)
         outcome = Outcome()
         early = [r for i, r in enumerate(requests) if i not in waves]

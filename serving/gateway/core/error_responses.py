@@ -20,6 +20,9 @@ _OF_REQUEST_ERROR = {
         error_type="server_error",
         error_code="numerical_error",
     ),
+    "constraint_error": Status(
+        code="INVALID_ARGUMENT", http_status=400, reason="CONSTRAINT_ERROR", error_code="constraint_error"
+    ),
 }
 """By the kind of a RequestError."""
 

@@ -88,7 +88,7 @@ INSTEAD_OF_CALLS = "put what was called, and its result, into messages of the ro
 
 _MAX_TOKENS = Unsupported(neutral=(-1,), instead="send max_tokens")
 _STOP = Unsupported(instead="send stop")
-_CONSTRAINED = Unsupported(refused=({},), instead="ask for the form in the prompt")
+_CONSTRAINED = Unsupported(refused=({},), instead="send structured_outputs, or response_format")
 _ALWAYS_ON = Unsupported(neutral=(True,), refused=(False,))
 
 UNSUPPORTED: Mapping[str, Unsupported] = {
@@ -97,7 +97,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "function_call": Unsupported(neutral=("none", "auto")),
     "functions": Unsupported(),
     "modalities": Unsupported(neutral=(["text"],)),
-    "response_format": Unsupported(neutral=({"type": "text"},), instead="ask for the form in the prompt"),
     "suffix": Unsupported(instead="put it into the prompt, in the form that the model was trained with"),
     "tool_choice": Unsupported(neutral=("none", "auto")),
     "tools": Unsupported(),
@@ -123,12 +122,8 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "encoder_repetition_penalty": Unsupported(neutral=(1,)),
     "epsilon_cutoff": Unsupported(neutral=(0,), instead="send min_p"),
     "eta_cutoff": Unsupported(neutral=(0,), instead="send min_p"),
-    "format": Unsupported(instead="ask for the form in the prompt"),
+    "format": Unsupported(instead="send response_format"),
     "grammar": _CONSTRAINED,
-    "guided_choice": _CONSTRAINED,
-    "guided_grammar": _CONSTRAINED,
-    "guided_json": _CONSTRAINED,
-    "guided_regex": _CONSTRAINED,
     "images": Unsupported(),
     "include_stop_str_in_output": Unsupported(instead="add the text yourself where finish_reason is stop"),
     "json_schema": _CONSTRAINED,
@@ -159,7 +154,6 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "stop_sequences": _STOP,
     "stop_strings": _STOP,
     "structural_tag": _CONSTRAINED,
-    "structured_outputs": Unsupported(instead="ask for the form in the prompt"),
     "system": Unsupported(instead="send a message of the role system"),
     "template": Unsupported(instead="send a prompt to /v1/completions"),
     "tfs_z": Unsupported(neutral=(1,), instead="send min_p"),

@@ -35,8 +35,10 @@ from serving.gateway.core.admission import RecentRefusals
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
+from serving.gateway.core.constraints import grammar_of
 from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
+from serving.gateway.core.grammars import GrammarChecker
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
 from serving.gateway.core.resume_tokens import KEY_BYTES, AskedStream, ResumeTokens, Stream
@@ -55,6 +57,7 @@ from serving.gateway.core.validate import (
     find_model,
     output_budget,
 )
+from serving.text.token_table import token_table
 from serving.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -111,15 +114,30 @@ class Generator:
         self._accounts: Accounts = accounts or OpenAccounts()
         self._refusals = RecentRefusals(clock)
         self.demand = DemandCounter(backend.models)
+        self.grammars = {card.name: self._checker(card, tokenizers[card.name]) for card in backend.models.values()}
+
+    def _checker(self, card: ModelCard, tokenizer: Tokenizer) -> GrammarChecker:
+        return GrammarChecker(
+            lambda: token_table(tokenizer, card.vocab_size, card.eos_token_ids), self._limits.max_grammar_compile_s
+        )
+
+    def close(self) -> None:
+        """End what runs beside the requests."""
+        for checker in self.grammars.values():
+            checker.close()
 
     async def set_model(self, card: ModelCard, tokenizer: Tokenizer) -> None:
         """Be ready for a model that the backend is about to serve, or to serve with another card."""
         encoder = await asyncio.to_thread(PromptEncoder, card, tokenizer)
         self._encoders[card.name], self.tokenizers[card.name] = encoder, tokenizer
+        if (old := self.grammars.get(card.name)) is not None:
+            old.close()
+        self.grammars[card.name] = self._checker(card, tokenizer)
 
     def forget_model(self, name: str) -> None:
         """The backend does not serve it any more. Requests that have begun go on."""
         del self._encoders[name], self.tokenizers[name]
+        self.grammars.pop(name).close()
 
     def begin(self, query: GenerateQuery, call: Call) -> Stream:
         """An answer that is not streamed, with the seed that was asked for or is drawn here."""
@@ -159,6 +177,7 @@ class Generator:
         """
         card = self.model_for(call, query.model)
         encoder, tokenizer, num_choices = self._encoders[card.name], self.tokenizers[card.name], query.n or 1
+        checker = self.grammars[card.name]
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
@@ -170,6 +189,7 @@ class Generator:
             sampling = _sampling_params(query, card, seed=stream.seed, max_tokens=max_tokens)
             sequences += [(token_ids, sampling)] * num_choices
         check_delivered(stream.delivered, [sampling.max_tokens for _, sampling in sequences])
+        grammar = await _grammar(query, tokenizer, checker)
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
@@ -177,7 +197,7 @@ class Generator:
         num_output_tokens = sum(sampling.max_tokens for _, sampling in sequences)
         meter = await self._meter(call, card, num_prompt_tokens, num_output_tokens, billed_id=stream.billed_id)
         with meter:
-            requests = self._requests(card, call, sequences)
+            requests = self._requests(card, call, sequences, grammar)
             last: Chunk | None = None
             async with aclosing(self._run(card, requests, call, meter)) as outputs:
                 async for output in outputs:
@@ -345,7 +365,11 @@ class Generator:
         return left_s
 
     def _requests(
-        self, card: ModelCard, call: Call, sequences: Sequence[tuple[tuple[int, ...], SamplingParams]]
+        self,
+        card: ModelCard,
+        call: Call,
+        sequences: Sequence[tuple[tuple[int, ...], SamplingParams]],
+        grammar: str = "",
     ) -> list[EngineRequest]:
         return [
             EngineRequest(
@@ -354,6 +378,7 @@ class Generator:
                 sampling=sampling,
                 choice=choice,
                 eos_token_ids=card.eos_token_ids,
+                grammar=grammar,
                 deadline_s=self._time_left(call),
                 cache_salt=call.principal.cache_salt,
                 tenant=call.principal.tenant_id,
@@ -373,11 +398,26 @@ def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple
             [stop for stop in query.stop if stop],
             prompt_token_ids=token_ids,
             reports_prompt=index % (query.n or 1) == 0,
-            continues_text=not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last,
+            continues_text=_continues_text(query),
             shows_special=query.skip_special_tokens is False,
         )
         for index, token_ids in enumerate(prompts)
     ]
+
+
+async def _grammar(query: GenerateQuery, tokenizer: Tokenizer, checker: GrammarChecker) -> str:
+    """What the answers must follow, which can be compiled; "" for nothing. Raises ValidationError, OverloadedError."""
+    if query.constraint is None:
+        return ""
+    strips_space = tokenizer.strips_leading_space and not _continues_text(query)
+    grammar = grammar_of(query.constraint, strips_space=strips_space)
+    await checker.check(grammar)
+    return grammar.text
+
+
+def _continues_text(query: GenerateQuery) -> bool:
+    """The answer goes on where a text ends, so that a space that begins it belongs to it."""
+    return not isinstance(query.prompt, ChatPrompt) or query.prompt.continues_last
 
 
 def draw_seed() -> int:

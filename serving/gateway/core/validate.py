@@ -11,6 +11,7 @@ from typing import Any
 from serving.config import LimitsConfig
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.contracts.models import ModelCard
+from serving.gateway.core.constraints import Constraint, check_constraint
 from serving.gateway.core.fields import GREEDY_BELOW, INSTEAD_OF_CALLS, SAMPLING, Integer
 from serving.text.chat import ChatMessage
 
@@ -69,6 +70,8 @@ class GenerateQuery:
     """Leave control tokens out of the text; unset is true."""
     parse_special: bool | None = None
     """Read control tokens in a text prompt, where the model allows it; unset is false."""
+    constraint: Constraint | None = None
+    """What the answer must be; None for any text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +143,11 @@ def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) 
             "allowed: 1 or more",
         )
     _check_parse_special(query.parse_special, card)
+    if query.constraint is not None:
+        if not card.structured_output:
+            field = query.constraint.field
+            raise ValidationError(field, f"{field} is set, and model {card.name!r} has structured_output: false")
+        check_constraint(query.constraint, limits)
     _check_stops(query, card, limits)
     _check_count("logit_bias", query.logit_bias, limits.max_logit_bias)
     for token_id, bias in query.logit_bias:

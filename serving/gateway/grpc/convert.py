@@ -1,5 +1,6 @@
 """Between protobuf and the gateway's plain data. No rule about values lives here; `validate` has them."""
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from protos import inference_pb2 as pb
 from serving.contracts.errors import ValidationError
 from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
+from serving.gateway.core.constraints import Constraint, JsonSchema, LarkGrammar, OneOf, Regex
 from serving.gateway.core.generation import ScoredTokens
 from serving.gateway.core.validate import (
     ChatPrompt,
@@ -55,6 +57,7 @@ def generate_query(request: pb.GenerateRequest) -> GenerateQuery:
             stop_token_ids=tuple(sampling.stop_token_ids),
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             parse_special=request.parse_special,
+            constraint=constraint(sampling.constraint) if sampling.HasField("constraint") else None,
             **{field: getattr(sampling, field) for field in _OPTIONAL if sampling.HasField(field)},
         )
     )
@@ -77,6 +80,26 @@ def refuse_resumption(request: pb.GenerateRequest) -> None:
     if request.resume_token or request.HasField("resume_from"):
         field = "resume_token" if request.resume_token else "resume_from"
         raise ValidationError(field, f"{field} is set, and Generate streams nothing; call GenerateStream")
+
+
+def constraint(message: pb.Constraint) -> Constraint:
+    """As plain data. Raises ValidationError for a schema that is no JSON, and for none of the kinds."""
+    field = "sampling.constraint"
+    match message.WhichOneof("kind"):
+        case "json_schema":
+            field += ".json_schema"
+            try:
+                return JsonSchema(field=field, schema=json.loads(message.json_schema))
+            except (ValueError, RecursionError) as error:
+                raise ValidationError(field, f"{field} is not JSON: {error}") from None
+        case "regex":
+            return Regex(field=f"{field}.regex", pattern=message.regex)
+        case "choice":
+            return OneOf(field=f"{field}.choice.texts", texts=tuple(message.choice.texts))
+        case "lark":
+            return LarkGrammar(field=f"{field}.lark", text=message.lark)
+        case _:
+            raise ValidationError(field, f"{field} is empty; give json_schema, regex, choice or lark")
 
 
 def score_query(request: pb.ScoreRequest) -> ScoreQuery:
@@ -219,6 +242,7 @@ def model_card(card: ModelCard) -> pb.ModelCard:
         allow_parse_special=card.allow_parse_special,
         generation_config=card.generation_config,
         default_sampling=card.default_sampling,
+        structured_output=card.structured_output,
         licence=pb.Licence(
             name=card.licence.name, notice=card.licence.notice, use_policy_url=card.licence.use_policy_url
         ),

@@ -15,6 +15,7 @@ from serving.gateway.core.fields import UNSUPPORTED, Unsupported
 from serving.gateway.core.resume_tokens import Stream
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
+from serving.gateway.http.forms import TextFormat, TextOptions
 from serving.gateway.http.responses import to_json
 from serving.gateway.http.resuming import Event, Place
 from serving.gateway.http.schemas import Message, StreamOptions
@@ -33,10 +34,10 @@ _UNSUPPORTED = {
     "n": Unsupported(neutral=(1,), instead="ask /v1/chat/completions"),
     "previous_response_id": _WHOLE_INPUT,
     "prompt": _WHOLE_INPUT,
-    "text": Unsupported(
-        neutral=tuple({"format": {"type": "text"}} | more for more in ({}, {"verbosity": "medium"})),
-        instead="ask for the form in the input",
-    ),
+    **{
+        name: Unsupported(instead="send text.format")
+        for name in ("guided_json", "response_format", "structured_outputs")
+    },
     "top_logprobs": Unsupported(neutral=(0,), instead="ask /v1/chat/completions"),
     "truncation": Unsupported(neutral=("disabled",), instead="shorten the input"),
 }
@@ -54,6 +55,8 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: dict[str, Any] | None = None
+    text: TextOptions | None = None
+    """The form of the answer."""
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -76,9 +79,28 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
                 model=self.model or "",
                 prompt=None if self.input is None else ChatPrompt(self._messages(self.input)),
                 max_tokens=self.max_output_tokens,
+                constraint=self._format.constraint("text.format"),
                 **{field: getattr(self, field) for field in _SAME_NAME},
             )
         )
+
+    @property
+    def _format(self) -> TextFormat:
+        return (self.text and self.text.format) or TextFormat()
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """As the answer tells them."""
+        form = self._format
+        told: dict[str, Any] = {"type": form.type}
+        if form.type == "json_schema":
+            told |= {
+                "name": form.name or "",
+                "schema": form.schema,
+                "strict": form.strict,
+                "description": form.description,
+            }
+        return {"format": told}
 
     def _messages(self, given: str | list[Message]) -> tuple[ChatMessage, ...]:
         if isinstance(given, str):
@@ -164,7 +186,7 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: None = None
     store: bool = False
     temperature: float | None
-    text: dict[str, Any] = msgspec.field(default_factory=lambda: {"format": {"type": "text"}})
+    text: dict[str, Any]
     tool_choice: Literal["none"] = "none"
     tools: list[None] = []
     top_p: float | None
@@ -272,6 +294,7 @@ class ResponsesForm:
             model=self._model,
             output=output,
             temperature=1.0 if request.temperature is None else request.temperature,
+            text=request.text_options,
             top_p=1.0 if request.top_p is None else request.top_p,
             usage=usage,
         )

@@ -22,6 +22,7 @@ from serving.gateway.core.validate import (
     normalised,
 )
 from serving.gateway.http.body import Body, Object
+from serving.gateway.http.forms import Forms
 from serving.text.chat import ChatMessage
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -37,7 +38,7 @@ class StreamOptions(Object, frozen=True, kw_only=True):
     """With include_usage: and in every other chunk those of its choice until then, as vLLM has it."""
 
 
-class _Sampling(Body, frozen=True, kw_only=True):
+class _Sampling(Forms, frozen=True, kw_only=True):
     model: str | None = None
     """May be left out where the sender may use one alone."""
     stream: bool | None = None
@@ -68,6 +69,7 @@ class _Sampling(Body, frozen=True, kw_only=True):
                     "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                     "stop_token_ids": tuple(self.stop_token_ids or ()),
                     "logit_bias": _logit_bias(self.logit_bias or {}),
+                    "constraint": self.constraint(),
                     **fields,
                 }
             )

@@ -208,7 +208,7 @@ async def test_unknown_fields_are_told_over_grpc_too(serve: Serve) -> None:
         for more, message in (
             (strict + unknown(77), "#77 is not a field"),
             (unknown(6), "newer server"),
-            (pb.GenerateRequest(sampling=pb.Sampling.FromString(unknown(17))).SerializeToString(), "newer server"),
+            (pb.GenerateRequest(sampling=pb.Sampling.FromString(unknown(18))).SerializeToString(), "newer server"),
             (float_temperature, "sampling.temperature is of another type"),
         ):
             with pytest.raises(grpc.aio.AioRpcError, match=message) as caught:

@@ -6,8 +6,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given
@@ -21,35 +19,13 @@ from tests.support.llama_tokenizers import (
     CONTROL_TEXTS,
     TEXTS,
     llama_directory,
-    pieces,
     sentencepiece_model,
     tokenizer_json,
+    write_gguf,
 )
 
 ROOT = Path(__file__).parents[3]
 KINDS = ["smollm2", "sentencepiece", "tokenizer.json", "gguf-llama"]
-
-
-def write_gguf(path: Path, model: str) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {
-        "block_count": 1, "context_length": 8, "embedding_length": 8, "feed_forward_length": 8,
-        "attention.head_count": 2,
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_tokenizer_model(model)
-    writer.add_token_list([p.piece for p in pieces()])
-    writer.add_token_scores([p.score for p in pieces()])
-    writer.add_token_types([p.type for p in pieces()])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_tensor("token_embd.weight", np.zeros((512, 8), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,153 @@
+"""What a client asks of an answer's form, and the grammar that says it.
+
+A grammar is in llguidance's variant of Lark (model_parallel/engine/matching.py). Nothing here decides whether it can be compiled.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving.config import LimitsConfig
+from serving.contracts.errors import ValidationError
+
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+"""Between the parts of a JSON text: enough for any layout, and not without end, in which weak models get lost."""
+_UNSUPPORTED_IN_LARK = re.compile(r"^\s*[a-z_][\w-]*\s*\[[^\]\n]*\b(temperature|stop|max_tokens)\s*=", re.MULTILINE)
+_UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
+"""What JSON may write as it is, and the grammar's lexer does not take."""
+_OPTIONS_OF_SCHEMAS = "x-guidance"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JsonSchema:
+    """A JSON text that is valid under a schema."""
+
+    field: str
+    """What the client calls it."""
+    schema: Any
+    """A schema: an object, or true for any JSON text."""
+    whitespace_pattern: str | None = None
+    """What may stand between the parts; "" for nothing at all, None for what is usual."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regex:
+    """A text that a regular expression matches from its beginning to its end."""
+
+    field: str
+    pattern: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneOf:
+    """One of several texts."""
+
+    field: str
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LarkGrammar:
+    """A text that a grammar derives from its rule `start`."""
+
+    field: str
+    text: str
+
+
+Constraint = JsonSchema | Regex | OneOf | LarkGrammar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrammarText:
+    """A grammar, and what a client calls it."""
+
+    field: str
+    text: str
+    schemas: tuple[tuple[str, str], ...] = ()
+    """JSON schemas that it is made of, by what the client calls them."""
+
+
+def check_constraint(constraint: Constraint, limits: LimitsConfig) -> None:
+    """What can be said without compiling it. Raises ValidationError."""
+    field = constraint.field
+    match constraint:
+        case JsonSchema(schema=schema):
+            if not isinstance(schema, dict | bool):
+                raise ValidationError(field, f"{field} is not a JSON schema, which is an object, true or false")
+            if isinstance(schema, dict) and _OPTIONS_OF_SCHEMAS in schema:
+                where = f"{field}.{_OPTIONS_OF_SCHEMAS}"
+                raise ValidationError(where, f"{where} is not supported by this server; leave it out")
+            num_bytes = len(json.dumps(schema))
+        case Regex(pattern=pattern):
+            num_bytes = len(pattern.encode(errors="replace"))
+        case OneOf(texts=texts):
+            if not texts:
+                raise ValidationError(field, f"{field} is empty; it needs at least one text")
+            num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+        case LarkGrammar(text=text):
+            if found := _UNSUPPORTED_IN_LARK.search(text):
+                raise ValidationError(field, f"{field} sets {found[1]} of a rule, which this server does not support")
+            num_bytes = len(text.encode(errors="replace"))
+    if num_bytes > limits.max_grammar_bytes:
+        raise ValidationError(
+            field, f"{field} has {num_bytes} bytes; limits.max_grammar_bytes is {limits.max_grammar_bytes}"
+        )
+
+
+def grammar_of(constraint: Constraint, *, strips_space: bool) -> GrammarText:
+    """The grammar. With `strips_space` a space that the first token brings is not part of the answer's text, as in the answers of
+    sentencepiece's models to conversations: it may then stand before any of the texts."""
+    rules = answer_rules(constraint, strips_space=strips_space)
+    schemas: tuple[tuple[str, str], ...] = ()
+    if isinstance(constraint, JsonSchema):
+        schemas = ((constraint.field, json.dumps(constraint.schema)),)
+    return GrammarText(field=constraint.field, text=rules, schemas=schemas)
+
+
+def answer_rules(constraint: Constraint, *, strips_space: bool, start: str = "start") -> str:
+    """Rules of which `start` derives the texts that a constraint allows. The names of others begin with `answer` or `ANSWER`."""
+    match constraint:
+        case JsonSchema():
+            space = '" "? ' if strips_space else ""
+            return f"{start}: {space}{schema_rule(constraint)}\n"
+        case Regex(pattern=pattern):
+            body = f"ANSWER_BODY: /{_escaped(pattern)}/\n"
+            if not strips_space:
+                return f"{start}: ANSWER_BODY\n{body}"
+            # One space is taken away, so a text that begins with one needs another before it.
+            return (
+                f'{start}: ANSWER_TEXT\nANSWER_TEXT: " " ANSWER_BODY | ANSWER_BODY & ANSWER_NO_SPACE\n{body}'
+                "ANSWER_NO_SPACE: /([^ ](?s:.*))?/\n"
+            )
+        case OneOf(texts=texts):
+            given = [*texts]
+            if strips_space:
+                given = [*(f" {text}" for text in texts), *(text for text in texts if not text.startswith(" "))]
+            return f"{start}: " + " | ".join(map(literal, dict.fromkeys(given))) + "\n"
+        case LarkGrammar(text=text):
+            return text
+
+
+def schema_rule(constraint: JsonSchema) -> str:
+    """A schema as the right side of a rule."""
+    schema = {} if constraint.schema is True else constraint.schema
+    pattern = WHITESPACE if constraint.whitespace_pattern is None else constraint.whitespace_pattern
+    options = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
+    if isinstance(schema, dict):
+        schema = {_OPTIONS_OF_SCHEMAS: options} | schema
+    return "%json " + json.dumps(schema, ensure_ascii=False)
+
+
+def literal(text: str) -> str:
+    """A text as the grammar writes it."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(pattern: str) -> str:
+    """A regular expression between slashes: only a slash of its own, and a line break, need to be written otherwise."""
+    written = re.sub(
+        r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern, flags=re.DOTALL
+    )
+    return written.replace("\\\n", r"\n")

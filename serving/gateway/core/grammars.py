@@ -1,0 +1,174 @@
+"""From what a client asks of an answer's form to a grammar that is known to compile.
+
+A grammar goes to a group only when it has been compiled once, in a process of the gateway's that may be killed for it. What came
+of one is remembered, so that the next request with it waits for nothing.
+"""
+
+import asyncio
+import hashlib
+import logging
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from model_parallel.config import TokenTable
+from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
+from serving.contracts.errors import OverloadedError, ValidationError
+from serving.gateway.core.constraints import GrammarText
+from serving.gateway.core.grammar_worker import Setup, Trial, Verdict
+
+logger = logging.getLogger(__name__)
+
+MAX_REMEMBERED = 1024
+"""Grammars of a model whose verdict is kept; of each a hash, and of a wrong one what is wrong."""
+MAX_WAITING = 32
+"""Requests that may wait for a grammar to be tried out, of one model."""
+PATIENCE = 10.0
+"""A trial may take so many times its bound in processor time, on a machine that is busy otherwise."""
+TOO_SLOW_FOR_S = 60.0
+"""How long a grammar that took too long is not tried again."""
+
+
+_Known = tuple[Verdict, float]
+"""A verdict, and until when it counts."""
+
+
+class GrammarChecker:
+    """Tries out grammars for one model."""
+
+    def __init__(
+        self, table: Callable[[], TokenTable], max_compile_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`table` is asked for when the first grammar comes; the process starts then too."""
+        self._table = table
+        self._max_compile_s = max_compile_s
+        self._clock = clock
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        """By hash."""
+        self._waiting: dict[bytes, asyncio.Future[_Known]] = {}
+        self._worker: _Worker | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="packtrain-grammar-trials")
+        self._is_closed = False
+        self.num_hits = 0
+        self.num_tried = 0
+
+    async def check(self, grammar: GrammarText) -> None:
+        """Raises ValidationError, and OverloadedError when too many others are being tried out."""
+        key = hashlib.sha256(grammar.text.encode()).digest()
+        known = self._known.get(key)
+        if known is not None and self._clock() < known[1]:
+            self._known.move_to_end(key)
+            self.num_hits += 1
+            verdict = known[0]
+        else:
+            # Others may wait for the same one: it goes on when this request does not.
+            verdict, _ = await asyncio.shield(self._waiting.get(key) or self._begin(key, grammar))
+        if verdict.error:
+            place = grammar.field if verdict.schema is None else grammar.schemas[verdict.schema][0] + verdict.place
+            raise ValidationError(place, f"{place}: {verdict.error}")
+
+    def close(self) -> None:
+        """End the process; requests that wait for it are refused, and may come again."""
+        self._is_closed = True
+        if (worker := self._worker) is not None:
+            worker.end()  # the thread may be reading from it, and closes it
+            self._thread.submit(worker.kill)
+        self._thread.shutdown(wait=False)
+
+    def _begin(self, key: bytes, grammar: GrammarText) -> "asyncio.Future[_Known]":
+        if self._is_closed or len(self._waiting) >= MAX_WAITING:
+            raise OverloadedError("too many new grammars are being tried out")
+        self.num_tried += 1
+        trial = asyncio.get_running_loop().run_in_executor(self._thread, self._try_out, grammar)
+        self._waiting[key] = trial
+        trial.add_done_callback(partial(self._remember, key))
+        return trial
+
+    def _remember(self, key: bytes, trial: "asyncio.Future[_Known]") -> None:
+        del self._waiting[key]
+        if not trial.cancelled() and trial.exception() is None:
+            self._known[key] = trial.result()
+            if len(self._known) > MAX_REMEMBERED:
+                self._known.popitem(last=False)
+
+    def _try_out(self, grammar: GrammarText) -> _Known:
+        """In the thread of trials: the verdict, and until when it counts."""
+        try:
+            if self._is_closed:
+                raise OverloadedError("the model is being changed")
+            if self._worker is None:
+                self._worker = _Worker(self._table(), self._max_compile_s)
+            return self._worker.ask(Trial(grammar.text, tuple([schema for _, schema in grammar.schemas]))), math.inf
+        except LinkError as error:
+            if self._is_closed:
+                raise OverloadedError("the model is being changed") from error
+            logger.info("a grammar was given up: %s", error)
+            if self._worker is not None:
+                self._worker.kill()
+                self._worker = None
+            error_text = f"takes more than {self._max_compile_s:g} s, or more memory than it may, to compile"
+            return Verdict(error_text), self._clock() + TOO_SLOW_FOR_S
+
+
+class _Worker:
+    """The process, as one thread uses it."""
+
+    def __init__(self, table: TokenTable, max_compile_s: float) -> None:
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
+        environment = dict(os.environ) | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serving.gateway.core.grammar_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        self._timeout_s = PATIENCE * (max_compile_s + 2.0)
+        self._reader = FrameReader()
+        self._send(Setup(table, math.ceil(max_compile_s)))
+
+    def ask(self, trial: Trial) -> Verdict:
+        """Raises LinkError when the process has ended, or does not answer in time."""
+        self._send(trial)
+        assert self._process.stdout is not None
+        fd, deadline_s = self._process.stdout.fileno(), time.monotonic() + self._timeout_s
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        while (payload := self._reader.next_payload()) is None:
+            if not poller.poll(max(0.0, deadline_s - time.monotonic()) * 1e3):
+                raise LinkError("the trial did not end in time")
+            data = os.read(fd, 1 << 16)
+            if not data:
+                raise LinkError(f"the process of trials ended with status {self._process.wait()}")
+            self._reader.feed(data)
+        return msgspec.msgpack.decode(payload, type=Verdict)
+
+    def end(self) -> None:
+        """The process ends now. Any thread may call it."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """End it and free what it held; bounded, because it is killed. Safe to call twice."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _send(self, message: Setup | Trial) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(encode_frame(msgspec.msgpack.encode(message)))
+            self._process.stdin.flush()
+        except OSError as error:
+            raise LinkError(f"the process of trials is gone: {error}") from error

@@ -1,0 +1,310 @@
+"""Answers in a form that the client asks for, over HTTP and gRPC, from a backend that draws what the grammar allows."""
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import grpc
+import jsonschema
+import openai
+import pydantic
+import pytest
+
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, obey
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc
+from serving.config import GatewayConfig, LimitsConfig
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.constraints import GrammarText, JsonSchema, grammar_of
+from serving.gateway.core.grammars import GrammarChecker
+from serving.gateway.server import GatewayServer
+from serving.text.token_table import token_table
+from tests.support.waiting import PATIENCE_S
+from tests.unit.gateway.conftest import Running
+from tests.unit.gateway.http_client import CHAT, COMPLETION, events, post
+
+ASK: list[Any] = [{"role": "user", "content": "hi"}]
+
+
+class Person(pydantic.BaseModel):
+    """What `.parse()` of the openai package is given."""
+
+    name: str = pydantic.Field(max_length=6)
+    age: int
+    mood: Literal["good", "bad"]
+    tags: list[Literal["a", "b"]]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@asynccontextmanager
+async def serve(backend: FakeBackend | None = None, **limits: Any) -> AsyncIterator[Running]:
+    cards = (card("tiny", max_model_len=6000), card("free", structured_output=False))
+    backend = backend or FakeBackend(obey(), cards)
+    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
+    server = GatewayServer(GatewayConfig(port=0, http_port=0), LimitsConfig(**limits), backend, tokenizers)
+    ports = await server.start()
+    target = f"127.0.0.1:{ports.grpc}"
+    try:
+        async with grpc.aio.insecure_channel(target) as channel:
+            yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target, ports.http)
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def api(gateway: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = f"http://127.0.0.1:{gateway.http_port}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=PATIENCE_S) as client:
+        yield client
+
+
+async def test_the_openai_package_parses_answers_into_pydantic_models() -> None:
+    async with serve() as gateway, api(gateway) as client:
+        answer = await client.chat.completions.parse(model="tiny", messages=ASK, response_format=Person, n=3)
+        for choice in answer.choices:
+            assert isinstance(choice.message.parsed, Person) and choice.finish_reason == "stop"
+        assert len({choice.message.content for choice in answer.choices}) == 3
+        async with client.chat.completions.stream(model="tiny", messages=ASK, response_format=Person) as stream:
+            kinds = {event.type async for event in stream}
+            streamed = await stream.get_final_completion()
+        assert isinstance(streamed.choices[0].message.parsed, Person)
+        assert {"chunk", "content.delta", "content.done"} <= kinds
+        response = await client.responses.parse(model="tiny", input="hi", text_format=Person)
+        assert isinstance(response.output_parsed, Person)
+        assert response.text and response.text.format and response.text.format.type == "json_schema"
+
+
+@pytest.fixture(scope="module")
+def chat_bodies() -> dict[str, dict[str, Any]]:
+    """What is asked for, by the name of what the answer must be."""
+    choice, pattern = ["yes", "no", "it depends"], r"[a-f]{3}-\d"
+    return {
+        "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        "schema beside": {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        "schema vllm": {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+        "schema text": {"guided_json": json.dumps(SCHEMA), "guided_whitespace_pattern": "[ ]{1,2}"},
+        "schema old": {"guided_json": SCHEMA},
+        "object": {"response_format": {"type": "json_object"}},
+        "object vllm": {"structured_outputs": {"json_object": True}},
+        "any": {"guided_json": {}},
+        "choice": {"guided_choice": choice},
+        "choice vllm": {"structured_outputs": {"choice": choice}},
+        "regex": {"guided_regex": pattern},
+        "regex vllm": {"structured_outputs": {"regex": pattern}},
+        "lark": {"guided_grammar": 'start: "a" b\nb: "[" b "]" | "x"'},
+        "lark vllm": {"structured_outputs": {"grammar": 'start: "a" b\nb: "[" b "]" | "x"'}},
+        "free": {"response_format": {"type": "text"}, "guided_choice": [], "structured_outputs": None},
+    }
+
+
+def check_form(name: str, text: str) -> None:
+    match name.split(maxsplit=1)[0]:
+        case "schema":
+            jsonschema.validate(json.loads(text), SCHEMA)
+        case "object":
+            assert isinstance(json.loads(text), dict)
+        case "any":
+            json.loads(text)
+        case "choice":
+            assert text in ("yes", "no", "it depends")
+        case "regex":
+            assert re.fullmatch(r"[a-f]{3}-\d", text)
+        case "lark":
+            assert re.fullmatch(r"a\[*x\]*", text) and text.count("[") == text.count("]")
+        case _:
+            assert text == "Paris"
+
+
+async def test_every_way_of_asking_over_http(chat_bodies: dict[str, dict[str, Any]]) -> None:
+    async with serve() as gateway:
+        for name, body in chat_bodies.items():
+            answer = await post(gateway, "/v1/chat/completions", CHAT | body)
+            assert answer.status_code == 200, answer.text
+            assert "x-packtrain-ignored" not in answer.headers
+            check_form(name, answer.json()["choices"][0]["message"]["content"])
+            if "vllm" in name or "old" in name:  # another name of the same
+                continue
+            streamed = events(await post(gateway, "/v1/chat/completions", CHAT | body | {"stream": True}))
+            assert streamed[-1]["choices"][0]["finish_reason"] == "stop"
+            check_form(name, "".join(each["choices"][0]["delta"].get("content", "") for each in streamed))
+            whole = await post(gateway, "/v1/completions", COMPLETION | body | {"prompt": ["a", "b"], "max_tokens": -1})
+            for choice in whole.json()["choices"]:
+                check_form(name, choice["text"])
+        compact = await post(gateway, "/v1/chat/completions", CHAT | chat_bodies["schema vllm"])
+        text = compact.json()["choices"][0]["message"]["content"]
+        assert re.match(r'\{"name":"', text)
+        for form in ({"type": "json_object"}, {"type": "text"}, {"type": "json_schema", "name": "x", "schema": SCHEMA}):
+            answer = await post(gateway, "/v1/responses", {"model": "tiny", "input": "hi", "text": {"format": form}})
+            text = answer.json()["output"][0]["content"][0]["text"]
+            check_form({"json_object": "object", "text": "free"}.get(form["type"], "schema"), text)  # type: ignore[call-overload]
+
+
+async def test_every_kind_over_grpc() -> None:
+    kinds = {
+        "schema": pb.Constraint(json_schema=json.dumps(SCHEMA)),
+        "any": pb.Constraint(json_schema="true"),
+        "choice": pb.Constraint(choice=pb.Constraint.Texts(texts=["yes", "no", "it depends"])),
+        "regex": pb.Constraint(regex=r"[a-f]{3}-\d"),
+        "lark": pb.Constraint(lark='start: "a" b\nb: "[" b "]" | "x"'),
+    }
+    async with serve() as gateway:
+        for name, constraint in kinds.items():
+            request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
+            request.sampling.constraint.CopyFrom(constraint)
+            request.sampling.n = 2
+            for choice in (await gateway.stub.Generate(request)).choices:
+                check_form(name, choice.text)
+                assert choice.finish_reason == pb.FINISH_REASON_STOP
+            request.sampling.n = 1
+            check_form(name, "".join([chunk.text async for chunk in gateway.stub.GenerateStream(request)]))
+        model = (await gateway.stub.GetModel(pb.GetModelRequest(model="tiny"))).model
+        assert model.structured_output
+        for wrong, field in (
+            (pb.Constraint(), "sampling.constraint"),
+            (pb.Constraint(json_schema="{"), "sampling.constraint.json_schema"),
+            (pb.Constraint(json_schema='{"properties": {"a": {"type": "objekt"}}}'), "json_schema.properties.a"),
+            (pb.Constraint(regex="(?=a)b"), "sampling.constraint.regex"),
+            (pb.Constraint(choice=pb.Constraint.Texts()), "sampling.constraint.choice.texts"),
+            (pb.Constraint(lark="start: other"), "sampling.constraint.lark"),
+        ):
+            request = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
+            request.sampling.constraint.CopyFrom(wrong)
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await gateway.stub.Generate(request)
+            assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert field in (error.value.details() or "")
+
+
+def schema_body(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+S = "response_format.json_schema.schema"
+WRONG = [
+    ({"response_format": {"type": "json"}}, "response_format.type", "json"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
+    (schema_body(3), S, "not a JSON schema"),
+    (schema_body([]), S, "not a JSON schema"),
+    (schema_body({"type": "objekt"}), S, "Invalid type: objekt"),
+    (
+        schema_body({"properties": {"a": {"type": "array", "items": {"type": "strin"}}}}),
+        f"{S}.properties.a.items",
+        "Invalid type: strin",
+    ),
+    (
+        schema_body({"anyOf": [{"type": "null"}, {"type": "object", "unevaluatedProperties": False}]}),
+        f"{S}.anyOf[1]",
+        "unevaluatedProperties",
+    ),
+    (schema_body({"$defs": {"n": {"not": {}}}, "$ref": "#/$defs/n"}), f"{S}.$defs.n", "not"),
+    (schema_body({"properties": {"a": {"pattern": "(?=x)", "type": "string"}}}), f"{S}.properties.a", "look-around"),
+    (schema_body({"type": "string", "format": "color"}), S, "color"),
+    (schema_body({"$ref": "http://example.com/x"}), S, "example.com"),
+    (schema_body({"type": "integer", "minimum": 5, "maximum": 4}), S, "minimum (5)"),
+    (schema_body(False), S, "nsatisfiable"),
+    (schema_body({"$ref": "#"}), S, "no text at all"),
+    (schema_body({"x-guidance": {"lenient": True}}), f"{S}.x-guidance", "not supported"),
+    (schema_body({"description": "x" * 70_000}), S, "limits.max_grammar_bytes"),
+    ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+    ({"guided_regex": r"(a)\1"}, "guided_regex", "backreferences"),
+    ({"guided_regex": "a\\"}, "guided_regex", ""),
+    ({"guided_grammar": "start: a\nb: )"}, "guided_grammar", "2("),
+    ({"guided_grammar": 'start: a\na[temperature=0.5]: "x"'}, "guided_grammar", "temperature"),
+    ({"guided_grammar": ""}, None, ""),
+    ({"guided_json": "{"}, "guided_json", "not JSON"),
+    ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice", "beside guided_regex"),
+    ({"guided_choice": ["a"]} | schema_body(SCHEMA), "guided_choice", "beside"),
+    ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs.regex", "beside"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
+    ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs.disable_any_whitespace", ""),
+    ({"guided_regex": "a", "guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "JSON alone"),
+    ({"ebnf": "root ::= x"}, "ebnf", "structured_outputs"),
+]
+
+
+async def test_what_is_wrong_is_refused_by_its_place_and_reaches_no_group() -> None:
+    async with serve() as gateway:
+        for body, place, what in WRONG:
+            answer = await post(gateway, "/v1/chat/completions", CHAT | body)
+            if place is None:
+                assert answer.status_code == 200, answer.text
+                continue
+            assert answer.status_code == 400, (body, answer.text)
+            error = answer.json()["error"]
+            assert error["param"] == place and what in error["message"], (body, error)
+            assert place in error["message"]
+            assert "backtrace" not in error["message"] and "no_forcing" not in error["message"]
+        assert [request.grammar for request in gateway.backend.requests] == [""]
+        answer = await post(gateway, "/v1/chat/completions", CHAT | schema_body(SCHEMA) | {"model": "free"})
+        assert answer.status_code == 400 and "structured_output: false" in answer.json()["error"]["message"]
+        form = {"type": "json_schema", "name": "x", "schema": {"type": "objekt"}}
+        answer = await post(gateway, "/v1/responses", {"model": "tiny", "input": "hi", "text": {"format": form}})
+        assert answer.json()["error"]["param"] == "text.format.schema"
+
+
+# ---- trials ----
+
+TABLE = token_table(ByteTokenizer(), 270, (257,))  # type: ignore[arg-type]
+
+
+def grammar(schema: Any) -> GrammarText:
+    return grammar_of(JsonSchema(field="schema", schema=schema), strips_space=False)
+
+
+async def test_a_grammar_is_tried_once() -> None:
+    checker = GrammarChecker(lambda: TABLE, 2.0)
+    try:
+        good, bad = grammar(SCHEMA), grammar({"type": "objekt"})
+        await asyncio.gather(*(checker.check(good) for _ in range(5)))
+        for _ in range(2):
+            with pytest.raises(ValidationError, match="objekt"):
+                await checker.check(bad)
+        await checker.check(good)
+        assert (checker.num_tried, checker.num_hits) == (2, 2)
+    finally:
+        checker.close()
+
+
+async def test_a_grammar_that_takes_too_long_ends_its_trial_and_no_other() -> None:
+    """The library's own limits do not bound it: some six seconds on an idle machine."""
+    checker = GrammarChecker(lambda: TABLE, 1.0)
+    try:
+        slow = grammar({"type": "integer", "multipleOf": 1000003})
+        with pytest.raises(ValidationError, match="schema: takes more than 1 s"):
+            await checker.check(slow)
+        await checker.check(grammar(SCHEMA))
+        with pytest.raises(ValidationError, match="takes more than"):
+            await checker.check(slow)
+        assert checker.num_tried == 2, "it is remembered"
+        assert checker._worker is not None
+        pid = checker._worker._process.pid
+    finally:
+        checker.close()
+    await asyncio.to_thread(checker._thread.shutdown)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_a_request_that_goes_away_leaves_the_trial_to_others() -> None:
+    checker = GrammarChecker(lambda: TABLE, 2.0)
+    try:
+        first = asyncio.create_task(checker.check(grammar(SCHEMA)))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(checker.check(grammar(SCHEMA)))
+        await asyncio.sleep(0)
+        first.cancel()
+        await second
+        assert first.cancelled() and checker.num_tried == 1
+    finally:
+        checker.close()
