@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 OTHERS = os.environ.get("PACKTRAIN_CLIENTS", "")
 OWN = ("openai_sdk", "lm_eval_remote")
 FOREIGN = (
-    "openai_sdk", "langchain_chat", "llama_index_chat", "litellm_client", "instructor_text", "pydantic_ai_agent", "llm_cli",
+    "openai_sdk", "langchain_chat", "langchain_structured", "llama_index_chat", "litellm_client", "instructor_models",
+    "outlines_openai", "pydantic_ai_agent", "llm_cli",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]

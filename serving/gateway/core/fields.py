@@ -84,22 +84,25 @@ class Unsupported:
         )
 
 
-INSTEAD_OF_CALLS = "put what was called, and its result, into messages of the roles assistant and user"
-
 _MAX_TOKENS = Unsupported(neutral=(-1,), instead="send max_tokens")
 _STOP = Unsupported(instead="send stop")
 _CONSTRAINED = Unsupported(refused=({},), instead="send structured_outputs, or response_format")
 _ALWAYS_ON = Unsupported(neutral=(True,), refused=(False,))
 
+NO_TOOLS: Mapping[str, Unsupported] = {
+    "parallel_tool_calls": Unsupported(neutral=(True,)),
+    "tool_choice": Unsupported(neutral=("none", "auto"), instead="ask /v1/chat/completions"),
+    "tools": Unsupported(instead="ask /v1/chat/completions"),
+}
+"""Where there are none."""
+
 UNSUPPORTED: Mapping[str, Unsupported] = {
     # OpenAI's
     "audio": Unsupported(instead="send text"),
-    "function_call": Unsupported(neutral=("none", "auto")),
-    "functions": Unsupported(),
+    "function_call": Unsupported(neutral=("none", "auto"), instead="send tool_choice"),
+    "functions": Unsupported(instead="send tools"),
     "modalities": Unsupported(neutral=(["text"],)),
     "suffix": Unsupported(instead="put it into the prompt, in the form that the model was trained with"),
-    "tool_choice": Unsupported(neutral=("none", "auto")),
-    "tools": Unsupported(),
     "verbosity": Unsupported(neutral=("medium",), instead="ask for it in the prompt"),
     "web_search_options": Unsupported(refused=({},)),
     # vLLM's, SGLang's, TGI's, llama.cpp's, Ollama's and transformers'
@@ -170,9 +173,7 @@ IGNORED_HEADER = "x-packtrain-ignored"
 _NOT_PRINTABLE = re.compile(r"[^A-Za-z0-9_.\[\]#-]")
 _MAX_IGNORED_NAMES, _MAX_IGNORED_CHARS = 16, 64
 
-NO_EFFECT = frozenset(
-    {"metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
-)
+NO_EFFECT = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
 """Whatever they hold, nothing is asked of a server that has no use for them."""
 
 NOT_HONOURED: Mapping[str, tuple[Any, ...]] = {

@@ -43,6 +43,7 @@ from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
 from serving.gateway.core.resume_tokens import KEY_BYTES, AskedStream, ResumeTokens, Stream
 from serving.gateway.core.resumption import Resumption
+from serving.gateway.core.tools import tool_grammar
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -181,7 +182,7 @@ class Generator:
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
-            token_ids = await encoder.encode(field, prompt, parse_special=bool(query.parse_special))
+            token_ids = await encoder.encode(field, prompt, parse_special=bool(query.parse_special), tools=query.tools)
             max_tokens = output_budget(len(token_ids), query.max_tokens, card, self._limits, field)
             if query.max_tokens is None:
                 max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))
@@ -407,10 +408,13 @@ def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple
 
 async def _grammar(query: GenerateQuery, tokenizer: Tokenizer, checker: GrammarChecker) -> str:
     """What the answers must follow, which can be compiled; "" for nothing. Raises ValidationError, OverloadedError."""
-    if query.constraint is None:
-        return ""
     strips_space = tokenizer.strips_leading_space and not _continues_text(query)
-    grammar = grammar_of(query.constraint, strips_space=strips_space)
+    if query.tools is not None and query.tools.is_used:
+        grammar = tool_grammar(query.tools, query.constraint, strips_space=strips_space)
+    elif query.constraint is not None:
+        grammar = grammar_of(query.constraint, strips_space=strips_space)
+    else:
+        return ""
     await checker.check(grammar)
     return grammar.text
 

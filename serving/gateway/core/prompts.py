@@ -6,8 +6,9 @@ from functools import partial
 
 from serving.contracts.errors import ValidationError
 from serving.contracts.models import ModelCard
+from serving.gateway.core.tools import ToolUse, with_tools
 from serving.gateway.core.validate import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from serving.text.chat import ChatError, render_chat
+from serving.text.chat import ChatError, named_format, render_chat
 from serving.text.tokenizer import Tokenizer
 
 # Longer texts are tokenised in a thread: the event loop streams other requests' tokens meanwhile.
@@ -23,15 +24,20 @@ class PromptEncoder:
         longest_token_bytes = max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size))
         self._max_text_bytes = card.max_model_len * longest_token_bytes
 
-    async def encode(self, field: str, prompt: Prompt, *, parse_special: bool = False) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises ValidationError for a conversation out of order, or a hopelessly long text."""
+    async def encode(
+        self, field: str, prompt: Prompt, *, parse_special: bool = False, tools: ToolUse | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt; `tools` are told in a conversation.
+
+        Raises ValidationError for a conversation out of order, or a hopelessly long text.
+        """
         match prompt:
             case TokenPrompt(token_ids):
                 return tuple(token_ids)
             case TextPrompt(text):
                 return await self.encode_text(field, text, parse_special=parse_special)
             case ChatPrompt():
-                return await self._encode_chat(prompt)
+                return await self._encode_chat(prompt, tools)
 
     async def encode_text(
         self, field: str, text: str, *, add_bos: bool = True, parse_special: bool = False
@@ -75,16 +81,20 @@ class PromptEncoder:
             )
         return whole, start
 
-    async def _encode_chat(self, prompt: ChatPrompt) -> tuple[int, ...]:
-        num_chars = sum(len(message.content) for message in prompt.messages)
+    async def _encode_chat(self, prompt: ChatPrompt, tools: ToolUse | None) -> tuple[int, ...]:
         for index, message in enumerate(prompt.messages):
             self._check_length(f"messages[{index}]", message.content)
+        chat_format = self._card.chat or named_format(self._card.chat_format, self._tokenizer)
+        messages = prompt.messages
+        if tools is not None and tools.is_used:
+            messages = with_tools(messages, tools, chat_format, self._card.chat_default_system)
+        num_chars = sum(len(message.content) for message in messages)
         try:
             token_ids = await _run(
                 num_chars,
                 lambda: render_chat(
-                    prompt.messages,
-                    chat_format=self._card.chat or self._card.chat_format,
+                    messages,
+                    chat_format=chat_format,
                     default_system=self._card.chat_default_system,
                     tokenizer=self._tokenizer,
                     continues_last=prompt.continues_last,

@@ -12,7 +12,8 @@ from serving.config import LimitsConfig
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.contracts.models import ModelCard
 from serving.gateway.core.constraints import Constraint, check_constraint
-from serving.gateway.core.fields import GREEDY_BELOW, INSTEAD_OF_CALLS, SAMPLING, Integer
+from serving.gateway.core.fields import GREEDY_BELOW, SAMPLING, Integer
+from serving.gateway.core.tools import ToolUse, check_tools, with_results
 from serving.text.chat import ChatMessage
 
 
@@ -72,6 +73,8 @@ class GenerateQuery:
     """Read control tokens in a text prompt, where the model allows it; unset is false."""
     constraint: Constraint | None = None
     """What the answer must be; None for any text."""
+    tools: ToolUse | None = None
+    """Functions that the answer to a conversation may call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +151,7 @@ def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) 
             field = query.constraint.field
             raise ValidationError(field, f"{field} is set, and model {card.name!r} has structured_output: false")
         check_constraint(query.constraint, limits)
+    _check_tools(query, card, limits)
     _check_stops(query, card, limits)
     _check_count("logit_bias", query.logit_bias, limits.max_logit_bias)
     for token_id, bias in query.logit_bias:
@@ -157,6 +161,16 @@ def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) 
                 "logit_bias", f"logit_bias[{token_id}] is {bias}; allowed: from -{_MAX_BIAS} to {_MAX_BIAS}"
             )
     return checked
+
+
+def _check_tools(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) -> None:
+    if query.tools is None:
+        return
+    if query.tools.is_used and not card.structured_output:
+        raise ValidationError("tools", f"tools is set, and model {card.name!r} has structured_output: false")
+    if query.tools.is_used and isinstance(query.prompt, ChatPrompt) and query.prompt.continues_last:
+        raise ValidationError("continue_final_message", "continue_final_message is true beside tools; leave one out")
+    check_tools(query.tools, query.constraint, limits)
 
 
 def _check_parse_special(parse_special: bool | None, card: ModelCard) -> None:
@@ -217,17 +231,12 @@ def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: Lim
             _check_count("messages", messages, limits.max_chat_messages)
             for index, message in enumerate(messages):
                 _num_bytes(f"messages[{index}]", message.content)
-                if message.role in ("tool", "function"):
-                    raise ValidationError(
-                        f"messages[{index}]",
-                        f"messages[{index}] has the role {message.role!r}; this server knows no calls: {INSTEAD_OF_CALLS}",
-                    )
             if continues_last and (messages[-1].role != "assistant" or not messages[-1].content):
                 raise ValidationError(
                     "continue_final_message",
                     "continue_final_message is true, and the last message is not the assistant's with some text to continue",
                 )
-            return ChatPrompt(tuple(map(_known_role, messages)), continues_last)
+            return ChatPrompt(tuple(with_results([_known_role(message) for message in messages])), continues_last)
         case TextPrompt(text):
             _num_bytes(field, text)
     return prompt

@@ -7,12 +7,14 @@ from typing import Protocol, TypedDict
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from model_parallel.engine.request import TokenLogprobs
+from model_parallel.engine.request import FinishReason, TokenLogprobs
 from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.resume_tokens import Stream
+from serving.gateway.core.tools import CallDelta, CallReader, ToolUse
 from serving.gateway.http.objects import (
     CachedTokens,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -27,6 +29,8 @@ from serving.gateway.http.objects import (
     CompletionLogprobs,
     Model,
     ModelPermission,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from serving.gateway.http.responses import event
@@ -179,8 +183,15 @@ class ChatForm:
     encode = staticmethod(_unnumbered)
 
     def __init__(
-        self, identity: Identity, tokenizer: Tokenizer, *, logprobs: bool, stream_options: StreamOptions | None
+        self,
+        identity: Identity,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        stream_options: StreamOptions | None,
+        tools: ToolUse | None = None,
     ) -> None:
+        """Answers are read for calls where `tools` may be called."""
         self._identity = identity
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -188,6 +199,9 @@ class ChatForm:
         self._num_first_tokens = 0
         """Of the first choice, until now."""
         self._begun: set[int] = set()
+        self._tools = tools if tools is not None and tools.is_used else None
+        self._readers: defaultdict[int, CallReader] = defaultdict(CallReader)
+        """By choice."""
 
     def whole(self, chunks: Sequence[Chunk]) -> ChatCompletion:
         by_choice: defaultdict[int, list[Chunk]] = defaultdict(list)
@@ -196,9 +210,9 @@ class ChatForm:
         choices = [
             ChatChoice(
                 index=index,
-                message=ChatMessage("".join(part.text for part in parts)),
+                message=self._message(index, "".join(part.text for part in parts)),
                 logprobs=self._chat_logprobs([token for part in parts for token in part.logprobs]),
-                finish_reason=parts[-1].finish_reason,
+                finish_reason=self._finish_reason(index, parts[-1].finish_reason),
             )
             for index, parts in sorted(by_choice.items())
         ]
@@ -221,13 +235,59 @@ class ChatForm:
         if index not in self._begun:
             self._begun.add(index)
             yield Place(0, _ROLE), ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
-        if chunk.text or (self._logprobs and chunk.logprobs):
-            logprobs = self._chat_logprobs(chunk.logprobs)
-            choice = ChatChunkChoice(index=index, delta=ChatDelta(content=chunk.text), logprobs=logprobs)
+        text, calls = chunk.text, []
+        if self._tools is not None:  # what is certain depends on the text until now alone, and not on how it was cut
+            reader = self._readers[index]
+            text, deltas = reader.push(chunk.text)
+            calls = [self._call_delta(index, delta) for delta in deltas]
+            text += reader.flush() if chunk.finish_reason is not None else ""
+        if text or calls or (self._logprobs and chunk.logprobs):
+            delta = ChatDelta(content=text if text or not calls else UNSET, tool_calls=calls or UNSET)
+            choice = ChatChunkChoice(index=index, delta=delta, logprobs=self._chat_logprobs(chunk.logprobs))
             yield Place(num_tokens, _CONTENT), choice
         if chunk.finish_reason is not None:
-            choice = ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=chunk.finish_reason.value)
-            yield Place(num_tokens, _FINISH), choice
+            reason = self._finish_reason(index, chunk.finish_reason)
+            yield Place(num_tokens, _FINISH), ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason)
+
+    def _message(self, index: int, text: str) -> ChatMessage:
+        if self._tools is None:
+            return ChatMessage(text)
+        reader = self._readers[index]
+        said, deltas = reader.push(text)
+        said += reader.flush()
+        if not reader.num_calls:
+            return ChatMessage(said)
+        names = [delta.name for delta in deltas if delta.name is not None]
+        calls = [
+            ToolCall(
+                id=self._call_id(index, number),
+                function=CalledFunction(
+                    name=name, arguments="".join(delta.arguments for delta in deltas if delta.index == number)
+                ),
+            )
+            for number, name in enumerate(names)
+        ]
+        return ChatMessage(said or None, tool_calls=calls)
+
+    def _call_delta(self, index: int, delta: CallDelta) -> ToolCallDelta:
+        if delta.name is None:
+            return ToolCallDelta(index=delta.index, function=CalledFunction(arguments=delta.arguments))
+        return ToolCallDelta(
+            index=delta.index,
+            id=self._call_id(index, delta.index),
+            type="function",
+            function=CalledFunction(name=delta.name, arguments=""),
+        )
+
+    def _call_id(self, index: int, number: int) -> str:
+        return f"call_{self._identity['id'].removeprefix('chatcmpl-')}_{index}_{number}"
+
+    def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
+        """As OpenAI has it: an answer that calls ends with tool_calls, but with stop where the function was named."""
+        if reason is None:
+            return None
+        calls = self._tools is not None and self._tools.named is None and self._readers[index].num_calls
+        return "tool_calls" if calls and reason is FinishReason.STOP else reason.value
 
     def _chat_logprobs(self, tokens: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
         if not self._logprobs:

@@ -76,6 +76,7 @@ class Endpoints:
             self._generator.tokenizers[card.name],
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
+            tools=query.tools,
         )
         return await self._generate(query, request, form, stream, body.stream, body.field_names)
 

@@ -11,7 +11,7 @@ from model_parallel.engine.request import FinishReason
 from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.error_responses import ErrorResponse
-from serving.gateway.core.fields import UNSUPPORTED, Unsupported
+from serving.gateway.core.fields import NO_TOOLS, UNSUPPORTED, Unsupported
 from serving.gateway.core.resume_tokens import Stream
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
@@ -24,6 +24,7 @@ from serving.text.chat import ChatMessage
 _WHOLE_INPUT = Unsupported(instead="send the whole conversation as input")
 _UNSUPPORTED = {
     **UNSUPPORTED,
+    **NO_TOOLS,
     "background": Unsupported(),
     "conversation": _WHOLE_INPUT,
     "include": Unsupported(),

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import msgspec
 
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.fields import INSTEAD_OF_CALLS, UNSUPPORTED, Unsupported
+from serving.gateway.core.fields import NO_TOOLS, UNSUPPORTED, Unsupported
+from serving.gateway.core.tools import Tool, ToolCall, ToolUse, call_text
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -144,25 +145,74 @@ class ContentPart(Object, frozen=True, kw_only=True):
 
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-_CALLS = Unsupported(instead=INSTEAD_OF_CALLS)
+
+
+class CalledFunction(Object, frozen=True, kw_only=True):
+    """What an answer called."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class MessageCall(Object, frozen=True, kw_only=True):
+    """A call in an assistant's message."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class FunctionSpec(Object, frozen=True, kw_only=True):
+    """A function that may be called. `strict` changes nothing, as arguments keep to their schema always."""
+
+    name: str
+    description: str | None = None
+    parameters: Any = None
+    strict: bool | None = None
+
+
+class ToolSpec(Object, frozen=True, kw_only=True):
+    """A tool, which is a function."""
+
+    function: FunctionSpec
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(Object, frozen=True, kw_only=True):
+    """By its name."""
+
+    name: str
+
+
+class NamedTool(Object, frozen=True, kw_only=True):
+    """The function that must be called."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
 
 
 class Message(Object, frozen=True, kw_only=True):
     """One message; parts of its text are joined by line breaks. No content is an empty one. What the assistant refused to say,
-    with its reason, is its content."""
+    with its reason, is its content. Calls follow the content, in the form of core/tools.py; a result has the role tool."""
 
     role: str
     content: str | list[ContentPart | str] | None = None
     refusal: str | None = None
+    tool_calls: list[MessageCall] | None = None
     type: Literal["text", "message", None] = None
 
     @classmethod
     def unsupported(cls) -> Mapping[str, Unsupported]:
-        return {"tool_calls": _CALLS, "function_call": _CALLS, "audio": Unsupported(instead="send its transcript")}
+        return {
+            "function_call": Unsupported(instead="send tool_calls"),
+            "audio": Unsupported(instead="send its transcript"),
+        }
 
     @classmethod
     def no_effect(cls) -> frozenset[str]:
-        return frozenset({"annotations", "id", "phase", "status"})  # an answer's message has them
+        # An answer's message has them. Results come in the order of their calls, or say themselves whose they are.
+        return frozenset({"annotations", "id", "phase", "status", "tool_call_id", "parsed"})
 
     def plain(self, where: str) -> ChatMessage:
         """Raises ValidationError."""
@@ -173,6 +223,12 @@ class Message(Object, frozen=True, kw_only=True):
         ]
         if self.refusal:
             texts = [*filter(None, texts), self.refusal]
+        if self.role == "function":
+            raise ValidationError(f"{where}.role", f"{where}.role is 'function'; send a message of the role 'tool'")
+        calls = [ToolCall(name=call.function.name, arguments=call.function.arguments) for call in self.tool_calls or ()]
+        if calls and self.role != "assistant":
+            raise ValidationError(f"{where}.tool_calls", f"{where}.tool_calls is set in a message of {self.role!r:.40}")
+        texts = [*(filter(None, texts) if calls else texts), *map(call_text, calls)]
         return ChatMessage(self.role, "\n".join(texts))
 
 
@@ -187,6 +243,12 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
     """And of this many most likely alternatives; needs logprobs. False is none."""
     continue_final_message: bool | None = None
     """The last message is the assistant's and the beginning of its answer; the answer goes on where it ends."""
+    tools: list[ToolSpec] | None = None
+    """Functions that the answer may call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """Unset is auto: the model decides. required: at least one; or the one that must be called."""
+    parallel_tool_calls: bool | None = None
+    """An answer may hold several calls. Unset is true."""
 
     @classmethod
     def unsupported(cls) -> Mapping[str, Unsupported]:
@@ -207,6 +269,27 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
             prompt=_conversation(self.messages, self.continue_final_message),
             logprobs=(top_logprobs or 0) if self.logprobs else None,
             max_tokens=next(iter(given), None),
+            tools=self._tool_use(),
+        )
+
+    def _tool_use(self) -> ToolUse | None:
+        if not self.tools and self.tool_choice in (None, "none", "auto"):
+            return None
+        tools = [
+            Tool(
+                name=spec.function.name,
+                description=spec.function.description or "",
+                parameters=spec.function.parameters,
+            )
+            for spec in self.tools or ()
+        ]
+        choice = self.tool_choice or "auto"
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        return ToolUse(
+            tools=tuple(tools),
+            choice="required" if isinstance(choice, NamedTool) else choice,
+            named=named,
+            is_parallel=self.parallel_tool_calls is not False and named is None,
         )
 
     @property
@@ -257,6 +340,7 @@ class DetokenizeRequest(Body, frozen=True, kw_only=True):
 
 _UNSUPPORTED_IN_COMPLETIONS = {
     **UNSUPPORTED,
+    **NO_TOOLS,
     "add_special_tokens": Unsupported(
         neutral=(True,), refused=(False,), instead="send token ids, which /tokenize gives without the first token"
     ),
@@ -278,8 +362,9 @@ _UNSUPPORTED_IN_CHAT = {
     "prompt_logprobs": Unsupported(instead="send a prompt to /v1/completions with echo: true and logprobs"),
 }
 _UNSUPPORTED_IN_TOKENIZE = {
-    name: UNSUPPORTED[name] for name in ("add_generation_prompt", "chat_template", "chat_template_kwargs", "tools")
+    name: UNSUPPORTED[name] for name in ("add_generation_prompt", "chat_template", "chat_template_kwargs")
 } | {
+    "tools": NO_TOOLS["tools"],
     "content": Unsupported(instead="send prompt"),
     "return_token_strs": Unsupported(instead="send each token to /detokenize"),
     "with_pieces": Unsupported(instead="send each token to /detokenize"),

@@ -1,4 +1,5 @@
-"""A gateway whose model says "Paris is it." to everything. Prints its ports; ends with its standard input.
+"""A gateway whose model says "Paris is it." to everything, and draws what is allowed where a form is asked for. Prints its ports;
+ends with its standard input.
 
 Clients of other makers are tried against it: what they need is the protocol, not a good answer.
 """
@@ -8,14 +9,14 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, say
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, obey
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from serving.config import GatewayConfig, LimitsConfig
 from serving.gateway.server import GatewayServer
 
 
 async def answers(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
-    async for outputs in say(*["Paris is it."] * len(requests))(requests):
+    async for outputs in obey("Paris is it.")(requests):
         yield outputs
 
 

@@ -1,0 +1,304 @@
+"""Functions that a model may call (tools), for models of any chat format: how they are told, called and answered, in text.
+
+A call is what Hermes models, Qwen and others were trained to write:
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Rome"}}
+    </tool_call>
+
+The grammar holds every call to this form and its arguments to the function's schema, so a model that has never seen the form
+still calls correctly. A result goes back in a message of the user's, within <tool_response></tool_response>.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from serving.config import LimitsConfig
+from serving.contracts.chat import START, SYSTEM, USER, ChatFormat
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.constraints import (
+    Constraint,
+    GrammarText,
+    JsonSchema,
+    LarkGrammar,
+    answer_rules,
+    check_constraint,
+    literal,
+    schema_rule,
+)
+from serving.text.chat import ChatMessage
+
+CALL_OPENS, CALL_CLOSES = "<tool_call>", "</tool_call>"
+MAX_CALLS = 32
+"""In one answer."""
+TOOL = "tool"
+"""Role of a result."""
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HEAD = re.compile(r'\n\{"name": "([^"]+)", "arguments": ')
+_TAIL = "}\n" + CALL_CLOSES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """A function."""
+
+    name: str
+    description: str = ""
+    parameters: Any = None
+    """A JSON schema of an object; None for no parameters."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """The functions of a request, and whether they may or must be called."""
+
+    tools: Sequence[Tool]
+    choice: Literal["none", "auto", "required"] = "auto"
+    named: str | None = None
+    """The one that must be called, with "required"."""
+    is_parallel: bool = True
+    """There may be several calls in an answer."""
+
+    @property
+    def is_used(self) -> bool:
+        """The model is told of them, and its answer may hold calls."""
+        return bool(self.tools) and self.choice != "none"
+
+    @property
+    def callable_tools(self) -> Sequence[tuple[int, Tool]]:
+        """Those that may be called, with their places."""
+        return [(index, tool) for index, tool in enumerate(self.tools) if self.named in (None, tool.name)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """One call of an answer, in the conversation."""
+
+    name: str
+    arguments: str
+    """A JSON text."""
+
+
+def check_tools(use: ToolUse, constraint: Constraint | None, limits: LimitsConfig) -> None:
+    """All but whether schemas can be compiled. Raises ValidationError."""
+    if len(use.tools) > limits.max_tools:
+        raise ValidationError("tools", f"tools has {len(use.tools)} entries; limits.max_tools is {limits.max_tools}")
+    names: set[str] = set()
+    for index, tool in enumerate(use.tools):
+        where = f"tools[{index}].function"
+        if not _NAME.fullmatch(tool.name):
+            raise ValidationError(
+                f"{where}.name",
+                f"{where}.name is {tool.name!r:.80}; allowed: 1 to 64 letters, digits, '_', '-' and '.'",
+            )
+        if tool.name in names:
+            raise ValidationError(f"{where}.name", f"{where}.name is {tool.name!r}, as another function's")
+        names.add(tool.name)
+        check_constraint(_schema_of(index, tool), limits)
+    if use.choice == "required" and not use.tools:
+        raise ValidationError("tool_choice", "tool_choice asks for a call, and there are no tools")
+    if use.named is not None and use.named not in names:
+        raise ValidationError("tool_choice", f"tool_choice names {use.named!r:.80}, which is not among tools")
+    if use.is_used and isinstance(constraint, LarkGrammar):
+        raise ValidationError(
+            constraint.field, f"{constraint.field} is set beside tools, which this server does not support"
+        )
+
+
+def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: bool) -> GrammarText:
+    """Of an answer that calls functions; with "auto", or is text instead, which follows `constraint` where there is one."""
+    bodies, schemas = [], []
+    for index, tool in use.callable_tools:
+        schema = _schema_of(index, tool)
+        head, tail = literal(f'\n{{"name": "{tool.name}", "arguments": '), literal(_TAIL)
+        bodies.append(f"call_{index}: {head} {schema_rule(schema)} {tail}\n")
+        schemas.append((schema.field, json.dumps(schema.schema)))
+    names = " | ".join(f"call_{index}" for index, _ in use.callable_tools)
+    more = f"({literal(chr(10) + CALL_OPENS)} call){{0,{MAX_CALLS - 1}}}" if use.is_parallel else ""
+    calls = f"calls: call {more}\ncall: {names}\n" + "".join(bodies)
+    space = '" "? ' if strips_space else ""
+    if use.choice == "required":
+        start = f"start: {space}{literal(CALL_OPENS)} calls\n"
+    elif constraint is None:
+        # Text until the first call: the shortest that ends with its beginning.
+        start = f"start: text | head calls\ntext: TEXT\nTEXT: /(?s:.*)/\nhead[lazy]: TEXT {literal(CALL_OPENS)}\n"
+    else:
+        start = f"start: answer | {space}{literal(CALL_OPENS)} calls\n"
+        start += answer_rules(constraint, strips_space=strips_space, start="answer")
+        if isinstance(constraint, JsonSchema):
+            schemas.append((constraint.field, json.dumps(constraint.schema)))
+    return GrammarText(field="tools", text=start + calls, schemas=tuple(schemas))
+
+
+def _schema_of(index: int, tool: Tool) -> JsonSchema:
+    """Of the arguments, which are an object whatever the schema leaves open."""
+    schema = tool.parameters
+    if schema is None or schema == {}:
+        schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    elif isinstance(schema, dict) and not {"type", "$ref", "anyOf", "oneOf", "allOf"} & schema.keys():
+        schema = {"type": "object"} | schema
+    return JsonSchema(field=f"tools[{index}].function.parameters", schema=schema)
+
+
+# ---- in the conversation ----
+
+
+def call_text(call: ToolCall) -> str:
+    """A call as the model writes it."""
+    return f'{CALL_OPENS}\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n{CALL_CLOSES}'
+
+
+def with_results(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Results become a message of the user's; several together one, and the user's next message is part of it."""
+    folded: list[ChatMessage] = []
+    is_open = False
+    for message in messages:
+        if message.role == TOOL:
+            text = f"<tool_response>\n{message.content}\n</tool_response>"
+            if is_open:
+                folded[-1] = replace(folded[-1], content=f"{folded[-1].content}\n{text}")
+            else:
+                folded.append(ChatMessage(USER, text))
+            is_open = True
+            continue
+        if is_open and message.role == USER:
+            folded[-1] = replace(folded[-1], content=f"{folded[-1].content}\n{message.content}")
+        else:
+            folded.append(message)
+        is_open = False
+    return folded
+
+
+def with_tools(
+    messages: Sequence[ChatMessage], use: ToolUse, chat_format: ChatFormat, default_system: str
+) -> list[ChatMessage]:
+    """The functions are told in the system message; in the first one where the format has no system messages."""
+    text = tools_text(use)
+    if messages[0].role == SYSTEM:
+        return [replace(messages[0], content=f"{messages[0].content}\n\n{text}"), *messages[1:]]
+    if chat_format.literal(START, SYSTEM) is None:
+        return [replace(messages[0], content=f"{text}\n\n{messages[0].content}"), *messages[1:]]
+    system = default_system or chat_format.default_system or chat_format.shown_system
+    return [ChatMessage(SYSTEM, f"{system}\n\n{text}" if system else text), *messages]
+
+
+def tools_text(use: ToolUse) -> str:
+    """What the model is told."""
+    functions = [
+        {
+            "type": "function",
+            "function": {"name": tool.name, "description": tool.description, "parameters": schema.schema},
+        }
+        for tool, schema in ((tool, _schema_of(index, tool)) for index, tool in enumerate(use.tools))
+    ]
+    lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+    text = (
+        "You may call functions to assist with the user's request. Their signatures are JSON schemas within <tools></tools>:\n"
+        f"<tools>\n{lines}\n</tools>\n"
+        f"To call a function, answer with a JSON object of its name and arguments within {CALL_OPENS}{CALL_CLOSES}:\n"
+        f'{CALL_OPENS}\n{{"name": <function-name>, "arguments": <arguments-object>}}\n{CALL_CLOSES}'
+    )
+    if use.named is not None:
+        return f"{text}\nCall the function {use.named} now."
+    return f"{text}\nCall at least one function now." if use.choice == "required" else text
+
+
+# ---- out of the answer ----
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallDelta:
+    """What a piece of an answer adds to one of its calls."""
+
+    index: int
+    name: str | None = None
+    """Of a call that begins."""
+    arguments: str = ""
+
+
+class CallReader:
+    """Parts an answer into its text and its calls, however it is cut into pieces. The grammar has seen to its form."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        """That have begun."""
+        self._buffer = ""
+        self._state: Literal["text", "head", "arguments", "tail"] = "text"
+        self._depth = 0
+        self._in_string = self._is_escaped = False
+
+    def push(self, text: str) -> tuple[str, list[CallDelta]]:
+        """(text that is certain, what is new of calls)."""
+        self._buffer += text
+        said: list[str] = []
+        deltas: list[CallDelta] = []
+        while self._advance(said, deltas):
+            pass
+        return "".join(said), deltas
+
+    def flush(self) -> str:
+        """Text that was held back, at the end."""
+        rest = self._buffer if self._state == "text" else ""
+        self._buffer = ""
+        return rest if not self.num_calls else ""
+
+    def _advance(self, said: list[str], deltas: list[CallDelta]) -> bool:
+        """Read on in the buffer; whether more can be read."""
+        match self._state:
+            case "text":
+                before, opens, after = self._buffer.partition(CALL_OPENS)
+                if not opens:
+                    self._say_what_is_certain(said)
+                    return False
+                said.append("" if self.num_calls else before.rstrip())
+                self._buffer, self._state = after, "head"
+            case "head":
+                head = _HEAD.match(self._buffer)
+                if head is None:
+                    return False
+                self._buffer, self._state = self._buffer[head.end() :], "arguments"
+                self.num_calls += 1
+                deltas.append(CallDelta(index=self.num_calls - 1, name=head[1]))
+            case "arguments":
+                end = self._end_of_arguments()
+                if part := self._buffer[:end]:
+                    deltas.append(CallDelta(index=self.num_calls - 1, arguments=part))
+                self._buffer = self._buffer[end:]
+                if self._state == "arguments":
+                    return False
+            case "tail":
+                if len(self._buffer) < len(_TAIL):
+                    return False
+                self._buffer, self._state = self._buffer[len(_TAIL) :], "text"
+        return True
+
+    def _say_what_is_certain(self, said: list[str]) -> None:
+        """Spaces before a call are not part of the text, nor is what may be its beginning."""
+        held = next((n for n in range(len(CALL_OPENS) - 1, 0, -1) if self._buffer.endswith(CALL_OPENS[:n])), 0)
+        text = self._buffer[: len(self._buffer) - held].rstrip()
+        self._buffer = self._buffer[len(text) :]
+        said.append("" if self.num_calls else text)
+
+    def _end_of_arguments(self) -> int:
+        """Characters of the buffer that belong to the arguments; the state tells whether they end there."""
+        for position, character in enumerate(self._buffer):
+            if self._in_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                elif character == "\\":
+                    self._is_escaped = True
+                elif character == '"':
+                    self._in_string = False
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self._state = "tail"
+                    return position + 1
+        return len(self._buffer)

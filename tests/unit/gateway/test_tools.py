@@ -1,0 +1,237 @@
+"""Functions that a model may call: over HTTP with the `openai` package, and how calls are told, read and answered in text."""
+
+import json
+from typing import Any
+
+import jsonschema
+import openai
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.support.fake_backend import FakeBackend, card, obey
+from serving.config import LimitsConfig
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.tools import (
+    CallReader,
+    Tool,
+    ToolCall,
+    ToolUse,
+    call_text,
+    check_tools,
+    tool_grammar,
+    tools_text,
+    with_results,
+    with_tools,
+)
+from serving.text.chat import ChatMessage
+from serving.text.chat_formats import NAMED_FORMATS
+from tests.unit.gateway.http_client import CHAT, events, post
+from tests.unit.gateway.test_structured_output import api, serve
+
+ASK: list[Any] = [{"role": "user", "content": "hi"}]
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer"}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "get_weather", "description": "Of a place.", "parameters": PLACE}},
+    {"type": "function", "function": {"name": "stop"}},
+]
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
+STOP = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+
+
+def says(*texts: str, seed: int = 0) -> FakeBackend:
+    return FakeBackend(obey(*texts, seed=seed), [card("tiny", max_model_len=6000)])
+
+
+class Weather(pydantic.BaseModel):
+    """Asks for the weather."""
+
+    city: str = pydantic.Field(max_length=6)
+    days: int
+
+
+async def test_a_model_that_decides_by_itself() -> None:
+    async with serve(says("Sunny.", CALL, f"I look it up.\n{CALL}\n{STOP}")) as gateway, api(gateway) as client:
+        answer = await client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS, n=3)
+        plain, call, both = answer.choices
+        assert (plain.message.content, plain.message.tool_calls, plain.finish_reason) == ("Sunny.", None, "stop")
+        assert (call.message.content, call.finish_reason) == (None, "tool_calls")
+        assert call.message.tool_calls and both.message.tool_calls
+        assert call.message.tool_calls[0].type == "function"
+        assert call.message.tool_calls[0].function.name == "get_weather"
+        assert json.loads(call.message.tool_calls[0].function.arguments) == {"city": "Rome", "days": 2}
+        assert both.message.content == "I look it up."
+        assert [each.function.name for each in both.message.tool_calls if each.type == "function"] == [
+            "get_weather",
+            "stop",
+        ]
+        ids = [each.id for choice in (call, both) for each in choice.message.tool_calls or ()]
+        assert len(set(ids)) == 3
+        (request, *_) = gateway.backend.requests
+        told = bytes(token_id for token_id in request.prompt_token_ids if token_id < 256).decode()
+        assert "get_weather" in told and "Of a place." in told and "<tools>" in told
+        # What came goes back as it came, with results; two results are one message of the user's.
+        history: list[Any] = [
+            *ASK,
+            both.message.model_dump(exclude_none=True),
+            *({"role": "tool", "tool_call_id": each.id, "content": "42"} for each in both.message.tool_calls),
+            {"role": "user", "content": "and now?"},
+        ]
+        await client.chat.completions.create(model="tiny", messages=history, tools=TOOLS)
+        (request,) = gateway.backend.requests
+        told = bytes(token_id for token_id in request.prompt_token_ids if token_id < 256).decode()
+        assert f"I look it up.\n{CALL}\n{STOP}" in told
+        assert "<tool_response>\n42\n</tool_response>\n<tool_response>\n42\n</tool_response>\nand now?" in told
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_a_call_that_is_asked_for_comes_and_is_valid(choice: Any) -> None:
+    async with serve(says("No.", seed=4)) as gateway, api(gateway) as client:
+        answer = await client.chat.completions.create(
+            model="tiny", messages=ASK, tools=TOOLS, tool_choice=choice, n=4, parallel_tool_calls=False
+        )
+        for each in answer.choices:
+            assert each.message.content is None and each.message.tool_calls
+            (call,) = each.message.tool_calls
+            assert call.type == "function"
+            if call.function.name == "get_weather":
+                jsonschema.validate(json.loads(call.function.arguments), PLACE)
+            else:
+                assert (call.function.name, json.loads(call.function.arguments), choice) == ("stop", {}, "required")
+            assert each.finish_reason == ("tool_calls" if choice == "required" else "stop")
+
+
+async def test_a_streamed_call_and_the_parsing_of_the_openai_package() -> None:
+    async with serve(says(f"Look:\n{CALL}")) as gateway, api(gateway) as client:
+        tool = openai.pydantic_function_tool(Weather, name="get_weather")
+        async with client.chat.completions.stream(model="tiny", messages=ASK, tools=[tool]) as stream:
+            seen = [event async for event in stream]
+            final = (await stream.get_final_completion()).choices[0]
+        assert final.message.content == "Look:" and final.finish_reason == "tool_calls"
+        assert final.message.tool_calls
+        assert final.message.tool_calls[0].function.parsed_arguments == Weather(city="Rome", days=2)
+        done = [event for event in seen if event.type == "tool_calls.function.arguments.done"]
+        assert [event.arguments for event in done] == ['{"city": "Rome", "days": 2}']
+        parsed = await client.chat.completions.parse(model="tiny", messages=ASK, tools=[tool], tool_choice="required")
+        (call,) = (parsed.choices[0].message.tool_calls or ())[:1]
+        assert isinstance(call.function.parsed_arguments, Weather)
+        body = CHAT | {"tools": TOOLS, "stream": True, "logprobs": True}
+        chunks = events(await post(gateway, "/v1/chat/completions", body))
+        deltas = [delta for each in chunks for delta in each["choices"][0]["delta"].get("tool_calls", ())]
+        assert (deltas[0]["id"], deltas[0]["type"]) == (deltas[0]["id"], "function")
+        assert deltas[0]["function"] == {"name": "get_weather", "arguments": ""}
+        assert all(set(delta) == {"index", "function"} for delta in deltas[1:])
+        num_tokens = sum(len((each["choices"][0]["logprobs"] or {}).get("content", ())) for each in chunks)
+        assert num_tokens == len(f"Look:\n{CALL}")
+
+
+async def test_a_form_beside_functions_and_functions_that_may_not_be_called() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
+    async with serve(says("nothing of this kind", CALL, seed=1)) as gateway:
+        body = CHAT | {"tools": TOOLS, "response_format": form, "n": 2, "parallel_tool_calls": False}
+        first, second = (await post(gateway, "/v1/chat/completions", body)).json()["choices"]
+        assert first["message"].get("tool_calls") or first["message"]["content"] in ('"yes"', '"no"')
+        assert second["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+        none = await post(gateway, "/v1/chat/completions", CHAT | {"tools": TOOLS, "tool_choice": "none"})
+        assert none.json()["choices"][0]["message"] == {
+            "content": "nothing of this kind", "role": "assistant", "refusal": None,
+        }  # fmt: skip
+        assert not gateway.backend.requests[0].grammar
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+WRONG = [
+    ({"tools": [{"function": {"name": "a b"}}]}, "tools[0].function.name", "'a b'"),
+    ({"tools": [{"function": FUNCTION}, {"function": FUNCTION}]}, "tools[1].function.name", "another"),
+    ({"tools": [{"type": "web_search", "function": FUNCTION}]}, "tools[0].type", "web_search"),
+    ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters", "schema"),
+    (
+        {"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}]},
+        "tools[0].function.parameters.properties.a",
+        "Invalid type: x",
+    ),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
+    ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "any"),
+    ({"tools": TOOLS, "guided_grammar": 'start: "a"'}, "guided_grammar", "beside tools"),
+    ({"tools": TOOLS * 70}, "tools", "limits.max_tools"),
+    ({"functions": [FUNCTION]}, "functions", "send tools"),
+    (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": FUNCTION}]}]},
+        "messages[0].tool_calls",
+        "",
+    ),
+]
+
+
+async def test_wrong_functions_are_refused_by_name() -> None:
+    async with serve(says("x")) as gateway:
+        for body, place, what in WRONG:
+            answer = await post(gateway, "/v1/chat/completions", CHAT | body)
+            assert answer.status_code == 400, (body, answer.text)
+            error = answer.json()["error"]
+            assert error["param"] == place and what in error["message"], error
+
+
+def test_limits_of_the_core() -> None:
+    use = ToolUse(tools=(Tool(name="f"),), choice="required")
+    check_tools(use, None, LimitsConfig(max_tools=1))
+    with pytest.raises(ValidationError, match="max_tools is 0"):
+        check_tools(use, None, LimitsConfig(max_tools=0))
+
+
+# ---- text ----
+
+
+@given(st.data())
+def test_calls_are_read_alike_however_the_answer_is_cut(data: st.DataObject) -> None:
+    arguments = [
+        json.dumps(data.draw(st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers(), max_size=3)))
+        for _ in range(data.draw(st.integers(0, 3)))
+    ]
+    said = data.draw(st.sampled_from(["", "Hi.", "a < b <tool", "{}", "x\n\n"]))
+    text = said + "\n".join(call_text(ToolCall(name=f"f{i}", arguments=each)) for i, each in enumerate(arguments))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    reader, told, deltas = CallReader(), "", []
+    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        part, new = reader.push(text[begin:end])
+        told += part
+        deltas += new
+    told += reader.flush()
+    assert told == (said.rstrip() if arguments else said)
+    assert [delta.name for delta in deltas if delta.name] == [f"f{i}" for i in range(len(arguments))]
+    for index, each in enumerate(arguments):
+        assert "".join(delta.arguments for delta in deltas if delta.index == index) == each
+
+
+def test_functions_are_told_where_the_format_has_a_place_for_them() -> None:
+    use = ToolUse(tools=(Tool(name="f", description="Does."),))
+    told = tools_text(use)
+    user, system = ChatMessage("user", "hi"), ChatMessage("system", "Be kind.")
+    chatml, mistral = NAMED_FORMATS["chatml"], NAMED_FORMATS["mistral-v0.1"]
+    assert with_tools([system, user], use, chatml, "") == [ChatMessage("system", f"Be kind.\n\n{told}"), user]
+    assert with_tools([user], use, chatml, "") == [ChatMessage("system", told), user]
+    assert with_tools([user], use, chatml, "Default.") == [ChatMessage("system", f"Default.\n\n{told}"), user]
+    assert with_tools([user], use, mistral, "") == [ChatMessage("user", f"{told}\n\nhi")]
+    assert "now" in tools_text(ToolUse(tools=use.tools, choice="required"))
+
+
+def test_results_become_messages_of_the_users() -> None:
+    call, result = ChatMessage("assistant", "call"), ChatMessage("tool", "1")
+    assert [message.role for message in with_results([ChatMessage("user", "a"), call, result, result])] == [
+        "user", "assistant", "user",
+    ]  # fmt: skip
+    assert with_results([call, result, ChatMessage("user", "b")])[1].content == (
+        "<tool_response>\n1\n</tool_response>\nb"
+    )
+
+
+def test_the_space_of_sentencepiece_may_stand_before_a_call() -> None:
+    use = ToolUse(tools=(Tool(name="f"),), choice="required")
+    assert '" "?' in tool_grammar(use, None, strips_space=True).text
+    assert '" "?' not in tool_grammar(use, None, strips_space=False).text
