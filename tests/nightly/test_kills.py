@@ -82,15 +82,11 @@ def reference(address: str, number: int) -> Reference:
 
 
 def groups() -> list[tuple[int, ...]]:
-    """Process ids of each group's leader and ranks."""
+    """Process ids of each group's leader and ranks. A leader that was stopped answers nobody, until Serve has ended it."""
     handle: Any = group_handle()
     try:
         answers = handle.broadcast("pids").results(timeout_s=PATIENCE_S, return_exceptions=True)
-    except (
-        RayError,
-        RayServeException,
-        TimeoutError,
-    ):  # a leader that was stopped answers nobody, until Serve has ended it
+    except (RayError, RayServeException, TimeoutError):
         return []
     return [answer for answer in answers if isinstance(answer, tuple)]
 
