@@ -101,15 +101,18 @@ def capacity_of(traits: GroupTraits, num_prompt_tokens: float, policy: ModelPoli
     return Capacity(traits, uncached, service_s, max(limits[limit], 1e-12), limit, unreachable)
 
 
-def margin_for_bursts(rate: float, dispersion: float, capacity: Capacity, policy: ModelPolicy) -> float:
+def margin_for_bursts(rate: float, dispersion: float, wander: float, capacity: Capacity, policy: ModelPolicy) -> float:
     """By how much more than the mean to provide, as a part of it (square-root staffing; Halfin and Whitt 1981).
 
     n = rate · D · tpot sequences are in service, over all groups. Their number varies with a variance of I·n, where I is the
     index of dispersion of the arrivals: 1 for a Poisson process. A request feels the mean over its own duration. The number is
     correlated over just that time, and such a mean has 2/e of the variance (for an exponential correlation).
+    The mean itself changes until a group that is started now can serve: by `wander`, a standard deviation and a part of the mean.
     """
     num_in_service = rate * max(capacity.traits.mean_output_tokens, 1.0) * policy.tpot_p99_s
-    return CONFIDENCE * math.sqrt(2 / math.e * dispersion / num_in_service) if num_in_service > 0 else 0.0
+    if num_in_service <= 0:
+        return 0.0
+    return CONFIDENCE * math.sqrt(2 / math.e * dispersion / num_in_service + wander**2)
 
 
 @dataclass(frozen=True, slots=True)

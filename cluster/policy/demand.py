@@ -9,11 +9,10 @@ from statistics import median
 from cluster.policy.capacity import Capacity
 from cluster.policy.config import ModelPolicy
 from cluster.policy.observation import GatewayLoad, GroupLoad
-from cluster.policy.state import GroupTraits, ModelState, Sample, Seen
+from cluster.policy.state import Block, GroupTraits, ModelState, Sample, Seen
 
 MAX_SAMPLES = 240
 MAX_START_TIMES = 5
-SHRINK_AFTER_STARTS = 2.0
 LEAST_SHRINK_AFTER_S = 30.0
 PROOF = 2.5
 """Standard errors by which something must stand out before it counts. It is looked for at every tick, in several windows, and by
@@ -28,6 +27,17 @@ MAX_DISPERSION = 25.0
 NUM_BLOCKS = 9
 """That differences are averaged in before the median of the averages is taken."""
 SHORTEST_WINDOW_S = 5.0
+BLOCKS_A_START = 2
+SHORTEST_BLOCK_S = 15.0
+MAX_BLOCKS = 96
+"""So many that a flash crowd is in a small part of them."""
+LAG = 3
+"""Blocks between two that are compared: the time that a start takes, and the age of what is known of the demand."""
+FEWEST_DIFFERENCES = 16
+"""With fewer, one step would be in too large a part of them."""
+MAX_WANDER = 1.0
+MEDIAN_OF_SQUARE = 0.4549
+"""Of the square of a standard normal variable (chi-squared of one degree of freedom)."""
 
 
 def take_sample(
@@ -126,19 +136,60 @@ class Demand:
     """The same for the time when a group that is started now can serve."""
     dispersion: float
     """Index of dispersion of the arrivals: 1 for a Poisson process, more for bursts."""
+    wander: float
+    """Standard deviation of what the demand changes by until then, as a part of it."""
 
 
-def forecast(samples: Sequence[Sample], ahead_s: float, capacity: Capacity, now_s: float) -> Demand:
+def remember_block(blocks: tuple[Block, ...], new: Sample | None, start_s: float) -> tuple[Block, ...]:
+    """The blocks with a further sample, bounded in number. A block is as long as a part of a start."""
+    if new is None:
+        return blocks
+    *before, last = blocks or (Block(new.at_s, 0.0, 0.0, 0.0),)
+    full_s = max(start_s / BLOCKS_A_START, SHORTEST_BLOCK_S)
+    if last.length_s and last.length_s + new.length_s / 2 > full_s:
+        before, last = [*before, last], Block(new.at_s, 0.0, 0.0, 0.0)
+    last = Block(
+        new.at_s,
+        last.length_s + new.length_s,
+        last.num_sequences + new.num_sequences,
+        last.num_prompt_tokens + new.num_prompt_tokens,
+    )
+    return (*before, last)[-MAX_BLOCKS:]
+
+
+def _wander(blocks: Sequence[Block], capacity: Capacity, dispersion: float) -> float:
+    """From the median of the squared relative changes between blocks that are a start apart, which a few steps do not change,
+    less what chance adds to each block."""
+    squares, noises = [], []
+    works = [capacity.price_s(block.num_sequences, block.num_prompt_tokens) for block in blocks]
+    for first in range(len(blocks) - LAG):
+        one, other = blocks[first], blocks[first + LAG]
+        level = (works[first] + works[first + LAG]) / (one.length_s + other.length_s)
+        if level <= 0:
+            continue
+        change = (works[first + LAG] / other.length_s - works[first] / one.length_s) / level
+        squares.append(change**2)
+        noises.append(dispersion * capacity.service_s / level * (1 / one.length_s + 1 / other.length_s))
+    if len(squares) < FEWEST_DIFFERENCES:
+        return 0.0
+    variance = median(squares) / MEDIAN_OF_SQUARE - median(noises)
+    return min(math.sqrt(max(0.0, variance)), MAX_WANDER)
+
+
+def forecast(
+    samples: Sequence[Sample], blocks: Sequence[Block], ahead_s: float, capacity: Capacity, now_s: float
+) -> Demand:
     """From the arrivals so far.
 
     What the demand will have risen by then is added to its present level, if a rise is proven.
     """
     if not samples:
-        return Demand(0.0, 0.0, 1.0)
+        return Demand(0.0, 0.0, 1.0, 0.0)
     works = [capacity.price_s(sample.num_sequences, sample.num_prompt_tokens) for sample in samples]
     dispersion = _dispersion(samples, works, capacity.service_s)
     level = _level(samples, works, dispersion * capacity.service_s, now_s)
-    return Demand(level, level + ahead_s * _proven_rise(samples, works), dispersion)
+    wander = _wander(blocks, capacity, dispersion)
+    return Demand(level, level + ahead_s * _proven_rise(samples, works), dispersion, wander)
 
 
 def _dispersion(samples: Sequence[Sample], works: Sequence[float], service_s: float) -> float:
@@ -166,20 +217,20 @@ def _level(samples: Sequence[Sample], works: Sequence[float], noise_s: float, no
     """Of what arrives at present. A mean over `span_s` seconds has the variance noise_s · rate / span_s.
 
     It is the mean over the longest window in which nothing has changed: none of the shorter ones
-    differs from it by more than CHANGE standard errors (Lepski 1991). A window with too few requests is no measure. What any
-    window proves to be higher, less PROOF standard errors, counts nevertheless: so a step shows within seconds, and then ever
-    more of it.
+    differs from it by more than CHANGE standard errors (Lepski 1991). A window with too few requests is no measure. What a
+    shorter one proves to be higher, less PROOF standard errors, counts nevertheless: so a step shows within seconds, and then
+    ever more of it. A longer one says what was before a change. While none can be measured, all count.
     """
     windows = _windows(samples, works, now_s)
-    level = max(max(0.0, work - PROOF * math.sqrt(noise_s * work)) / span_s for span_s, work in windows)
+    proven = [max(0.0, work - PROOF * math.sqrt(noise_s * work)) / span_s for span_s, work in windows]
     for place in range(len(windows) - 1, -1, -1):
         span_s, work = windows[place]
         if work < MEASURABLE * noise_s:
             break
         rate = work / span_s
         if all(abs(w / s - rate) <= CHANGE * math.sqrt(noise_s * rate / s) for s, w in windows[:place]):
-            return max(level, rate)
-    return level
+            return max(rate, *proven[: place + 1])
+    return max(proven)
 
 
 def _windows(samples: Sequence[Sample], works: Sequence[float], now_s: float) -> list[tuple[float, float]]:
@@ -248,6 +299,6 @@ def shrink_after_s(state: ModelState, policy: ModelPolicy) -> float:
     """How long fewer groups must have been enough before some are stopped.
 
     As in the ski-rental problem: keeping a group that is not needed for as long as a start takes costs what starting it again
-    would, so waiting for a small multiple of that is never far from the best in hindsight.
+    would, so waiting for just that long costs at most twice the best in hindsight.
     """
-    return policy.shrink_after_s or max(SHRINK_AFTER_STARTS * start_time_s(state, policy), LEAST_SHRINK_AFTER_S)
+    return policy.shrink_after_s or max(start_time_s(state, policy), LEAST_SHRINK_AFTER_S)

@@ -10,6 +10,10 @@ from cluster.policy.demand import Demand, backlog_s, forecast, mean_prompt_token
 from cluster.policy.observation import GatewayLoad, GroupLoad, GroupObservation, Phase
 from cluster.policy.state import GroupTraits, ModelState
 
+NEGLIGIBLE = 0.12
+"""Part of a group that is not started a group for. Otherwise a need that is near a whole number starts and stops one again and
+again."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
@@ -33,7 +37,8 @@ class Outlook:
     @property
     def needed(self) -> int:
         """Groups, without any bound."""
-        return math.ceil(max(self.by_demand, self.by_backlog, self.by_kv_cache) - 1e-9)
+        by_rate = math.ceil(max(self.by_demand, self.by_backlog) - NEGLIGIBLE)
+        return max(by_rate, math.ceil(self.by_kv_cache - 1e-9))
 
     @property
     def cause(self) -> Cause:
@@ -80,8 +85,8 @@ def look_ahead(
     held_tokens = sum(load.num_held_tokens for load in gateways.values())
     capacity = capacity_of(traits, mean_prompt_tokens(state.samples, num_held, held_tokens), policy)
     ahead_s = start_time_s(state, policy)
-    demand = forecast(state.samples, ahead_s, capacity, now_s)
-    margin = margin_for_bursts(demand.at_ready / capacity.service_s, demand.dispersion, capacity, policy)
+    demand = forecast(state.samples, state.blocks, ahead_s, capacity, now_s)
+    margin = margin_for_bursts(demand.at_ready / capacity.service_s, demand.dispersion, demand.wander, capacity, policy)
     provided = demand.at_ready * (1 + margin)
     waiting_s = backlog_s(groups, gateways, capacity) + demand.now * ahead_s
     waiting_s = max(0.0, waiting_s - _served_by_then(observed, ahead_s, now_s))
@@ -95,7 +100,7 @@ def look_ahead(
         margin=margin,
         backlog_s=waiting_s,
         by_demand=provided / capacity.utilisation,
-        by_backlog=(demand.at_ready + waiting_s / catch_up_s) / capacity.utilisation,
+        by_backlog=(provided + waiting_s / catch_up_s) / capacity.utilisation,
         by_kv_cache=growth * kv_tokens / (policy.max_kv_usage * traits.kv_cache_tokens),
     )
 

@@ -22,6 +22,16 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of KV cache in use."""
 
 
+class Block(msgspec.Struct, frozen=True, array_like=True):
+    """What arrived in a longer time, for judging how far the demand wanders."""
+
+    at_s: float
+    """When it ended."""
+    length_s: float
+    num_sequences: float
+    num_prompt_tokens: float
+
+
 class Seen(msgspec.Struct, frozen=True, array_like=True):
     """A gateway's totals when it was looked at last."""
 
@@ -52,6 +62,8 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
 
     samples: tuple[Sample, ...] = ()
     """Oldest first."""
+    blocks: tuple[Block, ...] = ()
+    """Oldest first; the last one may still grow."""
     seen: dict[str, Seen] = {}
     """By gateway."""
     needs: tuple[Need, ...] = ()

@@ -10,7 +10,15 @@ from cluster.policy.capacity import replay
 from cluster.policy.checks import fresh_gateways, fresh_groups
 from cluster.policy.config import ModelPolicy
 from cluster.policy.decision import Cause
-from cluster.policy.demand import MAX_START_TIMES, remember, shrink_after_s, start_time_s, take_sample, traits_of
+from cluster.policy.demand import (
+    MAX_START_TIMES,
+    remember,
+    remember_block,
+    shrink_after_s,
+    start_time_s,
+    take_sample,
+    traits_of,
+)
 from cluster.policy.observation import GatewayLoad, GroupLoad, ModelObservation, Phase
 from cluster.policy.outlook import Outlook, look_ahead
 from cluster.policy.state import ModelState
@@ -139,6 +147,7 @@ def _learn(
     return msgspec.structs.replace(
         state,
         samples=remember(state.samples, sample, now_s, window_s),
+        blocks=remember_block(state.blocks, sample, start_time_s(state, policy)),
         seen={gateway: totals for gateway, totals in seen.items() if gateway in known},
         traits=traits_of(groups, state.traits),
         start_times_s=(*state.start_times_s, *start_times_s)[-MAX_START_TIMES:],
