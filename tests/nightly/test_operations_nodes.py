@@ -16,7 +16,7 @@ from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
 from serving.contracts.operations import Progress
 from serving.driver.app import RunningApp, start
-from serving.driver.environment import CLUSTER_VARIABLES
+from serving.driver.environment import CLUSTER_VARIABLES, token_file
 from tests.support.operations import Load, ask, entry, groups, names, tiny_model
 from tests.support.stack import wait_until
 from tests.support.waiting import PATIENCE_S
@@ -32,8 +32,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The gateway runs on the head, ranks on three nodes of one CPU each."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(tmp_path)))
     about: dict[str, Any] = {"env_vars": dict(CLUSTER_VARIABLES), "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "resources": {GATEWAY_RESOURCE: 1}, **about})
     for _ in range(3):
