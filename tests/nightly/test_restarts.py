@@ -1,5 +1,6 @@
 """Groups are replaced again and again under load, with faults in between: no request notices."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from serving.config import parse_config
 from serving.contracts.errors import ChangeError
 from serving.contracts.operations import Progress
 from serving.driver.app import RunningApp
-from tests.support.operations import Load, ask, entry, groups, tiny_model
+from tests.support.operations import Load, ask, entry, groups, names, tiny_model
 from tests.support.stack import group_handle, running_stack
 from tests.support.waiting import PATIENCE_S
 
@@ -84,6 +85,30 @@ def test_a_controller_and_a_leader_that_are_killed_in_the_middle(app: RunningApp
             print(error)
             app.operations.restart(MODEL, 1, ignore)
         assert len(groups(MODEL)) == 2
+    finally:
+        load.end()
+    assert load.answers == {seed: {tokens} for seed, tokens in alone.items()}
+
+
+def test_a_change_that_passes_the_checks_and_does_not_start_is_taken_back(app: RunningApp, tmp_path: Path) -> None:
+    with Client(app.address) as client:
+        alone = {seed: ask(client, MODEL, seed) for seed in range(NUM_CLIENTS)}
+    load = Load(app.address, MODEL, NUM_CLIENTS)
+    try:
+        before = groups(MODEL)
+        bad = json.dumps(entry(MODEL, tmp_path, num_groups=2, start_timeout_s=0.01))
+        with pytest.raises(ChangeError, match="served as before"):
+            app.operations.deploy(bad, 1, ignore, only_check=False)
+        assert len(groups(MODEL)) == 2
+        assert set(groups(MODEL)) & set(before), "the group that was left has stayed"
+        (status,) = app.operations.status()
+        assert (status.state, "start_timeout_s" in status.config) == ("serving", False)
+        with pytest.raises(ChangeError, match="was not deployed"):
+            app.operations.deploy(
+                json.dumps(entry("other", tmp_path, start_timeout_s=0.01)), 1, ignore, only_check=False
+            )
+        assert names(app)[0] == [MODEL]
+        app.operations.restart(MODEL, 1, ignore)
     finally:
         load.end()
     assert load.answers == {seed: {tokens} for seed, tokens in alone.items()}
