@@ -8,7 +8,8 @@ from ray.exceptions import RayError
 
 from cluster.ray_api import alive_nodes, draining_nodes
 from serving.contracts.start_failure import StartError
-from serving.driver import applications
+from serving.driver import applications, joined
+from serving.driver.environment import CLUSTER_VARIABLES
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,14 @@ def num_hosts() -> int:
     return len({node.ip for node in alive_nodes() if node.node_id not in ending})
 
 
+def node_problem() -> str:
+    """Which node was started without a setting that Packtrain needs; "" when none was. Raises TimeoutError, RayError."""
+    return joined.environment_problem(CLUSTER_VARIABLES)
+
+
 class GatewayFollower:
     """Tells Serve how many gateways there are to be, whenever nodes have come or gone. Serve puts at most one on a node, and
-    takes those away first that have none."""
+    takes those away first that have none. What a node that has come lacks is told in the log."""
 
     def __init__(
         self,
@@ -32,11 +38,12 @@ class GatewayFollower:
         *,
         count: Callable[[], int] = num_hosts,
         order: Callable[[int], None] = applications.set_num_gateways,
+        problem: Callable[[], str] = node_problem,
         period_s: float = PERIOD_S,
     ) -> None:
         """`num_gateways` were ordered last. Follows from now on, until `close`."""
         self._num_gateways = num_gateways
-        self._count, self._order, self._period_s = count, order, period_s
+        self._count, self._order, self._problem, self._period_s = count, order, problem, period_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gateways", daemon=True)
         self._thread.start()
@@ -54,5 +61,7 @@ class GatewayFollower:
                     self._order(wanted)
                     logger.info("%d gateways, and %d before, since nodes have come or gone", wanted, self._num_gateways)
                     self._num_gateways = wanted
-            except (RayError, RuntimeError, OSError, StartError) as error:
+                    if problem := self._problem():
+                        logger.warning("%s", problem)
+            except (RayError, RuntimeError, OSError, StartError) as error:  # OSError: TimeoutError too
                 logger.warning("it cannot be told how many gateways there should be: %s", error)

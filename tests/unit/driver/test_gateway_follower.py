@@ -2,6 +2,8 @@
 
 import threading
 
+import pytest
+
 from serving.contracts.start_failure import StartError
 from serving.driver.gateways import GatewayFollower
 from tests.support.waiting import PATIENCE_S
@@ -24,13 +26,16 @@ class Cluster:
             raise found
         return found
 
+    def problem(self) -> str:
+        return "ray.address: a node lacks a setting"
+
     def order(self, num_gateways: int) -> None:
         self.orders.append(num_gateways)
 
 
 def orders(*hosts: int | Exception) -> list[int]:
     cluster = Cluster(*hosts)
-    follower = GatewayFollower(2, count=cluster.count, order=cluster.order, period_s=0.001)
+    follower = GatewayFollower(2, count=cluster.count, order=cluster.order, problem=cluster.problem, period_s=0.001)
     assert cluster.is_over.wait(PATIENCE_S)
     follower.close()
     return cluster.orders
@@ -38,6 +43,11 @@ def orders(*hosts: int | Exception) -> list[int]:
 
 def test_there_are_as_many_as_hosts() -> None:
     assert orders(2, 2, 3, 3, 1) == [3, 1]
+
+
+def test_what_a_new_node_lacks_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    orders(2, 3, 3)
+    assert caplog.text.count("a node lacks a setting") == 1
 
 
 def test_one_is_always_left() -> None:
