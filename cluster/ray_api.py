@@ -96,7 +96,7 @@ def _control_store(address: str) -> Any:
 def draining_nodes(timeout_s: float) -> dict[str, float]:
     """Ids of living nodes that are to end, and when (wall clock; infinite where nobody has said). Raises RayError."""
     found = _control_store(ray.get_runtime_context().gcs_address).get_draining_nodes(timeout=timeout_s)
-    return {node_id.hex(): deadline_ms / 1000 if deadline_ms else math.inf for node_id, deadline_ms in found.items()}
+    return {node_id: deadline_ms / 1000 if deadline_ms else math.inf for node_id, deadline_ms in found.items()}
 
 
 def this_gpu_ids() -> tuple[int, ...]:

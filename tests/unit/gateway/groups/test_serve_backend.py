@@ -19,6 +19,7 @@ from serving.contracts.group_link import GroupCall
 from serving.gateway.groups.output_receiver import OutputReceiver
 from serving.gateway.groups.serve_backend import ASLEEP_FOR_S, ServeBackend
 from serving.observability.tracing import Tracing
+from serving.replica import deployment
 from serving.replica.deployment import ReplicaGroup
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
@@ -259,6 +260,34 @@ async def test_a_group_that_drains_lets_what_it_runs_end(backend: ServeBackend, 
     await group.leader.check_health()
     assert [token for output in await running for token in output.token_ids] == solo_output(request("a"))
     await group.leader._drain
+    with pytest.raises(GroupFailedError, match="is to be replaced"):
+        await group.leader.check_health()
+
+
+async def test_a_group_drains_when_a_node_of_any_of_its_ranks_is_to_end(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = [AttributeError("another Ray"), {}, {"elsewhere": 0.0}, {"second": time.time() + 7.0}]
+
+    def draining_nodes(timeout_s: float) -> dict[str, float]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        found: dict[str, float] = answer
+        return found
+
+    graces_s: list[float] = []
+    monkeypatch.setattr(deployment, "NODE_LOOK_PERIOD_S", 0.001)
+    monkeypatch.setattr(deployment, "draining_nodes", draining_nodes)
+    monkeypatch.setattr(deployment, "this_node", lambda: ("first", "127.0.0.1"))
+    group.leader._executor.locations = [SimpleNamespace(node_id=name) for name in ("first", "second")]
+    finish = group.leader._finish_within
+    monkeypatch.setattr(group.leader, "_finish_within", lambda grace_s: graces_s.append(grace_s) or finish(grace_s))
+    async with asyncio.timeout(PATIENCE_S):
+        await group.leader._watch_nodes()
+        await group.leader._drain
+    assert not answers
+    assert 0 < graces_s[0] <= 2.0, "all is elsewhere some seconds before the node ends"
     with pytest.raises(GroupFailedError, match="is to be replaced"):
         await group.leader.check_health()
 
