@@ -1,5 +1,6 @@
 """Every call that this package makes to Ray, so that the rest of it can be read and tested without."""
 
+import functools
 import math
 import os
 import time
@@ -87,11 +88,15 @@ def this_node() -> tuple[str, str]:
     return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
 
+@functools.lru_cache(maxsize=1)
+def _control_store(address: str) -> Any:
+    return ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
+
+
 def draining_nodes(timeout_s: float) -> dict[str, float]:
     """Ids of living nodes that are to end, and when (wall clock; infinite where nobody has said). Raises RayError."""
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
-    found = client.get_draining_nodes(timeout=timeout_s)
-    return {node_id.hex(): deadline_ms / 1000 if deadline_ms else math.inf for node_id, deadline_ms in found.items()}
+    found = _control_store(ray.get_runtime_context().gcs_address).get_draining_nodes(timeout=timeout_s)
+    return {node_id: deadline_ms / 1000 if deadline_ms else math.inf for node_id, deadline_ms in found.items()}
 
 
 def this_gpu_ids() -> tuple[int, ...]:

@@ -238,4 +238,20 @@ def _shrink_if_proven(case: _Case, outlook: Outlook, past_s: float) -> Want:
     )
     if high == target:
         return case.want(target, Cause.STEADY, f"{numbers}; {outlook.sentence}")
+    rest = _outlook_of_those_left(case, high)
+    if rest.needed > high:
+        reason = f"{numbers}; but those with the longest answers may be the ones that stay: {rest.sentence}"
+        return case.want(target, Cause.STEADY, reason)
     return case.want(high, Cause.FEWER_SUFFICE, f"{numbers}; {outlook.sentence}")
+
+
+def _outlook_of_those_left(case: _Case, num_left: int) -> Outlook:
+    """What will be asked for when so many groups are left, whichever those are. What has arrived is priced by the mean length of
+    answers, each group knows that of its own alone, and what a stopped group knew is gone."""
+    traits = case.state.traits
+    if traits is None:
+        raise AssertionError("nothing is shrunk that was not measured")
+    lengths = sorted((load.mean_output_tokens or 0.0 for load in case.groups), reverse=True)[:num_left]
+    mean = math.fsum(lengths) / max(1, len(lengths))
+    longer = msgspec.structs.replace(traits, mean_output_tokens=max(traits.mean_output_tokens, mean))
+    return look_ahead(case.observed.groups, case.groups, case.gateways, longer, case.state, case.policy, case.now_s)

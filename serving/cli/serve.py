@@ -262,7 +262,7 @@ def _tell(app: "RunningApp") -> None:
     if app.metrics_url is not None:
         say(f"metrics at {app.metrics_url}")
     if app.admin is not None:
-        say(f"packtrain.v1.Admin at {app.admin_address}, for admin keys")
+        say(f"packtrain.v1.Admin at {app.admin_address}, for packtrain deploy, scale, restart and other changes")
     key = "" if config.tenancy is None else "PACKTRAIN_API_KEY=KEY "
     tls = "" if config.gateway.tls is None else "--tls "
     say(f'try: {key}packtrain generate {tls}--address {app.address} "{DEMO_QUESTION}"')

@@ -70,7 +70,7 @@ def gateway_target(config: ServingConfig) -> serve.RunTarget:
         **_lifecycle(config),
     )(Gateway)
     application = deployment.bind(config.gateway, config.limits, config.admin, config.tenancy, resume_key())
-    return serve.RunTarget(target=application, name=APP_NAME, route_prefix=None)
+    return serve.RunTarget(target=application, name=APP_NAME, route_prefix=None, external_scaler_enabled=True)
 
 
 def model_target(
@@ -124,6 +124,11 @@ def run(targets: Sequence[serve.RunTarget], *, wait: bool) -> list[DeploymentHan
 def set_num_groups(model: str, num_groups: int) -> None:
     """So many groups there are to be. Raises StartError."""
     _ask_controller("update_deployment_replicas", DeploymentID(deployment_name(model), app_name(model)), num_groups)
+
+
+def set_num_gateways(num_gateways: int) -> None:
+    """So many gateways there are to be. Raises StartError."""
+    _ask_controller("update_deployment_replicas", DeploymentID(Gateway.__name__, APP_NAME), num_gateways)
 
 
 def deployed(model: str) -> Deployed | None:

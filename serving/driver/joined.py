@@ -30,9 +30,13 @@ def check_environment(required: Mapping[str, str]) -> None:
 
     Raises ConfigError naming each node and what it lacks, and TimeoutError when a node does not answer.
     """
-    found = ray_api.environment_by_node(tuple(required), ENVIRONMENT_TIMEOUT_S)
-    if message := missing_settings(required, found):
+    if message := environment_problem(required):
         raise ConfigError(message)
+
+
+def environment_problem(required: Mapping[str, str]) -> str:
+    """The same as a sentence; "" when no node lacks anything. Raises TimeoutError, RayError."""
+    return missing_settings(required, ray_api.environment_by_node(tuple(required), ENVIRONMENT_TIMEOUT_S))
 
 
 def missing_settings(required: Mapping[str, str], found: Mapping[str, Mapping[str, str | None]]) -> str:

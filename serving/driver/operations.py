@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.handle import DeploymentHandle
 
 from cluster.placement import GroupRequest
 from model_parallel.errors import EngineError
@@ -83,36 +82,37 @@ class ClusterOperations:
     def deploy(self, entry: str, max_unavailable: int, report: Report, *, only_check: bool) -> None:
         with _explained():
             given = changes.parse_entry(entry, self._running_config(), "the model")
-            before = self._served.models.get(given.name)
         with self._change(given.name, report) as tell, _explained():
-            if before is None:
+            if (before := self._served.models.get(given.name)) is None:
                 self._add(given, tell, only_check=only_check)
             else:
                 self._alter(before, given, max_unavailable, tell, only_check=only_check)
 
     def undeploy(self, model: str, report: Report) -> None:
-        name, served = self._find(model)
-        with self._change(name, report) as tell:
+        with self._change(model, report) as tell:
+            served = self._find(model)
             if len(self._served.models) == 1:
                 raise ChangeError(
-                    f"{name} is the only model that is served; deploy another one first, or stop the server"
+                    f"{model} is the only model that is served; deploy another one first, or stop the server"
                 )
-            self._write(name, msgspec.structs.replace(served, state="removing"))
+            self._write(model, msgspec.structs.replace(served, state="removing"))
             tell("draining", "new requests are refused; those that run may finish")
             self._waits.gateways(self._served.generation)
-            self._waits.unused(name, tell, self._config.gateway.drain_timeout_s)
+            if not self._waits.unused(model, tell, self._config.gateway.drain_timeout_s):
+                for group in self._deployed(model).running:
+                    self._begin_drain(model, group, 0.0)
             tell("stopping", "its groups end")
-            self._delete(name)
-            self._write(name, None)
+            self._delete(model)
+            self._write(model, None)
             self._waits.gateways(self._served.generation)
             self._restart_autoscaler(served)
-            tell("done", f"{name} is not served any more")
+            tell("done", f"{model} is not served any more")
 
     def scale(
         self, model: str, report: Report, *, num_groups: int | None, min_groups: int | None, max_groups: int | None
     ) -> None:
-        name, served = self._find(model)
-        with self._change(name, report) as tell, _explained():
+        with self._change(model, report) as tell, _explained():
+            served = self._find(model)
             data = changes.scaled(
                 changes.entry_of(served.given), num_groups=num_groups, min_groups=min_groups, max_groups=max_groups
             )
@@ -120,12 +120,12 @@ class ClusterOperations:
             self._alter(served, given, 1, tell, only_check=False)
 
     def restart(self, model: str, max_unavailable: int, report: Report) -> None:
-        name, served = self._find(model)
-        with self._change(name, report) as tell, _explained():
-            target = self._deployed(name).target
+        with self._change(model, report) as tell, _explained():
+            served = self._find(model)
+            target = self._deployed(model).target
             changes.check_max_unavailable(max_unavailable, target)
             self._replace(served, self._spec_of(served), served.given, target, max_unavailable, tell)
-            tell("done", f"all groups of {name} are new", target, target)
+            tell("done", f"all groups of {model} are new", target, target)
 
     def drain(self, group: str, grace_s: float | None, report: Report) -> None:
         longest_s = self._config.gateway.drain_timeout_s
@@ -134,20 +134,17 @@ class ClusterOperations:
             raise ValidationError(
                 "grace", f"grace is {grace_s:g} s; it must be from 0 to gateway.drain_timeout_s, {longest_s:g} s"
             )
-        name = self._model_of(group)
-        served = self._served.models[name]
-        with self._change(name, report) as tell:
+        with self._change(self._model_of(group), report) as tell:
+            name = self._model_of(group)
+            served = self._served.models[name]
             target = self._deployed(name).target
             if target == 1:
                 tell("draining", f"{name} has one group: what comes meanwhile waits for the next one")
                 self._write(name, msgspec.structs.replace(served, state="replacing"))
                 self._waits.gateways(self._served.generation)
             try:
-                asked = [group, grace_s]
-                self._handle(name).broadcast("begin_drain", *asked).results(timeout_s=TELL_TIMEOUT_S)
+                self._begin_drain(name, group, grace_s)
                 self._waits.rollout(name, frozenset((group,)), tell, self._start_timeout_s(served), what="run")
-            except SERVE_ERRORS as error:
-                raise ChangeError(f"the group cannot be told to drain: {plain_reason(str(error))}") from error
             finally:
                 if target == 1:
                     self._write(name, served)
@@ -228,6 +225,8 @@ class ClusterOperations:
         name = spec.card.name
         if target <= 1:
             tell("replacing", f"{name} has one group: what comes meanwhile waits for the new one")
+        else:
+            tell("replacing", f"{name}: {target} groups are replaced, {max_unavailable} at a time", 0, target)
         # Until all groups are new, no request may be longer than the shortest of them allows.
         shortest = min(before.card.max_model_len, spec.card.max_model_len)
         during = msgspec.structs.replace(spec.card, max_model_len=shortest)
@@ -293,12 +292,12 @@ class ClusterOperations:
     def _running_config(self) -> ServingConfig:
         return changes.with_models(self._config, self.entries, "what is served")
 
-    def _find(self, name: str) -> tuple[str, ServedModel]:
+    def _find(self, name: str) -> ServedModel:
         if (found := self._served.models.get(name)) is None:
             raise UnknownModelError(
                 f"model {name!r:.130} is not served; served: {', '.join(sorted(self._served.models))}"
             )
-        return name, found
+        return found
 
     def _model_of(self, group: str) -> str:
         known = []
@@ -343,8 +342,14 @@ class ClusterOperations:
         entry = changes.entry_of(served.chosen)
         return self._config.gateway.drain_timeout_s + entry.start_timeout_s + 2 * applications.STOP_TIMEOUT_S
 
-    def _handle(self, name: str) -> DeploymentHandle[Any]:
-        return serve.get_deployment_handle(deployment_name(name), app_name(name))
+    def _begin_drain(self, name: str, group: str, grace_s: float) -> None:
+        """Raises ChangeError."""
+        arguments: list[Any] = [group, grace_s]
+        try:
+            handle = serve.get_deployment_handle(deployment_name(name), app_name(name))
+            handle.broadcast("begin_drain", *arguments).results(timeout_s=TELL_TIMEOUT_S)
+        except SERVE_ERRORS as error:
+            raise ChangeError(f"the group cannot be told to drain: {plain_reason(str(error))}") from error
 
     def _write(self, name: str, model: ServedModel | None) -> None:
         """The record, with `model` in place of what it had under this name; None takes it away. Raises ChangeError."""

@@ -94,8 +94,8 @@ class Waits:
             if num_running == target == len(found.replicas):
                 return
 
-    def unused(self, name: str, tell: Tell, timeout_s: float) -> None:
-        """Until no gateway has a request of the model open, or the time is up."""
+    def unused(self, name: str, tell: Tell, timeout_s: float) -> bool:
+        """Until no gateway has a request of the model open, which is told, or the time is up."""
         told = -1
         try:
             for _ in self._looks(timeout_s, "requests did not end"):
@@ -104,9 +104,10 @@ class Waits:
                     told = num_open
                     tell("draining", f"{num_open} requests are open")
                 if not num_open:
-                    return
+                    return True
         except StartError:
             tell("draining", f"{told} requests are open still, and are ended")
+        return False
 
     def gateways(self, generation: int, model: str | None = None) -> None:
         """Until all gateways go by the record of this generation. Raises StartError when one cannot serve `model`, or does not

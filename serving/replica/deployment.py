@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from ray import serve
 
-from cluster.ray_api import RayError, draining_nodes, this_node
+from cluster.ray_api import draining_nodes, this_node
 from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
@@ -213,8 +213,8 @@ class ReplicaGroup:
             await asyncio.sleep(NODE_LOOK_PERIOD_S)
             try:
                 ending = await asyncio.to_thread(draining_nodes, NODE_LOOK_TIMEOUT_S)
-            except (RayError, RuntimeError, OSError) as error:
-                logger.warning("it cannot be told which nodes are to end: %s", error)
+            except Exception as error:  # the watch must outlive whatever the control store answers
+                logger.warning("it cannot be told which nodes are to end: %s: %s", type(error).__name__, error)
                 continue
             if found := nodes & ending.keys():
                 left_s = min(ending[node] for node in found) - time.time() - MARGIN_S

@@ -1,10 +1,6 @@
 """What is served changes while it runs: models come, change and go, groups are replaced, and no request is lost by it."""
 
-import json
-import threading
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -14,31 +10,21 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from protos import admin_pb2
-from protos import inference_pb2 as pb
 from serving.admin.operator_key import read_operator_key
 from serving.cli.main import app as program
 from serving.client.client import Client
 from serving.config import parse_config
 from serving.driver.app import RunningApp
-from tests.support.llama_tokenizers import sentencepiece_model
-from tests.support.ranks import save_random_llama
-from tests.support.stack import SMALL, group_handle, running_stack
+from tests.support.operations import Load, ask, entry, groups, names, tiny_model
+from tests.support.stack import group_handle, running_stack
 from tests.support.waiting import PATIENCE_S
 
 FIRST, SECOND = "first", "org/second"
-NUM_TOKENS = 300
-
-
-def entry(name: str, source: Path, **changes: object) -> dict[str, object]:
-    return {"name": name, "source": str(source), "cpus_per_rank": 0.5, "kv_cache_tokens": 8192, **SMALL, **changes}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny = tmp_path_factory.mktemp("tiny")
-    save_random_llama(tiny, vocab_size=640)
-    (tiny / "tokenizer.model").write_bytes(sentencepiece_model())
-    return tiny
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -62,60 +48,9 @@ def done(result: Result) -> str:
     return result.output
 
 
-def ask(client: Client, model: str, seed: int) -> tuple[int, ...]:
-    request = pb.GenerateRequest(
-        model=model,
-        prompt=pb.Prompt(text="Once upon a time"),
-        sampling=pb.Sampling(max_tokens=NUM_TOKENS, ignore_eos=True, seed=seed, temperature=1.0),
-    )
-    chunks, _ = client.stream(request, timeout_s=4 * PATIENCE_S)
-    return tuple(token for chunk in chunks for token in chunk.token_ids)
-
-
-class Load:
-    """Clients that stream all the time; a request that fails ends the test."""
-
-    def __init__(self, address: str, model: str, num_clients: int) -> None:
-        self.answers: dict[int, set[tuple[int, ...]]] = {}
-        self.num_answers = 0
-        self._is_over = threading.Event()
-        self._pool = ThreadPoolExecutor(num_clients)
-        self._asking: list[Future[None]] = [
-            self._pool.submit(self._ask, address, model, seed) for seed in range(num_clients)
-        ]
-
-    def end(self) -> None:
-        """Raises what a request failed with."""
-        self._is_over.set()
-        for asking in self._asking:
-            asking.result(timeout=4 * PATIENCE_S)
-        self._pool.shutdown()
-
-    def _ask(self, address: str, model: str, seed: int) -> None:
-        with Client(address) as client:
-            while not self._is_over.is_set():
-                self.answers.setdefault(seed, set()).add(ask(client, model, seed))
-                self.num_answers += 1
-
-
-def names(app: RunningApp) -> tuple[list[str], list[str]]:
-    """As gRPC and HTTP list them."""
-    with Client(app.address) as client:
-        over_grpc = [card.name for card in client.models()]
-    with urllib.request.urlopen(f"{app.http_url}/v1/models", timeout=PATIENCE_S) as answer:
-        listed = json.load(answer)["data"]
-    return over_grpc, [model["id"] for model in listed]
-
-
 def leaders(model: str) -> set[int]:
     found = group_handle(model).broadcast("pids").results(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
     return {pids[0] for pids in found}
-
-
-def groups(model: str) -> list[str]:
-    """Their ids."""
-    answers = group_handle(model).broadcast("probe").results(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
-    return [answer[0] for answer in answers]
 
 
 def said(result: Result) -> str:

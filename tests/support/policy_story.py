@@ -44,6 +44,8 @@ class Story:
     """The policy is asked and not obeyed."""
     changed: dict[str, object] = field(default_factory=dict)
     """What every running group tells otherwise."""
+    changed_of: dict[str, dict[str, object]] = field(default_factory=dict)
+    """The same of one group, by its name."""
     silent: set[str] = field(default_factory=set)
     """Groups that do not answer."""
     gateway_is_silent: bool = False
@@ -109,7 +111,11 @@ class Story:
         utilisation = min(share * SERVICE_S, 0.9)
         num_running = min(int(share * NUM_OUTPUT * 0.02 / (1 - utilisation)), 32)
         load = group_load(self.now_s, num_running=num_running, kv_usage=min(num_running * 250 / 20_000, 1.0))
-        load = None if group.group in self.silent else msgspec.structs.replace(load, **self.changed)
+        load = (
+            None
+            if group.group in self.silent
+            else msgspec.structs.replace(load, **{**self.changed, **self.changed_of.get(group.group, {})})
+        )
         return msgspec.structs.replace(group, load=load, start_s=start_s)
 
     def _obey(self, made: ModelDecision) -> None:

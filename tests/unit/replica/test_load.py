@@ -10,7 +10,14 @@ from model_parallel.engine.step_times import StepSample, StepWork
 from serving.replica.load import ENOUGH_ENDED, MAX_STEPS, LoadMeter
 
 IDLE = SchedulerStats(
-    num_running=0, num_waiting=0, num_waiting_tokens=0, num_paused=0, kv_usage=0.0, estimated_wait_s=0.0
+    num_running=0,
+    num_waiting=0,
+    num_waiting_tokens=0,
+    num_paused=0,
+    num_grammars=0,
+    num_compiled_grammars=0,
+    kv_usage=0.0,
+    estimated_wait_s=0.0,
 )
 
 

@@ -20,6 +20,19 @@ def test_two_and_one_do_not_alternate() -> None:
     assert set(story.targets) == {2}
 
 
+def test_what_a_stopped_group_knew_is_gone() -> None:
+    """Our own: arrivals are priced by the mean length of the groups' answers. The group with short ones was stopped, the price
+    rose, and another one was started: 2, 1, 2."""
+    mixed = {"g1": {"mean_output_tokens": 30.0}, "g2": {"mean_output_tokens": 100.0}}
+    story = Story(POLICY, num_groups=2, rate=0.7 * RATE_OF_A_GROUP, changed_of=mixed)
+    story.run(900)
+    assert set(story.targets) == {2}
+    story.rate = 0.5 * RATE_OF_A_GROUP
+    story.run(900)
+    assert story.target == 1
+    assert sum(made.target != made.before for made in story.decisions) == 1
+
+
 def test_no_traffic_is_no_missing_number() -> None:
     """Dynamo #6985: zero requests gave NaN, and the fleet stayed as it was for ever."""
     story = Story(POLICY, num_groups=4, rate=0.0)

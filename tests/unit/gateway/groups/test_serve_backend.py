@@ -8,17 +8,18 @@ from typing import Any
 
 import msgspec
 import pytest
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from bench.support.fake_backend import card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError
-from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.errors import GroupDrainingError, GroupRefusedError, GroupUnavailableError
 from serving.contracts.fleet import ModelDemand
 from serving.contracts.group_link import GroupCall
 from serving.gateway.groups.output_receiver import OutputReceiver
 from serving.gateway.groups.serve_backend import ASLEEP_FOR_S, ServeBackend
 from serving.observability.tracing import Tracing
+from serving.replica import deployment
 from serving.replica.deployment import ReplicaGroup
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
@@ -46,7 +47,11 @@ class Group:
             _engine_id="g1",
             _model=MODEL,
             _engine=self.harness.engine,
-            _executor=SimpleNamespace(set_failure_callback=lambda fail: None, shutdown=lambda: None),
+            _executor=SimpleNamespace(
+                set_failure_callback=lambda fail: None,
+                shutdown=lambda: None,
+                health=SimpleNamespace(problem=lambda: None),
+            ),
             _tracing=Tracing(),
             _drain_timeout_s=PATIENCE_S,
             _step_timeout_s=PATIENCE_S,
@@ -226,6 +231,101 @@ async def test_a_leader_that_ends_waits_only_so_long(backend: ServeBackend, grou
     await group.end()
     last = (await running)[-1]  # as `Resumption` takes it, which counts no loss
     assert (last.finish_reason, last.error_kind, last.was_waiting) == (FinishReason.ERROR, "unavailable", True)
+
+
+async def test_a_group_that_drains_takes_nothing_new_and_hands_over_what_is_left(
+    backend: ServeBackend, receiver: OutputReceiver, group: Group
+) -> None:
+    group.harness.executor.during_step = lambda: time.sleep(0.05)  # 5 s for its 100 tokens
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    assert not await group.leader.begin_drain("another", 0.0)
+    await group.leader.check_health()
+    assert await group.leader.begin_drain("g1", 0.02)
+    with pytest.raises(GroupDrainingError) as refused:
+        await outputs_of(backend, request("b"))
+    assert not refused.value.may_have_run
+    assert receiver.loads.is_avoided("g1")
+    last = (await running)[-1]
+    assert (last.error_kind, last.was_waiting) == ("unavailable", True)
+    await group.until_idle()
+    with pytest.raises(GroupFailedError, match="is to be replaced"):
+        await group.leader.check_health()
+
+
+async def test_a_group_that_drains_lets_what_it_runs_end(backend: ServeBackend, group: Group) -> None:
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    await group.leader.begin_drain("g1", PATIENCE_S)
+    await group.leader.check_health()
+    assert [token for output in await running for token in output.token_ids] == solo_output(request("a"))
+    await group.leader._drain
+    with pytest.raises(GroupFailedError, match="is to be replaced"):
+        await group.leader.check_health()
+
+
+async def test_a_group_drains_when_a_node_of_any_of_its_ranks_is_to_end(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = [AttributeError("another Ray"), {}, {"elsewhere": 0.0}, {"second": time.time() + 7.0}]
+
+    def draining_nodes(timeout_s: float) -> dict[str, float]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        found: dict[str, float] = answer
+        return found
+
+    graces_s: list[float] = []
+    monkeypatch.setattr(deployment, "NODE_LOOK_PERIOD_S", 0.001)
+    monkeypatch.setattr(deployment, "draining_nodes", draining_nodes)
+    monkeypatch.setattr(deployment, "this_node", lambda: ("first", "127.0.0.1"))
+    group.leader._executor.locations = [SimpleNamespace(node_id=name) for name in ("first", "second")]
+    finish = group.leader._finish_within
+    monkeypatch.setattr(group.leader, "_finish_within", lambda grace_s: graces_s.append(grace_s) or finish(grace_s))
+    async with asyncio.timeout(PATIENCE_S):
+        await group.leader._watch_nodes()
+        await group.leader._drain
+    assert not answers
+    assert 0 < graces_s[0] <= 2.0, "all is elsewhere some seconds before the node ends"
+    with pytest.raises(GroupFailedError, match="is to be replaced"):
+        await group.leader.check_health()
+
+
+async def test_models_come_and_go(receiver: OutputReceiver, group: Group) -> None:
+    handle: Any = group
+    backend = ServeBackend([], {}, receiver)
+    with pytest.raises(GroupUnavailableError, match="not served any more"):
+        await outputs_of(backend, request("a"))
+    backend.set_model(card(MODEL), handle, is_held=False)
+    assert list(backend.models) == [MODEL]
+    steps = backend.generate(MODEL, [request("a")], {})
+    outputs = [*await anext(steps)]
+    assert backend.num_open == {MODEL: 1}
+    backend.forget_model(MODEL)
+    backend.set_groups(MODEL, 3, is_asleep=True)  # from an autoscaler that has not heard of it
+    assert not await backend.can_serve(MODEL)
+    async for step in steps:
+        outputs += step.outputs
+    assert backend.num_open == {}
+
+
+async def test_a_model_whose_groups_are_replaced_can_serve_meanwhile(receiver: OutputReceiver) -> None:
+    asked = []
+
+    def nobody() -> Any:
+        asked.append(1)
+        raise RayServeException("there is no group")
+
+    handle: Any = SimpleNamespace(probe=SimpleNamespace(remote=nobody))
+    backend = ServeBackend([], {}, receiver)
+    backend.set_model(card(MODEL), handle, is_held=True)
+    assert await backend.can_serve(MODEL)
+    assert not asked
+    told = msgspec.structs.replace(backend.models[MODEL], kernels="cpu-avx512", deterministic=True)
+    backend._models[MODEL] = told
+    backend.set_model(card(MODEL, max_model_len=7), handle, is_held=False)
+    assert (backend.models[MODEL].kernels, backend.models[MODEL].max_model_len) == ("cpu-avx512", 7)
 
 
 async def test_a_lost_group_takes_nothing_in(group: Group) -> None:

@@ -1,0 +1,375 @@
+"""Changes of what is served, on a Serve that does what the test says: what is written down, ordered and taken back."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from bench.support.fake_backend import card
+from cluster.placement import GroupPlacement
+from model_parallel.errors import ConfigError
+from model_parallel.machine import Machine
+from serving.config import ModelEntry, parse_config
+from serving.contracts.errors import ChangeError, NotFoundError, UnknownModelError, ValidationError
+from serving.contracts.operations import Progress
+from serving.contracts.served import GatewayModels, Served, app_name, deployment_name, is_ours
+from serving.contracts.start_failure import StartError
+from serving.driver import applications, joined, operations, waits
+from serving.driver.applications import Deployed
+from serving.driver.changes import entry_of, entry_text
+from serving.driver.operations import ClusterOperations, finish_interrupted
+from serving.driver.record import served_model
+from serving.models.sizes import Host
+from tests.support.waiting import PATIENCE_S, wait_until
+
+MACHINE = Machine(num_cpus=2, num_host_cpus=2, total_memory_bytes=1 << 34, available_memory_bytes=1 << 33)
+
+
+def spec_of(entry: ModelEntry) -> Any:
+    """As much of a GroupSpec as operations look at."""
+    return SimpleNamespace(
+        card=card(
+            entry.name, source=entry.source, max_model_len=entry.max_model_len or 100, num_groups=entry.num_groups
+        ),
+        entry=entry.model_copy(update={"device": "cuda", "kv_cache_tokens": entry.kv_cache_tokens or 4096}),
+        parallel=SimpleNamespace(tp_size=1, device="cuda"),
+        cpus_per_rank=0.0,
+    )
+
+
+@dataclass
+class FakeServe:
+    """Groups are running as soon as Serve is asked, unless the model's revision is one that fails."""
+
+    models: dict[str, Deployed] = field(default_factory=dict)
+    revisions: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """(revision, entry) of each group, by model."""
+    runs: list[tuple[str, int, int]] = field(default_factory=list)
+    """(model, groups, revision) in the order in which Serve was told."""
+    failing: str = ""
+    """Part of an entry (JSON) whose groups do not start."""
+    places: int = 100
+    records: list[Served] = field(default_factory=list)
+    gateway_problems: dict[str, str] = field(default_factory=dict)
+    num_open: dict[str, int] = field(default_factory=dict)
+    is_down: bool = False
+    blocked: threading.Event | None = None
+
+    def deployed(self, model: str) -> Deployed | None:
+        if self.is_down:
+            raise StartError("Serve's controller does not answer")
+        return self.models.get(model)
+
+    def model_target(self, config: object, spec: Any, placement: object, **about: int) -> Any:
+        return SimpleNamespace(spec=spec, about=about)
+
+    def run(self, targets: list[Any], *, wait: bool) -> None:
+        if self.blocked is not None:
+            assert self.blocked.wait(PATIENCE_S)
+        (target,) = targets
+        name, number = target.spec.card.name, target.about["num_groups"]
+        revision = target.about["revision"]
+        self.runs.append((name, number, revision))
+        before = self.models.get(name)
+        old = dict(before.replicas) if before else {}
+        if self.failing and self.failing in entry_text(target.spec.entry):
+            kept = dict(list(old.items())[1:])
+            message = "The deployment failed to start. Error:\nTraceback (most recent call last):\nno memory"
+            self.models[name] = Deployed(status="DEPLOY_FAILED", message=message, target=number, replicas=kept)
+            return
+        kept = {group: state for group, state in old.items() if group.startswith(f"{revision}-")}
+        new = {f"{revision}-{len(self.runs)}-{i}": "RUNNING" for i in range(number - len(kept))}
+        self.models[name] = Deployed(status="HEALTHY", message="", target=number, replicas={**kept, **new})
+
+    def set_num_groups(self, model: str, number: int) -> None:
+        before = self.models[model]
+        groups = [*before.replicas, *(f"more-{i}" for i in range(number))][: min(number, self.places)]
+        self.models[model] = replace(before, target=number, replicas=dict.fromkeys(groups, "RUNNING"))
+
+    def delete(self, apps: Any, timeout_s: float) -> None:
+        for app in list(apps):
+            self.models = {name: found for name, found in self.models.items() if app_name(name) != app}
+
+    def write(self, served: Served) -> None:
+        self.records.append(msgspec.msgpack.decode(msgspec.msgpack.encode(served), type=Served))
+
+    def ask_gateways(self) -> list[GatewayModels]:
+        generation = self.records[-1].generation
+        return [
+            GatewayModels(gateway="g", generation=generation, num_open=self.num_open, problems=self.gateway_problems)
+        ]
+
+    @property
+    def states(self) -> list[dict[str, str]]:
+        """Of the models, in each record that was written."""
+        return [{name: model.state for name, model in served.models.items()} for served in self.records]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
+    fake = FakeServe()
+    for name in ("deployed", "model_target", "run", "set_num_groups", "delete"):
+        monkeypatch.setattr(applications, name, getattr(fake, name))
+    monkeypatch.setattr(operations, "write_served", fake.write)
+    monkeypatch.setattr(waits, "_ask_gateways", fake.ask_gateways)
+    monkeypatch.setattr(waits, "_POLL_S", 0.001)
+    monkeypatch.setattr(waits, "STALE_S", 0.0)
+    monkeypatch.setattr(operations, "run_autoscaler", lambda config, served: None)
+    monkeypatch.setattr(operations, "resolve_models", lambda entries, host: [spec_of(entry) for entry in entries])
+
+    def check(entry: ModelEntry, host: Host, *, is_private: bool) -> Any:
+        if entry.max_model_len == 13:
+            raise ConfigError("models.m.max_model_len is 13, but the model's own length is 12 tokens")
+        return SimpleNamespace(notes=[f"{entry.name}: sizes"], warnings=[], specs=[spec_of(entry)])
+
+    def places(requests: list[Any], timeout_s: float, report: object) -> list[GroupPlacement]:
+        if len(requests) > fake.places:
+            raise ConfigError(f"all groups together need {len(requests)} GPUs and the cluster has {fake.places}")
+        return [GroupPlacement(bundles=(), strategy="STRICT_PACK")] * len(requests)
+
+    monkeypatch.setattr(operations, "check_model", check)
+    monkeypatch.setattr(joined, "wait_for_places", places)
+    return fake
+
+
+class Log(list[Progress]):
+    def __call__(self, progress: Progress) -> None:
+        self.append(progress)
+
+    @property
+    def texts(self) -> str:
+        return "\n".join(progress.text for progress in self)
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+FIRST: dict[str, object] = {"name": "a", "source": "/a", "num_groups": 2, "max_model_len": 50}
+
+
+@pytest.fixture
+def cluster(serve: FakeServe) -> ClusterOperations:
+    config = parse_config({"models": [FIRST], "gateway": {"drain_timeout_s": 0.05}}, origin="test")
+    (entry,) = config.models
+    served = Served(generation=7, models={"a": served_model(spec_of(entry), entry_text(entry), 7, "serving")})
+    serve.records.append(served)
+    serve.run([serve.model_target(config, spec_of(entry), None, num_groups=2, revision=7)], wait=True)
+    serve.runs.clear()
+    return ClusterOperations(config, served, lambda: Host(machine=MACHINE))
+
+
+def text(**entry: object) -> str:
+    return msgspec.json.encode(entry).decode()
+
+
+def changed(**fields: object) -> str:
+    return text(**{**FIRST, **fields})
+
+
+def test_one_more_model(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    assert serve.states[1:] == [{"a": "serving", "b": "starting"}, {"a": "serving", "b": "serving"}]
+    assert serve.records[-1].models["b"].revision == 8
+    assert serve.runs == [("b", 1, 8)]
+    assert (log[0].stage, log[-1].stage) == ("checking", "done")
+    found = {model.name: (model.state, model.num_groups, model.num_running) for model in cluster.status()}
+    assert found == {"a": ("serving", 2, 2), "b": ("serving", 1, 1)}
+
+
+def test_what_is_only_checked_changes_nothing(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=True)
+    cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=True)
+    assert "max_num_seqs: 64 → 8" in log[-1].text
+    assert (serve.runs, len(serve.records)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (text(name="b", source="/b", num_groops=1), "num_groops"),
+        (text(name="b", source="/b", max_model_len=13), "max_model_len is 13"),
+        (text(name="b", source="/b", device="cuda", num_groups=99), "need 101 GPUs and the cluster has 100"),
+        (changed(max_model_len=13), "max_model_len is 13"),
+        (changed(source="/elsewhere"), "another name"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_changes(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, entry: str, said: str
+) -> None:
+    with pytest.raises(ValidationError, match=said):
+        cluster.deploy(entry, 1, log, only_check=False)
+    assert (serve.runs, len(serve.records)) == ([], 1)
+
+
+def test_a_model_that_does_not_start_is_taken_away(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    serve.failing = '"/b"'
+    with pytest.raises(ChangeError, match="b was not deployed: no memory"):
+        cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    assert serve.states[1:] == [{"a": "serving", "b": "starting"}, {"a": "serving"}]
+    assert set(serve.models) == {"a"}
+
+
+def test_a_model_that_a_gateway_cannot_serve_is_taken_away(
+    cluster: ClusterOperations, serve: FakeServe, log: Log
+) -> None:
+    serve.gateway_problems["b"] = "FileNotFoundError: tokenizer.model"
+    with pytest.raises(ChangeError, match=r"tokenizer\.model"):
+        cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    assert serve.states[-1] == {"a": "serving"}
+    assert set(serve.models) == {"a"}
+
+
+def test_a_change_replaces_groups_and_the_shorter_length_holds_meanwhile(
+    cluster: ClusterOperations, serve: FakeServe, log: Log
+) -> None:
+    cluster.deploy(changed(max_model_len=80), 1, log, only_check=False)
+    assert serve.runs == [("a", 2, 8)]
+    lengths = [(served.models["a"].state, served.models["a"].card.max_model_len) for served in serve.records]
+    assert lengths == [("serving", 50), ("replacing", 50), ("serving", 80)]
+    cluster.deploy(changed(max_model_len=60), 1, log, only_check=False)
+    assert serve.records[-2].models["a"].card.max_model_len == 60
+
+
+def test_sizes_that_were_chosen_stay(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=False)
+    model = serve.records[-1].models["a"]
+    assert entry_of(model.chosen).kv_cache_tokens == 4096
+    assert entry_of(model.given).kv_cache_tokens is None
+
+
+def test_a_change_that_does_not_start_is_taken_back(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    before = serve.records[-1].models["a"]
+    serve.failing = '"max_num_seqs":8'
+    with pytest.raises(ChangeError, match="a is served as before; a new group did not start: no memory"):
+        cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=False)
+    assert serve.runs == [("a", 2, 8), ("a", 2, 7)]
+    assert serve.records[-1].models["a"] == before
+    survivors = [group for group in serve.models["a"].replicas if group.startswith("7-1-")]
+    assert len(survivors) == 1, "the group that was left stayed"
+    assert len(serve.models["a"].running) == 2
+
+
+def test_what_gateways_alone_go_by_touches_no_group(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.deploy(changed(allow_parse_special=True), 1, log, only_check=False)
+    assert serve.runs == []
+    assert serve.records[-1].models["a"].revision == 7
+    cluster.deploy(changed(allow_parse_special=True), 1, log, only_check=False)
+    assert "already" in log[-1].text
+    assert len(serve.records) == 2
+
+
+def test_all_groups_but_one_may_be_away(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    with pytest.raises(ValidationError, match="of 2 groups 1 to 1 may be replaced"):
+        cluster.restart("a", 2, log)
+    cluster.restart("a", 1, log)
+    assert serve.runs == [("a", 2, 8)]
+    assert "2 of 2 groups replaced" in log.texts
+
+
+def test_the_only_group_is_replaced_while_requests_wait(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.scale("a", log, num_groups=1, min_groups=None, max_groups=None)
+    cluster.restart("a", 1, log)
+    assert "one group: what comes meanwhile waits" in log.texts
+    assert {"a": "replacing"} in serve.states
+
+
+def test_numbers_of_groups(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.scale("a", log, num_groups=4, min_groups=None, max_groups=None)
+    assert serve.models["a"].target == 4
+    assert entry_of(serve.records[-1].models["a"].given).num_groups == 4
+    assert serve.records[-1].models["a"].card.num_groups == 4
+    with pytest.raises(ValidationError, match="num_groups"):
+        cluster.scale("a", log, num_groups=0, min_groups=None, max_groups=None)
+    with pytest.raises(ValidationError, match="no autoscaling"):
+        cluster.scale("a", log, num_groups=None, min_groups=1, max_groups=None)
+
+
+def test_more_groups_than_start_are_taken_back(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_start_timeout_s", lambda served: 0.05)
+    monkeypatch.setattr(joined, "wait_for_places", lambda *arguments: [])
+    serve.places = 3
+    with pytest.raises(ChangeError, match="a has 2 groups as before"):
+        cluster.scale("a", log, num_groups=5, min_groups=None, max_groups=None)
+    assert serve.models["a"].target == 2
+    assert entry_of(serve.records[-1].models["a"].given).num_groups == 2
+
+
+def test_a_model_goes_when_its_requests_have_ended(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ChangeError, match="only model"):
+        cluster.undeploy("a", log)
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    serve.num_open["b"] = 3  # for longer than they may
+    ended: list[tuple[str, str, float]] = []
+    monkeypatch.setattr(cluster, "_begin_drain", lambda *asked: ended.append(asked))
+    cluster.undeploy("b", log)
+    assert ended == [("b", "8-1-0", 0.0)]
+    assert serve.states[-2:] == [{"a": "serving", "b": "removing"}, {"a": "serving"}]
+    assert "3 requests are open still" in log.texts
+    assert set(serve.models) == {"a"}
+    with pytest.raises(UnknownModelError, match="served: a"):
+        cluster.undeploy("b", log)
+
+
+def test_one_change_at_a_time(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    serve.blocked = threading.Event()
+    thread = threading.Thread(target=cluster.restart, args=("a", 1, log))
+    thread.start()
+    assert wait_until(lambda: any(model.change for model in cluster.status()))
+    with pytest.raises(ChangeError, match="a is being changed"):
+        cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    serve.blocked.set()
+    thread.join(PATIENCE_S)
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+
+
+def test_waits_end_when_the_server_stops(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    serve.is_down = True
+    cluster.close()
+    with pytest.raises(ChangeError):
+        cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+
+
+def test_only_a_group_that_runs_can_be_drained(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    with pytest.raises(NotFoundError, match="no group 'x' runs; running: 7-1-0, 7-1-1"):
+        cluster.drain("x", None, log)
+    with pytest.raises(ValidationError, match=r"grace is 9 s; it must be from 0 to gateway.drain_timeout_s, 0.05 s"):
+        cluster.drain("7-1-0", 9.0, log)
+
+
+@pytest.fixture
+def interrupted() -> Iterator[Served]:
+    models = {}
+    for name, state in (("a", "serving"), ("b", "starting"), ("c", "removing"), ("d", "replacing")):
+        entry = ModelEntry(name=name, source=f"/{name}")
+        models[name] = served_model(spec_of(entry), entry_text(entry), 1, state)  # type: ignore[arg-type]
+    yield Served(generation=4, models=models)
+
+
+def test_the_next_driver_finishes_what_it_finds(serve: FakeServe, interrupted: Served) -> None:
+    told: list[str] = []
+    after = finish_interrupted(interrupted, told.append)
+    assert {name: model.state for name, model in after.models.items()} == {"a": "serving", "d": "serving"}
+    assert after.generation == 5
+    assert serve.records == [after]
+    assert [line.split()[0] for line in told] == ["b", "c", "d"]
+    assert finish_interrupted(after, told.append) is after
+
+
+def test_names_of_models_are_names_of_applications() -> None:
+    names = ["a", "a-b", "a/b", "a~b", "org/chat.v1"]
+    assert len({app_name(name) for name in names[:3]}) == 3
+    assert len({deployment_name(name) for name in names[:3]}) == 3
+    assert all(is_ours(app_name(name)) and "/" not in deployment_name(name) for name in names)
+    assert not is_ours("default")
+    with pytest.raises(ValueError, match="name"):
+        ModelEntry(name="a~b", source="/a")

@@ -1,0 +1,191 @@
+"""A gateway goes by the record of what is served: models come, change and go while it answers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, card
+from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from protos import inference_pb2 as pb
+from serving.contracts.models import ModelCard
+from serving.contracts.served import GatewayModels, Served, ServedModel, State
+from serving.gateway import deployment
+from serving.gateway.deployment import Gateway
+from serving.observability.metrics import GatewayMetrics
+from tests.unit.gateway.conftest import Running, Serve
+
+
+class Backend(FakeBackend):
+    """Takes models as ServeBackend does. Each request waits until `go_on` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.held: set[str] = set()
+        self.go_on = asyncio.Event()
+
+    async def _answer(self, requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        name = requests[0].request_id
+        yield (EngineOutput(request_id=name, token_ids=tuple(b"hel")),)
+        await self.go_on.wait()
+        yield (EngineOutput(request_id=name, token_ids=tuple(b"lo"), finish_reason=FinishReason.LENGTH),)
+
+    def set_model(self, served: ModelCard, handle: object, *, is_held: bool) -> None:
+        models: Any = self.models
+        models[served.name] = served
+        (self.held.add if is_held else self.held.discard)(served.name)
+
+    def forget_model(self, name: str) -> None:
+        models: Any = self.models
+        del models[name]
+
+
+def served(generation: int, *models: ModelCard, state: State = "serving") -> Served:
+    return Served(
+        generation=generation,
+        models={
+            known.name: ServedModel(card=known, given="{}", chosen="{}", revision=1, state=state) for known in models
+        },
+    )
+
+
+class Record:
+    """What is written in the control store, and which tokenizers were loaded because of it."""
+
+    def __init__(self) -> None:
+        self.served: Served | None = None
+        self.loaded: list[str] = []
+        self.broken: set[str] = set()
+
+    def tokenizer_of(self, card: ModelCard) -> ByteTokenizer:
+        if card.name in self.broken:
+            raise FileNotFoundError("tokenizer.model")
+        self.loaded.append(card.name)
+        return ByteTokenizer()
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Record:
+    record = Record()
+    monkeypatch.setattr(deployment, "_read_served", lambda: record.served)
+    monkeypatch.setattr(deployment, "_tokenizer_of", record.tokenizer_of)
+    monkeypatch.setattr(deployment, "_handle", lambda model: None)
+    return record
+
+
+class Watched(Gateway):
+    """Python would call __del__ too, and await nothing."""
+
+    def __del__(self) -> None: ...  # type: ignore[override]
+
+
+def gateway_of(running: Running) -> Any:
+    """The deployment around a server that runs, without Serve."""
+    gateway: Any = Watched.__new__(Watched)
+    metrics = GatewayMetrics({"tiny": 100, "plain": 100}, {"tiny": 1, "plain": 1}, ())
+    gateway.__dict__.update(
+        _id="g",
+        _backend=running.backend,
+        _server=running.server,
+        _served=served(1, *running.backend.models.values()),
+        _problems={},
+        _looking=asyncio.Lock(),
+        _watch=SimpleNamespace(set_models=lambda cards, states: metrics.set_models({c.name: 1 for c in cards})),
+        metrics=metrics,
+    )
+    return gateway
+
+
+async def names(running: Running) -> list[str]:
+    return [model.name for model in (await running.stub.ListModels(pb.ListModelsRequest())).models]
+
+
+def question(model: str) -> pb.GenerateRequest:
+    return pb.GenerateRequest(model=model, prompt=pb.Prompt(text="x"), sampling=pb.Sampling(max_tokens=5))
+
+
+async def test_models_come_and_go(serve: Serve, record: Record) -> None:
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        record.served = served(2, *running.backend.models.values(), card("new"))
+        await gateway._look()
+        assert await names(running) == ["new", "plain", "tiny"]
+        assert record.loaded == ["new"]
+        await gateway._look()
+        assert record.loaded == ["new"], "the record has not changed"
+
+        asked = asyncio.ensure_future(running.stub.Generate(question("new")))
+        await running.backend.started.wait()
+        record.served = served(3, card("tiny"))
+        await gateway._look()
+        assert await names(running) == ["tiny"]
+        call = running.stub.Generate(question("new"))
+        assert await call.code() is grpc.StatusCode.NOT_FOUND
+        assert "served: tiny" in await call.details()
+        running.backend.go_on.set()  # type: ignore[attr-defined]
+        assert (await asked).choices[0].text == "hello", "what had begun goes on"
+        assert gateway.metrics.model_label("new") == "new"
+        assert gateway.metrics.groups.fleet_models().keys() == {"tiny"}
+
+
+async def test_a_model_changes(serve: Serve, record: Record) -> None:
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        running.backend.go_on.set()  # type: ignore[attr-defined]
+        record.served = served(2, card("tiny", num_groups=5), state="replacing")
+        await gateway._look()
+        assert record.loaded == [], "another number of groups is nothing that prompts depend on"
+        assert running.backend.held == {"tiny"}  # type: ignore[attr-defined]
+        record.served = served(3, card("tiny", max_model_len=3))
+        await gateway._look()
+        assert record.loaded == ["tiny"]
+        assert running.backend.held == set()  # type: ignore[attr-defined]
+        assert await running.stub.Generate(question("tiny")).code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_model_that_cannot_be_served_here_leaves_the_others(serve: Serve, record: Record) -> None:
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        record.broken = {"new"}
+        record.served = served(2, card("tiny"), card("new"))
+        gateway._backend.num_open = {"tiny": 2}
+        answer = msgspec.msgpack.decode(await gateway.take_models(), type=GatewayModels)
+        assert (answer.generation, answer.num_open) == (2, {"tiny": 2})
+        assert answer.problems == {"new": "FileNotFoundError: tokenizer.model"}
+        assert await names(running) == ["tiny"]
+        record.broken = set()
+        record.served = served(3, card("tiny"), card("new"))
+        await gateway._look()
+        assert await names(running) == ["new", "tiny"], "it was tried again"
+        record.broken, record.served = {"new"}, served(4, card("tiny"))
+        await gateway._look()
+        assert await names(running) == ["tiny"]
+
+
+async def test_models_that_are_not_shown_are_not_served(serve: Serve, record: Record) -> None:
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        hidden = served(2, card("coming"), state="starting").models | served(2, card("plain"), state="removing").models
+        record.served = Served(generation=2, models=hidden | served(2, card("tiny")).models)
+        await gateway._look()
+        assert await names(running) == ["tiny"]
+
+
+async def test_a_record_that_cannot_be_read_changes_nothing(
+    serve: Serve, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable() -> Served:
+        raise RuntimeError("the control store is away")
+
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        monkeypatch.setattr(deployment, "_read_served", unreadable)
+        await gateway._look()
+        record.served = None
+        monkeypatch.setattr(deployment, "_read_served", lambda: None)
+        await gateway._look()
+        assert await names(running) == ["plain", "tiny"]
