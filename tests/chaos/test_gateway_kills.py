@@ -210,6 +210,6 @@ def _billed(store: Store) -> dict[str, tuple[int, int]]:
 
 
 def _all_are_billed(store: Store, reads: Sequence[Read]) -> bool:
-    """All that were resumed. What ended at the gateway a moment before it was killed may have no record: a streamed answer's is on
-    its way for up to a second."""
+    """All that were resumed. What ended at the gateway a moment before it was killed may have no record: a streamed answer's is
+    on its way for up to a second."""
     return {name for read in reads if read.num_resumed for name in read.request_ids} <= _billed(store).keys()
