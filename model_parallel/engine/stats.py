@@ -45,9 +45,9 @@ class SchedulerStats(Totals):
     """Prompt tokens of those."""
     num_paused: int
     """Whose readers do not keep up."""
-    num_grammars: int
+    num_grammars: int = 0
     """That the ranks keep, or compile now."""
-    num_compiled_grammars: int
+    num_compiled_grammars: int = 0
     """Since the group started."""
     kv_usage: float
     """Share of the KV cache that sequences hold, 0 to 1. Published blocks that nobody holds count as free."""

@@ -50,7 +50,7 @@ def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretc
     if len(in_flight) != 1 or engine.failure is not None or not running or scheduler._finished or scheduler._outputs:
         return None
     plan = in_flight[0]
-    if len(plan.rows) != len(running) or plan.new_sequences:
+    if len(plan.rows) != len(running) or plan.new_sequences or scheduler._unready or scheduler._grammars.has_news:
         return None
     num_steps, num_context_tokens = sys.maxsize, 0
     runs = tuple(running.values())

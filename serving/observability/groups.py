@@ -31,6 +31,10 @@ _FAMILIES = (
     _Family("vllm:num_requests_running", "Sequences that run.", "num_running"),
     _Family("vllm:num_requests_waiting", "Sequences that wait, preempted ones included.", "num_waiting"),
     _Family("packtrain_requests_paused", "Sequences whose readers do not keep up.", "num_paused"),
+    _Family("packtrain_grammars", "Grammars that the ranks keep compiled, or compile now.", "num_grammars"),
+    _Family(
+        "packtrain_grammars_compiled", "Grammars compiled by the ranks.", "num_compiled_grammars", is_total=True
+    ),
     _Family("vllm:kv_cache_usage_perc", "Share of the KV cache that sequences hold, 0 to 1.", "kv_usage"),
     _Family("packtrain_waiting_tokens", "Prompt tokens of waiting sequences.", "num_waiting_tokens"),
     _Family("packtrain_estimated_wait_seconds", "Until all that waits now is admitted.", "estimated_wait_s"),

@@ -1,0 +1,187 @@
+"""What a form costs: the engine with and without a grammar, in turn in one run.
+
+Inter-token latency: a full batch decodes at temperature 1, each request held to a long text, or to nothing. Time to the first
+token: a request alone, whose grammar the ranks have already, or that has none; and one whose grammar is new.
+
+    python -m bench.structured_output [--batch 32] [--repeats 5] [--tp 1] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.machine import describe_machine, machine_facts
+from bench.markdown import table
+from model_parallel.checkpoint.detect import describe
+from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig, SchedulerConfig
+from model_parallel.engine.engine import Engine
+from model_parallel.engine.request import EngineRequest, SamplingParams
+from model_parallel.engine.scheduler import Scheduler
+from model_parallel.runtime.executors import SpawnedExecutor
+from serving.gateway.core.constraints import JsonSchema, Regex, grammar_of
+from serving.gateway.core.tools import Tool, ToolUse, tool_grammar
+from serving.models.chat import resolve_text
+from serving.models.fetch import fetch_model
+from serving.text.token_table import token_table
+
+RESULT = Path(__file__).parent / "results" / "structured_output.json"
+MODEL = "smollm2-135m-instruct"
+NUM_NEW_TOKENS = 48
+NUM_PROMPT_TOKENS = 64
+NUM_FIRST_TOKENS = 10
+"""Requests of a repeat whose first token is timed, of each kind."""
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 3, "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "JSON schema": grammar_of(
+        JsonSchema(field="schema", schema={"type": "array", "items": PERSON, "minItems": 40}), strips_space=False
+    ).text,
+    "any JSON": grammar_of(
+        JsonSchema(field="schema", schema={"type": "array", "items": True, "minItems": 400}), strips_space=False
+    ).text,
+    "regular expression": grammar_of(
+        Regex(field="regex", pattern=r"([A-Za-z ,.]{1,200}\n){100,}"), strips_space=False
+    ).text,
+    "functions, auto": tool_grammar(
+        ToolUse(tools=tuple(Tool(name=f"f{i}", parameters=PERSON) for i in range(8))), None, strips_space=False
+    ).text,
+}
+
+
+class Group:
+    """Ranks, each a process, and their engine, as they serve."""
+
+    def __init__(self, tp_size: int, num_threads: int, batch: int) -> None:
+        info = describe(fetch_model(MODEL))
+        text = resolve_text(info)
+        self.eos_token_ids = text.eos_token_ids
+        self.vocab_size = info.config.vocab_size
+        cache = CacheConfig(
+            num_blocks=(batch + 1) * (NUM_PROMPT_TOKENS + NUM_NEW_TOKENS) // 16 + 64, enable_prefix_caching=False
+        )
+        parallel = ParallelConfig(tp_size=tp_size, dtype="bfloat16", num_threads=num_threads)
+        config = GroupConfig(checkpoint_path=str(info.path), parallel=parallel, cache=cache, epoch=1)
+        table_of_tokens = token_table(text.tokenizer, self.vocab_size, text.eos_token_ids)
+        self.executor = SpawnedExecutor(replace(config, tokens=table_of_tokens))
+        scheduler = SchedulerConfig(max_model_len=1024, max_num_seqs=max(64, batch), max_num_batched_tokens=4096)
+        self.engine = Engine(self.executor, Scheduler(scheduler, cache, epoch=1))
+        self.num_requests = 0
+
+    def request(self, grammar: str, num_new_tokens: int) -> EngineRequest:
+        """Another one, with a prompt of its own."""
+        self.num_requests += 1
+        prompt = tuple((7919 * self.num_requests + 31 * i) % 40_000 + 100 for i in range(NUM_PROMPT_TOKENS))
+        sampling = SamplingParams(seed=self.num_requests, max_tokens=num_new_tokens, ignore_eos=True)
+        return EngineRequest(
+            request_id=str(self.num_requests),
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            eos_token_ids=self.eos_token_ids,
+            grammar=grammar,
+        )
+
+    def token_times(self, batch: int, grammar: str) -> list[float]:
+        """Seconds of the steps in which the whole batch decodes."""
+        for _ in range(batch):
+            self.engine.add(self.request(grammar, NUM_NEW_TOKENS))
+        times, last_s = [], None
+        while self.engine.has_work:
+            outputs = self.engine.step()
+            now_s = time.perf_counter()
+            if sum(len(output.token_ids) for output in outputs) == batch and last_s is not None:
+                times.append(now_s - last_s)
+            last_s = now_s
+        if len(times) < NUM_NEW_TOKENS // 2:
+            raise RuntimeError(f"the whole batch decoded in {len(times)} steps alone: {self.engine.failure}")
+        return times
+
+    def first_token_s(self, grammar: str) -> float:
+        """Of a request alone."""
+        began_s = time.perf_counter()
+        self.engine.add(self.request(grammar, 1))
+        while self.engine.has_work:
+            self.engine.step()
+        return time.perf_counter() - began_s
+
+
+def measure(batch: int, num_repeats: int, tp_size: int, report: Any) -> dict[str, Any]:
+    """The whole run, as plain data."""
+    facts = machine_facts()
+    group = Group(tp_size, max(1, (os.cpu_count() or 1) // tp_size), batch)
+    itl: dict[str, list[float]] = {"none": [], **{name: [] for name in FORMS}}
+    ttft: dict[str, list[float]] = {"none": [], **{name: [] for name in FORMS}, "JSON schema, new": []}
+    num_new = 0
+    try:
+        group.token_times(batch, "")  # compiles, records, and touches memory for the first time
+        for grammar in ("", *FORMS.values()):
+            group.first_token_s(grammar)
+        for repeat in range(num_repeats):
+            for name, medians in itl.items():
+                medians.append(statistics.median(group.token_times(batch, FORMS.get(name, ""))))
+            for _ in range(NUM_FIRST_TOKENS):
+                for name in ("none", *FORMS):
+                    ttft[name].append(group.first_token_s(FORMS.get(name, "")))
+                num_new += 1
+                fresh = {"type": "array", "items": PERSON, "minItems": 40 + num_new}
+                new = grammar_of(JsonSchema(field="schema", schema=fresh), strips_space=False).text
+                ttft["JSON schema, new"].append(group.first_token_s(new))
+            report(f"repeat {repeat + 1}: load average {os.getloadavg()[0]:.1f}")
+    finally:
+        group.executor.shutdown()
+    base_itl, base_ttft = itl["none"], statistics.median(ttft["none"])
+    return {
+        "machine": facts | {"load_average_at_the_end": round(os.getloadavg()[0], 2)},
+        "model": MODEL,
+        "tp_size": tp_size,
+        "batch": batch,
+        "num_repeats": num_repeats,
+        "rows": [
+            {
+                "form": name,
+                "itl_ms": round(1e3 * statistics.median(itl[name]), 2) if name in itl else None,
+                # Of each repeat by itself: what else the machine did meanwhile is much the same.
+                "itl_ratio": round(statistics.median([x / y for x, y in zip(itl[name], base_itl, strict=True)]), 3)
+                if name in itl
+                else None,
+                "ttft_ms": round(1e3 * statistics.median(times), 2),
+                "ttft_ratio": round(statistics.median(times) / base_ttft, 3),
+            }
+            for name, times in ttft.items()
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tp", type=int, default=1, help="ranks, which share the cores")
+    parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
+    arguments = parser.parse_args()
+    console = Console(width=130, highlight=False)
+    result = measure(arguments.batch, arguments.repeats, arguments.tp, console.print)
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(describe_machine(result["machine"]))
+    rows = [
+        [str(row[key]) for key in ("form", "itl_ms", "itl_ratio", "ttft_ms", "ttft_ratio")] for row in result["rows"]
+    ]
+    console.print(table(["form", "ITL, ms", "ratio", "TTFT, ms", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    main()
