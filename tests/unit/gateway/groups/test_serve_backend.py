@@ -11,6 +11,7 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from bench.support.fake_backend import card
+from model_parallel.config import ParallelConfig
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError
 from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
@@ -19,7 +20,9 @@ from serving.contracts.group_link import GroupCall
 from serving.gateway.groups.output_receiver import OutputReceiver
 from serving.gateway.groups.serve_backend import ASLEEP_FOR_S, ServeBackend
 from serving.observability.tracing import Tracing
+from serving.replica.adapters import GroupAdapters
 from serving.replica.deployment import ReplicaGroup
+from tests.support.adapter_directories import MODEL as MODEL_CONFIG
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 from tests.support.waiting import PATIENCE_S, until
@@ -46,6 +49,7 @@ class Group:
             _engine_id="g1",
             _model=MODEL,
             _engine=self.harness.engine,
+            _adapters=GroupAdapters(self.harness.engine, MODEL_CONFIG, ParallelConfig()),
             _executor=SimpleNamespace(set_failure_callback=lambda fail: None, shutdown=lambda: None),
             _tracing=Tracing(),
             _drain_timeout_s=PATIENCE_S,
