@@ -36,7 +36,6 @@ from serving.models.fetch import fetch_model
 
 MODEL = "smollm2-135m-instruct"
 MAX_MODEL_LEN = 2048
-NUM_NEW_TOKENS, NUM_PROMPT_TOKENS = 128, 128
 MAX_BYTES = 8 << 30
 
 
@@ -78,6 +77,11 @@ class AdaptedGroup:
             raise GroupFailedError(self.engine.failure)
         return num_tokens
 
+    def cpu_s(self) -> float:
+        """Of the ranks' processors until now."""
+        times = [psutil.Process(pid).cpu_times() for pid in self.executor.pids]
+        return sum(each.user + each.system for each in times)
+
     def close(self) -> None:
         self.executor.shutdown()
 
@@ -91,11 +95,13 @@ class Contender:
         self.name = name
         self._group = group
         self._num_adapters = num_adapters
+        self.cpu_s: list[float] = []
+        """Of the ranks' processors, in each run, the one that warms up first. Other processes of the machine do not count."""
 
     def run(self, workload: Workload, seed: int) -> float:
         group = self._group
         sampling = SamplingParams(temperature=0.0, max_tokens=workload.num_new_tokens, ignore_eos=True)
-        began_s = time.perf_counter()
+        began_s, cpu_began_s = time.perf_counter(), group.cpu_s()
         for index, prompt in enumerate(workload.prompts(group.model.vocab_size, seed)):
             group.engine.add(
                 EngineRequest(
@@ -111,6 +117,7 @@ class Contender:
             raise ContenderFailedError(str(error)) from error
         if num_tokens != workload.batch * workload.num_new_tokens:
             raise ContenderFailedError(f"{num_tokens} tokens came of {workload}")
+        self.cpu_s.append(group.cpu_s() - cpu_began_s)
         return time.perf_counter() - began_s
 
 
@@ -161,7 +168,7 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
                 Contender(group, "1 adapter", 1),
                 Contender(group, f"{given.num_adapters} adapters", given.num_adapters),
             ]
-            workload = Workload(given.batch, NUM_PROMPT_TOKENS, NUM_NEW_TOKENS)
+            workload = Workload(given.batch, given.prompt_tokens, given.new_tokens)
             timings, failures = time_in_turn(contenders, [workload], given.repeats, console.print)
             if failures:
                 raise GroupFailedError("; ".join(failures.values()))
@@ -170,7 +177,7 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
             cycles = measure_cycles(group, given.cycles) if given.cycles else None
         finally:
             group.close()
-    base = timings[0].median_s
+    base, base_cpu_s = timings[0].median_s, statistics.median(contenders[0].cpu_s[1:])
     return {
         "machine": describe_machine(machine_facts()),
         "load_average": load_average,
@@ -182,6 +189,7 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         "workload": str(workload),
         "tokens_per_s": {timing.contender: timing.tokens_per_s for timing in timings},
         "ratio": {timing.contender: base / timing.median_s for timing in timings},
+        "ratio_of_processor_time": {each.name: base_cpu_s / statistics.median(each.cpu_s[1:]) for each in contenders},
         "cycles": cycles,
     }
 
@@ -193,6 +201,8 @@ def main() -> None:
     parser.add_argument("--modules", default=",".join(ALL_MODULES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--num-adapters", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of a rank; unset, the cores shared out")
