@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from model_parallel.kernels.cuda import adapters
 from model_parallel.kernels.cuda.attention import combine_kernel, paged_attention_kernel
 from model_parallel.kernels.cuda.elementwise import rms_norm_kernel, rotate_and_store_kernel, swiglu_kernel
 from model_parallel.kernels.cuda.int8 import int8_product_kernel
@@ -24,7 +25,6 @@ from model_parallel.kernels.interface import (
     LayerCache,
     LowRankUpdate,
 )
-from model_parallel.kernels.low_rank import Runs, add_low_rank, on_device
 from model_parallel.kernels.reference import embedded
 
 MAX_PARTS = 32
@@ -84,11 +84,11 @@ class CudaKernels:
 
     def pack_adapter(
         self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]
-    ) -> tuple[LowRankUpdate | None, ...]:
-        return on_device(updates, self.device)
+    ) -> adapters.PackedAdapter:
+        return adapters.pack(updates, self.device)
 
-    def adapted_rows(self, runs: Sequence[AdaptedRun]) -> Runs:
-        return tuple(runs)
+    def adapted_rows(self, runs: Sequence[AdaptedRun]) -> adapters.AdaptedRows:
+        return adapters.rows_of(runs, self.device)
 
     def linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
         if isinstance(weight, Tensor) and adapted is None:
@@ -106,7 +106,7 @@ class CudaKernels:
     def _adapted(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None) -> Tensor:
         """float32 [T, O]."""
         out_TO = _product(x_TI, weight)
-        return out_TO if adapted is None else add_low_rank(out_TO, x_TI, adapted)
+        return out_TO if adapted is None else adapters.add_low_rank(out_TO, x_TI, adapted)
 
     def swiglu(self, gate_up_T2F: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, F] in `dtype`: silu(gate) · up."""
