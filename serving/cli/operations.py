@@ -179,6 +179,10 @@ def _entries(file: Path | None, source: str | None, flags: dict[str, Any]) -> li
 
 def _with_whole_path(entry: dict[str, Any]) -> dict[str, Any]:
     """The server may run in another directory."""
+    lora = entry.get("lora") or {}
+    if "adapters" in lora:
+        adapters = [each | {"source": str(Path(each["source"]).expanduser().absolute())} for each in lora["adapters"]]
+        entry = entry | {"lora": lora | {"adapters": adapters}}
     path = Path(str(entry["source"])).expanduser()
     if entry["source"] not in KNOWN_MODELS and path.exists():
         return entry | {"source": str(path.absolute())}
