@@ -1,13 +1,13 @@
 """An adapter is a model of its own name: to those who see it, to keys, to the ledger; and served by its model's groups."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 import pytest
 
 from bench.support.fake_backend import FakeBackend, card, say
-from model_parallel.engine.request import AdapterRef
+from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.contracts.accounts import Principal
@@ -123,6 +123,28 @@ async def test_a_key_for_the_model_is_none_for_its_adapters() -> None:
         stub = inference_pb2_grpc.InferenceStub(channel)
         await stub.Generate(ask(""), timeout=PATIENCE_S)
         assert gateway.backend.requests[0].adapter == SECRET.ref, "the only one that the key allows"
+
+
+async def test_files_that_have_gone_are_no_fault_of_the_client(serve: Serve) -> None:
+    async def gone(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        yield tuple(
+            EngineOutput(
+                request_id=request.request_id,
+                finish_reason=FinishReason.ERROR,
+                error="the adapter could not be loaded",
+                error_kind="adapter_failed",
+            )
+            for request in requests
+        )
+
+    made = FakeBackend(gone, [card()])
+    made.models = Catalogue([card()], [SQL])
+    async with serve(made, http_port=0) as gateway, client(gateway) as http:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stub.Generate(ask("tiny-sql"))
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        answer = await http.post("/v1/completions", json={"model": "tiny-sql", "prompt": "hi"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "adapter_failed")
 
 
 async def test_what_is_served_can_change(serve: Serve) -> None:
