@@ -206,6 +206,23 @@ class TokenTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """What the ranks of a group hold of LoRA adapters, which come and go while the group runs."""
+
+    max_loaded: int = 16
+    """Adapters that are loaded at the same time."""
+    max_bytes: int = 512 << 20
+    """Bytes of those on one rank."""
+    host_cache_bytes: int = 0
+    """On each rank's host, for adapters that were loaded lately: they are cut already when they come back."""
+
+    def __post_init__(self) -> None:
+        _positive("adapters", max_loaded=self.max_loaded, max_bytes=self.max_bytes)
+        if self.host_cache_bytes < 0:
+            raise ConfigError(f"adapters.host_cache_bytes is {self.host_cache_bytes}; it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupConfig:
     """Everything that a rank needs to load its shard and serve steps. The same for all ranks of a group."""
 
@@ -219,3 +236,5 @@ class GroupConfig:
     """What a step may hold, which a GPU rank prepares for when it starts."""
     tokens: TokenTable | None = None
     """None for a group without constrained output."""
+    adapters: AdapterConfig | None = None
+    """None: the group takes no adapters."""

@@ -24,7 +24,7 @@ class RequestError(EngineError):
     """One request cannot be served.
 
     `kind` is a stable label that metrics, logs and the API share: "invalid", "overloaded", "duplicate",
-    "numerical_error", "constraint_error".
+    "numerical_error", "constraint_error", "adapter_failed".
     """
 
     def __init__(self, message: str, *, kind: str = "invalid", retry_after_s: float | None = None) -> None:

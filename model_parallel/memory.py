@@ -233,11 +233,12 @@ def check_cache_fits(config: GroupConfig, model: ModelConfig, rank: int, *, free
     )
     block_bytes = kv_bytes_per_token(model, len(heads.kv_heads), parallel.dtype) * cache.block_size
     needed = (cache.num_blocks + 1) * block_bytes  # and the scratch block
-    room = max(0, free_bytes - DEVICE_RESERVE_BYTES - activations)
+    adapters = 0 if config.adapters is None else config.adapters.max_bytes
+    room = max(0, free_bytes - DEVICE_RESERVE_BYTES - activations - adapters)
     if needed > room:
         raise ConfigError(
             f"cache.num_blocks is {cache.num_blocks}: rank {rank} needs {needed / GIB:.2f} GiB for them, and has room for "
             f"{room / GIB:.2f} GiB, which is {max(0, room // block_bytes - 1)} blocks: {free_bytes / GIB:.2f} GiB are free "
-            f"with the weights loaded, less {activations / GIB:.2f} GiB for a step and {DEVICE_RESERVE_BYTES / GIB:.2f} GiB of "
-            f"reserve"
+            f"with the weights loaded, less {activations / GIB:.2f} GiB for a step, {adapters / GIB:.2f} GiB for adapters and "
+            f"{DEVICE_RESERVE_BYTES / GIB:.2f} GiB of reserve"
         )

@@ -34,7 +34,7 @@ class AdminStub:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too.
     UNAUTHENTICATED     no key, a wrong, expired or revoked one.
     PERMISSION_DENIED   the key is good and does not allow administration.
-    NOT_FOUND           no such plan, tenant, key, model or group.
+    NOT_FOUND           no such plan, tenant, key, model, group or adapter.
     ALREADY_EXISTS      there is one of that name.
     FAILED_PRECONDITION what is served cannot be changed so, or not now; what was served before still is. Or there is no tenancy.
     RESOURCE_EXHAUSTED  too many calls at a time, or a message over the size limit.
@@ -148,6 +148,21 @@ class AdminStub:
                 request_serializer=protos_dot_admin__pb2.DrainGroupRequest.SerializeToString,
                 response_deserializer=protos_dot_admin__pb2.ChangeProgress.FromString,
                 _registered_method=True)
+        self.AddAdapter = channel.unary_unary(
+                '/packtrain.v1.Admin/AddAdapter',
+                request_serializer=protos_dot_admin__pb2.AddAdapterRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.AddAdapterResponse.FromString,
+                _registered_method=True)
+        self.RemoveAdapter = channel.unary_unary(
+                '/packtrain.v1.Admin/RemoveAdapter',
+                request_serializer=protos_dot_admin__pb2.RemoveAdapterRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.RemoveAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/packtrain.v1.Admin/ListAdapters',
+                request_serializer=protos_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=protos_dot_admin__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -159,7 +174,7 @@ class AdminServicer:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too.
     UNAUTHENTICATED     no key, a wrong, expired or revoked one.
     PERMISSION_DENIED   the key is good and does not allow administration.
-    NOT_FOUND           no such plan, tenant, key, model or group.
+    NOT_FOUND           no such plan, tenant, key, model, group or adapter.
     ALREADY_EXISTS      there is one of that name.
     FAILED_PRECONDITION what is served cannot be changed so, or not now; what was served before still is. Or there is no tenancy.
     RESOURCE_EXHAUSTED  too many calls at a time, or a message over the size limit.
@@ -309,6 +324,29 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddAdapter(self, request, context):
+        """Serves a LoRA adapter under a name of its own, once every rank of every running group of its model has loaded it. Where one
+        cannot, none keeps it, and the answer is FAILED_PRECONDITION. A directory that cannot be served is INVALID_ARGUMENT, which
+        names file and setting or tensor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveAdapter(self, request, context):
+        """Serves an adapter no more. Requests that run may finish. One that the configuration names cannot be removed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """All adapters, those of the configuration too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -412,6 +450,21 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_admin__pb2.DrainGroupRequest.FromString,
                     response_serializer=protos_dot_admin__pb2.ChangeProgress.SerializeToString,
             ),
+            'AddAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddAdapter,
+                    request_deserializer=protos_dot_admin__pb2.AddAdapterRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.AddAdapterResponse.SerializeToString,
+            ),
+            'RemoveAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveAdapter,
+                    request_deserializer=protos_dot_admin__pb2.RemoveAdapterRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.RemoveAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=protos_dot_admin__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=protos_dot_admin__pb2.ListAdaptersResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'packtrain.v1.Admin', rpc_method_handlers)
@@ -429,7 +482,7 @@ class Admin:
     INVALID_ARGUMENT    a field is wrong; google.rpc.BadRequest names it. A field that this server does not know is wrong too.
     UNAUTHENTICATED     no key, a wrong, expired or revoked one.
     PERMISSION_DENIED   the key is good and does not allow administration.
-    NOT_FOUND           no such plan, tenant, key, model or group.
+    NOT_FOUND           no such plan, tenant, key, model, group or adapter.
     ALREADY_EXISTS      there is one of that name.
     FAILED_PRECONDITION what is served cannot be changed so, or not now; what was served before still is. Or there is no tenancy.
     RESOURCE_EXHAUSTED  too many calls at a time, or a message over the size limit.
@@ -967,6 +1020,87 @@ class Admin:
             '/packtrain.v1.Admin/DrainGroup',
             protos_dot_admin__pb2.DrainGroupRequest.SerializeToString,
             protos_dot_admin__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/packtrain.v1.Admin/AddAdapter',
+            protos_dot_admin__pb2.AddAdapterRequest.SerializeToString,
+            protos_dot_admin__pb2.AddAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/packtrain.v1.Admin/RemoveAdapter',
+            protos_dot_admin__pb2.RemoveAdapterRequest.SerializeToString,
+            protos_dot_admin__pb2.RemoveAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/packtrain.v1.Admin/ListAdapters',
+            protos_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+            protos_dot_admin__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

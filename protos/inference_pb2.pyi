@@ -338,7 +338,7 @@ class Licence(_message.Message):
     def __init__(self, name: _Optional[str] = ..., notice: _Optional[str] = ..., use_policy_url: _Optional[str] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("name", "architecture", "num_parameters", "vocab_size", "max_model_len", "bos_token_id", "eos_token_ids", "chat_format", "chat_default_system", "dtype", "device", "tensor_parallel_size", "num_groups", "deterministic", "kernels", "licence", "allow_parse_special", "generation_config", "default_sampling", "structured_output")
+    __slots__ = ("name", "architecture", "num_parameters", "vocab_size", "max_model_len", "bos_token_id", "eos_token_ids", "chat_format", "chat_default_system", "dtype", "device", "tensor_parallel_size", "num_groups", "deterministic", "kernels", "licence", "allow_parse_special", "generation_config", "default_sampling", "structured_output", "parent")
     class DefaultSamplingEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -366,6 +366,7 @@ class ModelCard(_message.Message):
     GENERATION_CONFIG_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     num_parameters: int
@@ -386,7 +387,8 @@ class ModelCard(_message.Message):
     generation_config: str
     default_sampling: _containers.ScalarMap[str, float]
     structured_output: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_format: _Optional[str] = ..., chat_default_system: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., num_groups: _Optional[int] = ..., deterministic: _Optional[bool] = ..., kernels: _Optional[str] = ..., licence: _Optional[_Union[Licence, _Mapping]] = ..., allow_parse_special: _Optional[bool] = ..., generation_config: _Optional[str] = ..., default_sampling: _Optional[_Mapping[str, float]] = ..., structured_output: _Optional[bool] = ...) -> None: ...
+    parent: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bos_token_id: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_format: _Optional[str] = ..., chat_default_system: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., tensor_parallel_size: _Optional[int] = ..., num_groups: _Optional[int] = ..., deterministic: _Optional[bool] = ..., kernels: _Optional[str] = ..., licence: _Optional[_Union[Licence, _Mapping]] = ..., allow_parse_special: _Optional[bool] = ..., generation_config: _Optional[str] = ..., default_sampling: _Optional[_Mapping[str, float]] = ..., structured_output: _Optional[bool] = ..., parent: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

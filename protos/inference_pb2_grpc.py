@@ -38,6 +38,7 @@ class InferenceStub:
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     FAILED_PRECONDITION reason CANNOT_RESUME: the resume_token has expired, or the model is no longer the one of before.
+    ADAPTER_FAILED: the files of the adapter that the request names cannot be used any more.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
     replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
@@ -106,6 +107,7 @@ class InferenceServicer:
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     FAILED_PRECONDITION reason CANNOT_RESUME: the resume_token has expired, or the model is no longer the one of before.
+    ADAPTER_FAILED: the files of the adapter that the request names cannot be used any more.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
     replica groups were lost while they ran the request; it may be the cause, and should not be sent again.
@@ -227,6 +229,7 @@ class Inference:
     UNAVAILABLE         reason DRAINING: the gateway stops; reason NO_GROUP: no replica group can answer, or the one that did is
     lost; reason NO_ACCOUNTS: nobody can check quotas or record the usage now.
     FAILED_PRECONDITION reason CANNOT_RESUME: the resume_token has expired, or the model is no longer the one of before.
+    ADAPTER_FAILED: the files of the adapter that the request names cannot be used any more.
     DEADLINE_EXCEEDED, CANCELLED
     INTERNAL            our fault; google.rpc.RequestInfo holds the id under which it was logged. Reason REQUEST_POISONED: three
     replica groups were lost while they ran the request; it may be the cause, and should not be sent again.

@@ -223,10 +223,40 @@ class AutoscalingConfig(_Section):
         return self
 
 
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+"""Of models and adapters."""
+MAX_MODEL_NAME_LENGTH = 128
+
+
+class AdapterEntry(_Section):
+    """One LoRA adapter, which is served under a name of its own."""
+
+    name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH, pattern=MODEL_NAME)
+    source: Path = Field(description="A directory in PEFT's format, readable on every node that hosts a rank.")
+    tenants: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Ids of the tenants to whom it exists. Unset: all."
+    )
+
+
+class LoraConfig(_Section):
+    """LoRA adapters of one model. With this section they can also be added and removed while the server runs."""
+
+    adapters: tuple[AdapterEntry, ...] = Field((), description="Served from the start.")
+    max_loaded: int = Field(
+        16, ge=1, le=1024, description="Adapters that the ranks hold at a time; the others wait on the disk."
+    )
+    max_bytes: int = Field(512 << 20, ge=1, description="Memory of each rank for these, set aside from the start.")
+    host_cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="More memory of each rank's host for adapters that were dropped, so that they come back sooner.",
+    )
+
+
 class ModelEntry(_Section):
     """One served model and its replica groups."""
 
-    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH, pattern=MODEL_NAME)
     source: str = Field(min_length=1, description="A name that `packtrain fetch` knows, a directory, or a GGUF file.")
     tensor_parallel_size: int = Field(1, ge=1)
     num_groups: int = Field(1, ge=1, description="With autoscaling: to begin with.")
@@ -257,6 +287,7 @@ class ModelEntry(_Section):
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(60.0, gt=0)
+    lora: LoraConfig | None = Field(None, description="Serve LoRA adapters of the model. Unset: it takes none.")
     allow_parse_special: bool = Field(
         False,
         description="Let requests that set parse_special have control tokens read in their text. Whoever may send text to "
@@ -351,10 +382,11 @@ class ServingConfig(_Section):
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ServingConfig":
         names = [m.name for m in self.models]
+        names += [adapter.name for m in self.models if m.lora for adapter in m.lora.adapters]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
-                    f"models: the name {name!r} stands {names.count(name)} times; each model needs its own"
+                    f"models: the name {name!r} stands {names.count(name)} times; each model and adapter needs its own"
                 )
         return self
 

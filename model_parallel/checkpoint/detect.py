@@ -56,7 +56,7 @@ def _describe_file(source: Path) -> CheckpointInfo:
 def _instead(directory: Path) -> str:
     """What a directory without a configuration holds that could be meant."""
     if (directory / "adapter_config.json").is_file():
-        return "; it holds an adapter (LoRA) without its base model: merge the two, and serve what comes out"
+        return "; it holds an adapter (LoRA): name it in the lora section of its base model, or merge the two"
     entries = sorted(directory.iterdir())
     if files := [path.name for path in entries if path.suffix == ".gguf"]:
         return f"; to serve a GGUF file in it, name the file: {join(files)}"

@@ -20,7 +20,7 @@ _SHARD = {
 }
 # What people have beside, or instead of, weights that can be read, and what to do about it.
 _OTHER_FORMATS = {
-    "adapter_config.json": "it holds an adapter (LoRA) without its base model; merge the two, and serve what comes out",
+    "adapter_config.json": "it holds an adapter (LoRA); name it in the lora section of its base model, or merge the two",
     "consolidated.safetensors": "consolidated.safetensors is of Mistral's own format; download the model-*.safetensors files",
     "tf_model.h5": "TensorFlow's weights cannot be read; convert them to safetensors with transformers",
     "flax_model.msgpack": "Flax's weights cannot be read; convert them to safetensors with transformers",

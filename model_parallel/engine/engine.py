@@ -4,9 +4,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from model_parallel.engine.adapters import AdapterState
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.messages import StepPlan
-from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.engine.stats import SchedulerStats
 from model_parallel.errors import GroupFailedError
@@ -97,6 +98,34 @@ class Engine:
         with self._lock:
             for request_id in request_ids:
                 self._scheduler.resume(request_id)
+
+    def know_adapter(self, ref: AdapterRef, num_bytes: int) -> None:
+        """Requests may name the adapter from now on. Raises RequestError when it has no room on the ranks."""
+        with self._lock:
+            self._scheduler.adapters.know(ref, num_bytes)
+
+    def knows_adapter(self, digest: str) -> bool:
+        with self._lock:
+            return self._scheduler.adapters.is_known(digest)
+
+    def load_adapter(self, digest: str) -> None:
+        """Have steps load a known adapter for which nobody has asked, if there is room."""
+        with self._lock:
+            self._scheduler.adapters.load(digest)
+
+    def drop_adapter(self, digest: str) -> bool:
+        """Have the next step drop an adapter. False while requests still need it."""
+        with self._lock:
+            return self._scheduler.adapters.drop(digest)
+
+    def loaded_adapters(self) -> list[str]:
+        """Digests of those that all ranks have."""
+        with self._lock:
+            return self._scheduler.adapters.loaded
+
+    def adapter_state(self, digest: str) -> AdapterState:
+        with self._lock:
+            return self._scheduler.adapters.state_of(digest)
 
     def step(self) -> list[EngineOutput]:
         """Give the ranks steps to run, wait for the oldest, and return what it brought.

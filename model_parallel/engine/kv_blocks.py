@@ -1,8 +1,9 @@
 """Which block of the paged KV cache holds what, and for whom. Numbers only: the tensors are on the ranks.
 
 A full block whose keys and values have been computed is published under a hash of everything that they depend on: the
-salt, all tokens before the block, and its own. A later sequence that begins with the same tokens under the same salt
-shares it. A published block that nobody holds stays in the free list and is found there until its turn to be taken.
+salt, the adapter if there is one, all tokens before the block, and its own. A later sequence of the same adapter that begins
+with the same tokens under the same salt shares it. A published block that nobody holds stays in the free list and is found
+there until its turn to be taken.
 """
 
 import hashlib
@@ -120,7 +121,7 @@ class BlockTable:
     """One sequence's blocks, in the order of its tokens."""
 
     chain: list[bytes]
-    """Hash of the salt, then of each full block that was hashed so far. Outlives a preemption: the tokens stay."""
+    """Hash of salt and adapter, then of each full block that was hashed so far. Outlives a preemption: the tokens stay."""
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
     """Leading blocks that need no publishing any more."""
@@ -156,8 +157,12 @@ class KVBlocks:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def new_table(self, salt: bytes) -> BlockTable:
-        return BlockTable([hashlib.sha256(salt).digest()])
+    def new_table(self, salt: bytes, adapter_digest: str = "") -> BlockTable:
+        """`adapter_digest` (hexadecimal) is that of the adapter which changes the keys and values, if one does."""
+        first = hashlib.sha256(salt).digest()
+        if adapter_digest:
+            first = hashlib.sha256(first + bytes.fromhex(adapter_digest)).digest()
+        return BlockTable([first])
 
     def admit(self, table: BlockTable, token_ids: Sequence[int], *, max_cached: int, num_spare: int) -> int | None:
         """Fill an empty table with blocks for all of `token_ids`, shared ones first.

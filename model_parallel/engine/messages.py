@@ -21,6 +21,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
     grammar_id: int = 0
     """The grammar that its output must follow, which every rank has compiled by now; 0 for none."""
+    adapter_id: int = 0
+    """Of the adapter that changes its rows; 0 is none."""
 
 
 class NewGrammar(msgspec.Struct, frozen=True, array_like=True):
@@ -46,8 +48,26 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """Empty the block table first: the sequence was preempted and starts again with new blocks."""
 
 
+class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter that the ranks begin to load."""
+
+    adapter_id: int
+    """Not 0; made by the scheduler, and the same for an adapter that comes back."""
+    digest: str
+    path: str
+
+
+class AdapterOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """What became of loading an adapter, on all ranks together."""
+
+    adapter_id: int
+    error: str = ""
+    """Why no rank has it; empty when all have."""
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
-    """One step of the whole group. Ranks process `finished`, then `new_sequences`, then `rows` in their order."""
+    """One step of the whole group. Ranks process what concerns adapters, then `finished`, `new_sequences`, and `rows` in their
+    order."""
 
     epoch: int
     step_id: int
@@ -59,6 +79,10 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     new_grammars: tuple[NewGrammar, ...] = ()
     dropped_grammars: tuple[int, ...] = ()
     """Grammars to forget; no sequence that comes later has one of them."""
+    adapters_to_drop: tuple[int, ...] = ()
+    """No row of this plan or of a later one uses them, unless they are loaded again."""
+    adapters_to_load: tuple[AdapterLoad, ...] = ()
+    """Beside this step and the next ones. The result of the step that finds them loaded on every rank, or not, tells so."""
 
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True):
@@ -94,3 +118,5 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     rows: tuple[RowResult, ...] = ()
     compiled_grammars: tuple[CompiledGrammar, ...] = ()
     """Those that every rank has compiled since the step before."""
+    adapters: tuple[AdapterOutcome, ...] = ()
+    """Of adapters whose loading has ended."""

@@ -55,6 +55,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """First prompt position to report; position 0 has nothing before it and no log-probability."""
 
 
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+    """A LoRA adapter: what it is, and where its files lie."""
+
+    digest: str
+    """SHA-256 of its files (hexadecimal). Whatever goes by another name or lies elsewhere and has the same is the same."""
+    path: str
+    """A directory, readable on every node that hosts a rank."""
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to run. `n` choices are n of these, which differ in `choice` and `request_id` only."""
 
@@ -77,7 +86,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     """Classes of lower numbers are admitted first."""
     cache_salt: bytes = b""
-    """Prefix-cache blocks are shared only between requests of equal salt."""
+    """Prefix-cache blocks are shared only between requests of equal salt, and of the same adapter."""
+    adapter: AdapterRef | None = None
+    """What the model's weights are changed by for this request; None is the model itself."""
     deadline_s: float | None = None
     """Seconds from acceptance after which the request ends with FinishReason.DEADLINE."""
     runs_alone: bool = False
@@ -120,8 +131,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     """With FinishReason.ERROR: what happened, fit for the client to read."""
     error_kind: str = ""
-    """With FinishReason.ERROR: "unavailable" (the group is lost), "numerical_error", or "constraint_error" (the grammar allows
-    no token here, or became too complex)."""
+    """With FinishReason.ERROR: "unavailable" (the group is lost), "numerical_error", "constraint_error" (the grammar allows no
+    token here, or became too complex), or "adapter_failed" (the request's adapter could not be loaded)."""
     was_waiting: bool = False
     """With "unavailable": the ranks never heard of it, or they are well and stop; it is not what ended them."""
     num_cached_tokens: int = 0

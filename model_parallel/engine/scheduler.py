@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
 import msgspec
 
-from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig
+from model_parallel.engine.adapters import AdapterPool
 from model_parallel.engine.fair_queue import FairQueue
 from model_parallel.engine.grammars import GrammarTable
 from model_parallel.engine.kv_blocks import KVBlocks
@@ -18,6 +19,8 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.engine.sequence import Sequence
 from model_parallel.engine.stats import SchedulerStats, Totals
 from model_parallel.errors import GroupFailedError, RequestError
+
+ADAPTER_FAILED = "the adapter could not be loaded; the server's log says why"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,6 +61,10 @@ class Scheduler:
     **Grammars.** A sequence whose grammar the ranks have not compiled yet is unready: it has no place among those that run or
     wait, and gets one when they have. Meanwhile, and when there is nothing else to do, steps without rows ask them.
 
+    **Adapters.** A sequence whose adapter is not loaded waits for it when it is next, as it would for blocks, and nobody passes.
+    Loading begins when the sequence is accepted, where there is room. A running sequence's adapter stays, and running sequences
+    end, so there is room for the next one's in the end. Nothing is preempted for it.
+
     **Alone.** A sequence that runs alone waits, when it is next, until nothing runs, and nothing is admitted while it does. Those
     that run end, so it does not wait for ever; nothing is preempted for it.
 
@@ -82,9 +89,12 @@ class Scheduler:
         *,
         epoch: int,
         clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterConfig | None = None,
     ) -> None:
+        """`adapters` is None for a group that takes none."""
         self._config = config
         self._kv = KVBlocks(cache)
+        self.adapters = AdapterPool(adapters)
         self._epoch = epoch
         self._clock = clock
         self._requests: dict[str, Sequence] = {}
@@ -110,7 +120,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """A step would compute something, deliver an output, or tell the ranks of a sequence to forget."""
-        is_active = len(self._requests) > len(self._paused) or self._finished or self._outputs
+        is_active = len(self._requests) > len(self._paused) or self._finished or self._outputs or self.adapters.has_work
         return bool(is_active) or self._deadlines.is_due(self._clock())
 
     @property
@@ -148,6 +158,8 @@ class Scheduler:
         self._check_new(requests)
         for request in requests:
             check_fits(request, self._kv, self._config)
+            if request.adapter is not None and not self.adapters.is_known(request.adapter.digest):
+                raise RequestError("the request's adapter is not known to this group")
         try:
             check_room(requests, self._queue, len(self._running), self._pace, self._config)
             self._check_grammars(requests)
@@ -201,6 +213,7 @@ class Scheduler:
             was_waiting = sequence.started_s is None
             self._end(sequence, FinishReason.ERROR, error=error, error_kind="unavailable", was_waiting=was_waiting)
         self._finished.clear()
+        self.adapters.lose()
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when there is nothing to compute before more results are in, and nothing to tell the ranks."""
@@ -216,12 +229,13 @@ class Scheduler:
         self._plan_rows(draft, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
         num_tokens += self._admit_in_order(draft)
         self._pace.record_step(draft.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
-        if not (draft.rows or self._finished or self._grammars.has_news or self._unready):
+        if not (draft.rows or self._finished or self._grammars.has_news or self._unready or self.adapters.has_work):
             return None
         for row in draft.rows:
             self._sequences[row.seq_id].num_pending += row.sample
         finished, self._finished = tuple(self._finished), []
         new_grammars, dropped_grammars = self._grammars.take_news()
+        adapters_to_drop, adapters_to_load = self.adapters.take_commands()
         self._last_step_id += 1
         return StepPlan(
             epoch=self._epoch,
@@ -231,6 +245,8 @@ class Scheduler:
             rows=tuple(draft.rows),
             new_grammars=new_grammars,
             dropped_grammars=dropped_grammars,
+            adapters_to_drop=adapters_to_drop,
+            adapters_to_load=adapters_to_load,
         )
 
     def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
@@ -246,7 +262,14 @@ class Scheduler:
             sequence = self._sequences.get(row.seq_id)
             if sequence is not None:  # Otherwise it ended while the step was in flight.
                 self._update_sequence(sequence, row, row_result, step_id=plan.step_id, now_s=now_s)
+        self._end_without_adapter(self.adapters.take_outcomes(result.adapters))
         return self.take_outputs()
+
+    def _end_without_adapter(self, failed: dict[int, str]) -> None:
+        """End the sequences whose adapters could not be loaded. `failed` says why, by the adapter's id; it is not for clients."""
+        for sequence in list(self._sequences.values()) if failed else ():
+            if sequence.adapter_id in failed:
+                self._end(sequence, FinishReason.ERROR, error=ADAPTER_FAILED, error_kind="adapter_failed")
 
     def take_outputs(self) -> list[EngineOutput]:
         """Outputs of requests that ended since the last step."""
@@ -257,6 +280,9 @@ class Scheduler:
         """Raise RuntimeError unless exactly the running sequences hold blocks and every count agrees."""
         self._kv.check_integrity(sequence.table for sequence in self._running.values())
         self._queue.check_integrity()
+        self.adapters.check_integrity(
+            Counter(_digests(self._sequences.values())), Counter(_digests(self._running.values()))
+        )
         if list(self._sequences.values()) != list(self._requests.values()):
             raise RuntimeError("the two indexes of living sequences disagree")
         placed = [*self._running.values(), *self._queue]
@@ -285,11 +311,13 @@ class Scheduler:
 
     def _accept(self, request: EngineRequest, now_s: float) -> None:
         self._last_seq_id += 1
+        digest = "" if request.adapter is None else request.adapter.digest
         sequence = Sequence(
             seq_id=self._last_seq_id,
             request=request,
-            table=self._kv.new_table(request.cache_salt),
+            table=self._kv.new_table(request.cache_salt, digest),
             accepted_s=now_s,
+            adapter_id=self.adapters.join(digest) if digest else 0,
         )
         self._requests[request.request_id] = sequence
         self._sequences[sequence.seq_id] = sequence
@@ -345,6 +373,8 @@ class Scheduler:
             sequence = self._queue.first()
             if sequence is None or not self._queue.is_below_fair_share(sequence) or self._keeps_apart(sequence):
                 break
+            if not self._has_adapter(sequence):
+                break
             while not self._try_to_admit(sequence):
                 if sequence.num_pending or not self._preempt_for(sequence):
                     return num_tokens
@@ -383,6 +413,8 @@ class Scheduler:
     def _try_to_admit(self, sequence: Sequence) -> bool:
         if sequence.num_pending or len(self._running) == self._config.max_num_seqs or self._keeps_apart(sequence):
             return False
+        if not self._has_adapter(sequence):
+            return False
         # A sequence gets the blocks of all its tokens at once, so that prefills never starve each other half way,
         # and leaves one for each that runs already, so that nobody is preempted as soon as those grow.
         num_cached = self._kv.admit(
@@ -392,6 +424,8 @@ class Scheduler:
             return False
         self._queue.admit(sequence, num_charged=0 if sequence.was_admitted else sequence.num_tokens - num_cached)
         self._running[sequence.seq_id] = sequence
+        if sequence.request.adapter is not None:
+            self.adapters.hold(sequence.request.adapter.digest)
         sequence.num_computed = num_cached
         sequence.admitted_step_id = self._last_step_id + 1
         if not sequence.was_admitted:
@@ -401,6 +435,11 @@ class Scheduler:
             self._totals.num_prefix_query_tokens += sequence.num_tokens
             self._totals.num_prefix_hit_tokens += num_cached
         return True
+
+    def _has_adapter(self, sequence: Sequence) -> bool:
+        """Whether the ranks have what it needs; begins to load it where there is room."""
+        adapter = sequence.request.adapter
+        return adapter is None or self.adapters.is_ready(adapter.digest)
 
     def _keeps_apart(self, sequence: Sequence) -> bool:
         """Whether it, or the one that runs, is to run alone: beside several there is none that is."""
@@ -444,9 +483,15 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         """Take its blocks. What they held is computed again, but for the part that the prefix cache keeps."""
         del self._running[sequence.seq_id]
+        self._release_adapter(sequence)
         self._kv.release(sequence.table)
         sequence.num_computed = 0
         sequence.num_told_blocks = 0
+
+    def _release_adapter(self, sequence: Sequence) -> None:
+        """It does not run any more."""
+        if sequence.request.adapter is not None:
+            self.adapters.release(sequence.request.adapter.digest)
 
     def _plan_rows(self, draft: _Draft, sequences: Iterable[Sequence]) -> None:
         """A row for each as long as the step has room."""
@@ -548,7 +593,10 @@ class Scheduler:
             self._queue.leave(sequence)
         if sequence.grammar is not None:
             self._grammars.release(sequence.grammar)
-        self._running.pop(sequence.seq_id, None)
+        if self._running.pop(sequence.seq_id, None) is not None:
+            self._release_adapter(sequence)
+        if sequence.request.adapter is not None:
+            self.adapters.leave(sequence.request.adapter.digest)
         self._kv.release(sequence.table)
         self._deadlines.keep(self._sequences.keys())
         if sequence.started_s is not None:  # Otherwise the ranks never heard of it.
@@ -561,6 +609,10 @@ class Scheduler:
         timings = sequence.timings(now_s)
         last = msgspec.structs.replace(output, num_cached_tokens=sequence.num_cached_tokens, timings=timings)
         self._outputs.append(last)
+
+
+def _digests(sequences: Iterable[Sequence]) -> list[str]:
+    return [sequence.request.adapter.digest for sequence in sequences if sequence.request.adapter is not None]
 
 
 def _by_tenant(sequences: Iterable[Sequence]) -> dict[tuple[int, str], list[Sequence]]:

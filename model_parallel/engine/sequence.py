@@ -19,6 +19,8 @@ class Sequence:
     """Monotonic, like every `*_s` here."""
     grammar: GroupGrammar | None = None
     """What its output must follow."""
+    adapter_id: int = 0
+    """0: none."""
     token_ids: list[int] = field(init=False)
     """Prompt, output delivered by another group, and what was sampled here."""
     stop_ids: frozenset[int] = field(init=False)
@@ -92,6 +94,7 @@ class Sequence:
             choice=self.request.choice,
             sampling=self.request.sampling,
             grammar_id=0 if self.grammar is None else self.grammar.grammar_id,
+            adapter_id=self.adapter_id,
         )
 
     def append(self, token_id: int, now_s: float) -> None:

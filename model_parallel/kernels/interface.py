@@ -4,6 +4,7 @@ Shape suffixes: T tokens of a step · I, O features in and out · E hidden · F 
 · K local key/value heads · D head dim · S runs · R rows that logits are wanted for · V local vocabulary rows
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,6 +89,57 @@ class AttentionPlan:
     """int64, the block tables of all runs one after another."""
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankPart:
+    """One module's part of what an adapter adds to a product: x · downᵀ · upᵀ, to the outputs from `first_output` on.
+
+    R is the rank of the adapter.
+    """
+
+    first_output: int
+    down_RI: Tensor
+    up_OR: Tensor
+    """With the adapter's scale in it."""
+
+    @property
+    def last_output(self) -> int:
+        """The first one that is no output of it any more."""
+        return self.first_output + self.up_OR.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """What an adapter adds to one product on this rank."""
+
+    num_outputs: int
+    """Rows of the matrix; of a gated one 2F: gate rows, then up rows."""
+    parts: tuple[LowRankPart, ...]
+    """In the order of their outputs, which do not overlap."""
+
+
+PackedAdapter = Any
+"""All updates of an adapter in the form that a backend packed them into; only that backend looks inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedRun:
+    """Rows of a step one after another that one adapter changes."""
+
+    first_row: int
+    num_rows: int
+    adapter: PackedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """One product of a step whose rows adapters change."""
+
+    rows: Any
+    """Which rows; what `Kernels.adapted_rows` made."""
+    product: int
+    """Which product of the model it is: the place of its update in what `pack_adapter` was given."""
+
+
 class Kernels(Protocol):
     """A backend. Rows are independent: what a row holds never depends on the other rows, if `batch_invariant`."""
 
@@ -114,6 +166,20 @@ class Kernels(Protocol):
         """A kernel is being compiled, which takes far longer than any operation; may be read by any thread."""
         ...
 
+    # Adapters. What one adds to a row depends on the row and the adapter alone, and is added before the result is rounded. A row
+    # that none changes has the bits that it has without any.
+
+    def pack_adapter(self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]) -> PackedAdapter:
+        """All that an adapter adds on this rank, by product; None where it adds nothing. `gated` are those of `gated_linear`.
+
+        May be called by any thread while others compute.
+        """
+        ...
+
+    def adapted_rows(self, runs: Sequence[AdaptedRun]) -> Any:
+        """For the products of one step."""
+        ...
+
     # An Int8Matrix is multiplied as the matrix that it stands for: activations are not quantised.
 
     def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Weight:
@@ -138,15 +204,15 @@ class Kernels(Protocol):
         """float32 [T, E]: rows of the embedding, of which this rank holds those from token `first_id` on; zero for others."""
         ...
 
-    def linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
+    def linear(self, x_TI: Tensor, weight: Weight, adapted: Adapted | None = None) -> Tensor:
         """[T, O] of x's dtype: x · weightᵀ."""
         ...
 
-    def partial_sum(self, x_TI: Tensor, weight: Weight) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: Weight, adapted: Adapted | None = None) -> Tensor:
         """float32 [T, O]: x · weightᵀ as this rank's part of a sum over ranks."""
         ...
 
-    def gated_linear(self, x_TI: Tensor, weight: Weight) -> Tensor:
+    def gated_linear(self, x_TI: Tensor, weight: Weight, adapted: Adapted | None = None) -> Tensor:
         """[T, F] of x's dtype: silu(x · gateᵀ) · (x · upᵀ) (SwiGLU, Shazeer 2020)."""
         ...
 

@@ -9,11 +9,23 @@ for bit. So steps are padded to four rows a thread, attention to four query rows
 tiles of fixed length that are added in order. tests/unit/kernels checks it on the machine at hand.
 """
 
+from collections.abc import Collection, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache, SequenceRun
+from model_parallel.kernels.interface import (
+    Adapted,
+    AdaptedRun,
+    AttentionPlan,
+    Heads,
+    Int8Matrix,
+    LayerCache,
+    LowRankUpdate,
+    SequenceRun,
+)
+from model_parallel.kernels.low_rank import Runs, add_low_rank, on_device
 
 ROWS_PER_THREAD = 4
 KEY_TILE = 128
@@ -55,15 +67,30 @@ class ReferenceKernels:
     def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
         return embedded(token_ids_T, weight_VE, first_id)
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
-        return _product(x_TI, weight_OI).to(x_TI.dtype)
+    def pack_adapter(
+        self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]
+    ) -> tuple[LowRankUpdate | None, ...]:
+        return on_device(updates, self.device)
 
-    def partial_sum(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
-        return _product(x_TI, weight_OI).float()
+    def adapted_rows(self, runs: Sequence[AdaptedRun]) -> Runs:
+        return tuple(runs)
 
-    def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor | Int8Matrix) -> Tensor:
-        gate_TF, up_TF = _product(x_TI, weight_F2I).chunk(2, dim=-1)
+    def linear(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+        return self._adapted(x_TI, weight_OI, adapted).to(x_TI.dtype)
+
+    def partial_sum(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+        return self._adapted(x_TI, weight_OI, adapted).float()
+
+    def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+        gate_TF, up_TF = self._adapted(x_TI, weight_F2I, adapted).chunk(2, dim=-1)
         return (F.silu(gate_TF) * up_TF).to(x_TI.dtype)
+
+    def _adapted(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix, adapted: Adapted | None) -> Tensor:
+        """[T, O], of x's dtype, or float32 with int8 weights."""
+        out_TO = _product(x_TI, weight_OI)
+        if adapted is None or not adapted.rows:
+            return out_TO
+        return add_low_rank(out_TO.float(), x_TI, adapted).to(out_TO.dtype)
 
     def logits(self, x_RE: Tensor, head: Tensor | Int8Matrix) -> Tensor:
         if isinstance(head, Int8Matrix) or head.dtype == torch.float32:

@@ -26,6 +26,8 @@ class SequenceState:
     num_prompt_tokens: int
     choice: int
     sampling: SamplingParams
+    adapter_id: int = 0
+    """Of the adapter that changes its rows; 0 is none."""
     block_ids: list[int] = field(default_factory=list)
     output_counts: Counter[int] = field(default_factory=Counter)
     """Occurrences of each output token, for the presence and frequency penalties."""
@@ -38,7 +40,7 @@ class SequenceState:
     def begin(cls, new: NewSequence, matcher: Matcher | None = None) -> "SequenceState":
         """`matcher` stands at the beginning of the output."""
         output = new.token_ids[new.num_prompt_tokens :]
-        state = cls(new.seq_id, list(new.token_ids), new.num_prompt_tokens, new.choice, new.sampling)
+        state = cls(new.seq_id, list(new.token_ids), new.num_prompt_tokens, new.choice, new.sampling, new.adapter_id)
         state.output_counts.update(output)
         state.distinct_ids.update(dict.fromkeys(new.token_ids))
         state.matcher = matcher
@@ -73,6 +75,11 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     if config.rope_divisors:
         frequencies /= torch.tensor(config.rope_divisors, dtype=torch.float32, device=device)
     return frequencies
+
+
+def by_adapter(rows: tuple[Row, ...], sequences: Mapping[int, SequenceState]) -> tuple[Row, ...]:
+    """`rows` with those of one adapter beside each other, otherwise in their order. No row's bits depend on its place."""
+    return tuple(sorted(rows, key=lambda row: sequences[row.seq_id].adapter_id))
 
 
 @dataclass(frozen=True, slots=True)

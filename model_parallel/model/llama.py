@@ -3,7 +3,7 @@
 Shape suffixes: T tokens of a step · E hidden · V local vocabulary rows · R rows that logits are wanted for
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,20 @@ from torch import Tensor
 
 from model_parallel.collectives.interface import Collectives
 from model_parallel.config import ModelConfig
-from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache
+from model_parallel.kernels.interface import (
+    AttentionPlan,
+    Heads,
+    Kernels,
+    LayerCache,
+    LowRankUpdate,
+    PackedAdapter,
+)
 from model_parallel.model.attention import Attention
 from model_parallel.model.layers import FeedForward
 from model_parallel.model.partition import EMBEDDING, FINAL_NORM, LM_HEAD, HeadPartition, even_range, partition_heads
+
+_PRODUCTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""Those of a layer, in the order in which adapters count them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +56,19 @@ class Llama:
         self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
         self.embedding_VE: Tensor = weights[EMBEDDING]
         part = partition_heads(config.num_query_heads, config.num_kv_heads, collectives.size, collectives.rank)
-        self.layers = [self._layer(weights, f"model.layers.{i}", part) for i in range(config.num_layers)]
+        self.layers = [self._layer(weights, i, part) for i in range(config.num_layers)]
         self.final_norm_E = weights[FINAL_NORM].float()
         self.head = kernels.pack_head(weights[LM_HEAD if LM_HEAD in weights else EMBEDDING])
 
-    def _layer(self, weights: dict[str, Any], prefix: str, part: HeadPartition) -> Layer:
+    def pack_adapter(self, updates: Mapping[str, LowRankUpdate]) -> PackedAdapter:
+        """An adapter for this rank's matrices, by the names of `weights`. May be called by any thread while others compute."""
+        names = [f"model.layers.{layer}.{name}.weight" for layer in range(self.config.num_layers) for name in _PRODUCTS]
+        gated = frozenset(range(_PRODUCTS.index("mlp.gate_up_proj"), len(names), len(_PRODUCTS)))
+        return self.kernels.pack_adapter([updates.get(name) for name in names], gated=gated)
+
+    def _layer(self, weights: dict[str, Any], index: int, part: HeadPartition) -> Layer:
+        prefix = f"model.layers.{index}"
+        qkv, o, gate_up, down = range(index * len(_PRODUCTS), (index + 1) * len(_PRODUCTS))
         attention = Attention(
             qkv_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.self_attn.qkv_proj.weight")),
             o_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.self_attn.o_proj.weight")),
@@ -61,11 +79,15 @@ class Llama:
                 kv_of_query_H=torch.tensor(part.kv_of_query, device=self.embedding_VE.device),
             ),
             kernels=self.kernels,
+            qkv_product=qkv,
+            o_product=o,
         )
         feed_forward = FeedForward(
             gate_up_weight=self.kernels.pack_gated(weights.pop(f"{prefix}.mlp.gate_up_proj.weight")),
             down_weight=self.kernels.pack_linear(weights.pop(f"{prefix}.mlp.down_proj.weight")),
             kernels=self.kernels,
+            gate_up_product=gate_up,
+            down_product=down,
         )
         return Layer(
             attention_norm_E=weights.pop(f"{prefix}.input_layernorm.weight"),
@@ -81,9 +103,11 @@ class Llama:
         caches: Sequence[LayerCache],
         *,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
+        adapted_rows: Any = None,
     ) -> Tensor:
         """float32 [T, E]: hidden states after the final norm. The step's keys and values go to `caches`.
 
+        `adapted_rows` are those that adapters change (Kernels.adapted_rows); None is none.
         `all_reduce` replaces the collectives' own sum over ranks; a recorder passes one that also records the call.
 
         The residual stream and the sums over ranks are float32 whatever the weights' dtype: only what enters a matrix product
@@ -95,9 +119,9 @@ class Llama:
         x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
         next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]
         for layer, cache, next_norm_E in zip(self.layers, caches, next_norms, strict=True):
-            x_TE = all_reduce(layer.attention(x_TE, plan, cache))
+            x_TE = all_reduce(layer.attention(x_TE, plan, cache, adapted_rows))
             x_TE, residual_TE = norm(x_TE, residual_TE, layer.feed_forward_norm_E, eps)
-            x_TE = all_reduce(layer.feed_forward(x_TE))
+            x_TE = all_reduce(layer.feed_forward(x_TE, adapted_rows))
             x_TE, residual_TE = norm(x_TE, residual_TE, next_norm_E, eps)
             self.num_layers_done += 1
         return x_TE

@@ -202,7 +202,7 @@ def _weight_cost(weight: Weight) -> tuple[int, int]:
 
 
 def _product(name: str) -> Callable[..., Call]:
-    def describe(out: Tensor, x: Tensor, weight: Weight) -> Call:
+    def describe(out: Tensor, x: Tensor, weight: Weight, *_: Any) -> Call:
         weight_bytes, num_elements = _weight_cost(weight)
         cost = Cost(weight_bytes + x.nbytes + out.nbytes, 2 * x.shape[0] * num_elements)
         return f"{name} {x.shape[1]} → {out.shape[1]}", lambda: cost

@@ -4,7 +4,7 @@ Shape suffixes: T tokens of a step · E hidden · R rows that logits are wanted 
 """
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -20,14 +20,15 @@ from model_parallel.engine.request import TokenLogprobs
 from model_parallel.errors import EngineError
 from model_parallel.host_memory import reserve_heap
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.kernels.interface import LayerCache
+from model_parallel.kernels.interface import AdaptedRun, LayerCache
 from model_parallel.kernels.select import select_kernels
 from model_parallel.memory import Workload, activation_bytes, check_cache_fits
-from model_parallel.model.batch import SequenceState, build_batch, lay_out, rotary_frequencies
+from model_parallel.model.batch import SequenceState, build_batch, by_adapter, lay_out, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
 from model_parallel.model.quantization import int8_converter
 from model_parallel.model.sampler import Sampler
+from model_parallel.runtime.adapter_store import AdapterStore
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from model_parallel.runtime.rank_grammars import RankGrammars
 from model_parallel.runtime.recorded_steps import RecordedSteps
@@ -77,6 +78,7 @@ class Rank:
         self.sampler = Sampler(self.kernels, collectives, self.model.vocabulary, largest_part)
         self.sequences: dict[int, SequenceState] = {}
         self.grammars = RankGrammars(config.tokens, collectives, self.device)
+        self.adapters = AdapterStore(config, model_config, self.model, collectives, dtype)
         self.last_step_id = 0
         if self.device.type == "cpu":
             scheduler = config.scheduler
@@ -151,9 +153,14 @@ class Rank:
         self.last_step_id = plan.step_id
         self._take_in(plan)
         results = self._compute(plan.rows) if plan.rows else ()
-        return StepResult(plan.epoch, plan.step_id, results, self.grammars.take_compiled(is_idle=not plan.rows))
+        compiled = self.grammars.take_compiled(is_idle=not plan.rows)
+        return StepResult(plan.epoch, plan.step_id, results, compiled, self.adapters.settle(may_wait=not plan.rows))
 
     def _take_in(self, plan: StepPlan) -> None:
+        for adapter_id in plan.adapters_to_drop:
+            self.adapters.drop(adapter_id)
+        for load in plan.adapters_to_load:
+            self.adapters.begin(load)
         for seq_id in plan.finished:
             self.sequences.pop(seq_id, None)
         for new in plan.new_sequences:
@@ -166,10 +173,11 @@ class Rank:
             state.block_ids += row.new_block_ids
 
     def _compute(self, rows: tuple[Row, ...]) -> tuple[RowResult, ...]:
-        first_rows = list(accumulate((row.num_tokens for row in rows), initial=0))
-        hidden_TE = self._forward(rows)
-        scored = self._score_prompts(rows, first_rows[:-1], hidden_TE)
-        sampled = self._sample(rows, [end - 1 for end in first_rows[1:]], hidden_TE)
+        computed = by_adapter(rows, self.sequences) if self.adapters.num_loaded else rows
+        first_rows = list(accumulate((row.num_tokens for row in computed), initial=0))
+        hidden_TE = self._forward(computed)
+        scored = self._score_prompts(computed, first_rows[:-1], hidden_TE)
+        sampled = self._sample(computed, [end - 1 for end in first_rows[1:]], hidden_TE)
         # Of a list: a tuple made of a generator is allocated at one length and freed at another, and CPython keeps 2,000
         # freed tuples of each length, which takes minutes to fill and 0.3 MB a length.
         return tuple([self._result(row, sampled, scored) for row in rows])
@@ -177,8 +185,12 @@ class Rank:
     def _forward(self, rows: tuple[Row, ...]) -> Tensor:
         """[T, E]: hidden states, row after row, then padding."""
         block_size = self.config.cache.block_size
-        if self.graphs is not None and all(row.num_tokens == 1 for row in rows):
-            return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size))
+        adapted = self._adapted_runs(rows) if self.adapters.num_loaded else []
+        if all(row.num_tokens == 1 for row in rows):
+            if isinstance(self.graphs, RecordedSteps):
+                return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size), adapted)
+            if self.graphs is not None and not adapted:
+                return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size))
         batch = build_batch(
             rows,
             self.sequences,
@@ -187,7 +199,18 @@ class Rank:
             row_multiple=self.kernels.row_multiple,
             frequencies=self.frequencies,
         )
-        return self.model.forward(batch.token_ids_T, batch.attention, self.caches)
+        adapted_rows = self.kernels.adapted_rows(adapted) if adapted else None
+        return self.model.forward(batch.token_ids_T, batch.attention, self.caches, adapted_rows=adapted_rows)
+
+    def _adapted_runs(self, rows: tuple[Row, ...]) -> list[AdaptedRun]:
+        """Of the step's tokens, those that adapters change. `rows` are in the order of `by_adapter`."""
+        runs, first_row = [], 0
+        for adapter_id, same in groupby(rows, key=lambda row: self.sequences[row.seq_id].adapter_id):
+            num_rows = sum(row.num_tokens for row in same)
+            if adapter_id:
+                runs.append(AdaptedRun(first_row, num_rows, self.adapters.of(adapter_id)))
+            first_row += num_rows
+        return runs
 
     def _result(
         self, row: Row, sampled: dict[int, RowResult], scored: dict[int, list[TokenLogprobs | None]]
@@ -251,6 +274,7 @@ class Rank:
         """Leave the group and let go of the memory."""
         self.graphs = None
         self.grammars.close()
+        self.adapters.close()
         self.collectives.close()
         self.caches.clear()
         self.sequences.clear()

@@ -16,8 +16,9 @@ from torch import Tensor
 from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.kernels.cpu import CpuKernels
+from model_parallel.kernels.cpu.low_rank import StepAdapters
 from model_parallel.kernels.cpu.recording import Program, Workspace
-from model_parallel.kernels.interface import AttentionPlan, LayerCache
+from model_parallel.kernels.interface import AdaptedRun, AttentionPlan, LayerCache
 from model_parallel.model.batch import Layout, rotary_angles
 from model_parallel.model.llama import Llama
 
@@ -27,6 +28,7 @@ class _Inputs:
 
     def __init__(self, num_rows: int, max_blocks: int, frequencies: Tensor) -> None:
         self.max_blocks = max_blocks
+        self.adapters = StepAdapters(num_rows)
         self._frequencies = frequencies
         numbers = array("q", bytes(8 * (7 * num_rows + max_blocks)))
         self._memory = memoryview(numbers)
@@ -43,8 +45,9 @@ class _Inputs:
             blocks=blocks,
         )
 
-    def load(self, layout: Layout) -> None:
+    def load(self, layout: Layout, adapted: Sequence[AdaptedRun]) -> None:
         """Fill in a step."""
+        self.adapters.load(adapted)
         runs = chain.from_iterable(layout.runs)
         numbers = array("q", [*layout.token_ids, *layout.positions, *layout.slots, *runs, *layout.blocks])
         self._memory[: len(numbers)] = numbers
@@ -98,16 +101,19 @@ class RecordedSteps:
         """By the number of rows."""
         self.profile: Profile | None = None
 
-    def forward(self, layout: Layout) -> Tensor:
-        """As Llama.forward, for runs of one token each; the result is good until the next call."""
+    def forward(self, layout: Layout, adapted: Sequence[AdaptedRun] = ()) -> Tensor:
+        """As Llama.forward, for runs of one token each; the result is good until the next call.
+
+        `adapted` are the rows that adapters change. The program is the same whichever those are.
+        """
         num_rows, num_blocks = len(layout.runs), len(layout.blocks)
         step = self._steps.get(num_rows)
         if step is None or num_blocks > step.inputs.max_blocks:
             inputs = _Inputs(num_rows, 2 * num_blocks, self._frequencies)
-            inputs.load(layout)
+            inputs.load(layout, adapted)
             step = self._steps[num_rows] = self._record(num_rows, inputs)
         else:
-            step.inputs.load(layout)
+            step.inputs.load(layout, adapted)
             self._run(step)
         return step.hidden_TE
 
@@ -127,7 +133,11 @@ class RecordedSteps:
         workspace = self._workspaces.setdefault(max_rows, Workspace(max_rows))
         with self._kernels.recording(workspace) as program:
             hidden_TE = self._model.forward(
-                inputs.token_ids_T, inputs.plan, self._caches, all_reduce=self._recorded_all_reduce(program)
+                inputs.token_ids_T,
+                inputs.plan,
+                self._caches,
+                all_reduce=self._recorded_all_reduce(program),
+                adapted_rows=inputs.adapters,
             )
         return _Step(inputs, program, workspace.kept(hidden_TE), list(calls))
 

@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from protos import admin_pb2 as pb
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import ValidationError
+from serving.contracts.models import AdapterCard
 from serving.contracts.operations import ModelStatus, Progress
 from serving.tenants.records import LIMITS, MAX_UNIX_S, Key, KeyGrant, Plan, Tenant, UsageFilter
 
@@ -87,6 +88,29 @@ def key_grant(message: pb.KeyGrant) -> KeyGrant:
         is_admin=message.admin,
         expires_unix_s=_unix_s(message, "expires"),
         **_set_fields(message, LIMITS),
+    )
+
+
+def new_adapter(message: pb.Adapter) -> tuple[str, str, str, tuple[str, ...] | None]:
+    """Name, model, source and tenants. Raises ValidationError for what the server sets."""
+    for field in ("rank", "num_bytes", "digest", "is_configured"):
+        if getattr(message, field):
+            raise ValidationError(field, f"{field} is set by the server, and must be left out")
+    tenants = tuple(message.tenants.ids) if message.HasField("tenants") else None
+    return message.name, message.model, message.source, tenants
+
+
+def adapter_message(card: AdapterCard) -> pb.Adapter:
+    """An adapter on the wire."""
+    return pb.Adapter(
+        name=card.name,
+        model=card.parent,
+        source=card.ref.path,
+        tenants=None if card.tenants is None else pb.TenantIds(ids=card.tenants),
+        rank=card.rank,
+        num_bytes=card.num_bytes,
+        digest=card.ref.digest,
+        is_configured=card.is_configured,
     )
 
 

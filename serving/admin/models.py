@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
@@ -17,6 +17,8 @@ from serving.contracts.operations import Operations, Progress, Report
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Arguments = ParamSpec("_Arguments")
+_Answer = TypeVar("_Answer")
 _NUM_THREADS = 4
 """One change is made at a time; the others are refused, or ask for the state."""
 
@@ -68,6 +70,25 @@ class ModelCalls:
         grace_s = convert.duration_s(request.grace) if request.HasField("grace") else None
         async for progress in self._reported(lambda report: operations.drain(request.group, grace_s, report)):
             yield progress
+
+    async def AddAdapter(self, request: pb.AddAdapterRequest, context: Context) -> pb.AddAdapterResponse:
+        with convert.within("adapter"):
+            card = await self._run(self._found().add_adapter, *convert.new_adapter(request.adapter))
+        return pb.AddAdapterResponse(adapter=convert.adapter_message(card))
+
+    async def RemoveAdapter(self, request: pb.RemoveAdapterRequest, context: Context) -> pb.RemoveAdapterResponse:
+        card = await self._run(self._found().remove_adapter, request.name)
+        return pb.RemoveAdapterResponse(adapter=convert.adapter_message(card))
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
+        cards = await self._run(self._found().adapters)
+        return pb.ListAdaptersResponse(adapters=map(convert.adapter_message, cards))
+
+    async def _run(
+        self, change: Callable[_Arguments, _Answer], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Answer:
+        """In a thread. It is done to its end, also when the client leaves."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: change(*args, **kwargs))
 
     def _found(self) -> Operations:
         if self._operations is None:

@@ -14,8 +14,8 @@ from rich.table import Table
 from model_parallel.errors import EngineError
 from protos import inference_pb2 as pb
 from serving import __version__
+from serving.cli import adapters, doctor, fleet, inspect, k8s, operations, plan, serve, simulate
 from serving.cli import bench as bench_commands
-from serving.cli import doctor, fleet, inspect, k8s, operations, plan, serve, simulate
 from serving.cli import load as load_command
 from serving.cli import tenants as tenants_cli
 from serving.cli.asking import print_speed, print_stream
@@ -218,6 +218,7 @@ simulate.register(app)
 k8s.register(app)
 fleet.register(app)
 operations.register(app)
+adapters.register(app)
 
 
 def _only_model(client: Client) -> str:

@@ -72,7 +72,7 @@ def deploy(
         "kv_cache_tokens": kv_cache_tokens,
     }
     entries = _entries(file, source, {field: value for field, value in flags.items() if value is not None})
-    with _client(address, tls, ca, cert, key) as client:
+    with admin_client(address, tls, ca, cert, key) as client:
         for entry in entries:
             request = pb.DeployModelRequest(config=json.dumps(entry), max_unavailable=max_unavailable, only_check=check)
             _follow(client.admin.DeployModel(request))
@@ -87,7 +87,7 @@ def undeploy(
     key: KeyFile = None,
 ) -> None:
     """Serve a model no more. Requests that run may finish; new ones are answered like those for an unknown model."""
-    with _client(address, tls, ca, cert, key) as client:
+    with admin_client(address, tls, ca, cert, key) as client:
         _follow(client.admin.UndeployModel(pb.UndeployModelRequest(name=model)))
 
 
@@ -108,7 +108,7 @@ def scale(
 ) -> None:
     """Have another number of replica groups, or with autoscaling other bounds."""
     request = pb.ScaleModelRequest(name=model, num_groups=groups, min_groups=min_groups, max_groups=max_groups)
-    with _client(address, tls, ca, cert, key) as client:
+    with admin_client(address, tls, ca, cert, key) as client:
         _follow(client.admin.ScaleModel(request))
 
 
@@ -123,7 +123,7 @@ def restart(
 ) -> None:
     """Replace all groups of a model by new ones, one after the other, without losing a request."""
     request = pb.RestartModelRequest(name=model, max_unavailable=max_unavailable)
-    with _client(address, tls, ca, cert, key) as client:
+    with admin_client(address, tls, ca, cert, key) as client:
         _follow(client.admin.RestartModel(request))
 
 
@@ -145,7 +145,7 @@ def drain(
         message = Duration()
         message.FromMilliseconds(round(1000 * duration_s(grace)))
         request.grace.CopyFrom(message)
-    with _client(address, tls, ca, cert, key) as client:
+    with admin_client(address, tls, ca, cert, key) as client:
         _follow(client.admin.DrainGroup(request))
 
 
@@ -179,6 +179,10 @@ def _entries(file: Path | None, source: str | None, flags: dict[str, Any]) -> li
 
 def _with_whole_path(entry: dict[str, Any]) -> dict[str, Any]:
     """The server may run in another directory."""
+    lora = entry.get("lora") or {}
+    if "adapters" in lora:
+        adapters = [each | {"source": str(Path(each["source"]).expanduser().absolute())} for each in lora["adapters"]]
+        entry = entry | {"lora": lora | {"adapters": adapters}}
     path = Path(str(entry["source"])).expanduser()
     if entry["source"] not in KNOWN_MODELS and path.exists():
         return entry | {"source": str(path.absolute())}
@@ -186,7 +190,7 @@ def _with_whole_path(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _client(address: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Iterator[Client]:
+def admin_client(address: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Iterator[Client]:
     given = api_key() or read_operator_key()
     with Client(address, api_key=given, tls=client_tls(tls, ca, cert, key)) as client:
         client.wait_until_connected()

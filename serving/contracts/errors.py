@@ -65,6 +65,14 @@ CONTEXT_LENGTH_EXCEEDED = Status(
 INTERNAL = Status(
     code="INTERNAL", http_status=500, reason="INTERNAL", error_type="server_error", error_code="internal_error"
 )
+ADAPTER_FAILED = Status(
+    code="FAILED_PRECONDITION",
+    http_status=500,
+    reason="ADAPTER_FAILED",
+    error_type="server_error",
+    error_code="adapter_failed",
+)
+"""The files of the request's adapter cannot be used any more."""
 OVERLOADED = Status(
     code="RESOURCE_EXHAUSTED",
     http_status=503,
@@ -240,7 +248,8 @@ class GroupRefusedError(ServingError):
         self.retry_after_s = retry_after_s
 
     def answered_by(self) -> Status:
-        return {"overloaded": OVERLOADED, "invalid": INVALID_REQUEST}.get(self.kind, INTERNAL)
+        known = {"overloaded": OVERLOADED, "invalid": INVALID_REQUEST, "adapter_failed": ADAPTER_FAILED}
+        return known.get(self.kind, INTERNAL)
 
 
 class DeadlineExceededError(ServingError):

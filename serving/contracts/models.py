@@ -2,6 +2,7 @@
 
 import msgspec
 
+from model_parallel.engine.request import AdapterRef
 from serving.contracts.chat import ChatFormat
 
 
@@ -12,6 +13,22 @@ class Licence(msgspec.Struct, frozen=True, kw_only=True):
     notice: str = ""
     """A sentence that the licence asks to be passed on."""
     use_policy_url: str = ""
+
+
+class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter, which is a model of its own name to whoever may see it."""
+
+    name: str
+    parent: str
+    """Name of the model that it changes."""
+    ref: AdapterRef
+    num_bytes: int
+    """On the fullest rank of a group."""
+    rank: int
+    tenants: tuple[str, ...] | None = None
+    """Ids of the tenants that see it; None for all."""
+    is_configured: bool = False
+    """The configuration names it; others were added while the server ran."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,3 +70,23 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """The rule by which `default_sampling` was made."""
     default_sampling: dict[str, float] = {}
     """Sampling fields of requests that leave them unset, by name; what is not in it is neutral."""
+    parent: str = ""
+    """Of an adapter: the model that it changes."""
+    adapter: AdapterRef | None = None
+    tenants: tuple[str, ...] | None = None
+    """Ids of the tenants to whom it exists; None for all."""
+
+    @property
+    def base(self) -> str:
+        """Name of the model whose groups and tokenizer it is served with: its own, or its parent's."""
+        return self.parent or self.name
+
+    def with_adapter(self, adapter: AdapterCard) -> "ModelCard":
+        """The card of an adapter of this model."""
+        return msgspec.structs.replace(
+            self, name=adapter.name, parent=self.name, adapter=adapter.ref, tenants=adapter.tenants
+        )
+
+    def is_visible_to(self, tenant_id: str) -> bool:
+        """Whether the model exists to a tenant, who may still lack the right to use it."""
+        return self.tenants is None or tenant_id in self.tenants

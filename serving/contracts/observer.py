@@ -24,8 +24,9 @@ class RequestObserver:
     def authenticated(self, principal: Principal) -> None:
         """Whose request it is."""
 
-    def resolved(self, model: str) -> None:
-        """It asks for this model, which is served and which the sender may use."""
+    def resolved(self, model: str, base: str) -> None:
+        """It asks for this model, which is served and which the sender may use. `base` is the one that an adapter changes, else
+        the model itself; there are few of those, and they stay."""
 
     def generates(self, operation: str, num_choices: int, sampling: SamplingParams) -> None:
         """It wants tokens. `operation` is "chat" or "text_completion"."""

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from serving.contracts.models import AdapterCard
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -64,4 +66,17 @@ class Operations(Protocol):
 
     def drain(self, group: str, grace_s: float | None, report: Report) -> None:
         """Replace one group: it takes nothing new, and what it runs ends within the grace or goes on elsewhere."""
+        ...
+
+    def adapters(self) -> Sequence[AdapterCard]:
+        """Those of all models, by name."""
+        ...
+
+    def add_adapter(self, name: str, model: str, source: str, tenants: tuple[str, ...] | None) -> AdapterCard:
+        """Serve a LoRA adapter of a model, once every rank of every running group has loaded it. AlreadyExistsError for a name
+        that is taken. It does not report."""
+        ...
+
+    def remove_adapter(self, name: str) -> AdapterCard:
+        """Serve it no more. What runs may finish. It does not report."""
         ...

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from serving.contracts.models import ModelCard
+from serving.contracts.models import AdapterCard, ModelCard
 
 APP_NAME = "packtrain"
 """Serve's application of the gateways. Each model has one of its own, so that models come and go without the gateways."""
@@ -27,6 +27,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """Goes up whenever its groups are to be replaced."""
     state: State
     """Gateways know those that serve, and those whose groups are being replaced: what no group can take waits then."""
+    adapters: tuple[AdapterCard, ...] = ()
+    """Of the model: those of its entry, and those that were added."""
 
     @property
     def is_shown(self) -> bool:
@@ -45,6 +47,11 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     def shown(self) -> dict[str, ServedModel]:
         """Those that clients may ask for."""
         return {name: model for name, model in self.models.items() if model.is_shown}
+
+    @property
+    def adapters(self) -> tuple[AdapterCard, ...]:
+        """Those that clients may ask for."""
+        return tuple(adapter for model in self.shown.values() for adapter in model.adapters)
 
 
 class GatewayModels(msgspec.Struct, frozen=True, kw_only=True):

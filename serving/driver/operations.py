@@ -22,16 +22,17 @@ from serving.autoscaling.actor import start_autoscaler, stop_autoscaler
 from serving.autoscaling.settings import settings_of
 from serving.config import ModelEntry, ServingConfig
 from serving.contracts.errors import ChangeError, NotFoundError, UnknownModelError, ValidationError
+from serving.contracts.models import AdapterCard
 from serving.contracts.operations import ModelStatus, Progress, Report
 from serving.contracts.served import Served, ServedModel, app_name, deployment_name
 from serving.contracts.start_failure import StartError, plain_reason
-from serving.driver import applications, changes, joined
+from serving.driver import adapter_changes, applications, changes, joined
 from serving.driver.preflight import check_model
-from serving.driver.record import served_model, write_served
+from serving.driver.record import served_model, with_added_adapters, write_served
 from serving.driver.waits import SERVE_ERRORS, TELL_TIMEOUT_S, Tell, Waits
 from serving.gateway.deployment import Gateway
 from serving.models.fetch import KNOWN_MODELS, FetchError, fetch_model
-from serving.models.group_spec import GroupSpec, held_bytes, resolve_models
+from serving.models.group_spec import GroupSpec, describe_card, held_bytes, resolve_models
 from serving.models.sizes import STACK_BYTES, Host
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,45 @@ class ClusterOperations:
                     self._write(name, served)
                     self._waits.gateways(self._served.generation)
             tell("done", f"{group} is replaced", target, target)
+
+    def adapters(self) -> Sequence[AdapterCard]:
+        return sorted(adapter_changes.all_adapters(self._served), key=lambda card: card.name)
+
+    def add_adapter(self, name: str, model: str, source: str, tenants: tuple[str, ...] | None) -> AdapterCard:
+        wanted = adapter_changes.checked_entry(name, source, tenants)
+        with self._change(model, lambda _: None) as tell:
+            _, served = self._find(model)
+            adapter_changes.check_name(name, self._served)
+            tell("checking", f"adapter {name} of {model}")
+            with _explained("source"):
+                spec = self._spec_of(served)
+                card = describe_card(wanted, model, spec.model, spec.parallel, spec.adapter_config, is_configured=False)
+            is_known = adapter_changes.is_served(card, self._served)
+            groups = adapter_changes.Groups(self._handle(model))
+            tell("starting", f"all groups of {model} load adapter {name}")
+            try:
+                groups.load(card)
+                self._write_adapters(served, (*served.adapters, card))
+            except BaseException:
+                if not is_known:
+                    groups.unload(card)
+                raise
+            self._waits.gateways(self._served.generation, model)
+        return card
+
+    def remove_adapter(self, name: str) -> AdapterCard:
+        with self._change(f"adapter {name}", lambda _: None) as tell:
+            card = adapter_changes.find_added(name, self._served)
+            served = self._served.models[card.parent]
+            tell("stopping", f"adapter {name} of {card.parent}")
+            self._write_adapters(served, tuple(other for other in served.adapters if other.name != name))
+            self._waits.gateways(self._served.generation)
+            if not adapter_changes.is_served(card, self._served):
+                adapter_changes.Groups(self._handle(card.parent)).unload(card)
+        return card
+
+    def _write_adapters(self, served: ServedModel, adapters: tuple[AdapterCard, ...]) -> None:
+        self._write(served.card.name, msgspec.structs.replace(served, adapters=adapters), keeps_adapters=False)
 
     def _add(self, given: ModelEntry, tell: Tell, *, only_check: bool) -> None:
         name = given.name
@@ -351,11 +391,12 @@ class ClusterOperations:
         except SERVE_ERRORS as error:
             raise ChangeError(f"the group cannot be told to drain: {plain_reason(str(error))}") from error
 
-    def _write(self, name: str, model: ServedModel | None) -> None:
-        """The record, with `model` in place of what it had under this name; None takes it away. Raises ChangeError."""
+    def _write(self, name: str, model: ServedModel | None, *, keeps_adapters: bool = True) -> None:
+        """The record, with `model` in place of what it had under this name; None takes it away. Adapters that were added stay,
+        unless `model` has all that there are to be. Raises ChangeError."""
         models = {other: served for other, served in self._served.models.items() if other != name or model is not None}
         if model is not None:
-            models[name] = model
+            models[name] = with_added_adapters(model, self._served.models.get(name)) if keeps_adapters else model
         served = Served(generation=self._served.generation + 1, models=models)
         try:
             write_served(served)
@@ -427,9 +468,9 @@ def _requests(spec: GroupSpec) -> list[GroupRequest]:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(field: str = "config") -> Iterator[None]:
     """What is wrong with what was asked for becomes the caller's to correct."""
     try:
         yield
     except (EngineError, FetchError) as error:
-        raise ValidationError("config", str(error)) from error
+        raise ValidationError(field, str(error)) from error

@@ -24,7 +24,21 @@ def write_served(served: Served) -> None:
 
 def served_model(spec: GroupSpec, given: str, revision: int, state: State) -> ServedModel:
     """`given` is the entry as somebody wrote it, by `changes.entry_text`."""
-    return ServedModel(card=spec.card, given=given, chosen=entry_text(spec.entry), revision=revision, state=state)
+    return ServedModel(
+        card=spec.card,
+        given=given,
+        chosen=entry_text(spec.entry),
+        revision=revision,
+        state=state,
+        adapters=spec.adapters,
+    )
+
+
+def with_added_adapters(model: ServedModel, before: ServedModel | None) -> ServedModel:
+    """With the adapters that were added to what it was before, but for those whose names its own entry now has."""
+    own = {adapter.name for adapter in model.adapters}
+    added = [a for a in (before.adapters if before else ()) if not a.is_configured and a.name not in own]
+    return msgspec.structs.replace(model, adapters=(*model.adapters, *added)) if added else model
 
 
 def first_served(given: Sequence[ModelEntry], specs: Sequence[GroupSpec], before: Served | None) -> Served:

@@ -89,7 +89,9 @@ class Gateway:
         self._receiver = OutputReceiver(loads_of_this_process())
         await self._receiver.start(this_node()[1])
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._backend = backend = ServeBackend(cards, {card.name: _handle(card.name) for card in cards}, self._receiver)
+        self._backend = backend = ServeBackend(
+            cards, {card.name: _handle(card.name) for card in cards}, self._receiver, adapters=self._served.adapters
+        )
         self._watch = GatewayWatch(cards, METHODS, open_tracing())
         self._accounts: TenantAccounts | None = None
         if tenancy is not None:
@@ -159,7 +161,7 @@ class Gateway:
 
     async def _follow(self, served: Served) -> None:
         before, shown = self._served.models, served.shown
-        for name in self._backend.models.keys() - shown.keys():
+        for name in self._backend.models.bases.keys() - shown.keys():
             self._backend.forget_model(name)
             self._server.forget_model(name)
         problems, self._problems = self._problems, {}
@@ -173,6 +175,7 @@ class Gateway:
                 self._problems[name] = f"{type(error).__name__}: {error}"
                 continue
             self._backend.set_model(card, _handle(name), is_held=model.state == "replacing")
+        self._backend.set_adapters(served.adapters)
         self._watch.set_models(
             [model.card for model in shown.values()], {name: model.state for name, model in shown.items()}
         )

@@ -87,7 +87,7 @@ class GatewayServer:
         cannot be used, and for a model without tokenizer.
         """
         check_listening(config, has_keys=accounts is not None)
-        if missing := sorted(set(backend.models) - set(tokenizers)):
+        if missing := sorted({card.base for card in backend.models.values()} - set(tokenizers)):
             raise ConfigError(f"no tokenizer for the models {', '.join(missing)}")
         self._config = config
         self._admission = Admission(config.max_concurrent_requests)

@@ -4,14 +4,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from model_parallel.checkpoint.adapter_files import adapter_bytes, describe_adapter
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
 from model_parallel.checkpoint.fingerprint import fingerprint
-from model_parallel.config import CacheConfig, ModelConfig, ParallelConfig, SchedulerConfig, TokenTable
+from model_parallel.config import (
+    AdapterConfig,
+    CacheConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    TokenTable,
+)
+from model_parallel.engine.request import AdapterRef
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.memory import GIB, Device, Workload, kv_cache_tokens, plan_group
-from serving.config import ChatConfig, ModelEntry
-from serving.contracts.models import ModelCard
+from serving.config import AdapterEntry, ChatConfig, ModelEntry
+from serving.contracts.models import AdapterCard, ModelCard
 from serving.models.chat import ModelText, resolve_text
 from serving.models.fetch import KNOWN_MODELS, resolve_source
 from serving.models.generation_defaults import default_sampling
@@ -21,6 +30,8 @@ from serving.models.sizes import (
     RANK_BYTES,
     UTILISATION,
     Host,
+    adapter_config_of,
+    adapter_reserve,
     choose_sizes,
     process_bytes,
     this_host,
@@ -42,6 +53,10 @@ class GroupSpec:
     cpus_per_rank: float
     tokens: TokenTable | None = None
     """For structured output; None where there is none."""
+    adapter_config: AdapterConfig | None = None
+    """None: its groups take no adapters."""
+    adapters: tuple[AdapterCard, ...] = ()
+    """Known from the start."""
     warnings: tuple[str, ...] = ()
     """What was ignored in the checkpoint, or is different from what its files say, as sentences."""
     progress_directory: str = ""
@@ -94,6 +109,7 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         max_grammars=entry.max_grammars,
     )
     text = resolve_text(info, _chat(entry))
+    adapter_config = adapter_config_of(entry)
     return GroupSpec(
         card=_card(entry, info, text, max_model_len),
         warnings=(*info.warnings, *text.warnings),
@@ -106,6 +122,42 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         tokens=token_table(text.tokenizer, info.config.vocab_size, text.eos_token_ids)
         if entry.structured_output
         else None,
+        adapter_config=adapter_config,
+        adapters=tuple(
+            describe_card(adapter, entry.name, info.config, parallel, adapter_config, is_configured=True)
+            for adapter in (entry.lora.adapters if entry.lora is not None else ())
+        ),
+    )
+
+
+def describe_card(
+    adapter: AdapterEntry,
+    parent: str,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: AdapterConfig | None,
+    *,
+    is_configured: bool,
+) -> AdapterCard:
+    """An adapter from its directory, checked against the model `parent`. Raises CheckpointError, and ConfigError when the ranks
+    have no room for it."""
+    if config is None:
+        raise ConfigError(f"model {parent!r} takes no adapters: its lora section is not set")
+    info = describe_adapter(adapter.source.absolute(), model)
+    num_bytes = adapter_bytes(info, model, parallel.tp_size, dtype=parallel.dtype)
+    if num_bytes > config.max_bytes:
+        raise ConfigError(
+            f"adapter {adapter.name!r} takes {num_bytes} bytes on a rank, and models.{parent}.lora.max_bytes is "
+            f"{config.max_bytes}"
+        )
+    return AdapterCard(
+        name=adapter.name,
+        parent=parent,
+        ref=AdapterRef(info.digest, str(info.path)),
+        num_bytes=num_bytes,
+        rank=info.rank,
+        tenants=adapter.tenants,
+        is_configured=is_configured,
     )
 
 
@@ -129,7 +181,8 @@ def held_bytes(spec: GroupSpec, num_groups: int) -> int:
         rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * spec.cache.num_tokens + RANK_BYTES
         for rank in group.ranks
     )
-    return num_groups * (ranks + LEADER_BYTES)
+    adapters = adapter_reserve(spec.entry) // max(1, spec.entry.most_groups)
+    return num_groups * (ranks + LEADER_BYTES + adapters)
 
 
 def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
@@ -137,14 +190,17 @@ def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
 
     Raises ConfigError with the numbers of the fullest rank.
     """
-    num_ranks = sum(spec.entry.most_groups * spec.parallel.tp_size for spec in specs)
-    processes = process_bytes([spec.entry for spec in specs])
+    entries = [spec.entry for spec in specs]
+    num_ranks = sum(entry.most_groups * entry.tensor_parallel_size for entry in entries)
+    processes = process_bytes(entries)
     limit = f" (limited by {machine.memory_limit})" if machine.memory_limit else ""
-    room = int(machine.available_memory_bytes * UTILISATION) - processes
+    adapters = sum(map(adapter_reserve, entries))
+    room = int(machine.available_memory_bytes * UTILISATION) - processes - adapters
     if room <= 0:
         raise ConfigError(
             f"memory: the processes of Ray, gateway, {len(specs)} models and {num_ranks} ranks take {processes / GIB:.2f} GiB "
-            f"before any weight, and {machine.available_memory_bytes / GIB:.2f} GiB are free{limit}; give it more memory"
+            f"before any weight, adapters {adapters / GIB:.2f} GiB, and {machine.available_memory_bytes / GIB:.2f} GiB are "
+            f"free{limit}; give it more memory"
         )
     share = Device(name="host", memory_bytes=room // num_ranks, bandwidth_bytes_per_s=math.inf)
     for spec in specs:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from model_parallel.checkpoint.detect import CheckpointInfo, read_json
 from model_parallel.checkpoint.gguf_file import GgufFile
-from model_parallel.config import DTYPE_BYTES, ModelConfig
+from model_parallel.config import DTYPE_BYTES, AdapterConfig, ModelConfig
 from model_parallel.errors import ConfigError
 from model_parallel.gpus import Gpu, torch_has_cuda, visible_gpus
 from model_parallel.machine import Machine, read_machine
@@ -109,6 +109,25 @@ def num_ranks(entry: ModelEntry) -> int:
     return entry.most_groups * entry.tensor_parallel_size
 
 
+def adapter_config_of(entry: ModelEntry) -> AdapterConfig | None:
+    """None for a model that takes no adapters."""
+    if entry.lora is None:
+        return None
+    return AdapterConfig(
+        max_loaded=entry.lora.max_loaded,
+        max_bytes=entry.lora.max_bytes,
+        host_cache_bytes=entry.lora.host_cache_bytes,
+    )
+
+
+def adapter_reserve(entry: ModelEntry) -> int:
+    """Bytes of the host that the adapters of all groups may take."""
+    if entry.lora is None:
+        return 0
+    on_host = entry.lora.host_cache_bytes + (entry.lora.max_bytes if entry.device == "cpu" else 0)
+    return num_ranks(entry) * on_host
+
+
 def process_bytes(entries: Sequence[ModelEntry]) -> int:
     """What the processes take before any weight."""
     return STACK_BYTES + sum(e.most_groups * LEADER_BYTES + num_ranks(e) * RANK_BYTES for e in entries)
@@ -179,6 +198,7 @@ def _plan(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMem
 def _room_for_caches(entries: Sequence[ModelEntry], configs: Sequence[ModelConfig], machine: Machine) -> int:
     """Bytes of the host for the cache of each rank on a CPU whose size is left to us."""
     rest = int(machine.available_memory_bytes * UTILISATION) - process_bytes(entries)
+    rest -= sum(map(adapter_reserve, entries))
     num_open = 0
     for entry, config in zip(entries, configs, strict=True):
         if entry.device != "cpu":
@@ -222,6 +242,7 @@ def _gpu_cache_tokens(entry: ModelEntry, config: ModelConfig, host: Host) -> int
             workload=workload_of(entry, config, entry.max_num_seqs),
         )
         room = rank.budget_bytes - DEVICE_RESERVE_BYTES - rank.weight_bytes - rank.activation_bytes - captured
+        room -= 0 if entry.lora is None else entry.lora.max_bytes
         tokens.append(max(0, room) // rank.kv_bytes_per_token)
     return min(tokens)
 

@@ -88,7 +88,10 @@ class _Observer(RequestObserver):
         self._request_id = request_id
         self._headers = headers
         self._principal: Principal | None = None
+        self._asked = ""
+        """The model's name, which may be an adapter's."""
         self._model = ""
+        """For labels: the model, or the one that the adapter changes."""
         self._code = ""
         self._reason = ""
         self._num_choices = 0
@@ -132,8 +135,8 @@ class _Observer(RequestObserver):
     def authenticated(self, principal: Principal) -> None:
         self._principal = principal
 
-    def resolved(self, model: str) -> None:
-        self._model = model
+    def resolved(self, model: str, base: str) -> None:
+        self._asked, self._model = model, base
         if self._span.is_recording():
             self._span.set_attribute("gen_ai.request.model", model)
 
@@ -261,7 +264,7 @@ class _Observer(RequestObserver):
             "request_id": self._request_id,
             "front_end": self._front_end,
             "method": self._method,
-            "model": self._model,
+            "model": self._asked,
             "code": self._code,
             "total_s": round(now_s - self._started_s, 6),
         }

@@ -121,6 +121,10 @@ class AsyncEngine:
             self._end(run)
             run.sink.send(last)
 
+    def wake(self) -> None:
+        """Somebody has given the engine work that is no request."""
+        self._wake.set()
+
     def fail(self, reason: str) -> None:
         """The executor has lost a rank between steps: end all requests. May be called from any thread."""
         logger.error("the group is lost: %s", reason)

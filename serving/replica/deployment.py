@@ -24,11 +24,13 @@ from model_parallel.engine.step_times import TimedExecutor
 from model_parallel.errors import GroupFailedError, RequestError
 from serving.contracts.group_link import GroupCall, GroupReply
 from serving.contracts.group_report import GroupReport
+from serving.contracts.models import AdapterCard
 from serving.contracts.start_failure import telling_start_failures
 from serving.contracts.step_report import GroupShape, StepReport
 from serving.models.group_spec import GroupSpec
 from serving.observability.log import configure_logging, request_id
 from serving.observability.tracing import GroupSpan, open_tracing
+from serving.replica.adapters import GroupAdapters, load_at_start
 from serving.replica.async_engine import AsyncEngine
 from serving.replica.load import LoadMeter
 from serving.replica.output_sender import OutputSenders
@@ -85,6 +87,7 @@ class ReplicaGroup:
             scheduler=spec.scheduler,
             epoch=epoch,
             tokens=spec.tokens,
+            adapters=spec.adapter_config,
         )
         self._step_timeout_s = spec.parallel.step_timeout_s
         on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
@@ -93,13 +96,28 @@ class ReplicaGroup:
                 RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
             )
         self._iterations = IterationTokens()
-        scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch)
+        scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch, adapters=spec.adapter_config)
         self._timed = TimedExecutor(self._executor)
         self._load_meter = LoadMeter(spec.scheduler, spec.cache)
         self._engine = Engine(self._timed, scheduler, on_step=self._iterations.observe)
+        self._adapters = GroupAdapters(self._engine, spec.model, spec.parallel, lambda: self._running_engine().wake())
+        with telling_start_failures():
+            await self._load_adapters(spec)
         self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._node_watch = asyncio.create_task(self._watch_nodes())
+
+    async def _load_adapters(self, spec: GroupSpec) -> None:
+        """Those that are known from the start. The executor is ended when that fails."""
+        if spec.adapter_config is None:
+            return
+        refs = [(adapter.ref, adapter.num_bytes) for adapter in spec.adapters]
+        most = spec.adapter_config.max_loaded
+        try:
+            await asyncio.to_thread(load_at_start, self._engine, refs, most, spec.parallel.start_timeout_s)
+        except BaseException:
+            self._executor.shutdown()
+            raise
 
     async def generate(self, encoded_call: bytes) -> bytes:
         """Take in the choices of one client request (msgpack, GroupCall). Returns a GroupReply (msgpack)."""
@@ -111,6 +129,7 @@ class ReplicaGroup:
             if self._drain is not None:
                 raise _DrainingError
             engine = self._running_engine()
+            await self._adapters.know(call.requests[0].adapter)
             sink = await self._senders.to(call.return_address)
             engine.start(call.requests, sink, span.received, span.end)
         except RequestError as error:
@@ -175,6 +194,21 @@ class ReplicaGroup:
     async def steps(self) -> bytes:
         """StepReport (msgpack) of the last steps."""
         return self._encode(StepReport(shape=self._shape, samples=tuple(self._timed.samples.copy())))
+
+    async def load_adapter(self, encoded: bytes) -> str:
+        """Have every rank load an AdapterCard (msgpack). Returns why that cannot be; "" when all have it."""
+        self._running_engine()
+        return await self._adapters.load(msgspec.msgpack.decode(encoded, type=AdapterCard))
+
+    async def unload_adapter(self, encoded: bytes) -> str:
+        """Have the ranks drop it as soon as no request needs it."""
+        self._running_engine()
+        self._adapters.unload(msgspec.msgpack.decode(encoded, type=AdapterCard).ref.digest)
+        return ""
+
+    async def loaded_adapters(self) -> list[str]:
+        """Digests of those that all ranks have."""
+        return self._engine.loaded_adapters()
 
     async def check_integrity(self) -> None:
         """Raise RuntimeError unless every KV block is accounted for."""

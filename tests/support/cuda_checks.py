@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_parallel.kernels.cuda import CudaKernels
-from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix
+from model_parallel.kernels.cuda.adapters import add_low_rank
+from model_parallel.kernels.interface import (
+    Adapted,
+    AdaptedRun,
+    AttentionPlan,
+    Heads,
+    Int8Matrix,
+    LowRankPart,
+    LowRankUpdate,
+)
 from tests.support.kernels import attention_plan, poisoned_cache
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -140,6 +149,41 @@ def check_swiglu(kernels: CudaKernels, num_rows: int, num_columns: int, dtype: t
     # The exponential and the division err by a few units in the last place.
     tolerance = 16 * ROUNDING[torch.float32] + ROUNDING[dtype]
     assert ((out.double() - exact).abs() <= tolerance * exact.abs() + SMALLEST_ERROR).all()
+
+
+def check_adapters(kernels: CudaKernels, dtype: torch.dtype) -> None:
+    """Three adapters of unlike ranks and parts in one product, and rows without one; more rows of one than a tile has."""
+    torch.manual_seed(2)
+    num_rows, num_inputs, sizes = 45, 70, (33, 18, 18)
+    num_outputs, firsts = sum(sizes), (0, 33, 51)
+    x = torch.randn(num_rows, num_inputs, device=kernels.device).to(dtype)
+    exact = torch.zeros((num_rows, num_outputs), dtype=torch.float64, device=kernels.device)
+    runs = []
+    for first_row, count, rank, parts in ((2, 1, 3, (0, 1, 2)), (3, 34, 17, (0, 2)), (40, 5, 8, (1,))):
+        made = []
+        for part in parts:
+            down = (torch.randn(rank, num_inputs) / num_inputs**0.5).to(dtype)
+            up = (torch.randn(sizes[part], rank) / rank**0.5).to(dtype)
+            made.append(LowRankPart(first_output=firsts[part], down_RI=down, up_OR=up))
+            added = x[first_row : first_row + count].double().cpu() @ down.double().T @ up.double().T
+            exact[first_row : first_row + count, firsts[part] : firsts[part] + sizes[part]] += added.to(kernels.device)
+        update = LowRankUpdate(num_outputs=num_outputs, parts=tuple(made))
+        runs.append(AdaptedRun(first_row, count, kernels.pack_adapter([None, update], gated=[])))
+    rows = kernels.adapted_rows(runs)
+    added = add_low_rank(torch.zeros((num_rows, num_outputs), device=kernels.device), x, Adapted(rows, 1))
+    torch.testing.assert_close(added.double(), exact, atol=1e-4, rtol=1e-4)
+    assert not add_low_rank(torch.zeros((num_rows, num_outputs), device=kernels.device), x, Adapted(rows, 0)).any()
+    for row, run in ((2, runs[0]), (20, runs[1]), (44, runs[2])):
+        alone = Adapted(kernels.adapted_rows([AdaptedRun(0, 1, run.adapter)]), 1)
+        zero = torch.zeros((1, num_outputs), device=kernels.device)
+        assert torch.equal(add_low_rank(zero, x[row : row + 1], alone)[0], added[row]), "alone as in the batch"
+    if dtype != torch.float32 and kernels.device == "cpu":
+        return  # torch has no product of such weights in float32 there
+    weight = (torch.randn(num_outputs, num_inputs, device=kernels.device) / num_inputs**0.5).to(dtype)
+    plain, out = kernels.partial_sum(x, weight), kernels.partial_sum(x, weight, Adapted(rows, 1))
+    assert torch.equal(out, plain + added)
+    assert torch.equal(kernels.linear(x, weight, Adapted(rows, 1)), out.to(dtype)), "rounded once, after the sum"
+    assert kernels.gated_linear(x, weight[:68], Adapted(rows, 0)).shape == (num_rows, 34)
 
 
 def random_int8(kernels: CudaKernels, num_outputs: int, num_inputs: int) -> Int8Matrix:

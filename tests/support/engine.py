@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from model_parallel.engine.scheduler import Scheduler
@@ -37,6 +37,7 @@ class Harness:
         max_prefill_tokens: int | None = None,
         max_in_flight: int = 1,
         max_grammars: int = 64,
+        adapters: AdapterConfig | None = None,
     ) -> None:
         self.clock = ManualClock()
         self.executor = FakeExecutor(
@@ -56,7 +57,9 @@ class Harness:
             CacheConfig(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             epoch=1,
             clock=self.clock,
+            adapters=adapters,
         )
+        self.executor.max_adapters = 0 if adapters is None else adapters.max_loaded
         self.engine = Engine(self.executor, self.scheduler, max_in_flight=max_in_flight)
         self.outputs: dict[str, list[EngineOutput]] = {}
 

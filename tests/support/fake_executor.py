@@ -10,7 +10,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from model_parallel.engine.messages import CompiledGrammar, NewSequence, Row, RowResult, StepPlan, StepResult
+from model_parallel.engine.messages import (
+    AdapterLoad,
+    AdapterOutcome,
+    CompiledGrammar,
+    NewSequence,
+    Row,
+    RowResult,
+    StepPlan,
+    StepResult,
+)
 from model_parallel.engine.request import EngineRequest, SamplingParams, TokenLogprobs
 from model_parallel.errors import GroupFailedError
 
@@ -56,12 +65,13 @@ class _RankSequence:
     num_prompt_tokens: int
     sampling: SamplingParams
     salt: bytes
+    adapter_id: int
     block_ids: list[int] = field(default_factory=list)
     most_output: int | None = None
     """Tokens after which its grammar is complete."""
 
     def slot_contents(self) -> list[bytes]:
-        contents = [b"salt" + self.salt]
+        contents = [b"salt" + self.salt + self.adapter_id.to_bytes(4)]
         for token_id in self.token_ids:
             contents.append(hashlib.sha256(contents[-1] + token_id.to_bytes(4)).digest())
         return contents[1:]
@@ -93,6 +103,13 @@ class FakeExecutor:
         self._slots: dict[tuple[int, int], bytes] = {}
         self._compiling: dict[int, tuple[str, int]] = {}
         """Text, and steps that are left."""
+        self.adapters: set[int] = set()
+        """Loaded."""
+        self.broken_adapters: set[str] = set()
+        """Digests of those that cannot be loaded."""
+        self.max_adapters = 0
+        self.num_steps_to_load = 3
+        self._loading: dict[int, tuple[AdapterLoad, int]] = {}
 
     def set_failure_callback(self, callback: Callable[[str], None]) -> None:
         self.on_failure = callback
@@ -111,6 +128,7 @@ class FakeExecutor:
         self.plans.append(plan)
         if self.during_step is not None:
             self.during_step()
+        self._take_adapters(plan)
         for seq_id in plan.finished:
             del self.sequences[seq_id]
         for new in plan.new_sequences:
@@ -124,6 +142,8 @@ class FakeExecutor:
         assert len({row.seq_id for row in plan.rows}) == len(plan.rows)
         assert sum(row.num_tokens for row in plan.rows) <= self._max_tokens_a_step
         for row in plan.rows:
+            adapter_id = self.sequences[row.seq_id].adapter_id
+            assert not adapter_id or adapter_id in self.adapters, "a row of an adapter that is not loaded"
             self._extend_table(row)
         # Rows of one step run side by side: none may read what another writes, nor write where another reads.
         for row in plan.rows:
@@ -133,7 +153,13 @@ class FakeExecutor:
             self._write(row, written)
         for row in plan.rows:
             self._check_reads(row, row.start + row.num_tokens)
-        return StepResult(plan.epoch, plan.step_id, tuple(self._answer(row) for row in plan.rows), self._compile())
+        return StepResult(
+            plan.epoch,
+            plan.step_id,
+            tuple(self._answer(row) for row in plan.rows),
+            self._compile(),
+            self._settle_adapters(plan),
+        )
 
     def _compile(self) -> tuple[CompiledGrammar, ...]:
         self._compiling = {grammar_id: (text, left - 1) for grammar_id, (text, left) in self._compiling.items()}
@@ -147,7 +173,33 @@ class FakeExecutor:
     def _accept(self, new: NewSequence) -> _RankSequence:
         salt = self.salts.get(new.sampling.seed, b"")
         most_output = int(self.grammars[new.grammar_id]) if new.grammar_id else None
-        return _RankSequence(list(new.token_ids), new.num_prompt_tokens, new.sampling, salt, most_output=most_output)
+        return _RankSequence(
+            list(new.token_ids),
+            new.num_prompt_tokens,
+            new.sampling,
+            salt,
+            new.adapter_id,
+            most_output=most_output,
+        )
+
+    def _take_adapters(self, plan: StepPlan) -> None:
+        for adapter_id in plan.adapters_to_drop:
+            self.adapters.remove(adapter_id)
+        for load in plan.adapters_to_load:
+            assert load.adapter_id not in self.adapters and load.adapter_id not in self._loading
+            self._loading[load.adapter_id] = (load, plan.step_id + self.num_steps_to_load)
+            assert len(self.adapters) + len(self._loading) <= self.max_adapters
+
+    def _settle_adapters(self, plan: StepPlan) -> tuple[AdapterOutcome, ...]:
+        outcomes = []
+        for adapter_id, (load, due) in list(self._loading.items()):
+            if plan.step_id >= due:
+                del self._loading[adapter_id]
+                error = "rank 1: it is broken" if load.digest in self.broken_adapters else ""
+                if not error:
+                    self.adapters.add(adapter_id)
+                outcomes.append(AdapterOutcome(adapter_id, error))
+        return tuple(outcomes)
 
     def _extend_table(self, row: Row) -> None:
         sequence = self.sequences[row.seq_id]

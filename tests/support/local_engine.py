@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from model_parallel.config import CacheConfig, SchedulerConfig, TokenTable
+from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig, TokenTable
 from model_parallel.engine.engine import Engine
-from model_parallel.engine.request import EngineOutput, EngineRequest
+from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.runtime.executors import InProcessExecutor
 from model_parallel.runtime.rank import Rank
@@ -30,9 +30,13 @@ class LocalGroup:
         num_blocks: int = 256,
         rank_factory: RankFactory = Rank,
         tokens: TokenTable | None = None,
+        adapters: AdapterConfig | None = None,
+        known: Sequence[tuple[AdapterRef, int]] = (),
     ) -> None:
+        """`known` are adapters, each with its bytes on a rank."""
         config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
-        self.config = replace(config, tokens=tokens)
+        self.config = replace(config, tokens=tokens, adapters=adapters)
+        self.known = known
         torch.set_num_threads(1)
         self.executor = InProcessExecutor(self.config, rank_factory=rank_factory)
 
@@ -51,11 +55,15 @@ class LocalGroup:
             num_blocks=num_blocks or self.config.cache.num_blocks, block_size=16, enable_prefix_caching=prefix_caching
         )
         config = SchedulerConfig(max_model_len=1024, max_prefill_chunk=max_prefill_chunk, max_num_batched_tokens=256)
-        scheduler = Scheduler(config, replace(cache), epoch=1)
+        scheduler = Scheduler(config, replace(cache), epoch=1, adapters=self.config.adapters)
         scheduler._last_step_id = self.executor._workers[0].last_step_id  # type: ignore[attr-defined]
         scheduler._last_seq_id = scheduler._last_step_id * 1000
         # So are grammars: those of the engine before are still there under its numbers.
         scheduler._grammars._last_id = scheduler._last_step_id * 1000
+        # Each scheduler begins anew; so the ranks, which go on, must meet no number of an adapter twice.
+        scheduler.adapters._last_id = scheduler._last_step_id * 1000
+        for ref, num_bytes in self.known:
+            scheduler.adapters.know(ref, num_bytes)
         engine = Engine(self.executor, scheduler)
         outcome = Outcome()
         early = [r for i, r in enumerate(requests) if i not in waves]
@@ -66,6 +74,8 @@ class LocalGroup:
                 for output in engine.step():
                     outcome.outputs[output.request_id].append(output)
         engine.check_integrity()
+        for worker in self.executor._workers:
+            worker.adapters._loaded.clear()  # type: ignore[attr-defined]
         outcome.num_preemptions = engine.stats.num_preemptions
         if engine.stats.kv_usage:
             raise AssertionError(f"{engine.stats.kv_usage:.0%} of the KV cache is still held")

@@ -19,7 +19,7 @@ def labels_by_sample() -> dict[str, set[str]]:
     record = usage_record("r", model="tiny", num_prompt_tokens=1, num_completion_tokens=2)
     with watch.telemetry.observe("grpc", METHODS[0], "r", {}) as observer:
         observer.authenticated(Principal(tenant_id="t"))
-        observer.resolved("tiny")
+        observer.resolved("tiny", "tiny")
         observer.generates("chat", 1, SamplingParams())
         observer.ignored(1)
         observer.submitted()

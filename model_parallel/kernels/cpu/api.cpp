@@ -21,6 +21,19 @@ struct Kernels {
   const Isa* isa;
   Pool pool;
   Program* recording = nullptr;
+  std::vector<float> h;              // of the product that is computed
+  std::vector<AdaptedRows> adapted;  // of the same
+};
+
+// Rows of a step, one after another, that one adapter changes; and what it adds to each product of the model.
+struct AdapterRun {
+  int64_t first_row, num_rows;
+  const LowRank* products;
+};
+
+struct StepAdapters {
+  const AdapterRun* runs;
+  int64_t num_runs;
 };
 
 // All that `call` refers to, besides memory that outlives the program, is held in it by value.
@@ -74,6 +87,43 @@ int64_t grain_of(int64_t count, const Pool& pool) {
 constexpr int64_t kRowGrain = 8;  // rows of a norm, a cache write or a look-up: less than this is not worth a second thread
 constexpr int64_t kFewPositions = 512;  // cached positions of all pieces together: as few are not worth it either
 constexpr int64_t kFewRows = 64;  // of a product: with as few, one thread is soon through, and nobody waits for its pieces
+
+// Computes the first half of what adapters add to a product, and gives the product what it needs for the second.
+void shrink(Kernels* kernels, Product& job, const StepAdapters& step, int64_t number) {
+  std::vector<AdaptedRows>& adapted = kernels->adapted;
+  adapted.clear();
+  int64_t num_floats = 0, num_pairs = 0;
+  for (const AdapterRun* run = step.runs; run < step.runs + step.num_runs; ++run) {
+    const LowRank* weights = run->products + number;
+    if (weights->down == nullptr) continue;
+    adapted.push_back({run->first_row, run->num_rows, weights, nullptr});
+    num_floats += run->num_rows * weights->num_halves * kHalf;
+    num_pairs += (weights->num_halves + 1) / 2;
+  }
+  if (static_cast<int64_t>(kernels->h.size()) < num_floats) kernels->h.resize(num_floats);
+  float* h = kernels->h.data();
+  for (AdaptedRows& run : adapted) {
+    run.h = h;
+    h += run.num_rows * run.weights->num_halves * kHalf;
+  }
+  // Two half panels at a time, of one run after another.
+  share_out(kernels->pool, num_pairs, 1, 0, [&](int64_t begin, int64_t end, char*) {
+    int64_t first = 0;  // pair of the run
+    for (const AdaptedRows& run : adapted) {
+      const int64_t num_halves = run.weights->num_halves, last = first + (num_halves + 1) / 2;
+      for (int64_t pair = begin > first ? begin : first; pair < (end < last ? end : last); ++pair) {
+        const int64_t half = 2 * (pair - first);
+        const int64_t x_bytes = run.weights->num_inputs * (job.x_type == kFloat32 ? sizeof(float) : sizeof(uint16_t));
+        const Shrink part{run.weights, static_cast<const char*>(job.x) + run.first_row * x_bytes, run.num_rows,
+                          const_cast<float*>(run.h)};
+        kernels->isa->shrink(part, half, half + 2 < num_halves ? half + 2 : num_halves);
+      }
+      first = last;
+    }
+  });
+  job.adapted = adapted.data();
+  job.num_adapted = static_cast<int64_t>(adapted.size());
+}
 
 // Input features of a step.
 template <class T>
@@ -224,10 +274,13 @@ EXPORT void packtrain_embed(Kernels* kernels, const int64_t* token_ids, int64_t 
   });
 }
 
+// step: null where no adapters are known; what it refers to is read when the product is computed. `number`: of this product.
 EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void* x, Type x_type, int64_t num_rows,
-                              void* out, Type out_type) {
+                              void* out, Type out_type, const StepAdapters* step, int64_t number) {
   if (num_rows == 0) return;
-  perform(kernels, [=, job = Product{*weight, x, x_type, out, out_type, num_rows}] {
+  perform(kernels, [=, linear = *weight] {
+    Product job{linear, x, x_type, out, out_type, num_rows, nullptr, 0};
+    if (step != nullptr && step->num_runs > 0) shrink(kernels, job, *step, number);
     const int64_t num_panels = job.weight.num_panels();
     const bool in_pieces = kernels->pool.size() > 1 || job.num_rows > kFewRows;
     const int64_t grain = in_pieces ? grain_of(num_panels, kernels->pool) : num_panels;

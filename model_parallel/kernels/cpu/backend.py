@@ -6,7 +6,7 @@ Shape suffixes: those of kernels/interface.py
 import ctypes
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,8 +15,18 @@ from torch import Tensor
 
 from model_parallel.errors import EngineError
 from model_parallel.host_memory import empty_shard
+from model_parallel.kernels.cpu import low_rank
+from model_parallel.kernels.cpu.low_rank import StepAdapters
 from model_parallel.kernels.cpu.recording import Program, Workspace
-from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
+from model_parallel.kernels.interface import (
+    Adapted,
+    AdaptedRun,
+    AttentionPlan,
+    Heads,
+    Int8Matrix,
+    LayerCache,
+    LowRankUpdate,
+)
 from model_parallel.native import CPU_KERNELS, load_library
 
 ARENA_BYTES = 64 << 20
@@ -35,7 +45,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "packed_bytes": (_INT64, [_POINTER]),
     "pack": (None, [_POINTER] * 5),
     "embed": (None, [_POINTER, _POINTER, _INT64, _POINTER, ctypes.c_int, _INT64, _INT64, _INT64, _POINTER]),
-    "product": (None, [_POINTER, _POINTER, _POINTER, ctypes.c_int, _INT64, _POINTER, ctypes.c_int]),
+    "product": (
+        None,
+        [_POINTER, _POINTER, _POINTER, ctypes.c_int, _INT64, _POINTER, ctypes.c_int, _POINTER, _INT64],
+    ),
     "norm": (None, [_POINTER] * 4 + [ctypes.c_int, _INT64, _INT64, ctypes.c_float, _POINTER]),
     "softmax_parts": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "attention": (None, [_POINTER, _POINTER, _INT64, _POINTER, _INT64]),
@@ -210,24 +223,44 @@ class CpuKernels:
         )
         return out_TE
 
-    def linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
-        return self._product(x_TI, weight, x_TI.dtype)
+    def pack_adapter(
+        self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]
+    ) -> low_rank.PackedAdapter:
+        return low_rank.pack(updates, gated=gated, types=TYPES)
 
-    def partial_sum(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
-        return self._product(x_TI, weight, torch.float32)
+    def adapted_rows(self, runs: Sequence[AdaptedRun]) -> StepAdapters:
+        rows = StepAdapters(len(runs))
+        rows.load(runs)
+        return rows
 
-    def gated_linear(self, x_TI: Tensor, weight: PackedWeight) -> Tensor:
-        return self._product(x_TI, weight, x_TI.dtype)
+    def linear(self, x_TI: Tensor, weight: PackedWeight, adapted: Adapted | None = None) -> Tensor:
+        return self._product(x_TI, weight, x_TI.dtype, adapted)
+
+    def partial_sum(self, x_TI: Tensor, weight: PackedWeight, adapted: Adapted | None = None) -> Tensor:
+        return self._product(x_TI, weight, torch.float32, adapted)
+
+    def gated_linear(self, x_TI: Tensor, weight: PackedWeight, adapted: Adapted | None = None) -> Tensor:
+        return self._product(x_TI, weight, x_TI.dtype, adapted)
 
     def logits(self, x_RE: Tensor, head: PackedWeight) -> Tensor:
         return self._product(x_RE, head, torch.float32)
 
-    def _product(self, x_TI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    def _product(
+        self, x_TI: Tensor, weight: PackedWeight, dtype: torch.dtype, adapted: Adapted | None = None
+    ) -> Tensor:
         x_TI = x_TI.contiguous()
         num_rows = x_TI.shape[0]
         out_TO = self._empty((num_rows, weight.linear.num_outputs), dtype)
         self._library.packtrain_product(
-            self._handle, weight.address, x_TI.data_ptr(), TYPES[x_TI.dtype], num_rows, out_TO.data_ptr(), TYPES[dtype]
+            self._handle,
+            weight.address,
+            x_TI.data_ptr(),
+            TYPES[x_TI.dtype],
+            num_rows,
+            out_TO.data_ptr(),
+            TYPES[dtype],
+            None if adapted is None else adapted.rows.address,
+            0 if adapted is None else adapted.product,
         )
         return out_TO
 

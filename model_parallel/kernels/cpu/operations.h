@@ -30,6 +30,37 @@ struct Linear {
   int64_t panel_bytes() const { return scale_bytes() + num_steps() * kPanel * column_bytes(); }
 };
 
+// Half a panel of what takes an adapter's h to outputs of a product.
+struct HalfPanel {
+  int64_t offset;  // of its weights, in bytes
+  int64_t first_input, num_inputs;  // of h; even where weights lie in pairs, and 0 where the adapter adds nothing
+};
+
+// What an adapter adds to one product, in half panels of columns: down [inputs, rank], up [rank, outputs].
+struct LowRank {
+  const char* down;  // null: it adds nothing
+  const char* up;
+  const HalfPanel* up_halves;  // two for each panel of the product
+  int64_t num_inputs;
+  int64_t num_halves;  // of down
+  Type type;
+};
+
+// h [rows, 16 · num_halves] = x [rows, inputs] · downᵀ.
+struct Shrink {
+  const LowRank* weights;
+  const void* x;  // of the weights' type
+  int64_t num_rows;
+  float* h;
+};
+
+// A run of a product's rows that one adapter changes.
+struct AdaptedRows {
+  int64_t first_row, num_rows;
+  const LowRank* weights;
+  const float* h;
+};
+
 // out [rows, outputs] = x [rows, inputs] · weightᵀ, or silu(gate) · up. x is bfloat16 or float32; float32 where the weight is.
 struct Product {
   Linear weight;
@@ -38,6 +69,8 @@ struct Product {
   void* out;
   Type out_type;
   int64_t num_rows;
+  const AdaptedRows* adapted;
+  int64_t num_adapted;
 };
 
 // sum = x + residual (where there is one; it is kept in `residual`), out = sum / sqrt(mean(sum²) + eps) · weight.
@@ -94,6 +127,7 @@ struct Isa {
   const char* name;
   void (*product)(const Product&, int64_t first_panel, int64_t last_panel, char* scratch);
   int64_t (*product_scratch_bytes)(const Product&);
+  void (*shrink)(const Shrink&, int64_t first_half, int64_t last_half);
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
   void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);

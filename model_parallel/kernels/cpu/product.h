@@ -63,6 +63,8 @@ struct Int8MixedSteps : MixedSteps {
   }
 };
 
+#include "low_rank.h"
+
 // Memory that will be needed soon, and how much further to look with each step.
 struct Ahead {
   const char* data;
@@ -161,10 +163,11 @@ void multiply_panel(const Product& job, int64_t panel, const char* weights, cons
     const int64_t row = job.num_rows * tile / num_tiles, end = job.num_rows * (tile + 1) / num_tiles;
     multiply_rows<Steps>(static_cast<int>(end - row), x + row * weight.num_inputs, weight.num_inputs, weights,
                          ahead_of<Steps>(job, weights, next, tile), sums);
+    for (int64_t c = 0; scales != nullptr && c < (end - row) * kPanel; ++c) sums[c] *= scales[c % kPanel];
+    expand(job, panel, row, end, sums);
     for (int64_t r = row; r < end; ++r) {
       const int64_t num_outputs = weight.num_outputs - first, at = r * weight.num_outputs + first;
       float* row_sums = sums + (r - row) * kPanel;
-      for (int64_t c = 0; scales != nullptr && c < kPanel; ++c) row_sums[c] *= scales[c];
       if (job.out_type == kFloat32) {
         finish_row(row_sums, weight.gated, static_cast<float*>(job.out) + at, num_outputs);
       } else {

@@ -4,6 +4,7 @@ Shape suffixes: those of kernels/interface.py
 """
 
 import math
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -11,10 +12,19 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from model_parallel.kernels.cuda import adapters
 from model_parallel.kernels.cuda.attention import combine_kernel, paged_attention_kernel
 from model_parallel.kernels.cuda.elementwise import rms_norm_kernel, rotate_and_store_kernel, swiglu_kernel
 from model_parallel.kernels.cuda.int8 import int8_product_kernel
-from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache
+from model_parallel.kernels.interface import (
+    Adapted,
+    AdaptedRun,
+    AttentionPlan,
+    Heads,
+    Int8Matrix,
+    LayerCache,
+    LowRankUpdate,
+)
 from model_parallel.kernels.reference import embedded
 
 MAX_PARTS = 32
@@ -72,17 +82,31 @@ class CudaKernels:
     def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
         return embedded(token_ids_T, weight_VE, first_id)
 
-    def linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
-        if isinstance(weight, Tensor):
+    def pack_adapter(
+        self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]
+    ) -> adapters.PackedAdapter:
+        return adapters.pack(updates, self.device)
+
+    def adapted_rows(self, runs: Sequence[AdaptedRun]) -> adapters.AdaptedRows:
+        return adapters.rows_of(runs, self.device)
+
+    def linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+        if isinstance(weight, Tensor) and adapted is None:
             return F.linear(x_TI, weight)
-        return _product(x_TI, weight).to(x_TI.dtype)
+        return self._adapted(x_TI, weight, adapted).to(x_TI.dtype)
 
-    def partial_sum(self, x_TI: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
-        return _product(x_TI, weight)
+    def partial_sum(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+        return self._adapted(x_TI, weight, adapted)
 
-    def gated_linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix) -> Tensor:
-        gate_up_T2F = F.linear(x_TI, weight) if isinstance(weight, Tensor) else _product(x_TI, weight)
-        return self.swiglu(gate_up_T2F, x_TI.dtype)
+    def gated_linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+        if isinstance(weight, Tensor) and adapted is None:
+            return self.swiglu(F.linear(x_TI, weight), x_TI.dtype)
+        return self.swiglu(self._adapted(x_TI, weight, adapted), x_TI.dtype)
+
+    def _adapted(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None) -> Tensor:
+        """float32 [T, O]."""
+        out_TO = _product(x_TI, weight)
+        return out_TO if adapted is None else adapters.add_low_rank(out_TO, x_TI, adapted)
 
     def swiglu(self, gate_up_T2F: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, F] in `dtype`: silu(gate) · up."""

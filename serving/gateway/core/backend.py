@@ -13,13 +13,14 @@ class Backend(Protocol):
 
     @property
     def models(self) -> Mapping[str, ModelCard]:
-        """Served models by name."""
+        """Served models by name, adapters among them. It changes."""
         ...
 
     def generate(
         self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
     ) -> AsyncGenerator[GroupOutputs, None]:
-        """Run the choices of one client request on one group; outputs that are ready together come together.
+        """Run the choices of one client request on one group of `model`, which is no adapter; outputs that are ready together
+        come together.
 
         The first item has no outputs and tells which group has accepted. Ends after every choice had its finish_reason. Closing
         the iterator (`aclose`), or cancelling the task that waits on it, cancels what still runs; while it is left alone, little

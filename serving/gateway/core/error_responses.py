@@ -8,7 +8,15 @@ import random
 from dataclasses import dataclass
 
 from model_parallel.errors import RequestError
-from serving.contracts.errors import INTERNAL, INVALID_REQUEST, OVERLOADED, ServingError, Status, StoreUnavailableError
+from serving.contracts.errors import (
+    ADAPTER_FAILED,
+    INTERNAL,
+    INVALID_REQUEST,
+    OVERLOADED,
+    ServingError,
+    Status,
+    StoreUnavailableError,
+)
 
 _OF_REQUEST_ERROR = {
     "invalid": INVALID_REQUEST,
@@ -23,6 +31,7 @@ _OF_REQUEST_ERROR = {
     "constraint_error": Status(
         code="INVALID_ARGUMENT", http_status=400, reason="CONSTRAINT_ERROR", error_code="constraint_error"
     ),
+    "adapter_failed": ADAPTER_FAILED,
 }
 """By the kind of a RequestError."""
 

@@ -109,13 +109,17 @@ class Generator:
         self._tokens = resume_tokens or ResumeTokens(secrets.token_bytes(KEY_BYTES))
         self.models: Mapping[str, ModelCard] = backend.models
         self.tokenizers = dict(tokenizers)
-        self._encoders = {name: PromptEncoder(card, tokenizers[name]) for name, card in backend.models.items()}
+        self._encoders = {
+            name: PromptEncoder(card, tokenizers[name]) for name, card in backend.models.items() if not card.parent
+        }
         self._limits = limits
         self._backend = backend
         self._accounts: Accounts = accounts or OpenAccounts()
         self._refusals = RecentRefusals(clock)
-        self.demand = DemandCounter(backend.models)
-        self.grammars = {card.name: self._checker(card, tokenizers[card.name]) for card in backend.models.values()}
+        self.demand = DemandCounter(self._encoders)
+        self.grammars = {
+            card.name: self._checker(card, tokenizers[card.name]) for card in backend.models.values() if not card.parent
+        }
 
     def _checker(self, card: ModelCard, tokenizer: Tokenizer) -> GrammarChecker:
         return GrammarChecker(
@@ -177,8 +181,8 @@ class Generator:
         Of a stream that is resumed, what its client has comes again; a chunk is wholly among that or not at all.
         """
         card = self.model_for(call, query.model)
-        encoder, tokenizer, num_choices = self._encoders[card.name], self.tokenizers[card.name], query.n or 1
-        checker = self.grammars[card.name]
+        encoder, tokenizer, num_choices = self._encoders[card.base], self.tokenizers[card.base], query.n or 1
+        checker = self.grammars[card.base]
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
         for field, prompt in check_generate(query, card, self._limits).items():
@@ -224,7 +228,7 @@ class Generator:
         """Scores of the continuations, in their order."""
         card = self.model_for(call, query.model)
         context, continuations = check_score(query, card, self._limits)
-        encoder = self._encoders[card.name]
+        encoder = self._encoders[card.base]
         pairs = [await encoder.encode_pair(context, index, end) for index, end in enumerate(continuations)]
         greedy = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
         sequences = [(whole, msgspec.structs.replace(greedy, prompt_logprobs_start=start)) for whole, start in pairs]
@@ -248,7 +252,7 @@ class Generator:
         """Token ids of a text or a conversation."""
         card = self.model_for(call, query.model)
         prompt = check_tokenize(query, card, self._limits)
-        encoder = self._encoders[card.name]
+        encoder = self._encoders[card.base]
         if isinstance(prompt, TextPrompt):
             return await encoder.encode_text(
                 "text", prompt.text, add_bos=query.add_bos is not False, parse_special=bool(query.parse_special)
@@ -259,27 +263,31 @@ class Generator:
         """Text of token ids."""
         card = self.model_for(call, model)
         check_token_ids("token_ids", token_ids, card)
-        return self.tokenizers[card.name].decode(token_ids)
+        return self.tokenizers[card.base].decode(token_ids)
 
     def visible_models(self, principal: Principal) -> list[ModelCard]:
         """Those that the sender may use, by name."""
         return [
-            self.models[name] for name in sorted(self.models) if principal.models is None or name in principal.models
+            card
+            for name, card in sorted(self.models.items())
+            if (principal.models is None or name in principal.models) and card.is_visible_to(principal.tenant_id)
         ]
 
     def model_for(self, call: Call, name: str) -> ModelCard:
-        """Without a name it is the one that the sender may use. Raises UnknownModelError, PermissionDeniedError, and
-        ValidationError for no name where there are several."""
-        if not name and len(visible := self.visible_models(call.principal)) == 1:
-            name = visible[0].name
-        card = find_model(self.models, name)
+        """Without a name it is the one that the sender may use, where adapters do not count beside a model. Raises
+        UnknownModelError, PermissionDeniedError, and ValidationError for no name where there are several."""
+        if not name:
+            visible = self.visible_models(call.principal)
+            candidates = [card for card in visible if not card.parent] or visible
+            name = candidates[0].name if len(candidates) == 1 else ""
+        card = find_model(self.models, name, call.principal.tenant_id)
         call.principal.check_model(name)
-        call.observer.resolved(name)
+        call.observer.resolved(name, card.base)
         return card
 
     def tokenizer_of(self, call: Call, name: str) -> Tokenizer:
         """Raises what `model_for` does."""
-        return self.tokenizers[self.model_for(call, name).name]
+        return self.tokenizers[self.model_for(call, name).base]
 
     async def _meter(
         self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int, *, billed_id: str = ""
@@ -301,8 +309,8 @@ class Generator:
         Raises GroupUnavailableError when no group accepts it at first, or none goes on within RECOVERY_TIMEOUT_S, and
         PoisonedRequestError when too many groups are lost while they run it.
         """
-        self.demand.count(card.name, requests)
-        self._refusals.check(card.name, max(1, card.num_groups), requests)
+        self.demand.count(card.base, requests)
+        self._refusals.check(card.base, max(1, card.num_groups), requests)
         trace_context = meter.submit()
         rest = Resumption(requests)
         recover_until_s = math.inf
@@ -327,7 +335,7 @@ class Generator:
                 may_wait = is_begun or isinstance(error, GroupSilentError | GroupDrainingError)
                 if not may_wait or self.clock() >= recover_until_s:
                     raise
-                if card.name not in self.models:  # it was removed, and no group of it will come
+                if card.base not in self.models:  # it was removed, and no group of it will come
                     raise
                 if isinstance(error, GroupRefusedError) and error.kind != "overloaded":
                     raise
@@ -341,17 +349,17 @@ class Generator:
         """Offers the request to one group after another until one accepts it."""
         for num_others in reversed(range(max(1, card.num_groups))):
             try:
-                async with aclosing(self._backend.generate(card.name, requests, trace_context)) as steps:
+                async with aclosing(self._backend.generate(card.base, requests, trace_context)) as steps:
                     async for step in steps:
                         yield step
                 return
             except GroupRefusedError as error:
                 if error.kind != "overloaded" or not error.engine:
                     raise
-                self._refusals.remember(card.name, error.engine, requests, error)
+                self._refusals.remember(card.base, error.engine, requests, error)
                 if not num_others:
                     raise
-                self._refusals.check(card.name, max(1, card.num_groups), requests)
+                self._refusals.check(card.base, max(1, card.num_groups), requests)
             except GroupUnavailableError as error:
                 if error.may_have_run or not num_others:
                     raise
@@ -382,6 +390,7 @@ class Generator:
                 grammar=grammar,
                 deadline_s=self._time_left(call),
                 cache_salt=call.principal.cache_salt,
+                adapter=card.adapter,
                 tenant=call.principal.tenant_id,
                 weight=call.principal.weight,
                 priority=call.principal.priority,

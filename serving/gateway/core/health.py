@@ -25,7 +25,8 @@ class HealthMonitor:
         is_healthy = False
         try:
             async with asyncio.timeout(10 * self._period_s):
-                can_serve = await asyncio.gather(*(self._backend.can_serve(name) for name in self._backend.models))
+                models = [name for name, card in self._backend.models.items() if not card.parent]
+                can_serve = await asyncio.gather(*map(self._backend.can_serve, models))
             is_healthy = any(can_serve)
         except Exception:  # the loop must outlive whatever the backend does; clients are shown that it does not serve
             logger.exception("the backend cannot say how many groups are healthy")

@@ -101,13 +101,20 @@ class TokenizeQuery:
 _MAX_BIAS = 100
 
 
-def find_model(models: Mapping[str, ModelCard], name: str) -> ModelCard:
-    """Raises UnknownModelError, which lists the served models; ValidationError when no name is given."""
+_MAX_LISTED = 20
+"""Names of models in an error."""
+
+
+def find_model(models: Mapping[str, ModelCard], name: str, tenant_id: str) -> ModelCard:
+    """A model that exists to the tenant. Raises UnknownModelError, which lists these; ValidationError when no name is given."""
+    if (card := models.get(name)) is not None and card.is_visible_to(tenant_id):
+        return card
+    names = sorted(card.name for card in models.values() if card.is_visible_to(tenant_id))
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    served = f"served: {', '.join(names[:_MAX_LISTED])}{more}"
     if not name:
-        raise ValidationError("model", f"model is missing; served: {', '.join(sorted(models))}")
-    if name not in models:
-        raise UnknownModelError(f"model {_quote(name)} is not served; served: {', '.join(sorted(models))}")
-    return models[name]
+        raise ValidationError("model", f"model is missing; {served}")
+    raise UnknownModelError(f"model {_quote(name)} is not served; {served}")
 
 
 def normalised(query: GenerateQuery) -> GenerateQuery:

@@ -23,8 +23,9 @@ from serving.contracts.errors import GroupDrainingError, GroupRefusedError, Grou
 from serving.contracts.fleet import ModelDemand
 from serving.contracts.group_link import GroupCall, GroupOutputs, GroupReply
 from serving.contracts.group_report import GroupReport
-from serving.contracts.models import ModelCard
+from serving.contracts.models import AdapterCard, ModelCard
 from serving.contracts.step_report import StepReport
+from serving.gateway.core.catalogue import Catalogue
 from serving.gateway.groups.loads import AVOIDED_WHEN_DRAINING_S
 from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 
@@ -47,9 +48,10 @@ class ServeBackend:
         groups: Mapping[str, Handle],
         receiver: OutputReceiver,
         clock: Callable[[], float] = time.monotonic,
+        adapters: Sequence[AdapterCard] = (),
     ) -> None:
         """`receiver` must have started before the first request."""
-        self._models = {card.name: card for card in cards}
+        self._models = Catalogue(cards, adapters)
         self._groups = dict(groups)
         self._held: set[str] = set()
         """Models whose groups are being replaced."""
@@ -67,7 +69,7 @@ class ServeBackend:
         self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
 
     @property
-    def models(self) -> Mapping[str, ModelCard]:
+    def models(self) -> Catalogue:
         return self._models
 
     def set_model(self, card: ModelCard, handle: Handle, *, is_held: bool) -> None:
@@ -76,12 +78,13 @@ class ServeBackend:
         if (before := self._models.get(card.name)) is not None:
             card = msgspec.structs.replace(card, kernels=before.kernels, deterministic=before.deterministic)
         self._groups.setdefault(card.name, handle)
-        self._models[card.name] = card
+        self._models.set_base(card)
         (self._held.add if is_held else self._held.discard)(card.name)
 
     def forget_model(self, name: str) -> None:
         """Serve it no more. What groups have taken in goes on."""
-        del self._models[name], self._groups[name]
+        self._models.forget_base(name)
+        del self._groups[name]
         self._held.discard(name)
         self._told_asleep_s.pop(name, None)
         self._could_serve_s.pop(name, None)
@@ -98,11 +101,15 @@ class ServeBackend:
         if card is None:  # the autoscaler has not heard yet that it was removed
             return
         if card.num_groups != num_groups:
-            self._models[model] = msgspec.structs.replace(card, num_groups=num_groups)
+            self._models.set_base(msgspec.structs.replace(card, num_groups=num_groups))
         if is_asleep:
             self._told_asleep_s[model] = self._clock()
         else:
             self._told_asleep_s.pop(model, None)
+
+    def set_adapters(self, adapters: Sequence[AdapterCard]) -> None:
+        """These are served now, and no others."""
+        self._models.set_adapters(adapters)
 
     def is_asleep(self, model: str) -> bool:
         """The autoscaler has said so lately. When it is not there any more, nobody would wake the model."""
@@ -197,7 +204,7 @@ class ServeBackend:
                 self._could_serve_s[model] = time.monotonic()
                 card = self._models.get(model)
                 if card is not None and card.kernels != kernels:
-                    self._models[model] = msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic)
+                    self._models.set_base(msgspec.structs.replace(card, kernels=kernels, deterministic=deterministic))
                 return True
             logger.warning("a replica group of %s is lost: %s", model, problem)
             self._receiver.loads.refused(engine)  # so that another one is asked next

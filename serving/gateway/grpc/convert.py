@@ -243,6 +243,7 @@ def model_card(card: ModelCard) -> pb.ModelCard:
         generation_config=card.generation_config,
         default_sampling=card.default_sampling,
         structured_output=card.structured_output,
+        parent=card.parent,
         licence=pb.Licence(
             name=card.licence.name, notice=card.licence.notice, use_policy_url=card.licence.use_policy_url
         ),

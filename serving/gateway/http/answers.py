@@ -333,7 +333,8 @@ def model(card: ModelCard, created: int) -> Model:
     return Model(
         id=card.name,
         created=created,
-        root=card.name,
+        root=card.base,
+        parent=card.parent or None,
         max_model_len=card.max_model_len,
         permission=[ModelPermission(id=f"modelperm-{card.name}", created=created)],
     )
@@ -341,7 +342,8 @@ def model(card: ModelCard, created: int) -> Model:
 
 def system_fingerprint(card: ModelCard) -> str:
     """The same seed gives the same answer while this stays the same."""
-    return "-".join(filter(None, ("packtrain", card.dtype, f"tp{card.tensor_parallel_size}", card.kernels)))
+    adapter = "" if card.adapter is None else card.adapter.digest[:12]
+    return "-".join(filter(None, ("packtrain", card.dtype, f"tp{card.tensor_parallel_size}", card.kernels, adapter)))
 
 
 def _usage(summary: Summary | None) -> Usage:

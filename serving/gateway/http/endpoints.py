@@ -73,7 +73,7 @@ class Endpoints:
         stream = self._begin(query, request, body)
         form = ChatForm(
             identity("chatcmpl", stream, card),
-            self._generator.tokenizers[card.name],
+            self._generator.tokenizers[card.base],
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
             tools=query.tools,
@@ -87,7 +87,7 @@ class Endpoints:
         stream = self._begin(query, request, body)
         form = CompletionForm(
             identity("cmpl", stream, card),
-            self._generator.tokenizers[card.name],
+            self._generator.tokenizers[card.base],
             num_choices=query.n or 1,
             echo=_texts(query) if body.echo else None,
             logprobs=query.logprobs is not None,
@@ -165,7 +165,7 @@ class Endpoints:
 
     async def tokenizer_info(self, request: Request) -> Response:
         card = self._generator.model_for(request.call, request.query_params.get("model", ""))
-        tokenizer = self._generator.tokenizers[card.name]
+        tokenizer = self._generator.tokenizers[card.base]
         return json_answer(
             TokenizerInfo(
                 bos_token=tokenizer.control_token_text(card.bos_token_id),

@@ -183,7 +183,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     owned_by: str = "packtrain"
     root: str
-    parent: None = None
+    parent: str | None = None
+    """Of an adapter: the model that it changes."""
     max_model_len: int
     permission: list[ModelPermission]
 

@@ -3,7 +3,10 @@
 import random
 from collections import Counter
 
-from model_parallel.engine.request import EngineRequest, FinishReason
+import msgspec
+
+from model_parallel.config import AdapterConfig
+from model_parallel.engine.request import AdapterRef, EngineRequest, FinishReason
 from model_parallel.errors import RequestError
 from tests.support.effort import by_day
 from tests.support.engine import Harness, make_request
@@ -13,6 +16,7 @@ from tests.support.fake_executor import VOCAB_SIZE, solo_output, solo_prompt_log
 STEMS = [[n % 7 for n in range(40)], [n % 7 for n in range(9)] + [n % 5 for n in range(31)]]
 SOME_TOKENS = tuple(range(0, VOCAB_SIZE, 9))
 WEIGHTS = {"a": 1.0, "b": 0.5, "c": 4.0}
+ADAPTERS = [AdapterRef(f"{n:064x}", f"/adapters/{n}") for n in range(6)]
 NUM_RUNS = by_day(60, by_night=1500)
 
 
@@ -21,6 +25,8 @@ class RandomRun:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        self.draw = random.Random(-seed)
+        """Of what concerns adapters."""
         max_num_seqs = self.rng.randint(2, 6)
         block_size = self.rng.randint(1, 5)
         self.harness = Harness(
@@ -34,7 +40,11 @@ class RandomRun:
             max_model_len=60,
             max_waiting_requests=8,
             max_in_flight=self.rng.choice([1, 2, 2, 3]),
+            adapters=self.draw.choice([None, AdapterConfig(max_loaded=2), AdapterConfig(max_loaded=9, max_bytes=25)]),
         )
+        self.takes_adapters = self.harness.executor.max_adapters > 0
+        self.harness.executor.num_steps_to_load = self.draw.choice([0, 1, 4])
+        self.harness.executor.broken_adapters.add(ADAPTERS[0].digest)
         self.harness.executor.during_step = self.during_step
         self.requests: list[EngineRequest] = []
         self.aborted: dict[str, FinishReason] = {}
@@ -58,6 +68,7 @@ class RandomRun:
         self.seen["pause"] = stats.num_pauses
         self.seen["preemption"] = stats.num_preemptions
         self.seen["prefix hit"] = stats.num_prefix_hit_tokens
+        self.seen["adapter drop"] = sum(len(plan.adapters_to_drop) for plan in self.harness.executor.plans)
 
     def add(self) -> None:
         rng = self.rng
@@ -81,6 +92,10 @@ class RandomRun:
             prompt_logprobs_start=rng.choice([0, 1, 5, 17, 50]),
         )
         try:
+            if self.takes_adapters and self.draw.random() < 0.6:
+                ref = self.draw.choices(ADAPTERS, [1, 9, 5, 5, 5, 5])[0]
+                self.harness.scheduler.adapters.know(ref, num_bytes=1 + 3 * ADAPTERS.index(ref))
+                request = msgspec.structs.replace(request, adapter=ref)
             self.harness.add(request)
         except RequestError as error:
             self.seen[error.kind] += 1
@@ -136,6 +151,9 @@ class RandomRun:
             assert last.finish_reason is self.aborted[request_id]
         elif last.finish_reason is FinishReason.DEADLINE:
             assert request.deadline_s is not None
+        elif last.error_kind == "adapter_failed":
+            assert request.adapter == ADAPTERS[0]
+            self.seen["no adapter"] += 1
         elif is_poisoned:
             assert (last.finish_reason, last.error_kind) == (FinishReason.ERROR, "numerical_error")
         else:
@@ -165,6 +183,8 @@ def test_random_schedules() -> None:
         "prefix hit",
         "sampled too much",
         "invalid",
+        "no adapter",
+        "adapter drop",
         "overloaded",
         *FinishReason,
     ):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.support.fake_backend import card
+from model_parallel.engine.request import AdapterRef
 from model_parallel.errors import ConfigError
 from serving.contracts.errors import (
     CannotResumeError,
@@ -53,6 +54,7 @@ WRONG: list[tuple[AskedStream, type[ServingError], str]] = [
     (replace(ASKED, card=card("plain")), CannotResumeError, "another state of model 'plain'"),
     (replace(ASKED, card=card(checkpoint="other")), CannotResumeError, "another state"),
     (replace(ASKED, card=card(dtype="bfloat16")), CannotResumeError, "another state"),
+    (replace(ASKED, card=card(adapter=AdapterRef("ab" * 32, "/a"))), CannotResumeError, "another state"),
     (replace(ASKED, card=card(deterministic=False)), CannotResumeError, "another state"),
     (replace(ASKED, card=card(kernels="")), GroupUnavailableError, "no replica group"),
 ]

@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.cuda.adapters import add_low_rank
 from model_parallel.kernels.cuda.elementwise import swiglu_kernel
+from model_parallel.kernels.interface import Adapted, AdaptedRun, LowRankPart, LowRankUpdate
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
 
@@ -58,6 +60,14 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     return CudaKernels(device="cpu", num_multiprocessors=132)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters(kernels: CudaKernels, dtype: torch.dtype) -> None:
+    part = LowRankPart(first_output=0, down_RI=torch.zeros(16, 64, dtype=dtype), up_OR=torch.zeros(32, 16, dtype=dtype))
+    adapter = kernels.pack_adapter([LowRankUpdate(num_outputs=32, parts=(part,))], gated=[])
+    rows = kernels.adapted_rows([AdaptedRun(0, 3, adapter)])
+    add_low_rank(torch.zeros(4, 32), torch.zeros(4, 64, dtype=dtype), Adapted(rows, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

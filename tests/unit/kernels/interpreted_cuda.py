@@ -100,6 +100,11 @@ def test_no_rows(kernels: CudaKernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters(kernels: CudaKernels, dtype: torch.dtype) -> None:
+    cuda_checks.check_adapters(kernels, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_columns", [1, 33, 128, 300])
 def test_norms(kernels: CudaKernels, num_columns: int, dtype: torch.dtype) -> None:
     cuda_checks.check_norms(kernels, 3, num_columns, dtype)

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from model_parallel.errors import ConfigError
+from model_parallel.config import AdapterConfig, ParallelConfig
+from model_parallel.errors import CheckpointError, ConfigError
 from model_parallel.machine import Machine
-from serving.config import ModelEntry
-from serving.models.group_spec import check_memory, resolve_model
+from serving.config import AdapterEntry, ModelEntry
+from serving.contracts.models import AdapterCard
+from serving.models.group_spec import check_memory, describe_card, resolve_model
+from tests.support.adapter_directories import MODEL as TINY
+from tests.support.adapter_directories import save_adapter
 
 
 def _entry(path: Path, **overrides: object) -> ModelEntry:
@@ -48,3 +52,34 @@ def test_what_does_not_fit_the_host_is_refused(smollm2_path: Path) -> None:
     check_memory([spec], machine(64 << 30))
     with pytest.raises(ConfigError, match=r"models\.small .* 100000 tokens of KV cache.* tokens fit"):
         check_memory([spec], machine(6 << 30))
+
+
+def test_adapters_are_checked_with_their_model(smollm2_path: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path)  # of another model
+    adapter = {"name": "small-sql", "source": str(tmp_path)}
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors lacks .*layers"):
+        resolve_model(_entry(smollm2_path, lora={"adapters": [adapter]}))
+
+
+def _card(source: Path, config: AdapterConfig | None) -> AdapterCard:
+    entry = AdapterEntry(name="tiny-sql", source=source, tenants=("acme",))
+    return describe_card(entry, "tiny", TINY, ParallelConfig(), config, is_configured=True)
+
+
+def test_an_adapter_has_room_on_its_ranks(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    card = _card(tmp_path, AdapterConfig())
+    assert (card.name, card.parent, card.rank, card.tenants) == ("tiny-sql", "tiny", 4, ("acme",))
+    with pytest.raises(
+        ConfigError, match=r"'tiny-sql' takes \d+ bytes on a rank, and models\.tiny\.lora\.max_bytes is 9"
+    ):
+        _card(tmp_path, AdapterConfig(max_bytes=9))
+    with pytest.raises(ConfigError, match="model 'tiny' takes no adapters: its lora section is not set"):
+        _card(tmp_path, None)
+
+
+def test_memory_for_adapters_is_set_aside(smollm2_path: Path) -> None:
+    spec = resolve_model(_entry(smollm2_path, lora={"max_bytes": 8 << 30}))
+    assert spec.adapter_config is not None and spec.adapters == ()
+    with pytest.raises(ConfigError, match=r"adapters 8\.00 GiB"):
+        check_memory([spec], machine(8 << 30))

@@ -200,7 +200,7 @@ def test_a_hundred_thousand_names_leave_the_number_of_series_as_it_is() -> None:
             with watch.telemetry.observe("grpc", name, name, {}) as observer:
                 observer.authenticated(Principal(tenant_id=name))
                 if index % 2:
-                    observer.resolved("tiny")
+                    observer.resolved("tiny", "tiny")
                 observer.failed("RESOURCE_EXHAUSTED", "QUOTA", quota="requests_per_minute")
         return sum(len(family.samples) for family in watch.metrics.registry.collect())
 

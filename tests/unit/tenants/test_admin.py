@@ -271,7 +271,7 @@ async def test_every_method_needs_a_key_with_administration(admin: Running, stor
         ):
             call = make(path)([b""] if path in reflection else b"", metadata=metadata, timeout=30)
             assert await call.code() is code, path
-    assert len(service.methods) == 20
+    assert len(service.methods) == 23
 
 
 async def test_health_is_open_and_follows_the_database(

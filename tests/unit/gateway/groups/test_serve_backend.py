@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from bench.support.fake_backend import card
-from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from model_parallel.checkpoint.adapter_files import describe_adapter
+from model_parallel.config import AdapterConfig, ParallelConfig
+from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError
 from serving.contracts.errors import GroupDrainingError, GroupRefusedError, GroupUnavailableError
 from serving.contracts.fleet import ModelDemand
@@ -20,7 +23,10 @@ from serving.gateway.groups.output_receiver import OutputReceiver
 from serving.gateway.groups.serve_backend import ASLEEP_FOR_S, ServeBackend
 from serving.observability.tracing import Tracing
 from serving.replica import deployment
+from serving.replica.adapters import GroupAdapters
 from serving.replica.deployment import ReplicaGroup
+from tests.support.adapter_directories import MODEL as MODEL_CONFIG
+from tests.support.adapter_directories import save_adapter
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 from tests.support.waiting import PATIENCE_S, until
@@ -38,7 +44,7 @@ class Group:
     """A leader with an engine on fake ranks, and a handle that reaches it."""
 
     def __init__(self) -> None:
-        self.harness = Harness(max_num_seqs=4, max_waiting_requests=4)
+        self.harness = Harness(max_num_seqs=4, max_waiting_requests=4, adapters=AdapterConfig())
         self.harness.executor.during_step = lambda: time.sleep(0.001)
         self.num_cancelled = 0
         self.before_reply: Callable[[], Any] = lambda: None
@@ -47,6 +53,7 @@ class Group:
             _engine_id="g1",
             _model=MODEL,
             _engine=self.harness.engine,
+            _adapters=GroupAdapters(self.harness.engine, MODEL_CONFIG, ParallelConfig()),
             _executor=SimpleNamespace(
                 set_failure_callback=lambda fail: None,
                 shutdown=lambda: None,
@@ -140,6 +147,25 @@ async def test_an_answer_is_not_a_call_that_is_held_open(backend: ServeBackend, 
     await steps.aclose()
     await group.until_idle()
     assert group.harness.engine.stats.num_finished_cancelled == 1
+
+
+async def test_a_group_loads_the_adapter_of_a_request_that_goes_on_there(
+    backend: ServeBackend, group: Group, tmp_path: Path
+) -> None:
+    """It has never heard of it: the request says which files it means, and which tokens another group has made."""
+    save_adapter(tmp_path)
+    ref = AdapterRef(describe_adapter(tmp_path, MODEL_CONFIG).digest, str(tmp_path))
+    whole = solo_output(request("a", 20))
+    rest = msgspec.structs.replace(request("a", 20), adapter=ref, output_token_ids=tuple(whole[:8]))
+    outputs = await outputs_of(backend, rest)
+    assert [token for output in outputs for token in output.token_ids] == whole[8:]
+    await group.until_idle()
+    assert group.harness.engine.loaded_adapters() == [ref.digest]
+    save_adapter(tmp_path, lora_alpha=99)
+    changed = msgspec.structs.replace(rest, adapter=AdapterRef("ab" * 32, str(tmp_path)))
+    with pytest.raises(GroupRefusedError, match="could not be loaded") as caught:
+        await outputs_of(backend, changed)
+    assert caught.value.answered_by().reason == "ADAPTER_FAILED"
 
 
 async def test_refusals_are_told_as_the_group_said_them(
