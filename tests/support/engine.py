@@ -6,6 +6,7 @@ from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from model_parallel.engine.scheduler import Scheduler
+from model_parallel.engine.speculation import Drafter
 from tests.support.fake_executor import FakeExecutor
 
 
@@ -37,6 +38,8 @@ class Harness:
         max_prefill_tokens: int | None = None,
         max_in_flight: int = 1,
         max_grammars: int = 64,
+        speculation: str = "off",
+        drafter: Drafter | None = None,
     ) -> None:
         self.clock = ManualClock()
         self.executor = FakeExecutor(
@@ -52,10 +55,12 @@ class Harness:
                 max_prefill_chunk=max_prefill_chunk,
                 max_prefill_tokens=max_prefill_tokens,
                 max_grammars=max_grammars,
+                speculation=speculation,
             ),
             CacheConfig(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             epoch=1,
             clock=self.clock,
+            drafter=drafter,
         )
         self.engine = Engine(self.executor, self.scheduler, max_in_flight=max_in_flight)
         self.outputs: dict[str, list[EngineOutput]] = {}
