@@ -52,6 +52,7 @@ class EngineContender:
         num_kv_tokens: int,
         max_model_len: int,
         enable_prefix_caching: bool = False,
+        speculation: str = "off",
     ) -> None:
         """Starts and loads the ranks. Raises ConfigError, CheckpointError, GroupFailedError."""
         began_s = time.perf_counter()
@@ -61,9 +62,8 @@ class EngineContender:
         self.name = shape_name(parallel)
         self.vocab_size = describe(path).config.vocab_size
         self.executor = SpawnedExecutor(config)
-        self.engine = Engine(
-            self.executor, Scheduler(SchedulerConfig(max_model_len=max_model_len), cache, epoch=config.epoch)
-        )
+        limits = SchedulerConfig(max_model_len=max_model_len, speculation=speculation)
+        self.engine = Engine(self.executor, Scheduler(limits, cache, epoch=config.epoch))
         self.ready_s = time.perf_counter() - began_s
         self.detail = f"kernels: {', '.join(sorted(self.executor.kernels_names))}"
 

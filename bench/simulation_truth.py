@@ -55,6 +55,7 @@ KV_TOKENS = 4096
 MAX_WAITING = 16
 ENTRY = {
     "max_num_seqs": MAX_NUM_SEQS,
+    "speculation": "off",  # as it is simulated
     "kv_cache_tokens": KV_TOKENS,
     "max_waiting_requests": MAX_WAITING,
     "prefix_caching": False,

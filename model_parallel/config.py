@@ -10,6 +10,7 @@ from model_parallel.errors import ConfigError
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cpu", "cuda")
 QUANTIZATIONS = ("", "int8")
+SPECULATIONS = ("auto", "off", "prompt_lookup")
 
 
 def _positive(owner: str, **fields: int | float) -> None:
@@ -162,8 +163,13 @@ class SchedulerConfig:
     """Compiled grammars that the ranks keep; those in use are never dropped, and one more is then refused as overloaded."""
     max_grammar_bytes: int = 4 << 20
     """Their texts together."""
+    speculation: str = "off"
+    """Where drafts of the next tokens come from: "prompt_lookup" (engine/speculation.py), or "off". "auto" is the first; whoever
+    knows that the ranks' bits depend on the number of rows says "off" instead."""
 
     def __post_init__(self) -> None:
+        if self.speculation not in SPECULATIONS:
+            raise ConfigError(f"scheduler.speculation is {self.speculation!r}; allowed: {', '.join(SPECULATIONS)}")
         _positive(
             "scheduler",
             max_num_seqs=self.max_num_seqs,

@@ -283,6 +283,11 @@ class ModelEntry(_Section):
         ge=1,
         description="Prompt tokens of a step, but for tenants below their share; all that fit when unset.",
     )
+    speculation: Annotated[Literal["auto", "off", "prompt_lookup"], BeforeValidator(_off_or_on)] = Field(
+        "off",
+        description="Tokens that a sequence has had before are computed together with its last one, where that pays. auto: "
+        "where no bit of an answer depends on it.",
+    )
     max_waiting_requests: int = Field(256, ge=1)
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)

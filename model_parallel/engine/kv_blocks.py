@@ -191,6 +191,12 @@ class KVBlocks:
         table.block_ids += new_block_ids
         return tuple(new_block_ids)
 
+    def shrink(self, table: BlockTable, num_tokens: int) -> None:
+        """Give back the blocks that the first `num_tokens` do not need. They must not be published."""
+        num_kept = self.num_blocks_for(num_tokens)
+        self._pool.release(reversed(table.block_ids[num_kept:]))
+        del table.block_ids[num_kept:]
+
     def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Share the blocks that the first `num_computed` tokens fill. Each is hashed once, when it becomes full."""
         if not self._shares_prefixes:

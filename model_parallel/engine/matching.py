@@ -152,6 +152,20 @@ class Matcher:
             return
         self.is_complete = self._matcher.is_stopped()
 
+    def ahead(self, draft: int) -> "Matcher":
+        """Another one, as this would be if the sequence went on with a token that may not be allowed; this one stays as it is."""
+        copy = Matcher.__new__(Matcher)
+        copy._grammar, copy._spares_end = self._grammar, self._spares_end
+        copy._matcher, copy._token_ids = self._matcher, self._token_ids
+        copy.has_failed, copy.is_complete = self.has_failed, self.is_complete
+        if self.is_open:
+            # Not by trying: what is not allowed looks like a limit that was met, and everything would be begun anew.
+            copy.has_failed = self._matcher.validate_tokens([draft]) < 1
+            if not copy.has_failed:
+                copy._matcher, copy._token_ids = self._matcher.deep_copy(), [*self._token_ids]
+                copy.consume(draft)
+        return copy
+
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens, none of which has failed."""
         if num_tokens:

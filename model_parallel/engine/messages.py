@@ -46,6 +46,10 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     """To append to the sequence's block table before computing."""
     reset_blocks: bool = False
     """Empty the block table first: the sequence was preempted and starts again with new blocks."""
+    draft_token_ids: tuple[int, ...] = ()
+    """What may follow the sequence's last token, counted in `num_tokens`. A token is drawn after each. Drafts that are what was
+    drawn before them are right, as long as all before them are, and the tokens drawn after those are appended too. Afterwards
+    the block table keeps as many blocks as the tokens that have been computed fill."""
 
 
 class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -100,6 +104,10 @@ class RowResult(msgspec.Struct, frozen=True, array_like=True):
     complex. Neighbours are not touched."""
     is_complete: bool = False
     """Nothing can come after the token in the sequence's grammar."""
+    more_token_ids: tuple[int, ...] = ()
+    """What was drawn after each draft that was right, as far as all drafts before it were."""
+    more_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of those, when asked for."""
 
 
 class CompiledGrammar(msgspec.Struct, frozen=True, array_like=True):

@@ -137,5 +137,9 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     """With "unavailable": the ranks never heard of it, or they are well and stop; it is not what ended them."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave."""
+    num_accepted_tokens: int = 0
+    """Output tokens until now that were drafted before they were drawn."""
+    num_rejected_tokens: int = 0
+    """Tokens that were drafted until now and not delivered. They are no output."""
     timings: Timings | None = None
     """Up to now. Set on every output, because a front end that finds a stop string waits for no other."""

@@ -17,6 +17,7 @@ from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan
 from model_parallel.engine.overload import DEADLINE_MARGIN, Deadlines, Pace, check_fits, check_room
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.sequence import Sequence
+from model_parallel.engine.speculation import Drafter, make_drafter
 from model_parallel.engine.stats import SchedulerStats, Totals
 from model_parallel.errors import GroupFailedError, RequestError
 
@@ -80,6 +81,11 @@ class Scheduler:
       blocks are then another's. Its token counts all the same, because the ranks have appended it too.
     - A preempted sequence is admitted again only when all its tokens are known, because its prefix is looked up by content.
     - The last token of an answer is never computed, so a sequence that only waits for it gets no further row.
+
+    **Drafts** (speculation.py) are rows of tokens that may not come. They follow the last token, which must be known, so a step
+    with drafts is planned when no step is in flight, and the next one when its results are known. That is done when nothing but
+    decode is left to do. Drafts take rows and blocks that are left over: nobody is preempted for them, and blocks beyond the
+    tokens that came are given back with the result. Blocks are published up to the tokens that came, so never with a wrong draft.
     """
 
     def __init__(
@@ -90,9 +96,15 @@ class Scheduler:
         epoch: int,
         clock: Callable[[], float] = time.monotonic,
         adapters: AdapterConfig | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """`adapters` is None for a group that takes none."""
+        """`adapters` is None for a group that takes none. `drafter` replaces that which `config.speculation` names."""
         self._config = config
+        self._drafter = drafter or make_drafter(config.speculation)
+        self._draft_step_id: int | None = None
+        """The step in flight that has drafts."""
+        self._decoded_s: float | None = None
+        """When the last results came in. A step of decode follows them at once."""
         self._kv = KVBlocks(cache)
         self.adapters = AdapterPool(adapters)
         self._epoch = epoch
@@ -222,6 +234,8 @@ class Scheduler:
         for seq_id in self._deadlines.take_expired(draft.now_s):
             if seq_id in self._sequences:
                 self._end(self._sequences[seq_id], FinishReason.DEADLINE)
+        if self._waits_for_results():
+            return None
         num_tokens = self._admit_below_fair_share()
         self._grow_decodes()
         self._plan_rows(draft, [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1])
@@ -231,6 +245,7 @@ class Scheduler:
         self._pace.record_step(draft.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
         if not (draft.rows or self._finished or self._grammars.has_news or self._unready or self.adapters.has_work):
             return None
+        self._add_drafts(draft)
         for row in draft.rows:
             self._sequences[row.seq_id].num_pending += row.sample
         finished, self._finished = tuple(self._finished), []
@@ -257,7 +272,9 @@ class Scheduler:
         _check_answers(plan, result)
         now_s = self._clock()
         self._take_compiled(result)
-        self._record_decode(plan, now_s)
+        self._record_decode(plan, result, now_s)
+        if plan.step_id == self._draft_step_id:
+            self._draft_step_id = None
         for row, row_result in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.seq_id)
             if sequence is not None:  # Otherwise it ended while the step was in flight.
@@ -300,14 +317,60 @@ class Scheduler:
             if num_running != self._queue.tenant_of(sequences[0].request).num_running:
                 raise RuntimeError(f"a tenant runs {num_running} sequences and is said to run others")
 
-    def _record_decode(self, plan: StepPlan, now_s: float) -> None:
+    def _waits_for_results(self) -> bool:
+        """Whether the next step is planned when those in flight are done, because of drafts in it or in them."""
+        if self._draft_step_id is not None:
+            return True
+        if self._drafter is None or not self._drafter.has_prospects or len(self._queue):
+            return False
+        if not any(sequence.num_pending for sequence in self._running.values()):
+            return False
+        runs = [sequence for sequence in self._running.values() if not sequence.has_all_output]
+        is_decode = all(sequence.num_uncomputed <= 1 for sequence in runs)
+        return bool(runs) and is_decode and self._drafter.is_worth_waiting(runs, self._config.max_num_seqs)
+
+    def _add_drafts(self, draft: _Draft) -> None:
+        """Turn rows of decode into rows with drafts, when there is nothing but decode and all tokens are known."""
+        if self._drafter is None or draft.new_sequences or len(self._queue):
+            return
+        if not draft.rows or self._sequences[draft.rows[0].seq_id].num_pending:  # as in most steps
+            return
+        runs = [self._sequences[row.seq_id] for row in draft.rows]
+        if not all(row.num_tokens == 1 and row.sample for row in draft.rows) or any(run.num_pending for run in runs):
+            return
+        most = [run.num_prompt_tokens + run.request.sampling.max_tokens - run.num_tokens - 1 for run in runs]
+        max_rows = min(self._config.max_num_seqs, len(runs) + draft.budget)
+        for index, drafts in enumerate(self._drafter.draft(runs, most, max_rows)):
+            row, run = draft.rows[index], runs[index]
+            num_room = (len(run.table.block_ids) + self._kv.num_free) * self._kv.block_size - run.num_tokens
+            if not (drafts := drafts[:num_room]):
+                continue
+            self._draft_step_id = self._last_step_id + 1
+            self._totals.num_draft_tokens += len(drafts)
+            added = self._kv.grow(run.table, run.num_tokens + len(drafts)) or ()
+            run.num_told_blocks += len(added)
+            draft.rows[index] = msgspec.structs.replace(
+                row,
+                num_tokens=1 + len(drafts),
+                new_block_ids=row.new_block_ids + added,
+                draft_token_ids=drafts,
+            )
+
+    def _record_decode(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         """A sequence that was preempted or paused had its last token long ago; the others had theirs in the step before."""
+        began_s, self._decoded_s = self._decoded_s, now_s
+        is_decode = all(row.sample and row.num_tokens == 1 + len(row.draft_token_ids) for row in plan.rows)
+        if self._drafter is not None and is_decode and plan.rows and began_s is not None:
+            self._drafter.record_step(sum(row.num_tokens for row in plan.rows), now_s - began_s)
         living = (self._sequences.get(row.seq_id) for row in plan.rows)
         times = [
             sequence.last_token_s for sequence in living if sequence is not None and sequence.last_token_s is not None
         ]
         if times:
-            self._pace.record_decode(len(plan.rows), now_s - max(times))
+            step_s, num_more = now_s - max(times), sum(len(row.more_token_ids) for row in result.rows)
+            # So long as a token takes: what deadlines are told by.
+            step_s *= len(plan.rows) / (len(plan.rows) + num_more)
+            self._pace.record_decode(len(plan.rows), step_s)
 
     def _accept(self, request: EngineRequest, now_s: float) -> None:
         self._last_seq_id += 1
@@ -533,20 +596,15 @@ class Scheduler:
             error = f"the logits after token {row.start + row.num_tokens} are not finite"
             self._end(sequence, FinishReason.ERROR, error=error, error_kind=result.error_kind)
             return
-        if sequence.seq_id in self._running and sequence.admitted_step_id <= step_id:
-            self._kv.publish(sequence.table, sequence.token_ids, row.start + row.num_tokens)
         prompt_logprobs = sequence.take_prompt_logprobs(row, result)
-        ended_at_last_token = row.start + row.num_tokens == len(sequence.token_ids)
-        token_ids: tuple[int, ...] = ()
+        ended_at_last_token = row.sample or row.start + row.num_tokens == len(sequence.token_ids)
+        token_ids = self._take_tokens(sequence, row, result, now_s)
+        if sequence.seq_id in self._running and sequence.admitted_step_id <= step_id:
+            self._keep_computed(sequence, row, num_drawn=len(token_ids))
         reason: FinishReason | None = None
         stop_token_id: int | None = None
-        if result.token_id is not None:
-            sequence.append(result.token_id, now_s)
-            self._queue.charge_output(sequence)
-            self._totals.num_generation_tokens += 1
-            token_ids = (result.token_id,)
         if not sequence.stop_ids.isdisjoint(token_ids):
-            reason, stop_token_id = FinishReason.STOP, result.token_id
+            reason, stop_token_id = FinishReason.STOP, token_ids[-1]
         elif result.is_complete:
             reason = FinishReason.STOP
         elif ended_at_last_token and sequence.has_all_output and not sequence.num_pending:
@@ -555,17 +613,50 @@ class Scheduler:
             request_id=sequence.request.request_id,
             choice=sequence.request.choice,
             token_ids=token_ids,
-            logprobs=() if result.logprobs is None else (result.logprobs,),
+            logprobs=() if result.logprobs is None else (result.logprobs, *result.more_logprobs)[: len(token_ids)],
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
             num_cached_tokens=sequence.num_cached_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
+            num_rejected_tokens=sequence.num_rejected_tokens,
             timings=sequence.timings(now_s),
         )
         if reason is not None:
             self._close(sequence, output, reason)
         elif token_ids or prompt_logprobs:
             self._outputs.append(output)
+
+    def _take_tokens(self, sequence: Sequence, row: Row, result: RowResult, now_s: float) -> tuple[int, ...]:
+        """Append what was drawn, up to the token that ends the sequence. Returns that."""
+        if result.token_id is None:
+            return ()
+        drawn = [result.token_id]
+        if sequence.stop_ids.isdisjoint(drawn):
+            for token_id in result.more_token_ids:
+                drawn.append(token_id)
+                if token_id in sequence.stop_ids:
+                    break
+        sequence.num_pending += len(drawn) - 1  # one was pending; of the others nobody knew
+        for token_id in drawn:
+            sequence.append(token_id, now_s)
+            self._queue.charge_output(sequence)
+        self._totals.num_generation_tokens += len(drawn)
+        self._totals.num_accepted_tokens += len(drawn) - 1
+        sequence.num_accepted_tokens += len(drawn) - 1
+        sequence.num_rejected_tokens += len(row.draft_token_ids) - (len(drawn) - 1)
+        return tuple(drawn)
+
+    def _keep_computed(self, sequence: Sequence, row: Row, num_drawn: int) -> None:
+        """Publish the blocks that a row filled, and give back what rejected drafts needed."""
+        num_computed = row.start + row.num_tokens
+        if row.draft_token_ids:
+            num_computed = sequence.num_computed = row.start + num_drawn
+            self._kv.shrink(sequence.table, num_computed)
+            sequence.num_told_blocks = len(sequence.table.block_ids)
+        self._kv.publish(sequence.table, sequence.token_ids, num_computed)
+        if self._drafter is not None:
+            self._drafter.observe(sequence)
 
     def _end(
         self,
@@ -598,6 +689,8 @@ class Scheduler:
         if sequence.request.adapter is not None:
             self.adapters.leave(sequence.request.adapter.digest)
         self._kv.release(sequence.table)
+        if self._drafter is not None:
+            self._drafter.forget(sequence.seq_id)
         self._deadlines.keep(self._sequences.keys())
         if sequence.started_s is not None:  # Otherwise the ranks never heard of it.
             self._finished.append(sequence.seq_id)
@@ -607,7 +700,13 @@ class Scheduler:
             num_output = len(sequence.token_ids) - sequence.num_prompt_tokens - len(sequence.request.output_token_ids)
             self._pace.record_end(num_output)
         timings = sequence.timings(now_s)
-        last = msgspec.structs.replace(output, num_cached_tokens=sequence.num_cached_tokens, timings=timings)
+        last = msgspec.structs.replace(
+            output,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
+            num_rejected_tokens=sequence.num_rejected_tokens,
+            timings=timings,
+        )
         self._outputs.append(last)
 
 
@@ -634,4 +733,9 @@ def _check_answers(plan: StepPlan, result: StepResult) -> None:
         if not row_result.error_kind and row.sample != (row_result.token_id is not None):
             raise GroupFailedError(
                 f"step {plan.step_id}, sequence {row.seq_id}: sample is {row.sample}, token_id is {row_result.token_id}"
+            )
+        drawn = (row_result.token_id, *row_result.more_token_ids)
+        if drawn[:-1] != row.draft_token_ids[: len(drawn) - 1]:
+            raise GroupFailedError(
+                f"step {plan.step_id}, sequence {row.seq_id}: {drawn} accepts other drafts than planned"
             )

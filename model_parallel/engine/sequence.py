@@ -43,6 +43,10 @@ class Sequence:
     """Its tenant had not used its share when it was admitted; see fair_queue.py."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache gave at the first admission."""
+    num_accepted_tokens: int = 0
+    """Tokens drawn here that had been drafted."""
+    num_rejected_tokens: int = 0
+    """Drafts that were not right."""
     started_s: float | None = None
     """When the first step was planned that computes any of it. The ranks know the sequence from then on."""
     first_token_s: float | None = None

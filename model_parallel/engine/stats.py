@@ -18,6 +18,10 @@ class Totals:
     """Of sequences that were admitted, once for each; those from the prefix cache included."""
     num_generation_tokens: int = 0
     """Delivered; tokens of discarded rows are not among them."""
+    num_draft_tokens: int = 0
+    """Computed because they might come next."""
+    num_accepted_tokens: int = 0
+    """Of those, what did and was delivered; they are among num_generation_tokens."""
     num_refused: int = 0
     """Client requests that were refused as overloaded."""
     num_finished_stop: int = 0

@@ -19,7 +19,7 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     """Decode and prefill together."""
     num_decodes: int
-    """Rows of one token."""
+    """Rows of one token, and drafts."""
     num_context_tokens: int
     """Tokens in the cache that those attend to, each its own included."""
     num_pairs: float
@@ -31,9 +31,9 @@ class StepWork(msgspec.Struct, frozen=True, array_like=True):
         num_pairs = 0.0
         for row in plan.rows:
             num_tokens += row.num_tokens
-            if row.num_tokens == 1:
-                num_decodes += 1
-                num_context_tokens += row.start + 1
+            if row.num_tokens == 1 or row.draft_token_ids:
+                num_decodes += row.num_tokens
+                num_context_tokens += sum(range(row.start + 1, row.start + row.num_tokens + 1))
             else:
                 num_pairs += row.num_tokens * (row.start + (row.num_tokens + 1) / 2)
         return cls(num_tokens, num_decodes, num_context_tokens, num_pairs)

@@ -5,7 +5,7 @@ Shape suffixes: T tokens of the step, padded · D head dim
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class SequenceState:
     """Every token of prompt and output once, for the repetition penalty."""
     matcher: Matcher | None = None
     """Of a sequence with a grammar: what may come next."""
+    num_drafts: int = 0
+    """Of a state that is ahead of its sequence; see `ahead`."""
 
     @classmethod
     def begin(cls, new: NewSequence, matcher: Matcher | None = None) -> "SequenceState":
@@ -47,6 +49,28 @@ class SequenceState:
         if matcher is not None:
             for token_id in output:
                 matcher.consume(token_id)
+        return state
+
+    @property
+    def position(self) -> int:
+        """Of the token that is drawn next."""
+        return len(self.token_ids) + self.num_drafts
+
+    def ahead(self, draft: int) -> "SequenceState":
+        """What the sequence would be after this token too: that by which the token's row draws.
+
+        It holds what draws depend on and no more: of `token_ids` and `block_ids` it has the sequence's own. Whatever else draws
+        come to depend on must be brought as far here. The draft may be a token that can never be drawn; what the rows after it
+        draw is then dropped.
+        """
+        state, sampling = replace(self, num_drafts=self.num_drafts + 1), self.sampling
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            state.output_counts = self.output_counts.copy()
+            state.output_counts[draft] += 1
+        if sampling.repetition_penalty != 1.0:
+            state.distinct_ids = self.distinct_ids | {draft: None}
+        if self.matcher is not None:
+            state.matcher = self.matcher.ahead(draft)
         return state
 
     def append(self, token_id: int) -> None:
@@ -91,7 +115,7 @@ class Layout:
     slots: list[int] = field(default_factory=list)
     """Of each token, as are token ids and positions; see AttentionPlan."""
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """See AttentionPlan.runs_S4."""
+    """See AttentionPlan.runs_S4. Those of one sequence share a block table."""
     blocks: list[int] = field(default_factory=list)
 
     def pad_to(self, num_tokens: int, *, scratch_slot: int) -> None:
@@ -102,15 +126,25 @@ class Layout:
         self.slots.extend([scratch_slot] * num_padding)
 
 
-def lay_out(rows: tuple[Row, ...], sequences: Mapping[int, SequenceState], *, block_size: int) -> Layout:
-    """`rows` in their order. The sequences' block tables are already up to date."""
+def lay_out(
+    rows: tuple[Row, ...], sequences: Mapping[int, SequenceState], *, block_size: int, in_runs_of_one: bool = False
+) -> Layout:
+    """`rows` in their order. The sequences' block tables are already up to date.
+
+    in_runs_of_one: a row of several tokens becomes as many runs. That computes the same.
+    """
     layout = Layout()
     for row in rows:
         state = sequences[row.seq_id]
         span = range(row.start, row.start + row.num_tokens)
-        layout.runs.append((len(layout.token_ids), len(span), row.start, len(layout.blocks)))
+        first_row, first_block = len(layout.token_ids), len(layout.blocks)
+        if in_runs_of_one:
+            layout.runs.extend((first_row + i, 1, position, first_block) for i, position in enumerate(span))
+        else:
+            layout.runs.append((first_row, len(span), row.start, first_block))
         layout.blocks.extend(state.block_ids)
-        layout.token_ids.extend(state.token_ids[span.start : span.stop])
+        layout.token_ids.extend(state.token_ids[span.start : row.start + row.num_tokens - len(row.draft_token_ids)])
+        layout.token_ids.extend(row.draft_token_ids)
         layout.positions.extend(span)
         layout.slots.extend(state.block_ids[p // block_size] * block_size + p % block_size for p in span)
     return layout

@@ -314,7 +314,7 @@ def _is_filtered(sampling: SamplingParams) -> bool:
 
 def _keys(states: Sequence[SequenceState]) -> Tensor:
     """int64 [R, 1]: the keys of the states' next draws."""
-    return torch.tensor([[draw_key(s.sampling.seed, s.choice, len(s.token_ids))] for s in states])
+    return torch.tensor([[draw_key(s.sampling.seed, s.choice, s.position)] for s in states])
 
 
 def _normalisers(values_RV: Tensor) -> Tensor:

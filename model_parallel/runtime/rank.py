@@ -3,10 +3,11 @@
 Shape suffixes: T tokens of a step · E hidden · R rows that logits are wanted for · V local vocabulary
 """
 
-from collections.abc import Callable
-from itertools import accumulate, groupby
+from collections.abc import Callable, Sequence
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from model_parallel.model.batch import SequenceState, build_batch, by_adapter, l
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
 from model_parallel.model.quantization import int8_converter
-from model_parallel.model.sampler import Sampler
+from model_parallel.model.sampler import Sampled, Sampler
 from model_parallel.runtime.adapter_store import AdapterStore
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from model_parallel.runtime.rank_grammars import RankGrammars
@@ -177,7 +178,7 @@ class Rank:
         first_rows = list(accumulate((row.num_tokens for row in computed), initial=0))
         hidden_TE = self._forward(computed)
         scored = self._score_prompts(computed, first_rows[:-1], hidden_TE)
-        sampled = self._sample(computed, [end - 1 for end in first_rows[1:]], hidden_TE)
+        sampled = self._sample(computed, first_rows[1:], hidden_TE)
         # Of a list: a tuple made of a generator is allocated at one length and freed at another, and CPython keeps 2,000
         # freed tuples of each length, which takes minutes to fill and 0.3 MB a length.
         return tuple([self._result(row, sampled, scored) for row in rows])
@@ -186,11 +187,11 @@ class Rank:
         """[T, E]: hidden states, row after row, then padding."""
         block_size = self.config.cache.block_size
         adapted = self._adapted_runs(rows) if self.adapters.num_loaded else []
-        if all(row.num_tokens == 1 for row in rows):
+        if all(row.num_tokens == 1 + len(row.draft_token_ids) for row in rows):
             if isinstance(self.graphs, RecordedSteps):
                 return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size), adapted)
             if self.graphs is not None and not adapted:
-                return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size))
+                return self.graphs.forward(lay_out(rows, self.sequences, block_size=block_size, in_runs_of_one=True))
         batch = build_batch(
             rows,
             self.sequences,
@@ -216,17 +217,28 @@ class Rank:
         self, row: Row, sampled: dict[int, RowResult], scored: dict[int, list[TokenLogprobs | None]]
     ) -> RowResult:
         result = sampled.get(row.seq_id, RowResult(row.seq_id))
-        is_complete = False
         if row.sample:  # After an error, too: the next step is planned already and counts on a token.
             state = self.sequences[row.seq_id]
+            num_more = 0
             state.append(result.token_id or 0)
-            is_complete = state.matcher is not None and state.matcher.is_complete
+            for token_id in result.more_token_ids:
+                if state.matcher is not None and state.matcher.is_complete:
+                    break
+                state.append(token_id)
+                num_more += 1
+            if state.matcher is not None or num_more:
+                result = msgspec.structs.replace(
+                    result,
+                    is_complete=state.matcher is not None and state.matcher.is_complete,
+                    more_token_ids=result.more_token_ids[:num_more],
+                    more_logprobs=result.more_logprobs[:num_more],
+                )
+            if row.draft_token_ids:  # so the leader does, which gives the other blocks away
+                del state.block_ids[-(-(len(state.token_ids) - 1) // self.config.cache.block_size) :]
         prompt_logprobs = tuple([entry for entry in scored.get(row.seq_id, []) if entry is not None])
         if len(prompt_logprobs) < len(scored.get(row.seq_id, [])):
             return RowResult(row.seq_id, error_kind="numerical_error")
-        return RowResult(
-            row.seq_id, result.token_id, result.logprobs, prompt_logprobs, result.error_kind, is_complete=is_complete
-        )
+        return msgspec.structs.replace(result, prompt_logprobs=prompt_logprobs)
 
     def _logits(self, hidden_TE: Tensor, rows: list[int]) -> Tensor:
         """float32 [R, V], R padded by repeating the first row."""
@@ -235,16 +247,19 @@ class Rank:
             return self.model.logits(hidden_TE[: len(rows)])
         return self.model.logits(hidden_TE[torch.tensor(padded, device=self.device)])
 
-    def _sample(self, rows: tuple[Row, ...], last_rows: list[int], hidden_TE: Tensor) -> dict[int, RowResult]:
-        drawn = [(row, last) for row, last in zip(rows, last_rows, strict=True) if row.sample]
+    def _sample(self, rows: tuple[Row, ...], ends: list[int], hidden_TE: Tensor) -> dict[int, RowResult]:
+        """By sequence. `ends`: where each row ends among the step's tokens."""
+        drawn = [(row, end) for row, end in zip(rows, ends, strict=True) if row.sample]
         if not drawn:
             return {}
-        logits_RV = self._logits(hidden_TE, [last for _, last in drawn])
-        samples = self.sampler.sample(logits_RV, [self.sequences[row.seq_id] for row, _ in drawn])
-        return {
-            row.seq_id: RowResult(row.seq_id, s.token_id, s.logprobs, error_kind=s.error_kind)
-            for (row, _), s in zip(drawn, samples, strict=True)
-        }
+        states: list[SequenceState] = []
+        indices: list[int] = []
+        for row, end in drawn:
+            state, num_drafts = self.sequences[row.seq_id], len(row.draft_token_ids)
+            states += accumulate(row.draft_token_ids, SequenceState.ahead, initial=state)
+            indices += range(end - 1 - num_drafts, end)
+        samples = iter(self.sampler.sample(self._logits(hidden_TE, indices), states))
+        return {row.seq_id: _accept(row, list(islice(samples, 1 + len(row.draft_token_ids)))) for row, _ in drawn}
 
     def _score_prompts(
         self, rows: tuple[Row, ...], first_rows: list[int], hidden_TE: Tensor
@@ -278,6 +293,27 @@ class Rank:
         self.collectives.close()
         self.caches.clear()
         self.sequences.clear()
+
+
+def _accept(row: Row, samples: Sequence[Sampled]) -> RowResult:
+    """Of what a row and its drafts drew: the first, and what follows each draft that is what was drawn before it.
+
+    Logits that are not finite end it. The next step then computes them again for what is a sequence's last token.
+    """
+    first, *rest = samples
+    more: list[Sampled] = []
+    for draft, before, sample in zip(row.draft_token_ids, samples, rest, strict=False):
+        if before.token_id != draft or sample.error_kind:
+            break
+        more.append(sample)
+    return RowResult(
+        row.seq_id,
+        first.token_id,
+        first.logprobs,
+        error_kind=first.error_kind,
+        more_token_ids=tuple([sample.token_id for sample in more if sample.token_id is not None]),
+        more_logprobs=tuple([sample.logprobs for sample in more if sample.logprobs is not None]),
+    )
 
 
 def _device(name: str) -> torch.device:

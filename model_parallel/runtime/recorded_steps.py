@@ -24,7 +24,7 @@ from model_parallel.model.llama import Llama
 
 
 class _Inputs:
-    """Fixed places for the inputs of a step of `num_rows` sequences, with at most `max_blocks` blocks together."""
+    """Fixed places for the inputs of a step of `num_rows` tokens, with at most `max_blocks` blocks together."""
 
     def __init__(self, num_rows: int, max_blocks: int, frequencies: Tensor) -> None:
         self.max_blocks = max_blocks
@@ -58,7 +58,7 @@ class _Inputs:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Decode of a fixed number of sequences."""
+    """Decode of a fixed number of tokens."""
 
     inputs: _Inputs
     program: Program
@@ -78,8 +78,8 @@ class Profile(Protocol):
 
 
 class RecordedSteps:
-    """The forward pass of decode steps, recorded when a number of sequences is first met. It gives the bits that calls one by
-    one give."""
+    """The forward pass of decode steps, recorded when a number of tokens is first met. It gives the bits that calls one by one
+    give."""
 
     def __init__(
         self,
@@ -102,11 +102,13 @@ class RecordedSteps:
         self.profile: Profile | None = None
 
     def forward(self, layout: Layout, adapted: Sequence[AdaptedRun] = ()) -> Tensor:
-        """As Llama.forward, for runs of one token each; the result is good until the next call.
+        """As Llama.forward; the result is good until the next call. `layout` must not be used afterwards.
 
         `adapted` are the rows that adapters change. The program is the same whichever those are.
         """
-        num_rows, num_blocks = len(layout.runs), len(layout.blocks)
+        num_rows, num_blocks = len(layout.token_ids), len(layout.blocks)
+        # A run of several tokens, a sequence's last one and its drafts, leaves room for as many runs of none.
+        layout.runs.extend((row, 0, 0, 0) for row in range(len(layout.runs), num_rows))
         step = self._steps.get(num_rows)
         if step is None or num_blocks > step.inputs.max_blocks:
             inputs = _Inputs(num_rows, 2 * num_blocks, self._frequencies)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
 
 from cluster.placement import GroupRequest
 from model_parallel.errors import EngineError
@@ -158,7 +159,7 @@ class ClusterOperations:
     def add_adapter(self, name: str, model: str, source: str, tenants: tuple[str, ...] | None) -> AdapterCard:
         wanted = adapter_changes.checked_entry(name, source, tenants)
         with self._change(model, lambda _: None) as tell:
-            _, served = self._find(model)
+            served = self._find(model)
             adapter_changes.check_name(name, self._served)
             tell("checking", f"adapter {name} of {model}")
             with _explained("source"):
@@ -382,11 +383,14 @@ class ClusterOperations:
         entry = changes.entry_of(served.chosen)
         return self._config.gateway.drain_timeout_s + entry.start_timeout_s + 2 * applications.STOP_TIMEOUT_S
 
+    def _handle(self, name: str) -> DeploymentHandle[Any]:
+        return serve.get_deployment_handle(deployment_name(name), app_name(name))
+
     def _begin_drain(self, name: str, group: str, grace_s: float) -> None:
         """Raises ChangeError."""
         arguments: list[Any] = [group, grace_s]
         try:
-            handle = serve.get_deployment_handle(deployment_name(name), app_name(name))
+            handle = self._handle(name)
             handle.broadcast("begin_drain", *arguments).results(timeout_s=TELL_TIMEOUT_S)
         except SERVE_ERRORS as error:
             raise ChangeError(f"the group cannot be told to drain: {plain_reason(str(error))}") from error

@@ -103,6 +103,7 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         max_num_seqs=entry.max_num_seqs,
         max_num_batched_tokens=entry.max_num_batched_tokens,
         max_prefill_tokens=entry.max_prefill_tokens,
+        speculation=entry.speculation,
         max_model_len=max_model_len,
         max_waiting_requests=entry.max_waiting_requests,
         max_waiting_tokens=entry.max_waiting_tokens,

@@ -44,6 +44,8 @@ _FAMILIES = (
     _Family("packtrain_pauses", "Times that a sequence was paused.", "num_pauses", is_total=True),
     _Family("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", "num_prefix_query_tokens", is_total=True),
     _Family("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", "num_prefix_hit_tokens", is_total=True),
+    _Family("vllm:spec_decode_num_draft_tokens", "Tokens computed in case they come next.", "num_draft_tokens", is_total=True),
+    _Family("vllm:spec_decode_num_accepted_tokens", "Of those, what did come next.", "num_accepted_tokens", is_total=True),
     _Family("vllm:corrupted_requests", "Sequences ended by numbers that are not finite.", "num_corrupted", is_total=True),
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.scheduler import Scheduler
+from model_parallel.engine.speculation import settle_speculation
 from model_parallel.engine.step_times import TimedExecutor
 from model_parallel.errors import GroupFailedError, RequestError
 from serving.contracts.group_link import GroupCall, GroupReply
@@ -96,7 +97,9 @@ class ReplicaGroup:
                 RayExecutor, config, on_progress=on_progress, configure_logging=configure_logging
             )
         self._iterations = IterationTokens()
-        scheduler = Scheduler(spec.scheduler, spec.cache, epoch=epoch, adapters=spec.adapter_config)
+        limits = settle_speculation(spec.scheduler, is_deterministic=self._executor.deterministic)
+        logger.info("speculation: %s", limits.speculation)
+        scheduler = Scheduler(limits, spec.cache, epoch=epoch, adapters=spec.adapter_config)
         self._timed = TimedExecutor(self._executor)
         self._load_meter = LoadMeter(spec.scheduler, spec.cache)
         self._engine = Engine(self._timed, scheduler, on_step=self._iterations.observe)

@@ -19,6 +19,7 @@ from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
+from tests.support.drafts import ScriptedDrafter
 from tests.support.effort import rest_by_night
 from tests.support.kernels import use_backend
 from tests.support.local_engine import LocalGroup
@@ -55,6 +56,8 @@ class WatchedGroup:
 
     def __init__(self, path: Path, tp_size: int, store: str) -> None:
         self.ranks: dict[int, WatchedRank] = {}
+        self.answer: list[int] = []
+        """The tokens that were drawn last."""
 
         def make(config: Any, rank: int, *_: object) -> WatchedRank:
             shared = SharedMemoryCollectives(store, rank, tp_size, timeout_s=60) if tp_size > 1 else SoloCollectives()
@@ -75,6 +78,7 @@ class WatchedGroup:
         for rank in self.ranks.values():
             rank.watch(wanted.prompt_token_ids)
         outcome = self.group.run([*others[: len(others) // 2], wanted, *others[len(others) // 2 :]], **how)
+        self.answer = outcome.tokens(wanted.request_id)
         parts = [self.ranks[rank].seen for rank in range(len(self.ranks))]
         assert all(part.keys() == parts[0].keys() for part in parts)
         num_cached = outcome.last(wanted.request_id).num_cached_tokens
@@ -110,6 +114,8 @@ class Case:
     chunk: int
     num_others: int
     has_prefix_hit: bool
+    num_drafts: int = 0
+    """Rows that the sequence brings into a step of decode besides its own, every third of them with a wrong token."""
     seed: int = 0
 
 
@@ -119,6 +125,7 @@ CASES = st.builds(
     chunk=st.sampled_from([1, 7, 64, WHOLE]),
     num_others=st.sampled_from([0, 1, 31]),
     has_prefix_hit=st.booleans(),
+    num_drafts=st.sampled_from([0, 0, 1, 3, 7]),
     seed=st.integers(0, 99),
 )
 
@@ -134,6 +141,8 @@ def request(name: str, prompt: list[int], max_tokens: int) -> EngineRequest:
 @example(Case(prompt_len=130, chunk=WHOLE, num_others=31, has_prefix_hit=True))
 @example(Case(prompt_len=130, chunk=WHOLE, num_others=31, has_prefix_hit=False))
 @example(Case(prompt_len=130, chunk=1, num_others=0, has_prefix_hit=False))
+@example(Case(prompt_len=130, chunk=64, num_others=0, has_prefix_hit=False, num_drafts=7))
+@example(Case(prompt_len=130, chunk=64, num_others=31, has_prefix_hit=True, num_drafts=3))
 @given(CASES)
 def test_logits_are_those_of_the_sequence_alone(group: WatchedGroup, case: Case) -> None:
     draw = torch.Generator().manual_seed(case.seed)
@@ -144,6 +153,7 @@ def test_logits_are_those_of_the_sequence_alone(group: WatchedGroup, case: Case)
     prompt = tokens(case.prompt_len)
     wanted = request("it", prompt, NUM_NEW)
     alone, _ = group.logits(wanted, [])
+    answer = group.answer
     assert alone.keys() == set(range(case.prompt_len + NUM_NEW - 1))
     assert all(logits.shape == (VOCAB_SIZE,) and logits.isfinite().all() for logits in alone.values())
 
@@ -153,9 +163,15 @@ def test_logits_are_those_of_the_sequence_alone(group: WatchedGroup, case: Case)
     # It has the whole blocks of the prompt but the last, which is never found: its last token must be computed.
     num_shared = (case.prompt_len - 1) // BLOCK_SIZE * BLOCK_SIZE
     primer = request("primer", [*prompt[:num_shared], 0], 1)
+    drafter = ScriptedDrafter(
+        lambda run, number: answer[len(run.token_ids) - case.prompt_len :][:number] if run.request == wanted else [],
+        num_drafts=lambda run: case.num_drafts,
+        errs_at=lambda run, position: position % 3 == 0,
+    )
     among, num_cached = group.logits(
         wanted,
         others,
+        drafter=drafter if case.num_drafts else None,
         max_prefill_chunk=case.chunk,
         prefix_caching=case.has_prefix_hit,
         before=[primer] if case.has_prefix_hit else [],
@@ -164,5 +180,6 @@ def test_logits_are_those_of_the_sequence_alone(group: WatchedGroup, case: Case)
     assert among.keys() == set(range(num_cached, case.prompt_len + NUM_NEW - 1))
     different = [position for position, logits in among.items() if not torch.equal(logits, alone[position])]
     assert not different
-    if case.num_others == 31:
+    assert group.answer == answer
+    if case.num_others == 31 and not case.num_drafts:
         assert 32 in group.recorded_sizes(), "all of them were decoded together, as one native call"

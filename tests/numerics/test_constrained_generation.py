@@ -9,6 +9,7 @@ import pytest
 
 from model_parallel.config import TokenTable
 from model_parallel.engine.request import EngineRequest, FinishReason, SamplingParams
+from tests.support.drafts import ScriptedDrafter
 from tests.support.effort import rest_by_night
 from tests.support.local_engine import LocalGroup, Outcome
 from tests.support.ranks import save_random_llama
@@ -87,6 +88,25 @@ def test_an_answer_is_valid_and_does_not_depend_on_how_it_was_computed(
         continued = group.run([rest])
         assert continued.tokens("rest") == alone[num_delivered:], f"continued after {num_delivered} tokens"
         assert continued.last("rest").finish_reason is FinishReason.STOP
+
+    # Every fifth draft is a token that the grammar may allow there or not; drafts go on past the end of the answer.
+    drafter = ScriptedDrafter(
+        lambda run, number: [*alone, *[70] * number][len(run.token_ids) - run.num_prompt_tokens :][:number],
+        num_drafts=lambda run: 1 + len(run.token_ids) % 6,
+        errs_at=lambda run, position: position % 5 == 0,
+    )
+    for batch in ([wanted], [*neighbours[:4], wanted]):
+        speculative = group.run(batch, drafter=drafter)
+        assert 0 < speculative.num_accepted_tokens < speculative.num_draft_tokens
+        assert speculative.tokens("it") == alone, "with drafts"
+        assert told(speculative, "it") == told(outcome, "it")
+
+
+def told(outcome: Outcome, name: str) -> tuple[object, ...]:
+    """All that a client sees of an answer but for how it was cut into pieces."""
+    outputs = outcome.outputs[name]
+    logprobs = [entry for output in outputs for entry in output.logprobs]
+    return outcome.tokens(name), logprobs, outputs[-1].finish_reason, outputs[-1].stop_token_id
 
 
 def test_choices_of_a_request_are_each_valid_and_differ(group: LocalGroup) -> None:

@@ -1,5 +1,6 @@
 """Decode as one native call: bit for bit what the model's operations give one by one."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from model_parallel.runtime.recorded_steps import RecordedSteps
 from tests.support.ranks import group_config, on_threads, save_random_llama
 
 BLOCK_SIZE, BLOCKS_A_SEQUENCE = 16, 6
-# Numbers of sequences as they come and go; the first is met again, with more blocks than when it was recorded.
+# Numbers of sequences as they come and go, every second one with drafts; the first is met again, with more blocks than when it
+# was recorded.
 NUM_SEQUENCES = (1, 4, 3, 4, 2, 1, 3)
 STEPS_EACH = 7
 
@@ -55,13 +57,21 @@ def _check(rank: Rank, steps: RecordedSteps) -> None:
             rows = []
             for seq_id in range(num_sequences):
                 state = states[seq_id]
-                if len(state.token_ids) > len(state.block_ids) * BLOCK_SIZE:
+                drafts = prompt[: 3 * (seq_id % 2)]
+                if len(state.token_ids) + len(drafts) > len(state.block_ids) * BLOCK_SIZE:
                     state.block_ids.append(seq_id * BLOCKS_A_SEQUENCE + len(state.block_ids))
-                rows.append(Row(seq_id, len(state.token_ids) - 1, 1, True))
+                start = len(state.token_ids) - 1
+                rows.append(Row(seq_id, start, 1 + len(drafts), True, draft_token_ids=drafts))
             recorded = steps.forward(lay_out(tuple(rows), states, block_size=BLOCK_SIZE)).clone()
             single = _forward(rank, tuple(rows), states)
             assert torch.equal(recorded, single) and recorded.isfinite().all()
-            for row, hidden_E in zip(rows, single, strict=True):
+            in_runs_of_one = lay_out(tuple(rows), states, block_size=BLOCK_SIZE, in_runs_of_one=True)
+            assert torch.equal(steps.forward(in_runs_of_one), single)
+            lasts = tuple(Row(row.seq_id, row.start, 1, True) for row in rows)
+            without_drafts = steps.forward(lay_out(lasts, states, block_size=BLOCK_SIZE)).clone()
+            first_rows = list(accumulate((row.num_tokens for row in rows), initial=0))[:-1]
+            assert torch.equal(without_drafts, single[first_rows])
+            for row, hidden_E in zip(rows, without_drafts, strict=True):
                 states[row.seq_id].append(int(hidden_E.argmax()))  # any token that depends on the result
 
 

@@ -6,6 +6,7 @@ from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from model_parallel.engine.scheduler import Scheduler
+from model_parallel.engine.speculation import Drafter
 from tests.support.fake_executor import FakeExecutor
 
 
@@ -38,6 +39,8 @@ class Harness:
         max_in_flight: int = 1,
         max_grammars: int = 64,
         adapters: AdapterConfig | None = None,
+        speculation: str = "off",
+        drafter: Drafter | None = None,
     ) -> None:
         self.clock = ManualClock()
         self.executor = FakeExecutor(
@@ -53,11 +56,13 @@ class Harness:
                 max_prefill_chunk=max_prefill_chunk,
                 max_prefill_tokens=max_prefill_tokens,
                 max_grammars=max_grammars,
+                speculation=speculation,
             ),
             CacheConfig(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             epoch=1,
             clock=self.clock,
             adapters=adapters,
+            drafter=drafter,
         )
         self.executor.max_adapters = 0 if adapters is None else adapters.max_loaded
         self.engine = Engine(self.executor, self.scheduler, max_in_flight=max_in_flight)

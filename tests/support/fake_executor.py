@@ -26,10 +26,31 @@ from model_parallel.errors import GroupFailedError
 VOCAB_SIZE = 50
 
 
+REPETITIVE = 1 << 20
+"""Added to a seed: what comes next depends on the last two tokens alone, so that the answer goes round in circles."""
+SOMETIMES = 1 << 24
+"""Times a percentage, added to a seed: of so many tokens this is true, the others depend on all before them."""
+
+
 def next_token(token_ids: Sequence[int], seed: int) -> int:
     """What the fake model continues `token_ids` with."""
+    percentage = 100 if seed & REPETITIVE else seed // SOMETIMES
+    if percentage == 100 or (percentage and _digest(f"{seed}:{','.join(map(str, token_ids))}") % 100 < percentage):
+        token_ids = token_ids[-2:]
     text = f"{seed}:{','.join(map(str, token_ids))}"
-    return hashlib.sha256(text.encode()).digest()[0] % VOCAB_SIZE
+    return _digest(text) % VOCAB_SIZE
+
+
+def _digest(text: str) -> int:
+    return hashlib.sha256(text.encode()).digest()[0]
+
+
+def foretell(token_ids: Sequence[int], seed: int, num_tokens: int) -> list[int]:
+    """What the fake model continues `token_ids` with, token after token."""
+    known = list(token_ids)
+    for _ in range(num_tokens):
+        known.append(next_token(known, seed))
+    return known[len(token_ids) :]
 
 
 def token_logprob(token_ids: Sequence[int], position: int) -> TokenLogprobs:
@@ -70,9 +91,13 @@ class _RankSequence:
     most_output: int | None = None
     """Tokens after which its grammar is complete."""
 
-    def slot_contents(self) -> list[bytes]:
+    @property
+    def is_complete(self) -> bool:
+        return self.most_output is not None and len(self.token_ids) - self.num_prompt_tokens >= self.most_output
+
+    def slot_contents(self, drafts: Sequence[int] = ()) -> list[bytes]:
         contents = [b"salt" + self.salt + self.adapter_id.to_bytes(4)]
-        for token_id in self.token_ids:
+        for token_id in (*self.token_ids, *drafts):
             contents.append(hashlib.sha256(contents[-1] + token_id.to_bytes(4)).digest())
         return contents[1:]
 
@@ -206,12 +231,13 @@ class FakeExecutor:
         if row.reset_blocks:
             sequence.block_ids = []
         sequence.block_ids += row.new_block_ids
-        end = row.start + row.num_tokens
-        assert 0 <= row.start < end <= len(sequence.token_ids)
+        end, num_drafts = row.start + row.num_tokens, len(row.draft_token_ids)
+        assert 0 <= row.start < end - num_drafts <= len(sequence.token_ids)
+        assert not num_drafts or (row.sample and row.num_tokens == 1 + num_drafts)
         assert end <= len(sequence.block_ids) * self._block_size
         assert all(0 <= block_id < self._num_blocks for block_id in sequence.block_ids)
         assert len(set(sequence.block_ids)) == len(sequence.block_ids)
-        assert not row.sample or end == len(sequence.token_ids)
+        assert not row.sample or end - num_drafts == len(sequence.token_ids)
 
     def _slot(self, sequence: _RankSequence, position: int) -> tuple[int, int]:
         return sequence.block_ids[position // self._block_size], position % self._block_size
@@ -220,7 +246,7 @@ class FakeExecutor:
         sequence = self.sequences[row.seq_id]
         if sequence.sampling.seed in self.poisoned_seeds:
             return
-        for position, content in enumerate(sequence.slot_contents()[:end]):
+        for position, content in enumerate(sequence.slot_contents(row.draft_token_ids)[:end]):
             slot = self._slot(sequence, position)
             assert self._slots.get(slot) == content, (
                 f"sequence {row.seq_id}, position {position}: wrong content in {slot}"
@@ -228,7 +254,7 @@ class FakeExecutor:
 
     def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
         sequence = self.sequences[row.seq_id]
-        contents = sequence.slot_contents()
+        contents = sequence.slot_contents(row.draft_token_ids)
         for position in range(row.start, row.start + row.num_tokens):
             slot = self._slot(sequence, position)
             assert slot not in written
@@ -249,11 +275,25 @@ class FakeExecutor:
             prompt_logprobs = tuple(token_logprob(sequence.token_ids, p) for p in range(first, last + 1))
         if not row.sample:
             return RowResult(row.seq_id, prompt_logprobs=prompt_logprobs)
-        token_id = next_token(sequence.token_ids, sampling.seed)
-        sequence.token_ids.append(token_id)
-        logprobs = None
+        drawn = []
+        for draft in (*row.draft_token_ids, None):
+            drawn.append(next_token(sequence.token_ids, sampling.seed))
+            sequence.token_ids.append(drawn[-1])
+            if draft != drawn[-1] or sequence.is_complete:
+                break
+        if row.draft_token_ids:
+            num_computed = len(sequence.token_ids) - 1
+            del sequence.block_ids[-(-num_computed // self._block_size) :]
+        logprobs: list[TokenLogprobs] = []
         if sampling.logprobs is not None:
-            logprobs = token_logprob(sequence.token_ids, len(sequence.token_ids) - 1)
-        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
-        is_complete = sequence.most_output is not None and num_output >= sequence.most_output
-        return RowResult(row.seq_id, token_id, logprobs, prompt_logprobs, is_complete=is_complete)
+            num_tokens = len(sequence.token_ids)
+            logprobs = [token_logprob(sequence.token_ids, p) for p in range(num_tokens - len(drawn), num_tokens)]
+        return RowResult(
+            row.seq_id,
+            drawn[0],
+            logprobs[0] if logprobs else None,
+            prompt_logprobs,
+            is_complete=sequence.is_complete,
+            more_token_ids=tuple(drawn[1:]),
+            more_logprobs=tuple(logprobs[1:]),
+        )

@@ -11,6 +11,7 @@ from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig, T
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
+from model_parallel.engine.speculation import Drafter
 from model_parallel.runtime.executors import InProcessExecutor
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.rank_process import RankFactory
@@ -40,6 +41,10 @@ class LocalGroup:
         torch.set_num_threads(1)
         self.executor = InProcessExecutor(self.config, rank_factory=rank_factory)
 
+    @property
+    def kernels_name(self) -> str:
+        return str(self.executor._workers[0].kernels_name)  # type: ignore[attr-defined]
+
     def run(
         self,
         requests: Sequence[EngineRequest],
@@ -49,13 +54,20 @@ class LocalGroup:
         max_prefill_chunk: int = 1 << 30,
         waves: Sequence[int] = (),
         before: Sequence[EngineRequest] = (),
+        speculation: str = "off",
+        drafter: Drafter | None = None,
     ) -> "Outcome":
         """Run `before` to their ends, then `requests`; those with index in `waves` are added only when nothing else runs."""
         cache = CacheConfig(
             num_blocks=num_blocks or self.config.cache.num_blocks, block_size=16, enable_prefix_caching=prefix_caching
         )
-        config = SchedulerConfig(max_model_len=1024, max_prefill_chunk=max_prefill_chunk, max_num_batched_tokens=256)
-        scheduler = Scheduler(config, replace(cache), epoch=1, adapters=self.config.adapters)
+        config = SchedulerConfig(
+            max_model_len=1024,
+            max_prefill_chunk=max_prefill_chunk,
+            max_num_batched_tokens=256,
+            speculation=speculation,
+        )
+        scheduler = Scheduler(config, replace(cache), epoch=1, adapters=self.config.adapters, drafter=drafter)
         scheduler._last_step_id = self.executor._workers[0].last_step_id  # type: ignore[attr-defined]
         scheduler._last_seq_id = scheduler._last_step_id * 1000
         # So are grammars: those of the engine before are still there under its numbers.
@@ -77,6 +89,8 @@ class LocalGroup:
         for worker in self.executor._workers:
             worker.adapters._loaded.clear()  # type: ignore[attr-defined]
         outcome.num_preemptions = engine.stats.num_preemptions
+        outcome.num_draft_tokens = engine.stats.num_draft_tokens
+        outcome.num_accepted_tokens = engine.stats.num_accepted_tokens
         if engine.stats.kv_usage:
             raise AssertionError(f"{engine.stats.kv_usage:.0%} of the KV cache is still held")
         return outcome
@@ -91,6 +105,8 @@ class Outcome:
     def __init__(self) -> None:
         self.outputs: dict[str, list[EngineOutput]] = defaultdict(list)
         self.num_preemptions = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for output in self.outputs[request_id] for token in output.token_ids]

@@ -18,6 +18,10 @@ class Summary:
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
+    num_accepted_tokens: int
+    """Completion tokens that had been drafted."""
+    num_rejected_tokens: int
+    """Tokens that were drafted and are not in the answer."""
     group: Timings | None
     """Of the slowest choice, stage by stage."""
     gateway_s: float

@@ -114,6 +114,11 @@ class Meter:
             num_prompt_tokens=self._num_prompt_tokens,
             num_completion_tokens=self.num_completion_tokens,
             num_cached_tokens=sum(output.num_cached_tokens for output in last_outputs),
+            # A stop string cuts off tokens that the group has drawn.
+            num_accepted_tokens=min(
+                sum(output.num_accepted_tokens for output in last_outputs), self.num_completion_tokens
+            ),
+            num_rejected_tokens=sum(output.num_rejected_tokens for output in last_outputs),
             group=group,
             gateway_s=(now_s if self._submitted_s is None else self._submitted_s) - self._call.arrived_s,
             total_s=now_s - self._call.arrived_s,

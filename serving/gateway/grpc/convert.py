@@ -208,6 +208,8 @@ def usage(summary: Summary) -> pb.Usage:
         prompt_tokens=summary.num_prompt_tokens,
         cached_tokens=summary.num_cached_tokens,
         completion_tokens=summary.num_completion_tokens,
+        accepted_prediction_tokens=summary.num_accepted_tokens,
+        rejected_prediction_tokens=summary.num_rejected_tokens,
     )
 
 

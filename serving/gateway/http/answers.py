@@ -29,6 +29,7 @@ from serving.gateway.http.objects import (
     CompletionLogprobs,
     Model,
     ModelPermission,
+    PredictedTokens,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -355,6 +356,10 @@ def _usage(summary: Summary | None) -> Usage:
         total_tokens=summary.num_prompt_tokens + summary.num_completion_tokens,
         # Ours are summed over the choices; OpenAI's are part of prompt_tokens.
         prompt_tokens_details=CachedTokens(min(summary.num_cached_tokens, summary.num_prompt_tokens)),
+        completion_tokens_details=PredictedTokens(
+            accepted_prediction_tokens=summary.num_accepted_tokens,
+            rejected_prediction_tokens=summary.num_rejected_tokens,
+        ),
     )
 
 

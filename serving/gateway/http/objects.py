@@ -12,6 +12,13 @@ class CachedTokens(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class PredictedTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Of speculative decoding. As rejected tokens are not in the answer, they are not counted as completion tokens."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens read and written. A prompt counts once for all its choices."""
 
@@ -19,6 +26,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens | UnsetType = UNSET
+    completion_tokens_details: PredictedTokens | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):

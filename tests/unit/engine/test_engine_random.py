@@ -4,13 +4,15 @@ import random
 from collections import Counter
 
 import msgspec
+import pytest
 
 from model_parallel.config import AdapterConfig
 from model_parallel.engine.request import AdapterRef, EngineRequest, FinishReason
 from model_parallel.errors import RequestError
+from tests.support.drafts import ScriptedDrafter
 from tests.support.effort import by_day
 from tests.support.engine import Harness, make_request
-from tests.support.fake_executor import VOCAB_SIZE, solo_output, solo_prompt_logprobs
+from tests.support.fake_executor import VOCAB_SIZE, foretell, solo_output, solo_prompt_logprobs
 
 # A few stems, so that prompts share prefixes of every length.
 STEMS = [[n % 7 for n in range(40)], [n % 7 for n in range(9)] + [n % 5 for n in range(31)]]
@@ -23,10 +25,17 @@ NUM_RUNS = by_day(60, by_night=1500)
 class RandomRun:
     """Adds, aborts, waits and steps as one seed says, on a cache that is often too small."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, drafts: bool = False) -> None:
         self.rng = random.Random(seed)
         self.draw = random.Random(-seed)
         """Of what concerns adapters."""
+        self.drafts = drafts
+        dice = random.Random(seed + 1)
+        drafter = ScriptedDrafter(
+            lambda run, number: foretell(run.token_ids, run.request.sampling.seed, number),
+            num_drafts=lambda run: dice.randint(0, 6),
+            errs_at=lambda run, position: dice.random() < 0.2,
+        )
         max_num_seqs = self.rng.randint(2, 6)
         block_size = self.rng.randint(1, 5)
         self.harness = Harness(
@@ -41,6 +50,7 @@ class RandomRun:
             max_waiting_requests=8,
             max_in_flight=self.rng.choice([1, 2, 2, 3]),
             adapters=self.draw.choice([None, AdapterConfig(max_loaded=2), AdapterConfig(max_loaded=9, max_bytes=25)]),
+            drafter=drafter if drafts else None,
         )
         self.takes_adapters = self.harness.executor.max_adapters > 0
         self.harness.executor.num_steps_to_load = self.draw.choice([0, 1, 4])
@@ -63,8 +73,16 @@ class RandomRun:
         stats = self.harness.engine.stats
         assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0)
         assert not self.harness.executor.sequences
-        num_sampled = sum(row.sample for plan in self.harness.executor.plans for row in plan.rows)
-        self.seen["sampled too much"] = num_sampled - sum(len(self.harness.tokens(r.request_id)) for r in self.requests)
+        rows = [row for plan in self.harness.executor.plans for row in plan.rows]
+        num_drafted, num_tokens = sum(len(row.draft_token_ids) for row in rows), stats.num_generation_tokens
+        assert num_tokens == sum(len(self.harness.tokens(request.request_id)) for request in self.requests)
+        assert stats.num_draft_tokens == num_drafted and num_drafted <= 10_000 * self.drafts
+        assert stats.num_accepted_tokens <= num_drafted
+        self.seen["sampled too much"] = sum(row.sample for row in rows) + stats.num_accepted_tokens - num_tokens
+        self.seen["accepted"], self.seen["rejected"] = (
+            stats.num_accepted_tokens,
+            num_drafted - stats.num_accepted_tokens,
+        )
         self.seen["pause"] = stats.num_pauses
         self.seen["preemption"] = stats.num_preemptions
         self.seen["prefix hit"] = stats.num_prefix_hit_tokens
@@ -141,10 +159,11 @@ class RandomRun:
         prompt_logprobs, solo_logprobs = harness.prompt_logprobs(request_id), solo_prompt_logprobs(request)
         assert tokens == solo[: len(tokens)]
         assert prompt_logprobs == solo_logprobs[: len(prompt_logprobs)]
-        assert [o.logprobs[0].token_id for o in harness.outputs[request_id] if o.token_ids] == tokens
+        assert [entry.token_id for o in harness.outputs[request_id] for entry in o.logprobs] == tokens
         last = harness.last(request_id)
         assert last.timings is not None
         assert last.num_cached_tokens <= len(request.prompt_token_ids)
+        assert last.num_accepted_tokens < max(1, len(tokens))
         is_poisoned = request.sampling.seed in harness.executor.poisoned_seeds
         self.seen[str(last.finish_reason)] += 1
         if request_id in self.aborted:
@@ -166,14 +185,15 @@ class RandomRun:
             assert last.stop_token_id == (solo[-1] if stopped else None)
 
 
-def test_random_schedules() -> None:
+@pytest.mark.parametrize("drafts", [False, True])
+def test_random_schedules(drafts: bool) -> None:
     seen: Counter[str] = Counter()
     for seed in range(NUM_RUNS):
-        run = RandomRun(seed)
+        run = RandomRun(seed, drafts=drafts)
         try:
             run.run()
         except Exception as error:
-            raise AssertionError(f"RandomRun({seed}).run() failed") from error
+            raise AssertionError(f"RandomRun({seed}, drafts={drafts}).run() failed") from error
         seen += run.seen
     # A run that forces nothing proves nothing.
     for event in (
@@ -186,6 +206,7 @@ def test_random_schedules() -> None:
         "no adapter",
         "adapter drop",
         "overloaded",
+        *(["accepted", "rejected"] if drafts else []),
         *FinishReason,
     ):
         assert seen[str(event)] > NUM_RUNS // 8, f"{event}: {seen}"

@@ -192,3 +192,19 @@ def test_a_part_of_a_mask_begins_and_ends_anywhere(start: int, num_tokens: int) 
     mask_RW = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
     part = allowed_bits(mask_RW, range(start, start + num_tokens))
     assert part.dtype == np.bool_ and (part == bits[:, start : start + num_tokens]).all()
+
+
+def test_a_matcher_ahead_is_as_one_that_has_come_so_far_and_leaves_the_first_as_it_is(
+    compiler: GrammarCompiler,
+) -> None:
+    first = matcher(compiler, 'start: "ab" ("c" | "d")')
+    first.consume(ord("a"))
+    second = first.ahead(ord("b"))
+    assert (allowed(first), allowed(second)) == ({ord("b")}, {ord("c"), ord("d")})
+    third, wrong = second.ahead(ord("d")), second.ahead(ord("x"))
+    assert third.is_complete and not third.is_open
+    assert wrong.has_failed and not wrong.is_open and not wrong.is_complete
+    assert wrong.ahead(ord("c")).has_failed and third.ahead(ord("c")).is_complete
+    assert first.is_open and second.is_open and allowed(second) == {ord("c"), ord("d")}
+    first.consume(ord("b"))
+    assert allowed(first) == allowed(second)

@@ -1,0 +1,274 @@
+"""Drafts of the tokens that a sequence may draw next, and when they are worth a step's time. No draft changes an answer.
+
+A sequence that speculates brings its last token and k drafts into a step, one row each, and every row draws. A draft is right
+when it is what the row before it drew: then the row after it has drawn the next token too. Draws depend on seed, choice, position
+and logits alone, and a row's logits not on the rows beside it, so the tokens are those of k + 1 steps of one row.
+
+Drafts need to know the last token, and plans are otherwise made before it is known. So waiting for a step's results is a part of
+the price, and is done only where drafts have been right before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from operator import mul
+from typing import Protocol
+
+from model_parallel.config import SchedulerConfig
+from model_parallel.engine.sequence import Sequence as Run
+
+LONGEST_MATCH = 4
+"""Tokens that are looked up, at most. A match that is found goes on by itself, one comparison a token."""
+SHORTEST_MATCH = 2
+MAX_INDEXED_TOKENS = 1 << 14
+"""Of one sequence; what lies further back is forgotten."""
+MAX_TOKENS_AT_A_TIME = 2048
+"""Indexed between two steps: a long prompt is taken in over several."""
+MAX_DRAFTS = 15
+"""Of one sequence in one step."""
+WEIGHT_OF_LAST = 1 / 8
+"""Of the last token in what is remembered about a sequence's drafts."""
+FIRST_CHANCES = (0.25, 0.5, 0.7, 0.8)
+"""That a draft is right, before anything was measured, after a match of less than 4, 8, 16 and more tokens."""
+ROWS_OF_A_STEP = 16
+"""Before anything was measured, a step without rows is taken to cost as much as so many rows. More is learned quickly."""
+WEIGHT_OF_FIRST_COSTS = 4.0
+"""Of that assumption, as the variance in the number of rows that outweighs it."""
+STEPS_REMEMBERED = 64
+"""What was measured so many steps ago counts for 1/e."""
+MIN_GAIN = 1.05
+"""Waiting for results begins when tokens a second are expected to become so many times as many."""
+
+
+class PromptLookup:
+    """Where the last tokens of a sequence stood before in it: what followed there is the draft (Saxena 2023, prompt lookup).
+
+    The longest match of `LONGEST_MATCH` … `SHORTEST_MATCH` tokens wins, the latest among equals. A token costs constant time.
+    """
+
+    __slots__ = ("_chances", "_heat", "_last_of", "_matched", "_next", "_num_indexed")
+
+    def __init__(self) -> None:
+        self._last_of: dict[tuple[int, ...], int] = {}
+        """Position of the last token of an n-gram's latest occurrence."""
+        self._num_indexed = 0
+        self._next: int | None = None
+        """Position of the token that would come next if the sequence repeated itself."""
+        self._matched = 0
+        """So many tokens before that position are the last ones."""
+        self._chances = list(FIRST_CHANCES)
+        self._heat = 0.0
+
+    @property
+    def heat(self) -> float:
+        """Share of the last tokens that lookup foretold, 0 to 1; the tokens of the prompt do not count."""
+        return self._heat
+
+    def take(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
+        """Index the tokens that are new, and judge what was foretold of those that were drawn."""
+        begin = self._num_indexed
+        for position in range(begin, min(len(token_ids), begin + MAX_TOKENS_AT_A_TIME)):
+            expected = self._next
+            is_right = expected is not None and token_ids[expected] == token_ids[position]
+            if position >= num_prompt_tokens:
+                self._heat += WEIGHT_OF_LAST * (is_right - self._heat)
+                if expected is not None:
+                    bucket = _bucket(self._matched)
+                    self._chances[bucket] += WEIGHT_OF_LAST * (is_right - self._chances[bucket])
+            self._next, self._matched = (
+                (expected + 1, self._matched + 1) if expected is not None and is_right else (None, 0)
+            )
+            self._index(token_ids, position)
+            self._num_indexed = position + 1
+
+    def draft(self, token_ids: Sequence[int], num_drafts: int) -> tuple[int, ...]:
+        """What may come next. Past the end of what is known, what repeats is taken to go on repeating itself."""
+        if self._next is None or self._num_indexed != len(token_ids):
+            return ()
+        drafts = list(token_ids[self._next : self._next + num_drafts])
+        period = len(token_ids) - self._next
+        while len(drafts) < num_drafts:
+            drafts.append(drafts[len(drafts) - period])
+        return tuple(drafts)
+
+    def chances(self, num_drafts: int) -> list[float]:
+        """For each of the next drafts: that it is right, and those before it too."""
+        if self._next is None:
+            return []
+        return list(accumulate((self._chances[_bucket(self._matched + i)] for i in range(num_drafts)), mul))
+
+    def _index(self, token_ids: Sequence[int], position: int) -> None:
+        """Find the longest match that ends with this token, unless one goes on, and remember where the token stands."""
+        last_of, longest = self._last_of, tuple(token_ids[max(0, position + 1 - LONGEST_MATCH) : position + 1])
+        for length in range(len(longest), SHORTEST_MATCH - 1, -1):
+            gram = longest[-length:]
+            if self._matched < length and (found := last_of.get(gram)) is not None:
+                self._next, self._matched = found + 1, length
+            last_of[gram] = position
+        if (forgotten := position - MAX_INDEXED_TOKENS) >= 0:
+            longest = tuple(token_ids[max(0, forgotten + 1 - LONGEST_MATCH) : forgotten + 1])
+            for length in range(SHORTEST_MATCH, len(longest) + 1):
+                if last_of.get(longest[-length:]) == forgotten:
+                    del last_of[longest[-length:]]
+
+
+def _bucket(num_matched: int) -> int:
+    """Index into FIRST_CHANCES."""
+    return min(max(0, num_matched.bit_length() - 2), len(FIRST_CHANCES) - 1)
+
+
+class RowCosts:
+    """What a row costs beside the step that it is in: a straight line through the times of steps over their rows."""
+
+    def __init__(self) -> None:
+        self._num = self._rows = self._time_s = self._rows_squared = self._rows_time_s = 0.0
+
+    def record(self, num_rows: int, step_s: float) -> None:
+        """A step with so many rows took so long."""
+        if self._num:  # one that waited for something else says nothing about rows
+            step_s = min(step_s, 3 * self.step_s(num_rows))
+        decay = 1 - 1 / STEPS_REMEMBERED
+        self._num = self._num * decay + 1
+        self._rows = self._rows * decay + num_rows
+        self._time_s = self._time_s * decay + step_s
+        self._rows_squared = self._rows_squared * decay + num_rows * num_rows
+        self._rows_time_s = self._rows_time_s * decay + num_rows * step_s
+
+    def step_s(self, num_rows: float) -> float:
+        """Of a step with so many rows. In units of its own before anything was measured."""
+        if not self._num:
+            return ROWS_OF_A_STEP + num_rows
+        mean_rows, mean_s = self._rows / self._num, self._time_s / self._num
+        return mean_s + self.row_s * (num_rows - mean_rows)
+
+    @property
+    def row_s(self) -> float:
+        """Of one row more; between nothing and its part of the mean step."""
+        if not self._num:
+            return 1.0
+        mean_rows, mean_s = self._rows / self._num, self._time_s / self._num
+        variance = self._rows_squared - self._rows * mean_rows
+        covariance = self._rows_time_s - self._rows * mean_s
+        assumed = mean_s / (mean_rows + ROWS_OF_A_STEP)
+        slope = (covariance + WEIGHT_OF_FIRST_COSTS * assumed) / (variance + WEIGHT_OF_FIRST_COSTS)
+        return min(max(slope, 0.0), mean_s / mean_rows)
+
+
+class Drafter(Protocol):
+    """What proposes drafts. Whatever it says, answers stay the same; how fast they come does not.
+
+    The scheduler calls it with running sequences alone, and tells it of every step.
+    """
+
+    @property
+    def has_prospects(self) -> bool:
+        """False: `is_worth_waiting` is false too, whatever runs. Saves the time of asking."""
+        ...
+
+    def is_worth_waiting(self, runs: Sequence[Run], max_rows: int) -> bool:
+        """Whether the next step had better be planned when the results of the one in flight are known. A step has `max_rows`
+        rows at most."""
+        ...
+
+    def draft(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[tuple[int, ...]]:
+        """Drafts of each sequence, all of whose tokens are known: `most[i]` at most, and all together so many that with one
+        row for each sequence there are `max_rows`."""
+        ...
+
+    def observe(self, run: Run) -> None:
+        """It runs, and has new tokens."""
+        ...
+
+    def record_step(self, num_rows: int, step_s: float) -> None:
+        """A step of decode, drafts counted, took so long."""
+        ...
+
+    def forget(self, seq_id: int) -> None:
+        """It has ended, or lost its blocks."""
+        ...
+
+
+class PromptLookupDrafter:
+    """Drafts by `PromptLookup`, as many as measured times of steps and measured chances say are worth it."""
+
+    def __init__(self) -> None:
+        self._lookups: dict[int, PromptLookup] = {}
+        """By seq_id."""
+        self._warm: set[int] = set()
+        """Sequences of whose last tokens some were foretold."""
+        self._costs = RowCosts()
+
+    @property
+    def has_prospects(self) -> bool:
+        return bool(self._warm)
+
+    def is_worth_waiting(self, runs: Sequence[Run], max_rows: int) -> bool:
+        num_extra = num_drafts = 0.0
+        for run in runs:
+            if run.seq_id in self._warm:
+                # Of tokens of which a share h is foretold, 1 / (1 - h) come until one is not.
+                heat = self._lookups[run.seq_id].heat
+                expected = min(heat / (1 - heat), MAX_DRAFTS) if heat < 1 else MAX_DRAFTS
+                num_extra += expected
+                num_drafts += min(2 * expected, MAX_DRAFTS)
+        room = max_rows - len(runs)
+        if not num_drafts or room <= 0:
+            return False
+        num_extra *= min(1.0, room / num_drafts)
+        num_drafts = min(num_drafts, room)
+        before = len(runs) / self._costs.step_s(len(runs))
+        return (len(runs) + num_extra) / self._costs.step_s(len(runs) + num_drafts) > MIN_GAIN * before
+
+    def draft(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[tuple[int, ...]]:
+        lookups = [self._lookups.get(run.seq_id) for run in runs]
+        chances = sorted(
+            (
+                (chance, index)
+                for index, (lookup, limit) in enumerate(zip(lookups, most, strict=True))
+                if lookup is not None
+                for chance in lookup.chances(min(limit, MAX_DRAFTS))
+            ),
+            reverse=True,
+        )
+        # A draft is worth its row while it brings tokens faster than the step without it.
+        num_drafts = [0] * len(runs)
+        num_tokens, num_rows = float(len(runs)), len(runs)
+        for chance, index in chances[: max_rows - len(runs)]:
+            if chance * self._costs.step_s(num_rows) <= num_tokens * self._costs.row_s:
+                break
+            num_drafts[index] += 1
+            num_tokens += chance
+            num_rows += 1
+        return [
+            lookup.draft(run.token_ids, number) if lookup is not None and number else ()
+            for run, lookup, number in zip(runs, lookups, num_drafts, strict=True)
+        ]
+
+    def observe(self, run: Run) -> None:
+        lookup = self._lookups.get(run.seq_id)
+        if lookup is None:
+            lookup = self._lookups[run.seq_id] = PromptLookup()
+        lookup.take(run.token_ids, run.num_prompt_tokens)
+        if lookup.heat > WEIGHT_OF_LAST:
+            self._warm.add(run.seq_id)
+        else:
+            self._warm.discard(run.seq_id)
+
+    def record_step(self, num_rows: int, step_s: float) -> None:
+        self._costs.record(num_rows, step_s)
+
+    def forget(self, seq_id: int) -> None:
+        self._lookups.pop(seq_id, None)
+        self._warm.discard(seq_id)
+
+
+def make_drafter(speculation: str) -> Drafter | None:
+    """As `SchedulerConfig.speculation` says. None: nothing is drafted."""
+    return None if speculation == "off" else PromptLookupDrafter()
+
+
+def settle_speculation(config: SchedulerConfig, *, is_deterministic: bool) -> SchedulerConfig:
+    """With "auto" replaced, now that the ranks are known: off where a row's bits depend on the rows beside it."""
+    if config.speculation != "auto":
+        return config
+    return replace(config, speculation="prompt_lookup" if is_deterministic else "off")
