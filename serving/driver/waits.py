@@ -5,11 +5,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from serving.contracts.errors import ChangeError
 from serving.contracts.served import APP_NAME, GatewayModels
@@ -38,6 +40,8 @@ class Waits:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+        self._gateways: DeploymentHandle[Any] | None = None
+        """One for all looks: each handle has a router of its own."""
 
     def stop(self) -> None:
         """All waits end at their next look."""
@@ -99,7 +103,7 @@ class Waits:
         told = -1
         try:
             for _ in self._looks(timeout_s, "requests did not end"):
-                num_open = sum(gateway.num_open.get(name, 0) for gateway in _ask_gateways())
+                num_open = sum(gateway.num_open.get(name, 0) for gateway in self._ask_gateways())
                 if num_open != told:
                     told = num_open
                     tell("draining", f"{num_open} requests are open")
@@ -113,20 +117,21 @@ class Waits:
         """Until all gateways go by the record of this generation. Raises StartError when one cannot serve `model`, or does not
         answer in time."""
         for _ in self._looks(TELL_TIMEOUT_S, "not every gateway has learned what is served"):
-            answers = _ask_gateways()
+            answers = self._ask_gateways()
             if answers and all(answer.generation >= generation for answer in answers):
                 problems = {answer.problems[model] for answer in answers if model in answer.problems}
                 if problems:
                     raise StartError(f"a gateway cannot serve {model}: {'; '.join(sorted(problems))}")
                 return
 
-
-def _ask_gateways() -> list[GatewayModels]:
-    """Those that answer."""
-    try:
-        gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
-        items = gateways.broadcast("take_models").results(timeout_s=TELL_TIMEOUT_S, return_exceptions=True)
-    except SERVE_ERRORS as error:
-        logger.warning("the gateways cannot be asked: %s", error)
-        return []
-    return [msgspec.msgpack.decode(item, type=GatewayModels) for item in items if isinstance(item, bytes)]
+    def _ask_gateways(self) -> list[GatewayModels]:
+        """Those that answer."""
+        try:
+            if self._gateways is None:
+                self._gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
+            asked = self._gateways.broadcast("take_models")
+            items = asked.results(timeout_s=TELL_TIMEOUT_S, return_exceptions=True)
+        except SERVE_ERRORS as error:
+            logger.warning("the gateways cannot be asked: %s", error)
+            return []
+        return [msgspec.msgpack.decode(item, type=GatewayModels) for item in items if isinstance(item, bytes)]

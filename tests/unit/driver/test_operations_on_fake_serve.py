@@ -115,7 +115,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     for name in ("deployed", "model_target", "run", "set_num_groups", "delete"):
         monkeypatch.setattr(applications, name, getattr(fake, name))
     monkeypatch.setattr(operations, "write_served", fake.write)
-    monkeypatch.setattr(waits, "_ask_gateways", fake.ask_gateways)
+    monkeypatch.setattr(waits.Waits, "_ask_gateways", lambda self: fake.ask_gateways())
     monkeypatch.setattr(waits, "_POLL_S", 0.001)
     monkeypatch.setattr(waits, "STALE_S", 0.0)
     monkeypatch.setattr(operations, "run_autoscaler", lambda config, served: None)
