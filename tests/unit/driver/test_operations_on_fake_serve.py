@@ -38,6 +38,7 @@ def spec_of(entry: ModelEntry) -> Any:
         entry=entry.model_copy(update={"device": "cuda", "kv_cache_tokens": entry.kv_cache_tokens or 4096}),
         parallel=SimpleNamespace(tp_size=1, device="cuda"),
         cpus_per_rank=0.0,
+        adapters=(),
     )
 
 

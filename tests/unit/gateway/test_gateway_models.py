@@ -12,9 +12,10 @@ import pytest
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
-from serving.contracts.models import ModelCard
+from serving.contracts.models import AdapterCard, ModelCard
 from serving.contracts.served import GatewayModels, Served, ServedModel, State
 from serving.gateway import deployment
+from serving.gateway.core.catalogue import Catalogue
 from serving.gateway.deployment import Gateway
 from serving.observability.metrics import GatewayMetrics
 from tests.unit.gateway.conftest import Running, Serve
@@ -25,6 +26,7 @@ class Backend(FakeBackend):
 
     def __init__(self) -> None:
         super().__init__(self._answer)
+        self.models: Catalogue = Catalogue(list(self.models.values()))
         self.held: set[str] = set()
         self.go_on = asyncio.Event()
 
@@ -35,13 +37,14 @@ class Backend(FakeBackend):
         yield (EngineOutput(request_id=name, token_ids=tuple(b"lo"), finish_reason=FinishReason.LENGTH),)
 
     def set_model(self, served: ModelCard, handle: object, *, is_held: bool) -> None:
-        models: Any = self.models
-        models[served.name] = served
+        self.models.set_base(served)
         (self.held.add if is_held else self.held.discard)(served.name)
 
     def forget_model(self, name: str) -> None:
-        models: Any = self.models
-        del models[name]
+        self.models.forget_base(name)
+
+    def set_adapters(self, adapters: Sequence[AdapterCard]) -> None:
+        self.models.set_adapters(adapters)
 
 
 def served(generation: int, *models: ModelCard, state: State = "serving") -> Served:

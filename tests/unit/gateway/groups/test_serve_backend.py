@@ -349,7 +349,7 @@ async def test_a_model_whose_groups_are_replaced_can_serve_meanwhile(receiver: O
     assert await backend.can_serve(MODEL)
     assert not asked
     told = msgspec.structs.replace(backend.models[MODEL], kernels="cpu-avx512", deterministic=True)
-    backend._models[MODEL] = told
+    backend._models.set_base(told)
     backend.set_model(card(MODEL, max_model_len=7), handle, is_held=False)
     assert (backend.models[MODEL].kernels, backend.models[MODEL].max_model_len) == ("cpu-avx512", 7)
 
