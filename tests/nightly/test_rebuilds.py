@@ -15,6 +15,7 @@ from ray.util import placement_group_table
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.worker_group import RayExecutor
+from model_parallel.errors import GroupFailedError
 from model_parallel.runtime.executors import SpawnedExecutor
 from model_parallel.runtime.leader import SocketExecutor
 from tests.support.executors import execute
@@ -94,8 +95,10 @@ def crash_one(executor: SocketExecutor, draw: random.Random, fault: signal.Signa
     assert all(_holds_a_segment(psutil.Process(pid)) for pid in executor.pids), "the census sees what there is"
     os.kill(draw.choice(executor.pids), fault)
     if fault is signal.SIGSTOP:  # which is noticed in a step
-        executor.submit(plan(2, (0, 5)))
-    assert wait_until(lambda: reasons), "the loss is noticed"
+        with pytest.raises(GroupFailedError):
+            execute(executor, plan(2, (0, 5)))
+    else:
+        assert wait_until(lambda: reasons), "the loss is noticed"
     executor.shutdown()
     assert wait_until(lambda: not any(map(psutil.pid_exists, executor.pids))), "all ranks are gone"
 
