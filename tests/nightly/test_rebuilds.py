@@ -3,8 +3,8 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from ray.util import placement_group_table
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.worker_group import RayExecutor
+from model_parallel.errors import GroupFailedError
+from model_parallel.runtime.executors import SpawnedExecutor
+from model_parallel.runtime.leader import SocketExecutor
 from tests.support.executors import execute
 from tests.support.fake_rank import FAKE_RANK, group_config, plan, tokens
 from tests.support.stack import ray_processes
 from tests.support.waiting import PATIENCE_S, wait_until
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(7200)]
+pytestmark = pytest.mark.timeout(7200)
 
 NUM_CYCLES = 200
 NUM_WARM_UP = 5
@@ -29,8 +32,8 @@ SLACK = 3
 """Descriptors and ports that Ray opens by itself now and then. A leak would be one a cycle."""
 
 
-@pytest.fixture(autouse=True)
-def _ray_node() -> Iterator[None]:
+@pytest.fixture
+def ray_node() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -51,7 +54,8 @@ class Census:
 
 
 def census() -> Census:
-    ours, processes = psutil.Process(), ray_processes()
+    ours = psutil.Process()
+    processes = [*ray_processes(), *ours.children()]
     ports = 0
     for process in (ours, *processes):
         try:
@@ -59,12 +63,20 @@ def census() -> Census:
         except psutil.NoSuchProcess:
             continue
     return Census(
-        rank_processes=sum("RankActor" in " ".join(process.cmdline()) for process in processes),
-        placement_groups=sum(entry["state"] != "REMOVED" for entry in placement_group_table().values()),
+        rank_processes=sum("RankActor" in line or "rank_process" in line for line in map(_command, processes)),
+        placement_groups=sum(entry["state"] != "REMOVED" for entry in placement_group_table().values())
+        if ray.is_initialized()
+        else 0,
         segments=sum(map(_holds_a_segment, (ours, *processes))),
         descriptors=ours.num_fds(),
         ports=ports,
     )
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def _holds_a_segment(process: psutil.Process) -> bool:
@@ -75,31 +87,54 @@ def _holds_a_segment(process: psutil.Process) -> bool:
     return False
 
 
-def crash_one(draw: random.Random, fault: signal.Signals) -> None:
-    """A group that makes a step and loses a rank."""
+def crash_one(executor: SocketExecutor, draw: random.Random, fault: signal.Signals) -> None:
+    """The group makes a step and loses a rank."""
+    reasons: list[str] = []
+    executor.set_failure_callback(reasons.append)
+    assert tokens(execute(executor, plan(1, (0, 5)))) == [15]
+    assert all(_holds_a_segment(psutil.Process(pid)) for pid in executor.pids), "the census sees what there is"
+    os.kill(draw.choice(executor.pids), fault)
+    if fault is signal.SIGSTOP:  # which is noticed in a step
+        with pytest.raises(GroupFailedError):
+            execute(executor, plan(2, (0, 5)))
+    else:
+        assert wait_until(lambda: reasons), "the loss is noticed"
+    executor.shutdown()
+    assert wait_until(lambda: not any(map(psutil.pid_exists, executor.pids))), "all ranks are gone"
+
+
+@contextmanager
+def spawned() -> Iterator[SocketExecutor]:
+    yield SpawnedExecutor(group_config(2, step_timeout_s=2.0), rank_class=FAKE_RANK)
+
+
+@contextmanager
+def placed_by_ray() -> Iterator[SocketExecutor]:
     bundles = placement_group([{"CPU": 1}] * 2, strategy="STRICT_PACK")
     try:
-        executor = RayExecutor(group_config(2, step_timeout_s=2.0), placement_group=bundles, rank_class=FAKE_RANK)
-        reasons: list[str] = []
-        executor.set_failure_callback(reasons.append)
-        assert tokens(execute(executor, plan(1, (0, 5)))) == [15]
-        assert census().segments >= 2, "the census sees what there is"
-        os.kill(draw.choice(executor.pids), fault)
-        if fault is signal.SIGSTOP:  # which is noticed in a step
-            executor.submit(plan(2, (0, 5)))
-        assert wait_until(lambda: reasons), "the loss is noticed"
-        executor.shutdown()
-        assert wait_until(lambda: not any(map(psutil.pid_exists, executor.pids))), "all ranks are gone"
+        yield RayExecutor(group_config(2, step_timeout_s=2.0), placement_group=bundles, rank_class=FAKE_RANK)
     finally:
         remove_placement_group(bundles)
 
 
-def test_groups_that_crash_and_are_made_anew_leave_nothing() -> None:
+@pytest.mark.nightly
+def test_spawned_groups_that_crash_and_are_made_anew_leave_nothing() -> None:
+    check_cycles(spawned)
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("ray_node")
+def test_groups_on_ray_that_crash_and_are_made_anew_leave_nothing() -> None:
+    check_cycles(placed_by_ray)
+
+
+def check_cycles(group: Callable[[], AbstractContextManager[SocketExecutor]]) -> None:
     """Every tenth rank is stopped, the others are killed."""
     draw = random.Random(1)
     before = census()
     for turn in range(NUM_CYCLES):
-        crash_one(draw, signal.SIGSTOP if turn % 10 == 9 else signal.SIGKILL)
+        with group() as executor:
+            crash_one(executor, draw, signal.SIGSTOP if turn % 10 == 9 else signal.SIGKILL)
         if turn == NUM_WARM_UP:
             before = census()
     clean = Census(0, 0, 0, before.descriptors + SLACK, before.ports + SLACK)
