@@ -18,6 +18,7 @@ from model_parallel.runtime.leader import store_file
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
 from tests.support.adapters import save_random_adapter, with_adapter
+from tests.support.drafts import ScriptedDrafter
 from tests.support.effort import rest_by_night
 from tests.support.kernels import use_backend
 from tests.support.local_engine import LocalGroup, Outcome
@@ -149,11 +150,9 @@ def test_log_probabilities_are_those_of_peft(exact: AdaptedGroup, base: LoadedMo
 
 def _bits(outcome: Outcome, name: str) -> list[Any]:
     """All that an answer says, to the last bit; how its outputs were cut does not count."""
-    return [
-        entry
-        for output in outcome.outputs[name]
-        for entry in (*output.prompt_logprobs, *output.token_ids, *output.logprobs)
-    ]
+    outputs = outcome.outputs[name]
+    prompt_logprobs = [entry for output in outputs for entry in output.prompt_logprobs]
+    return [*prompt_logprobs, *outcome.tokens(name), *(entry for output in outputs for entry in output.logprobs)]
 
 
 def _check_bits(group: AdaptedGroup) -> None:
@@ -169,10 +168,19 @@ def _check_bits(group: AdaptedGroup) -> None:
         )
         for i in range(18)
     ]
-    alone = {request.request_id: _bits(group.group.run([request]), request.request_id) for request in requests}
+    outcomes = {request.request_id: group.group.run([request]) for request in requests}
+    alone = {name: _bits(outcome, name) for name, outcome in outcomes.items()}
+    answers = {name: outcome.tokens(name) for name, outcome in outcomes.items()}
     together = group.group.run(requests)
     backwards = group.group.run(requests[::-1], max_prefill_chunk=7)
+    drafter = ScriptedDrafter(
+        lambda run, number: answers[run.request.request_id][len(run.token_ids) - run.num_prompt_tokens :][:number],
+        errs_at=lambda run, position: (run.seq_id + position) % 4 == 0,
+    )
+    speculative = group.group.run(requests, drafter=drafter)
+    assert 0 < speculative.num_accepted_tokens < speculative.num_draft_tokens
     for request in requests:
+        assert _bits(speculative, request.request_id) == alone[request.request_id]
         assert _bits(together, request.request_id) == alone[request.request_id]
         assert _bits(backwards, request.request_id) == alone[request.request_id]
 
