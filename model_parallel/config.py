@@ -1,15 +1,16 @@
 """What a replica group is made of. Frozen and validated; dtypes and devices are strings, so that no torch is needed here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from model_parallel.errors import ConfigError
+from model_parallel.weight_format import GroupFormat
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cpu", "cuda")
-QUANTIZATIONS = ("", "int8")
+QUANTIZATIONS = ("", "int8", "packed")
 SPECULATIONS = ("auto", "off", "prompt_lookup")
 
 
@@ -41,6 +42,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    weight_formats: Mapping[str, GroupFormat] = field(default_factory=dict, compare=False, repr=False)
+    """Matrices that the checkpoint stores quantised in groups, by parameter name. Nothing of the model itself."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -90,7 +93,8 @@ class ParallelConfig:
     dtype: str = "float32"
     """Weights, activations and KV cache: "float32", "bfloat16" or "float16"."""
     quantization: str = ""
-    """"int8": matrices are kept in eight bits a weight; the embedding, norms, activations and KV cache stay as `dtype` says."""
+    """"int8": matrices are kept in eight bits a weight; the embedding, norms, activations and KV cache stay as `dtype` says.
+    "packed": what the checkpoint has quantised in groups stays so, the embedding too. "": all weights are of `dtype`."""
     num_threads: int = 1
     """Threads that one CPU rank may use inside an operation."""
     start_timeout_s: float = 300.0
@@ -110,8 +114,14 @@ class ParallelConfig:
             raise ConfigError(f"parallel.device is {self.device!r}; allowed: {', '.join(DEVICES)}")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"parallel.dtype is {self.dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
+        if self.quantization == "packed" and self.device == "cuda":
+            raise ConfigError(
+                'parallel.quantization is \'packed\', which CPUs alone compute; on cuda: "int8", or "" for none'
+            )
         if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(f'parallel.quantization is {self.quantization!r}; allowed: "int8", or "" for none')
+            raise ConfigError(
+                f'parallel.quantization is {self.quantization!r}; allowed: "int8", "packed", or "" for none'
+            )
 
     def check_fits(self, model: ModelConfig) -> None:
         """A rank without a query head would have nothing to do."""

@@ -15,9 +15,11 @@ from model_parallel.model.partition import (
     HeadPartition,
     Shard,
     even_range,
+    kept_formats,
     partition_heads,
     shard_table,
 )
+from model_parallel.weight_format import GroupFormat
 
 GIB = 1 << 30
 _FLOAT32_BYTES = 4
@@ -126,15 +128,27 @@ def activation_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str,
     return workload.max_num_batched_tokens * a_token + workload.max_num_seqs * a_row
 
 
-def weight_bytes(table: Mapping[str, Shard], *, dtype: str, quantization: str) -> dict[str, int]:
-    """Bytes of each parameter that a rank holds. In int8 a tied embedding is held twice: for look-ups, and as LM head."""
+def weight_bytes(
+    table: Mapping[str, Shard], *, dtype: str, quantization: str, formats: Mapping[str, GroupFormat] | None = None
+) -> dict[str, int]:
+    """Bytes of each parameter that a rank holds. In int8 a tied embedding is held twice: for look-ups, and as LM head.
+
+    `formats`: ModelConfig.weight_formats, which count where quantization is "packed".
+    """
     sizes = {name: math.prod(shard.shape) * DTYPE_BYTES[dtype] for name, shard in table.items()}
     if quantization == "int8":
         matrices: dict[str, tuple[int, ...]]
         matrices = {name: shard.shape for name, shard in table.items() if len(shard.shape) == 2 and name != EMBEDDING}
         matrices.setdefault(LM_HEAD, table[EMBEDDING].shape)
         sizes |= {name: math.prod(shape) + shape[0] * _FLOAT32_BYTES for name, shape in matrices.items()}
+    if quantization == "packed":
+        sizes |= {name: _packed_bytes(table[name], kept) for name, kept in kept_formats(table, formats or {}).items()}
     return sizes
+
+
+def _packed_bytes(shard: Shard, kept: GroupFormat) -> int:
+    start, stop = (shard.start, shard.stop) if shard.axis == 1 else (0, shard.full_shape[1])
+    return kept.matrix_bytes(shard.shape[0], start, stop)
 
 
 def plan_group(
@@ -151,7 +165,9 @@ def plan_group(
 
     def plan_rank(rank: int) -> RankMemory:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, rank)
-        sizes = weight_bytes(shard_table(model, tp_size, rank), dtype=dtype, quantization=quantization)
+        sizes = weight_bytes(
+            shard_table(model, tp_size, rank), dtype=dtype, quantization=quantization, formats=model.weight_formats
+        )
         weights = sum(sizes.values())
         embedding = sizes[EMBEDDING] if LM_HEAD in sizes else 0
         return RankMemory(

@@ -265,7 +265,11 @@ class ModelEntry(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         AUTO, description="auto: the checkpoint's own; bfloat16 where the device cannot compute in that."
     )
-    quantization: Literal["int8"] | None = Field(None, description="Keep weight matrices in eight bits a weight.")
+    quantization: Annotated[Literal["int8", "packed", "none"] | None, BeforeValidator(_none_if_auto)] = Field(
+        None,
+        description="int8: keep weight matrices in eight bits a weight; packed: as the checkpoint has quantised them; none: "
+        "dequantised, in dtype. auto, or unset: packed on CPUs where the checkpoint is quantised, and else none.",
+    )
     threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None, ge=1, description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks."
     )
@@ -321,6 +325,11 @@ class ModelEntry(_Section):
                 f"max_groups {scaling.max_groups}"
             )
         return self
+
+    @property
+    def kept_quantization(self) -> Literal["int8", "packed", ""]:
+        """As ParallelConfig wants it."""
+        return "" if self.quantization is None or self.quantization == "none" else self.quantization
 
     @property
     def most_groups(self) -> int:

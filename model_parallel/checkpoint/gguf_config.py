@@ -7,7 +7,9 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from model_parallel.checkpoint.gguf_file import GgufFile
+from model_parallel.checkpoint.gguf_formats import FORMATS
 from model_parallel.checkpoint.info import CheckpointInfo, TokenizerSettings
+from model_parallel.checkpoint.names import from_gguf
 from model_parallel.checkpoint.rope_scaling import linear_divisors, plain_if_ones
 from model_parallel.checkpoint.settings import Settings, known_ids
 from model_parallel.config import ModelConfig
@@ -67,7 +69,12 @@ def describe_gguf(path: Path) -> CheckpointInfo:
     try:
         sizes["rope_divisors"], rope_scaling = _rope(file, settings, head_dim)
         config = ModelConfig(**sizes, eos_token_ids=eos)
-        config = ModelConfig(**sizes, eos_token_ids=known_ids(path, config, warnings))
+        formats = {
+            from_gguf(name): FORMATS[tensor.type]
+            for name, tensor in file.tensors.items()
+            if tensor.type in FORMATS and len(tensor.shape) == 2
+        }
+        config = ModelConfig(**sizes, eos_token_ids=known_ids(path, config, warnings), weight_formats=formats)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     has_tokenizer = bool(file.array_length("tokenizer.ggml.tokens"))

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from model_parallel.checkpoint.group_settings import GroupSettings
+from model_parallel.checkpoint.group_tensors import GroupedLinear, owner
 from model_parallel.checkpoint.info import CheckpointInfo
 from model_parallel.checkpoint.mapped import copy_mapped, open_safetensors, open_torch_file
 from model_parallel.checkpoint.names import is_known_buffer
@@ -11,7 +14,12 @@ from model_parallel.checkpoint.settings import join
 from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
 from model_parallel.checkpoint.weight_files import read_weight_map
 from model_parallel.errors import CheckpointError
+from model_parallel.kernels.interface import GroupMatrix
 from model_parallel.model.partition import LM_HEAD, Shard
+from model_parallel.weight_format import GroupFormat
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Dequantised at a time."""
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -23,9 +31,15 @@ class HuggingFaceCheckpoint(Checkpoint):
             path: (open_safetensors if path.suffix == ".safetensors" else open_torch_file)(path)
             for path in info.weight_files
         }
+        self._grouped: dict[str, GroupedLinear] = {}
         if info.index_file is not None:
             self._take_indexed(files, info.index_file, is_tied=info.config.tie_word_embeddings)
-            return
+        else:
+            self._take_all(files)
+        if info.groups is not None:
+            self._take_grouped(info.groups)
+
+    def _take_all(self, files: dict[Path, dict[str, StoredTensor]]) -> None:
         for path, tensors in files.items():
             for name, stored in tensors.items():
                 if name in self.tensors:
@@ -33,6 +47,38 @@ class HuggingFaceCheckpoint(Checkpoint):
                         f"{name} stands both in {self.tensors[name].file} and in {path}, and no index says which is right"
                     )
                 self.tensors[name] = stored
+
+    def _take_grouped(self, settings: GroupSettings) -> None:
+        """Put one matrix in the place of the tensors that it is quantised into. Which layers are, the files decide."""
+        parts: dict[str, dict[str, StoredTensor]] = {}
+        for name in sorted(self.tensors):
+            if owned := owner(name, settings):
+                parts.setdefault(owned[0], {})[owned[1]] = self.tensors[name]
+        for name, tensors in parts.items():
+            if name in self.tensors:
+                raise CheckpointError(f"{self.tensors[name].file} holds {name} both quantised and not")
+            module = name.removesuffix(".weight")
+            matrix = GroupedLinear(name, settings, tensors)
+            for part in tensors:
+                del self.tensors[f"{module}.{part}"]
+            self._take_bias(f"{module}.bias")
+            self._grouped[name] = matrix
+            first = next(iter(tensors.values()))
+            self.tensors[name] = StoredTensor(
+                file=first.file, shape=matrix.shape, type=matrix.format.name, readable=True
+            )
+
+    def _take_bias(self, name: str) -> None:
+        """Some tools write a bias of zeros to layers that have none; any other stays, and is reported as left over."""
+        stored = self.tensors.get(name)
+        if stored is not None and stored.mapped is not None and not stored.mapped.any():
+            del self.tensors[name]
+
+    def group_format(self, name: str) -> GroupFormat | None:
+        return self._grouped[name].format if name in self._grouped else None
+
+    def read_groups(self, name: str, shard: Shard) -> GroupMatrix:
+        return self._grouped[name].read(shard)
 
     def _take_indexed(self, files: dict[Path, dict[str, StoredTensor]], index: Path, *, is_tied: bool) -> None:
         """Each tensor from the file that the index says; others that the files hold are stale and reported."""
@@ -55,6 +101,13 @@ class HuggingFaceCheckpoint(Checkpoint):
             self.warnings = (f"{index.parent}: {index.name} does not name {join(stale)}: not read",)
 
     def read_into(self, name: str, shard: Shard, out: Tensor) -> None:
+        if name in self._grouped:
+            matrix = self._grouped[name].read(shard)
+            step = max(1, _CHUNK_ELEMENTS // matrix.num_inputs)
+            for start in range(0, len(out), step):
+                rows = slice(start, start + step)
+                out[rows] = matrix.rows(rows).dequantized(torch.float32)
+            return
         mapped = self.tensors[name].mapped
         assert mapped is not None  # loader.check_complete refuses what cannot be read
         copy_mapped(mapped[shard.index], out)

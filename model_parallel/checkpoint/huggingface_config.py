@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from model_parallel.checkpoint.group_settings import formats_of, read_group_settings
 from model_parallel.checkpoint.huggingface_tokenizer import read_tokenizer_settings
 from model_parallel.checkpoint.info import CheckpointInfo, GenerationSettings, TokenizerKind
 from model_parallel.checkpoint.placeholders import refuse_pointers
@@ -39,7 +40,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     warnings: list[str] = []
     model_type = _architecture(settings)
     settings.require(_REQUIRED)
-    _check_quantization(settings)
+    groups = read_group_settings(directory, settings)
     hidden_size, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     head_dim = settings.whole("head_dim", hidden_size // max(num_heads, 1))
     max_position = settings.whole("max_position_embeddings", _DEFAULT_MAX_POSITION[model_type])
@@ -71,7 +72,8 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     }
     try:
         config = ModelConfig(**sizes, eos_token_ids=tuple(dict.fromkeys(eos)))
-        config = ModelConfig(**sizes, eos_token_ids=known_ids(settings.path, config, warnings))
+        formats = formats_of(groups, config)
+        config = ModelConfig(**sizes, eos_token_ids=known_ids(settings.path, config, warnings), weight_formats=formats)
     except ConfigError as error:
         raise CheckpointError(f"{settings.path}: {error}") from error
     tokenizer_values = read_optional_json(directory / "tokenizer_config.json")
@@ -92,6 +94,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         generation=_generation(generation),
         rope_scaling=rope_scaling,
         dtype=(settings.text("dtype") or settings.text("torch_dtype")).removeprefix("torch.").replace("auto", ""),
+        groups=groups,
         licence=str(values.get("license") or _card_licence(directory)),
         warnings=(*warnings, *weights.warnings),
     )
@@ -120,16 +123,6 @@ def _architecture(settings: Settings) -> str:
             f"{settings.path}: hidden_act is {activation!r:.80}, which is not supported; allowed: silu, swish or unset"
         )
     return model_type.lower()
-
-
-def _check_quantization(settings: Settings) -> None:
-    given = settings.values.get("quantization_config") or settings.values.get("compression_config")
-    if given:
-        method = given.get("quant_method", "another method") if isinstance(given, dict) else given
-        raise CheckpointError(
-            f"{settings.path}: quantization_config says that the weights are quantised ({method!s:.40}), which cannot be "
-            "read; serve the model's unquantised checkpoint or a GGUF file (with quantization: int8 to save memory)"
-        )
 
 
 def _window(settings: Settings, max_position: int, warnings: list[str]) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from model_parallel.checkpoint.group_settings import GroupSettings
 from model_parallel.config import ModelConfig
 
 TokenizerKind = Literal["tokenizer.json", "tokenizer.model", "tiktoken", "gguf", ""]
@@ -82,6 +83,8 @@ class CheckpointInfo:
     """As the configuration states it: "float16", "bfloat16", …; "" when it does not."""
     licence: str
     """As the checkpoint states it; "" when it does not."""
+    groups: GroupSettings | None = None
+    """How the weights are quantised, in Hugging Face's format."""
     warnings: tuple[str, ...] = ()
     """What was found and did not matter, as sentences."""
 

@@ -1,11 +1,12 @@
 """One rank's weights out of a checkpoint of any supported format."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model_parallel.checkpoint.gguf import GgufCheckpoint
 from model_parallel.checkpoint.huggingface import HuggingFaceCheckpoint
@@ -17,7 +18,8 @@ from model_parallel.checkpoint.settings import join
 from model_parallel.checkpoint.stored import Checkpoint
 from model_parallel.errors import CheckpointError
 from model_parallel.host_memory import empty_shard
-from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard, fused_name
+from model_parallel.kernels.interface import GroupMatrix, Matrix, joined
+from model_parallel.model.partition import EMBEDDING, GATE, LM_HEAD, Shard, fused_name, kept_formats
 
 _TIED_CHUNK_ELEMENTS = 1 << 22
 
@@ -38,6 +40,7 @@ def load_shard(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     convert: Callable[[str, torch.Tensor], Any] | None = None,
+    keep_groups: bool = False,
 ) -> dict[str, Any]:
     """The part of every parameter that `table` (partition.shard_table) gives this rank, under partition.fused_name's names.
 
@@ -45,6 +48,8 @@ def load_shard(
     allocated before the whole checkpoint is known to fit: no tensor missing, none left over, shapes and types right;
     otherwise CheckpointError names file and tensor. `progress(done, total)` counts bytes of the loaded shard.
     `convert(name, weight)` gives what is kept of each instead, as soon as it is read.
+    `keep_groups`: a matrix that is stored in groups comes as a GroupMatrix; or, where parts that are fused into one are stored
+    in different ways, as a tuple of matrices.
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
@@ -54,8 +59,26 @@ def load_shard(
     parts_of: dict[str, list[str]] = {}
     for name in table:
         parts_of.setdefault(fused_name(name), []).append(name)
+    formats = {name: found for name in table if (found := checkpoint.group_format(name)) is not None}
+    kept = kept_formats(table, formats) if keep_groups else {}
     weights: dict[str, Any] = {}
     for fused, names in parts_of.items():
+        if any(name in kept for name in names):
+            matrices = [
+                checkpoint.read_groups(name, table[name]).to(device)
+                if name in kept
+                else _read_dense(checkpoint, name, table[name], dtype, device)
+                for name in names
+            ]
+            weights[fused] = _fused(matrices)
+            if isinstance(weights[fused], tuple) and names[0].endswith(GATE):
+                raise CheckpointError(
+                    f"{info.path}: {' and '.join(names)} have their inputs in groups of different orders"
+                )
+            done += sum(math.prod(table[name].shape) for name in names) * dtype.itemsize
+            if progress is not None:
+                progress(done, total)
+            continue
         rows = [table[name].shape[0] for name in names]
         weight = empty_shard((sum(rows), *table[names[0]].shape[1:]), dtype, device)
         for name, part in zip(names, weight.split(rows), strict=True):
@@ -65,6 +88,25 @@ def load_shard(
                 progress(done, total)
         weights[fused] = weight if convert is None else convert(fused, weight)
     return weights
+
+
+def _read_dense(checkpoint: Checkpoint, name: str, shard: Shard, dtype: torch.dtype, device: torch.device) -> Tensor:
+    weight = empty_shard(shard.shape, dtype, device)
+    checkpoint.read_into(name, shard, weight)
+    return weight
+
+
+def _fused(matrices: Sequence[Matrix]) -> Matrix | tuple[Matrix, ...]:
+    """Neighbours of one form as one matrix; the matrix alone where there is no more than that."""
+    runs: list[list[Matrix]] = []
+    for matrix in matrices:
+        last = runs[-1][0] if runs else None
+        if isinstance(matrix, GroupMatrix) and isinstance(last, GroupMatrix) and last.matches(matrix):
+            runs[-1].append(matrix)
+        else:
+            runs.append([matrix])
+    merged = tuple(joined([m for m in run if isinstance(m, GroupMatrix)]) if len(run) > 1 else run[0] for run in runs)
+    return merged[0] if len(merged) == 1 else merged
 
 
 def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str, Shard]) -> None:
@@ -90,7 +132,7 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
         if not stored.readable:
             raise CheckpointError(
                 f"{stored.file}: {name} is of type {stored.type}, which cannot be read; floating-point weights of 16, 32 or "
-                "64 bits can, and quantised ones from GGUF files"
+                "64 bits can, and quantised ones of GGUF, AWQ, GPTQ and compressed-tensors"
             )
 
 

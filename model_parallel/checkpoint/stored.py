@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model_parallel.kernels.interface import GroupMatrix
 from model_parallel.model.partition import Shard
+from model_parallel.weight_format import GroupFormat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,14 @@ class Checkpoint(ABC):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return self.tensors[name].shape
+
+    def group_format(self, name: str) -> GroupFormat | None:
+        """How `name` is quantised, where it can be kept as it is."""
+        return None
+
+    def read_groups(self, name: str, shard: Shard) -> GroupMatrix:
+        """The part `shard` of a matrix that has a group format, as it is stored, on the CPU. Raises CheckpointError."""
+        raise NotImplementedError(name)
 
     @abstractmethod
     def read_into(self, name: str, shard: Shard, out: Tensor) -> None:

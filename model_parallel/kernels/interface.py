@@ -5,11 +5,13 @@ Shape suffixes: T tokens of a step · I, O features in and out · E hidden · F 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from model_parallel.weight_format import GroupFormat
 
 Weight = Any
 """A weight in the form that a backend packed it into, at load; only that backend looks inside."""
@@ -23,6 +25,122 @@ class Int8Matrix:
     """int8."""
     scales_O: Tensor
     """float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupMatrix:
+    """A matrix in 4 or 8 bits a weight, with scales of groups of neighbouring inputs. See GroupFormat for the arithmetic.
+
+    Shape suffixes: O outputs · P inputs of all groups · S spans · G groups
+    """
+
+    format: GroupFormat
+    num_inputs: int
+    """Of x. They may be fewer than P: a rank's cut need not fall on spans."""
+    num_before: int = 0
+    """Inputs of the first span that x does not have."""
+    order_P: Tensor | None = None
+    """int32: where in x each input is, −1: nowhere. None: one after another, from num_before on."""
+    values_OB: Tensor
+    """uint8 [O, P / 2], two numbers a byte, the first in the lower bits; or int8 [O, P]."""
+    scales_OS: Tensor
+    """Of format.scale_type."""
+    minimums_OS: Tensor | None = None
+    """For the kinds "minimums" and "minimum_codes", of the same type."""
+    zeros_OS: Tensor | None = None
+    """uint8, for the kind "zeros"."""
+    scale_codes_OG: Tensor | None = None
+    """int8 for the kind "scale_codes", uint8 for "minimum_codes"."""
+    minimum_codes_OG: Tensor | None = None
+    """uint8, for "minimum_codes"."""
+
+    def __post_init__(self) -> None:
+        assert self.num_before == 0 or self.order_P is None
+        assert self.num_before + self.num_inputs <= self.num_stored_inputs or self.order_P is not None
+
+    @property
+    def num_outputs(self) -> int:
+        return self.values_OB.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return self.scales_OS.shape[1] * self.format.groups_per_span
+
+    @property
+    def num_stored_inputs(self) -> int:
+        """P."""
+        return self.num_groups * self.format.group_size
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that have a row for each output, by their names."""
+        names = ("values_OB", "scales_OS", "minimums_OS", "zeros_OS", "scale_codes_OG", "minimum_codes_OG")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    def matches(self, other: "GroupMatrix") -> bool:
+        """Whether the two can be one matrix, output after output."""
+        same_inputs = (self.num_inputs, self.num_before) == (other.num_inputs, other.num_before)
+        orders = (self.order_P, other.order_P)
+        same_order = all(o is None for o in orders) or (all(o is not None for o in orders) and torch.equal(*orders))  # type: ignore[arg-type]
+        return self.format == other.format and same_inputs and same_order
+
+    def to(self, device: torch.device) -> "GroupMatrix":
+        order_P = None if self.order_P is None else self.order_P.to(device)
+        return replace(self, order_P=order_P, **_parts({name: part.to(device) for name, part in self.parts.items()}))
+
+    def rows(self, index: Tensor | slice) -> "GroupMatrix":
+        """The matrix of some of the outputs."""
+        return replace(self, **_parts({name: part[index] for name, part in self.parts.items()}))
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """[O, num_inputs]: the matrix that it stands for, computed in float64 and then rounded once."""
+        form = self.format
+        values_OP = self.values_OB
+        if form.bits == 4:
+            values_OP = torch.stack((self.values_OB & 15, self.values_OB >> 4), dim=2).flatten(1)
+        values_OGN = values_OP.unflatten(1, (self.num_groups, form.group_size)).double()
+        scales_OG = self.scales_OS.double().repeat_interleave(form.groups_per_span, dim=1)
+        minimums_OG: Tensor | float
+        if form.kind in ("scale_codes", "minimum_codes"):
+            assert self.scale_codes_OG is not None
+            scales_OG = scales_OG * self.scale_codes_OG
+        match form.kind:
+            case "minimums" | "minimum_codes":
+                assert self.minimums_OS is not None
+                minimums_OG = self.minimums_OS.double().repeat_interleave(form.groups_per_span, dim=1)
+                if self.minimum_codes_OG is not None:
+                    minimums_OG = minimums_OG * self.minimum_codes_OG
+            case "zeros":
+                assert self.zeros_OS is not None
+                minimums_OG = scales_OG * (self.zeros_OS.double() + form.zero)
+            case _:
+                minimums_OG = scales_OG * form.zero
+        weight_OP: Tensor = (values_OGN * scales_OG.unsqueeze(2) - minimums_OG.unsqueeze(2)).flatten(1)
+        if self.order_P is None:
+            return weight_OP[:, self.num_before : self.num_before + self.num_inputs].to(dtype)
+        there_P = self.order_P >= 0
+        weight_OI = weight_OP.new_zeros(self.num_outputs, self.num_inputs)
+        weight_OI[:, self.order_P[there_P].long()] = weight_OP[:, there_P]
+        return weight_OI.to(dtype)
+
+
+Matrix = Tensor | Int8Matrix | GroupMatrix
+"""A weight as it is loaded, for a backend to pack."""
+
+
+def joined(matrices: Sequence[GroupMatrix]) -> GroupMatrix:
+    """Outputs of all of them, one after another; each must match the first."""
+    first = matrices[0]
+    return replace(first, **_parts({name: torch.cat([m.parts[name] for m in matrices]) for name in first.parts}))
+
+
+def _parts(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """For `replace`."""
+    return dict(tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +298,18 @@ class Kernels(Protocol):
         """For the products of one step."""
         ...
 
-    # An Int8Matrix is multiplied as the matrix that it stands for: activations are not quantised.
+    # An Int8Matrix or a GroupMatrix is multiplied as the matrix that it stands for: activations are not quantised.
 
-    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Weight:
-        """For `linear` and `partial_sum`."""
+    def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> Weight:
+        """For `linear` and `partial_sum`. Several matrices: the outputs of all of them, one after another."""
         ...
 
-    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> Weight:
+    def pack_gated(self, gate_up_F2I: Matrix) -> Weight:
         """For `gated_linear`, of [2F, I]: gate rows, then up rows."""
         ...
 
-    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> Weight:
-        """For `logits`."""
+    def pack_head(self, weight_VE: Matrix) -> Weight:
+        """For `logits`; and for `embed`, of a GroupMatrix."""
         ...
 
     def allocate_cache(
@@ -200,8 +318,11 @@ class Kernels(Protocol):
         """A layer's empty cache of num_blocks blocks and the scratch block."""
         ...
 
-    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
-        """float32 [T, E]: rows of the embedding, of which this rank holds those from token `first_id` on; zero for others."""
+    def embed(self, token_ids_T: Tensor, weight: Tensor | Weight, first_id: int) -> Tensor:
+        """float32 [T, E]: rows of the embedding, of which this rank holds those from token `first_id` on; zero for others.
+
+        `weight`: a tensor [V, E], or a GroupMatrix that pack_head has packed.
+        """
         ...
 
     def linear(self, x_TI: Tensor, weight: Weight, adapted: Adapted | None = None) -> Tensor:

@@ -19,10 +19,12 @@ from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    GroupMatrix,
     Heads,
     Int8Matrix,
     LayerCache,
     LowRankUpdate,
+    Matrix,
     SequenceRun,
 )
 from model_parallel.kernels.low_rank import Runs, add_low_rank, on_device
@@ -46,14 +48,14 @@ class ReferenceKernels:
         self.batch_invariant = device == "cpu"
         self.device = device
 
-    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
-        return weight_OI
+    def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> tuple[Matrix, ...]:
+        return weight_OI if isinstance(weight_OI, tuple) else (weight_OI,)
 
-    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
+    def pack_gated(self, gate_up_F2I: Matrix) -> Matrix:
         return gate_up_F2I
 
-    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
-        if isinstance(weight_VE, Int8Matrix):
+    def pack_head(self, weight_VE: Matrix) -> Matrix:
+        if not isinstance(weight_VE, Tensor):
             return weight_VE
         # No CPU product of torch takes bfloat16 and gives float32; a GPU's does.
         return weight_VE if weight_VE.is_cuda else weight_VE.float()
@@ -64,8 +66,8 @@ class ReferenceKernels:
         shape = (num_blocks + 1, block_size, num_kv_heads, head_dim)
         return LayerCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)))
 
-    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
-        return embedded(token_ids_T, weight_VE, first_id)
+    def embed(self, token_ids_T: Tensor, weight: Tensor | GroupMatrix, first_id: int) -> Tensor:
+        return embedded(token_ids_T, weight, first_id)
 
     def pack_adapter(
         self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]
@@ -75,25 +77,25 @@ class ReferenceKernels:
     def adapted_rows(self, runs: Sequence[AdaptedRun]) -> Runs:
         return tuple(runs)
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
-        return self._adapted(x_TI, weight_OI, adapted).to(x_TI.dtype)
+    def linear(self, x_TI: Tensor, weights: tuple[Matrix, ...], adapted: Adapted | None = None) -> Tensor:
+        return self._adapted(x_TI, weights, adapted).to(x_TI.dtype)
 
-    def partial_sum(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
-        return self._adapted(x_TI, weight_OI, adapted).float()
+    def partial_sum(self, x_TI: Tensor, weights: tuple[Matrix, ...], adapted: Adapted | None = None) -> Tensor:
+        return self._adapted(x_TI, weights, adapted).float()
 
-    def gated_linear(self, x_TI: Tensor, weight_F2I: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
-        gate_TF, up_TF = self._adapted(x_TI, weight_F2I, adapted).chunk(2, dim=-1)
+    def gated_linear(self, x_TI: Tensor, weight_F2I: Matrix, adapted: Adapted | None = None) -> Tensor:
+        gate_TF, up_TF = self._adapted(x_TI, (weight_F2I,), adapted).chunk(2, dim=-1)
         return (F.silu(gate_TF) * up_TF).to(x_TI.dtype)
 
-    def _adapted(self, x_TI: Tensor, weight_OI: Tensor | Int8Matrix, adapted: Adapted | None) -> Tensor:
-        """[T, O], of x's dtype, or float32 with int8 weights."""
-        out_TO = _product(x_TI, weight_OI)
+    def _adapted(self, x_TI: Tensor, weights: tuple[Matrix, ...], adapted: Adapted | None) -> Tensor:
+        """[T, O], of x's dtype, or float32 with quantised weights."""
+        out_TO = torch.cat([_product(x_TI, weight) for weight in weights], dim=1)
         if adapted is None or not adapted.rows:
             return out_TO
         return add_low_rank(out_TO.float(), x_TI, adapted).to(out_TO.dtype)
 
-    def logits(self, x_RE: Tensor, head: Tensor | Int8Matrix) -> Tensor:
-        if isinstance(head, Int8Matrix) or head.dtype == torch.float32:
+    def logits(self, x_RE: Tensor, head: Matrix) -> Tensor:
+        if not isinstance(head, Tensor) or head.dtype == torch.float32:
             return _product(x_RE, head)
         return torch.mm(x_RE.to(head.dtype), head.t(), out_dtype=torch.float32)
 
@@ -130,15 +132,20 @@ class ReferenceKernels:
         return out_THD.flatten(1)
 
 
-def embedded(token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
+def embedded(token_ids_T: Tensor, weight: Tensor | GroupMatrix, first_id: int) -> Tensor:
     """See Kernels.embed."""
     local_T = token_ids_T - first_id
-    held_T = (local_T >= 0) & (local_T < len(weight_VE))
-    return F.embedding(local_T.where(held_T, 0), weight_VE).float().masked_fill_(~held_T.unsqueeze(-1), 0)
+    held_T = (local_T >= 0) & (local_T < (len(weight) if isinstance(weight, Tensor) else weight.num_outputs))
+    if isinstance(weight, GroupMatrix):
+        rows_TE = weight.rows(local_T.where(held_T, 0)).dequantized(torch.float32)
+        return rows_TE.masked_fill_(~held_T.unsqueeze(-1), 0)
+    return F.embedding(local_T.where(held_T, 0), weight).float().masked_fill_(~held_T.unsqueeze(-1), 0)
 
 
-def _product(x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
-    """[T, O], of x's dtype; of int8 weights, which every dtype holds exactly, float32."""
+def _product(x_TI: Tensor, weight_OI: Matrix) -> Tensor:
+    """[T, O], of x's dtype; of int8 weights, which every dtype holds exactly, and of those in groups, float32."""
+    if isinstance(weight_OI, GroupMatrix):
+        return F.linear(x_TI.float(), weight_OI.dequantized(torch.float32))
     if isinstance(weight_OI, Int8Matrix):
         return F.linear(x_TI, weight_OI.values_OI.to(x_TI.dtype)).float() * weight_OI.scales_O
     return F.linear(x_TI, weight_OI)

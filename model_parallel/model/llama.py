@@ -14,11 +14,13 @@ from model_parallel.collectives.interface import Collectives
 from model_parallel.config import ModelConfig
 from model_parallel.kernels.interface import (
     AttentionPlan,
+    GroupMatrix,
     Heads,
     Kernels,
     LayerCache,
     LowRankUpdate,
     PackedAdapter,
+    Weight,
 )
 from model_parallel.model.attention import Attention
 from model_parallel.model.layers import FeedForward
@@ -44,7 +46,7 @@ class Llama:
     def __init__(
         self, config: ModelConfig, weights: dict[str, Any], *, kernels: Kernels, collectives: Collectives
     ) -> None:
-        """weights: this rank's slices by name, as checkpoint/loader.py gives them: tensors, or matrices in int8.
+        """weights: this rank's slices by name, as checkpoint/loader.py gives them: tensors, or matrices in int8 or in groups.
 
         Layers are taken out of it one by one, so that no more than one exists both as loaded and as the kernels want it.
         """
@@ -54,11 +56,19 @@ class Llama:
         """In all calls of `forward` together; another thread may read it."""
         self._collectives = collectives
         self.vocabulary = even_range(config.vocab_size, collectives.size, collectives.rank)
-        self.embedding_VE: Tensor = weights[EMBEDDING]
+        head, embedding = weights.get(LM_HEAD), weights[EMBEDDING]
+        # Of a GroupMatrix the kernels keep one form for look-ups and for products.
+        self.embedding: Tensor | Weight = (
+            kernels.pack_head(embedding) if isinstance(embedding, GroupMatrix) else embedding
+        )
         part = partition_heads(config.num_query_heads, config.num_kv_heads, collectives.size, collectives.rank)
-        self.layers = [self._layer(weights, i, part) for i in range(config.num_layers)]
+        device = weights[FINAL_NORM].device
+        self.layers = [self._layer(weights, i, part, device) for i in range(config.num_layers)]
         self.final_norm_E = weights[FINAL_NORM].float()
-        self.head = kernels.pack_head(weights[LM_HEAD if LM_HEAD in weights else EMBEDDING])
+        if head is None and isinstance(embedding, GroupMatrix):
+            self.head = self.embedding
+        else:
+            self.head = kernels.pack_head(embedding if head is None else head)
 
     def pack_adapter(self, updates: Mapping[str, LowRankUpdate]) -> PackedAdapter:
         """An adapter for this rank's matrices, by the names of `weights`. May be called by any thread while others compute."""
@@ -66,7 +76,7 @@ class Llama:
         gated = frozenset(range(_PRODUCTS.index("mlp.gate_up_proj"), len(names), len(_PRODUCTS)))
         return self.kernels.pack_adapter([updates.get(name) for name in names], gated=gated)
 
-    def _layer(self, weights: dict[str, Any], index: int, part: HeadPartition) -> Layer:
+    def _layer(self, weights: dict[str, Any], index: int, part: HeadPartition, device: torch.device) -> Layer:
         prefix = f"model.layers.{index}"
         qkv, o, gate_up, down = range(index * len(_PRODUCTS), (index + 1) * len(_PRODUCTS))
         attention = Attention(
@@ -76,7 +86,7 @@ class Llama:
                 num_query_heads=len(part.query_heads),
                 num_kv_heads=len(part.kv_heads),
                 head_dim=self.config.head_dim,
-                kv_of_query_H=torch.tensor(part.kv_of_query, device=self.embedding_VE.device),
+                kv_of_query_H=torch.tensor(part.kv_of_query, device=device),
             ),
             kernels=self.kernels,
             qkv_product=qkv,
@@ -115,7 +125,7 @@ class Llama:
         """
         all_reduce = all_reduce or self._collectives.all_reduce
         norm, eps = self.kernels.add_rms_norm, self.config.rms_norm_eps
-        residual_TE = all_reduce(self.kernels.embed(token_ids_T, self.embedding_VE, self.vocabulary.start))
+        residual_TE = all_reduce(self.kernels.embed(token_ids_T, self.embedding, self.vocabulary.start))
         x_TE = self.kernels.rms_norm(residual_TE, self.layers[0].attention_norm_E, eps)
         next_norms = [layer.attention_norm_E for layer in self.layers[1:]] + [self.final_norm_E]
         for layer, cache, next_norm_E in zip(self.layers, caches, next_norms, strict=True):

@@ -7,14 +7,17 @@ several ranks. Feed-forward columns and vocabulary rows are cut evenly and may b
 Parameter names are those of Hugging Face's Llama checkpoints; other formats are translated to them (checkpoint/names.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model_parallel.config import ModelConfig
 from model_parallel.errors import ConfigError
+from model_parallel.weight_format import GroupFormat
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+GATE, UP = "mlp.gate_proj.weight", "mlp.up_proj.weight"
 
 _FUSED = {
     "self_attn.q_proj": "self_attn.qkv_proj",
@@ -118,3 +121,15 @@ def shard_table(config: ModelConfig, num_ranks: int, rank: int) -> dict[str, Sha
             f"{prefix}.mlp.down_proj.weight": columns(ffn, ffn_range),
         }
     return table
+
+
+def kept_formats(table: Mapping[str, Shard], formats: Mapping[str, GroupFormat]) -> dict[str, GroupFormat]:
+    """What is kept as the checkpoint has it. Gate and up are one matrix to the kernels, so both must be of one format."""
+    kept = {name: formats[name] for name in table if name in formats}
+    for name in list(kept):
+        if name.endswith(GATE) and kept[name] != kept.get(up := name.removesuffix(GATE) + UP):
+            kept.pop(name)
+            kept.pop(up, None)
+        elif name.endswith(UP) and name.removesuffix(UP) + GATE not in kept:
+            kept.pop(name, None)
+    return kept

@@ -19,8 +19,8 @@ from torch import Tensor
 from model_parallel.collectives.interface import Collectives
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
-from model_parallel.kernels.cpu.backend import PackedWeight
-from model_parallel.kernels.interface import AttentionPlan, Heads, Int8Matrix, LayerCache, Weight
+from model_parallel.kernels.cpu.backend import PackedRows
+from model_parallel.kernels.interface import AttentionPlan, GroupMatrix, Heads, Int8Matrix, LayerCache, Weight
 from model_parallel.runtime.rank import Rank
 from model_parallel.runtime.recorded_steps import RecordedSteps
 
@@ -193,9 +193,15 @@ class ProfiledRank(Rank):
 
 def _weight_cost(weight: Weight) -> tuple[int, int]:
     """Bytes and elements."""
-    if isinstance(weight, PackedWeight):
-        linear = weight.linear
-        return weight.panels.nbytes, linear.num_inputs * linear.num_outputs * (2 if linear.gated else 1)
+    if isinstance(weight, PackedRows):
+        linears = [part.linear for part in weight.weights]
+        num_elements = sum(linear.num_inputs * linear.num_outputs * (2 if linear.gated else 1) for linear in linears)
+        return sum(part.panels.nbytes for part in weight.weights), num_elements
+    if isinstance(weight, tuple):
+        costs = [_weight_cost(part) for part in weight]
+        return sum(cost[0] for cost in costs), sum(cost[1] for cost in costs)
+    if isinstance(weight, GroupMatrix):
+        return weight.nbytes, weight.num_outputs * weight.num_inputs
     if isinstance(weight, Int8Matrix):
         return weight.values_OI.nbytes + weight.scales_O.nbytes, weight.values_OI.numel()
     return weight.nbytes, weight.numel()

@@ -18,7 +18,7 @@ from model_parallel.collectives.shared_memory.segment import SharedMemoryCollect
 from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import TokenLogprobs
-from model_parallel.errors import EngineError
+from model_parallel.errors import ConfigError, EngineError
 from model_parallel.host_memory import reserve_heap
 from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.interface import AdaptedRun, LayerCache
@@ -62,8 +62,21 @@ class Rank:
         dtype = DTYPES[config.parallel.dtype]
         self.kernels = select_kernels(self.device.type, dtype, config.parallel.num_threads)
         table = shard_table(model_config, tp_size, rank)
-        convert = int8_converter(table, collectives) if config.parallel.quantization else None
-        weights = load_shard(info, table, dtype=dtype, device=self.device, progress=progress, convert=convert)
+        quantization = config.parallel.quantization
+        if quantization == "packed" and not model_config.weight_formats:
+            raise ConfigError(
+                f"parallel.quantization is 'packed', and {info.path} holds no weights that are quantised in groups"
+            )
+        convert = int8_converter(table, collectives) if quantization == "int8" else None
+        weights = load_shard(
+            info,
+            table,
+            dtype=dtype,
+            device=self.device,
+            progress=progress,
+            convert=convert,
+            keep_groups=quantization == "packed",
+        )
         if convert is not None and model_config.tie_word_embeddings:
             weights[LM_HEAD] = convert(LM_HEAD, weights[EMBEDDING])
         self.model = Llama(model_config, weights, kernels=self.kernels, collectives=collectives)

@@ -1,8 +1,9 @@
 """`packtrain inspect`: what a checkpoint is, read from its configuration and its files' headers."""
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,10 @@ from serving.models.generation_defaults import RULES, default_sampling
 from serving.models.known_llama import llama_2_size
 from serving.models.licence import licence_of
 from serving.models.verify import verify
+
+if TYPE_CHECKING:
+    from model_parallel.checkpoint.stored import Checkpoint
+    from model_parallel.model.partition import Shard
 
 
 def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
@@ -41,6 +46,7 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
         "architecture": f"Llama 2 {size.upper()}" if size else "Llama",
         "parameters": config.num_parameters,
         "dtypes": sorted({checkpoint.tensors[name].type for name in table}),
+        "packed_weights": _packed(checkpoint, table),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -67,11 +73,30 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
     }
 
 
+def _packed(checkpoint: "Checkpoint", table: "dict[str, Shard]") -> dict[str, Any]:
+    """What quantization: packed keeps: bytes of all weights at TP=1, the others in bfloat16; and formats. {}: nothing."""
+    from model_parallel.memory import weight_bytes
+    from model_parallel.model.partition import kept_formats
+
+    formats = {name: found for name in table if (found := checkpoint.group_format(name)) is not None}
+    if not (kept := kept_formats(table, formats)):
+        return {}
+    counts = Counter(f"{form.name}, groups of {form.group_size}" for form in kept.values())
+    sizes = weight_bytes(table, dtype="bfloat16", quantization="packed", formats=formats)
+    return {"bytes": sum(sizes.values()), "matrices": dict(sorted(counts.items()))}
+
+
 def print_inspection(found: dict[str, Any], console: Console) -> None:
     """`inspect_checkpoint`'s result as a table."""
     table = Table(show_header=False, title=found["path"])
     for key, value in found.items():
         if key in ("path", "files", "licence_notice", "warnings") or value in ("", None, []):
+            continue
+        if key == "packed_weights":
+            if value:
+                table.add_row("weights with quantization packed", f"{value['bytes']:,} bytes")
+                for form, count in value["matrices"].items():
+                    table.add_row(f"  {form}", f"{count} matrices")
             continue
         if key == "default_sampling":
             for rule, fields in value.items():

@@ -19,9 +19,7 @@ from model_parallel.memory import (
     Workload,
     plan_group,
     smallest_tp_size,
-    weight_bytes,
 )
-from model_parallel.model.partition import shard_table
 from serving.cli.terminal import standard_output
 from serving.models.known_llama import known_config
 
@@ -83,7 +81,11 @@ def as_data(
         "gpu": group.device.name,
         "tensor_parallel_size": len(group.ranks),
         "parameters": config.num_parameters,
-        "weight_bytes": sum(weight_bytes(shard_table(config, 1, 0), dtype=dtype, quantization=quantization).values()),
+        "weight_bytes": plan_group(
+            config, 1, dtype=dtype, quantization=quantization, device=group.device, workload=group.workload
+        )
+        .ranks[0]
+        .weight_bytes,
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype],
         "max_model_len": group.workload.max_model_len,
         "fits": group.fits,
@@ -152,7 +154,9 @@ def plan(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks.")] = 1,
     gpu: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    quantization: Annotated[str, typer.Option(help="int8: weight matrices in eight bits.")] = "",
+    quantization: Annotated[
+        str, typer.Option(help="int8: weight matrices in eight bits; packed: as the checkpoint has quantised them.")
+    ] = "",
     context: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus answer; the model's own if unset.")
     ] = None,
@@ -171,7 +175,11 @@ def plan(
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
     if quantization not in QUANTIZATIONS:
-        raise ConfigError(f'quantization is {quantization!r}; allowed: int8, or "" for none')
+        raise ConfigError(
+            f'quantization is {quantization!r}; allowed: {", ".join(filter(None, QUANTIZATIONS))}, or "" for none'
+        )
+    if quantization == "packed" and not config.weight_formats:
+        raise ConfigError(f"quantization is 'packed', and {model} holds no weights that are quantised in groups")
     if context is not None and context > config.max_position:
         raise ConfigError(f"context is {context}, and the model's own length is {config.max_position} tokens")
     device = choose_device(gpu, memory_gib=memory_gib, bandwidth_gb_per_s=bandwidth)

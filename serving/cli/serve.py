@@ -44,7 +44,7 @@ def serve(
     tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")] = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Replica groups of each model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8: weights in eight bits.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8, packed or none; see docs/quantization.md.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[str | None, typer.Option(help="Threads of each rank on a CPU, or auto.")] = None,
     kv_cache_tokens: Annotated[str | None, typer.Option(help="Tokens that a KV cache holds, or auto.")] = None,

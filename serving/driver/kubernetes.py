@@ -205,7 +205,7 @@ def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> Mo
         model,
         entry.tensor_parallel_size,
         dtype=entry.dtype,
-        quantization=entry.quantization or "",
+        quantization=entry.kept_quantization,
         device=gpu if gpu is not None and entry.device == "cuda" else host,
         workload=workload,
     )

@@ -87,7 +87,7 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         tp_size=entry.tensor_parallel_size,
         device=entry.device,
         dtype=entry.dtype,
-        quantization=entry.quantization or "",
+        quantization=entry.kept_quantization,
         num_threads=entry.threads_per_rank,
         start_timeout_s=entry.start_timeout_s,
         step_timeout_s=entry.step_timeout_s,

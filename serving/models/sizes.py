@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from model_parallel.checkpoint.detect import CheckpointInfo, read_json
 from model_parallel.checkpoint.gguf_file import GgufFile
@@ -73,6 +74,10 @@ def choose_sizes(entries: Sequence[ModelEntry], infos: Sequence[CheckpointInfo],
         entry.model_copy(update={"dtype": _dtype(stored_dtype(info), entry.device)}) if entry.dtype == AUTO else entry
         for entry, info in zip(chosen, infos, strict=True)
     ]
+    chosen = [
+        entry.model_copy(update={"quantization": _quantization(entry, info)})
+        for entry, info in zip(chosen, infos, strict=True)
+    ]
     num_cpu_ranks = sum(num_ranks(entry) for entry in chosen if entry.device == "cpu")
     threads = max(1, host.machine.num_cpus // max(1, num_cpu_ranks))
     chosen = [
@@ -94,13 +99,15 @@ def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
     per_token = kv_bytes_per_token(config, config.num_kv_heads, entry.dtype)
     tokens = entry.kv_cache_tokens or 0
     threads = f", {_count(entry.threads_per_rank or 1, 'thread')} a rank" if entry.device == "cpu" else ""
-    weights = entry.dtype if entry.quantization is None else f"{entry.dtype} with {entry.quantization} weights"
+    weights = f"{entry.dtype} with {entry.kept_quantization} weights" if entry.kept_quantization else entry.dtype
+    weight_bytes = sum(rank.weight_bytes for rank in _plan(entry, config, 0).ranks)
     groups = f"{entry.num_groups} groups of " if entry.num_groups > 1 else ""
     if entry.most_groups != entry.num_groups:
         groups = f"{entry.num_groups}, and at most {entry.most_groups}, groups of "
     return (
-        f"{entry.name}: {groups}{_count(entry.tensor_parallel_size, 'rank')} on {entry.device}, {weights}{threads}, "
-        f"KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB)"
+        f"{entry.name}: {groups}{_count(entry.tensor_parallel_size, 'rank')} on {entry.device}, {weights} "
+        f"({weight_bytes / GIB:.2f} GiB){threads}, KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB), steps of "
+        f"at most {_count(entry.max_num_seqs, 'sequence')} and {entry.max_num_batched_tokens:,} tokens"
     )
 
 
@@ -174,6 +181,18 @@ def _dtype(stored: str, device: str) -> str:
     return "bfloat16" if stored == "float16" and device == "cpu" else stored
 
 
+def _quantization(entry: ModelEntry, info: CheckpointInfo) -> Literal["int8", "packed", "none"]:
+    """GPUs' kernels for weights in groups have not run on a device yet, so that there it has to be asked for."""
+    if entry.quantization == "packed" and not info.config.weight_formats:
+        raise ConfigError(
+            f"models.{entry.name}.quantization is packed, and {info.path} holds no weights that are quantised in "
+            "groups; allowed: int8, none"
+        )
+    if entry.quantization is not None:
+        return entry.quantization
+    return "packed" if entry.device == "cpu" and info.config.weight_formats else "none"
+
+
 def workload_of(entry: ModelEntry, config: ModelConfig, num_batched_tokens: int | None = None) -> Workload:
     """For plan_group; the longest length is the model's own where none is given."""
     return Workload(
@@ -188,7 +207,7 @@ def _plan(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMem
         config,
         entry.tensor_parallel_size,
         dtype=entry.dtype,
-        quantization=entry.quantization or "",
+        quantization=entry.kept_quantization,
         device=Device(name="host", memory_bytes=memory_bytes, bandwidth_bytes_per_s=1.0),
         workload=workload_of(entry, config),
         utilisation=UTILISATION,

@@ -2,6 +2,7 @@
 // program that is being recorded, if one is: a list of calls on the same memory, which can then be made again as one call.
 
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -21,8 +22,10 @@ struct Kernels {
   const Isa* isa;
   Pool pool;
   Program* recording = nullptr;
-  std::vector<float> h;              // of the product that is computed
-  std::vector<AdaptedRows> adapted;  // of the same
+  std::vector<float> h{};              // of the product that is computed
+  std::vector<AdaptedRows> adapted{};  // of the same
+  // For the rows of one product with weights in groups: kRowsAtOnce rows of the widest that was packed.
+  std::vector<float> prepared_x{}, group_sums{};
 };
 
 // Rows of a step, one after another, that one adapter changes; and what it adds to each product of the model.
@@ -50,13 +53,14 @@ int64_t now_ns() {
 const Isa* find_isa(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const struct {
     bool supported;
     const Isa* isa;
-  } choices[] = {{avx512, &kAvx512}, {avx2, &kAvx2}, {true, &kScalar}};
+  } choices[] = {{avx512_bf16, &kAvx512Bf16}, {avx512, &kAvx512}, {avx2, &kAvx2}, {true, &kScalar}};
 #else
   const struct {
     bool supported;
@@ -125,6 +129,8 @@ void shrink(Kernels* kernels, Product& job, const StepAdapters& step, int64_t nu
   job.num_adapted = static_cast<int64_t>(adapted.size());
 }
 
+constexpr int64_t kRowsAtOnce = 128;  // of a product with weights in groups: their x and sums stay in a core's own cache
+
 // Input features of a step.
 template <class T>
 constexpr int64_t kElementsOfStep = sizeof(T) == sizeof(float) ? 1 : 2;
@@ -166,6 +172,68 @@ void pack_scales(const float* scales, const Linear& linear, int64_t panel, char*
   }
 }
 
+// A matrix in groups as the checkpoint's reader gives it: rows are outputs. Null where the kind has none.
+struct GroupMatrix {
+  const uint8_t* values;  // [outputs, inputs · bits / 8]: two of four bits a byte, the lower bits first, or an int8
+  const char* scales;     // [outputs, spans] of scale_type
+  const char* minimums;
+  const uint8_t* zeros;        // [outputs, spans]
+  const uint8_t* scale_codes;  // [outputs, groups]
+  const uint8_t* minimum_codes;
+};
+
+// Eight numbers of four bits, two a byte, as a panel has them.
+inline uint32_t packed_word(const uint8_t* bytes) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t nibble = bytes[i / 2] >> (i % 2 * 4) & 15;
+    word |= nibble << (4 * (i % 2 * 4 + i / 2));
+  }
+  return word;
+}
+
+// One column of one panel, from `row` of the matrix; zeros where that is negative.
+void pack_group_column(const GroupMatrix& matrix, const GroupFormat& format, int64_t row, int64_t column, char* panel) {
+  const int64_t num_spans = format.num_groups / format.groups_per_span, size = format.group_size;
+  const int64_t scale_size = format.scale_type == kFloat32 ? 4 : 2, row_bytes = format.num_inputs() * format.bits / 8;
+  const auto put = [](char* to, const void* from, int64_t index, int64_t bytes, bool there) {
+    if (there) std::memcpy(to, static_cast<const char*>(from) + index * bytes, bytes);
+    else std::memset(to, 0, bytes);
+  };
+  const bool there = row >= 0;
+  for (int64_t s = 0; s < num_spans; ++s) {
+    char* span = panel + s * format.span_bytes();
+    const int64_t index = row * num_spans + s;
+    put(span + column * scale_size, matrix.scales, index, scale_size, there);
+    char* rest = span + format.scale_bytes();
+    if (format.has_minimums()) put(rest + column * scale_size, matrix.minimums, index, scale_size, there);
+    if (format.kind == kZeros) put(rest + column, matrix.zeros, index, 1, there);
+    for (int64_t g = 0; g < format.groups_per_span; ++g) {
+      char* codes = span + format.span_header_bytes() + g * format.group_bytes();
+      const int64_t group = s * format.groups_per_span + g, group_index = row * format.num_groups + group;
+      if (format.code_bytes() != 0) put(codes + column, matrix.scale_codes, group_index, 1, there);
+      if (format.kind == kMinimumCodes) put(codes + kPanel + column, matrix.minimum_codes, group_index, 1, there);
+      char* weights = codes + format.code_bytes();
+      const uint8_t* values = matrix.values + row * row_bytes + group * size * format.bits / 8;
+      for (int64_t i = 0; i < size; i += format.bits == 4 ? 8 : 2) {
+        if (format.bits == 4) {
+          const uint32_t word = there ? packed_word(values + i / 2) : 0;
+          std::memcpy(weights + (i / 8 * kPanel + column) * 4, &word, 4);
+        } else {
+          put(weights + (i / 2 * kPanel + column) * 2, values + i, 0, 2, there);
+        }
+      }
+    }
+  }
+}
+
+inline float half_widened(uint16_t half) {
+  if ((half & 0x7c00) == 0x7c00) return half & 0x3ff ? NAN : half & 0x8000 ? -INFINITY : INFINITY;
+  const float value = std::ldexp(static_cast<float>(half & 0x3ff) + (half & 0x7c00 ? 1024.0f : 0.0f),
+                                 (half & 0x7c00 ? (half >> 10 & 31) : 1) - 25);
+  return half & 0x8000 ? -value : value;
+}
+
 inline float widened(float x) { return x; }
 inline float widened(uint16_t bfloat16) {
   const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
@@ -179,6 +247,49 @@ template <class T>
 void embed_row(const T* weight, int64_t index, int64_t num_held, int64_t num_columns, float* out) {
   const bool held = 0 <= index && index < num_held;
   for (int64_t c = 0; c < num_columns; ++c) out[c] = held ? widened(weight[index * num_columns + c]) : 0.0f;
+}
+
+// The same from a packed matrix in groups.
+void embed_packed_row(const Linear& weight, int64_t index, float* out) {
+  const GroupFormat& format = weight.groups;
+  if (index < 0 || index >= weight.num_outputs) {
+    for (int64_t c = 0; c < weight.num_inputs; ++c) out[c] = 0.0f;
+    return;
+  }
+  const char* panel = weight.panels + index / kPanel * weight.panel_bytes();
+  const int64_t column = index % kPanel;
+  const auto scale_at = [&](const char* p) {
+    if (format.scale_type == kFloat32) return reinterpret_cast<const float*>(p)[column];
+    const uint16_t half = reinterpret_cast<const uint16_t*>(p)[column];
+    return format.scale_type == kFloat16 ? half_widened(half) : widened(half);
+  };
+  for (int64_t group = 0; group < format.num_groups; ++group) {
+    const char* span = panel + group / format.groups_per_span * format.span_bytes();
+    const char* codes = span + format.span_header_bytes() + group % format.groups_per_span * format.group_bytes();
+    float scale = scale_at(span), minimum = format.has_minimums() ? scale_at(span + format.scale_bytes()) : 0.0f;
+    if (format.kind == kMinimumCodes) {
+      scale *= static_cast<float>(static_cast<uint8_t>(codes[column]));
+      minimum *= static_cast<float>(static_cast<uint8_t>(codes[kPanel + column]));
+    } else if (format.kind != kMinimums) {
+      if (format.kind == kScaleCodes) scale *= static_cast<float>(static_cast<int8_t>(codes[column]));
+      const auto zero = format.kind == kZeros ? static_cast<uint8_t>(span[format.scale_bytes() + column]) : 0;
+      minimum = scale * static_cast<float>(format.zero + zero);
+    }
+    const char* weights = codes + format.code_bytes();
+    for (int64_t i = 0; i < format.group_size; ++i) {
+      const int64_t c = group * format.group_size + i - weight.num_before;
+      if (c < 0 || c >= weight.num_inputs) continue;
+      float q;
+      if (format.bits == 4) {
+        uint32_t word;
+        std::memcpy(&word, weights + (i / 8 * kPanel + column) * 4, 4);
+        q = static_cast<float>(word >> (4 * (i % 2 * 4 + i % 8 / 2)) & 15);
+      } else {
+        q = static_cast<float>(static_cast<int8_t>(weights[(i / 2 * kPanel + column) * 2 + i % 2]));
+      }
+      out[c] = scale * q - minimum;
+    }
+  }
 }
 
 // Query heads by the key/value head that they read, each in groups of at most `largest`.
@@ -257,6 +368,37 @@ EXPORT void packtrain_pack(Kernels* kernels, const void* weight, const float* sc
   });
 }
 
+// weight: [outputs, inputs of the groups]; of a gated one [2 · outputs, …], gate rows and then up rows.
+EXPORT void packtrain_pack_groups(Kernels* kernels, const GroupMatrix* matrix, const Linear* linear, char* out) {
+  share_out(kernels->pool, linear->num_panels(), 1, 0, [&](int64_t begin, int64_t end, char*) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        const int64_t output = panel * linear->outputs_per_panel() + (linear->gated ? c % kHalf : c);
+        const int64_t row = output + (linear->gated ? c / kHalf * linear->num_outputs : 0);
+        pack_group_column(*matrix, linear->groups, output < linear->num_outputs ? row : -1, c,
+                          out + panel * linear->panel_bytes());
+      }
+    }
+  });
+  const auto reserve = [](std::vector<float>& buffer, int64_t size) {
+    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  };
+  reserve(kernels->prepared_x, kRowsAtOnce * linear->groups.num_inputs());
+  reserve(kernels->group_sums, kRowsAtOnce * linear->groups.num_groups);
+}
+
+// Rows of an ungated weight in groups.
+EXPORT void packtrain_embed_packed(Kernels* kernels, const int64_t* token_ids, int64_t num_rows, const Linear* weight,
+                                   int64_t first_id, float* out) {
+  perform(kernels, [=, linear = *weight] {
+    share_out(kernels->pool, num_rows, 1, 0, [&](int64_t begin, int64_t end, char*) {
+      for (int64_t row = begin; row < end; ++row) {
+        embed_packed_row(linear, token_ids[row] - first_id, out + row * linear.num_inputs);
+      }
+    });
+  });
+}
+
 EXPORT void packtrain_embed(Kernels* kernels, const int64_t* token_ids, int64_t num_rows, const void* weight, Type type,
                             int64_t first_id, int64_t num_held, int64_t num_columns, float* out) {
   perform(kernels, [=] {
@@ -275,17 +417,36 @@ EXPORT void packtrain_embed(Kernels* kernels, const int64_t* token_ids, int64_t 
 }
 
 // step: null where no adapters are known; what it refers to is read when the product is computed. `number`: of this product.
+// out_stride: elements from a row's outputs to the next row's. first_output: of the product's, where these are a part.
 EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void* x, Type x_type, int64_t num_rows,
-                              void* out, Type out_type, const StepAdapters* step, int64_t number) {
+                              void* out, Type out_type, int64_t out_stride, int64_t first_output, const StepAdapters* step,
+                              int64_t number) {
   if (num_rows == 0) return;
-  perform(kernels, [=, linear = *weight] {
-    Product job{linear, x, x_type, out, out_type, num_rows, nullptr, 0};
-    if (step != nullptr && step->num_runs > 0) shrink(kernels, job, *step, number);
+  const auto multiply = [=](const Product& job) {
     const int64_t num_panels = job.weight.num_panels();
     const bool in_pieces = kernels->pool.size() > 1 || job.num_rows > kFewRows;
     const int64_t grain = in_pieces ? grain_of(num_panels, kernels->pool) : num_panels;
     share_out(kernels->pool, num_panels, grain, kernels->isa->product_scratch_bytes(job),
               [&](int64_t begin, int64_t end, char* scratch) { kernels->isa->product(job, begin, end, scratch); });
+  };
+  const Product known{*weight, x, x_type, out, out_type, num_rows, nullptr, 0, 0, first_output / kHalf, out_stride, nullptr, nullptr};
+  perform(kernels, [=] {
+    Product whole = known;
+    if (step != nullptr && step->num_runs > 0) shrink(kernels, whole, *step, number);
+    if (whole.weight.type != kGroups) return multiply(whole);
+    for (int64_t row = 0; row < whole.num_rows; row += kRowsAtOnce) {
+      Product job = whole;
+      job.first_row = row;
+      job.num_rows = whole.num_rows - row < kRowsAtOnce ? whole.num_rows - row : kRowsAtOnce;
+      const int64_t x_bytes = job.x_type == kFloat32 ? 4 : 2, out_bytes = job.out_type == kFloat32 ? 4 : 2;
+      job.x = static_cast<const char*>(job.x) + row * job.weight.num_inputs * x_bytes;
+      job.out = static_cast<char*>(job.out) + row * job.out_stride * out_bytes;
+      job.prepared_x = kernels->prepared_x.data();
+      job.group_sums = kernels->group_sums.data();
+      share_out(kernels->pool, job.num_rows, kRowGrain, 0,
+                [&](int64_t begin, int64_t end, char*) { kernels->isa->prepare_rows(job, begin, end); });
+      multiply(job);
+    }
   });
 }
 

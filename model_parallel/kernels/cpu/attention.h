@@ -285,5 +285,6 @@ inline void attend(const Attention& job, const AttentionPiece& piece, const Atte
 }
 
 inline Isa make_isa(const char* name) {
-  return {name, product, product_scratch_bytes, shrink, norm, softmax_parts, write_cache, attend, attend_scratch_bytes};
+  return {name, product, product_scratch_bytes, prepare_rows, shrink,
+          norm, softmax_parts, write_cache, attend, attend_scratch_bytes};
 }

@@ -22,19 +22,25 @@ from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    GroupMatrix,
     Heads,
     Int8Matrix,
     LayerCache,
     LowRankUpdate,
+    Matrix,
 )
 from model_parallel.native import CPU_KERNELS, load_library
 
 ARENA_BYTES = 64 << 20
 ISA_VARIABLE = "PACKTRAIN_CPU_ISA"
-INSTRUCTION_SETS = ("avx512_bf16", "avx2", "scalar")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "scalar")
 """The best one first. A machine that has one has those after it."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_WEIGHT_TYPES = TYPES | {torch.int8: 2}
+_WEIGHT_TYPES = TYPES | {torch.int8: 2, torch.float16: 3}
+_GROUPS = 4
+PANEL = 32
+"""Columns of a panel."""
+_GROUP_KINDS = ("fixed_zero", "zeros", "minimums", "scale_codes", "minimum_codes")
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -44,10 +50,12 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "num_done": (_INT64, [_POINTER]),
     "packed_bytes": (_INT64, [_POINTER]),
     "pack": (None, [_POINTER] * 5),
+    "pack_groups": (None, [_POINTER] * 4),
+    "embed_packed": (None, [_POINTER, _POINTER, _INT64, _POINTER, _INT64, _POINTER]),
     "embed": (None, [_POINTER, _POINTER, _INT64, _POINTER, ctypes.c_int, _INT64, _INT64, _INT64, _POINTER]),
     "product": (
         None,
-        [_POINTER, _POINTER, _POINTER, ctypes.c_int, _INT64, _POINTER, ctypes.c_int, _POINTER, _INT64],
+        [_POINTER, _POINTER, _POINTER, ctypes.c_int, _INT64, _POINTER, ctypes.c_int, _INT64, _INT64, _POINTER, _INT64],
     ),
     "norm": (None, [_POINTER] * 4 + [ctypes.c_int, _INT64, _INT64, ctypes.c_float, _POINTER]),
     "softmax_parts": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER]),
@@ -61,6 +69,20 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 }
 
 
+class _GroupFormat(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_type", "zero")),
+        *((name, _INT64) for name in ("group_size", "num_groups", "groups_per_span")),
+    )
+
+
+class _GroupMatrix(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _POINTER)
+        for name in ("values_OB", "scales_OS", "minimums_OS", "zeros_OS", "scale_codes_OG", "minimum_codes_OG")
+    )
+
+
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("panels", _POINTER),
@@ -68,6 +90,9 @@ class _Linear(ctypes.Structure):
         ("num_outputs", _INT64),
         ("type", ctypes.c_int32),
         ("gated", ctypes.c_int32),
+        ("groups", _GroupFormat),
+        ("num_before", _INT64),
+        ("order", _POINTER),
     )
 
 
@@ -90,6 +115,20 @@ class PackedWeight:
     linear: _Linear
     address: int
     """Of `linear`."""
+    order_P: Tensor | None = None
+    """What `linear` refers to."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Several weights for the same inputs: outputs of all of them, one after another."""
+
+    weights: tuple[PackedWeight, ...]
+    num_outputs: int
+
+
+def _rows(weights: tuple[PackedWeight, ...]) -> PackedRows:
+    return PackedRows(weights, sum(weight.linear.num_outputs for weight in weights))
 
 
 def load_native() -> ctypes.CDLL:
@@ -128,8 +167,8 @@ class CpuKernels:
     is_compiling = False
 
     def __init__(self, *, num_threads: int, isa: str = "") -> None:
-        """isa: "avx512_bf16", "avx2" or "scalar". Unless given it is that of PACKTRAIN_CPU_ISA, or else the best that the machine
-        has. Machines that are to agree to the last bit need the same.
+        """isa: of INSTRUCTION_SETS; unless given that of PACKTRAIN_CPU_ISA, or else the best that the machine has. Machines that
+        are to agree to the last bit need the same.
 
         Raises NativeBuildError, and EngineError when the machine lacks the instruction set.
         """
@@ -152,16 +191,19 @@ class CpuKernels:
     def num_done(self) -> int:
         return int(self._library.packtrain_num_done(self._handle))
 
-    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> PackedWeight:
-        return self._pack(weight_OI, gated=False)
+    def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> PackedRows:
+        parts = weight_OI if isinstance(weight_OI, tuple) else (weight_OI,)
+        return _rows(tuple(self._pack(part, gated=False) for part in parts))
 
-    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> PackedWeight:
-        return self._pack(gate_up_F2I, gated=True)
+    def pack_gated(self, gate_up_F2I: Matrix) -> PackedRows:
+        return _rows((self._pack(gate_up_F2I, gated=True),))
 
-    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> PackedWeight:
-        return self._pack(weight_VE, gated=False)
+    def pack_head(self, weight_VE: Matrix) -> PackedRows:
+        return _rows((self._pack(weight_VE, gated=False),))
 
-    def _pack(self, weight_OI: Tensor | Int8Matrix, *, gated: bool) -> PackedWeight:
+    def _pack(self, weight_OI: Matrix, *, gated: bool) -> PackedWeight:
+        if isinstance(weight_OI, GroupMatrix):
+            return self._pack_groups(weight_OI, gated=gated)
         if isinstance(weight_OI, Int8Matrix):
             values_OI, scales_O = weight_OI.values_OI.contiguous(), weight_OI.scales_O.contiguous()
         else:
@@ -171,12 +213,44 @@ class CpuKernels:
         linear = _Linear(
             num_inputs=num_inputs, num_outputs=num_outputs, type=_WEIGHT_TYPES[values_OI.dtype], gated=gated
         )
-        address = ctypes.addressof(linear)
-        panels = self._arena.take(self._library.packtrain_packed_bytes(address))
-        linear.panels = panels.data_ptr()
+        panels, address = self._panels(linear)
         scales = None if scales_O is None else scales_O.data_ptr()
         self._library.packtrain_pack(self._handle, values_OI.data_ptr(), scales, address, panels.data_ptr())
         return PackedWeight(panels, linear, address)
+
+    def _pack_groups(self, matrix: GroupMatrix, *, gated: bool) -> PackedWeight:
+        form = matrix.format
+        groups = _GroupFormat(
+            bits=form.bits,
+            kind=_GROUP_KINDS.index(form.kind),
+            scale_type=_WEIGHT_TYPES[matrix.scales_OS.dtype],
+            zero=form.zero,
+            group_size=form.group_size,
+            num_groups=matrix.num_groups,
+            groups_per_span=form.groups_per_span,
+        )
+        order_P = None if matrix.order_P is None else matrix.order_P.to(torch.int32).contiguous()
+        linear = _Linear(
+            num_inputs=matrix.num_inputs,
+            num_outputs=matrix.num_outputs // 2 if gated else matrix.num_outputs,
+            type=_GROUPS,
+            gated=gated,
+            groups=groups,
+            num_before=matrix.num_before,
+            order=None if order_P is None else order_P.data_ptr(),
+        )
+        panels, address = self._panels(linear)
+        parts = {name: part.contiguous() for name, part in matrix.parts.items()}
+        source = _GroupMatrix(**{name: part.data_ptr() for name, part in parts.items()})
+        self._library.packtrain_pack_groups(self._handle, ctypes.addressof(source), address, panels.data_ptr())
+        return PackedWeight(panels, linear, address, order_P)
+
+    def _panels(self, linear: _Linear) -> tuple[Tensor, int]:
+        """Memory for a weight, which `linear` then refers to; and the address of `linear`."""
+        address = ctypes.addressof(linear)
+        panels = self._arena.take(self._library.packtrain_packed_bytes(address))
+        linear.panels = panels.data_ptr()
+        return panels, address
 
     def allocate_cache(
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -207,15 +281,23 @@ class CpuKernels:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype) if self._workspace is None else self._workspace.empty(shape, dtype)
 
-    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
-        num_rows, (num_held, num_columns) = len(token_ids_T), weight_VE.shape
+    def embed(self, token_ids_T: Tensor, weight: Tensor | PackedRows, first_id: int) -> Tensor:
+        num_rows = len(token_ids_T)
+        if isinstance(weight, PackedRows):
+            (packed,) = weight.weights
+            out_TE = self._empty((num_rows, packed.linear.num_inputs), torch.float32)
+            self._library.packtrain_embed_packed(
+                self._handle, token_ids_T.data_ptr(), num_rows, packed.address, first_id, out_TE.data_ptr()
+            )
+            return out_TE
+        num_held, num_columns = weight.shape
         out_TE = self._empty((num_rows, num_columns), torch.float32)
         self._library.packtrain_embed(
             self._handle,
             token_ids_T.data_ptr(),
             num_rows,
-            weight_VE.data_ptr(),
-            TYPES[weight_VE.dtype],
+            weight.data_ptr(),
+            TYPES[weight.dtype],
             first_id,
             num_held,
             num_columns,
@@ -233,35 +315,44 @@ class CpuKernels:
         rows.load(runs)
         return rows
 
-    def linear(self, x_TI: Tensor, weight: PackedWeight, adapted: Adapted | None = None) -> Tensor:
+    def linear(self, x_TI: Tensor, weight: PackedRows, adapted: Adapted | None = None) -> Tensor:
         return self._product(x_TI, weight, x_TI.dtype, adapted)
 
-    def partial_sum(self, x_TI: Tensor, weight: PackedWeight, adapted: Adapted | None = None) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: PackedRows, adapted: Adapted | None = None) -> Tensor:
         return self._product(x_TI, weight, torch.float32, adapted)
 
-    def gated_linear(self, x_TI: Tensor, weight: PackedWeight, adapted: Adapted | None = None) -> Tensor:
+    def gated_linear(self, x_TI: Tensor, weight: PackedRows, adapted: Adapted | None = None) -> Tensor:
         return self._product(x_TI, weight, x_TI.dtype, adapted)
 
-    def logits(self, x_RE: Tensor, head: PackedWeight) -> Tensor:
+    def logits(self, x_RE: Tensor, head: PackedRows) -> Tensor:
         return self._product(x_RE, head, torch.float32)
 
     def _product(
-        self, x_TI: Tensor, weight: PackedWeight, dtype: torch.dtype, adapted: Adapted | None = None
+        self, x_TI: Tensor, rows: PackedRows, dtype: torch.dtype, adapted: Adapted | None = None
     ) -> Tensor:
         x_TI = x_TI.contiguous()
         num_rows = x_TI.shape[0]
-        out_TO = self._empty((num_rows, weight.linear.num_outputs), dtype)
-        self._library.packtrain_product(
-            self._handle,
-            weight.address,
-            x_TI.data_ptr(),
-            TYPES[x_TI.dtype],
-            num_rows,
-            out_TO.data_ptr(),
-            TYPES[dtype],
-            None if adapted is None else adapted.rows.address,
-            0 if adapted is None else adapted.product,
-        )
+        out_TO = self._empty((num_rows, rows.num_outputs), dtype)
+        first_output = 0
+        for weight in rows.weights:
+            if adapted is not None and first_output % PANEL:
+                raise EngineError(
+                    f"adapters need matrices of a multiple of {PANEL} outputs where several are one, not {first_output}"
+                )
+            self._library.packtrain_product(
+                self._handle,
+                weight.address,
+                x_TI.data_ptr(),
+                TYPES[x_TI.dtype],
+                num_rows,
+                out_TO.data_ptr() + first_output * dtype.itemsize,
+                TYPES[dtype],
+                rows.num_outputs,
+                first_output,
+                None if adapted is None else adapted.rows.address,
+                0 if adapted is None else adapted.product,
+            )
+            first_output += weight.linear.num_outputs
         return out_TO
 
     def softmax_parts(self, logits_RV: Tensor) -> Tensor:

@@ -4,13 +4,14 @@
 #include <cstring>
 
 #include "operations.h"
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace packtrain {
 namespace {
 #include "scalars.h"
 #include "vector_avx2.h"
 #include "softmax.h"
 #include "product.h"
+#include "group_product.h"
 #include "norm.h"
 #include "attention.h"
 }  // namespace

@@ -7,6 +7,7 @@ namespace {
 #include "vector_scalar.h"
 #include "softmax.h"
 #include "product.h"
+#include "group_product.h"
 #include "norm.h"
 #include "attention.h"
 }  // namespace

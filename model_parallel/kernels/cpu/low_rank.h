@@ -89,11 +89,11 @@ inline void shrink(const Shrink& job, int64_t first, int64_t last) {
 
 // Adds h · upᵀ to the sums of one panel's columns, of rows `row` … `end` − 1 of the product.
 template <class Steps>
-void expand_panel(const AdaptedRows& run, int64_t panel, int64_t row, int64_t end, float* sums) {
+void expand_panel(const AdaptedRows& run, int64_t half, int64_t row, int64_t end, float* sums) {
   const int64_t first = run.first_row > row ? run.first_row : row;
   const int64_t last = smaller(run.first_row + run.num_rows, end);
   if (first >= last) return;
-  const HalfPanel* both = run.weights->up_halves + panel * 2;
+  const HalfPanel* both = run.weights->up_halves + half;
   const int64_t h_stride = run.weights->num_halves * kHalf;
   const float* h = run.h + (first - run.first_row) * h_stride;
   const char* halves[2] = {run.weights->up + both[0].offset, run.weights->up + both[1].offset};
@@ -104,14 +104,14 @@ void expand_panel(const AdaptedRows& run, int64_t panel, int64_t row, int64_t en
     multiply_halves_of_rows<Steps, 2>(last - first, inputs, h_stride, steps[0], halves, true, out, kPanel);
     return;
   }
-  for (int half = 0; half < 2; ++half) {
-    if (steps[half] == 0) continue;
-    multiply_halves_of_rows<Steps, 1>(last - first, inputs + half, h_stride, steps[half], halves + half, true, out + half, kPanel);
+  for (int i = 0; i < 2; ++i) {
+    if (steps[i] == 0) continue;
+    multiply_halves_of_rows<Steps, 1>(last - first, inputs + i, h_stride, steps[i], halves + i, true, out + i, kPanel);
   }
 }
 
 inline void expand(const Product& job, int64_t panel, int64_t row, int64_t end, float* sums) {
   for (const AdaptedRows* run = job.adapted; run < job.adapted + job.num_adapted; ++run) {
-    (run->weights->type == kFloat32 ? expand_panel<Float32Steps> : expand_panel<MixedSteps>)(*run, panel, row, end, sums);
+    (run->weights->type == kFloat32 ? expand_panel<Float32Steps> : expand_panel<MixedSteps>)(*run, job.first_half + panel * 2, row, end, sums);
   }
 }

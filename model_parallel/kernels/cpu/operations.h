@@ -5,7 +5,7 @@
 
 namespace packtrain {
 
-enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kFloat16 = 3, kGroups = 4 };
 
 // Columns of a weight panel, in two halves. A panel holds, for every step (an input feature; for bfloat16 and int8 a pair of
 // them), the weights of the first half's columns and then of the second's. So a product reads a panel from front to back.
@@ -15,19 +15,57 @@ enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 constexpr int64_t kHalf = 16;
 constexpr int64_t kPanel = 2 * kHalf;
 
+// How the weights of a group come out of its whole numbers q: w = scale · q − minimum.
+enum GroupKind : int32_t {
+  kFixedZero = 0,     // minimum = scale · zero
+  kZeros = 1,         // minimum = scale · (zero + the group's own zero)
+  kMinimums = 2,      // minimum is stored
+  kScaleCodes = 3,    // scale = code · the span's scale (signed codes), minimum = scale · zero
+  kMinimumCodes = 4,  // scale = code · the span's scale, minimum = code · the span's minimum (unsigned codes)
+};
+
+// Weights of 4 bits (q from 0 to 15) or 8 (q from −128 to 127) in groups of neighbouring inputs. A span is the groups that share a
+// scale; without codes it is one group. A panel holds, span after span: its columns' scales, minimums and zeros where the kind has
+// them, and of each of its groups first the codes and then q. Those of 8 bits lie as in an int8 panel. Those of 4 lie in words of
+// eight inputs of a column, the even ones in the lower half: 0 2 4 6 1 3 5 7 from the lowest bits on.
+struct GroupFormat {
+  int32_t bits;
+  int32_t kind;
+  Type scale_type;  // of scales and minimums: float32, bfloat16 or float16
+  int32_t zero;
+  int64_t group_size;  // a multiple of 8
+  int64_t num_groups;
+  int64_t groups_per_span;
+
+  int64_t num_inputs() const { return num_groups * group_size; }
+  int64_t scale_bytes() const { return kPanel * (scale_type == kFloat32 ? 4 : 2); }
+  bool has_minimums() const { return kind == kMinimums || kind == kMinimumCodes; }
+  bool subtracts() const { return kind != kFixedZero && kind != kScaleCodes ? true : zero != 0; }
+  int64_t span_header_bytes() const { return scale_bytes() * (has_minimums() ? 2 : 1) + (kind == kZeros ? kPanel : 0); }
+  int64_t code_bytes() const { return kind == kMinimumCodes ? 2 * kPanel : kind == kScaleCodes ? kPanel : 0; }
+  int64_t group_bytes() const { return code_bytes() + group_size * kPanel * bits / 8; }
+  int64_t span_bytes() const { return span_header_bytes() + groups_per_span * group_bytes(); }
+  int64_t panel_bytes() const { return num_groups / groups_per_span * span_bytes(); }
+};
+
 struct Linear {
   const char* panels;
   int64_t num_inputs;
   int64_t num_outputs;  // of a gated one: columns of gate, which are as many of up
   Type type;
   int32_t gated;
+  GroupFormat groups;  // of type kGroups
+  int64_t num_before;  // inputs of the first group that x does not have; it may lack some of the last group too
+  const int32_t* order;  // null, or where in x each input of the groups is, −1: nowhere. Then num_before is 0.
 
   int64_t outputs_per_panel() const { return gated ? kHalf : kPanel; }
   int64_t num_panels() const { return (num_outputs + outputs_per_panel() - 1) / outputs_per_panel(); }
   int64_t num_steps() const { return type == kFloat32 ? num_inputs : (num_inputs + 1) / 2; }
   int64_t column_bytes() const { return type == kInt8 ? 2 : 4; }  // of a step: a float32, or a pair of bfloat16 or int8
   int64_t scale_bytes() const { return type == kInt8 ? kPanel * sizeof(float) : 0; }
-  int64_t panel_bytes() const { return scale_bytes() + num_steps() * kPanel * column_bytes(); }
+  int64_t panel_bytes() const {
+    return type == kGroups ? groups.panel_bytes() : scale_bytes() + num_steps() * kPanel * column_bytes();
+  }
 };
 
 // Half a panel of what takes an adapter's h to outputs of a product.
@@ -71,6 +109,13 @@ struct Product {
   int64_t num_rows;
   const AdaptedRows* adapted;
   int64_t num_adapted;
+  int64_t first_row;   // that the step's rows of adapters are counted from
+  int64_t first_half;  // of the adapters' half panels, where the outputs are a part of the product's
+  int64_t out_stride;  // elements from one row's outputs to the next's
+  // Of weights in groups, whose rows are prepared first: x with all inputs of the groups [rows, groups.num_inputs()], and the sum of
+  // each group's [rows, groups.num_groups].
+  void* prepared_x;
+  float* group_sums;
 };
 
 // sum = x + residual (where there is one; it is kept in `residual`), out = sum / sqrt(mean(sum²) + eps) · weight.
@@ -127,6 +172,7 @@ struct Isa {
   const char* name;
   void (*product)(const Product&, int64_t first_panel, int64_t last_panel, char* scratch);
   int64_t (*product_scratch_bytes)(const Product&);
+  void (*prepare_rows)(const Product&, int64_t first_row, int64_t last_row);
   void (*shrink)(const Shrink&, int64_t first_half, int64_t last_half);
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
@@ -139,6 +185,7 @@ extern const Isa kScalar;
 #if defined(__x86_64__)
 extern const Isa kAvx2;
 extern const Isa kAvx512;
+extern const Isa kAvx512Bf16;
 #endif
 
 }  // namespace packtrain

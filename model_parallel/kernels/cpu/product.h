@@ -166,7 +166,7 @@ void multiply_panel(const Product& job, int64_t panel, const char* weights, cons
     for (int64_t c = 0; scales != nullptr && c < (end - row) * kPanel; ++c) sums[c] *= scales[c % kPanel];
     expand(job, panel, row, end, sums);
     for (int64_t r = row; r < end; ++r) {
-      const int64_t num_outputs = weight.num_outputs - first, at = r * weight.num_outputs + first;
+      const int64_t num_outputs = weight.num_outputs - first, at = r * job.out_stride + first;
       float* row_sums = sums + (r - row) * kPanel;
       if (job.out_type == kFloat32) {
         finish_row(row_sums, weight.gated, static_cast<float*>(job.out) + at, num_outputs);
@@ -205,22 +205,3 @@ void multiply_expanded_panels(const Product& job, int64_t first_panel, int64_t l
 }
 
 inline bool expands(const Product& job) { return job.weight.type == kInt8 && num_row_tiles(job) > 1; }
-
-inline int64_t product_scratch_bytes(const Product& job) {
-  return kSumFloats * sizeof(float) + (expands(job) ? job.weight.num_steps() * kPanel * 4 : 0);
-}
-
-inline void product(const Product& job, int64_t first_panel, int64_t last_panel, char* scratch) {
-  auto* sums = reinterpret_cast<float*>(scratch);
-  const bool is_float = job.x_type == kFloat32;
-  if (job.weight.type == kFloat32) {
-    multiply_panels<Float32Steps>(job, first_panel, last_panel, sums);
-  } else if (expands(job)) {
-    (is_float ? multiply_expanded_panels<MixedSteps> : multiply_expanded_panels<Bfloat16Steps>)(job, first_panel,
-                                                                                                last_panel, sums);
-  } else if (job.weight.type == kInt8) {
-    (is_float ? multiply_panels<Int8MixedSteps> : multiply_panels<Int8Steps>)(job, first_panel, last_panel, sums);
-  } else {
-    (is_float ? multiply_panels<MixedSteps> : multiply_panels<Bfloat16Steps>)(job, first_panel, last_panel, sums);
-  }
-}

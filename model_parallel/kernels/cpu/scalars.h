@@ -23,6 +23,22 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Of IEEE float16. Its exponent and mantissa, moved, are a float32 that is 2^-112 times the value.
+inline float half_to_float(uint16_t half) {
+  const uint32_t rest = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16;
+  float value, scale;
+  const uint32_t power = 0x77800000;
+  memcpy(&value, &rest, sizeof value);
+  memcpy(&scale, &power, sizeof scale);
+  value *= scale;
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  if (rest > 0x0f7fffff) bits = rest | 0x7f800000;  // infinite, or NaN
+  bits |= sign;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) { *p = to_bfloat16(x); }
 

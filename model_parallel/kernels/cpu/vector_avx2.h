@@ -4,6 +4,9 @@ struct Vec {
   static constexpr int kLanes = 8;
   static constexpr int kProductRows = 4;
   static constexpr int kAttentionRows = 2;
+  static constexpr int kGroupRows = 4;
+  static constexpr int kGroupChains = 1;
+  static constexpr bool kBfloat16Dot = false;
   using F = __m256;
   using Words = __m256i;
 
@@ -64,5 +67,36 @@ struct Vec {
     store(lanes, x);
     for (int i = 0; i < 8; ++i) rounded[i] = to_bfloat16(lanes[i]);
     memcpy(p, rounded, (n < 8 ? n : 8) * sizeof(uint16_t));
+  }
+  // Of IEEE float16.
+  static F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F load_unsigned(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F load_signed(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  // Eight whole numbers of four bits a lane, even inputs 0 2 4 6 and then odd ones: apart, in the lower four bits of bytes.
+  struct Nibbles {
+    Words lower, upper;
+  };
+  static Nibbles nibbles(const void* p) {
+    const Words both = words(p), mask = set_word(0x0f0f0f0f);
+    return {_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_srli_epi32(both, 4), mask)};
+  }
+  template <int kByte>
+  static F byte_of(Words w) {  // of each lane, as a whole number
+    if constexpr (kByte == 3) return _mm256_cvtepi32_ps(_mm256_srli_epi32(w, 24));
+    constexpr auto at = [](int lane) { return static_cast<int>(0x80808000u) + kByte + 4 * lane; };
+    const Words places = _mm256_setr_epi32(at(0), at(1), at(2), at(3), at(0), at(1), at(2), at(3));
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(w, places));
+  }
+  template <int J>
+  static F even_nibble(const Nibbles& n) {
+    return byte_of<J / 2>(J % 2 ? n.upper : n.lower);
+  }
+  template <int J>
+  static F odd_nibble(const Nibbles& n) {
+    return byte_of<2 + J / 2>(J % 2 ? n.upper : n.lower);
   }
 };

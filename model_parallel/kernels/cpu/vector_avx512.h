@@ -1,10 +1,13 @@
-// Sixteen lanes with AVX-512 and its bfloat16 products. Included under `#pragma GCC target`, after <immintrin.h>.
+// Sixteen lanes with AVX-512. Included under `#pragma GCC target`, after <immintrin.h>; vector_avx512_bf16.h and
+// vector_avx512_plain.h add what depends on bfloat16 products.
 // A "word" is what one lane of a stored matrix holds: a float32, or a pair of bfloat16.
 
-struct Vec {
+struct Vec512 {
   static constexpr int kLanes = 16;
   static constexpr int kProductRows = 12;   // rows × 2 accumulators
   static constexpr int kAttentionRows = 6;  // rows × 4 accumulators
+  static constexpr int kGroupRows = 6;      // rows × 4 accumulators
+  static constexpr int kGroupChains = 2;
   using F = __m512;
   using Words = __m512i;
 
@@ -31,25 +34,33 @@ struct Vec {
   static F as_floats(Words w) { return _mm512_castsi512_ps(w); }
   static F even(Words w) { return as_floats(_mm512_slli_epi32(w, 16)); }
   static F odd(Words w) { return as_floats(_mm512_and_si512(w, set_word(0xffff0000))); }
-  static F dot(F sum, Words a, Words b) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-  }
-  // Two int8 a lane, as bfloat16, which holds them exactly.
-  using Pairs = Words;
-  static Pairs pairs(const int8_t* p) {
-    const auto floats = [](const int8_t* q) {
-      return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
-    };
-    return reinterpret_cast<Words>(_mm512_cvtne2ps_pbh(floats(p + kLanes), floats(p)));
-  }
   static F load(const uint16_t* p) {
     return even(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
   }
   static F load(const uint16_t* p, int64_t n) {
     return even(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)));
   }
-  static void store(uint16_t* p, F x) { store(p, x, 16); }
-  static void store(uint16_t* p, F x, int64_t n) {
-    _mm256_mask_storeu_epi16(p, first(n), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  // Of IEEE float16.
+  static F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static F load_unsigned(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F load_signed(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // Eight whole numbers of four bits a lane: even inputs 0 2 4 6 and then odd ones.
+  using Nibbles = Words;
+  static Nibbles nibbles(const void* p) { return words(p); }
+  static F whole_numbers(Words low_bits) {  // of the lowest four bits of each lane
+    const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(low_bits, table);
+  }
+  template <int J>
+  static F even_nibble(Nibbles n) {
+    return whole_numbers(J == 0 ? n : _mm512_srli_epi32(n, 4 * J));
+  }
+  template <int J>
+  static F odd_nibble(Nibbles n) {
+    return whole_numbers(_mm512_srli_epi32(n, 16 + 4 * J));
   }
 };

@@ -4,6 +4,9 @@ struct Vec {
   static constexpr int kLanes = 4;
   static constexpr int kProductRows = 2;
   static constexpr int kAttentionRows = 1;
+  static constexpr int kGroupRows = 2;
+  static constexpr int kGroupChains = 1;
+  static constexpr bool kBfloat16Dot = false;
   struct F {
     float lane[kLanes];
   };
@@ -96,5 +99,25 @@ struct Vec {
   static void store(uint16_t* p, const F& x) { store(p, x, kLanes); }
   static void store(uint16_t* p, const F& x, int64_t n) {
     for (int i = 0; i < kLanes && i < n; ++i) p[i] = to_bfloat16(x.lane[i]);
+  }
+  static F load_half(const uint16_t* p) {
+    return each([=](int i) { return half_to_float(p[i]); });
+  }
+  static F load_unsigned(const uint8_t* p) {
+    return each([=](int i) { return static_cast<float>(p[i]); });
+  }
+  static F load_signed(const int8_t* p) {
+    return each([=](int i) { return static_cast<float>(p[i]); });
+  }
+  // Eight whole numbers of four bits a lane: even inputs 0 2 4 6 and then odd ones.
+  using Nibbles = Words;
+  static Nibbles nibbles(const void* p) { return words(p); }
+  template <int J>
+  static F even_nibble(const Nibbles& n) {
+    return each([&](int i) { return static_cast<float>(n.lane[i] >> (4 * J) & 15); });
+  }
+  template <int J>
+  static F odd_nibble(const Nibbles& n) {
+    return each([&](int i) { return static_cast<float>(n.lane[i] >> (16 + 4 * J) & 15); });
   }
 };

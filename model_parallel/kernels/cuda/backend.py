@@ -20,10 +20,12 @@ from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    GroupMatrix,
     Heads,
     Int8Matrix,
     LayerCache,
     LowRankUpdate,
+    Matrix,
 )
 from model_parallel.kernels.reference import embedded
 
@@ -63,14 +65,15 @@ class CudaKernels:
         self.is_compiling = is_compiling
         return False
 
-    def pack_linear(self, weight_OI: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
+    def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> Tensor | Int8Matrix:
+        assert not isinstance(weight_OI, GroupMatrix | tuple), "ParallelConfig refuses packed weights on cuda"
         return weight_OI
 
-    def pack_gated(self, gate_up_F2I: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
-        return gate_up_F2I
+    def pack_gated(self, gate_up_F2I: Matrix) -> Tensor | Int8Matrix:
+        return self.pack_linear(gate_up_F2I)
 
-    def pack_head(self, weight_VE: Tensor | Int8Matrix) -> Tensor | Int8Matrix:
-        return weight_VE
+    def pack_head(self, weight_VE: Matrix) -> Tensor | Int8Matrix:
+        return self.pack_linear(weight_VE)
 
     def allocate_cache(
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -79,8 +82,8 @@ class CudaKernels:
         shape = (num_blocks + 1, num_kv_heads, block_size, head_dim)
         return LayerCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)))
 
-    def embed(self, token_ids_T: Tensor, weight_VE: Tensor, first_id: int) -> Tensor:
-        return embedded(token_ids_T, weight_VE, first_id)
+    def embed(self, token_ids_T: Tensor, weight: Tensor, first_id: int) -> Tensor:
+        return embedded(token_ids_T, weight, first_id)
 
     def pack_adapter(
         self, updates: Sequence[LowRankUpdate | None], *, gated: Collection[int]

@@ -149,8 +149,8 @@ def test_progress_counts_the_shard(tmp_path: Path) -> None:
         ({"vocab_size": 101.5}, "vocab_size is 101.5; a whole number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "quantised .gptq., which cannot be read; serve the model.s unquantised",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantised .fp8., which cannot be read; AWQ, GPTQ",
         ),
         ({"hidden_size": "48"}, "hidden_size is '48'"),
         ({"hidden_size": None}, "does not give hidden_size"),

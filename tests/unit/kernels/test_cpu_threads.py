@@ -57,7 +57,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.Mon
         CpuKernels(num_threads=1, isa="avx1024")
     monkeypatch.setenv("PACKTRAIN_CPU_ISA", "avx1024")
     with pytest.raises(
-        EngineError, match="does not have avx1024; PACKTRAIN_CPU_ISA is avx512_bf16, avx2, scalar or not set"
+        EngineError, match="does not have avx1024; PACKTRAIN_CPU_ISA is avx512_bf16, avx512, avx2, scalar or not set"
     ):
         CpuKernels(num_threads=1)
 

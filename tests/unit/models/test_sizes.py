@@ -45,7 +45,10 @@ def test_everything_is_chosen_for_a_cpu(info: CheckpointInfo) -> None:
     assert (one.device, one.dtype, one.threads_per_rank) == ("cpu", "bfloat16", 8)
     assert one.kv_cache_tokens == 2 * GIB // 23_040 // 16 * 16
     line = describe_sizes(one, info.config)
-    assert line == "m: 1 rank on cpu, bfloat16, 8 threads a rank, KV cache of 93,200 tokens (2.00 GiB)"
+    assert line == (
+        "m: 1 rank on cpu, bfloat16 with packed weights (0.09 GiB), 8 threads a rank, KV cache of 93,200 tokens (2.00 GiB), "
+        "steps of at most 64 sequences and 512 tokens"
+    )
 
 
 def test_what_is_given_is_kept(info: CheckpointInfo) -> None:
@@ -158,3 +161,18 @@ def test_float16_has_no_kernels_on_a_cpu(tmp_path: Path) -> None:
     assert chosen(info, host()).dtype == "bfloat16"
     assert chosen(info, host(gpus=1)).dtype == "float16"
     assert chosen(info, host(), dtype="float16").dtype == "float16"
+
+
+def test_quantised_weights_stay_so_on_a_cpu_alone(smollm2_path: Path, tmp_path: Path) -> None:
+    info = describe(smollm2_path)
+    assert chosen(info, host()).quantization == "packed"
+    assert chosen(info, host(), quantization="none").kept_quantization == ""
+    assert chosen(info, host(), quantization="int8").kept_quantization == "int8"
+    gpu = chosen(info, host(), device="cuda", kv_cache_tokens=1024)
+    assert gpu.quantization == "none", "there it has to be asked for"
+    dense = describe(twin("7b").write(tmp_path / "dense", "hf"))
+    assert chosen(dense, host()).kept_quantization == ""
+    with pytest.raises(
+        ConfigError, match=r"quantization is packed, and .*holds no weights that are quantised in groups"
+    ):
+        chosen(dense, host(), quantization="packed")
