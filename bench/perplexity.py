@@ -10,6 +10,7 @@ Shape suffixes: T tokens of a window · V vocabulary
 
 import argparse
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.peers.convert_huggingface import convert
+from bench.support.group_quantizer import quantize_checkpoint
 from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import NewSequence, Row
@@ -29,8 +32,12 @@ from serving.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/texts/alice-1.txt", ROOT / "LICENSE")
-VARIANTS = (("float32", ""), ("float32", "int8"), ("bfloat16", ""), ("bfloat16", "int8"))
-"""(dtype, quantization); the first is what the others are held against."""
+VARIANTS = (
+    ("float32", ""), ("float32", "int8"), ("bfloat16", ""), ("bfloat16", "int8"), ("bfloat16", "packed"),
+    ("bfloat16", "4 bits, groups of 128"), ("bfloat16", "4 bits, groups of 32"),
+)  # fmt: skip
+"""(dtype, quantization); the first is what the others are held against. packed: as the model's file has its weights. 4 bits: the
+layers' weights rounded to the nearest number of a group, and packed."""
 BLOCK_SIZE = 16
 
 
@@ -85,6 +92,18 @@ def logprobs(rank: Rank, token_ids: list[int]) -> Tensor:
     return rank.model.logits(hidden_TE)[: len(token_ids)].double().log_softmax(1)
 
 
+def load_variant(path: Path, converted: Path, variant: tuple[str, str], window: int) -> Rank:
+    """`converted`: a directory for checkpoints that are made of the one at `path`."""
+    dtype, quantization = variant
+    if not quantization.startswith("4 bits"):
+        return load(path, dtype, quantization, window)
+    dense, group_size = converted / "dense", int(quantization.rpartition(" ")[2])
+    if not dense.exists():
+        convert(path, dense)
+    quantize_checkpoint(dense, converted / str(group_size), group_size)
+    return load(converted / str(group_size), dtype, "packed", window)
+
+
 def measure(path: Path, window: int) -> dict[tuple[str, str], Quality]:
     """Every variant on every window of the text."""
     tokenizer = load_tokenizer(path)
@@ -93,7 +112,8 @@ def measure(path: Path, window: int) -> dict[tuple[str, str], Quality]:
         for token_ids in (tokenizer.encode(text.read_text()) for text in TEXTS)
         for start in range(0, len(token_ids) - 1, window)
     ]
-    ranks = {variant: load(path, *variant, window) for variant in VARIANTS}
+    with tempfile.TemporaryDirectory(prefix="packtrain-perplexity-") as directory:
+        ranks = {variant: load_variant(path, Path(directory), variant, window) for variant in VARIANTS}
     qualities = {variant: Quality() for variant in VARIANTS}
     for token_ids in windows:
         targets_T = torch.tensor(token_ids[1:])

@@ -114,10 +114,6 @@ class ParallelConfig:
             raise ConfigError(f"parallel.device is {self.device!r}; allowed: {', '.join(DEVICES)}")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"parallel.dtype is {self.dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
-        if self.quantization == "packed" and self.device == "cuda":
-            raise ConfigError(
-                'parallel.quantization is \'packed\', which CPUs alone compute; on cuda: "int8", or "" for none'
-            )
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
                 f'parallel.quantization is {self.quantization!r}; allowed: "int8", "packed", or "" for none'

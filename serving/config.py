@@ -278,6 +278,12 @@ class ModelEntry(_Section):
     kv_cache_tokens: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None, ge=16, description="Tokens that a group's KV cache holds. auto, or unset: what free memory has room for."
     )
+    memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Part of a GPU's free memory that weights, a step and an automatic KV cache may take.",
+    )
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
     max_num_seqs: int = Field(64, ge=1)

@@ -208,6 +208,7 @@ def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> Mo
         quantization=entry.kept_quantization,
         device=gpu if gpu is not None and entry.device == "cuda" else host,
         workload=workload,
+        utilisation=entry.memory_utilization,
     )
     return ModelPlan(entry=entry, memory=memory)
 

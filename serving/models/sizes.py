@@ -28,7 +28,7 @@ from model_parallel.memory import (
 from serving.config import AUTO, ModelEntry
 
 UTILISATION = 0.9
-"""Part of the free memory that may be planned with."""
+"""Part of a host's free memory that may be planned with; of a GPU's, models.memory_utilization says it."""
 STACK_BYTES = 950 << 20
 """What Ray, Serve, a gateway and the command itself take. Measured as proportional set size."""
 LEADER_BYTES = 150 << 20
@@ -210,7 +210,7 @@ def _plan(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMem
         quantization=entry.kept_quantization,
         device=Device(name="host", memory_bytes=memory_bytes, bandwidth_bytes_per_s=1.0),
         workload=workload_of(entry, config),
-        utilisation=UTILISATION,
+        utilisation=entry.memory_utilization if entry.device == "cuda" else UTILISATION,
     )
 
 

@@ -83,6 +83,19 @@ def test_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype: torc
     cuda_checks.check_int8(kernels, *shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (5, 11008, 515), (64, 4096, 4096), (300, 1100, 129)])
+@pytest.mark.parametrize(
+    "name", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "symmetric 128", "zeros 32", "zeros 8 bits"]
+)
+def test_products_with_weights_in_groups(
+    kernels: CudaKernels, name: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    cuda_checks.check_groups(kernels, name, *shape, dtype)
+    cuda_checks.check_groups(kernels, name, *shape, dtype, num_before=33)
+    cuda_checks.check_groups(kernels, name, *shape, dtype, reordered=True)
+
+
 def test_softmax_parts(kernels: CudaKernels) -> None:
     logits = (torch.randn(64, 32000, device="cuda") * 10).round(decimals=1)  # with ties
     parts = kernels.softmax_parts(logits)

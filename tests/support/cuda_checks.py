@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from model_parallel.kernels.cuda import CudaKernels
 from model_parallel.kernels.cuda.adapters import add_low_rank
+from model_parallel.kernels.cuda.group_weights import MAX_ROWS
 from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
@@ -19,6 +21,7 @@ from model_parallel.kernels.interface import (
     LowRankPart,
     LowRankUpdate,
 )
+from tests.support.group_matrices import FORMATS, product_bound, random_matrix
 from tests.support.kernels import attention_plan, poisoned_cache
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -195,6 +198,25 @@ def check_int8(kernels: CudaKernels, num_rows: int, num_inputs: int, num_outputs
     weight = random_int8(kernels, num_outputs, num_inputs)
     matrix = weight.values_OI.double() * weight.scales_O.double().unsqueeze(1)
     check_products(kernels, torch.randn(num_rows, num_inputs, device=kernels.device).to(dtype), weight, matrix)
+
+
+def check_groups(
+    kernels: CudaKernels, name: str, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, **cut: Any
+) -> None:
+    """name: of group_matrices.FORMATS. cut: see random_matrix."""
+    matrix = random_matrix(FORMATS[name], num_outputs, num_inputs, **cut)
+    x = torch.randn(num_rows, num_inputs).to(dtype)
+    exact, bound = product_bound(x, matrix)
+    weight = kernels.pack_linear(matrix.to(torch.device(kernels.device)))
+    out = kernels.partial_sum(x.to(kernels.device), weight).cpu()
+    if num_rows > MAX_ROWS:  # weights are rounded once
+        bound = bound + 2 * ROUNDING[dtype] * (x.double().abs() @ matrix.dequantized(torch.float64).abs().T)
+    assert out.dtype == torch.float32
+    assert ((out.double() - exact).abs() <= bound).all()
+    ids = torch.tensor([num_outputs - 1, 0, num_outputs, 3])
+    rows = kernels.embed(ids.to(kernels.device) + 5, kernels.pack_head(matrix.to(torch.device(kernels.device))), 5)
+    expected = torch.cat([matrix.dequantized(torch.float64), torch.zeros(1, num_inputs)])[ids]
+    assert ((rows.cpu().double() - expected).abs() <= 4 * ROUNDING[torch.float32] * expected.abs().amax()).all()
 
 
 def check_products(kernels: CudaKernels, x: Tensor, weight: Tensor | Int8Matrix, matrix: Tensor) -> None:

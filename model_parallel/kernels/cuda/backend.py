@@ -1,4 +1,5 @@
-"""Kernels for NVIDIA GPUs: products by cuBLAS, the rest in Triton (elementwise.py, attention.py, int8.py).
+"""Kernels for NVIDIA GPUs: products by cuBLAS, the rest in Triton (elementwise.py, attention.py, int8.py,
+groups.py).
 
 Shape suffixes: those of kernels/interface.py
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from model_parallel.kernels.cuda import adapters
 from model_parallel.kernels.cuda.attention import combine_kernel, paged_attention_kernel
 from model_parallel.kernels.cuda.elementwise import rms_norm_kernel, rotate_and_store_kernel, swiglu_kernel
+from model_parallel.kernels.cuda.group_weights import GroupWeight
 from model_parallel.kernels.cuda.int8 import int8_product_kernel
 from model_parallel.kernels.interface import (
     Adapted,
@@ -37,6 +39,8 @@ MAX_INT8_ROWS = 128
 """With more, a product takes longer than to read its weights, and cuBLAS takes less than our own kernel."""
 _SMALLEST_DOT = 16
 """Rows, columns and depth that tl.dot needs."""
+
+Packed = Tensor | Int8Matrix | GroupWeight
 
 
 class CudaKernels:
@@ -65,15 +69,14 @@ class CudaKernels:
         self.is_compiling = is_compiling
         return False
 
-    def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> Tensor | Int8Matrix:
-        assert not isinstance(weight_OI, GroupMatrix | tuple), "ParallelConfig refuses packed weights on cuda"
-        return weight_OI
+    def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> Packed | tuple[Packed, ...]:
+        return tuple(_packed(part) for part in weight_OI) if isinstance(weight_OI, tuple) else _packed(weight_OI)
 
-    def pack_gated(self, gate_up_F2I: Matrix) -> Tensor | Int8Matrix:
-        return self.pack_linear(gate_up_F2I)
+    def pack_gated(self, gate_up_F2I: Matrix) -> Packed:
+        return _packed(gate_up_F2I)
 
-    def pack_head(self, weight_VE: Matrix) -> Tensor | Int8Matrix:
-        return self.pack_linear(weight_VE)
+    def pack_head(self, weight_VE: Matrix) -> Packed:
+        return _packed(weight_VE)
 
     def allocate_cache(
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -82,7 +85,9 @@ class CudaKernels:
         shape = (num_blocks + 1, num_kv_heads, block_size, head_dim)
         return LayerCache(*(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)))
 
-    def embed(self, token_ids_T: Tensor, weight: Tensor, first_id: int) -> Tensor:
+    def embed(self, token_ids_T: Tensor, weight: Tensor | GroupWeight, first_id: int) -> Tensor:
+        if isinstance(weight, GroupWeight):
+            return weight.rows(token_ids_T, first_id, torch.float32)
         return embedded(token_ids_T, weight, first_id)
 
     def pack_adapter(
@@ -93,23 +98,35 @@ class CudaKernels:
     def adapted_rows(self, runs: Sequence[AdaptedRun]) -> adapters.AdaptedRows:
         return adapters.rows_of(runs, self.device)
 
-    def linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+    def linear(
+        self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None
+    ) -> Tensor:
         if isinstance(weight, Tensor) and adapted is None:
             return F.linear(x_TI, weight)
         return self._adapted(x_TI, weight, adapted).to(x_TI.dtype)
 
-    def partial_sum(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+    def partial_sum(
+        self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None
+    ) -> Tensor:
         return self._adapted(x_TI, weight, adapted)
 
-    def gated_linear(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None = None) -> Tensor:
+    def gated_linear(self, x_TI: Tensor, weight: Packed, adapted: Adapted | None = None) -> Tensor:
         if isinstance(weight, Tensor) and adapted is None:
             return self.swiglu(F.linear(x_TI, weight), x_TI.dtype)
         return self.swiglu(self._adapted(x_TI, weight, adapted), x_TI.dtype)
 
-    def _adapted(self, x_TI: Tensor, weight: Tensor | Int8Matrix, adapted: Adapted | None) -> Tensor:
+    def _adapted(self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None) -> Tensor:
         """float32 [T, O]."""
-        out_TO = _product(x_TI, weight)
+        parts = weight if isinstance(weight, tuple) else (weight,)
+        products = [self._product(x_TI, part) for part in parts]
+        out_TO = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return out_TO if adapted is None else adapters.add_low_rank(out_TO, x_TI, adapted)
+
+    def _product(self, x_TI: Tensor, weight: Packed) -> Tensor:
+        """float32 [T, O]: x · weightᵀ."""
+        if isinstance(weight, GroupWeight):
+            return weight.product(x_TI, self.num_multiprocessors)
+        return _product(x_TI, weight)
 
     def swiglu(self, gate_up_T2F: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, F] in `dtype`: silu(gate) · up."""
@@ -121,14 +138,14 @@ class CudaKernels:
             swiglu_kernel[grid](gate_up_T2F.contiguous(), out_TF, num_columns, num_columns_a_program)
         return out_TF
 
-    def logits(self, x_RE: Tensor, head: Tensor | Int8Matrix) -> Tensor:
+    def logits(self, x_RE: Tensor, head: Packed) -> Tensor:
         dtype = head.dtype if isinstance(head, Tensor) else torch.bfloat16
         if dtype == torch.float32:
-            return _product(x_RE, head)
+            return self._product(x_RE, head)
         # The rounded part of x and what rounding took away, in one product that reads the weights once.
         rounded_RE = x_RE.to(dtype)
         rest_RE = (x_RE - rounded_RE.float()).to(dtype)
-        rounded_RV, rest_RV = _product(torch.cat([rounded_RE, rest_RE]), head).chunk(2)
+        rounded_RV, rest_RV = self._product(torch.cat([rounded_RE, rest_RE]), head).chunk(2)
         return rounded_RV + rest_RV
 
     def softmax_parts(self, logits_RV: Tensor) -> Tensor:
@@ -249,6 +266,10 @@ class CudaKernels:
             combine_kernel[(heads.num_query_heads, num_runs)](
                 part_outs, part_maxima, part_sums, out_THD, plan.runs_S4, heads.num_query_heads, num_parts, **sizes
             )
+
+
+def _packed(matrix: Matrix) -> Packed:
+    return GroupWeight.packed(matrix) if isinstance(matrix, GroupMatrix) else matrix
 
 
 def _padded(size: int) -> int:

@@ -105,6 +105,22 @@ def test_inspect(tmp_path: Path, form: Any) -> None:
     assert "Copyright (c) Meta Platforms, Inc." in text
 
 
+def test_packed_weights_are_told_and_planned(smollm2_path: Path) -> None:
+    """The file has 96.4 MB of Q4_1 and Q8_0, of which the embedding is the head too, and 0.14 MB of norms in float32."""
+    _, found = run_json("inspect", smollm2_path)
+    packed = found["packed_weights"]
+    assert packed["matrices"] == {"Q4_1, groups of 32": 210, "Q8_0, groups of 32": 1}
+    assert packed["bytes"] == 66_355_200 + 30_081_024 + 140_544 // 2
+    _, text = run("inspect", smollm2_path)
+    assert "96,506,496 bytes" in text and "210 matrices" in text
+    status, plan_ = run_json("plan", "--model", smollm2_path, "--gpu", "h100", "--quantization", "packed")
+    assert (status, plan_["weight_bytes"]) == (0, packed["bytes"])
+    _, dense = run_json("plan", "--model", smollm2_path, "--gpu", "h100")
+    assert dense["weight_bytes"] == 2 * dense["parameters"] and dense["kv_tokens"] < plan_["kv_tokens"]
+    with pytest.raises(ConfigError, match="llama-2-7b holds no weights that are quantised in groups"):
+        run("plan", "--model", "llama-2-7b", "--gpu", "h100", "--quantization", "packed")
+
+
 def test_inspect_of_something_broken(tmp_path: Path) -> None:
     path = twin("13b").write(tmp_path / "model", "meta")
     (path / "consolidated.01.pth").unlink()

@@ -18,9 +18,11 @@ from triton.runtime.jit import JITFunction
 from model_parallel.kernels.cuda import CudaKernels
 from model_parallel.kernels.cuda.adapters import add_low_rank
 from model_parallel.kernels.cuda.elementwise import swiglu_kernel
+from model_parallel.kernels.cuda.group_weights import GroupWeight
 from model_parallel.kernels.interface import Adapted, AdaptedRun, LowRankPart, LowRankUpdate
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
+from tests.support.group_matrices import FORMATS, random_matrix
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Of a program, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
@@ -96,6 +98,26 @@ def test_elementwise(kernels: CudaKernels, dtype: torch.dtype) -> None:
 def test_int8_products(kernels: CudaKernels, num_rows: int, dtype: torch.dtype) -> None:
     weight = cuda_checks.random_int8(kernels, 64, 4096)
     kernels.partial_sum(torch.zeros(num_rows, 4096, dtype=dtype), weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 64])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("Q4_K", torch.bfloat16),
+        ("Q4_K", torch.float32),
+        ("Q6_K", torch.bfloat16),
+        ("Q8_0", torch.float16),
+        ("symmetric 128", torch.bfloat16),
+        ("zeros 32", torch.float16),
+        ("zeros 8 bits", torch.float32),
+    ],
+)
+def test_products_with_weights_in_groups(kernels: CudaKernels, name: str, num_rows: int, dtype: torch.dtype) -> None:
+    weight = kernels.pack_linear(random_matrix(FORMATS[name], 64, 4096, reordered=name == "symmetric 128"))
+    assert isinstance(weight, GroupWeight)
+    weight.product(torch.zeros(num_rows, 4096, dtype=dtype), 132)
+    weight.rows(torch.arange(3), 0, dtype)
 
 
 def test_who_watches_can_see_that_a_kernel_is_being_compiled(

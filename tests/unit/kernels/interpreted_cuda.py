@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 
 from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import ModelConfig
+from model_parallel.errors import ConfigError
 from model_parallel.kernels.cuda import CudaKernels
 from model_parallel.kernels.interface import LayerCache
 from model_parallel.kernels.reference import ReferenceKernels
@@ -30,6 +31,7 @@ from model_parallel.runtime.cuda_graphs import DecodeInputs, padded_sizes
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
 from tests.support.effort import by_day
+from tests.support.group_matrices import FORMATS, random_matrix
 from tests.support.kernels import attention_plan
 
 # numpy warns of infinities and NaN, of which a GPU says nothing.
@@ -134,6 +136,39 @@ CONFIG = ModelConfig(
     rope_theta=100.0,
     max_position=64,
 )
+
+
+GROUP_FORMATS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "symmetric 128", "zeros 32", "zeros 8 bits"]
+
+
+@pytest.mark.parametrize("name", GROUP_FORMATS)
+def test_products_with_weights_in_groups(kernels: CudaKernels, name: str) -> None:
+    torch.manual_seed(0)
+    cuda_checks.check_groups(kernels, name, 3, 300, 70, torch.bfloat16)
+    cuda_checks.check_groups(kernels, name, 17, 200, 33, torch.float32, num_before=37)
+    cuda_checks.check_groups(kernels, name, 70, 200, 9, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["symmetric 128", "zeros 32"])
+def test_reordered_inputs(kernels: CudaKernels, name: str) -> None:
+    torch.manual_seed(0)
+    cuda_checks.check_groups(kernels, name, 3, 200, 40, torch.bfloat16, reordered=True)
+
+
+def test_groups_that_cannot_be_multiplied_are_refused(kernels: CudaKernels) -> None:
+    with pytest.raises(ConfigError, match="has groups of 8 inputs; on cuda groups of 32, 64, 128, 256 can be computed"):
+        kernels.pack_linear(random_matrix(FORMATS["zeros 8"], 4, 64))
+
+
+def test_parts_of_one_matrix(kernels: CudaKernels) -> None:
+    torch.manual_seed(0)
+    parts = (random_matrix(FORMATS["Q4_K"], 20, 256), torch.randn(5, 256), random_matrix(FORMATS["Q6_K"], 9, 256))
+    x = torch.randn(3, 256)
+    reference = ReferenceKernels(num_threads=1, device="cpu")
+    for kind in ("linear", "partial_sum"):
+        ours = getattr(kernels, kind)(x, kernels.pack_linear(parts))
+        expected = getattr(reference, kind)(x, reference.pack_linear(parts))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
 
 
 def _llama(kernels: CudaKernels | ReferenceKernels) -> Llama:

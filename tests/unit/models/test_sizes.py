@@ -78,6 +78,14 @@ def test_the_cache_takes_what_a_gpu_has_left(info: CheckpointInfo) -> None:
     assert less is not None and less < one.kv_cache_tokens // 10
 
 
+def test_how_much_of_a_gpu_may_be_used(info: CheckpointInfo) -> None:
+    most, half = (chosen(info, host(gpus=1), memory_utilization=part).kv_cache_tokens for part in (0.9, 0.45))
+    assert most is not None and half is not None
+    freed = (most - half) * 23_040
+    assert freed == pytest.approx(0.45 * 70 * GIB, rel=1e-4)
+    assert chosen(info, host()).kv_cache_tokens == chosen(info, host(), memory_utilization=0.1).kv_cache_tokens
+
+
 def test_a_gpu_that_cannot_be_asked_needs_a_number(info: CheckpointInfo) -> None:
     with pytest.raises(ConfigError, match="give kv_cache_tokens"):
         chosen(info, host(), device="cuda")
