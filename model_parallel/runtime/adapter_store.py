@@ -96,7 +96,7 @@ class AdapterStore:
             return ()
         if may_wait:
             wait(self._reading.values(), MAX_WAIT_S)
-        device = self._model.embedding_VE.device
+        device = self._model.final_norm_E.device
         states = torch.tensor([_state_of(future) for future in self._reading.values()], device=device)
         everywhere = self._collectives.all_gather(states).cpu()  # [ranks, adapters]
         outcomes = []
@@ -147,7 +147,7 @@ class AdapterStore:
         if error is not None and not isinstance(error, EngineError):
             logger.error("an adapter could not be loaded", exc_info=error)
         encoded = text.encode()[:_MESSAGE_LENGTH].ljust(_MESSAGE_LENGTH, b"\0")
-        device = self._model.embedding_VE.device
+        device = self._model.final_norm_E.device
         texts = self._collectives.all_gather(torch.tensor(list(encoded), dtype=torch.float32, device=device)).cpu()
         rank = of_ranks.index(_HAS_FAILED)
         said = bytes(int(code) for code in texts[rank].tolist()).rstrip(b"\0").decode(errors="ignore")

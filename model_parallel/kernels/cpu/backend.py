@@ -327,9 +327,7 @@ class CpuKernels:
     def logits(self, x_RE: Tensor, head: PackedRows) -> Tensor:
         return self._product(x_RE, head, torch.float32)
 
-    def _product(
-        self, x_TI: Tensor, rows: PackedRows, dtype: torch.dtype, adapted: Adapted | None = None
-    ) -> Tensor:
+    def _product(self, x_TI: Tensor, rows: PackedRows, dtype: torch.dtype, adapted: Adapted | None = None) -> Tensor:
         x_TI = x_TI.contiguous()
         num_rows = x_TI.shape[0]
         out_TO = self._empty((num_rows, rows.num_outputs), dtype)

@@ -98,16 +98,12 @@ class CudaKernels:
     def adapted_rows(self, runs: Sequence[AdaptedRun]) -> adapters.AdaptedRows:
         return adapters.rows_of(runs, self.device)
 
-    def linear(
-        self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None
-    ) -> Tensor:
+    def linear(self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None) -> Tensor:
         if isinstance(weight, Tensor) and adapted is None:
             return F.linear(x_TI, weight)
         return self._adapted(x_TI, weight, adapted).to(x_TI.dtype)
 
-    def partial_sum(
-        self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None
-    ) -> Tensor:
+    def partial_sum(self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None) -> Tensor:
         return self._adapted(x_TI, weight, adapted)
 
     def gated_linear(self, x_TI: Tensor, weight: Packed, adapted: Adapted | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.kernels.interface import joined
+from model_parallel.kernels.interface import Adapted, AdaptedRun, LowRankPart, LowRankUpdate, joined
 from model_parallel.kernels.reference import ReferenceKernels
 from tests.support.group_matrices import FORMATS, product_bound, random_matrix
 
@@ -118,3 +118,25 @@ def test_float16_scales_of_every_size(kernels: CpuKernels) -> None:
     x[0, 0] = 1.0
     assert torch.equal(kernels.partial_sum(x, kernels.pack_linear(matrix))[0], every.float())
     assert torch.equal(kernels.embed(torch.arange(len(every)), kernels.pack_head(matrix), 0)[:, 0], every.float())
+
+
+def test_adapters_are_added_to_products_with_weights_in_groups(kernels: CpuKernels) -> None:
+    """To one matrix and to parts of one, for more rows than are prepared at a time."""
+    torch.manual_seed(5)
+    parts = [random_matrix(FORMATS[name], num_outputs, 256) for name, num_outputs in (("Q4_K", 96), ("Q6_K", 40))]
+    down, up = torch.randn(8, 256) / 16, torch.randn(136, 8) / 4
+    update = LowRankUpdate(136, (LowRankPart(0, down, up),))
+    runs = ((0, 3), (100, 60))
+    x = torch.randn(170, 256)
+    for matrices in (tuple(parts), (random_matrix(FORMATS["Q4_K"], 136, 256),)):
+        packed = kernels.pack_linear(matrices)
+        adapter = kernels.pack_adapter([update], gated=())
+        rows = kernels.adapted_rows([AdaptedRun(first, count, adapter) for first, count in runs])
+        out, plain = kernels.partial_sum(x, packed, Adapted(rows, 0)), kernels.partial_sum(x, packed)
+        expected = plain.double()
+        for first, count in runs:
+            part = slice(first, first + count)
+            expected[part] += x[part].double() @ down.double().T @ up.double().T
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+        untouched = [row for row in range(170) if not any(first <= row < first + count for first, count in runs)]
+        assert torch.equal(out[untouched], plain[untouched])
