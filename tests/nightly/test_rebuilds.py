@@ -55,7 +55,8 @@ class Census:
 
 def census() -> Census:
     ours = psutil.Process()
-    processes = [*ray_processes(), *ours.children()]
+    # Another stack of this terminal session is none of ours.
+    processes = [*(ray_processes() if ray.is_initialized() else ()), *ours.children()]
     ports = 0
     for process in (ours, *processes):
         try:
