@@ -3,7 +3,7 @@
 Inter-token latency: a full batch decodes at temperature 1, each request held to a long text, or to nothing. Time to the first
 token: a request alone, whose grammar the ranks have already, or that has none; and one whose grammar is new.
 
-    python -m bench.structured_output [--batch 32] [--repeats 5] [--tp 1] [--json FILE]
+    python -m bench.structured_output [--batch 32] [--repeats 5] [--tp 1] [--only FORM ...] [--json FILE]
 """
 
 import argparse
@@ -33,7 +33,7 @@ from serving.text.token_table import token_table
 
 RESULT = Path(__file__).parent / "results" / "structured_output.json"
 MODEL = "smollm2-135m-instruct"
-NUM_NEW_TOKENS = 48
+NUM_NEW_TOKENS = 32
 NUM_PROMPT_TOKENS = 64
 NUM_FIRST_TOKENS = 10
 """Requests of a repeat whose first token is timed, of each kind."""
@@ -119,28 +119,30 @@ class Group:
         return time.perf_counter() - began_s
 
 
-def measure(batch: int, num_repeats: int, tp_size: int, report: Any) -> dict[str, Any]:
+def measure(batch: int, num_repeats: int, tp_size: int, forms: dict[str, str], report: Any) -> dict[str, Any]:
     """The whole run, as plain data."""
     facts = machine_facts()
     group = Group(tp_size, max(1, (os.cpu_count() or 1) // tp_size), batch)
-    itl: dict[str, list[float]] = {"none": [], **{name: [] for name in FORMS}}
-    ttft: dict[str, list[float]] = {"none": [], **{name: [] for name in FORMS}, "JSON schema, new": []}
+    itl: dict[str, list[float]] = {"none": [], **{name: [] for name in forms}}
+    ttft: dict[str, list[float]] = {"none": [], **{name: [] for name in forms}, "JSON schema, new": []}
     num_new = 0
     try:
         group.token_times(batch, "")  # compiles, records, and touches memory for the first time
-        for grammar in ("", *FORMS.values()):
+        for grammar in ("", *forms.values()):
             group.first_token_s(grammar)
         for repeat in range(num_repeats):
             for name, medians in itl.items():
-                medians.append(statistics.median(group.token_times(batch, FORMS.get(name, ""))))
+                medians.append(statistics.median(group.token_times(batch, forms.get(name, ""))))
             for _ in range(NUM_FIRST_TOKENS):
-                for name in ("none", *FORMS):
-                    ttft[name].append(group.first_token_s(FORMS.get(name, "")))
+                for name in ("none", *forms):
+                    ttft[name].append(group.first_token_s(forms.get(name, "")))
                 num_new += 1
                 fresh = {"type": "array", "items": PERSON, "minItems": 40 + num_new}
                 new = grammar_of(JsonSchema(field="schema", schema=fresh), strips_space=False).text
                 ttft["JSON schema, new"].append(group.first_token_s(new))
-            report(f"repeat {repeat + 1}: load average {os.getloadavg()[0]:.1f}")
+            report(
+                f"repeat {repeat + 1}: load average {os.getloadavg()[0]:.1f}, ITL {[round(1e3 * x[-1]) for x in itl.values()]} ms"
+            )
     finally:
         group.executor.shutdown()
     base_itl, base_ttft = itl["none"], statistics.median(ttft["none"])
@@ -171,10 +173,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tp", type=int, default=1, help="ranks, which share the cores")
+    parser.add_argument("--only", nargs="+", choices=FORMS, default=list(FORMS), help="of the forms")
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     console = Console(width=130, highlight=False)
-    result = measure(arguments.batch, arguments.repeats, arguments.tp, console.print)
+    result = measure(
+        arguments.batch, arguments.repeats, arguments.tp, {name: FORMS[name] for name in arguments.only}, console.print
+    )
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     console.print(describe_machine(result["machine"]))
     rows = [

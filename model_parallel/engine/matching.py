@@ -54,6 +54,8 @@ class GrammarCompiler:
         import llguidance  # noqa: PLC0415
 
         self._library = llguidance
+        self.is_renewing = False
+        """A grammar is compiled anew in the middle of a step, which can take long; may be read by any thread."""
         self.vocab_size = len(table.lengths)
         self._eos_token_ids = table.eos_token_ids
         tokens = table.tokens()
@@ -104,7 +106,11 @@ class Grammar:
 
     def begin_anew(self) -> "LLMatcher":
         """The same with nothing learnt, for others too: what is learnt counts against limits."""
-        self._fresh = self.compiler.new_matcher(self.text)
+        self.compiler.is_renewing = True
+        try:
+            self._fresh = self.compiler.new_matcher(self.text)
+        finally:
+            self.compiler.is_renewing = False
         return self._fresh.deep_copy()
 
 

@@ -72,8 +72,9 @@ class Sampler:
         changed = [r for r, state in enumerate(states) if r in forbidden or not _is_plain(state.sampling)]
         if changed:
             changed_states, changed_logits_RV = [states[r] for r in changed], logits_RV[changed]
-            scores_RV = self._adjusted(changed_logits_RV, changed_states, [forbidden.get(r) for r in changed])
-            best_R3[changed] = self._best(scores_RV, changed_logits_RV, changed_states)
+            masks = [forbidden.get(r) for r in changed]
+            scores_RV = self._adjusted(changed_logits_RV, changed_states, masks)
+            best_R3[changed] = self._best(scores_RV, changed_logits_RV, changed_states, masks)
             filtered = [i for i, state in enumerate(changed_states) if _is_filtered(state.sampling)]
             drawn = self._draw_filtered(scores_RV, changed_logits_RV, changed_states, filtered)
             winners = {changed[i]: winner for i, winner in drawn.items()}
@@ -180,11 +181,25 @@ class Sampler:
         maximum_R, _, index_R = parts_R3.unbind(1)
         return torch.stack([maximum_R, index_R + self.vocabulary.start, maximum_R], dim=1)
 
-    def _best(self, scores_RV: Tensor, logits_RV: Tensor, states: Sequence[SequenceState]) -> Tensor:
+    def _best(
+        self,
+        scores_RV: Tensor,
+        logits_RV: Tensor,
+        states: Sequence[SequenceState],
+        forbidden: Sequence[Tensor | None],
+    ) -> Tensor:
         """float64 [R, 3]: this rank's best (score, token id, logit), with noise where the row samples without filters."""
         noisy = [r for r, s in enumerate(states) if s.sampling.temperature > 0 and not _is_filtered(s.sampling)]
         if noisy:
             scores_RV = scores_RV.clone()
+            # Noise is most of the sampler's work. Of a row whose grammar allows few tokens only those get any.
+            few = {r: local for r in noisy if (local := _few_allowed(forbidden[r])) is not None}
+            for r, local in few.items():
+                key = _keys([states[r]])[0].to(scores_RV.device)
+                index = local.to(scores_RV.device)
+                scores_RV[r, index] += gumbel_noise(key, index + self.vocabulary.start)
+            noisy = [r for r in noisy if r not in few]
+        if noisy:
             ids_V = torch.arange(self.vocabulary.start, self.vocabulary.stop, device=scores_RV.device)
             scores_RV[noisy] += gumbel_noise(_keys([states[r] for r in noisy]).to(ids_V.device), ids_V)
         score_R, index_R = scores_RV.max(dim=1)
@@ -300,6 +315,14 @@ def _num_kept(
     # Without the tokens that top_k keeps, the mass that top_p is measured against is not known.
     is_open_R = (kept_R == silent) | ((top_k_R < silent) & ~is_cut_R & ~is_complete_R)
     return kept_R.masked_fill(is_open_R, 0)
+
+
+def _few_allowed(forbidden_V: Tensor | None) -> Tensor | None:
+    """int64: the allowed tokens of a row by their places in this rank's part, if they are few; None otherwise."""
+    if forbidden_V is None:
+        return None
+    allowed = (~forbidden_V).nonzero().squeeze(1)
+    return allowed if len(allowed) * 8 <= len(forbidden_V) else None
 
 
 def _is_plain(sampling: SamplingParams) -> bool:

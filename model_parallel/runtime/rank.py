@@ -154,7 +154,7 @@ class Rank:
 
     @property
     def is_compiling(self) -> bool:
-        return self.kernels.is_compiling
+        return self.kernels.is_compiling or self.grammars.is_renewing
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:

@@ -28,6 +28,11 @@ class RankGrammars:
         """In the order in which they came."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packtrain-grammars")
 
+    @property
+    def is_renewing(self) -> bool:
+        """A grammar is compiled in the middle of a step, which can take long; may be read by any thread."""
+        return self._compiler is not None and self._compiler.is_renewing
+
     def take_in(self, plan: StepPlan) -> None:
         """Begin to compile what is new, and forget what is dropped. Raises EngineError where there is no constrained output."""
         for new in plan.new_grammars:

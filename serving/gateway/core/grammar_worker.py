@@ -9,6 +9,7 @@ that. It ends by itself when its gateway does, which closes the pipe.
 
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ MAX_EXTRA_BYTES = 512 << 20
 _MAX_PROBES = 200
 """Parts of a schema that are compiled by themselves to find the one that is wrong."""
 _READ_BYTES = 1 << 16
+_UNKNOWN_KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
@@ -123,7 +125,10 @@ def _line(message: str) -> str:
     if told:  # of a regular expression
         return f"{told[0]}, in a regular expression"
     first = message.partition("\n")[0]
-    return first.partition("failed to compile JSON schema: ")[2] or first
+    what = (first.partition("failed to compile JSON schema: ")[2] or first).partition(". Enable ")[0]
+    if unknown := _UNKNOWN_KEYWORDS.fullmatch(what):
+        return f"not supported: {unknown[1]}"
+    return what
 
 
 def _limit(max_compile_s: int, most_bytes: int) -> None:
