@@ -395,7 +395,7 @@ def test_a_pointer_instead_of_a_gguf_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "hint"),
     [
-        (["adapter_config.json"], "holds an adapter .LoRA. without its base model"),
+        (["adapter_config.json"], "holds an adapter .LoRA."),
         (["x.Q4_K_M.gguf"], "to serve a GGUF file in it, name the file: x.Q4_K_M.gguf"),
         (["llama-2-7b/params.json"], "did you mean a directory in it: llama-2-7b"),
         (["snapshots/abc/config.json"], "did you mean .*snapshots/abc"),
@@ -413,7 +413,7 @@ def test_a_directory_around_a_checkpoint(tmp_path: Path, files: list[str], hint:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("adapter_config.json", "holds an adapter .LoRA. without its base model"),
+        ("adapter_config.json", "holds an adapter .LoRA."),
         ("consolidated.safetensors", "Mistral's own format"),
         ("tf_model.h5", "TensorFlow's weights cannot be read"),
         ("weights.safetensors", "it holds weights.safetensors, which is no name that is looked for"),

@@ -191,7 +191,7 @@ def test_what_only_json_can_spell_is_refused() -> None:
 
 def test_find_model_and_output_budget() -> None:
     with pytest.raises(UnknownModelError):
-        find_model({"tiny": card()}, "huge")
+        find_model({"tiny": card()}, "huge", "")
     assert output_budget(10, None, card(), LimitsConfig()) == 90
     assert output_budget(10, 90, card(), LimitsConfig()) == 90
 

@@ -24,7 +24,7 @@ def test_what_a_stopped_group_knew_is_gone() -> None:
     """Our own: arrivals are priced by the mean length of the groups' answers. The group with short ones was stopped, the price
     rose, and another one was started: 2, 1, 2."""
     mixed = {"g1": {"mean_output_tokens": 30.0}, "g2": {"mean_output_tokens": 100.0}}
-    story = Story(POLICY, num_groups=2, rate=0.7 * RATE_OF_A_GROUP, changed_of=mixed)
+    story = Story(POLICY, num_groups=2, rate=0.9 * RATE_OF_A_GROUP, changed_of=mixed)
     story.run(900)
     assert set(story.targets) == {2}
     story.rate = 0.5 * RATE_OF_A_GROUP
