@@ -46,6 +46,8 @@ def test_steps_of_any_size_work_in_what_is_reserved() -> None:
     """Where nothing is reserved, the heap grows with the largest step, by megabytes; else by pages for Python's own objects."""
     unreserved = max(growths(0))
     if unreserved == 0:
-        pytest.skip("the heap of this machine's C library does not grow with the largest step, so nothing need be reserved")
+        pytest.skip(
+            "the heap of this machine's C library does not grow with the largest step, so nothing need be reserved"
+        )
     assert unreserved > 1_000_000
     assert max(growths(RESERVED_BYTES)) < unreserved / 5
