@@ -1,12 +1,13 @@
 """The reference backend: torch operations on any device, and the oracle of every other backend's tests.
 
 Shape suffixes: T tokens of a step · I, O features · E hidden · F feed-forward columns · H query heads · K key/value heads
-· D head dim · B KV blocks · P block size · S sequences · N query tokens of each · L cached positions, padded
+· D head dim · B KV blocks · P block size · S sequences · N query tokens of each · R of them at a time
+· L cached positions, padded · C cached positions of a tile
 
 Batch invariance on CPU. A matrix product's row must not depend on how many rows stand beside it. The CPU libraries below
-torch choose another inner loop for fewer than four rows a thread, and only then; the rows of all larger products agree bit
-for bit. So steps are padded to four rows a thread, attention to four query rows, and sums over cached positions run in
-tiles of fixed length that are added in order. tests/unit/kernels checks it on the machine at hand.
+torch choose their inner loop by the number of rows, differently on each processor. So steps are padded to four rows a thread,
+products and attention run over as many rows at a time, and sums over cached positions run in tiles of fixed length that are
+added in order. tests/unit/kernels and tests/numerics check it on the machine at hand.
 """
 
 from collections.abc import Collection, Sequence
@@ -145,10 +146,21 @@ def embedded(token_ids_T: Tensor, weight: Tensor | GroupMatrix, first_id: int) -
 def _product(x_TI: Tensor, weight_OI: Matrix) -> Tensor:
     """[T, O], of x's dtype; of int8 weights, which every dtype holds exactly, and of those in groups, float32."""
     if isinstance(weight_OI, GroupMatrix):
-        return F.linear(x_TI.float(), weight_OI.dequantized(torch.float32))
+        return _linear(x_TI.float(), weight_OI.dequantized(torch.float32))
     if isinstance(weight_OI, Int8Matrix):
-        return F.linear(x_TI, weight_OI.values_OI.to(x_TI.dtype)).float() * weight_OI.scales_O
-    return F.linear(x_TI, weight_OI)
+        return _linear(x_TI, weight_OI.values_OI.to(x_TI.dtype)).float() * weight_OI.scales_O
+    return _linear(x_TI, weight_OI)
+
+
+def _linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """[T, O]; on a CPU a fixed number of rows at a time."""
+    if x_TI.is_cuda:
+        return F.linear(x_TI, weight_OI)
+    return torch.cat([F.linear(rows_RI, weight_OI) for rows_RI in x_TI.split(_rows_at_once())])
+
+
+def _rows_at_once() -> int:
+    return ROWS_PER_THREAD * torch.get_num_threads()
 
 
 def _rotate(x_THD: Tensor, plan: AttentionPlan) -> Tensor:
@@ -161,7 +173,7 @@ def _attend(q_SNHD: Tensor, runs: list[SequenceRun], cache: LayerCache, kv_of_qu
     """[S, N, H, D] for runs that all have N tokens."""
     device, dim = q_SNHD.device, q_SNHD.shape[-1]
     num_tokens = q_SNHD.shape[1]
-    num_padded = max(num_tokens, ROWS_PER_THREAD * torch.get_num_threads())
+    num_padded = -(-num_tokens // _rows_at_once()) * _rows_at_once()
     q_SHND = F.pad(q_SNHD.float(), (0, 0, 0, 0, 0, num_padded - num_tokens)).transpose(1, 2).contiguous()
 
     last_key_SN = torch.tensor(
@@ -172,13 +184,18 @@ def _attend(q_SNHD: Tensor, runs: list[SequenceRun], cache: LayerCache, kv_of_qu
     # Slots after a sequence's end hold other requests' leftovers; a NaN among them must not reach the sum through 0 · NaN.
     values_SHLD.masked_fill_((key_L > last_key_SN[:, -1:])[:, None, :, None], 0.0)
 
-    scores_SHNL = (q_SHND @ keys_SHLD.transpose(-1, -2)) * dim**-0.5
-    scores_SHNL.masked_fill_((key_L > last_key_SN[:, :, None])[:, None], float("-inf"))
-    weights_SHNL = scores_SHNL.softmax(-1)
+    tiles = [slice(first, first + KEY_TILE) for first in range(0, keys_SHLD.shape[2], KEY_TILE)]
+    keys = [keys_SHLD[:, :, tile].transpose(-1, -2).contiguous() for tile in tiles]
+    values = [values_SHLD[:, :, tile].contiguous() for tile in tiles]
     out_SHND = torch.zeros_like(q_SHND)
-    for tile in range(0, keys_SHLD.shape[2], KEY_TILE):
-        part = slice(tile, tile + KEY_TILE)
-        out_SHND += weights_SHNL[..., part].contiguous() @ values_SHLD[:, :, part].contiguous()
+    for first in range(0, num_padded, _rows_at_once()):
+        rows = slice(first, first + _rows_at_once())
+        q_SHRD = q_SHND[:, :, rows].contiguous()
+        scores_SHRL = torch.cat([q_SHRD @ tile for tile in keys], dim=-1) * dim**-0.5
+        scores_SHRL.masked_fill_((key_L > last_key_SN[:, rows, None])[:, None], float("-inf"))
+        weights_SHRL = scores_SHRL.softmax(-1)
+        for tile, values_SHCD in zip(tiles, values, strict=True):
+            out_SHND[:, :, rows] += weights_SHRL[..., tile].contiguous() @ values_SHCD
     return out_SHND[:, :, :num_tokens].transpose(1, 2).to(q_SNHD.dtype)
 
 
