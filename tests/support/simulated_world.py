@@ -47,6 +47,8 @@ NOTICED_S = 0.05
 """From the death of a process to the end of its connections."""
 SILENT_S = 2.0
 """A leader that is stopped is given up by its gateways after so long."""
+LOOK_S = 0.5
+"""How often a gateway looks whether a leader is silent."""
 STUCK_S = 1.2
 """Ranks that are stopped are taken for lost after so long."""
 RESUME_KEY = bytes(KEY_BYTES)
@@ -316,7 +318,7 @@ class Gateway:
         silent_since_s: float | None = None
         while True:
             try:
-                async with asyncio.timeout(0.5):
+                async with asyncio.timeout(LOOK_S):
                     return await inbox.get()
             except TimeoutError:
                 if group.silent_until_s <= self._world.now():
