@@ -14,7 +14,19 @@ from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from serving.admin.operator_key import operator_key_file, read_operator_key
 from serving.cli.durations import duration_s
-from serving.cli.serve import is_model, missing_source, served_name
+from serving.cli.serve import (
+    CacheTokens,
+    DeviceName,
+    Dtype,
+    ModelName,
+    Quantization,
+    Ranks,
+    Source,
+    Threads,
+    is_model,
+    missing_source,
+    served_name,
+)
 from serving.cli.terminal import say
 from serving.client.client import Client
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
@@ -39,19 +51,15 @@ def deploy(
             help="YAML file: its models are added or changed, others stay. Or a model's directory or GGUF file."
         ),
     ] = None,
-    source: Annotated[
-        str | None, typer.Option("--model", help="Serve this instead: a known name, directory or GGUF file.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="What clients call the model; unset, what its directory is called.")
-    ] = None,
-    tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")] = None,
+    source: Source = None,
+    name: ModelName = None,
+    tp: Ranks = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Replica groups.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8: weights in eight bits.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    threads: Annotated[str | None, typer.Option(help="Threads of each rank on a CPU, or auto.")] = None,
-    kv_cache_tokens: Annotated[str | None, typer.Option(help="Tokens that a KV cache holds, or auto.")] = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    device: DeviceName = None,
+    threads: Threads = None,
+    kv_cache_tokens: CacheTokens = None,
     max_unavailable: MaxUnavailable = 1,
     check: Annotated[bool, typer.Option("--check", help="Only check whether it could be served.")] = False,
     address: AdminAddress = DEFAULT_ADMIN_ADDRESS,

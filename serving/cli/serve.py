@@ -29,25 +29,35 @@ _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+")
 """Where Hugging Face's tools keep a repository's files."""
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._/-]+")
 
+# Options of a model, which `packtrain deploy` has too.
+Source = Annotated[
+    str | None, typer.Option("--model", help="Serve this instead: a known name, directory or GGUF file.")
+]
+ModelName = Annotated[
+    str | None, typer.Option("--name", help="What clients call the model; unset, what its directory is called.")
+]
+Ranks = Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, packed or none; see docs/quantization.md.")]
+DeviceName = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Threads = Annotated[str | None, typer.Option(help="Threads of each rank on a CPU, or auto.")]
+CacheTokens = Annotated[str | None, typer.Option(help="Tokens that a KV cache holds, or auto.")]
+
 
 def serve(
     config: Annotated[
         Path | None,
         typer.Argument(help="YAML file, or a model's directory or GGUF file; without it, one small model is served."),
     ] = None,
-    source: Annotated[
-        str | None, typer.Option("--model", help="Serve this instead: a known name, directory or GGUF file.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="What clients call the model; unset, what its directory is called.")
-    ] = None,
-    tp: Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")] = None,
+    source: Source = None,
+    name: ModelName = None,
+    tp: Ranks = None,
     groups: Annotated[int | None, typer.Option(min=1, help="Replica groups of each model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8, packed or none; see docs/quantization.md.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    threads: Annotated[str | None, typer.Option(help="Threads of each rank on a CPU, or auto.")] = None,
-    kv_cache_tokens: Annotated[str | None, typer.Option(help="Tokens that a KV cache holds, or auto.")] = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    device: DeviceName = None,
+    threads: Threads = None,
+    kv_cache_tokens: CacheTokens = None,
     generation_config: Annotated[
         str | None,
         typer.Option(help="What unset sampling fields get of generation_config.json: auto, vllm-like or none."),
