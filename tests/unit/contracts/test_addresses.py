@@ -1,5 +1,6 @@
 """Addresses as people write them."""
 
+import asyncio
 import errno
 import socket
 
@@ -19,6 +20,7 @@ from serving.contracts.addresses import (
     why_not_listening,
     without_brackets,
 )
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,22 @@ def test_the_ipv6_wildcard_takes_ipv4_as_well() -> None:
         pytest.skip("this machine has no IPv6")
     with sock:
         assert sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 0
+
+
+async def test_small_writes_to_a_client_are_sent_at_once() -> None:
+    """Nagle's algorithm would keep the body of an answer back until its head is acknowledged."""
+    is_off = asyncio.get_running_loop().create_future()
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        is_off.set_result(bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(accept, sock=open_listener("127.0.0.1", 0)) as server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        async with asyncio.timeout(PATIENCE_S):
+            assert await reader.read() == b""
+            assert await is_off
+        writer.close()
+        await writer.wait_closed()
