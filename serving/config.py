@@ -286,8 +286,12 @@ class ModelEntry(_Section):
     )
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
-    max_num_seqs: int = Field(64, ge=1)
-    max_num_batched_tokens: int = Field(512, ge=1)
+    max_num_seqs: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=1, description="Sequences that run at a time. auto, or unset: 64 on a CPU, 256 on a GPU."
+    )
+    max_num_batched_tokens: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
+        None, ge=1, description="Tokens of one step. auto, or unset: 512 on a CPU, 2048 on a GPU."
+    )
     max_prefill_tokens: int | None = Field(
         None,
         ge=1,

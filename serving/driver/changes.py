@@ -15,7 +15,7 @@ NUMBER_FIELDS = frozenset({"num_groups", "autoscaling"})
 """How many groups there are; those that run stay."""
 GATEWAY_FIELDS = frozenset({"chat", "generation_config", "allow_parse_special", "source"})
 """What gateways alone go by; no group is replaced. Another source is only another name of the same files."""
-SIZE_FIELDS = ("device", "dtype", "threads_per_rank", "kv_cache_tokens")
+SIZE_FIELDS = ("device", "dtype", "threads_per_rank", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens")
 """What may be left to us. A model that runs keeps what was chosen."""
 _AUTO = (None, "auto")
 

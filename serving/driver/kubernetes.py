@@ -20,14 +20,13 @@ from model_parallel.memory import (
     GIB,
     Device,
     GroupMemory,
-    Workload,
     kv_cache_tokens,
     plan_group,
 )
 from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
-from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES
+from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES, with_step_sizes, workload_of
 
 COMPLETE = ".packtrain-complete"
 """File that the chart's copy of the weights ends with."""
@@ -191,16 +190,13 @@ def _decided(entry: ModelEntry, *, has_gpus: bool) -> ModelEntry:
         changes["device"] = "cuda" if has_gpus else "cpu"
     if entry.dtype == AUTO:
         changes["dtype"] = "bfloat16"
-    return entry.model_copy(update=changes)
+    return with_step_sizes(entry.model_copy(update=changes))
 
 
 def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> ModelPlan:
     host = Device(name="host", memory_bytes=1 << 62, bandwidth_bytes_per_s=math.inf)
-    workload = Workload(
-        max_model_len=entry.max_model_len or min(model.max_position, entry.kv_cache_tokens or model.max_position),
-        max_num_seqs=entry.max_num_seqs,
-        max_num_batched_tokens=entry.max_num_batched_tokens,
-    )
+    longest = min(model.max_position, entry.kv_cache_tokens or model.max_position)
+    workload = replace(workload_of(entry, model), max_model_len=entry.max_model_len or longest)
     memory = plan_group(
         model,
         entry.tensor_parallel_size,

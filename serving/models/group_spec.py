@@ -83,6 +83,7 @@ def resolve_model(entry: ModelEntry) -> GroupSpec:
 
 def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
     assert entry.kv_cache_tokens is not None and entry.threads_per_rank is not None, "choose_sizes comes first"
+    assert entry.max_num_seqs is not None and entry.max_num_batched_tokens is not None, "choose_sizes comes first"
     parallel = ParallelConfig(
         tp_size=entry.tensor_parallel_size,
         device=entry.device,

@@ -91,7 +91,7 @@ def test_models_come_change_and_go_while_others_answer(app: RunningApp, source: 
             done(packtrain(app, "scale", FIRST, "--groups", "1"))
             assert len(leaders(FIRST)) == 1
             file.write_text(yaml.safe_dump({"models": [entry(SECOND, source, max_num_seqs=8)]}))
-            assert "max_num_seqs: 64 → 8" in done(packtrain(app, "deploy", str(file)))
+            assert "max_num_seqs: unset → 8" in done(packtrain(app, "deploy", str(file)))
             assert deployed(app)[SECOND].state == "serving"
             assert ask(client, SECOND, 2) == alone[2]
 

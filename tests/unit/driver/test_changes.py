@@ -79,7 +79,7 @@ def test_entries_survive_being_written_down() -> None:
     ("fields", "replaces"),
     [
         ({}, False),
-        ({"max_num_seqs": 64}, False),  # the default, written out
+        ({"block_size": 16}, False),  # the default, written out
         ({"num_groups": 2}, False),
         ({"autoscaling": {"max_groups": 2}}, False),
         ({"chat": {"format": "llama-2"}}, False),
@@ -106,7 +106,7 @@ def test_every_field_but_a_few_replaces_groups() -> None:
 
 def test_a_difference_is_told_by_its_values() -> None:
     found = difference(entry(max_num_seqs=4), entry(kv_cache_tokens=512))
-    assert str(found) == "kv_cache_tokens: unset → 512, max_num_seqs: 4 → 64"
+    assert str(found) == "kv_cache_tokens: unset → 512, max_num_seqs: 4 → unset"
 
 
 def test_sizes_that_were_left_to_us_stay_as_they_were_chosen() -> None:

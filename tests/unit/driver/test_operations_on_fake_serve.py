@@ -186,7 +186,7 @@ def test_one_more_model(cluster: ClusterOperations, serve: FakeServe, log: Log) 
 def test_what_is_only_checked_changes_nothing(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
     cluster.deploy(text(name="b", source="/b"), 1, log, only_check=True)
     cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=True)
-    assert "max_num_seqs: 64 → 8" in log[-1].text
+    assert "max_num_seqs: unset → 8" in log[-1].text
     assert (serve.runs, len(serve.records)) == ([], 1)
 
 

@@ -57,6 +57,24 @@ def test_what_is_given_is_kept(info: CheckpointInfo) -> None:
     assert {name: getattr(one, name) for name in given} == given
 
 
+@pytest.mark.parametrize(
+    ("gpus", "given", "sizes"),
+    [
+        (0, {}, (64, 512)),
+        (1, {}, (256, 2048)),
+        (0, {"max_num_seqs": 1000}, (1000, 1000)),
+        (1, {"max_num_batched_tokens": 100}, (100, 100)),
+        (1, {"max_num_seqs": 7, "max_num_batched_tokens": 9}, (7, 9)),
+        (0, {"max_num_seqs": "auto", "max_num_batched_tokens": "auto"}, (64, 512)),
+    ],
+)
+def test_the_largest_step_is_chosen_by_device(
+    info: CheckpointInfo, gpus: int, given: dict[str, object], sizes: tuple[int, int]
+) -> None:
+    one = chosen(info, host(gpus=gpus), **given)
+    assert (one.max_num_seqs, one.max_num_batched_tokens) == sizes
+
+
 def test_ranks_share_the_cpus(info: CheckpointInfo) -> None:
     assert chosen(info, host(cpus=8), tensor_parallel_size=2, num_groups=2).threads_per_rank == 2
     assert chosen(info, host(cpus=1), tensor_parallel_size=2).threads_per_rank == 1
