@@ -60,7 +60,8 @@ bench: $(STAMP) ## time engine, peers, growth, serving, start and gateway anew, 
 proof-7b: $(STAMP) ## serve a synthetic Llama 2 7B of full size at TP=2: 14 GB of disk, 18 GB of memory
 	$(BIN)/python -m bench.proof_7b
 
-# The C++ kernels are compiled while packages come; a compiler that is missing is told when something is served.
+# The C++ kernels are compiled while packages come: first those that serving runs on this machine, and with the tools of
+# developers those of the other instruction sets that it has. A compiler that is missing is told when something is served.
 # A usable .venv is kept. Otherwise an interpreter counts only if it runs (a version manager's shim may not) and can make
 # environments.
 $(SERVING): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
@@ -81,5 +82,6 @@ $(SERVING): pyproject.toml constraints.txt $(if $(TORCH),FORCE)
 	@touch $@
 
 $(STAMP): $(SERVING)
-	$(BIN)/python -m pip install --editable '.[dev,clients]' $(TORCH) --constraint $(VENV)/constraints.txt
+	$(BIN)/python -m model_parallel.native --machine 2>/dev/null & \
+	$(BIN)/python -m pip install --editable '.[dev,clients]' $(TORCH) --constraint $(VENV)/constraints.txt; status=$$?; wait; exit $$status
 	@touch $@

@@ -19,10 +19,10 @@ fi
 "$PREFIX/bin/pip" install --quiet --no-cache-dir --constraint "$pins" '.[postgres]'
 rm "$pins"
 
-# Kernels for this kind of processor are chosen at run time; no compiler is needed there.
+# Kernels are there for every processor of this kind; no compiler is needed where the image runs.
 export PACKTRAIN_CACHE=$PREFIX/cache HOME=$PREFIX/home
 mkdir -p "$PACKTRAIN_CACHE" "$HOME"
-(cd / && "$PREFIX/bin/python" -m model_parallel.native)
+(cd / && "$PREFIX/bin/python" -m model_parallel.native --all)
 if [ "$DEMO_MODEL" = 1 ]; then
   (cd / && "$PREFIX/bin/packtrain" fetch smollm2-135m-instruct > /dev/null)
   mv "$PACKTRAIN_CACHE/models" "$PREFIX/models"

@@ -1,9 +1,11 @@
 """C++ that is compiled with g++ alone and kept for the next time, below the cache directory.
 
-Where there is no compiler, what was compiled before is used. `python -m model_parallel.native` compiles everything ahead of
-time; it needs nothing but the standard library.
+Where there is no compiler, what was compiled before is used. `python -m model_parallel.native` compiles ahead of time what ranks
+of this machine load; it needs nothing but the standard library. The kernels of each instruction set are a library of their own,
+because each takes a core many seconds, and a rank needs one of them.
 """
 
+import argparse
 import ctypes
 import fcntl
 import hashlib
@@ -18,13 +20,18 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from model_parallel.directories import private_directories, readable_caches, why_not_writable
 from model_parallel.errors import EngineError
 
+ISA_VARIABLE = "PACKTRAIN_CPU_ISA"
+INSTRUCTION_SETS: tuple[str, ...] = (
+    ("avx512_bf16", "avx512", "avx2", "scalar") if platform.machine() == "x86_64" else ("scalar",)
+)
+"""The best one first. A machine that has one has those after it."""
 BUILD_TIMEOUT_S = 600.0
 """Of one source: seconds on an idle machine."""
 _LOCK_POLL_S = 0.05
@@ -43,13 +50,16 @@ class Library:
 
     name: str
     directory: Path
-    """All its .cpp and .h files are one library."""
     flags: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    """Names of the .cpp files that it is made of, with all headers of the directory; all of them unless given."""
 
     @property
     def sources(self) -> tuple[Path, ...]:
         """Headers included; compiled are those that end in .cpp."""
-        return tuple(sorted(path for path in self.directory.iterdir() if path.suffix in (".cpp", ".h")))
+        code = (path for path in self.directory.iterdir() if path.suffix == ".cpp")
+        taken = [path for path in code if not self.only or path.name in self.only]
+        return tuple(sorted([*taken, *self.directory.glob("*.h")]))
 
     @property
     def source_id(self) -> str:
@@ -63,11 +73,22 @@ class Library:
 CPU_KERNELS = Library(
     name="cpu_kernels",
     directory=_PACKAGE / "kernels" / "cpu",
+    only=("api.cpp", "pool.cpp"),
     # A fused multiply-add where the source has none would depend on how a loop was unrolled. GCC 12 warns of its own intrinsics.
     flags=("-std=c++20", "-ffp-contract=off", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
+CPU_OPERATIONS = {
+    isa: replace(
+        CPU_KERNELS,
+        name=f"cpu_{isa}",
+        only=("products.cpp", "group_products.cpp", "operations.cpp"),
+        flags=(*CPU_KERNELS.flags, f"-DISA_{isa.upper()}"),
+    )
+    for isa in INSTRUCTION_SETS
+}
+"""What CPU_KERNELS calls, by instruction set."""
 SHARED_MEMORY = Library(name="shared_memory", directory=_PACKAGE / "collectives" / "shared_memory")
-LIBRARIES = (CPU_KERNELS, SHARED_MEMORY)
+LIBRARIES = (CPU_KERNELS, SHARED_MEMORY, *CPU_OPERATIONS.values())
 
 
 def library_directories(*, create: bool = False) -> Iterator[Path]:
@@ -92,6 +113,34 @@ def load_library(library: Library) -> ctypes.CDLL:
         if (loaded := _load_any(library)) is not None:
             return loaded
         raise
+
+
+def machine_instruction_sets(kernels: ctypes.CDLL) -> tuple[str, ...]:
+    """Those of INSTRUCTION_SETS that this machine has, by CPU_KERNELS, which is loaded."""
+    return tuple(isa for isa in INSTRUCTION_SETS if kernels.packtrain_has_isa(isa.encode()))
+
+
+def chosen_instruction_set(kernels: ctypes.CDLL, wanted: str = "") -> str:
+    """What a rank computes with: what is wanted here or by PACKTRAIN_CPU_ISA, or else the best one.
+
+    Raises EngineError when the machine lacks it.
+    """
+    wanted = wanted or os.environ.get(ISA_VARIABLE, "")
+    available = machine_instruction_sets(kernels)
+    if wanted and wanted not in available:
+        raise EngineError(
+            f"this machine does not have {wanted}; {ISA_VARIABLE} is {', '.join(INSTRUCTION_SETS)} or not set"
+        )
+    return wanted or available[0]
+
+
+def is_ready() -> bool:
+    """Whether all that ranks of this machine load is compiled."""
+    if not (is_compiled(CPU_KERNELS) and is_compiled(SHARED_MEMORY)):
+        return False
+    with suppress(EngineError):
+        return is_compiled(CPU_OPERATIONS[chosen_instruction_set(load_library(CPU_KERNELS))])
+    return False
 
 
 def is_compiled(library: Library) -> bool:
@@ -140,6 +189,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
         return None
 
 
+@cache
 def _compiler_id(compiler: str) -> str:
     try:
         version = subprocess.run(
@@ -223,11 +273,27 @@ def _kill(process: "subprocess.Popen[str]") -> None:
         process.wait()
 
 
-def main() -> int:
-    """Build every library ahead of time. The status is 1 when one cannot be built."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build libraries ahead of time. The status is 1 when one cannot be built."""
+    parser = argparse.ArgumentParser(prog="python -m model_parallel.native", description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--machine", action="store_true", help="every instruction set that this machine has, as tests use"
+    )
+    which.add_argument("--all", action="store_true", help="every instruction set, for other machines")
+    parsed = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        kernels = load_library(CPU_KERNELS)
+        if parsed.all:
+            chosen = INSTRUCTION_SETS
+        else:
+            chosen = machine_instruction_sets(kernels) if parsed.machine else (chosen_instruction_set(kernels),)
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        return 1
     status = 0
-    for library in LIBRARIES:
+    for library in (SHARED_MEMORY, *(CPU_OPERATIONS[isa] for isa in chosen)):
         try:
             load_library(library)
         except NativeBuildError as error:

@@ -18,7 +18,7 @@ from model_parallel.errors import ConfigError, EngineError
 from model_parallel.gpus import torch_has_cuda, visible_gpus
 from model_parallel.machine import Machine, read_machine
 from model_parallel.memory import GIB
-from model_parallel.native import LIBRARIES, is_compiled
+from model_parallel.native import is_ready
 from serving.cli.serve import default_config, is_model, model_config
 from serving.cli.terminal import EXIT_CONFIG, standard_output
 from serving.config import ServingConfig, load_config
@@ -73,11 +73,7 @@ def _cpus_and_memory(machine: Machine) -> Iterator[Finding]:
 
 
 def _compiler() -> str:
-    kept = (
-        "compiled before"
-        if all(is_compiled(library) for library in LIBRARIES)
-        else "code is compiled at the first start"
-    )
+    kept = "compiled before" if is_ready() else "code is compiled at the first start"
     return f"{shutil.which('g++') or 'none is needed'}; {kept}"
 
 

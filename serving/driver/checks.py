@@ -13,7 +13,7 @@ from pathlib import Path
 from model_parallel.directories import cache_choice
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
-from model_parallel.native import LIBRARIES, is_compiled
+from model_parallel.native import is_ready
 from serving.config import AdminConfig, ServingConfig
 from serving.contracts.addresses import explain_listening, is_loopback, listening_addresses, why_not_listening
 
@@ -147,7 +147,7 @@ def check_cache() -> str:
 
 def check_compiler() -> str:
     """What is lost without a compiler; "" when there is one, or when all was compiled before."""
-    if shutil.which("g++") is not None or all(is_compiled(library) for library in LIBRARIES):
+    if shutil.which("g++") is not None or is_ready():
         return ""
     return (
         "g++ is not installed and nothing compiled is in the cache: ranks on CPUs compute with the reference kernels, many "

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model_parallel.native import LIBRARIES, is_compiled
+from model_parallel.native import is_ready
 from serving.config import ModelEntry, ServingConfig, tracing_is_on
 from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
 from serving.driver.environment import cluster_parent
@@ -169,7 +169,7 @@ def _checkpoint_check(source: str, chat_format: str) -> "subprocess.Popen[str]":
 
 def _begin_compilation() -> "subprocess.Popen[bytes] | None":
     """Compile what ranks will need while Ray starts; they wait for it, and none compiles by itself."""
-    if all(is_compiled(library) for library in LIBRARIES):
+    if is_ready():
         return None
     return subprocess.Popen(
         [sys.executable, "-m", "model_parallel.native"],

@@ -7,9 +7,9 @@ import torch
 
 from model_parallel.errors import EngineError
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.kernels.cpu.backend import INSTRUCTION_SETS
 from model_parallel.kernels.interface import AttentionPlan, Heads, Kernels, LayerCache, SequenceRun
 from model_parallel.kernels.reference import ReferenceKernels
+from model_parallel.native import INSTRUCTION_SETS
 
 BACKENDS = ("cpu", "reference")
 __all__ = ["BACKENDS", "INSTRUCTION_SETS", "attention_plan", "cpu_kernels", "poisoned_cache", "use_backend"]

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from model_parallel import native
-from model_parallel.native import LIBRARIES, Library, NativeBuildError, load_library
+from model_parallel.native import INSTRUCTION_SETS, LIBRARIES, Library, NativeBuildError, load_library
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return %s; }\n'
 
@@ -141,3 +141,48 @@ def test_the_sources_of_every_library_are_there() -> None:
     for one in LIBRARIES:
         assert any(source.suffix == ".cpp" for source in one.sources)
         assert len(one.source_id) == 24
+    assert len({one.source_id for one in LIBRARIES}) == len(LIBRARIES)
+
+
+class Processor:
+    """CPU_KERNELS as loaded on a machine with some instruction sets."""
+
+    def __init__(self, *instruction_sets: str) -> None:
+        self.instruction_sets = instruction_sets
+
+    def packtrain_has_isa(self, name: bytes) -> int:
+        return name.decode() in self.instruction_sets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted", "expected"),
+    [
+        ([], "", {"avx2"}),
+        ([], "scalar", {"scalar"}),
+        (["--machine"], "", {"avx2", "scalar"}),
+        (["--all"], "", set(INSTRUCTION_SETS)),
+    ],
+)
+def test_what_is_compiled_ahead_of_time(
+    arguments: list[str], wanted: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default what ranks of this machine load, and then nothing is left to compile."""
+    compiled: set[Library] = set()
+    monkeypatch.setenv(native.ISA_VARIABLE, wanted)
+    monkeypatch.setattr(native, "load_library", lambda one: compiled.add(one) or Processor("avx2", "scalar"))
+    monkeypatch.setattr(native, "is_compiled", compiled.__contains__)
+    assert not native.is_ready()
+    assert native.main(arguments) == 0
+    assert compiled == {native.CPU_KERNELS, native.SHARED_MEMORY, *(native.CPU_OPERATIONS[isa] for isa in expected)}
+    assert native.is_ready()
+
+
+def test_an_instruction_set_that_is_not_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx512")
+    monkeypatch.setattr(native, "load_library", lambda one: Processor("avx2", "scalar"))
+    monkeypatch.setattr(native, "is_compiled", lambda one: True)
+    assert native.main([]) == 1
+    assert "this machine does not have avx512" in capsys.readouterr().err
+    assert not native.is_ready()

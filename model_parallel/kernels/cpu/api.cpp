@@ -50,27 +50,17 @@ int64_t now_ns() {
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-const Isa* find_isa(const char* name) {
+bool has_isa(const char* name) {
+  const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const struct {
-    bool supported;
-    const Isa* isa;
-  } choices[] = {{avx512_bf16, &kAvx512Bf16}, {avx512, &kAvx512}, {avx2, &kAvx2}, {true, &kScalar}};
-#else
-  const struct {
-    bool supported;
-    const Isa* isa;
-  } choices[] = {{true, &kScalar}};
+  if (is("avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (is("avx512")) return avx512;
+  if (is("avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
-  for (const auto& choice : choices) {
-    if (choice.supported && (*name == '\0' || std::strcmp(name, choice.isa->name) == 0)) return choice.isa;
-  }
-  return nullptr;
+  return is("scalar");
 }
 
 // `body(begin, end, scratch)` over pieces 0 … count − 1.
@@ -338,14 +328,11 @@ std::vector<AttentionPiece> attention_pieces(const Attention& job, const Run* ru
 using namespace packtrain;
 
 // Null when `isa` (empty: the best) is not one that this machine has.
-EXPORT Kernels* packtrain_create(int num_threads, const char* isa) {
-  const Isa* found = find_isa(isa);
-  return found == nullptr ? nullptr : new Kernels{found, Pool(num_threads)};
-}
+EXPORT int packtrain_has_isa(const char* name) { return has_isa(name); }
+
+EXPORT Kernels* packtrain_create(int num_threads, const Isa* isa) { return new Kernels{isa, Pool(num_threads)}; }
 
 EXPORT void packtrain_destroy(Kernels* kernels) { delete kernels; }
-
-EXPORT const char* packtrain_isa(const Kernels* kernels) { return kernels->isa->name; }
 
 EXPORT int64_t packtrain_num_done(const Kernels* kernels) { return kernels->pool.num_done(); }
 

@@ -90,12 +90,6 @@ struct PieceMemory {
   static int64_t round_up(int64_t num_bytes) { return (num_bytes + 63) / 64 * 64; }
 };
 
-// At least what PieceMemory takes.
-inline int64_t attend_scratch_bytes(const Attention& job) {
-  const int64_t row = sizeof(Running) + (job.head_dim * 2 + job.tile() + 2 * Vec::kLanes) * sizeof(float);
-  return kQueryRows * row + job.tile() * (sizeof(KeyLanes) + 2 * sizeof(void*)) + 7 * 64;
-}
-
 inline Vec::F add_score(Vec::F sum, Vec::Words query, Vec::Words key, const uint16_t*) {
   return Vec::dot(sum, query, key);
 }
@@ -272,19 +266,4 @@ void attend_piece(const Attention& job, const AttentionPiece& piece, const Atten
       Vec::store(out + d, Vec::mul(Vec::load(s.out + row * s.out_width + d), scale), dim - d);
     }
   }
-}
-
-inline void write_cache(const Attention& job, int64_t first_row, int64_t last_row) {
-  if (job.type == kFloat32) return write_rows<float>(job, first_row, last_row);
-  write_rows<uint16_t>(job, first_row, last_row);
-}
-
-inline void attend(const Attention& job, const AttentionPiece& piece, const AttentionPiece* next, char* scratch) {
-  if (job.type == kFloat32) return attend_piece<float>(job, piece, next, scratch);
-  attend_piece<uint16_t>(job, piece, next, scratch);
-}
-
-inline Isa make_isa(const char* name) {
-  return {name, product, product_scratch_bytes, prepare_rows, shrink,
-          norm, softmax_parts, write_cache, attend, attend_scratch_bytes};
 }

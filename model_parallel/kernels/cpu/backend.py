@@ -4,7 +4,6 @@ Shape suffixes: those of kernels/interface.py
 """
 
 import ctypes
-import os
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,12 +28,9 @@ from model_parallel.kernels.interface import (
     LowRankUpdate,
     Matrix,
 )
-from model_parallel.native import CPU_KERNELS, load_library
+from model_parallel.native import CPU_KERNELS, CPU_OPERATIONS, chosen_instruction_set, load_library
 
 ARENA_BYTES = 64 << 20
-ISA_VARIABLE = "PACKTRAIN_CPU_ISA"
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "scalar")
-"""The best one first. A machine that has one has those after it."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _WEIGHT_TYPES = TYPES | {torch.int8: 2, torch.float16: 3}
 _GROUPS = 4
@@ -44,9 +40,9 @@ _GROUP_KINDS = ("fixed_zero", "zeros", "minimums", "scale_codes", "minimum_codes
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "create": (_POINTER, [ctypes.c_int, ctypes.c_char_p]),
+    "has_isa": (ctypes.c_int, [ctypes.c_char_p]),
+    "create": (_POINTER, [ctypes.c_int, _POINTER]),
     "destroy": (None, [_POINTER]),
-    "isa": (ctypes.c_char_p, [_POINTER]),
     "num_done": (_INT64, [_POINTER]),
     "packed_bytes": (_INT64, [_POINTER]),
     "pack": (None, [_POINTER] * 5),
@@ -167,21 +163,18 @@ class CpuKernels:
     is_compiling = False
 
     def __init__(self, *, num_threads: int, isa: str = "") -> None:
-        """isa: of INSTRUCTION_SETS; unless given that of PACKTRAIN_CPU_ISA, or else the best that the machine has. Machines that
-        are to agree to the last bit need the same.
+        """isa: of native.INSTRUCTION_SETS; unless given that of PACKTRAIN_CPU_ISA, or else the best that the machine has.
+        Machines that are to agree to the last bit need the same.
 
         Raises NativeBuildError, and EngineError when the machine lacks the instruction set.
         """
-        isa = isa or os.environ.get(ISA_VARIABLE, "")
         self._library = load_native()
-        handle = self._library.packtrain_create(num_threads, isa.encode())
-        if not handle:
-            raise EngineError(
-                f"this machine does not have {isa}; {ISA_VARIABLE} is {', '.join(INSTRUCTION_SETS)} or not set"
-            )
-        self._handle = ctypes.c_void_p(handle)
+        isa = chosen_instruction_set(self._library, isa)
+        operations = load_library(CPU_OPERATIONS[isa]).packtrain_operations
+        operations.restype = _POINTER
+        self._handle = ctypes.c_void_p(self._library.packtrain_create(num_threads, operations()))
         weakref.finalize(self, self._library.packtrain_destroy, self._handle)
-        self.name = f"cpu-{self._library.packtrain_isa(self._handle).decode()}"
+        self.name = f"cpu-{isa}"
         self._arena = Arena()
         self._workspace: Workspace | None = None
         self._plan: AttentionPlan | None = None

@@ -244,7 +244,7 @@ ALWAYS_INLINE void multiply_group(const typename Steps::X* x, int64_t x_stride, 
 
 // Spans first … last − 1 of one panel, of R rows. `expanded`: null, or scales and q of these spans, expanded.
 template <class Steps, class Source, int R>
-void multiply_groups(const Product& job, int64_t row, int64_t first, int64_t last, const char* panel, const char* expanded,
+void multiply_spans(const Product& job, int64_t row, int64_t first, int64_t last, const char* panel, const char* expanded,
                      float* totals) {
   // One row: all columns at once, in as many chains. More: as many rows as there are registers for.
   constexpr int V = R == 1 ? kPanel / Vec::kLanes : 2;
@@ -273,9 +273,9 @@ template <class Steps, class Source, int R = Vec::kGroupRows>
 void multiply_group_rows(int num_rows, const Product& job, int64_t row, int64_t first, int64_t last, const char* panel,
                          const char* expanded, float* totals) {
   if constexpr (R == 1) {
-    multiply_groups<Steps, Source, 1>(job, row, first, last, panel, expanded, totals);
+    multiply_spans<Steps, Source, 1>(job, row, first, last, panel, expanded, totals);
   } else if (num_rows == R) {
-    multiply_groups<Steps, Source, R>(job, row, first, last, panel, expanded, totals);
+    multiply_spans<Steps, Source, R>(job, row, first, last, panel, expanded, totals);
   } else {
     multiply_group_rows<Steps, Source, R - 1>(num_rows, job, row, first, last, panel, expanded, totals);
   }
@@ -399,56 +399,6 @@ void sum_groups(const GroupFormat& format, const X* x, float* sums) {
 }
 
 inline bool multiplies_bfloat16(const Product& job) { return Vec::kBfloat16Dot && job.x_type == kBfloat16; }
-
-inline void prepare_rows(const Product& job, int64_t first_row, int64_t last_row) {
-  const Linear& weight = job.weight;
-  const int64_t num_inputs = weight.groups.num_inputs();
-  for (int64_t row = first_row; row < last_row; ++row) {
-    const auto* halves = static_cast<const uint16_t*>(job.x) + row * weight.num_inputs;
-    float* sums = job.group_sums + row * weight.groups.num_groups;
-    if (multiplies_bfloat16(job)) {
-      uint16_t* out = static_cast<uint16_t*>(job.prepared_x) + row * num_inputs;
-      arrange(weight, halves, out, [](uint16_t x) { return x; });
-      if (weight.groups.subtracts()) sum_groups(weight.groups, out, sums);
-      continue;
-    }
-    float* out = static_cast<float*>(job.prepared_x) + row * num_inputs;
-    if (job.x_type == kFloat32) {
-      arrange(weight, static_cast<const float*>(job.x) + row * weight.num_inputs, out, [](float x) { return x; });
-    } else {
-      arrange(weight, halves, out, [](uint16_t x) { return to_float(x); });
-    }
-    if (weight.groups.subtracts()) sum_groups(weight.groups, out, sums);
-  }
-}
-
-inline int64_t product_scratch_bytes(const Product& job) {
-  if (job.weight.type == kGroups) {
-    const int64_t totals = job.num_rows * kPanel * sizeof(float);
-    if (job.num_rows <= Vec::kGroupRows) return totals;
-    const GroupFormat& format = job.weight.groups;
-    const int64_t groups = spans_at_once(format) * format.groups_per_span;
-    return totals + groups * (kExpandedScaleBytes + format.group_size * kPanel * static_cast<int64_t>(sizeof(float)));
-  }
-  return kSumFloats * sizeof(float) + (expands(job) ? job.weight.num_steps() * kPanel * 4 : 0);
-}
-
-inline void product(const Product& job, int64_t first_panel, int64_t last_panel, char* scratch) {
-  auto* sums = reinterpret_cast<float*>(scratch);
-  const bool is_float = job.x_type == kFloat32;
-  if (job.weight.type == kGroups) {
-    multiply_grouped_as<Vec>(job, first_panel, last_panel, scratch);
-  } else if (job.weight.type == kFloat32) {
-    multiply_panels<Float32Steps>(job, first_panel, last_panel, sums);
-  } else if (expands(job)) {
-    (is_float ? multiply_expanded_panels<MixedSteps> : multiply_expanded_panels<Bfloat16Steps>)(job, first_panel,
-                                                                                                last_panel, sums);
-  } else if (job.weight.type == kInt8) {
-    (is_float ? multiply_panels<Int8MixedSteps> : multiply_panels<Int8Steps>)(job, first_panel, last_panel, sums);
-  } else {
-    (is_float ? multiply_panels<MixedSteps> : multiply_panels<Bfloat16Steps>)(job, first_panel, last_panel, sums);
-  }
-}
 
 #undef ALWAYS_INLINE
 #undef ALWAYS_INLINE_LAMBDA

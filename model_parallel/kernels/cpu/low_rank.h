@@ -82,11 +82,6 @@ void shrink_halves(const Shrink& job, int64_t first, int64_t last) {
   }
 }
 
-inline void shrink(const Shrink& job, int64_t first, int64_t last) {
-  if (job.weights->type == kFloat32) return shrink_halves<Float32Steps>(job, first, last);
-  shrink_halves<Bfloat16Steps>(job, first, last);
-}
-
 // Adds h · upᵀ to the sums of one panel's columns, of rows `row` … `end` − 1 of the product.
 template <class Steps>
 void expand_panel(const AdaptedRows& run, int64_t half, int64_t row, int64_t end, float* sums) {

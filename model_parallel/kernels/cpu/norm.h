@@ -28,8 +28,3 @@ void norm_rows(const Norm& job, int64_t first_row, int64_t last_row) {
     norm_row(job.x + at, residual, static_cast<const T*>(job.weight), out, job.num_columns, job.eps);
   }
 }
-
-inline void norm(const Norm& job, int64_t first_row, int64_t last_row) {
-  if (job.type == kFloat32) return norm_rows<float>(job, first_row, last_row);
-  norm_rows<uint16_t>(job, first_row, last_row);
-}

@@ -1,4 +1,4 @@
-// What each instruction set implements (isa_*.cpp) and api.cpp calls, with the data that operations work on.
+// What each instruction set implements (operations.cpp) and api.cpp calls, with the data that operations work on.
 #pragma once
 
 #include <cstdint>
@@ -169,7 +169,6 @@ struct AttentionPiece {
 constexpr int64_t kQueryRows = 48;
 
 struct Isa {
-  const char* name;
   void (*product)(const Product&, int64_t first_panel, int64_t last_panel, char* scratch);
   int64_t (*product_scratch_bytes)(const Product&);
   void (*prepare_rows)(const Product&, int64_t first_row, int64_t last_row);
@@ -180,12 +179,5 @@ struct Isa {
   void (*attend)(const Attention&, const AttentionPiece&, const AttentionPiece* next, char* scratch);
   int64_t (*attend_scratch_bytes)(const Attention&);
 };
-
-extern const Isa kScalar;
-#if defined(__x86_64__)
-extern const Isa kAvx2;
-extern const Isa kAvx512;
-extern const Isa kAvx512Bf16;
-#endif
 
 }  // namespace packtrain

@@ -1,5 +1,5 @@
-// Single elements of the stored types. Like all headers of the kernels proper it is included inside a namespace of each
-// isa_*.cpp, so that no instruction set's code is ever linked in another's place.
+// Single elements of the stored types. Like all headers of the kernels proper it is included inside an unnamed namespace, after
+// the instruction set has been chosen.
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;

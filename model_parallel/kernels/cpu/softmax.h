@@ -27,28 +27,3 @@ inline float largest_of_lanes(Vec::F x) {
   }
   return lanes[0];
 }
-
-// Sums of kChunk lanes' worth are made in float32 and added in float64.
-inline void softmax_parts(const float* logits, int64_t n, double* parts) {
-  constexpr float kLowest = -__builtin_inff();
-  constexpr int64_t kChunk = 64 * Vec::kLanes;
-  Vec::F largest = Vec::set(kLowest);
-  for (int64_t c = 0; c < n; c += Vec::kLanes) {
-    largest = Vec::max(largest, Vec::keep(Vec::load(logits + c, n - c), n - c, kLowest));
-  }
-  const float maximum = largest_of_lanes(largest);
-  int64_t index = 0;
-  while (index < n - 1 && logits[index] != maximum) ++index;
-  double total = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    Vec::F sums = Vec::set(0.0f);
-    for (int64_t c = begin; c < smaller(begin + kChunk, n); c += Vec::kLanes) {
-      const Vec::F weight = exponential(Vec::add(Vec::load(logits + c, n - c), Vec::set(-maximum)));
-      sums = Vec::add(sums, Vec::keep(weight, n - c, 0.0f));
-    }
-    total += sum_of_lanes(sums);
-  }
-  parts[0] = maximum;
-  parts[1] = total;
-  parts[2] = static_cast<double>(index);
-}

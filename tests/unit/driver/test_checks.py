@@ -123,7 +123,7 @@ def test_a_cache_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 )
 def test_a_missing_compiler(compiler: str | None, compiled: bool, warns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: compiler)
-    monkeypatch.setattr(checks, "is_compiled", lambda library: compiled)
+    monkeypatch.setattr(checks, "is_ready", lambda: compiled)
     assert ("install g++" in check_compiler()) == warns
 
 
