@@ -1,5 +1,6 @@
 // Ranks as threads, exchanging sizes around the borders of a slot, with delays, across the wrap of the turn counter.
-// Built with a sanitizer by tests/unit/collectives/test_shared_memory.py. Exits with 1 at the first wrong number.
+// Built with a sanitizer by tests/unit/collectives/test_shared_memory.py. Argument: the number of operations. Exits with 1 at the
+// first wrong number.
 
 #include "../../model_parallel/collectives/shared_memory/collectives.cpp"
 
@@ -13,7 +14,6 @@
 namespace {
 
 constexpr int64_t kTimeoutNs = 60'000'000'000;
-constexpr int kOperations = 300;
 
 float value(int32_t rank, int operation, int64_t i) {
   return static_cast<float>((rank + 1) * 1'000 + operation) + static_cast<float>(i % 97) * 0.125f;
@@ -31,10 +31,10 @@ int64_t draw_size(std::mt19937& random) {
   return random() % 8 ? sizes[random() % 3] : sizes[random() % 7];
 }
 
-void run(char* segment, int32_t rank, int32_t size, unsigned seed) {
+void run(char* segment, int32_t rank, int32_t size, unsigned seed, int num_operations) {
   std::mt19937 same(seed);  // The same draws on every rank.
   std::mt19937 own(seed + 1 + rank);
-  for (int operation = 0; operation < kOperations; ++operation) {
+  for (int operation = 0; operation < num_operations; ++operation) {
     const int64_t count = draw_size(same);
     std::vector<float> x(count);
     for (int64_t i = 0; i < count; ++i) x[i] = value(rank, operation, i);
@@ -61,7 +61,8 @@ void run(char* segment, int32_t rank, int32_t size, unsigned seed) {
 
 }  // namespace
 
-int main() {
+int main(int, char** arguments) {
+  const int num_operations = std::atoi(arguments[1]);
   for (int32_t size = 2; size <= 5; ++size) {
     const int64_t num_bytes = packtrain_segment_bytes(size);
     const std::unique_ptr<char, decltype(&std::free)> memory(
@@ -70,7 +71,7 @@ int main() {
     auto* members = reinterpret_cast<Member*>(memory.get() + sizeof(Header));
     for (int32_t rank = 0; rank < size; ++rank) members[rank].turn.store(UINT32_MAX - 40);
     std::vector<std::thread> ranks;
-    for (int32_t rank = 0; rank < size; ++rank) ranks.emplace_back(run, memory.get(), rank, size, 100u * size);
+    for (int32_t rank = 0; rank < size; ++rank) ranks.emplace_back(run, memory.get(), rank, size, 100u * size, num_operations);
     for (std::thread& thread : ranks) thread.join();
   }
   return 0;
