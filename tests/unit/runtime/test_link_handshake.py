@@ -30,7 +30,7 @@ class Group:
         )
 
     def connect(self, rank: int, *, secret: bytes = SECRET, epoch: int = EPOCH) -> Connection[LeaderMessage]:
-        return connect("127.0.0.1", self.port, secret=secret, epoch=epoch, rank=rank)
+        return connect("127.0.0.1", self.port, secret=secret, epoch=epoch, rank=rank, timeout_s=PATIENCE_S)
 
     def finish(self) -> None:
         """Both ranks come, and the start succeeds."""
@@ -112,13 +112,13 @@ def test_silent_and_slow_connections_are_closed_and_delay_nobody(
 def test_flood_of_silent_connections_does_not_prevent_the_start(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "HANDSHAKE_TIMEOUT_S", 0.2)
-    group = Group(pool)
-    silent = [raw(group, b"") for _ in range(80)]
-    monkeypatch.undo()
-    group.finish()
-    for sock in silent:
-        sock.close()
+    monkeypatch.setattr(link, "HANDSHAKE_TIMEOUT_S", 0.2)  # must expire
+    with contextlib.ExitStack() as silent:
+        group = Group(pool)
+        for _ in range(80):
+            silent.enter_context(raw(group, b""))
+        monkeypatch.undo()
+        group.finish()
 
 
 def test_nobody_is_heard_any_more_after_the_start(pool: ThreadPoolExecutor) -> None:
