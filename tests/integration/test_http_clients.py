@@ -24,7 +24,7 @@ from serving.driver.app import RunningApp
 from serving.tenants.records import KeyGrant, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store
-from tests.support.ranks import reference_from_gguf
+from tests.support.converted import converted, reference_model
 from tests.support.stack import MODEL, group_stats, running_stack, stack_config, wait_until
 from tests.support.waiting import PATIENCE_S
 
@@ -174,8 +174,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, key: s
     }  # fmt: skip
     for name, task in tasks.items():
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-    tokenizer.save_pretrained(directory / "tokenizer")
+    (directory / "tokenizer").symlink_to(converted(smollm2_path))
     return Harness(directory, key)
 
 
@@ -188,7 +187,7 @@ def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Ha
     assert all(isinstance(sample["resps"][0][0], str) for sample in samples["say"])
     assert samples["say"][0]["resps"][0][0] == " Paris"
 
-    model = reference_from_gguf(smollm2_path)
+    model = reference_model(smollm2_path)
     tokenizer = AutoTokenizer.from_pretrained(harness.directory / "tokenizer")
     with Client(app.address, api_key=harness.key) as client:
         for sample in sorted(samples["choose"], key=lambda each: each["doc_id"]):

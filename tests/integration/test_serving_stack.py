@@ -21,7 +21,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from serving.client.client import Client, chat_prompt
 from serving.driver.app import RunningApp
 from serving.text.tokenizer import load_tokenizer
-from tests.support.ranks import reference_from_gguf
+from tests.support.converted import reference_model
 from tests.support.stack import MODEL, group_handle, group_stats, running_stack, stack_config, story, wait_until
 from tests.support.waiting import PATIENCE_S
 
@@ -112,7 +112,7 @@ def test_scores_are_the_models_own(client: Client, smollm2_path: Path) -> None:
     request = pb.ScoreRequest(model=MODEL, context=pb.Prompt(text=context))
     request.continuations.extend(pb.Continuation(text=text) for text in continuations)
     scores = client.stub.Score(request, timeout=60).scores
-    model, tokenizer = reference_from_gguf(smollm2_path), load_tokenizer(smollm2_path)
+    model, tokenizer = reference_model(smollm2_path), load_tokenizer(smollm2_path)
     for text, score in zip(continuations, scores, strict=True):
         ids, start = tokenizer.encode(context + text), len(tokenizer.encode(context))
         with torch.no_grad():

@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from model_parallel.engine.request import EngineRequest, FinishReason, SamplingParams
+from tests.support.converted import reference_model
 from tests.support.effort import by_day, rest_by_night
 from tests.support.kernels import BACKENDS, INSTRUCTION_SETS, use_backend
 from tests.support.local_engine import LocalGroup
-from tests.support.ranks import reference_from_gguf, save_random_llama
+from tests.support.ranks import save_random_llama
 
 NUM_PROMPTS = 10
 NUM_NEW = 64
@@ -84,7 +85,7 @@ def test_smollm2_greedy_answers_are_those_of_transformers(
     smollm2_path: Path, backend: str, tp_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_backend(monkeypatch, backend)
-    model = reference_from_gguf(smollm2_path)
+    model = reference_model(smollm2_path)
     prompts = _prompts(49152, [20 + i for i in range(by_day(4, by_night=NUM_PROMPTS))])
     group = LocalGroup(smollm2_path, tp_size)
     outcome = group.run([_request(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])

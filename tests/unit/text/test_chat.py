@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from model_parallel.errors import ConfigError
 from serving.text.chat import ChatError, ChatMessage, render_chat
 from serving.text.tokenizer import Tokenizer, load_tokenizer
+from tests.support.converted import converted
 from tests.support.llama_tokenizers import CONTROL_TEXTS, llama_directory, sentencepiece_model, tokenizer_json
 
 LLAMA_2_TEMPLATE = (
@@ -67,7 +68,7 @@ def test_llama_2_is_the_published_template(llama: Tokenizer, tmp_path: Path, dia
 
 @pytest.fixture(scope="module")
 def smollm2_reference(smollm2_path: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    return AutoTokenizer.from_pretrained(converted(smollm2_path))
 
 
 @pytest.mark.parametrize("dialogue", DIALOGUES)

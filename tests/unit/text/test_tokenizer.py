@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model_parallel.errors import CheckpointError, ConfigError, RequestError
 from serving.text.tokenizer import Tokenizer, load_tokenizer
+from tests.support.converted import converted
 from tests.support.llama_tokenizers import (
     CONTROL_TEXTS,
     TEXTS,
@@ -46,7 +47,7 @@ def tokenizer(request: pytest.FixtureRequest, tokenizers_by_kind: dict[str, Toke
 
 def test_same_ids_as_transformers_on_smollm2(smollm2_path: Path, tokenizers_by_kind: dict[str, Tokenizer]) -> None:
     """transformers ignores `tokenizer.ggml.pre`: it is given the pre-tokenizer of SmolLM2's own tokenizer.json."""
-    theirs = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    theirs = AutoTokenizer.from_pretrained(converted(smollm2_path))
     ours = tokenizers_by_kind["smollm2"]
     for text in TEXTS:
         if not any(character.isnumeric() for character in text):
