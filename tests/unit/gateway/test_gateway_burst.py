@@ -17,7 +17,7 @@ from tests.unit.gateway.conftest import Serve
 
 async def test_no_call_of_a_burst_is_cancelled_by_grpc(serve: Serve) -> None:
     """By default gRPC cancels calls at random when a thousand or more wait for the event loop."""
-    num_calls, limit = 2400, 1200
+    num_calls, limit = 1600, 800
 
     async def code(call: grpc.aio.UnaryUnaryCall[pb.GenerateRequest, pb.GenerateResponse]) -> grpc.StatusCode:
         return await call.code()

@@ -29,7 +29,7 @@ from model_parallel.model.sampler import Sampled, Sampler
 from tests.support.effort import by_day
 from tests.support.ranks import on_threads
 
-NUM_DRAWS = by_day(4000, by_night=20_000)
+NUM_DRAWS = by_day(2000, by_night=20_000)
 VOCABULARY = 97
 
 

@@ -24,7 +24,7 @@ VOCABULARY, EOS = 275, 0
 TOKENS = [b"", *(bytes([byte]) for byte in range(256)), *(bytes([97 + i]) * 2 for i in range(18))]
 COMPILER = GrammarCompiler(TokenTable.of(TOKENS, (EOS,)))
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(5)) * 1.5
-NUM_DRAWS = by_day(1000, by_night=20_000)
+NUM_DRAWS = by_day(500, by_night=20_000)
 compiled = cache(COMPILER.compile)
 
 

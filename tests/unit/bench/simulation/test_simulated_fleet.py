@@ -162,12 +162,12 @@ def test_the_autoscaler_grows_under_load_and_shrinks_after_it() -> None:
     wave["arrivals"] = {
         "process": "poisson",
         "stages": [
-            {"duration_s": 100, "start": 1}, {"duration_s": 200, "start": 40}, {"duration_s": 300, "start": 1},
+            {"duration_s": 30, "start": 1}, {"duration_s": 60, "start": 30}, {"duration_s": 120, "start": 1},
         ],
     }  # fmt: skip
     made = scenario(
-        tenants=[wave], duration_s=600, groups={"num_groups": 1, "start_s": 5.0},
-        scaling={"policy": "ongoing", "max_groups": 6, "target_ongoing": 4, "upscale_delay_s": 5, "downscale_delay_s": 60},
+        tenants=[wave], duration_s=210, groups={"num_groups": 1, "start_s": 5.0},
+        scaling={"policy": "ongoing", "max_groups": 6, "target_ongoing": 4, "upscale_delay_s": 5, "downscale_delay_s": 30},
     )  # fmt: skip
     _, fleet = simulate(made)
     groups = list(fleet.samples.num_groups)
