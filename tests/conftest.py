@@ -15,7 +15,7 @@ _ANY_SPEED = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile(DAY, max_examples=25, derandomize=True, **_ANY_SPEED)
+settings.register_profile(DAY, max_examples=15, derandomize=True, **_ANY_SPEED)
 settings.register_profile(NIGHT, max_examples=300, print_blob=True, **_ANY_SPEED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", DAY))
 

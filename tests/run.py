@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,15 +35,23 @@ class Suite:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     shares: str = ""
-    """How xdist shares the tests among one worker a core; all in one process when empty."""
+    """How xdist shares the tests among workers; all in one process when empty."""
+    waits: bool = False
+    """Whether a core is idle while a test runs: there are half again as many workers, or files at a time, as cores."""
     file_by_file: bool = False
-    """Each file in a process and session of its own, two at a time: Ray's head is forked, which a process full of another file's
-    gRPC threads can break, and tests look for the processes of their session."""
+    """Each file in a process and session of its own, two at a time or a few more: Ray's head is forked, which a process full of
+    another file's gRPC threads can break, and tests look for the processes of their session."""
+
+    @property
+    def num_at_once(self) -> int:
+        """Workers or files."""
+        num_cores = min(NUM_CORES, 2 if self.file_by_file else MAX_WORKERS)
+        return num_cores + num_cores // 2 if self.waits else num_cores
 
 
 KERNELS = "tests/unit/kernels"
 SUITES = (
-    Suite(name="unit", arguments=("tests/unit",), shares="worksteal"),
+    Suite(name="unit", arguments=("tests/unit",), shares="worksteal", waits=True),
     # Whether Triton interprets or compiles is settled when it is imported.
     Suite(
         name="triton-interpreted",
@@ -60,16 +68,16 @@ SUITES = (
     Suite(name="numerics", arguments=("tests/numerics",), shares="worksteal"),
     Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile"),
     Suite(name="chaos", arguments=("tests/chaos",), shares="worksteal"),
-    Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
-    Suite(name="helm", arguments=("tests/helm",)),
-    Suite(name="packaging", arguments=("tests/packaging",)),
+    Suite(name="integration", arguments=("tests/integration",), file_by_file=True, waits=True),
+    Suite(name="helm", arguments=("tests/helm",), shares="loadfile"),
+    Suite(name="packaging", arguments=("tests/packaging",), shares="loadfile"),
 )
 WITHOUT_AVX512 = {"PACKTRAIN_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """Of our kernels, torch's and oneDNN's. Tests that name an instruction set still get it."""
 NIGHT = ("--hypothesis-profile=night", "--timeout=7200")
 NIGHTLY_SUITES = (
     *(
-        Suite(name=each.name, arguments=(*NIGHT, *each.arguments), environment=each.environment, shares=each.shares)
+        replace(each, arguments=(*NIGHT, *each.arguments))
         for each in SUITES
         if each.name in ("unit", "triton-interpreted", "numerics")
     ),
@@ -117,10 +125,6 @@ class Outcome:
                 self.num_passed += 1
 
 
-def num_workers() -> int:
-    return min(NUM_CORES, MAX_WORKERS)
-
-
 @dataclass(kw_only=True)
 class Part:
     """A run of pytest: a suite, or a file of one."""
@@ -141,10 +145,10 @@ class Part:
 def start(suite: Suite, arguments: Sequence[str], report: Path) -> Part:
     command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
     environment = {**os.environ, **suite.environment}
-    if suite.shares and num_workers() > 1:
-        command += ["-n", str(num_workers()), "--dist", suite.shares]
+    if suite.shares and suite.num_at_once > 1:
+        command += ["-n", str(suite.num_at_once), "--dist", suite.shares]
         # Otherwise each worker's torch has as many threads as there are cores, which wait for each other.
-        environment |= {"OMP_NUM_THREADS": str(max(1, NUM_CORES // num_workers()))}
+        environment |= {"OMP_NUM_THREADS": str(max(1, NUM_CORES // suite.num_at_once))}
     report.unlink(missing_ok=True)
     if not suite.file_by_file:
         return Part(process=subprocess.Popen(command, cwd=ROOT, env=environment), log=None)
@@ -166,7 +170,7 @@ def run_suite(suite: Suite, options: Sequence[str]) -> Outcome:
     unused, running = list(reports), list[Part]()
     try:
         while waiting or running:
-            while waiting and len(running) < min(2, NUM_CORES):
+            while waiting and len(running) < suite.num_at_once:
                 running.append(start(suite, [*options, *waiting.pop(0)], unused.pop(0)))
             for part in [part for part in running if part.process.poll() is not None]:
                 running.remove(part)

@@ -126,6 +126,15 @@ def test_closing_a_stream_frees_its_memory(api: openai.OpenAI) -> None:
     )
 
 
+COMMAND_LINES = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+"""
+
+
 @dataclass(frozen=True)
 class Harness:
     """lm-eval with two tasks on data of ours; nothing of it looks for a network."""
@@ -133,28 +142,42 @@ class Harness:
     directory: Path
     key: str
 
-    def run(self, model: str, arguments: dict[str, Any], *tasks: str, chat: bool = False) -> dict[str, list[Any]]:
-        """Samples of each task."""
-        output = self.directory / model
-        listed = ",".join(f"{name}={value}" for name, value in arguments.items())
-        command = [
-            sys.executable, "-m", "lm_eval", "run", "--model", model, "--model_args", listed, "--tasks", ",".join(tasks),
-            "--include_path", str(self.directory), "--output_path", str(output), "--log_samples",
-            *(["--apply_chat_template"] if chat else []),
-        ]  # fmt: skip
+    def run(self, http_url: str) -> None:
+        """Both models, one after the other in one process, which takes many seconds to load."""
+        tokenizer = self.directory / "tokenizer"
+        commands = [
+            self._arguments("local-completions", f"{http_url}/v1/completions", f"tokenizer={tokenizer}", "choose,say"),
+            [
+                *self._arguments("local-chat-completions", f"{http_url}/v1/chat/completions", "", "say"),
+                "--apply_chat_template",
+            ],
+        ]
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(self.directory)}
-        environment = os.environ | offline | {"OPENAI_API_KEY": self.key}
-        ended = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=100)
+        ended = subprocess.run(
+            [sys.executable, "-c", COMMAND_LINES, json.dumps(commands)],
+            check=False,
+            env=os.environ | offline | {"OPENAI_API_KEY": self.key},
+            capture_output=True,
+            text=True,
+            timeout=4 * PATIENCE_S,
+        )
         assert ended.returncode == 0, ended.stderr[-3000:]
-        samples = {}
-        for task in tasks:
-            (path,) = output.rglob(f"samples_{task}_*.jsonl")
-            samples[task] = [json.loads(line) for line in path.read_text().splitlines()]
-        return samples
+
+    def _arguments(self, model: str, url: str, more: str, tasks: str) -> list[str]:
+        listed = f"model={MODEL},base_url={url},num_concurrent=2,max_retries=1,{more}".rstrip(",")
+        return [
+            "run", "--model", model, "--model_args", listed, "--tasks", tasks, "--include_path", str(self.directory),
+            "--output_path", str(self.directory / model), "--log_samples",
+        ]  # fmt: skip
+
+    def samples(self, model: str, task: str) -> list[Any]:
+        (path,) = (self.directory / model).rglob(f"samples_{task}_*.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, key: str) -> Harness:
+def harness(app: RunningApp, tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, key: str) -> Harness:
+    """Has run."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed: pip install -e '.[clients]'")
     directory = tmp_path_factory.mktemp("lm-eval")
@@ -175,22 +198,20 @@ def harness(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, key: s
     for name, task in tasks.items():
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
     (directory / "tokenizer").symlink_to(converted(smollm2_path))
-    return Harness(directory, key)
+    harness = Harness(directory, key)
+    harness.run(str(app.http_url))
+    return harness
 
 
 def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Harness, smollm2_path: Path) -> None:
-    arguments = {
-        "model": MODEL, "base_url": f"{app.http_url}/v1/completions", "tokenizer": harness.directory / "tokenizer",
-        "num_concurrent": 2, "max_retries": 1,
-    }  # fmt: skip
-    samples = harness.run("local-completions", arguments, "choose", "say")
-    assert all(isinstance(sample["resps"][0][0], str) for sample in samples["say"])
-    assert samples["say"][0]["resps"][0][0] == " Paris"
+    said, chosen = (harness.samples("local-completions", task) for task in ("say", "choose"))
+    assert all(isinstance(sample["resps"][0][0], str) for sample in said)
+    assert said[0]["resps"][0][0] == " Paris"
 
     model = reference_model(smollm2_path)
     tokenizer = AutoTokenizer.from_pretrained(harness.directory / "tokenizer")
     with Client(app.address, api_key=harness.key) as client:
-        for sample in sorted(samples["choose"], key=lambda each: each["doc_id"]):
+        for sample in sorted(chosen, key=lambda each: each["doc_id"]):
             context, choices = sample["doc"]["context"], sample["doc"]["choices"]
             request = pb.ScoreRequest(model=MODEL, context=pb.Prompt(text=context))
             request.continuations.extend(pb.Continuation(text=text) for text in choices)
@@ -206,13 +227,7 @@ def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Ha
                 assert is_greedy == score.is_greedy
 
 
-def test_lm_eval_chats(app: RunningApp, harness: Harness) -> None:
-    arguments = {
-        "model": MODEL,
-        "base_url": f"{app.http_url}/v1/chat/completions",
-        "num_concurrent": 2,
-        "max_retries": 1,
-    }
-    samples = harness.run("local-chat-completions", arguments, "say", chat=True)
-    assert len(samples["say"]) == len(CASES)
-    assert all(sample["resps"][0][0] for sample in samples["say"])
+def test_lm_eval_chats(harness: Harness) -> None:
+    said = harness.samples("local-chat-completions", "say")
+    assert len(said) == len(CASES)
+    assert all(sample["resps"][0][0] for sample in said)

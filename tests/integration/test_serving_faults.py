@@ -13,19 +13,14 @@ from ray.util import placement_group_table
 
 from protos.inference_pb2_grpc import InferenceStub
 from serving.client.client import Client
+from serving.config import parse_config
 from serving.driver.app import RunningApp
 from tests.support.effort import rest_by_night
-from tests.support.stack import (
-    group_handle,
-    group_stats,
-    running_stack,
-    stack_config,
-    story,
-    wait_until,
-)
+from tests.support.operations import entry, tiny_model
+from tests.support.stack import MODEL, group_handle, group_stats, running_stack, story, wait_until
 from tests.support.waiting import PATIENCE_S
 
-NUM_TOKENS = 240
+NUM_TOKENS = 800
 """Of a stream: enough that the kill comes in the middle."""
 
 VICTIMS = ("leader", "rank 0", "rank 1")
@@ -35,8 +30,15 @@ DAY_FAULTS = [("leader", "SIGKILL"), ("leader", "SIGSTOP"), ("rank 1", "SIGSTOP"
 
 
 @pytest.fixture(scope="module")
-def app() -> Iterator[RunningApp]:
-    with running_stack(stack_config()) as app:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
+    """On a small model, which starts anew soon."""
+    model = entry(MODEL, tiny_model(tmp_path_factory.mktemp("tiny")), tensor_parallel_size=2)
+    data = {
+        "models": [model],
+        "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},
+        "admin": {"metrics_port": 0, "port": 0},
+    }
+    with running_stack(parse_config(data, origin="test")) as app:
         yield app
 
 

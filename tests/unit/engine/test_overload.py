@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model_parallel.engine.overload import Deadlines, Pace, StepTimes
 from model_parallel.engine.request import FinishReason
 from model_parallel.errors import RequestError
+from tests.support.effort import by_day
 from tests.support.engine import Harness, make_request
 from tests.support.simulation import Simulation, arrivals
 
@@ -245,7 +246,7 @@ def storm(num_retries: int) -> tuple[int, int]:
     left: dict[int, int] = {}
     """Retries that are left, by the number of the one that is waited for."""
     again: list[int] = []
-    for _ in range(2000):
+    for _ in range(by_day(1000, by_night=2000)):
         refused = []
         for retries in again + [num_retries] * arrivals(simulation.rng, 10 * CAPACITY):
             if simulation.send("a", 60, simulation.rng.randint(20, 100), deadline_s=10.0):

@@ -61,7 +61,7 @@ def check_conservation(fleet: Fleet) -> None:
     limits=st.sampled_from(
         [None, {"tokens_per_minute": 20000}, {"max_concurrent_requests": 3}, {"token_budget": 5000}]
     ),
-    failures=st.sampled_from([[], [3.0, 3.0, 9.5]]),
+    failures=st.sampled_from([[], [1.5, 1.5, 4.7]]),
     migration=st.booleans(),
     turns=st.sampled_from([1, 3]),
     max_tokens=st.sampled_from([None, 90]),
@@ -80,7 +80,7 @@ def test_nothing_is_lost_whatever_happens(seed: int, rates: list[float], scaling
     fleet = build(
         scenario(
             seed=seed,
-            duration_s=10,
+            duration_s=5,
             drain_s=c["drain_s"],
             tenants=tenants,
             gateways={"num_gateways": c["num_gateways"], "request_s": c["request_s"]},
@@ -90,7 +90,7 @@ def test_nothing_is_lost_whatever_happens(seed: int, rates: list[float], scaling
             and {"policy": scaling, "max_groups": 4, "upscale_delay_s": 1, "downscale_delay_s": 3, "period_s": 1},
         )
     )
-    fleet.run(10 + c["drain_s"])  # whose clocks raise when time would go back
+    fleet.run(5 + c["drain_s"])  # whose clocks raise when time would go back
     check_conservation(fleet)
     for member in fleet.members.values():
         member.group.engine.check_integrity()
