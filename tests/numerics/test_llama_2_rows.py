@@ -14,6 +14,7 @@ from bench.support.synthetic_llama import Format, SyntheticLlama, full_width, me
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.stored import StoredTensor
 from model_parallel.engine.request import EngineRequest, SamplingParams
+from tests.support.effort import is_night
 from tests.support.local_engine import LocalGroup
 from tests.support.ranks import group_config, prompt_logits
 from tests.support.shards import load_parts
@@ -75,7 +76,9 @@ def test_description(row: tuple[SyntheticLlama, Path]) -> None:
 def test_logits_at_every_tensor_parallel_size(row: tuple[SyntheticLlama, Path]) -> None:
     model, path = row
     reference = reference_logits(model, path)
-    for tp_size in TP_SIZES[model.size]:
+    # A chat model differs in its files alone.
+    sizes = TP_SIZES[model.size] if is_night() or "chat" not in path.name else (1, 2)
+    for tp_size in sizes:
         ours = prompt_logits(group_config(path, tp_size), prompt(model), chunk=PROMPT_LEN)
         assert relative_error(ours, reference) <= MAX_RELATIVE_ERROR, tp_size
 
