@@ -85,6 +85,10 @@ class Actuator(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Bring what was ordered before, and is not done yet, as far as it can be now. Raises ScalingError."""
+        ...
+
 
 class Store(Protocol):
     """Keeps the memory of the one autoscaler that may write: the last that has opened it."""
@@ -140,6 +144,10 @@ class Autoscaler:
             return decision
         for model, made in decision.models.items():
             self._carry_out(model, made, decision.now_s)
+        try:
+            self._actuator.settle()
+        except ScalingError as error:
+            logger.warning("an order is not carried out yet: %s", error)
         return decision
 
     def run(self, stop: threading.Event, period_s: float) -> None:

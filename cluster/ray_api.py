@@ -4,14 +4,20 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.placement import NodeResources
@@ -114,6 +120,19 @@ def run_on_node(function: Callable[[], Any], node_id: str, timeout_s: float) -> 
 def current_placement_group() -> PlacementGroup | None:
     """The one that this actor was scheduled into."""
     return get_current_placement_group()
+
+
+@contextmanager
+def asking_for_nodes(groups: Sequence[Sequence[Mapping[str, float]]]) -> Iterator[None]:
+    """Within the block Ray's autoscaler, where there is one, is asked for nodes with room for these bundles, those of each group
+    reserved at once. What has been reserved by the end is given back."""
+    # PACK: which nodes can come is not known, and so neither whether a group fits one of them.
+    asked = [placement_group([dict(bundle) for bundle in bundles], strategy="PACK") for bundles in groups]
+    try:
+        yield
+    finally:
+        for group in asked:
+            remove_placement_group(group)
 
 
 def wait_placed(group: PlacementGroup, timeout_s: float) -> bool:

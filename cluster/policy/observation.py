@@ -67,6 +67,8 @@ class GroupObservation(msgspec.Struct, frozen=True, kw_only=True):
     """None when it does not answer."""
     start_s: float | None = None
     """How long its start took, from being wanted to serving; None where nobody saw it."""
+    num_beside: int = 0
+    """Other groups on its leader's node. When the last one has gone, the node can go."""
 
 
 class GatewayLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from cluster.autoscaler import Autoscaler, ScalingError
 from cluster.autoscaler_store import RayRecords, RecordStore
 from cluster.ray_api import this_node
 from serving.autoscaling.fleet import ServeFleet
+from serving.autoscaling.retirement import Control
 from serving.autoscaling.serve_control import ServeControl
 from serving.autoscaling.settings import AutoscalerSettings
 from serving.observability.log import configure_logging
@@ -46,9 +47,16 @@ class AutoscalerActor:
     def pid(self) -> int:
         return os.getpid()
 
+    def _clock(self) -> float:
+        """Wall clock."""
+        return time.time()
+
+    def _control(self) -> Control:
+        return ServeControl(self._settings.apps)
+
     def _run(self) -> None:
         try:
-            fleet = ServeFleet(self._settings, ServeControl(self._settings.apps))
+            fleet = ServeFleet(self._settings, self._control(), self._clock)
             while not self._stop.is_set():
                 try:
                     autoscaler = self._opened(fleet)
@@ -69,18 +77,20 @@ class AutoscalerActor:
             fleet,
             fleet,
             RecordStore(RayRecords()),
-            clock=time.time,
+            clock=self._clock,
             on_change=fleet.count,
         )
 
 
-def start_autoscaler(settings: AutoscalerSettings, timeout_s: float) -> None:
+def start_autoscaler(
+    settings: AutoscalerSettings, timeout_s: float, actor_class: type[AutoscalerActor] = AutoscalerActor
+) -> None:
     """Detached, so that it outlives the process that started it. It goes on with what the last one has learned, and nobody waits
     until it does. Raises RayError."""
     stop_autoscaler(timeout_s)
     deadline_s = time.monotonic() + timeout_s
     node_id, _ = this_node()
-    remote: Any = ray.remote(AutoscalerActor)
+    remote: Any = ray.remote(actor_class)
     options = remote.options(
         name=NAME,
         namespace=NAMESPACE,

@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
@@ -19,46 +18,15 @@ from cluster.policy import (
     Observation,
     Phase,
 )
+from serving.autoscaling.retirement import Control, Deployed, Replica, Retirements
 from serving.autoscaling.settings import AutoscalerSettings
-from serving.contracts.fleet import Fleet, FleetDecision, FleetGroup, FleetModel, GatewayDemand, ModelDemand
+from serving.contracts.fleet import Departure, Fleet, FleetDecision, FleetGroup, FleetModel, GatewayDemand, ModelDemand
 
 MAX_TOLD = 200
 """Decisions that gateways are told."""
-_PHASES = {"STARTING": Phase.STARTING, "STOPPING": Phase.DRAINING, "STOPPED": Phase.DRAINING}
-"""By Serve's name; whatever else there is, such as RECOVERING, runs."""
 _encode = msgspec.msgpack.Encoder().encode
-_decode_load = msgspec.msgpack.Decoder(tuple[str, GroupLoad | None]).decode
+_decode_load = msgspec.msgpack.Decoder(tuple[str, GroupLoad | None, Departure]).decode
 _decode_demand = msgspec.msgpack.Decoder(GatewayDemand).decode
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replica:
-    """One replica of a deployment."""
-
-    id: str
-    state: str
-    """Serve's name of it."""
-    started_s: float
-    """Wall clock, when Serve began to start it, or found it again after a restart of its own."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Deployed:
-    """One deployment."""
-
-    target: int
-    """Replicas that there should be."""
-    replicas: tuple[Replica, ...]
-
-
-class Control(Protocol):
-    """Ray Serve; see serve_control.py."""
-
-    def deployed(self) -> Mapping[str, Deployed]: ...
-
-    def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]: ...
-
-    def set_target(self, deployment: str, num_replicas: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +44,11 @@ class ServeFleet:
 
     def __init__(self, settings: AutoscalerSettings, control: Control, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._control, self._clock = settings, control, clock
+        self._retirements = {
+            model: Retirements(control=control, deployment=scaled.deployment)
+            for model, scaled in settings.models.items()
+        }
+        self._given_up = dict.fromkeys(settings.models, False)
         self._lives: dict[str, _Life] = {}
         self._last = Fleet(at_s=0.0)
         """What gateways are told at the next look."""
@@ -95,19 +68,29 @@ class ServeFleet:
         for model, scaled in self._settings.models.items():
             if (found := deployed.get(scaled.deployment)) is None:
                 continue
-            groups = self._observe_groups(scaled.deployment, found, lives)
+            groups = self._observe_groups(model, found, lives)
+            self._given_up[model] = bool(found.given_up)
             loads = tuple(
                 GatewayObservation(gateway=gateway, load=None if demands is None else _load_of(demands, model, at_s))
                 for gateway, (demands, at_s) in gateways.items()
             )
-            models[model] = ModelObservation(target=found.target, groups=groups, gateways=loads)
+            target = self._retirements[model].target(found)
+            models[model] = ModelObservation(target=target, groups=groups, gateways=loads)
         self._lives = lives
         self._last = self._seen(models, deployed)
         return Observation(models=models, num_accelerators=self._settings.max_ranks)
 
     def scale(self, model: str, target: int, victims: tuple[str, ...]) -> None:
-        """Serve chooses itself which groups it stops: see docs/autoscaling.md. Raises ScalingError."""
-        self._control.set_target(self._settings.models[model].deployment, target)
+        """Raises ScalingError."""
+        self._retirements[model].scale(target, victims)
+
+    def settle(self) -> None:
+        """Raises ScalingError."""
+        for model, retirements in self._retirements.items():
+            if self._settings.models[model].scaled.mode is Mode.ON:
+                retirements.settle()
+                if self._given_up[model]:
+                    retirements.begin_anew()
 
     def count(self, model: str, mode: Mode, decision: ModelDecision) -> None:
         """Another number of groups was decided."""
@@ -122,26 +105,34 @@ class ServeFleet:
         demands = {answer.gateway: answer.models for answer in answers}
         return {gateway: (demands.get(gateway), at_s) for gateway in running}
 
-    def _observe_groups(
-        self, deployment: str, deployed: Deployed, lives: dict[str, _Life]
-    ) -> tuple[GroupObservation, ...]:
+    def _observe_groups(self, model: str, deployed: Deployed, lives: dict[str, _Life]) -> tuple[GroupObservation, ...]:
         at_s = self._clock()
-        loads = dict(map(_decode_load, self._control.ask_all(deployment, "load")))
+        answers = list(map(_decode_load, self._control.ask_all(self._settings.models[model].deployment, "load")))
+        loads = {group: load for group, load, _ in answers}
+        retirements = self._retirements[model]
+        retirements.learn(deployed, {group: departure for group, _, departure in answers})
+        num_on_node = Counter(replica.node_id for replica in deployed.replicas if not replica.is_stopping)
         groups = []
         for replica in deployed.replicas:
-            life = lives[replica.id] = self._live(replica, at_s)
+            phase = Phase.DRAINING if replica.id in retirements.retiring else _phase(replica)
+            life = lives[replica.id] = self._live(replica, phase, at_s)
             load = loads.get(replica.id)
             if load is not None:
                 load = msgspec.structs.replace(load, measured_s=at_s)
             groups.append(
                 GroupObservation(
-                    group=replica.id, phase=life.phase, since_s=life.since_s, load=load, start_s=life.start_s
+                    group=replica.id,
+                    phase=life.phase,
+                    since_s=life.since_s,
+                    load=load,
+                    start_s=life.start_s,
+                    num_beside=num_on_node[replica.node_id] - 1 if replica.node_id else 0,
                 )
             )
         return tuple(groups)
 
-    def _live(self, replica: Replica, now_s: float) -> _Life:
-        phase, before = _phase(replica), self._lives.get(replica.id)
+    def _live(self, replica: Replica, phase: Phase, now_s: float) -> _Life:
+        before = self._lives.get(replica.id)
         if phase is Phase.STARTING:
             return _Life(phase, replica.started_s or now_s)
         if before is None:
@@ -189,7 +180,10 @@ class ServeFleet:
 
 
 def _phase(replica: Replica) -> Phase:
-    return _PHASES.get(replica.state, Phase.RUNNING)
+    """Whatever else Serve names, such as RECOVERING, runs."""
+    if replica.is_starting:
+        return Phase.STARTING
+    return Phase.DRAINING if replica.is_stopping else Phase.RUNNING
 
 
 def _load_of(demands: Mapping[str, ModelDemand], model: str, at_s: float) -> GatewayLoad | None:

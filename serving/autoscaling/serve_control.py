@@ -11,7 +11,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.autoscaler import ScalingError
-from serving.autoscaling.fleet import Deployed, Replica
+from serving.autoscaling.retirement import Deployed, Replica
+from serving.contracts.start_failure import plain_reason
 
 TIMEOUT_S = 10.0
 """For the controller. It may be starting again."""
@@ -40,9 +41,13 @@ class ServeControl:
         return {
             name: Deployed(
                 target=deployment["target_num_replicas"],
+                given_up=plain_reason(deployment["message"]) if deployment["status"] == "DEPLOY_FAILED" else "",
                 replicas=tuple(
                     Replica(
-                        id=replica["replica_id"], state=str(replica["state"].value), started_s=replica["start_time_s"]
+                        id=replica["replica_id"],
+                        state=str(replica["state"].value),
+                        started_s=replica["start_time_s"],
+                        node_id=replica["node_id"] or "",
                     )
                     for replica in deployment["replicas"]
                 ),

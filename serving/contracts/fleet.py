@@ -1,6 +1,18 @@
-"""What the autoscaler tells every gateway of the groups, and what a gateway answers of its demand."""
+"""What the autoscaler tells every gateway of the groups, what a gateway answers of its demand, and a group of its end."""
+
+from enum import StrEnum
 
 import msgspec
+
+
+class Departure(StrEnum):
+    """How far a group is that is to be one too many."""
+
+    NONE = ""
+    RETIRING = "retiring"
+    """Takes nothing new."""
+    RETIRED = "retired"
+    """Nothing runs on it any more. It waits for its leave."""
 
 
 class ModelDemand(msgspec.Struct, frozen=True):

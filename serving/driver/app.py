@@ -33,7 +33,7 @@ from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import applications, joined
 from serving.driver.applications import STOP_TIMEOUT_S
 from serving.driver.environment import CLUSTER_VARIABLES, cluster_environment
-from serving.driver.gateways import GatewayFollower
+from serving.driver.nodes import NodeFollower
 from serving.driver.operations import ClusterOperations, finish_interrupted, run_autoscaler
 from serving.driver.preflight import Preflight, begin
 from serving.driver.record import first_served, read_served, write_served
@@ -68,8 +68,8 @@ class RunningApp:
     """Of a private cluster."""
     admin: AdminThread | None
     operations: ClusterOperations
-    gateways: GatewayFollower | None = None
-    """Where gateways follow the nodes of a cluster."""
+    nodes: NodeFollower | None = None
+    """Of a cluster that was joined."""
     metrics_port: int | None = None
     """Of the first gateway; None when metrics are turned off."""
 
@@ -103,8 +103,8 @@ class RunningApp:
     def stop(self) -> None:
         """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
         self.operations.close()
-        if self.gateways is not None:
-            self.gateways.close()
+        if self.nodes is not None:
+            self.nodes.close()
         if self.config.ray.detached:
             try:
                 if self.admin is not None:
@@ -204,7 +204,7 @@ def _start(
         admin=admin,
         operations=operations,
         # From none on: a command that takes over does not know how many there are.
-        gateways=GatewayFollower(0) if guard is None and config.ray.num_gateways is None else None,
+        nodes=NodeFollower(0 if config.ray.num_gateways is None else None) if guard is None else None,
         metrics_port=metrics_port,
     )
 

@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from typing import Any
 
@@ -81,29 +82,40 @@ def requests_of_specs(specs: Sequence[GroupSpec]) -> list[GroupRequest]:
     ]
 
 
+def ask_for_nodes(requests: Sequence[GroupRequest]) -> AbstractContextManager[None]:
+    """Within the block Ray's autoscaler is asked for room for these groups."""
+    return ray_api.asking_for_nodes([[request.bundle] * request.tp_size for request in requests])
+
+
 def wait_for_places(
     requests: Sequence[GroupRequest],
     timeout_s: float,
     report: Callable[[str], None],
     *,
+    others: Sequence[GroupRequest] = (),
+    ask: Callable[[Sequence[GroupRequest]], AbstractContextManager[None]] = ask_for_nodes,
     nodes: Callable[[], Sequence[NodeResources]] = ray_api.alive_nodes,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[GroupPlacement]:
-    """Placements of all groups, as soon as the cluster has nodes for them. Raises ConfigError, with what is missing, when it has
-    none within `timeout_s`."""
+    """Placements of all groups, as soon as the cluster has nodes for them beside the `others`, which have theirs. A cluster that
+    scales itself is asked for the nodes; it may have had none. Raises ConfigError, with what is missing, when they have not come
+    within `timeout_s`."""
     deadline_s = clock() + timeout_s
     told = ""
-    while True:
-        try:
-            return plan_groups(requests, nodes())
-        except ConfigError as error:
-            if clock() >= deadline_s:
-                raise
-            if str(error) != told:
-                told = str(error)
-                report(f"waiting for nodes: {told}")
-        sleep(_POLL_S)
+    with ExitStack() as asking:
+        while True:
+            try:
+                return plan_groups([*requests, *others], nodes())[: len(requests)]
+            except ConfigError as error:
+                if clock() >= deadline_s:
+                    raise
+                if not told:
+                    asking.enter_context(ask(requests))
+                if str(error) != told:
+                    told = str(error)
+                    report(f"waiting for nodes: {told}")
+            sleep(_POLL_S)
 
 
 def fingerprint(config: ServingConfig, specs: Sequence[GroupSpec]) -> str:

@@ -17,7 +17,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from cluster.placement import GroupRequest
+from cluster.placement import GroupPlacement, GroupRequest
 from model_parallel.errors import EngineError
 from serving.autoscaling.actor import start_autoscaler, stop_autoscaler
 from serving.autoscaling.settings import settings_of
@@ -203,7 +203,7 @@ class ClusterOperations:
         text = changes.entry_text(given)
         self._write(name, served_model(spec, text, revision, "starting"))
         try:
-            self._run(spec, spec.card.num_groups, revision, 1)
+            self._run(spec, spec.card.num_groups, revision, 1, tell)
             self._waits.rollout(name, frozenset(), tell, self._start_timeout_s(self._served.models[name]), what="run")
             self._write(name, served_model(spec, text, revision, "serving"))
             tell("telling", "gateways learn of it")
@@ -278,7 +278,7 @@ class ClusterOperations:
         num_rounds = -(-max(1, target) // max_unavailable)
         timeout_s = num_rounds * self._start_timeout_s(before)
         try:
-            self._run(spec, max(1, target), revision, max_unavailable)
+            self._run(spec, max(1, target), revision, max_unavailable, tell)
             self._waits.rollout(name, old.running, tell, timeout_s, what="replaced", stale=old.message)
         except (StartError, EngineError, *SERVE_ERRORS) as error:
             reason = plain_reason(str(error))
@@ -292,7 +292,7 @@ class ClusterOperations:
         """The groups that are left of the old configuration stay; the others are started again."""
         name = before.card.name
         try:
-            self._run(self._spec_of(before), target, before.revision, max_unavailable)
+            self._run(self._spec_of(before), target, before.revision, max_unavailable, tell)
             self._waits.number(name, target, tell, timeout_s)
         except (StartError, *SERVE_ERRORS, EngineError) as error:
             logger.error("%s could not be brought back whole: %s", name, error)
@@ -318,12 +318,22 @@ class ClusterOperations:
             tell("checking", line)
         spec = checked.specs[0]
         others = [model for name, model in self._served.models.items() if name != entry.name]
-        joined.wait_for_places(
-            [*_requests(spec), *(request for other in others for request in _requests(self._spec_of(other)))],
-            0.0,
-            lambda text: None,
+        self._wait_for_places(
+            _requests(spec), tell, others=[request for other in others for request in _requests(self._spec_of(other))]
         )
         return spec
+
+    def _wait_for_places(
+        self, requests: Sequence[GroupRequest], tell: Tell, others: Sequence[GroupRequest] = ()
+    ) -> list[GroupPlacement]:
+        """Raises ConfigError."""
+        return joined.wait_for_places(
+            requests,
+            self._config.ray.wait_for_nodes_s,
+            lambda text: tell("checking", text),
+            others=others,
+            sleep=self._waits.sleep,
+        )
 
     def _spec_of(self, served: ServedModel) -> GroupSpec:
         """Raises ConfigError, CheckpointError: its files may have changed."""
@@ -349,8 +359,8 @@ class ClusterOperations:
             known += sorted(running)
         raise NotFoundError(f"no group {group!r:.80} runs; running: {', '.join(known)}")
 
-    def _run(self, spec: GroupSpec, num_groups: int, revision: int, max_unavailable: int) -> None:
-        (placement,) = joined.wait_for_places(_requests(spec)[:1], 0.0, lambda text: None)
+    def _run(self, spec: GroupSpec, num_groups: int, revision: int, max_unavailable: int, tell: Tell) -> None:
+        (placement,) = self._wait_for_places(_requests(spec)[:1], tell)
         target = applications.model_target(
             self._config,
             spec,

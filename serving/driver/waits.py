@@ -47,13 +47,17 @@ class Waits:
         """All waits end at their next look."""
         self._stop.set()
 
+    def sleep(self, seconds: float) -> None:
+        """Raises ChangeError when the server stops."""
+        if self._stop.wait(seconds):
+            raise ChangeError("the server stops")
+
     def _looks(self, timeout_s: float, what: str) -> Iterator[float]:
         """Seconds since the first look, until the time is up or the server stops. Raises StartError, ChangeError."""
         begin_s = time.monotonic()
         while (since_s := time.monotonic() - begin_s) < timeout_s:
             yield since_s
-            if self._stop.wait(_POLL_S):
-                raise ChangeError("the server stops")
+            self.sleep(_POLL_S)
         raise StartError(f"{what} within {timeout_s:g} s")
 
     def _seen(self, name: str, timeout_s: float, what: str) -> Iterator[tuple[float, applications.Deployed]]:

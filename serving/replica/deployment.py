@@ -23,6 +23,7 @@ from model_parallel.engine.scheduler import Scheduler
 from model_parallel.engine.speculation import settle_speculation
 from model_parallel.engine.step_times import TimedExecutor
 from model_parallel.errors import GroupFailedError, RequestError
+from serving.contracts.fleet import Departure
 from serving.contracts.group_link import GroupCall, GroupReply
 from serving.contracts.group_report import GroupReport
 from serving.contracts.models import AdapterCard
@@ -47,6 +48,8 @@ NODE_LOOK_PERIOD_S = 2.0
 NODE_LOOK_TIMEOUT_S = 5.0
 MARGIN_S = 5.0
 """Before the end of a node that is to end: by then all is elsewhere."""
+RELEASE_TIMEOUT_S = 60.0
+"""A group that has retired waits so long for its leave, and then is replaced: nobody has taken it out of the number of groups."""
 
 
 class _DrainingError(Exception):
@@ -58,7 +61,10 @@ class ReplicaGroup:
 
     _async_engine: AsyncEngine | None = None
     _drain: "asyncio.Task[None] | None" = None
-    """Takes nothing new any more: ends when nothing runs either."""
+    """Takes nothing new any more: ends when nothing runs either, and nothing else is waited for."""
+    _released: asyncio.Event | None = None
+    """There is to be one group fewer, and it is this one: set when it may end."""
+    _has_drained = False
     _node_watch: "asyncio.Task[None] | None" = None
 
     async def __init__(self, spec: GroupSpec, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -188,11 +194,11 @@ class ReplicaGroup:
         return self._encode(report)
 
     async def load(self) -> bytes:
-        """(the group's id, GroupLoad) for the autoscaler (msgpack); without the load when the group is lost."""
+        """(the group's id, GroupLoad, its Departure) for the autoscaler (msgpack); without the load when the group is lost."""
         load = None
         if self._executor.health.problem() is None:
             load = self._load_meter.load(self._engine.stats, list(self._timed.samples.copy()))
-        return self._encode((self._engine_id, load))
+        return self._encode((self._engine_id, load, self._departure()))
 
     async def steps(self) -> bytes:
         """StepReport (msgpack) of the last steps."""
@@ -228,10 +234,37 @@ class ReplicaGroup:
             self._drain_within(grace_s, "an operator has asked for it")
         return group == self._engine_id
 
+    async def retire(self, groups: bytes) -> bytes:
+        """Of these groups (msgpack, ids) each drains, and then waits for its leave. Returns its id (msgpack); "" when it is not
+        one of them, or when Serve is replacing it already."""
+        is_meant = self._engine_id in msgspec.msgpack.decode(groups, type=list[str])
+        if is_meant and self._released is None and not (self._drain is not None and self._drain.done()):
+            self._released = asyncio.Event()
+            self._drain_within(self._drain_timeout_s, "there are to be fewer groups")
+        return self._encode(self._engine_id if is_meant and self._released is not None else "")
+
+    async def leave(self, groups: bytes) -> None:
+        """Of these groups (msgpack, ids) each that has retired lets Serve end it."""
+        if self._released is not None and self._engine_id in msgspec.msgpack.decode(groups, type=list[str]):
+            self._released.set()
+
+    def _departure(self) -> Departure:
+        if self._released is None:
+            return Departure.NONE
+        return Departure.RETIRED if self._has_drained else Departure.RETIRING
+
     def _drain_within(self, grace_s: float, reason: str) -> None:
         if self._drain is None:
             logger.info("draining for %.0f s at most: %s", grace_s, reason)
-            self._drain = asyncio.create_task(self._finish_within(grace_s))
+            self._drain = asyncio.create_task(self._depart_within(grace_s))
+
+    async def _depart_within(self, grace_s: float) -> None:
+        """Serve replaces the group when this has ended."""
+        await self._finish_within(grace_s)
+        self._has_drained = True
+        if self._released is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._released.wait(), RELEASE_TIMEOUT_S)
 
     async def _finish_within(self, timeout_s: float) -> None:
         """Until nothing runs; what is left by then goes on in other groups."""

@@ -5,9 +5,10 @@ import signal
 import threading
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import msgspec
@@ -31,6 +32,8 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1500)]
 NUM_RANKS = 2
 NUM_TOKENS = 24
 LONG = 1500
+ENDLESS = 7000
+"""Longer than the test takes."""
 SCALE_TIMEOUT_S = 6 * PATIENCE_S
 """A group is started while the others and their load have the processor."""
 
@@ -158,6 +161,61 @@ def test_groups_come_with_the_load_and_go_after_it() -> None:
         said = CliRunner().invoke(program, ["autoscaler", "explain", "--address", str(app.metrics_port)]).output
         assert "1 → 2: " in said
         assert "2 → 1: " in said
+
+
+def open_sequences(app: RunningApp) -> dict[str, int]:
+    """Of each running group."""
+    return {
+        group.group: group.num_running or 0
+        for group in fleet(app).models[MODEL].groups
+        if group.state == "running" and group.num_running is not None
+    }
+
+
+class Stream:
+    """One that is read until it is cancelled."""
+
+    def __init__(self, client: Client) -> None:
+        self._call = client.stub.GenerateStream(story(ENDLESS), timeout=SCALE_TIMEOUT_S)
+        next(self._call)
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def cancel(self) -> None:
+        self._call.cancel()
+        self._reader.join(PATIENCE_S)
+
+    def _read(self) -> None:
+        with suppress(grpc.RpcError):
+            deque(self._call, maxlen=0)
+
+
+def test_the_group_with_least_to_move_goes() -> None:
+    """The idle one, and not the newest, which Serve would take, and which has the only stream."""
+    with running_stack(scaled_config("on")) as app, explained(app), Client(app.address) as client:
+        load = Load(app.address)
+        wait_until(lambda: states(app) == ["running"], PATIENCE_S, "the first group is seen")
+        (first,) = open_sequences(app)
+        load.begin(6)
+        wait_until(lambda: states(app) == ["running", "running"], SCALE_TIMEOUT_S, "a second group runs")
+        load.end()
+        wait_until(lambda: not any(open_sequences(app).values()), PATIENCE_S, "both are idle")
+        streams = [Stream(client) for _ in range(2)]  # the second one goes to the group that has none
+        wait_until(lambda: list(open_sequences(app).values()) == [1, 1], PATIENCE_S, "each has one")
+        streams[0].cancel()
+        wait_until(lambda: sum(open_sequences(app).values()) == 1, PATIENCE_S, "one is left")
+        if open_sequences(app)[first]:
+            streams[0] = Stream(client)
+            streams[1].cancel()
+            wait_until(lambda: open_sequences(app).get(first) == 0, PATIENCE_S, "the newest alone has one")
+        wait_until(lambda: states(app) == ["running"], SCALE_TIMEOUT_S, "one group is gone")
+        (left,) = open_sequences(app)
+        assert left != first
+        assert open_sequences(app) == {left: 1}
+        assert changes(app) == [(1, 2), (2, 1)]
+        assert num_processes() == [1 + NUM_RANKS]
+        for stream in streams:
+            stream.cancel()
 
 
 def test_advice_is_told_and_not_carried_out() -> None:

@@ -7,10 +7,11 @@ import pytest
 
 from cluster.autoscaler import LoggedDecision, Mode, ScalingError
 from cluster.policy import Cause, GroupLoad, ModelDecision, ModelObservation, Phase
-from serving.autoscaling.fleet import MAX_TOLD, Deployed, Replica, ServeFleet
+from serving.autoscaling.fleet import MAX_TOLD, ServeFleet
+from serving.autoscaling.retirement import Deployed, Replica
 from serving.autoscaling.settings import AutoscalerSettings, settings_of
 from serving.config import parse_config
-from serving.contracts.fleet import Fleet, FleetGroup, FleetModel, GatewayDemand, ModelDemand
+from serving.contracts.fleet import Departure, Fleet, FleetGroup, FleetModel, GatewayDemand, ModelDemand
 from tests.support.policy_worlds import group_load
 
 START_S = 100.0
@@ -34,6 +35,8 @@ class Serve:
         self.target = 1
         self.told: list[Fleet] = []
         self.orders: list[tuple[str, int]] = []
+        self.departures: dict[str, Departure] = {}
+        self.nodes: dict[str, str] = {}
         self.is_down = False
 
     def deployed(self) -> Mapping[str, Deployed]:
@@ -46,7 +49,8 @@ class Serve:
             "ReplicaGroup-m": Deployed(
                 target=self.target,
                 replicas=tuple(
-                    Replica(id=name, state=state, started_s=START_S) for name, (state, _) in self.groups.items()
+                    Replica(id=name, state=state, started_s=START_S, node_id=self.nodes.get(name, ""))
+                    for name, (state, _) in self.groups.items()
                 ),
             ),
         }
@@ -57,7 +61,7 @@ class Serve:
             return [msgspec.msgpack.encode(demand) for demand in self.gateways.values() if demand is not None]
         assert (deployment, method) == ("ReplicaGroup-m", "load")
         return [
-            msgspec.msgpack.encode((name, load))
+            msgspec.msgpack.encode((name, load, self.departures.get(name, Departure.NONE)))
             for name, (state, load) in self.groups.items()
             if state == "RUNNING" and load is not None
         ]
@@ -109,6 +113,31 @@ def test_groups_are_seen_with_their_states_and_loads(serve: Serve, observe: Call
     loads = [group.load for group in seen.groups]
     assert loads[0] == group_load(1000.0, num_running=3)  # measured now, whatever the clock of its node shows
     assert loads[1:] == [None, None, None]
+
+
+def test_a_group_that_retires_drains_and_is_not_one_of_those_that_there_should_be(
+    serve: Serve, observe: Callable[[], ModelObservation]
+) -> None:
+    serve.groups = {name: ("RUNNING", group_load(5.0)) for name in ("g1", "g2", "g3")}
+    serve.target = 3
+    serve.departures = {"g1": Departure.RETIRING, "g2": Departure.RETIRED}
+    seen = observe()
+    assert seen.target == 1
+    assert [group.phase for group in seen.groups] == [Phase.DRAINING, Phase.DRAINING, Phase.RUNNING]
+    serve.groups["g1"] = ("RUNNING", None)  # silent for once
+    assert observe().target == 1
+    serve.groups["g2"] = ("STOPPING", None)  # Serve counts it no more
+    serve.target = 2
+    assert observe().target == 1
+
+
+def test_how_many_groups_share_a_node_is_seen(serve: Serve, observe: Callable[[], ModelObservation]) -> None:
+    serve.nodes = {"g1": "n1", "g2": "n1", "g3": "n2", "g4": "n2"}
+    serve.groups = {name: ("RUNNING", None) for name in ("g1", "g2", "g3")} | {
+        "g4": ("STOPPING", None),
+        "g5": ("STARTING", None),
+    }
+    assert [group.num_beside for group in observe().groups] == [1, 1, 0, 0, 0]
 
 
 def test_how_long_a_start_took_is_measured(serve: Serve, clock: Clock, observe: Callable[[], ModelObservation]) -> None:

@@ -24,6 +24,7 @@ class Cluster:
         self.orders: list[tuple[str, int, tuple[str, ...]]] = []
         self.is_dark = False
         self.refuses = False
+        self.num_settled = 0
 
     def observe(self) -> Observation:
         if self.is_dark:
@@ -36,6 +37,11 @@ class Cluster:
             raise ScalingError("the controller is gone")
         self.orders.append((model, target, victims))
         self.target = target
+
+    def settle(self) -> None:
+        self.num_settled += 1
+        if self.refuses:
+            raise ScalingError("a group did not end")
 
 
 class Records(dict[str, bytes]):
@@ -107,6 +113,16 @@ def test_an_order_that_fails_is_told_and_given_again(records: Records) -> None:
     cluster.refuses = False
     scaler.tick()
     assert cluster.orders == [("m", 2, ())]
+
+
+def test_what_is_under_way_is_looked_after_at_every_look(records: Records, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = Cluster()
+    scaler = autoscaler(cluster, records, Mode.ADVISE)
+    scaler.tick()
+    cluster.refuses = True
+    assert scaler.tick() is not None
+    assert cluster.num_settled == 2
+    assert "a group did not end" in caplog.text
 
 
 def test_nothing_is_scaled_blindly(records: Records) -> None:

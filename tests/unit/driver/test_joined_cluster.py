@@ -1,6 +1,7 @@
 """A Ray cluster that was there before: its nodes' settings, and waiting for nodes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
@@ -28,11 +29,20 @@ def test_each_missing_setting_is_named_with_its_nodes() -> None:
 
 
 class Growing:
-    """A cluster that gets a node each time that somebody sleeps."""
+    """A cluster that gets a node each time that somebody sleeps while nodes are asked for."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self.num_nodes = 0
+        self.asked_for: Sequence[GroupRequest] | None = None
+        self.num_asked = 0
+
+    @contextmanager
+    def ask(self, requests: Sequence[GroupRequest]) -> Iterator[None]:
+        self.asked_for = requests
+        self.num_asked += 1
+        yield
+        self.asked_for = None
 
     def nodes(self) -> Sequence[NodeResources]:
         return [NodeResources(node_id=str(i), ip=f"10.0.0.{i}", num_cpus=2.0) for i in range(self.num_nodes)]
@@ -42,14 +52,25 @@ class Growing:
 
     def sleep(self, seconds: float) -> None:
         self.now_s += seconds
+        assert self.asked_for
         self.num_nodes += 1
 
 
-def wait(cluster: Growing, timeout_s: float, report: list[str]) -> int:
-    request = GroupRequest(name="m", tp_size=2, device="cpu", cpus_per_rank=1)
+REQUEST = GroupRequest(name="m", tp_size=2, device="cpu", cpus_per_rank=1)
+
+
+def wait(cluster: Growing, timeout_s: float, report: list[str], others: Sequence[GroupRequest] = ()) -> int:
     placements = wait_for_places(
-        [request] * 3, timeout_s, report.append, nodes=cluster.nodes, clock=cluster.clock, sleep=cluster.sleep
+        [REQUEST] * 3,
+        timeout_s,
+        report.append,
+        others=others,
+        ask=cluster.ask,
+        nodes=cluster.nodes,
+        clock=cluster.clock,
+        sleep=cluster.sleep,
     )
+    assert cluster.asked_for is None, "what was asked for is given back"
     return len(placements)
 
 
@@ -59,6 +80,15 @@ def test_groups_wait_for_their_nodes_and_say_what_is_missing() -> None:
     assert cluster.num_nodes == 3
     assert all(line.startswith("waiting for nodes: ") for line in told)
     assert len(told) == len(set(told)) > 0
+
+
+def test_nodes_are_asked_for_once_and_for_those_alone_that_have_no_place() -> None:
+    cluster = Growing()
+    other = GroupRequest(name="other", tp_size=2, device="cpu", cpus_per_rank=1)
+    assert wait(cluster, 60, [], [other]) == 3
+    assert (cluster.num_nodes, cluster.num_asked) == (4, 1)
+    assert wait(cluster, 60, [], [other]) == 3
+    assert cluster.num_asked == 1, "there is room"
 
 
 def test_the_wait_has_an_end() -> None:

@@ -127,9 +127,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
             raise ConfigError("models.m.max_model_len is 13, but the model's own length is 12 tokens")
         return SimpleNamespace(notes=[f"{entry.name}: sizes"], warnings=[], specs=[spec_of(entry)])
 
-    def places(requests: list[Any], timeout_s: float, report: object) -> list[GroupPlacement]:
-        if len(requests) > fake.places:
-            raise ConfigError(f"all groups together need {len(requests)} GPUs and the cluster has {fake.places}")
+    def places(
+        requests: list[Any], timeout_s: float, report: object, *, others: list[Any], sleep: object
+    ) -> list[GroupPlacement]:
+        if (needed := len(requests) + len(others)) > fake.places:
+            raise ConfigError(f"all groups together need {needed} GPUs and the cluster has {fake.places}")
         return [GroupPlacement(bundles=(), strategy="STRICT_PACK")] * len(requests)
 
     monkeypatch.setattr(operations, "check_model", check)
@@ -295,7 +297,7 @@ def test_more_groups_than_start_are_taken_back(
     cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "_start_timeout_s", lambda served: 0.05)
-    monkeypatch.setattr(joined, "wait_for_places", lambda *arguments: [])
+    monkeypatch.setattr(joined, "wait_for_places", lambda *arguments, **options: [])
     serve.places = 3
     with pytest.raises(ChangeError, match="a has 2 groups as before"):
         cluster.scale("a", log, num_groups=5, min_groups=None, max_groups=None)

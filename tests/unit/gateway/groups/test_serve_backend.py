@@ -17,7 +17,7 @@ from model_parallel.config import AdapterConfig, ParallelConfig
 from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import GroupFailedError
 from serving.contracts.errors import GroupDrainingError, GroupRefusedError, GroupUnavailableError
-from serving.contracts.fleet import ModelDemand
+from serving.contracts.fleet import Departure, ModelDemand
 from serving.contracts.group_link import GroupCall
 from serving.gateway.groups.output_receiver import OutputReceiver
 from serving.gateway.groups.serve_backend import ASLEEP_FOR_S, ServeBackend
@@ -288,6 +288,50 @@ async def test_a_group_that_drains_lets_what_it_runs_end(backend: ServeBackend, 
     await group.leader._drain
     with pytest.raises(GroupFailedError, match="is to be replaced"):
         await group.leader.check_health()
+
+
+def departure(leader: Any) -> Departure:
+    told: Departure = leader._departure()
+    return told
+
+
+async def test_a_group_that_retires_waits_for_its_leave(backend: ServeBackend, group: Group) -> None:
+    group.harness.executor.during_step = lambda: time.sleep(0.001)
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    named, others = msgspec.msgpack.encode(["g0", "g1"]), msgspec.msgpack.encode(["g0"])
+    assert msgspec.msgpack.decode(await group.leader.retire(others)) == ""
+    assert departure(group.leader) is Departure.NONE
+    for _ in range(2):
+        assert msgspec.msgpack.decode(await group.leader.retire(named)) == "g1"
+    assert departure(group.leader) is Departure.RETIRING
+    with pytest.raises(GroupDrainingError):
+        await outputs_of(backend, request("b"))
+    assert [token for output in await running for token in output.token_ids] == solo_output(request("a"))
+    await until(lambda: departure(group.leader) is Departure.RETIRED)
+    await group.leader.leave(others)
+    await group.leader.check_health()
+    await group.leader.leave(named)
+    await group.leader._drain
+    with pytest.raises(GroupFailedError, match="is to be replaced"):
+        await group.leader.check_health()
+    await group.end()
+
+
+async def test_a_group_that_is_forgotten_after_it_has_retired_is_replaced(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "RELEASE_TIMEOUT_S", 0.001)
+    await group.leader.retire(msgspec.msgpack.encode(["g1"]))
+    await group.leader._drain
+    with pytest.raises(GroupFailedError, match="is to be replaced"):
+        await group.leader.check_health()
+
+
+async def test_a_group_that_is_being_replaced_does_not_retire(group: Group) -> None:
+    await group.leader.begin_drain("g1", 0.0)
+    await group.leader._drain
+    assert msgspec.msgpack.decode(await group.leader.retire(msgspec.msgpack.encode(["g1"]))) == ""
 
 
 async def test_a_group_drains_when_a_node_of_any_of_its_ranks_is_to_end(

@@ -1,0 +1,178 @@
+"""How the groups that were chosen are the ones that end, although Serve chooses by itself.
+
+When a deployment is to have fewer replicas, Serve stops those first that do not run, then those on nodes with the fewest
+replicas, then the newest; it has no hook. But it also stops a replica whose health check fails. So a group that was chosen
+retires: it takes nothing new, lets what it runs end or gives it to others, and waits. Then it gets its leave: its health check
+fails, and Serve stops it. In the same moment Serve begins a replacement, which does not run, and so is what Serve stops when the
+number is lowered right after. The other order would be wrong: with the number lowered first, Serve would stop a group of its own
+choice.
+
+What is under way is known to the groups themselves, so an autoscaler that comes after one that was lost learns of it. One that
+was forgotten is replaced by Serve, and the number is what it was.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from cluster.autoscaler import ScalingError
+from serving.contracts.fleet import Departure
+
+logger = logging.getLogger(__name__)
+
+LEAVE_TIMEOUT_S = 15.0
+"""For Serve to see that a group has left: three health checks, and a controller that is busy."""
+POLL_S = 0.1
+"""Shorter than what Serve's controller waits between two looks, so that the replacement is gone before it has begun."""
+_encode = msgspec.msgpack.encode
+_decode_id = msgspec.msgpack.Decoder(str).decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replica:
+    """One replica of a deployment."""
+
+    id: str
+    state: str
+    """Serve's name of it."""
+    started_s: float
+    """Wall clock, when Serve began to start it, or found it again after a restart of its own."""
+    node_id: str = ""
+    """Of the leader; "" where it is not placed yet."""
+
+    @property
+    def is_starting(self) -> bool:
+        return self.state == "STARTING"
+
+    @property
+    def is_stopping(self) -> bool:
+        """Serve does not count it any more."""
+        return self.state in ("STOPPING", "STOPPED")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployed:
+    """One deployment."""
+
+    target: int
+    """Replicas that there should be."""
+    replicas: tuple[Replica, ...]
+    given_up: str = ""
+    """Why Serve starts no more replicas; "" while it does."""
+
+    @property
+    def counted(self) -> frozenset[str]:
+        """Ids of replicas that run and that Serve counts."""
+        return frozenset(r.id for r in self.replicas if not r.is_starting and not r.is_stopping)
+
+
+class Control(Protocol):
+    """Ray Serve; see serve_control.py."""
+
+    def deployed(self) -> Mapping[str, Deployed]:
+        """Raises ScalingError."""
+        ...
+
+    def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]:
+        """What the running replicas answer in time, in no order."""
+        ...
+
+    def set_target(self, deployment: str, num_replicas: int) -> None:
+        """Raises ScalingError."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Retirements:
+    """Those of one deployment, and its number of groups."""
+
+    control: Control
+    deployment: str
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    _departures: dict[str, Departure] = field(default_factory=dict)
+    """Of groups that Serve counts and that are to end."""
+
+    def learn(self, found: Deployed, told: Mapping[str, Departure]) -> None:
+        """What the groups tell of themselves. One that does not answer is as it was."""
+        before = self._departures
+        self._departures = {
+            group: departure
+            for group in found.counted
+            if (departure := told.get(group, before.get(group, Departure.NONE))) is not Departure.NONE
+        }
+
+    @property
+    def retiring(self) -> Collection[str]:
+        """Ids of groups that Serve counts, and that are none of those that there should be."""
+        return self._departures.keys()
+
+    def target(self, found: Deployed) -> int:
+        """Groups that there should be."""
+        return found.target - len(self._departures)
+
+    def scale(self, target: int, victims: Iterable[str]) -> None:
+        """Have so many groups; when that is fewer, the victims retire, and those of them that do not run end at once. Raises
+        ScalingError when nothing, or not all of it, could be ordered."""
+        found = self._found()
+        self._departures = {group: how for group, how in self._departures.items() if group in found.counted}
+        if target == 0 or target >= self.target(found):
+            # To none: all of them end, and nothing is to be chosen.
+            self.control.set_target(self.deployment, target + (len(self._departures) if target else 0))
+            return
+        num_fewer = self.target(found) - target
+        chosen = [group for group in victims if group not in self._departures][:num_fewer]
+        asked = [group for group in chosen if group in found.counted]
+        num_absent = min(num_fewer - len(asked), sum(replica.is_starting for replica in found.replicas))
+        if num_absent > 0:
+            self.control.set_target(self.deployment, found.target - num_absent)
+        if not asked:
+            return
+        answers = map(_decode_id, self.control.ask_all(self.deployment, "retire", _encode(asked)))
+        retiring = set(answers) & set(asked)
+        self._departures |= dict.fromkeys(retiring, Departure.RETIRING)
+        if silent := [group for group in asked if group not in retiring]:
+            raise ScalingError(f"{', '.join(silent)} did not answer when told to retire")
+
+    def begin_anew(self) -> None:
+        """Serve gives a deployment up when the first start fails, and after a restart of its controller every start is the first:
+        a node that was lost in the wrong moment would leave a model without groups for good. It forgets at zero. Raises
+        ScalingError."""
+        found = self._found()
+        if not found.given_up or not found.target or any(not replica.is_stopping for replica in found.replicas):
+            return
+        logger.warning("%s has no group, and is started again: %s", self.deployment, found.given_up)
+        self.control.set_target(self.deployment, 0)
+        deadline_s = self.clock() + LEAVE_TIMEOUT_S
+        while self._found().given_up and self.clock() < deadline_s:
+            self.sleep(POLL_S)
+        self.control.set_target(self.deployment, found.target)
+
+    def settle(self) -> None:
+        """Give those their leave that have retired, and lower the number with each that goes. Raises ScalingError."""
+        waiting = {group for group, how in self._departures.items() if how is Departure.RETIRED}
+        if not waiting:
+            return
+        self.control.ask_all(self.deployment, "leave", _encode(sorted(waiting)))
+        deadline_s = self.clock() + LEAVE_TIMEOUT_S
+        while waiting:
+            found = self._found()
+            if left := waiting - found.counted:
+                waiting -= left
+                for group in left:
+                    self._departures.pop(group, None)
+                self.control.set_target(self.deployment, found.target - len(left))
+            elif self.clock() > deadline_s:
+                raise ScalingError(f"{', '.join(sorted(waiting))} did not end within {LEAVE_TIMEOUT_S:g} s")
+            if waiting:
+                self.sleep(POLL_S)
+
+    def _found(self) -> Deployed:
+        found = self.control.deployed().get(self.deployment)
+        if found is None:
+            raise ScalingError(f"{self.deployment} is not deployed")
+        return found
