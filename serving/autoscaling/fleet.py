@@ -11,21 +11,19 @@ from cluster.autoscaler import LoggedDecision, Mode
 from cluster.policy import (
     GatewayLoad,
     GatewayObservation,
-    GroupLoad,
     GroupObservation,
     ModelDecision,
     ModelObservation,
     Observation,
     Phase,
 )
-from serving.autoscaling.retirement import Control, Deployed, Replica, Retirements
+from serving.autoscaling.retirement import Control, Deployed, Replica, Retirements, ask_loads
 from serving.autoscaling.settings import AutoscalerSettings
-from serving.contracts.fleet import Departure, Fleet, FleetDecision, FleetGroup, FleetModel, GatewayDemand, ModelDemand
+from serving.contracts.fleet import Fleet, FleetDecision, FleetGroup, FleetModel, GatewayDemand, ModelDemand
 
 MAX_TOLD = 200
 """Decisions that gateways are told."""
 _encode = msgspec.msgpack.Encoder().encode
-_decode_load = msgspec.msgpack.Decoder(tuple[str, GroupLoad | None, Departure]).decode
 _decode_demand = msgspec.msgpack.Decoder(GatewayDemand).decode
 
 
@@ -107,11 +105,10 @@ class ServeFleet:
 
     def _observe_groups(self, model: str, deployed: Deployed, lives: dict[str, _Life]) -> tuple[GroupObservation, ...]:
         at_s = self._clock()
-        answers = list(map(_decode_load, self._control.ask_all(self._settings.models[model].deployment, "load")))
+        answers = ask_loads(self._control, self._settings.models[model].deployment)
         loads = {group: load for group, load, _ in answers}
         retirements = self._retirements[model]
         retirements.learn(deployed, {group: departure for group, _, departure in answers})
-        num_on_node = Counter(replica.node_id for replica in deployed.replicas if not replica.is_stopping)
         groups = []
         for replica in deployed.replicas:
             phase = Phase.DRAINING if replica.id in retirements.retiring else _phase(replica)
@@ -126,7 +123,7 @@ class ServeFleet:
                     since_s=life.since_s,
                     load=load,
                     start_s=life.start_s,
-                    num_beside=num_on_node[replica.node_id] - 1 if replica.node_id else 0,
+                    num_beside=deployed.num_beside(replica),
                 )
             )
         return tuple(groups)

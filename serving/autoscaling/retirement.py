@@ -20,6 +20,8 @@ from typing import Protocol
 import msgspec
 
 from cluster.autoscaler import ScalingError
+from cluster.policy import GroupLoad, GroupObservation, Phase
+from cluster.policy.victims import choose_victims
 from serving.contracts.fleet import Departure
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ POLL_S = 0.1
 """Shorter than what Serve's controller waits between two looks, so that the replacement is gone before it has begun."""
 _encode = msgspec.msgpack.encode
 _decode_id = msgspec.msgpack.Decoder(str).decode
+_decode_answer = msgspec.msgpack.Decoder(tuple[str, GroupLoad | None, Departure]).decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +72,19 @@ class Deployed:
         """Ids of replicas that run and that Serve counts."""
         return frozenset(r.id for r in self.replicas if not r.is_starting and not r.is_stopping)
 
+    def num_beside(self, replica: Replica) -> int:
+        """Other replicas on its node."""
+        if not replica.node_id:
+            return 0
+        on_node = [
+            r for r in self.replicas if r.node_id == replica.node_id and not r.is_stopping and r.id != replica.id
+        ]
+        return len(on_node)
+
+
+Answer = tuple[str, GroupLoad | None, Departure]
+"""(id, load, how far its end is) of a group."""
+
 
 class Control(Protocol):
     """Ray Serve; see serve_control.py."""
@@ -84,6 +100,11 @@ class Control(Protocol):
     def set_target(self, deployment: str, num_replicas: int) -> None:
         """Raises ScalingError."""
         ...
+
+
+def ask_loads(control: Control, deployment: str) -> list[Answer]:
+    """Of the groups that answer."""
+    return list(map(_decode_answer, control.ask_all(deployment, "load")))
 
 
 @dataclass(kw_only=True)
@@ -170,6 +191,35 @@ class Retirements:
                 raise ScalingError(f"{', '.join(sorted(waiting))} did not end within {LEAVE_TIMEOUT_S:g} s")
             if waiting:
                 self.sleep(POLL_S)
+
+    def shrink(self, target: int, timeout_s: float) -> None:
+        """Have so many groups, and return when the others have gone: those with the least to move. Raises ScalingError."""
+        deadline_s = self.clock() + timeout_s
+        found, answers = self._look()
+        loads = {group: load for group, load, _ in answers}
+        standing = [
+            GroupObservation(
+                group=replica.id,
+                phase=Phase.STARTING if replica.is_starting else Phase.RUNNING,
+                since_s=replica.started_s,
+                load=loads.get(replica.id),
+                num_beside=found.num_beside(replica),
+            )
+            for replica in found.replicas
+            if not replica.is_stopping and replica.id not in self.retiring
+        ]
+        self.scale(target, choose_victims(standing, self.target(found) - target))
+        while self.retiring:
+            self.settle()
+            if self.clock() > deadline_s:
+                raise ScalingError(f"{', '.join(sorted(self.retiring))} did not end within {timeout_s:g} s")
+            self.sleep(POLL_S)
+            self._look()
+
+    def _look(self) -> tuple[Deployed, list[Answer]]:
+        found, answers = self._found(), ask_loads(self.control, self.deployment)
+        self.learn(found, {group: departure for group, _, departure in answers})
+        return found, answers
 
     def _found(self) -> Deployed:
         found = self.control.deployed().get(self.deployment)

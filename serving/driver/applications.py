@@ -19,8 +19,11 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.autoscaler import ScalingError
 from cluster.placement import GATEWAY_RESOURCE, GroupPlacement
 from cluster.ray_api import alive_nodes
+from serving.autoscaling.retirement import Retirements
+from serving.autoscaling.serve_control import ServeControl
 from serving.config import ServingConfig
 from serving.contracts.served import APP_NAME, app_name, deployment_name, is_ours
 from serving.contracts.start_failure import StartError, plain_reason
@@ -124,6 +127,17 @@ def run(targets: Sequence[serve.RunTarget], *, wait: bool) -> list[DeploymentHan
 def set_num_groups(model: str, num_groups: int) -> None:
     """So many groups there are to be. Raises StartError."""
     _ask_controller("update_deployment_replicas", DeploymentID(deployment_name(model), app_name(model)), num_groups)
+
+
+def shrink(model: str, num_groups: int, timeout_s: float, sleep: Callable[[float], None]) -> None:
+    """So many groups there are to be, and the others end: those with the least to move. Returns when they have. Raises
+    StartError, and what `sleep` raises."""
+    deployment = deployment_name(model)
+    control = ServeControl({deployment: app_name(model)})
+    try:
+        Retirements(control=control, deployment=deployment, sleep=sleep).shrink(num_groups, timeout_s)
+    except ScalingError as error:
+        raise StartError(str(error)) from error
 
 
 def set_num_gateways(num_gateways: int) -> None:

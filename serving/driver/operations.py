@@ -252,7 +252,11 @@ class ClusterOperations:
         """Raises ChangeError, and then there are as many groups as before."""
         name = before.card.name
         try:
-            applications.set_num_groups(name, target)
+            if target < old_target:
+                tell("stopping", f"{old_target - target} groups end, those with the least to move")
+                applications.shrink(name, target, self._start_timeout_s(before), self._waits.sleep)
+            else:
+                applications.set_num_groups(name, target)
             self._waits.number(name, target, tell, self._start_timeout_s(before))
         except StartError as error:
             applications.set_num_groups(name, old_target)

@@ -1,6 +1,5 @@
 """The machines of a fake cluster that Ray's own autoscaler starts and ends. It imports this in a process of its own."""
 
-
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 

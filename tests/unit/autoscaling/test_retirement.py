@@ -6,8 +6,10 @@ import msgspec
 import pytest
 
 from cluster.autoscaler import ScalingError
+from cluster.policy import GroupLoad
 from serving.autoscaling.retirement import LEAVE_TIMEOUT_S, Deployed, Replica, Retirements
 from serving.contracts.fleet import Departure
+from tests.support.policy_worlds import group_load
 
 
 class Serve:
@@ -27,6 +29,8 @@ class Serve:
         self.fails_after: int | None = None
         self.given_up = ""
         self.orders: list[int] = []
+        self.loads: dict[str, GroupLoad] = {}
+        self.drains_at_once = False
 
     @property
     def running(self) -> set[str]:
@@ -47,10 +51,16 @@ class Serve:
 
     def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]:
         assert deployment == "d"
+        if method == "load":
+            return [
+                msgspec.msgpack.encode((group, self.loads.get(group), self.departures.get(group, Departure.NONE)))
+                for group in sorted(self.running)
+            ]
         named = msgspec.msgpack.decode(arguments[0], type=list[str])
         answering = self.running & set(named) - self.silent
         if method == "retire":
-            self.departures |= {group: Departure.RETIRING for group in answering}
+            how = Departure.RETIRED if self.drains_at_once else Departure.RETIRING
+            self.departures |= dict.fromkeys(answering, how)
         else:
             assert method == "leave"
             for group in sorted(answering):
@@ -223,3 +233,21 @@ def test_what_runs_or_starts_is_left_alone() -> None:
     serve.given_up = "of before"
     learned(serve).begin_anew()
     assert not serve.orders, "none is wanted"
+
+
+def test_an_operator_has_those_with_the_least_to_move_end() -> None:
+    serve = Serve("a", "b", "c")
+    serve.drains_at_once = True
+    serve.loads = {"a": group_load(0.0), "b": group_load(0.0, num_running=1, kv_usage=0.1)}
+    serve.loads["c"] = group_load(0.0, num_running=1, kv_usage=0.5)
+    learned(serve).shrink(1, 60.0)
+    assert serve.settled() == {"c"}
+    assert serve.target == 1
+
+
+def test_an_operator_does_not_wait_for_ever() -> None:
+    serve = Serve("a", "b")
+    serve.loads = {group: group_load(0.0) for group in serve.running}
+    with pytest.raises(ScalingError, match="did not end within 60 s"):
+        learned(serve).shrink(1, 60.0)
+    assert serve.target == 2

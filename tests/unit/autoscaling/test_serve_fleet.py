@@ -137,7 +137,7 @@ def test_how_many_groups_share_a_node_is_seen(serve: Serve, observe: Callable[[]
         "g4": ("STOPPING", None),
         "g5": ("STARTING", None),
     }
-    assert [group.num_beside for group in observe().groups] == [1, 1, 0, 0, 0]
+    assert [group.num_beside for group in observe().groups] == [1, 1, 0, 1, 0]
 
 
 def test_how_long_a_start_took_is_measured(serve: Serve, clock: Clock, observe: Callable[[], ModelObservation]) -> None:

@@ -51,6 +51,7 @@ class FakeServe:
     """(revision, entry) of each group, by model."""
     runs: list[tuple[str, int, int]] = field(default_factory=list)
     """(model, groups, revision) in the order in which Serve was told."""
+    shrunk: list[tuple[str, int]] = field(default_factory=list)
     failing: str = ""
     """Part of an entry (JSON) whose groups do not start."""
     places: int = 100
@@ -91,6 +92,10 @@ class FakeServe:
         groups = [*before.replicas, *(f"more-{i}" for i in range(number))][: min(number, self.places)]
         self.models[model] = replace(before, target=number, replicas=dict.fromkeys(groups, "RUNNING"))
 
+    def shrink(self, model: str, number: int, timeout_s: float, sleep: object) -> None:
+        self.set_num_groups(model, number)
+        self.shrunk.append((model, number))
+
     def delete(self, apps: Any, timeout_s: float) -> None:
         for app in list(apps):
             self.models = {name: found for name, found in self.models.items() if app_name(name) != app}
@@ -113,7 +118,7 @@ class FakeServe:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     fake = FakeServe()
-    for name in ("deployed", "model_target", "run", "set_num_groups", "delete"):
+    for name in ("deployed", "model_target", "run", "set_num_groups", "shrink", "delete"):
         monkeypatch.setattr(applications, name, getattr(fake, name))
     monkeypatch.setattr(operations, "write_served", fake.write)
     monkeypatch.setattr(waits.Waits, "_ask_gateways", lambda self: fake.ask_gateways())
@@ -287,6 +292,9 @@ def test_numbers_of_groups(cluster: ClusterOperations, serve: FakeServe, log: Lo
     assert serve.models["a"].target == 4
     assert entry_of(serve.records[-1].models["a"].given).num_groups == 4
     assert serve.records[-1].models["a"].card.num_groups == 4
+    assert not serve.shrunk
+    cluster.scale("a", log, num_groups=3, min_groups=None, max_groups=None)
+    assert serve.shrunk == [("a", 3)]
     with pytest.raises(ValidationError, match="num_groups"):
         cluster.scale("a", log, num_groups=0, min_groups=None, max_groups=None)
     with pytest.raises(ValidationError, match="no autoscaling"):
