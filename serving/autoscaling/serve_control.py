@@ -47,7 +47,7 @@ class ServeControl:
                         id=replica["replica_id"],
                         state=str(replica["state"].value),
                         started_s=replica["start_time_s"],
-                        node_id=replica["node_id"] or "",
+                        node_id=replica.get("node_id") or "",
                     )
                     for replica in deployment["replicas"]
                 ),
