@@ -362,7 +362,10 @@ class RayConfig(_Section):
         description="Of a joined cluster: what was deployed goes on when the command ends, and the next one takes it over.",
     )
     wait_for_nodes_s: float = Field(
-        0.0, ge=0, description="Of a cluster that is joined: how long to wait for the nodes that the groups need."
+        0.0,
+        ge=0,
+        description="Of a cluster that is joined: how long to wait for the nodes that the groups need; one that scales itself is "
+        "asked for them.",
     )
 
     num_gateways: int | None = Field(

@@ -109,3 +109,10 @@ def test_why_no_directory_can_be_used_is_told(tmp_path: Path) -> None:
         cluster_parent({}, [tmp_path / ("x" * MAX_PARENT_BYTES)])
     with pytest.raises(ConfigError, match="TMPDIR, /tmp"):
         cluster_parent({}, [])
+
+
+def test_the_settings_of_a_cluster_that_is_joined_are_written_down() -> None:
+    page = (Path(__file__).parents[3] / "docs/starting.md").read_text()
+    _, _, listed = page.partition("## A cluster that was there before")
+    block = listed.split("```")[1].split()
+    assert block == [f"{name}={value}" for name, value in CLUSTER_VARIABLES.items()]
