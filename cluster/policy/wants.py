@@ -137,7 +137,12 @@ def _learn(
     if sample is not None and sample.length_s > LONGEST_SAMPLE * policy.stale_after_s:
         sample = None
     starts = [group for group in observed.groups if group.start_s is not None and group.group not in state.started]
-    start_times_s = [group.start_s for group in starts if group.start_s is not None and 0 < group.start_s < math.inf]
+    # A start that took longer was stuck, waiting for a machine perhaps, and says nothing of the next one.
+    start_times_s = [
+        min(group.start_s, policy.start_timeout_s)
+        for group in starts
+        if group.start_s is not None and 0 < group.start_s < math.inf
+    ]
     window_s = max(shrink_after_s(state, policy), STARTS_BACK * start_time_s(state, policy))
     has_work = (
         any(load.num_open for load in groups)

@@ -1,5 +1,6 @@
 """Groups and gateways as the autoscaler sees them through Ray Serve, and how it starts and stops groups."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,8 @@ class _Life:
 
     phase: Phase
     since_s: float
+    begun_s: float = 0.0
+    """When its start began, on the clock that nobody sets."""
     start_s: float | None = None
 
 
@@ -40,8 +43,16 @@ class ServeFleet:
     """Implements cluster.autoscaler's Observer and Actuator. All times are of this process's wall clock: what answers now was
     measured now, and clocks of other nodes do not matter."""
 
-    def __init__(self, settings: AutoscalerSettings, control: Control, clock: Callable[[], float] = time.time) -> None:
-        self._settings, self._control, self._clock = settings, control, clock
+    def __init__(
+        self,
+        settings: AutoscalerSettings,
+        control: Control,
+        clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._control, self._clock, self._steady_clock = settings, control, clock, steady_clock
+        self._looked_s: float | None = None
+        """The last look, on the steady clock."""
         self._retirements = {
             model: Retirements(control=control, deployment=scaled.deployment)
             for model, scaled in settings.models.items()
@@ -74,7 +85,7 @@ class ServeFleet:
             )
             target = self._retirements[model].target(found)
             models[model] = ModelObservation(target=target, groups=groups, gateways=loads)
-        self._lives = lives
+        self._lives, self._looked_s = lives, self._steady_clock()
         self._last = self._seen(models, deployed)
         return Observation(models=models, num_accelerators=self._settings.max_ranks)
 
@@ -129,15 +140,19 @@ class ServeFleet:
         return tuple(groups)
 
     def _live(self, replica: Replica, phase: Phase, now_s: float) -> _Life:
-        before = self._lives.get(replica.id)
+        """Moments are of the wall clock, and how long a start took is not: that clock may be set while one is under way."""
+        before, steady_s = self._lives.get(replica.id), self._steady_clock()
+        if before is not None and before.phase is phase:
+            return before
         if phase is Phase.STARTING:
-            return _Life(phase, replica.started_s or now_s)
+            # It began after the last look, if there was one; Serve's clock says when, unless it was set.
+            longest_s = math.inf if self._looked_s is None else steady_s - self._looked_s
+            age_s = min(max(0.0, now_s - replica.started_s), longest_s) if replica.started_s else 0.0
+            return _Life(phase, now_s - age_s, begun_s=steady_s - age_s)
         if before is None:
             return _Life(phase, now_s)
-        if before.phase is phase:
-            return before
-        start_s = now_s - before.since_s if before.phase is Phase.STARTING else before.start_s
-        return _Life(phase, now_s, start_s)
+        start_s = steady_s - before.begun_s if before.phase is Phase.STARTING else before.start_s
+        return _Life(phase, now_s, start_s=start_s)
 
     def _seen(self, models: Mapping[str, ModelObservation], deployed: Mapping[str, Deployed]) -> Fleet:
         gateways = sorted(

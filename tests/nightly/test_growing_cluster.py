@@ -51,7 +51,7 @@ def config(address: str, source: Path, directory: Path) -> ServingConfig:
         "tpot_p99_s": 0.5,
         "shrink_after_s": SHRINK_AFTER_S,
         "cooldown_s": 4.0,
-        "idle_s": 3.0,
+        "idle_s": 5.0,
     }
     data = {
         "models": [
@@ -60,7 +60,7 @@ def config(address: str, source: Path, directory: Path) -> ServingConfig:
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 5},
         "admin": {"metrics_port": 0, "port": 0},
         "autoscaler": {"period_s": 1.0},
-        "ray": {"address": address, "wait_for_nodes_s": SCALE_TIMEOUT_S},
+        "ray": {"address": address, "wait_for_nodes_s": SCALE_TIMEOUT_S, "num_gateways": 1},
     }
     return parse_config(data, origin="test")
 
@@ -130,13 +130,13 @@ def watched(app: RunningApp) -> Iterator[GangWatch]:
 
 @contextmanager
 def trickle(app: RunningApp) -> Iterator[None]:
-    """One answer after the other, with pauses. Raises what one failed with."""
+    """One answer after the other, with pauses that are too short to sleep in. Raises what one failed with."""
     is_over, failures = threading.Event(), list[BaseException]()
 
     def run() -> None:
         try:
             with Client(app.address) as client:
-                while not is_over.wait(0.5):
+                while not is_over.wait(2.0):
                     ask(client, NAME_OF_MODEL, 0)
         except BaseException as error:
             failures.append(error)

@@ -16,6 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.guard import kill_processes_in
+from cluster.placement import GATEWAY_RESOURCE
 from serving.driver.environment import CLUSTER_VARIABLES
 from tests.support.waiting import PATIENCE_S
 
@@ -50,7 +51,7 @@ def _autoscaling(address: str, cpus_per_node: int, max_nodes: int, idle_timeout_
             "head_node_id": HEAD_NODE_ID,
         },
         "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0, GATEWAY_RESOURCE: 1}, "node_config": {}, "max_workers": 0},
             "accelerators": {
                 "resources": {"CPU": cpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES},
                 "node_config": {},
@@ -85,8 +86,8 @@ def growing_cluster(
     idle_timeout_s: float = 5.0,
     environment: Mapping[str, str] = CLUSTER_VARIABLES,
 ) -> Iterator[str]:
-    """Its address. It begins with a head that holds nothing. Nodes come when somebody waits for room, and go when they were idle
-    so long. `directory` must be short: sockets lie in it."""
+    """Its address. It begins with a head, which gateways run on and no rank. Nodes come when somebody waits for room, and go
+    when they were idle so long. `directory` must be short: sockets lie in it."""
     port = _free_port()
     ip = ray.util.get_node_ip_address()
     address = f"{ip}:{port}"
@@ -97,6 +98,7 @@ def growing_cluster(
         shutdown_at_exit=False,
         head_node_args={
             "num_cpus": 0,
+            "resources": {GATEWAY_RESOURCE: 1},
             "node_ip_address": ip,
             "gcs_server_port": port,
             "temp_dir": str(directory),

@@ -1,6 +1,5 @@
 """An autoscaler whose clock and ears a test has in its hand, through notes in Ray's control store."""
 
-import time
 from collections.abc import Mapping
 
 from cluster import ray_api
@@ -15,7 +14,7 @@ SILENCE_NOTE = "test/silence"
 
 class SwitchedAutoscaler(AutoscalerActor):
     def _clock(self) -> float:
-        return time.time() + float(ray_api.read_note(CLOCK_NOTE) or 0.0)
+        return super()._clock() + float(ray_api.read_note(CLOCK_NOTE) or 0.0)
 
     def _control(self) -> Control:
         return _Switched(super()._control())

@@ -71,9 +71,15 @@ class Serve:
 
 
 class Clock:
+    """A wall clock and another one, which goes on when that is set."""
+
     now_s = 1000.0
+    set_by_s = 0.0
 
     def __call__(self) -> float:
+        return self.now_s + self.set_by_s
+
+    def steady(self) -> float:
         return self.now_s
 
 
@@ -89,7 +95,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def observe(serve: Serve, clock: Clock) -> Callable[[], ModelObservation]:
-    fleet = ServeFleet(settings(), serve, clock)
+    fleet = ServeFleet(settings(), serve, clock, clock.steady)
     return lambda: fleet.observe().models["m"]
 
 
@@ -150,6 +156,21 @@ def test_how_long_a_start_took_is_measured(serve: Serve, clock: Clock, observe: 
         (group,) = observe().groups
         assert (group.since_s, group.start_s) == (130.0, 30.0)
         clock.now_s += 5.0
+
+
+@pytest.mark.parametrize("set_by_s", [0.0, 3600.0, -3600.0])
+def test_a_clock_that_is_set_during_a_start_does_not_make_it_longer(
+    serve: Serve, clock: Clock, observe: Callable[[], ModelObservation], set_by_s: float
+) -> None:
+    observe()
+    clock.now_s += 5.0
+    serve.groups = {"g1": ("STARTING", None)}  # Serve says 100.0, but it was not there at the last look
+    (group,) = observe().groups
+    assert group.since_s == 1000.0
+    clock.now_s, clock.set_by_s = 1030.0, set_by_s
+    serve.groups = {"g1": ("RUNNING", group_load(0.0))}
+    (group,) = observe().groups
+    assert (group.since_s, group.start_s) == (1030.0 + set_by_s, 30.0)
 
 
 def test_a_start_that_nobody_saw_has_no_length(serve: Serve, observe: Callable[[], ModelObservation]) -> None:
