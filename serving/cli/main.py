@@ -16,6 +16,7 @@ from protos import inference_pb2 as pb
 from serving import __version__
 from serving.cli import adapters, doctor, fleet, inspect, k8s, operations, plan, serve, simulate
 from serving.cli import bench as bench_commands
+from serving.cli import chaos as chaos_command
 from serving.cli import load as load_command
 from serving.cli import tenants as tenants_cli
 from serving.cli.asking import print_speed, print_stream
@@ -213,6 +214,7 @@ inspect.register(app)
 plan.register(app)
 bench_commands.register(app)
 load_command.register(app)
+chaos_command.register(app)
 tenants_cli.register(app)
 simulate.register(app)
 k8s.register(app)

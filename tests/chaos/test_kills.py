@@ -14,6 +14,7 @@ import grpc
 import msgspec
 import pytest
 
+from bench.chaos.history import History, Reference, check_faults, violations
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
 from serving.gateway.core import generation
@@ -21,7 +22,6 @@ from serving.gateway.core.metering import Meter
 from serving.gateway.core.resumption import MAX_LOSSES, Resumption
 from tests.support.effort import rest_by_night
 from tests.support.fake_groups import FakeGroup, FakeGroups, solo_answer
-from tests.support.history import History, Reference, check_faults, violations
 from tests.unit.gateway.conftest import Serve, serve
 
 __all__ = ["serve"]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+from bench.chaos.history import Answer
 from bench.support.fake_backend import FakeBackend, card
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.engine.request import EngineOutput, EngineRequest
@@ -11,7 +12,6 @@ from serving.contracts.errors import GroupUnavailableError
 from serving.contracts.group_link import GroupOutputs
 from tests.support.engine import Harness
 from tests.support.fake_executor import next_token
-from tests.support.history import Answer
 from tests.support.waiting import until
 
 FINISHED_BY_LENGTH = 2

@@ -1,0 +1,1 @@
+"""Faults for a running stack, and whether its clients noticed."""
