@@ -90,16 +90,27 @@ class _RankSequence:
     block_ids: list[int] = field(default_factory=list)
     most_output: int | None = None
     """Tokens after which its grammar is complete."""
+    _contents: list[bytes] = field(default_factory=list)
+    """Of the slots of `token_ids`, which only grow, as far as somebody has asked."""
 
     @property
     def is_complete(self) -> bool:
         return self.most_output is not None and len(self.token_ids) - self.num_prompt_tokens >= self.most_output
 
     def slot_contents(self, drafts: Sequence[int] = ()) -> list[bytes]:
-        contents = [b"salt" + self.salt + self.adapter_id.to_bytes(4)]
-        for token_id in (*self.token_ids, *drafts):
-            contents.append(hashlib.sha256(contents[-1] + token_id.to_bytes(4)).digest())
-        return contents[1:]
+        known = self._contents
+        for token_id in self.token_ids[len(known) :]:
+            known.append(self._content_after(known, token_id))
+        if not drafts:
+            return known
+        contents = list(known)
+        for token_id in drafts:
+            contents.append(self._content_after(contents, token_id))
+        return contents
+
+    def _content_after(self, before: Sequence[bytes], token_id: int) -> bytes:
+        last = before[-1] if before else b"salt" + self.salt + self.adapter_id.to_bytes(4)
+        return hashlib.sha256(last + token_id.to_bytes(4)).digest()
 
 
 class FakeExecutor:
@@ -125,7 +136,8 @@ class FakeExecutor:
         self._block_size = block_size
         self._max_tokens_a_step = max_tokens_a_step
         self._epoch = epoch
-        self._slots: dict[tuple[int, int], bytes] = {}
+        self._blocks: list[list[bytes | None]] = [[None] * block_size for _ in range(num_blocks)]
+        """What each slot of each block holds."""
         self._compiling: dict[int, tuple[str, int]] = {}
         """Text, and steps that are left."""
         self.adapters: set[int] = set()
@@ -246,10 +258,12 @@ class FakeExecutor:
         sequence = self.sequences[row.seq_id]
         if sequence.sampling.seed in self.poisoned_seeds:
             return
-        for position, content in enumerate(sequence.slot_contents(row.draft_token_ids)[:end]):
-            slot = self._slot(sequence, position)
-            assert self._slots.get(slot) == content, (
-                f"sequence {row.seq_id}, position {position}: wrong content in {slot}"
+        contents, size = sequence.slot_contents(row.draft_token_ids)[:end], self._block_size
+        for number, start in enumerate(range(0, end, size)):
+            expected = contents[start : start + size]
+            block_id = sequence.block_ids[number]
+            assert self._blocks[block_id][: len(expected)] == expected, (
+                f"sequence {row.seq_id}, positions from {start}: wrong content in block {block_id}"
             )
 
     def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
@@ -260,7 +274,8 @@ class FakeExecutor:
             assert slot not in written
             written.add(slot)
             is_poisoned = sequence.sampling.seed in self.poisoned_seeds
-            self._slots[slot] = b"not finite" if is_poisoned else contents[position]
+            block_id, offset = slot
+            self._blocks[block_id][offset] = b"not finite" if is_poisoned else contents[position]
 
     def _answer(self, row: Row) -> RowResult:
         sequence = self.sequences[row.seq_id]

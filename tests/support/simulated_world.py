@@ -7,12 +7,14 @@ same history each time.
 """
 
 import asyncio
+import functools
+import gc
 import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +184,22 @@ class Group:
         """Its connection has ended: nobody reads what it asked for."""
         self.cancel([request_id for request_id, (reader, _) in self._inboxes.items() if reader == gateway])
 
+    def stop_leader(self, duration_s: float) -> None:
+        """It says nothing for a while. Gateways give it up when they look and it has been silent for long."""
+        self.silent_until_s = self._world.now() + duration_s
+        for gateway in self._world.gateways:
+            wait_s = SILENT_S + self._world.draw.uniform(0.0, LOOK_S)
+            self._world.soon(wait_s, functools.partial(self._look, gateway))
+
+    def _look(self, gateway: "Gateway") -> None:
+        if self.silent_until_s <= self._world.now():
+            return
+        gateway.loads.refused(self.name, AVOIDED_WHEN_SILENT_S)
+        own = {request_id: inbox for request_id, (name, inbox) in self._inboxes.items() if name == gateway.name}
+        self._world.count_losses(own)
+        for inbox in dict.fromkeys(own.values()):
+            inbox.put_nowait(GroupUnavailableError("the leader is silent"))
+
     def kill_ranks(self) -> None:
         """The leader notices, and tells the gateways."""
         self.ranks.is_dead = True
@@ -276,7 +294,7 @@ class Gateway:
         """See serving/gateway/core/backend.py."""
         await asyncio.sleep(self._world.draw.uniform(0.0, 0.01))
         while (group := self._choose()) is None:  # Serve holds a call for which there is no replica
-            await asyncio.sleep(0.1)
+            await self._world.has_groups.wait()
         inbox: asyncio.Queue[EngineOutput | Exception] = asyncio.Queue()
         if group.silent_until_s > self._world.now():
             await asyncio.sleep(min(SILENT_S, group.silent_until_s - self._world.now()))
@@ -301,7 +319,7 @@ class Gateway:
         try:
             yield GroupOutputs(group.name, ())
             while open_ids:
-                output = await self._next(group, inbox, open_ids)
+                output = await inbox.get()
                 if isinstance(output, Exception):
                     raise output
                 if output.finish_reason is not None:
@@ -310,25 +328,6 @@ class Gateway:
         finally:
             self.loads.end(group.name, len(requests))
             group.cancel(open_ids)
-
-    async def _next(
-        self, group: Group, inbox: "asyncio.Queue[EngineOutput | Exception]", open_ids: Sequence[str]
-    ) -> EngineOutput | Exception:
-        """Raises GroupUnavailableError when the leader says nothing for too long."""
-        silent_since_s: float | None = None
-        while True:
-            try:
-                async with asyncio.timeout(LOOK_S):
-                    return await inbox.get()
-            except TimeoutError:
-                if group.silent_until_s <= self._world.now():
-                    silent_since_s = None
-                    continue
-                silent_since_s = self._world.now() if silent_since_s is None else silent_since_s
-                if self._world.now() - silent_since_s >= SILENT_S:
-                    self.loads.refused(group.name, AVOIDED_WHEN_SILENT_S)
-                    self._world.count_losses(open_ids)
-                    raise GroupUnavailableError("the leader is silent") from None
 
     def _choose(self) -> Group | None:
         groups = [group for group in self._world.places if group is not None]
@@ -386,6 +385,7 @@ class World:
         self.gateways: list[Gateway] = []
         self.clients: list[Client] = []
         self.faults: Counter[str] = Counter()
+        self.has_groups = asyncio.Event()
         self._last: dict[int, float] = {}
         self._serial = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -405,7 +405,7 @@ class World:
         self.clients = [Client(plan=plan, number=number) for number, plan in enumerate(plans)]
         asking = [loop.create_task(self._ask(client)) for client in self.clients]
         for _ in range(draw.randint(0, 4)):
-            self._soon(draw.uniform(0.0, 3.0), self._fault)
+            self.soon(draw.uniform(0.0, 3.0), self._fault)
         async with asyncio.timeout(MAX_HISTORY_S):
             await asyncio.gather(*asking)
         for task in list(self._tasks):  # starts that nobody waits for
@@ -439,14 +439,16 @@ class World:
         """Another incarnation comes where it was."""
         place = self.places.index(group)
         self.places[place] = None
-
-        self._soon(self.draw.uniform(0.2, 4.0), lambda: self._start(place))
+        if not any(self.places):
+            self.has_groups.clear()
+        self.soon(self.draw.uniform(0.2, 4.0), lambda: self._start(place))
 
     def _start(self, place: int) -> None:
         group = self.places[place] = Group(self, f"group-{len(self.incarnations)}")
         self.incarnations.append(group)
+        self.has_groups.set()
 
-    def _soon(self, delay_s: float, what: Callable[[], None]) -> None:
+    def soon(self, delay_s: float, what: Callable[[], None]) -> None:
         async def wait() -> None:
             await asyncio.sleep(delay_s)
             what()
@@ -493,7 +495,7 @@ class World:
         elif kind == "stop ranks":
             draw.choice(living).stopped_until_s = self.now() + draw.choice((0.9, 30.0))
         else:
-            draw.choice(living).silent_until_s = self.now() + draw.choice((1.0, 10.0))
+            draw.choice(living).stop_leader(draw.choice((1.0, 10.0)))
         self.faults[kind] += 1
 
     async def _ask(self, client: Client) -> None:
@@ -609,7 +611,19 @@ def _wrong_records(client: Client) -> list[str]:
     return []
 
 
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python looks for cycles a hundred times as seldom: a history is short, and makes many objects."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def simulate(seed: int) -> tuple[list[str], World]:
     """One history: what was wrong in it, and how it ended."""
     world = World(seed)
-    return run_virtually(world.run()), world
+    with _few_collections():
+        return run_virtually(world.run()), world
