@@ -117,6 +117,15 @@ def run_on_node(function: Callable[[], Any], node_id: str, timeout_s: float) -> 
     return get([remote.options(num_cpus=0, scheduling_strategy=where).remote()], timeout_s)[0]
 
 
+def start_on_node(function: Callable[..., Any], node_id: str, num_tasks: int, *arguments: Any) -> list[Any]:
+    """References (awaitable) of what so many calls of a function return on that node, all at the same time. They hold none of its
+    resources, and are not made again when their process ends."""
+    where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    remote: Any = ray.remote(function)
+    remote = remote.options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+    return [remote.remote(*arguments) for _ in range(num_tasks)]
+
+
 def current_placement_group() -> PlacementGroup | None:
     """The one that this actor was scheduled into."""
     return get_current_placement_group()

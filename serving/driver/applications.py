@@ -106,7 +106,8 @@ def model_target(
         **_lifecycle(config),
     )(ReplicaGroup)
     deployment._version = str(revision)  # otherwise Serve draws one, and replaces what need not be
-    application = deployment.bind(spec, config.gateway.drain_timeout_s)
+    keeps_spares = config.ray.address is None if config.ray.spare_processes is None else config.ray.spare_processes
+    application = deployment.bind(spec, config.gateway.drain_timeout_s, keeps_spares)
     # Always by hand or by our own autoscaler: Serve's would count ongoing calls, which are near none.
     return serve.RunTarget(
         target=application, name=app_name(spec.card.name), route_prefix=None, external_scaler_enabled=True
