@@ -1,6 +1,7 @@
 """A replica group whose ranks are Ray actors. Ray starts and ends them; steps go over the link."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ from model_parallel.runtime.leader import (
     store_file,
 )
 from model_parallel.runtime.rank_link import Launch
+
+logger = logging.getLogger(__name__)
 
 
 class RayExecutor(SocketExecutor):
@@ -61,7 +64,8 @@ class RayExecutor(SocketExecutor):
         if group is None or group.bundle_count != tp_size:
             bundles = "no placement group" if group is None else f"a placement group of {group.bundle_count} bundles"
             raise ConfigError(f"tensor_parallel_size is {tp_size} and there is {bundles}; each rank needs one bundle")
-        deadline = time.monotonic() + config.parallel.start_timeout_s
+        began_s = time.monotonic()
+        deadline = began_s + config.parallel.start_timeout_s
         with store_file() as path:
             try:
                 host, rendezvous = self._place(group, path, deadline)
@@ -71,7 +75,12 @@ class RayExecutor(SocketExecutor):
             except BaseException:
                 self.shutdown()
                 raise
+            placed_s = time.monotonic() - began_s
             self._start(host, rendezvous, on_progress, deadline)
+        ready_s = time.monotonic() - began_s
+        logger.info(
+            "the actors of the group were there after %.2f s, and its ranks ready after %.2f s", placed_s, ready_s
+        )
 
     def _place(self, group: ray_api.PlacementGroup, store_path: str, deadline: float) -> tuple[str, list[Rendezvous]]:
         """Create the actors and put them in the order of their ranks. Returns the leader's address, and the ranks'."""

@@ -12,6 +12,7 @@ ServingError
 ├── GroupRefusedError          a replica group has not accepted the request
 ├── GroupUnavailableError      no live replica group, or the one that ran the request is lost
 │   ├── GroupSilentError       the one that was asked does not answer
+│   ├── GroupCallLostError     the one that was asked was lost before it answered
 │   └── GroupDrainingError     the ones that were asked take nothing new, and will be replaced
 ├── PoisonedRequestError       every group that ran the request was lost
 ├── CannotResumeError          a broken stream cannot be gone on with
@@ -226,6 +227,11 @@ class CannotResumeError(ServingError):
 
 class GroupSilentError(GroupUnavailableError):
     """The replica group that was asked to run the request does not answer. Another one may."""
+
+
+class GroupCallLostError(GroupUnavailableError):
+    """The leader that the request was sent to has died. Nothing of it was delivered, and another group may run it; whether it had
+    begun is not known."""
 
 
 class GroupDrainingError(GroupUnavailableError):

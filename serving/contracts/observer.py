@@ -41,6 +41,9 @@ class RequestObserver:
     def accepted(self, engine: str) -> None:
         """The group of this id has accepted it."""
 
+    def interrupted(self) -> None:
+        """That group is lost, and another one is to accept the rest of it."""
+
     def received(self, outputs: Sequence[EngineOutput]) -> None:
         """Outputs have come from the group."""
 

@@ -107,6 +107,10 @@ class GatewayMetrics:
             "packtrain_ttft_stage_seconds", "Where the time to the first token went.", ("model_name", "stage"),
             buckets=_STAGE_BUCKETS, registry=registry,
         )  # fmt: skip
+        self.resumption_stage = Histogram(
+            "packtrain_resumption_stage_seconds", "Where the pause went of requests whose group was lost.",
+            ("model_name", "stage"), buckets=_STAGE_BUCKETS, registry=registry,
+        )  # fmt: skip
         self.requests = Counter(
             "packtrain_requests", "Answered requests.", ("front_end", "method", "model_name", "code"), registry=registry
         )

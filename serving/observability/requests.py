@@ -11,7 +11,7 @@ from types import TracebackType
 
 from opentelemetry.trace import Span, SpanKind
 
-from model_parallel.engine.request import EngineOutput, SamplingParams
+from model_parallel.engine.request import EngineOutput, SamplingParams, Timings
 from serving.contracts.accounts import Principal, UsageRecord
 from serving.contracts.observer import RequestObserver
 from serving.observability.log import log_event
@@ -102,6 +102,9 @@ class _Observer(RequestObserver):
         self._engine: EngineMetrics | None = None
         self._submitted_s = 0.0
         self._first_s: float | None = None
+        self._interrupted_s: float | None = None
+        """When its group was lost, until it has a token of another one."""
+        self._accepted_s = 0.0
         self._last_s: dict[int, float] = {}
         """When each choice had its latest token."""
         self._num_tokens: dict[int, int] = {}
@@ -164,9 +167,17 @@ class _Observer(RequestObserver):
 
     def accepted(self, engine: str) -> None:
         self._engine_id = engine
+        self._accepted_s = self._clock()
+
+    def interrupted(self) -> None:
+        if self._interrupted_s is None:
+            self._interrupted_s = self._clock()
+        self._span.add_event("group_lost")
 
     def received(self, outputs: Sequence[EngineOutput]) -> None:
         now_s = self._clock()
+        if self._interrupted_s is not None and any(output.token_ids for output in outputs):
+            self._goes_on(now_s, self._interrupted_s, outputs)
         for output in outputs:
             if not output.token_ids:
                 continue
@@ -177,6 +188,21 @@ class _Observer(RequestObserver):
                 self._engine.inter_token_latency.observe(now_s - last_s)
             self._last_s[choice] = now_s
             self._num_tokens[choice] = self._num_tokens.get(choice, 0) + len(output.token_ids)
+
+    def _goes_on(self, now_s: float, interrupted_s: float, outputs: Sequence[EngineOutput]) -> None:
+        """Its first token of another group than the one that was lost."""
+        self._interrupted_s = None
+        timings = next((output.timings for output in outputs if output.token_ids), None) or Timings()
+        waited_s = now_s - self._accepted_s
+        stages = {
+            "handover": self._accepted_s - interrupted_s,
+            "queue": timings.queue_s,
+            "prefill": timings.prefill_s,
+            "network": max(0.0, waited_s - timings.queue_s - timings.prefill_s),
+        }
+        for stage, duration_s in stages.items():
+            self._metrics.resumption_stage.labels(self._model, stage).observe(duration_s)
+        self._span.add_event("first_token_after_loss")
 
     def _first_token(self, now_s: float, output: EngineOutput) -> EngineMetrics:
         engine = self._metrics.engine(self._model, self._engine_id)

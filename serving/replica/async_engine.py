@@ -42,9 +42,13 @@ class AsyncEngine:
     One step's outputs cross into the event loop in one call, and reach each sink in one.
     """
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, engine: Engine, loop: asyncio.AbstractEventLoop, on_lost: Callable[[], Any] = lambda: None
+    ) -> None:
+        """`on_lost` is called once in the event loop, when the group is lost and the sinks have been told."""
         self._engine = engine
         self._loop = loop
+        self._on_lost = on_lost
         self._runs: dict[str, _Run] = {}
         """By the id of a sequence that has not ended."""
         self._full_sinks: set[OutputSink] = set()
@@ -160,11 +164,15 @@ class AsyncEngine:
             self._wake.set()
 
     def _loop_steps(self) -> None:
+        has_told = False
         while not self._stopping:
             if self._engine.has_work:
                 outputs = self._step()
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
+            elif self._engine.failure is not None and not has_told:
+                has_told = True
+                self._loop.call_soon_threadsafe(self._on_lost)
             else:
                 self._wake.wait(LOOK_AFTER_PAUSED_S if self._engine.num_paused else None)
                 self._wake.clear()

@@ -9,13 +9,15 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 from ray import serve
 
-from cluster.ray_api import draining_nodes, this_node
+from cluster.ray_api import RayError, draining_nodes, this_node
+from cluster.spares import keep_spares
 from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
 from model_parallel.engine.engine import Engine
@@ -46,6 +48,15 @@ DRAIN_POLL_S = 0.1
 NODE_LOOK_PERIOD_S = 2.0
 """How often a leader looks whether a node of its group is to end."""
 NODE_LOOK_TIMEOUT_S = 5.0
+FAREWELL_S = 0.2
+"""Of a lost group: for answers that are on their way to gateways."""
+LOST_STATUS = 70
+"""Of its leader's process."""
+SPARES_AFTER_S = 2.0
+"""When a group has started, requests that waited for it come first."""
+LEADER_MODULES = ("ray.serve._private.replica", "serving.replica.deployment")
+RANK_MODULES = ("model_parallel.runtime.rank_process", "model_parallel.runtime.rank")
+"""What their processes import for most of the time that they take to start."""
 MARGIN_S = 5.0
 """Before the end of a node that is to end: by then all is elsewhere."""
 RELEASE_TIMEOUT_S = 60.0
@@ -66,8 +77,13 @@ class ReplicaGroup:
     """There is to be one group fewer, and it is this one: set when it may end."""
     _has_drained = False
     _node_watch: "asyncio.Task[None] | None" = None
+    _spares: "asyncio.Task[None] | None" = None
+    _end: "asyncio.Task[None] | None" = None
+    _exit = staticmethod(os._exit)
 
-    async def __init__(self, spec: GroupSpec, drain_timeout_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, spec: GroupSpec, drain_timeout_s: float, keeps_spares: bool
+    ) -> None:
         self._drain_timeout_s = drain_timeout_s
         self._engine_id = serve.get_replica_context().replica_id.unique_id
         configure_logging(f"group {spec.card.name} {self._engine_id}")
@@ -115,6 +131,8 @@ class ReplicaGroup:
         self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._node_watch = asyncio.create_task(self._watch_nodes())
+        if keeps_spares:
+            self._spares = asyncio.create_task(self._keep_spares())
 
     async def _load_adapters(self, spec: GroupSpec) -> None:
         """Those that are known from the start. The executor is ended when that fails."""
@@ -162,7 +180,7 @@ class ReplicaGroup:
 
     def _running_engine(self) -> AsyncEngine:
         if self._async_engine is None:
-            self._async_engine = AsyncEngine(self._engine, asyncio.get_running_loop())
+            self._async_engine = AsyncEngine(self._engine, asyncio.get_running_loop(), self._begin_end)
             self._senders = OutputSenders(self._engine_id, self._async_engine)
             self._executor.set_failure_callback(self._async_engine.fail)
         return self._async_engine
@@ -276,6 +294,30 @@ class ReplicaGroup:
                     await asyncio.sleep(DRAIN_POLL_S)
         self._async_engine.hand_over("the replica group that served this request was stopped")
 
+    def _begin_end(self) -> None:
+        """The group is lost, and gateways have been told on the link."""
+        self._end = asyncio.create_task(self._end_process())
+
+    async def _end_process(self) -> None:
+        """Serve replaces a group whose process is gone at its next look. One that says that it is unhealthy has to say so three
+        times."""
+        await asyncio.sleep(FAREWELL_S)
+        self._senders.close()
+        await asyncio.to_thread(self._executor.shutdown)
+        self._tracing.close()
+        logger.error("the leader ends, and Serve starts the group anew: %s", self._engine.failure)
+        self._exit(LOST_STATUS)
+
+    async def _keep_spares(self) -> None:
+        """For the next incarnation of this group, or of another one, on the same nodes."""
+        await asyncio.sleep(SPARES_AFTER_S)
+        num_spares = Counter(at.node_id for at in self._executor.locations)
+        num_spares[this_node()[0]] += 1
+        try:
+            await keep_spares(num_spares, (*LEADER_MODULES, *RANK_MODULES))
+        except RayError as error:
+            logger.warning("there are no spare processes: %s", error)
+
     async def _watch_nodes(self) -> None:
         """Drain as soon as a node with a rank of this group is to end. Serve looks at the leader's alone."""
         nodes = {at.node_id for at in self._executor.locations} | {this_node()[0]}
@@ -303,8 +345,9 @@ class ReplicaGroup:
 
     async def __del__(self) -> None:
         """Called by Serve when the replica ends in good order: what it has taken in runs to its end, in bounded time."""
-        if self._node_watch is not None:
-            self._node_watch.cancel()
+        for task in (self._node_watch, self._spares):
+            if task is not None:
+                task.cancel()
         if self._async_engine is not None:
             await self._finish_within(0.0 if self._drain is not None and self._drain.done() else self._drain_timeout_s)
             await asyncio.to_thread(self._async_engine.close, self._step_timeout_s)

@@ -24,6 +24,7 @@ from serving.contracts.accounts import Accounts, OpenAccounts, Principal
 from serving.contracts.errors import (
     CancelledInGroupError,
     DeadlineExceededError,
+    GroupCallLostError,
     GroupDrainingError,
     GroupRefusedError,
     GroupSilentError,
@@ -332,10 +333,12 @@ class Generator:
                             yield rest.take(output)
                 return
             except (GroupUnavailableError, GroupRefusedError) as error:
-                if is_accepted and isinstance(error, GroupUnavailableError):
+                if isinstance(error, GroupCallLostError) or (is_accepted and isinstance(error, GroupUnavailableError)):
                     rest.lose(error)
+                if is_accepted:
+                    meter.interrupted()
                 recover_until_s = min(recover_until_s, self.clock() + RECOVERY_TIMEOUT_S)
-                may_wait = is_begun or isinstance(error, GroupSilentError | GroupDrainingError)
+                may_wait = is_begun or isinstance(error, GroupSilentError | GroupDrainingError | GroupCallLostError)
                 if not may_wait or self.clock() >= recover_until_s:
                     raise
                 if card.base not in self.models:  # it was removed, and no group of it will come
@@ -343,8 +346,9 @@ class Generator:
                 if isinstance(error, GroupRefusedError) and error.kind != "overloaded":
                     raise
                 logger.info("request %s waits for a group that goes on: %s", call.request_id, error)
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, MAX_RECOVERY_PAUSE_S)
+            if not is_accepted:  # Another group may take at once what one has lost.
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_RECOVERY_PAUSE_S)
 
     async def _offer(
         self, card: ModelCard, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
@@ -458,8 +462,10 @@ def _sampling_params(query: GenerateQuery, card: ModelCard, *, seed: int, max_to
 
 async def _next_within(steps: AsyncGenerator[GroupOutputs, None], timeout_s: float | None) -> GroupOutputs | None:
     """The next item, None at the end. Raises GroupUnavailableError when it takes longer."""
+    if timeout_s is None or timeout_s == math.inf:
+        return await anext(steps, None)
     try:
-        async with asyncio.timeout(None if timeout_s == math.inf else timeout_s):
+        async with asyncio.timeout(timeout_s):
             return await anext(steps, None)
     except TimeoutError:
         raise GroupUnavailableError("no replica group could go on with the request in time") from None

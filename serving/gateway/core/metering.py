@@ -70,6 +70,11 @@ class Meter:
         if step.outputs:
             self._call.observer.received(step.outputs)
 
+    def interrupted(self) -> None:
+        """The group that had accepted it is lost, and another one is to go on."""
+        self._engine = ""
+        self._call.observer.interrupted()
+
     async def close(self, last_outputs: Sequence[EngineOutput | None], reason: FinishReason) -> Summary:
         """The request has ended well: settle it, with a durable record if the answer is not streamed."""
         summary = self._summary([output for output in last_outputs if output is not None])

@@ -13,6 +13,10 @@ AVOIDED_S = 0.25
 and so has none, would be sent everything."""
 
 
+AVOIDED_WHEN_LOST_S = 5.0
+"""The same of one that has lost a rank, or its connection to this gateway: its leader may go on refusing, and has nothing to do.
+Serve sends it nothing any more after its next look, within two seconds."""
+
 AVOIDED_WHEN_SILENT_S = 30.0
 """The same of one that does not answer: longer than Serve takes to replace it."""
 

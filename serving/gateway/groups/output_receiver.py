@@ -23,9 +23,9 @@ import msgspec
 from model_parallel.engine.request import EngineOutput
 from model_parallel.transport.authentication import SECRET_BYTES
 from model_parallel.transport.frame_protocol import AcceptingProtocol
-from serving.contracts.errors import GroupSilentError, GroupUnavailableError
+from serving.contracts.errors import GroupCallLostError, GroupSilentError, GroupUnavailableError
 from serving.contracts.group_link import HEARTBEAT_S, MAGIC, Command, GroupOutputs, GroupUpdate, Outputs, ReturnAddress
-from serving.gateway.groups.loads import AVOIDED_WHEN_SILENT_S, GroupLoads
+from serving.gateway.groups.loads import AVOIDED_WHEN_LOST_S, AVOIDED_WHEN_SILENT_S, GroupLoads
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Inbox:
         if self._state is not _State.SUBMITTED:
             return
         if connection is None:
-            self.fail(GroupUnavailableError("the connection to the replica group was lost"))
+            self.fail(GroupCallLostError("the connection to the replica group was lost"))
             return
         self._state = _State.ACCEPTED
         self._connection = connection
@@ -252,7 +252,7 @@ class OutputReceiver:
         """The requests that ran over it get nothing more."""
         self.connections.discard(connection)
         self.loads.forget(connection.engine)
-        self.loads.refused(connection.engine)  # so that what it ran goes elsewhere
+        self.loads.refused(connection.engine, AVOIDED_WHEN_LOST_S)  # so that what it ran goes elsewhere
         for inbox in {inbox for inbox in self._inboxes.values() if inbox.runs_over(connection)}:
             inbox.fail(GroupUnavailableError("the replica group was lost"))
 

@@ -14,19 +14,24 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from model_parallel.engine.request import EngineRequest
-from serving.contracts.errors import GroupDrainingError, GroupRefusedError, GroupUnavailableError
+from serving.contracts.errors import (
+    GroupCallLostError,
+    GroupDrainingError,
+    GroupRefusedError,
+    GroupUnavailableError,
+)
 from serving.contracts.fleet import ModelDemand
 from serving.contracts.group_link import GroupCall, GroupOutputs, GroupReply
 from serving.contracts.group_report import GroupReport
 from serving.contracts.models import AdapterCard, ModelCard
 from serving.contracts.step_report import StepReport
 from serving.gateway.core.catalogue import Catalogue
-from serving.gateway.groups.loads import AVOIDED_WHEN_DRAINING_S
+from serving.gateway.groups.loads import AVOIDED_WHEN_DRAINING_S, AVOIDED_WHEN_LOST_S
 from serving.gateway.groups.output_receiver import Inbox, OutputReceiver
 
 logger = logging.getLogger(__name__)
@@ -140,7 +145,10 @@ class ServeBackend:
         try:
             while num_open:
                 step = await inbox.next()
-                num_open -= sum(output.finish_reason is not None for output in step.outputs)
+                ended = [output for output in step.outputs if output.finish_reason is not None]
+                num_open -= len(ended)
+                if any(output.error_kind == "unavailable" for output in ended):  # What is left goes elsewhere.
+                    self._receiver.loads.refused(step.engine, AVOIDED_WHEN_LOST_S)
                 yield step
         finally:
             self._num_open[model] -= 1
@@ -159,6 +167,9 @@ class ServeBackend:
             inbox.fail(GroupRefusedError("every replica group of this model is full", kind="overloaded"))
         except (RequestCancelledError, asyncio.CancelledError):
             inbox.fail(GroupUnavailableError("the request was cancelled on its way to a replica group"))
+        except RayActorError as lost:
+            logger.warning("a replica group of %s was lost before it answered: %s", model, type(lost).__name__)
+            inbox.fail(GroupCallLostError(f"the replica group of model {model!r} was lost"))
         except (RayError, RayServeException) as lost:
             logger.warning("a replica group of %s was lost: %s", model, type(lost).__name__)
             inbox.fail(GroupUnavailableError(f"the replica group of model {model!r} was lost"))

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from bench.support.fake_backend import FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from protos import inference_pb2 as pb
-from serving.contracts.errors import GroupDrainingError, GroupRefusedError, GroupSilentError, GroupUnavailableError
+from serving.contracts.errors import (
+    GroupCallLostError,
+    GroupDrainingError,
+    GroupRefusedError,
+    GroupSilentError,
+    GroupUnavailableError,
+)
 from serving.contracts.group_link import GroupOutputs
 from serving.gateway.core import generation
 from serving.gateway.core.resumption import Resumption
@@ -163,6 +169,49 @@ async def test_a_request_that_no_group_answers_or_takes_now_is_offered_again(
     assert len(ids) == 5
     if error is GroupSilentError:  # which may have begun, so that nobody else may have its name
         assert len(set(ids)) == 5
+
+
+class LostCalls(MortalBackend):
+    """So many leaders die before they have answered."""
+
+    def __init__(self, num_lost: int) -> None:
+        super().__init__([])
+        self._num_lost = num_lost
+
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncIterator[GroupOutputs]:
+        if self._num_lost:
+            self._num_lost -= 1
+            self.asked.append(list(requests))
+            raise GroupCallLostError("the leader died")
+        async for step in super().generate(model, requests, trace_context):
+            yield step
+
+
+@pytest.mark.parametrize("num_lost", [1, 2])
+async def test_a_request_whose_leader_dies_before_it_answers_goes_elsewhere(serve: Serve, num_lost: int) -> None:
+    backend = LostCalls(num_lost)
+    async with serve(backend) as gateway:
+        answer = await gateway.stub.Generate(query(12, 1), timeout=60)
+    assert list(answer.choices[0].token_ids) == solo(0, 12)
+    ids = [request.request_id for requests in backend.asked for request in requests]
+    assert len(set(ids)) == len(ids) == num_lost + 1, "it may have begun there"
+
+
+async def test_a_request_that_ends_leaders_before_they_answer_ends_too(serve: Serve) -> None:
+    backend = LostCalls(20)
+    async with serve(backend) as gateway:
+        call = gateway.stub.Generate(query(12, 1), timeout=60)
+        assert await call.code() is grpc.StatusCode.INTERNAL
+    assert len(backend.asked) == 3
+
+
+async def test_another_group_is_asked_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "MIN_RECOVERY_PAUSE_S", 1000.0)
+    async with serve(MortalBackend([4, 3])) as gateway:
+        answer = await gateway.stub.Generate(query(12, 1), timeout=60)
+    assert list(answer.choices[0].token_ids) == solo(0, 12)
 
 
 async def test_the_pauses_of_a_request_that_waits_grow_to_a_second(

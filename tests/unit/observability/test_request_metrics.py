@@ -86,6 +86,35 @@ async def test_the_stages_add_up_to_the_time_to_the_first_token(watched: Watch) 
         assert min(stages["network"], stages["gateway"]) > 0
 
 
+async def test_the_pause_of_a_request_whose_group_is_lost_is_told_by_stage(watched: Watch) -> None:
+    quick = Timings(queue_s=1e-6, prefill_s=2e-6)
+    num_lost = 0
+
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        nonlocal num_lost
+        yield (EngineOutput(request_id=requests[0].request_id, token_ids=(65,), timings=quick),)
+        if num_lost < 2:
+            num_lost += 1
+            raise GroupUnavailableError("the replica group was lost")
+        yield (
+            EngineOutput(
+                request_id=requests[0].request_id, token_ids=(66,), finish_reason=FinishReason.LENGTH, timings=quick
+            ),
+        )
+
+    async with watched(FakeBackend(script)) as gateway:
+        await gateway.stub.Generate(request(max_tokens=4))
+        stages = {
+            stage: gateway.value("packtrain_resumption_stage_seconds_sum", model_name="tiny", stage=stage) or 0
+            for stage in ("handover", "queue", "prefill", "network")
+        }
+        count = gateway.value("packtrain_resumption_stage_seconds_count", model_name="tiny", stage="handover")
+        assert count == 2
+        assert (stages["queue"], stages["prefill"]) == (2e-6, 4e-6)
+        assert min(stages["network"], stages["handover"]) > 0
+        assert gateway.value("vllm:time_to_first_token_seconds_count", **TINY) == 1
+
+
 async def test_choices_share_one_first_token(watched: Watch) -> None:
     script = steps([[65], [66], [67]], [[65], [66]], finish=FinishReason.LENGTH, eos=False)
     async with watched(FakeBackend(script)) as gateway:

@@ -37,6 +37,10 @@ MODEL = "tiny"
 class Leader(ReplicaGroup):
     """Python would call __del__ too, and await nothing."""
 
+    def __init__(self) -> None:
+        self.exits: list[int] = []
+        self._exit = self.exits.append  # type: ignore[assignment]
+
     def __del__(self) -> None: ...  # type: ignore[override]
 
 
@@ -48,7 +52,7 @@ class Group:
         self.harness.executor.during_step = lambda: time.sleep(0.001)
         self.num_cancelled = 0
         self.before_reply: Callable[[], Any] = lambda: None
-        self.leader: Any = Leader.__new__(Leader)
+        self.leader: Any = Leader()
         self.leader.__dict__.update(
             _engine_id="g1",
             _model=MODEL,
@@ -190,12 +194,33 @@ async def test_refusals_are_told_as_the_group_said_them(
     assert receiver.loads.is_avoided("g1")
 
 
-async def test_a_group_that_fails_ends_what_it_runs(backend: ServeBackend, group: Group) -> None:
+async def test_a_group_that_fails_ends_what_it_runs(
+    backend: ServeBackend, receiver: OutputReceiver, group: Group
+) -> None:
     running = asyncio.create_task(outputs_of(backend, request("a")))
     await until(lambda: group.harness.engine.stats.num_running)
     group.leader._async_engine.fail("rank 1 is gone")
     last = (await running)[-1]
     assert (last.finish_reason, last.error_kind) == (FinishReason.ERROR, "unavailable")
+    assert receiver.loads.is_avoided("g1"), "what it ran goes elsewhere"
+
+
+@pytest.mark.parametrize("runs_something", [False, True])
+async def test_the_process_of_a_lost_group_ends_when_gateways_know(
+    backend: ServeBackend, group: Group, runs_something: bool
+) -> None:
+    """Serve would replace it only after it has said three times that it is unhealthy."""
+    steps = backend.generate(MODEL, [request("a")], {})
+    await anext(steps)
+    if not runs_something:
+        await steps.aclose()
+        await group.until_idle()
+    group.leader._async_engine.fail("rank 1 is gone")
+    if runs_something:
+        assert [step async for step in steps][-1].outputs[-1].error_kind == "unavailable"
+    await until(lambda: group.leader.exits)
+    assert group.leader.exits == [deployment.LOST_STATUS]
+    assert not group.leader._senders._connections
 
 
 @pytest.mark.parametrize(
