@@ -60,6 +60,8 @@ class Reading:
         self.has_begun = threading.Event()
         self.fault_s: float | None = None
         self.pause_s = 0.0
+        self.pause_began_s = 0.0
+        """After the fault."""
         self.num_tokens = 0
         self._address, self._request = address, request(seed, num_tokens)
 
@@ -70,7 +72,9 @@ class Reading:
             for chunk in client.stub.GenerateStream(self._request, timeout=TIMEOUT_S):
                 now_s = time.perf_counter()
                 if self.fault_s is not None:
-                    self.pause_s = max(self.pause_s, now_s - max(last_s, self.fault_s))
+                    began_s = max(last_s, self.fault_s)
+                    if now_s - began_s > self.pause_s:
+                        self.pause_s, self.pause_began_s = now_s - began_s, began_s - self.fault_s
                 last_s = now_s
                 self.num_tokens += len(chunk.token_ids)
                 self.has_begun.set()
@@ -155,7 +159,7 @@ def kill_one(
 
 def with_a_peer(num_kills: int, num_streams: int, num_tokens: int, rest_s: float, console: Console) -> dict[str, Any]:
     """Pauses where another group goes on."""
-    draw, pauses_s, rebuilt_s = random.Random(1), list[float](), list[float]()
+    draw, pauses_s, begins_s, rebuilt_s = random.Random(1), list[float](), list[float](), list[float]()
     admin = NO_ADMIN | {"metrics_port": 0}
     with running(stack_config(ENTRY | {"num_groups": 2}, admin=admin), lambda stage: None) as app:
         groups = Groups()
@@ -163,18 +167,21 @@ def with_a_peer(num_kills: int, num_streams: int, num_tokens: int, rest_s: float
         for turn in range(num_kills):
             time.sleep(rest_s)
             readings, group, fault_s = kill_one(app.address, groups, num_streams, num_tokens, draw)
-            longest = sorted((reading.pause_s for reading in readings), reverse=True)[: num_streams // 2]
+            lost = sorted(readings, key=lambda reading: reading.pause_s, reverse=True)[: num_streams // 2]
+            longest = [reading.pause_s for reading in lost]
             pauses_s += longest
+            begins_s += [reading.pause_began_s for reading in lost]
             rebuilt_s.append(groups.await_groups(2, without=group) - fault_s)
             console.print(
-                f"kill {turn} of one of two groups: pauses of {min(longest):.2f} to {max(longest):.2f} s, "
-                f"two again after {rebuilt_s[-1]:.1f} s"
+                f"kill {turn} of one of two groups: pauses of {min(longest):.2f} to {max(longest):.2f} s, which began "
+                f"{max(begins_s[-len(lost) :]):.2f} s after it at the latest; two again after {rebuilt_s[-1]:.1f} s"
             )
         num_resumed, sums = stages(app)
     means = {stage: seconds / num_resumed for stage, seconds in sums.items()}
     console.print(f"{num_resumed:.0f} streams went on elsewhere; seconds of each by stage: {means}")
     settings = {"num_kills": num_kills, "num_streams": num_streams, "num_tokens": num_tokens}
-    return percentiles(pauses_s) | settings | {"stages": means, "seconds": pauses_s, "rebuilt": percentiles(rebuilt_s)}
+    seconds = {"seconds": pauses_s, "began_after_s": begins_s, "stages": means, "rebuilt": percentiles(rebuilt_s)}
+    return percentiles(pauses_s) | settings | seconds
 
 
 def alone(num_kills: int, num_cancels: int, num_tokens: int, rest_s: float, console: Console) -> dict[str, Any]:

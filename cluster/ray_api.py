@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 from ray.actor import ActorHandle
+from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -23,6 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.placement import NodeResources
 
 __all__ = ["ActorHandle", "PlacementGroup", "RayError"]
+
+_FOR_EVER_S = 10 * 365 * 24 * 3600
 
 
 def alive_nodes() -> list[NodeResources]:
@@ -117,13 +122,25 @@ def run_on_node(function: Callable[[], Any], node_id: str, timeout_s: float) -> 
     return get([remote.options(num_cpus=0, scheduling_strategy=where).remote()], timeout_s)[0]
 
 
-def start_on_node(function: Callable[..., Any], node_id: str, num_tasks: int, *arguments: Any) -> list[Any]:
-    """References (awaitable) of what so many calls of a function return on that node, all at the same time. They hold none of its
-    resources, and are not made again when their process ends."""
-    where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-    remote: Any = ray.remote(function)
-    remote = remote.options(num_cpus=0, max_retries=0, scheduling_strategy=where)
-    return [remote.remote(*arguments) for _ in range(num_tasks)]
+def start_idle_worker(timeout_s: float) -> None:
+    """Have this node start a worker process that nobody has asked for, and keep it. Raises RayError.
+
+    Ray has no public call for that. This one is what it uses itself before tasks come.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
+    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    request = node_manager_pb2.PrestartWorkersRequest(
+        language=common_pb2.Language.PYTHON, num_workers=1, keep_alive_duration_secs=_FOR_EVER_S
+    )
+    request.runtime_env_info.serialized_runtime_env = "{}"
+    channel = init_grpc_channel(address)
+    try:
+        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise RayError(f"the node does not start worker processes: {error}") from error
+    finally:
+        channel.close()
 
 
 def current_placement_group() -> PlacementGroup | None:

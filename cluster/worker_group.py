@@ -53,6 +53,8 @@ class RayExecutor(SocketExecutor):
         self.locations: tuple[RankLocation, ...] = ()
         """By rank."""
         self._rank_class = rank_class
+        self._node_id = ""
+        """The leader's."""
         self._configure_logging = configure_logging
         self._actors: list[ray_api.ActorHandle[Any]] = []
         self._serving: list[Any] = []
@@ -92,6 +94,7 @@ class RayExecutor(SocketExecutor):
         asked = [actor.describe.remote(bundle) for bundle, actor in enumerate(self._actors)]
         locations = ray_api.get(asked, deadline - time.monotonic())
         leader_node, leader_ip = ray_api.this_node()
+        self._node_id = leader_node
         self.locations = tuple(order_ranks(locations, leader_node))
         self._actors = [self._actors[at.bundle] for at in self.locations]
         self._processes = [os.pidfd_open(at.pid) for at in self.locations if at.node_id == leader_node]
@@ -105,8 +108,15 @@ class RayExecutor(SocketExecutor):
 
     def _launch(self, host: str, port: int, secret: bytes) -> None:
         for rank, actor in enumerate(self._actors):
+            is_here = self.locations[rank].node_id == self._node_id
             launch = Launch(
-                host=host, port=port, secret=secret, epoch=self.config.epoch, rank=rank, rank_class=self._rank_class
+                host=host,
+                port=port,
+                secret=secret,
+                epoch=self.config.epoch,
+                rank=rank,
+                rank_class=self._rank_class,
+                life_path=self._life.path if is_here else "",
             )
             self._serving.append(actor.serve.remote(launch, self._configure_logging))
 

@@ -368,10 +368,10 @@ class RayConfig(_Section):
         "asked for them.",
     )
 
-    spare_processes: bool | None = Field(
-        None,
-        description="Keep idle processes that have imported what a group needs, as many as the largest group has on a node: a "
-        "lost group is back sooner, for some 0.3 GB each. Unset: on a private cluster alone.",
+    spare_processes: bool = Field(
+        True,
+        description="Of a private cluster: keep idle processes that have imported what a group needs, as many as the largest "
+        "group has: a lost group is back sooner, for some 0.4 GB each.",
     )
     num_gateways: int | None = Field(
         None,
@@ -385,6 +385,8 @@ class RayConfig(_Section):
             raise ValueError(
                 "detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node"
             )
+        if self.address is not None and "spare_processes" in self.model_fields_set:
+            raise ValueError("spare_processes is of a private cluster, which ray.address does without")
         return self
 
 

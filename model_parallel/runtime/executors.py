@@ -134,7 +134,13 @@ class SpawnedExecutor(SocketExecutor):
     def _launch(self, host: str, port: int, secret: bytes) -> None:
         for rank in range(self.config.parallel.tp_size):
             launch = Launch(
-                host=host, port=port, secret=secret, epoch=self.config.epoch, rank=rank, rank_class=self._rank_class
+                host=host,
+                port=port,
+                secret=secret,
+                epoch=self.config.epoch,
+                rank=rank,
+                rank_class=self._rank_class,
+                life_path=self._life.path,
             )
             process = self._spawner.submit(self._spawn, rank).result()
             self._processes.append(process)

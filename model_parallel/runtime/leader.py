@@ -2,8 +2,9 @@
 
 A step costs one send a rank and one blocking read of rank 0's answer, in the thread that submits and collects. A second
 thread sleeps until some connection hangs up, so that a rank lost between steps, or while rank 0 waits for it inside a
-collective, is known at once. Acknowledgements of the other ranks are read when they are there and never waited for: a
-rank that hangs stops rank 0's next collective, and so the step.
+collective, is known; one more for each rank of this host sleeps until that dies, which is known sooner (life_locks.py).
+Acknowledgements of the other ranks are read when they are there and never waited for: a rank that hangs stops rank 0's next
+collective, and so the step.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import CheckpointError, ConfigError, EngineError, GroupFailedError
 from model_parallel.native import NativeBuildError
 from model_parallel.runtime.health import GroupHealth
+from model_parallel.runtime.life_locks import LifeLocks
 from model_parallel.runtime.rank_link import (
     Ack,
     Connection,
@@ -53,6 +55,8 @@ STOP_TIMEOUT_S = 2.0
 _LOOK_S = 0.2
 """Between two looks at whether something has moved, while a step is waited for."""
 _LAST_WORDS_TIMEOUT_S = 0.2
+_READING_TIMEOUT_S = 0.01
+"""To read what has come of a rank that is dead already."""
 _START_ERRORS: dict[str, type[EngineError]] = {"ConfigError": ConfigError, "CheckpointError": CheckpointError}
 
 
@@ -108,9 +112,9 @@ class _RankLink:
     def failed(self, message: Failed) -> str:
         return f"{self.name} failed: {message.kind}: {message.message}"
 
-    def last_words(self, error: LinkError) -> str:
+    def last_words(self, error: LinkError, timeout_s: float = _LAST_WORDS_TIMEOUT_S) -> str:
         """Why a broken link ended, from what the rank may have sent before it did."""
-        self.connection.sock.settimeout(_LAST_WORDS_TIMEOUT_S)
+        self.connection.sock.settimeout(timeout_s)
         with contextlib.suppress(LinkError, TimeoutError):
             while True:
                 while (message := self.connection.receive_buffered()) is not None:
@@ -198,6 +202,7 @@ class SocketExecutor(ABC):
         """Bring the group up; ranks reach the leader at `host`. Raises what stopped it, after cleaning up."""
         parallel = self.config.parallel
         secret = secrets.token_bytes(SECRET_BYTES)
+        self._life = LifeLocks(parallel.tp_size)
         try:
             listener = Listener(host, secret=secret, epoch=self.config.epoch, num_ranks=parallel.tp_size)
             with contextlib.closing(listener):
@@ -214,11 +219,15 @@ class SocketExecutor(ABC):
         except BaseException:
             self.shutdown()
             raise
+        finally:
+            self._life.close()
         self._link_of = {link.connection.sock.fileno(): link for link in self._links}
         for link in self._links[1:]:
             self._answers.register(link.connection.sock, select.POLLIN)
         self._monitor = threading.Thread(target=self._watch, name="packtrain-ranks", daemon=True)
         self._monitor.start()
+        for link in self._links:
+            threading.Thread(target=self._await_death, args=(link,), name="packtrain-life", daemon=True).start()
 
     def _await_ready(self, deadline: float, on_progress: OnProgress | None) -> None:
         poller = select.poll()
@@ -376,6 +385,19 @@ class SocketExecutor(ABC):
                 with link.reading:
                     reason = link.last_words(LinkError("the connection was closed"))
                 self._fail(reason)
+
+    def _await_death(self, link: _RankLink) -> None:
+        """Sleep until a rank ends. Its connection is read if nobody does so: a rank that has failed by itself has said why."""
+        if not self._life.await_end(link.rank):
+            return
+        died = LinkError("its process died")
+        reason = f"{link.name} is lost: {died}"
+        if link.reading.acquire(timeout=_READING_TIMEOUT_S):
+            try:
+                reason = link.last_words(died, _READING_TIMEOUT_S)
+            finally:
+                link.reading.release()
+        self._fail(reason)
 
     def _fail(self, reason: str) -> None:
         """The group is lost: the first reason counts. Wakes the thread that waits in `collect` and ends all ranks."""

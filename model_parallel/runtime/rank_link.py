@@ -49,6 +49,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     rank_class: str
     """Factory of the rank, as "package.module:Class"."""
+    life_path: str = ""
+    """Of the leader's LifeLocks, for a rank on its host."""
 
 
 class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -29,6 +29,7 @@ from model_parallel.collectives.shared_memory.segment import SharedMemoryCollect
 from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, EngineError, GroupFailedError
+from model_parallel.runtime.life_locks import HeldLifeLock
 from model_parallel.runtime.movement import MovementReports
 from model_parallel.runtime.rank_link import (
     Ack,
@@ -87,6 +88,7 @@ def serve_rank(launch: Launch, store_listener: socket.socket | None = None) -> N
     `store_listener` is where rank 0 of a group on several hosts serves the key-value store. Ends the process when the
     leader is gone, or after telling it of a failure.
     """
+    life = HeldLifeLock(launch.life_path, launch.rank) if launch.life_path else None
     connection = connect(launch.host, launch.port, secret=launch.secret, epoch=launch.epoch, rank=launch.rank)
     stopped = threading.Event()
     threading.Thread(target=_end_with_leader, args=(connection, stopped), name="packtrain-leader", daemon=True).start()
@@ -102,6 +104,8 @@ def serve_rank(launch: Launch, store_listener: socket.socket | None = None) -> N
         finally:
             os._exit(1)
     stopped.set()
+    if life is not None:
+        life.release()
     connection.shutdown()
     connection.close()
 

@@ -106,7 +106,7 @@ def model_target(
         **_lifecycle(config),
     )(ReplicaGroup)
     deployment._version = str(revision)  # otherwise Serve draws one, and replaces what need not be
-    keeps_spares = config.ray.address is None if config.ray.spare_processes is None else config.ray.spare_processes
+    keeps_spares = config.ray.address is None and config.ray.spare_processes
     application = deployment.bind(spec, config.gateway.drain_timeout_s, keeps_spares)
     # Always by hand or by our own autoscaler: Serve's would count ongoing calls, which are near none.
     return serve.RunTarget(

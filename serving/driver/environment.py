@@ -31,8 +31,6 @@ CLUSTER_VARIABLES = {
     "RAY_task_events_report_interval_ms": "0",
     # Nobody reads Ray's own metrics; sending them every ten seconds made its node manager grow by 7 MB an hour.
     "RAY_enable_metrics_collection": "0",
-    # Idle worker processes that Ray keeps: its own default is the number of CPUs that no actor has reserved (cluster/spares.py).
-    "RAY_num_workers_soft_limit": "64",
     # The C library gives 8 lots of memory a core to a process's threads, and each grows to a high-water mark of its own.
     "MALLOC_ARENA_MAX": "4",
 }
@@ -110,6 +108,8 @@ def cluster_environment(directory: Path, environment: Mapping[str, str] = os.env
     variables = CLUSTER_VARIABLES | {
         "TMPDIR": str(temporary),
         "RAY_AUTH_TOKEN_PATH": str(token_file(directory)),
+        # Worker processes that nobody uses yet import what the next group will need.
+        "RAY_preload_python_modules": "cluster.spare_start",
         # Ranks find compiled code where this process put it.
         "PACKTRAIN_CACHE": str(cache),
     }

@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -309,14 +308,12 @@ class ReplicaGroup:
         self._exit(LOST_STATUS)
 
     async def _keep_spares(self) -> None:
-        """For the next incarnation of this group, or of another one, on the same nodes."""
+        """For the next incarnation of this group, or of another one."""
         await asyncio.sleep(SPARES_AFTER_S)
-        num_spares = Counter(at.node_id for at in self._executor.locations)
-        num_spares[this_node()[0]] += 1
         try:
-            await keep_spares(num_spares, (*LEADER_MODULES, *RANK_MODULES))
-        except RayError as error:
-            logger.warning("there are no spare processes: %s", error)
+            await keep_spares(1 + self._shape.tensor_parallel_size, (*LEADER_MODULES, *RANK_MODULES))
+        except (RayError, TimeoutError) as error:
+            logger.warning("there are no spare processes: %s: %s", type(error).__name__, error)
 
     async def _watch_nodes(self) -> None:
         """Drain as soon as a node with a rank of this group is to end. Serve looks at the leader's alone."""

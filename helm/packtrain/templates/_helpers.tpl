@@ -135,7 +135,6 @@ driver refuses a cluster whose nodes lack one. */}}
 - {name: RAY_SERVE_LOG_TO_STDERR, value: "0"}
 - {name: RAY_task_events_report_interval_ms, value: "0"}
 - {name: RAY_enable_metrics_collection, value: "0"}
-- {name: RAY_num_workers_soft_limit, value: "64"}
 - {name: MALLOC_ARENA_MAX, value: "4"}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}

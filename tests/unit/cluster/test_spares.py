@@ -1,49 +1,67 @@
-"""Spare processes: imported without haste, and made ready on a node by one leader at a time."""
+"""Spare processes: imported without haste, and started by one leader at a time."""
 
 import asyncio
 import os
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster import ray_api, spares
+from cluster import ray_api, spare_imports, spares
+from tests.support.waiting import until
 
 
-def test_modules_are_imported_at_the_lowest_priority_and_the_process_keeps_its_own(
+async def test_an_unused_process_imports_what_is_noted_when_nobody_else_wants_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spare_test_module.py").write_text(
-        "import os, threading\npriority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())\n"
+        "import os, threading\npolicy = os.sched_getscheduler(threading.get_native_id())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    slept_s: list[float] = []
-    spares.import_quietly(["spare_test_module"], 1000.0, slept_s.append)
-    assert sys.modules.pop("spare_test_module").priority == 19
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
-    assert 900 < slept_s[0] <= 1000
+    monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
+    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
+    note = tmp_path / "note"
+    thread = threading.Thread(target=spare_imports.import_when_noted, args=(note,))
+    thread.start()
+    await asyncio.sleep(0.05)
+    assert "spare_test_module" not in sys.modules
+    before = os.sched_getscheduler(os.getpid())
+    note.write_text("spare_test_module")
+    await until(lambda: not thread.is_alive())
+    assert sys.modules.pop("spare_test_module").policy == os.SCHED_IDLE
+    assert os.sched_getscheduler(os.getpid()) == before
 
 
-def test_what_cannot_be_imported_is_told() -> None:
-    with pytest.raises(ImportError, match="no_such_module"):
-        spares.import_quietly(["no_such_module"], 0.0, lambda seconds: None)
+async def test_a_process_that_is_used_imports_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spare_test_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(spare_imports, "is_unused", lambda: False)
+    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
+    note = tmp_path / "note"
+    threads = [threading.Thread(target=spare_imports.import_when_noted, args=(note,))]
+    threads[0].start()
+    await until(lambda: not threads[0].is_alive())
+    note.write_text("spare_test_module")
+    threads.append(threading.Thread(target=spare_imports.import_when_noted, args=(note,)))
+    threads[1].start()
+    await until(lambda: not threads[1].is_alive())
+    assert "spare_test_module" not in sys.modules
 
 
 class Cluster:
-    """Ray's control store, and nodes whose tasks do nothing."""
+    """Ray's control store, and a node that starts processes."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.records: dict[str, bytes] = {}
-        self.asked: list[tuple[str, int]] = []
-        self.outcome: BaseException | None = None
-        self.num_at_work = self.most_at_work = 0
-        for name in ("create_record", "read_record", "write_record", "start_on_node"):
+        self.num_idle = self.num_starting = 0
+        self.num_started = 0
+        for name in ("create_record", "read_record", "write_record", "start_idle_worker"):
             monkeypatch.setattr(ray_api, name, getattr(self, name))
-        monkeypatch.setattr(spares, "RETRY_S", 0.001)
+        monkeypatch.setattr(spares, "num_workers", self.num_workers)
+        monkeypatch.setattr(spares, "note_of_modules", lambda: tmp_path / "note")
+        monkeypatch.setattr(spares, "POLL_S", 0.001)
 
     def create_record(self, key: str, value: bytes) -> bool:
         return self.records.setdefault(key, value) is value
@@ -57,41 +75,41 @@ class Cluster:
         else:
             self.records[key] = value
 
-    def start_on_node(
-        self, function: Callable[..., Any], node_id: str, num_tasks: int, modules: Sequence[str], busy_s: float
-    ) -> list[Any]:
-        self.asked.append((node_id, num_tasks))
-        return [asyncio.ensure_future(self._task()) for _ in range(num_tasks)]
+    def start_idle_worker(self, timeout_s: float) -> None:
+        assert self.num_starting == 0, "one at a time"
+        self.num_starting = 1
+        self.num_started += 1
 
-    async def _task(self) -> None:
-        self.num_at_work += 1
-        self.most_at_work = max(self.most_at_work, self.num_at_work)
-        await asyncio.sleep(0.01)
-        self.num_at_work -= 1
-        if self.outcome is not None:
-            raise self.outcome
+    def num_workers(self) -> tuple[int, int]:
+        """Those that have begun to start are there at the next look."""
+        found = self.num_idle, self.num_starting
+        self.num_idle, self.num_starting = self.num_idle + self.num_starting, 0
+        return found
 
 
-async def test_one_leader_at_a_time_makes_spares_ready_on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(monkeypatch)
-    await asyncio.gather(*(spares.keep_spares({"a": 3, "b": 2}, ["module"]) for _ in range(4)))
-    assert sorted(cluster.asked) == [("a", 3)] * 4 + [("b", 2)] * 4
-    assert cluster.most_at_work <= 3 + 2
-    assert cluster.records == {}
-
-
-async def test_a_leader_that_has_died_at_it_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(monkeypatch)
-    cluster.records[spares._note("a")] = b"1.0"
-    await spares.keep_spares({"a": 1}, ["module"])
-    assert cluster.asked == [("a", 1)]
-
-
-async def test_spares_that_do_not_come_are_told_and_no_more(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_leaders_together_start_as_many_as_the_largest_group_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cluster = Cluster(monkeypatch)
-    cluster.outcome = ImportError("no_such_module")
-    await spares.keep_spares({"a": 2}, ["no_such_module"])
-    assert "2 of 2 spare processes are not there: no_such_module" in caplog.text
+    cluster = Cluster(monkeypatch, tmp_path)
+    await asyncio.gather(*(spares.keep_spares(num, ["one", "two"]) for num in (3, 3, 5, 2)))
+    assert cluster.num_idle == cluster.num_started == 5
+    assert (tmp_path / "note").read_text().split() == ["one", "two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
     assert cluster.records == {}
+
+
+async def test_only_what_is_missing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = Cluster(monkeypatch, tmp_path)
+    cluster.num_idle = 2
+    await spares.keep_spares(3, ["one"])
+    await spares.keep_spares(3, ["one"])
+    assert cluster.num_started == 1
+
+
+async def test_a_leader_that_has_died_at_it_stops_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster = Cluster(monkeypatch, tmp_path)
+    with subprocess.Popen(["true"]) as process:
+        pass
+    cluster.records[spares._CLAIM] = str(process.pid).encode()
+    await spares.keep_spares(1, ["one"])
+    assert cluster.num_started == 1

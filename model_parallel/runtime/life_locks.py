@@ -1,0 +1,87 @@
+"""Tells the leader of a rank's death before the rank's memory is freed.
+
+Linux frees a process's memory before it closes its files, and tells its pidfd and its parent even later. A rank has gigabytes,
+and may get little of the processor to end with, so its closed socket can be most of a second late. What Linux does first is to
+hand on the robust mutexes that a dying thread holds (pthread_mutexattr_setrobust(3)). So each rank on the leader's host holds one
+for as long as it lives, in memory that it shares with its leader, which waits for it. Without it the socket tells all the same.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+
+_STRIDE = 64
+"""Bytes from one mutex to the next: more than a pthread_mutex_t has anywhere."""
+_ATTRIBUTE_BYTES = 64
+_PROCESS_SHARED, _ROBUST = 1, 1
+"""PTHREAD_PROCESS_SHARED and PTHREAD_MUTEX_ROBUST of Linux."""
+_c = ctypes.CDLL(None)
+
+
+class _Locks:
+    """Mutexes in shared memory, which stays mapped as long as the process lives."""
+
+    def __init__(self, fd: int, num_locks: int) -> None:
+        self._memory = (ctypes.c_char * (num_locks * _STRIDE)).from_buffer(mmap.mmap(fd, num_locks * _STRIDE))
+
+    def at(self, rank: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(ctypes.addressof(self._memory) + rank * _STRIDE)
+
+
+class LifeLocks:
+    """The leader's: one for each rank."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._fd = os.memfd_create("packtrain-life")
+        os.ftruncate(self._fd, num_ranks * _STRIDE)
+        self._locks = _Locks(self._fd, num_ranks)
+        attribute = ctypes.create_string_buffer(_ATTRIBUTE_BYTES)
+        _check(_c.pthread_mutexattr_init(attribute))
+        _check(_c.pthread_mutexattr_setpshared(attribute, _PROCESS_SHARED))
+        _check(_c.pthread_mutexattr_setrobust(attribute, _ROBUST))
+        for rank in range(num_ranks):
+            _check(_c.pthread_mutex_init(self._locks.at(rank), attribute))
+
+    @property
+    def path(self) -> str:
+        """For ranks of this host, until `close`."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def close(self) -> None:
+        """No further rank opens them. Those that have go on."""
+        os.close(self._fd)
+
+    def await_end(self, rank: int) -> bool:
+        """Wait until a rank that holds its lock ends; whether it died. False at once of one that does not hold it."""
+        lock = self._locks.at(rank)
+        result = int(_c.pthread_mutex_lock(lock))
+        if result == errno.EOWNERDEAD:
+            _check(_c.pthread_mutex_consistent(lock))
+        else:
+            _check(result)
+        _check(_c.pthread_mutex_unlock(lock))
+        return result == errno.EOWNERDEAD
+
+
+class HeldLifeLock:
+    """A rank's own. The thread that makes it holds it, and must be the one that lives as long as the rank."""
+
+    def __init__(self, path: str, rank: int) -> None:
+        """Raises OSError."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._locks = _Locks(fd, rank + 1)
+        finally:
+            os.close(fd)
+        self._lock = self._locks.at(rank)
+        _check(_c.pthread_mutex_lock(self._lock))
+
+    def release(self) -> None:
+        """The rank ends in good order."""
+        _check(_c.pthread_mutex_unlock(self._lock))
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(result, os.strerror(result))
