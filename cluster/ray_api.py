@@ -13,7 +13,7 @@ import grpc
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray.actor import ActorHandle
-from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
+from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import (
     PlacementGroup,
@@ -28,6 +28,8 @@ from cluster.placement import NodeResources
 __all__ = ["ActorHandle", "PlacementGroup", "RayError"]
 
 _FOR_EVER_S = 10 * 365 * 24 * 3600
+_PYTHON = 0
+"""Ray's number of the language."""
 
 
 def alive_nodes() -> list[NodeResources]:
@@ -130,9 +132,8 @@ def start_idle_worker(timeout_s: float) -> None:
     node_id = ray.get_runtime_context().get_node_id()
     (node,) = (node for node in ray.nodes() if node["NodeID"] == node_id)
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    request = node_manager_pb2.PrestartWorkersRequest(
-        language=common_pb2.Language.PYTHON, num_workers=1, keep_alive_duration_secs=_FOR_EVER_S
-    )
+    messages: Any = node_manager_pb2
+    request = messages.PrestartWorkersRequest(language=_PYTHON, num_workers=1, keep_alive_duration_secs=_FOR_EVER_S)
     request.runtime_env_info.serialized_runtime_env = "{}"
     channel = init_grpc_channel(address)
     try:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 
@@ -11,6 +12,8 @@ from model_parallel.errors import ConfigError
 _LEADER, _RANK = "ray::ServeReplica:packtrain-model-", "ray::RankActor"
 _STARTING = "initialize_and_get_metadata"
 _POLL_S = 0.05
+_End = tuple[str, int]
+"""Address and port."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,9 @@ def is_gone(pid: int) -> bool:
 
 def _raylet_of(port: int) -> int:
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid is not None:
+        if connection.status != psutil.CONN_LISTEN or connection.pid is None:
+            continue
+        if cast(_End, tuple(connection.laddr))[1] == port:
             parent = psutil.Process(connection.pid).parent()
             if parent is not None and "raylet" in parent.name():
                 return int(parent.pid)
@@ -110,13 +115,10 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-_End = tuple[str, int]
-
-
 def _ends(pid: int) -> set[tuple[_End, _End]]:
     """(own end, other end) of the connections of a process."""
     try:
         connections = psutil.Process(pid).net_connections("tcp")
     except psutil.NoSuchProcess:
         return set()
-    return {(tuple(one.laddr), tuple(one.raddr)) for one in connections if one.raddr}
+    return {(cast(_End, tuple(one.laddr)), cast(_End, tuple(one.raddr))) for one in connections if one.raddr}

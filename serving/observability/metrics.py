@@ -32,6 +32,7 @@ _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 _NUM_CHOICES_BUCKETS = (1, 2, 5, 10, 20)
 
 STAGES = ("gateway", "queue", "prefill", "network")
+RESUMPTION_STAGES = ("handover", "queue", "prefill", "network")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,7 @@ class GatewayMetrics:
             "packtrain_ttft_stage_seconds", "Where the time to the first token went.", ("model_name", "stage"),
             buckets=_STAGE_BUCKETS, registry=registry,
         )  # fmt: skip
-        self.resumption_stage = Histogram(
+        resumption_stage = Histogram(
             "packtrain_resumption_stage_seconds", "Where the pause went of requests whose group was lost.",
             ("model_name", "stage"), buckets=_STAGE_BUCKETS, registry=registry,
         )  # fmt: skip
@@ -156,15 +157,24 @@ class GatewayMetrics:
         registry.register(self.fleet)
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
-        self._ttft_stage = ttft_stage
-        self.ttft_stages = {(model, stage): ttft_stage.labels(model, stage) for model in models for stage in STAGES}
+        self._ttft_stage, self._resumption_stage = ttft_stage, resumption_stage
+        self.ttft_stages: dict[tuple[str, str], Histogram] = {}
+        self.resumption_stages: dict[tuple[str, str], Histogram] = {}
+        for model in models:
+            self._bind_stages(model)
 
     def set_models(self, num_groups: Mapping[str, int]) -> None:
         """Models that are served from now on, with the number of their groups. Series of others stay: their requests counted."""
         for model in set(num_groups) - self._models:
-            self.ttft_stages |= {(model, stage): self._ttft_stage.labels(model, stage) for stage in STAGES}
+            self._bind_stages(model)
         self._models |= set(num_groups)
         self.groups.set_models(num_groups)
+
+    def _bind_stages(self, model: str) -> None:
+        self.ttft_stages |= {(model, stage): self._ttft_stage.labels(model, stage) for stage in STAGES}
+        self.resumption_stages |= {
+            (model, stage): self._resumption_stage.labels(model, stage) for stage in RESUMPTION_STAGES
+        }
 
     def watch_pending_records(self, count: Callable[[], float]) -> None:
         """`count` is asked whenever the metrics are read."""

@@ -201,7 +201,7 @@ class _Observer(RequestObserver):
             "network": max(0.0, waited_s - timings.queue_s - timings.prefill_s),
         }
         for stage, duration_s in stages.items():
-            self._metrics.resumption_stage.labels(self._model, stage).observe(duration_s)
+            self._metrics.resumption_stages[self._model, stage].observe(duration_s)
         self._span.add_event("first_token_after_loss")
 
     def _first_token(self, now_s: float, output: EngineOutput) -> EngineMetrics:

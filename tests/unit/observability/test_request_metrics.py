@@ -111,7 +111,7 @@ async def test_the_pause_of_a_request_whose_group_is_lost_is_told_by_stage(watch
         count = gateway.value("packtrain_resumption_stage_seconds_count", model_name="tiny", stage="handover")
         assert count == 2
         assert (stages["queue"], stages["prefill"]) == (2e-6, 4e-6)
-        assert min(stages["network"], stages["handover"]) > 0
+        assert stages["handover"] > 0
         assert gateway.value("vllm:time_to_first_token_seconds_count", **TINY) == 1
 
 
