@@ -1,7 +1,7 @@
 """What an idle worker process of Ray does until somebody uses it: it waits for a note of what will be needed, and imports that.
 
-In no hurry: the thread that does so gets what of the processor nobody else wants, and ends. (A process that had lowered its own
-priority could not raise it again.)
+In no hurry: the thread that does so has the lowest priority, and ends. (A process that had lowered its own could not raise it
+again. SCHED_IDLE would be too low: who uses the process in the middle waits for what is being imported.)
 """
 
 import importlib
@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 
 LOOK_PERIOD_S = 1.0
+NUM_LOOKS = 3
+"""At which a process must be unused before it imports anything: Ray starts most of them for somebody who waits for it."""
+LOWEST_PRIORITY = 19
 _UNUSED = b"ray::IDLE"
 
 
@@ -27,9 +30,11 @@ def is_unused() -> bool:
 
 def import_when_noted(note: Path) -> None:
     """Import the modules that the note names, as long as the process is unused. Lowers the priority of its thread."""
-    os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
-    while not note.exists():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    num_looks = 0
+    while num_looks < NUM_LOOKS or not note.exists():
         time.sleep(LOOK_PERIOD_S)
+        num_looks += 1
         if not is_unused():
             return
     for module in note.read_text().split():

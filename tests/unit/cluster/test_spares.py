@@ -13,11 +13,11 @@ from cluster import ray_api, spare_imports, spares
 from tests.support.waiting import until
 
 
-async def test_an_unused_process_imports_what_is_noted_when_nobody_else_wants_the_processor(
+async def test_an_unused_process_imports_what_is_noted_at_the_lowest_priority(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "spare_test_module.py").write_text(
-        "import os, threading\npolicy = os.sched_getscheduler(threading.get_native_id())\n"
+        "import os, threading\npriority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
@@ -27,11 +27,11 @@ async def test_an_unused_process_imports_what_is_noted_when_nobody_else_wants_th
     thread.start()
     await asyncio.sleep(0.05)
     assert "spare_test_module" not in sys.modules
-    before = os.sched_getscheduler(os.getpid())
+    before = os.getpriority(os.PRIO_PROCESS, os.getpid())
     note.write_text("spare_test_module")
     await until(lambda: not thread.is_alive())
-    assert sys.modules.pop("spare_test_module").policy == os.SCHED_IDLE
-    assert os.sched_getscheduler(os.getpid()) == before
+    assert sys.modules.pop("spare_test_module").priority == 19
+    assert os.getpriority(os.PRIO_PROCESS, os.getpid()) == before
 
 
 async def test_a_process_that_is_used_imports_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
