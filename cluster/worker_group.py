@@ -116,7 +116,7 @@ class RayExecutor(SocketExecutor):
                 epoch=self.config.epoch,
                 rank=rank,
                 rank_class=self._rank_class,
-                life_path=self._life.path if is_here else "",
+                life_path=self._life_path if is_here else "",
             )
             self._serving.append(actor.serve.remote(launch, self._configure_logging))
 

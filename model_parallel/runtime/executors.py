@@ -140,7 +140,7 @@ class SpawnedExecutor(SocketExecutor):
                 epoch=self.config.epoch,
                 rank=rank,
                 rank_class=self._rank_class,
-                life_path=self._life.path,
+                life_path=self._life_path,
             )
             process = self._spawner.submit(self._spawn, rank).result()
             self._processes.append(process)

@@ -174,6 +174,14 @@ class SocketExecutor(ABC):
         self._closed = False
         self._answers = select.poll()
         self._monitor: threading.Thread | None = None
+        self._life: LifeLocks | None = None
+        self._life_threads: list[threading.Thread] = []
+
+    @property
+    def _life_path(self) -> str:
+        """For ranks of this host, while they start."""
+        assert self._life is not None
+        return self._life.path
 
     @abstractmethod
     def _launch(self, host: str, port: int, secret: bytes) -> None:
@@ -202,7 +210,7 @@ class SocketExecutor(ABC):
         """Bring the group up; ranks reach the leader at `host`. Raises what stopped it, after cleaning up."""
         parallel = self.config.parallel
         secret = secrets.token_bytes(SECRET_BYTES)
-        self._life = LifeLocks(parallel.tp_size)
+        life = self._life = LifeLocks(parallel.tp_size)
         try:
             listener = Listener(host, secret=secret, epoch=self.config.epoch, num_ranks=parallel.tp_size)
             with contextlib.closing(listener):
@@ -220,14 +228,16 @@ class SocketExecutor(ABC):
             self.shutdown()
             raise
         finally:
-            self._life.close()
+            life.close()
         self._link_of = {link.connection.sock.fileno(): link for link in self._links}
         for link in self._links[1:]:
             self._answers.register(link.connection.sock, select.POLLIN)
         self._monitor = threading.Thread(target=self._watch, name="packtrain-ranks", daemon=True)
         self._monitor.start()
         for link in self._links:
-            threading.Thread(target=self._await_death, args=(link,), name="packtrain-life", daemon=True).start()
+            thread = threading.Thread(target=self._await_death, args=(link, life), name="packtrain-life", daemon=True)
+            thread.start()
+            self._life_threads.append(thread)
 
     def _await_ready(self, deadline: float, on_progress: OnProgress | None) -> None:
         poller = select.poll()
@@ -386,9 +396,9 @@ class SocketExecutor(ABC):
                     reason = link.last_words(LinkError("the connection was closed"))
                 self._fail(reason)
 
-    def _await_death(self, link: _RankLink) -> None:
+    def _await_death(self, link: _RankLink, life: LifeLocks) -> None:
         """Sleep until a rank ends. Its connection is read if nobody does so: a rank that has failed by itself has said why."""
-        if not self._life.await_end(link.rank):
+        if not life.await_end(link.rank):
             return
         died = LinkError("its process died")
         reason = f"{link.name} is lost: {died}"
@@ -434,9 +444,19 @@ class SocketExecutor(ABC):
             if self._monitor is not None and self._monitor is not threading.current_thread():
                 self._monitor.join(STOP_TIMEOUT_S)
             self._reap_ranks()
+            self._end_life_threads()
             for link in self._links:
                 link.connection.close()
             self._closed = True
+
+    def _end_life_threads(self) -> None:
+        """They end with their ranks. This may be one of them: the callback that it has called of a failure."""
+        others = [thread for thread in self._life_threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(STOP_TIMEOUT_S)
+        if self._life is not None and not any(thread.is_alive() for thread in others):
+            self._life.unmap()
+            self._life = None
 
     def _ask_to_stop(self) -> None:
         """Send Stop and wait, bounded, until every rank has hung up."""

@@ -16,17 +16,27 @@ _STRIDE = 64
 _ATTRIBUTE_BYTES = 64
 _PROCESS_SHARED, _ROBUST = 1, 1
 """PTHREAD_PROCESS_SHARED and PTHREAD_MUTEX_ROBUST of Linux."""
-_c = ctypes.CDLL(None)
+_c = ctypes.CDLL(None, use_errno=True)
+_c.mmap.restype = ctypes.c_void_p
+_c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_c.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Locks:
-    """Mutexes in shared memory, which stays mapped as long as the process lives."""
+    """Mutexes in shared memory, which stays mapped until `unmap`. (Python's own mmap would keep a descriptor.)"""
 
     def __init__(self, fd: int, num_locks: int) -> None:
-        self._memory = (ctypes.c_char * (num_locks * _STRIDE)).from_buffer(mmap.mmap(fd, num_locks * _STRIDE))
+        self._size = num_locks * _STRIDE
+        self._address = _c.mmap(None, self._size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+        if self._address == _FAILED:
+            _check(ctypes.get_errno())
 
     def at(self, rank: int) -> ctypes.c_void_p:
-        return ctypes.c_void_p(ctypes.addressof(self._memory) + rank * _STRIDE)
+        return ctypes.c_void_p(self._address + rank * _STRIDE)
+
+    def unmap(self) -> None:
+        _c.munmap(self._address, self._size)
 
 
 class LifeLocks:
@@ -51,6 +61,10 @@ class LifeLocks:
     def close(self) -> None:
         """No further rank opens them. Those that have go on."""
         os.close(self._fd)
+
+    def unmap(self) -> None:
+        """Nobody waits any more."""
+        self._locks.unmap()
 
     def await_end(self, rank: int) -> bool:
         """Wait until a rank that holds its lock ends; whether it died. False at once of one that does not hold it."""

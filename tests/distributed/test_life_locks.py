@@ -57,6 +57,7 @@ def locks() -> Iterator[LifeLocks]:
     locks = LifeLocks(3)
     yield locks
     locks.close()
+    locks.unmap()
 
 
 def test_the_one_that_dies_is_told_and_the_others_are_waited_for(locks: LifeLocks) -> None:
