@@ -64,6 +64,8 @@ class Ended:
     """Of a refusal, from google.rpc.RetryInfo."""
     num_tokens: int = 0
     """Of a whole answer."""
+    asked: bytes = b""
+    """The serialised request."""
 
     @property
     def took_s(self) -> float:
@@ -168,8 +170,8 @@ def _run(load: Load, run: Callable[[_Send], Coroutine[Any, Any, tuple[list[Ended
                         await unary(body, timeout=load.timeout_s, metadata=load.metadata)
                 except grpc.aio.AioRpcError as error:
                     ended_s = time.monotonic()
-                    return Ended(sent_s, ended_s, error.code().name, first_s, *_refusal(error))
-                return Ended(sent_s, time.monotonic(), "OK", first_s, num_tokens=num_tokens)
+                    return Ended(sent_s, ended_s, error.code().name, first_s, *_refusal(error), asked=body)
+                return Ended(sent_s, time.monotonic(), "OK", first_s, num_tokens=num_tokens, asked=body)
 
             await channel.channel_ready()
             await asyncio.sleep(max(0.0, load.start_s - time.monotonic()))

@@ -58,6 +58,17 @@ class StepCost:
         )
 
 
+def slower(cost: StepCost, factor: float) -> StepCost:
+    """Where everything takes so many times as long."""
+    return StepCost(
+        knots=tuple((tokens, seconds * factor) for tokens, seconds in cost.knots),
+        row_s=cost.row_s * factor,
+        context_s=cost.context_s * factor,
+        pair_s=cost.pair_s * factor,
+        empty_s=cost.empty_s * factor,
+    )
+
+
 class CostTable:
     """A StepCost in ticks, remembered by number of tokens. Groups that are alike share one."""
 

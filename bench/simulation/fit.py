@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from bench.simulation.cost import StepCost
 from bench.simulation.profiles import StepsFile
@@ -21,6 +22,10 @@ TIMEOUT_S = 30.0
 MIN_STEPS = 50
 _KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 NUM_PASSES = 4
+Array = npt.NDArray[np.float64]
+_MIN_SPREAD = 0.5
+"""Steps beside nobody and steps beside somebody must be among those that tell what that costs."""
+_NUM_TURNS = 8
 _OUTLIER = 4.0
 """A step that took so many times what the fit says was held up by something that is no step. It is left out, and counted."""
 
@@ -66,14 +71,22 @@ def fit(reports: Sequence[StepReport], *, origin: str) -> StepsFile:
     if len(shapes) != 1:
         told = "; ".join(sorted(f"{s.model} TP={s.tensor_parallel_size} {s.quantization or s.dtype}" for s in shapes))
         raise ConfigError(f"from: the groups must all be alike; there are {told or 'none'}")
-    samples = [sample for report in reports for sample in report.samples if sample.work.num_tokens]
-    if len(samples) < MIN_STEPS:
-        raise ConfigError(f"from: there are {len(samples)} steps; at least {MIN_STEPS} are needed")
-    cost = fit_cost(samples)
-    ratios = np.array([cost.seconds(sample.work) / sample.seconds for sample in samples])
-    kept = [sample for sample, ratio in zip(samples, ratios, strict=True) if ratio > 1 / _OUTLIER]
-    cost = fit_cost(kept)
-    errors = np.abs(np.array([cost.seconds(sample.work) / sample.seconds for sample in kept]) - 1)
+    shares = overlaps(reports)
+    timed = [
+        (sample, share)
+        for report, of_report in zip(reports, shares, strict=True)
+        for sample, share in zip(report.samples, of_report, strict=True)
+        if sample.work.num_tokens
+    ]
+    if len(timed) < MIN_STEPS:
+        raise ConfigError(f"from: there are {len(timed)} steps; at least {MIN_STEPS} are needed")
+    samples, beside = [sample for sample, _ in timed], np.array([share for _, share in timed])
+    cost, sharing = _fit_sharing(samples, beside)
+    ratios = _ratios(cost, sharing, samples, beside)
+    is_kept = ratios > 1 / _OUTLIER
+    kept = [sample for sample, keep in zip(samples, is_kept, strict=True) if keep]
+    cost, sharing = _fit_sharing(kept, beside[is_kept])
+    errors = np.abs(_ratios(cost, sharing, kept, beside[is_kept]) - 1)
     shape = next(iter(shapes))
     return StepsFile(
         origin=f"{origin}; {len(samples) - len(kept)} of {len(samples)} steps were left out as held up",
@@ -87,16 +100,67 @@ def fit(reports: Sequence[StepReport], *, origin: str) -> StepsFile:
         context_s=cost.context_s,
         pair_s=cost.pair_s,
         empty_s=cost.empty_s,
+        sharing=sharing,
         num_steps=len(kept),
         median_error=float(np.median(errors)),
         p90_error=float(np.percentile(errors, 90)),
     )
 
 
-def fit_cost(samples: Sequence[StepSample]) -> StepCost:
-    """f's lines bend at powers of two among the tokens that were seen; every slope is at least 0."""
+def overlaps(reports: Sequence[StepReport]) -> list[Array]:
+    """For each step of each report: how many steps of other groups ran beside it, on the mean over its time. 0 where nobody noted
+    when steps ended."""
+    by_group: dict[str, list[StepSample]] = {}
+    for report in reports:
+        by_group.setdefault(report.shape.group, []).extend(report.samples)
+    busy = {
+        group: _busy_time(samples) for group, samples in by_group.items() if any(sample.ended_s for sample in samples)
+    }
+    found = []
+    for report in reports:
+        seconds = np.array([sample.seconds for sample in report.samples])
+        ends = np.array([sample.ended_s for sample in report.samples])
+        share = np.zeros_like(ends)
+        for group, (edges, totals) in busy.items():
+            if group != report.shape.group and len(ends):
+                share += (np.interp(ends, edges, totals) - np.interp(ends - seconds, edges, totals)) / seconds
+        found.append(share)
+    return found
+
+
+def _busy_time(samples: Sequence[StepSample]) -> tuple[Array, Array]:
+    """Beginnings and ends of a group's steps, and how long it had computed until then."""
+    ordered = sorted(samples, key=lambda sample: sample.ended_s)
+    edges = np.array([edge for sample in ordered for edge in (sample.ended_s - sample.seconds, sample.ended_s)])
+    spent = np.array([spent for sample in ordered for spent in (0.0, sample.seconds)])
+    return np.maximum.accumulate(edges), np.cumsum(spent)
+
+
+def _ratios(cost: StepCost, sharing: float, samples: Sequence[StepSample], beside: Array) -> Array:
+    """Expected over measured."""
+    alone = np.array([cost.seconds(sample.work) / sample.seconds for sample in samples])
+    ratios: Array = alone * (1 + sharing * beside)
+    return ratios
+
+
+def _fit_sharing(samples: Sequence[StepSample], beside: Array) -> tuple[StepCost, float]:
+    """The cost of a step beside nobody, and how much longer it takes for each group that computes beside it: in turn the best
+    of each with the other one as it is."""
+    sharing = 0.0
+    if float(np.ptp(beside)) < _MIN_SPREAD:  # one group, or all of them all the time: that is in the cost then
+        return fit_cost(samples), sharing
+    for _ in range(_NUM_TURNS):
+        cost = fit_cost(samples, factors=1 + sharing * beside)
+        ratios = _ratios(cost, 0.0, samples, beside)
+        sharing = max(0.0, float(np.sum(beside * (1 / ratios - 1)) / np.sum(beside**2)))
+    return cost, sharing
+
+
+def fit_cost(samples: Sequence[StepSample], factors: Array | float = 1.0) -> StepCost:
+    """f's lines bend at powers of two among the tokens that were seen; every slope is at least 0. `factors` is how many times
+    longer than by itself each step took because of others."""
     tokens = np.array([sample.work.num_tokens for sample in samples], dtype=np.float64)
-    seconds = np.array([sample.seconds for sample in samples])
+    seconds = np.array([sample.seconds for sample in samples]) / factors
     within = [float(knot) for knot in _KNOTS if tokens.min() <= knot <= tokens.max()]
     knots = sorted({float(tokens.min()), *within, float(tokens.max())})
     pieces = [np.clip(tokens, low, high) - low for low, high in pairwise(knots)]

@@ -9,6 +9,7 @@ from itertools import count
 from typing import Protocol
 
 from bench.simulation.clock import TICKS_PER_S, VirtualClock, to_ticks
+from bench.simulation.cost import CostTable, slower
 from bench.simulation.group import STOP_TOKEN, VirtualGroup
 from bench.simulation.parts import MODEL, FleetSpec, Job, Member, Samples, VirtualGateway
 from bench.simulation.quotas import Grant, Quotas
@@ -73,6 +74,8 @@ class Fleet:
         """What a session has so far, for the request that is its next turn."""
         self._num_unsettled = 0
         self._request_ticks = to_ticks(spec.request_s)
+        self._costs = [spec.shape.costs]
+        """Of a step, by how many other groups compute on the same machine."""
         self.gateways = [VirtualGateway(f"gateway-{i}", self.clock, self._rng) for i in range(spec.num_gateways)]
         names = [gateway.name for gateway in self.gateways]
         self.quotas = Quotas(limits, names, self.clock, self._later) if limits else None
@@ -250,6 +253,22 @@ class Fleet:
         tick = member.group.next_tick
         if tick is not None:
             heapq.heappush(self._events, (tick, GROUP, next(self._serial), self._advance, (member, member.version)))
+        if self.spec.shape.sharing and member.is_busy != (tick is not None):
+            member.is_busy = tick is not None
+            self._share()
+
+    def _share(self) -> None:
+        """Another number of groups computes on the machine that all share."""
+        num_busy = sum(member.is_busy for member in self.members.values())
+        for member in self.members.values():
+            member.group.set_costs(self.clock.tick, self._costs_beside(num_busy - member.is_busy))
+            self._schedule(member)
+
+    def _costs_beside(self, num_others: int) -> CostTable:
+        while len(self._costs) <= num_others:
+            factor = 1 + self.spec.shape.sharing * len(self._costs)
+            self._costs.append(CostTable(slower(self.spec.shape.costs.cost, factor)))
+        return self._costs[num_others]
 
     def _advance(self, member: Member, version: int) -> None:
         if version != member.version:
@@ -341,7 +360,7 @@ class Fleet:
         ready_tick = tick if is_running else tick + to_ticks(shape.start_s)
         group = VirtualGroup(
             name,
-            shape.costs,
+            self._costs_beside(sum(member.is_busy for member in self.members.values())),
             shape.scheduler,
             shape.cache,
             end_of=self._ends.__getitem__,
@@ -379,6 +398,8 @@ class Fleet:
             gateway.loads.forget(member.name)
         self._account(member)
         del self.members[member.name]
+        if self.spec.shape.sharing and member.is_busy:
+            self._share()
 
     def _account(self, member: Member) -> None:
         """Add up what is of interest of a group that ends."""

@@ -30,9 +30,13 @@ def first_token_of(content: int) -> int:
 class VirtualRanks:
     """The executor. A step begins when it is there and the one before has ended, and takes what the cost model says."""
 
-    def __init__(self, clock: VirtualClock, costs: CostTable, end_of: Callable[[int], int]) -> None:
-        """`end_of` says, for a request's seed, at which position the stop token is drawn."""
+    def __init__(
+        self, clock: VirtualClock, costs: CostTable, end_of: Callable[[int], int], *, with_content: bool
+    ) -> None:
+        """`end_of` says, for a request's seed, at which position the stop token is drawn. Without content all other tokens are 0,
+        as in Requests.prompt."""
         self._clock = clock
+        self._with_content = with_content
         self._costs = costs
         self._end_of = end_of
         self._sequences: dict[int, tuple[int, int]] = {}
@@ -65,12 +69,18 @@ class VirtualRanks:
             if row.sample:
                 first, end = self._sequences.get(row.seq_id, (0, 0))
                 position = row.start + row.num_tokens
-                token = STOP_TOKEN if position >= end else first + position
+                token = STOP_TOKEN if position >= end else first + position if self._with_content else 0
             rows.append(RowResult(row.seq_id, token))
         return StepResult(plan.epoch, plan.step_id, tuple(rows))
 
+    def set_costs(self, costs: CostTable) -> None:
+        """Of steps that are submitted from now on."""
+        self._costs = costs
+
     def tokens_of(self, run: Run, start: int, stop: int) -> Sequence[int]:
         """What is drawn in a stretch of decode."""
+        if not self._with_content:
+            return bytes(stop - start)
         first = first_token_of(run.request.sampling.seed)
         return range(first + start, first + stop)
 
@@ -111,7 +121,7 @@ class VirtualGroup:
         self.clock = VirtualClock()
         self.clock.move_to(began_tick)
         self.next_tick: int | None = None
-        self.ranks = VirtualRanks(self.clock, costs, end_of)
+        self.ranks = VirtualRanks(self.clock, costs, end_of, with_content=cache.enable_prefix_caching)
         self.engine = Engine(self.ranks, Scheduler(scheduler, cache, epoch=epoch, clock=self.clock))
         self.num_steps = 0
         """Taken in, those in stretches included."""
@@ -168,6 +178,14 @@ class VirtualGroup:
             outputs += self.engine.collect()
             self._look_ahead()
         return outputs
+
+    def set_costs(self, tick: int, costs: CostTable) -> None:
+        """Steps cost something else from now on. Those that the ranks have already take as long as they would have."""
+        if costs is not self._costs:
+            if tick >= self.clock.tick:  # else the group has not started yet
+                self.come_to(tick)
+            self._costs = costs
+            self.ranks.set_costs(costs)
 
     def _look_ahead(self) -> None:
         """After a step was taken in: find what comes next."""

@@ -28,6 +28,9 @@ class GroupShape:
     cache: CacheConfig
     start_s: float = 0.0
     """From being wanted to serving."""
+    sharing: float = 0.0
+    """Groups that share the processors of one machine: a step takes so much longer, as a part of its time, for each other group
+    that computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class Member:
     """Of its entry among the events that counts; older ones are void."""
     start_ticks: int | None = None
     """How long its start took, where there was one."""
+    is_busy: bool = False
+    """Its ranks compute, as far as other groups have been told."""
     num_open: int = 0
     tell_tick: int = -1
     """When it next tells gateways how busy it is."""

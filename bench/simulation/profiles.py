@@ -108,6 +108,8 @@ class StepsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="st
     """From a request's arrival at a gateway until the engine has it."""
     output_s: float = 0.0
     """From the end of a step until a client has its token."""
+    sharing: float = 0.0
+    """A step takes so much longer, as a part of its time, for each other group that computes on the same machine."""
     start_s: float = 0.0
     idle_w: float = 0.0
     busy_w: float = 0.0
@@ -130,6 +132,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     idle_w: float
     """Of each rank's GPU."""
     busy_w: float
+    sharing: float = 0.0
+    """As in StepsFile."""
 
 
 def shipped_profiles() -> tuple[str, ...]:
@@ -238,7 +242,7 @@ def machine_for(
         )
         return Machine(
             name=profile, origin=file.origin, is_measured=True, cost=cost, request_s=file.request_s,
-            output_s=file.output_s, start_s=file.start_s, idle_w=file.idle_w, busy_w=file.busy_w,
+            output_s=file.output_s, start_s=file.start_s, idle_w=file.idle_w, busy_w=file.busy_w, sharing=file.sharing,
         )  # fmt: skip
     gpu = hardware(profile)
     if model is None:

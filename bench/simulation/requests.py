@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 
 from bench.simulation.group import first_token_of
 
@@ -78,7 +79,7 @@ class Requests:
         """Token ids. Without content all are 0, which takes less time and only matters to a prefix cache."""
         num_new = self.prompt_tokens[index]
         if not with_content:
-            return (0,) * (len(history) + num_new)
+            return _without_content(len(history) + num_new)
         tokens = list(history)
         end = len(history) + num_new
         for content, length in self.prefixes.get(index, ()):
@@ -87,6 +88,12 @@ class Requests:
         own, start = first_token_of(index + 1), len(tokens)
         tokens.extend(range(own + start, own + end))
         return tuple(tokens)
+
+
+@lru_cache(maxsize=4096)
+def _without_content(num_tokens: int) -> tuple[int, ...]:
+    """Prompts of a length are one object: a large fleet is slow where its memory does not fit the processor's caches."""
+    return (0,) * num_tokens
 
 
 class Outcomes:

@@ -68,6 +68,11 @@ def resolve(groups: Groups) -> Plan:
             dtype=groups.dtype,
             quantization=quantization,
         )
+    if groups.share_a_machine and not machine.sharing:
+        raise ConfigError(
+            f"groups.share_a_machine is true, and profile {groups.profile!r} does not tell what that costs; it must be fitted to "
+            "several groups of one machine, of which sometimes one and sometimes several ran"
+        )
     max_model_len = max_position if groups.max_model_len is None else groups.max_model_len
     if max_model_len > max_position:
         raise ConfigError(f"groups.max_model_len is {max_model_len}, and the model's own length is {max_position}")
@@ -104,6 +109,7 @@ def resolve(groups: Groups) -> Plan:
             enable_prefix_caching=groups.prefix_caching,
         ),
         start_s=machine.start_s if groups.start_s is None else groups.start_s,
+        sharing=machine.sharing if groups.share_a_machine else 0.0,
     )
     return Plan(machine=machine, shape=shape, max_model_len=max_model_len, kv_cache_tokens=num_tokens)
 

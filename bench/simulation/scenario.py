@@ -48,6 +48,9 @@ class Groups(Part):
     start_s: float | None = Field(
         None, ge=0, description="From an order to a group that serves; the profile's when unset."
     )
+    share_a_machine: bool = Field(
+        False, description="All groups compute on one machine's processors; a fitted profile says what that costs."
+    )
 
 
 class Gateways(Part):

@@ -45,6 +45,8 @@ class StepSample(msgspec.Struct, frozen=True):
     work: StepWork
     seconds: float
     """From when the ranks could begin, because they had it and had ended the one before, until the leader had its result."""
+    ended_s: float = 0.0
+    """When that was, on the clock that all processes of the leader's machine share (monotonic)."""
 
 
 class TimedExecutor:
@@ -67,7 +69,7 @@ class TimedExecutor:
         now_s = self._clock()
         plan, submitted_s = self._begun.popleft()
         if plan.rows:
-            self.samples.append(StepSample(StepWork.of(plan), now_s - max(submitted_s, self._ended_s)))
+            self.samples.append(StepSample(StepWork.of(plan), now_s - max(submitted_s, self._ended_s), now_s))
         self._ended_s = now_s
         return result
 

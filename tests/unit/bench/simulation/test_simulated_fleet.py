@@ -1,6 +1,7 @@
 """Whole fleets: nothing is lost or counted twice, time goes forward, and the same seed gives the same bytes."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from bench.simulation.fleet import Fleet
 from bench.simulation.report import Columns, counts, goodput, jain_index
 from bench.simulation.requests import Status
-from bench.simulation.run import build, simulate
+from bench.simulation.run import build, resolve, simulate
 from bench.simulation.scenario import SimulationScenario, parse_scenario
+from model_parallel.errors import ConfigError
 
 PROFILE = "a100-80g"
 
@@ -111,6 +113,28 @@ def test_jumping_changes_nothing_in_a_fleet() -> None:
     assert vars(jumping.outcomes) == vars(stepping.outcomes)
     assert jumping.num_steps == stepping.num_steps
     assert jumping.num_jumped > stepping.num_jumped == 0
+
+
+def test_groups_of_one_machine_slow_each_other_down() -> None:
+    """And jumps change nothing about it."""
+    made = scenario(
+        tenants=[tenant("one", rate=2)], groups={"start_s": 1.0}, gateways={"request_s": 0.003}, failures={"at_s": [5]}
+    )
+    plan = resolve(made.groups)
+    alone, fleets = build(made, plan=plan), []
+    for jumps in (True, False):
+        shared = replace(plan, shape=replace(plan.shape, sharing=0.5))
+        fleets.append(build(made, plan=shared, jumps=jumps))
+    for fleet in (alone, *fleets):
+        fleet.run()
+        check_conservation(fleet)
+    assert vars(fleets[0].outcomes) == vars(fleets[1].outcomes)
+    assert fleets[0].num_jumped > 0
+    before, after = (Columns(fleet).tpot_s(Columns(fleet).status == Status.FINISHED) for fleet in (alone, fleets[0]))
+    assert 1.05 * before.mean() < after.mean() < 1.6 * before.mean()
+    assert after.min() < 1.2 * before.min()  # somebody was alone
+    with pytest.raises(ConfigError, match="share_a_machine"):
+        resolve(scenario(groups={"share_a_machine": True}).groups)
 
 
 def test_twice_the_groups_wait_less() -> None:

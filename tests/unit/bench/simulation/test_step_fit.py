@@ -34,6 +34,26 @@ def test_the_cost_that_made_the_steps_is_found() -> None:
         assert found.seconds(sample.work) == pytest.approx(sample.seconds, rel=0.02)
 
 
+def test_what_groups_of_one_machine_cost_each_other_is_found() -> None:
+    """Two groups, of which the second runs half of the time; both are slower then."""
+    sharing, reports, now_s = 0.4, [], 0.0
+    for group, begins in (("one", (0.0, 1000.0)), ("two", (0.0,))):
+        timed = []
+        for begin in begins:
+            now_s = begin
+            for sample in samples(150, noise=0.05, seed=int(begin) + len(group)):
+                factor = 1 + sharing if begin == 0.0 else 1.0
+                now_s += sample.seconds * factor
+                timed.append(msgspec.structs.replace(sample, seconds=sample.seconds * factor, ended_s=now_s))
+        reports.append(StepReport(shape=msgspec.structs.replace(SHAPE, group=group), samples=tuple(timed)))
+    profile = fit(reports, origin="a test")
+    assert profile.sharing == pytest.approx(sharing, abs=0.05)
+    assert fit(reports[:1], origin="one of them").sharing == 0.0
+    cost = StepCost(knots=tuple(profile.knots), row_s=profile.row_s, context_s=profile.context_s, pair_s=profile.pair_s)
+    for sample in samples(100, noise=0.0, seed=9):
+        assert cost.seconds(sample.work) == pytest.approx(sample.seconds, rel=0.1)
+
+
 def test_noise_and_steps_that_were_held_up_do_not_lead_astray() -> None:
     made = samples(800, noise=0.2)
     held_up = [StepSample(sample.work, sample.seconds * 30) for sample in samples(8, noise=0.2, seed=3)]
@@ -113,6 +133,7 @@ def test_a_step_is_timed_from_the_end_of_the_one_before() -> None:
     timed.submit(plan(4, num_rows=2))
     timed.collect()
     assert [(sample.work.num_decodes, sample.seconds) for sample in timed.samples] == [(1, 1.0), (1, 1.0), (2, 1.0)]
+    assert [sample.ended_s for sample in timed.samples] == [1.0, 2.0, 12.0]
     timed.set_failure_callback(print)
     timed.shutdown()
     assert inner.callback is print

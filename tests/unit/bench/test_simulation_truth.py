@@ -1,0 +1,100 @@
+"""The comparison with the real stack: here a simulation stands for that, so that what should come out is known."""
+
+import random
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench.simulation.profiles import StepsFile
+from bench.simulation.report import Columns
+from bench.simulation.requests import Status
+from bench.simulation_truth import agrees, as_table, compare
+from bench.truth.recording import LoadRecord, Recording, Sent, ShapeRecord, read_recording, write_recording
+from bench.truth.simulating import run_fleet, step_cost
+from model_parallel.engine.step_times import StepSample, StepWork
+from model_parallel.errors import ConfigError
+from serving.contracts.step_report import GroupShape, StepReport
+
+REQUEST_S = 0.004
+TRUE = StepsFile(
+    origin="", model="m", tensor_parallel_size=1, dtype="bfloat16", quantization="", max_position=2048,
+    knots=[(1, 0.008), (16, 0.012), (512, 0.4)], row_s=1e-4, context_s=1e-6, pair_s=1e-7, empty_s=1e-4,
+    num_steps=0, median_error=0.0, p90_error=0.0, request_s=REQUEST_S,
+)  # fmt: skip
+SHAPE = GroupShape(
+    group="g", model="m", tensor_parallel_size=1, dtype="bfloat16", quantization="", max_position=2048
+)  # fmt: skip
+
+
+def load(requests: list[Sent], steps: list[StepReport], num_preempted: int = 0, **told: object) -> LoadRecord:
+    return LoadRecord(
+        mix="short", began_s=0.0, seconds=10.0, late_s=0.0, client_cpu_s=0.0, gateway_cpu_s=0.0, num_preempted=num_preempted,
+        requests=requests, steps=steps, **told,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def real_shape(true: StepsFile = TRUE) -> ShapeRecord:
+    """What would be measured if the machine were exactly as `true` says."""
+    draw, cost = random.Random(1), step_cost(true)
+    samples = []
+    for number in range(600):
+        decodes, prefill = draw.randrange(1, 17), draw.choice((0, 0, draw.randrange(20, 400)))
+        work = StepWork(decodes + prefill, decodes, decodes * draw.randrange(20, 400), prefill * prefill / 2)
+        samples.append(StepSample(work, cost.seconds(work), float(number)))
+    alone = []
+    for number in range(20):
+        prompt = draw.randrange(30, 100)
+        took_s = true.request_s + cost.seconds(StepWork(prompt, 0, 0, prompt * prompt / 2))
+        alone.append(Sent(number, prompt, 2, "OK", number + took_s, number + took_s + 0.01))
+    arrivals = [
+        Sent(draw.uniform(0, 10), draw.randrange(30, 100), draw.randrange(30, 100), "OK", None, 0.0) for _ in range(120)
+    ]
+    arrivals.sort(key=lambda sent: sent.at_s)
+    fleet = run_fleet(true, arrivals, 1, 0)
+    columns = Columns(fleet)
+    answered = [
+        msgspec.structs.replace(
+            sent,
+            code="OK" if columns.status[index] == Status.FINISHED else "RESOURCE_EXHAUSTED",
+            first_s=sent.at_s + float(columns.ttft_s[index]) if columns.status[index] == Status.FINISHED else None,
+            ended_s=sent.at_s + float(columns.e2e_s[index]),
+        )
+        for index, sent in enumerate(arrivals)
+    ]
+    return ShapeRecord(
+        num_groups=1,
+        tp_size=1,
+        capacity={"short": 10.0},
+        calibration=[load(alone, [StepReport(shape=SHAPE, samples=tuple(samples))], num_streams=1)],
+        cells=[load(answered, [], fleet.num_preemptions, share=1.2, rate=12.0)],
+    )
+
+
+def num_wrong(shape: ShapeRecord) -> int:
+    cells = compare(shape)["cells"]
+    assert "**" in as_table(cells) or "short" in as_table(cells)
+    return sum(
+        not agrees(name, real[name], ours[name])
+        for cell in cells
+        for real, ours in zip(cell["real"], cell["simulated"], strict=True)
+        for name in real
+    )
+
+
+def test_a_machine_that_is_as_the_model_says_is_found_again() -> None:
+    shape = real_shape()
+    assert num_wrong(shape) == 0
+    slower = msgspec.structs.replace(TRUE, knots=[(tokens, 1.5 * seconds) for tokens, seconds in TRUE.knots])
+    assert num_wrong(msgspec.structs.replace(shape, cells=real_shape(slower).cells)) > 3
+
+
+def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path, recording = tmp_path / "recording.json", Recording(machine={"num_cores": 2}, shapes=[real_shape()])
+    write_recording(path, recording)
+    assert read_recording(path) == recording
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="is no recording"):
+        read_recording(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_recording(tmp_path / "nothing")
