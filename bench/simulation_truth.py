@@ -106,15 +106,18 @@ def main() -> None:
     else:
         prepare_environment()
         machine, shapes = machine_facts(), []
+
+        def keep(shape: ShapeRecord) -> None:
+            if arguments.record:
+                write_recording(arguments.record, Recording(machine=machine, shapes=[*shapes, shape]))
+
         for num_groups in arguments.groups:
             for tp_size in arguments.tp:
                 shapes.append(
                     measure_shape(
-                        num_groups, tp_size, arguments.loads, arguments.seconds, arguments.repeats, console.print
+                        num_groups, tp_size, arguments.loads, arguments.seconds, arguments.repeats, console.print, keep
                     )
                 )
-                if arguments.record:
-                    write_recording(arguments.record, Recording(machine=machine, shapes=shapes))
     found = [compare(shape) for shape in shapes]
     arguments.json.write_text(json.dumps({"machine": machine, "shapes": found}, indent=1) + "\n")
     cells = [cell for shape in found for cell in shape["cells"]]

@@ -44,6 +44,7 @@ def configuration(num_groups: int, tp_size: int, metrics_port: int) -> ServingCo
         "kv_cache_tokens": KV_TOKENS,
         "max_waiting_requests": MAX_WAITING,
         "prefix_caching": False,
+        "quantization": "none",  # as the checkpoint has them, prompts take so long that few requests are told by
         "tensor_parallel_size": tp_size,
         "num_groups": num_groups,
     }
@@ -52,30 +53,41 @@ def configuration(num_groups: int, tp_size: int, metrics_port: int) -> ServingCo
 
 
 def measure_shape(
-    num_groups: int, tp_size: int, shares: Sequence[float], seconds: float, repeats: int, report: Callable[[str], None]
+    num_groups: int,
+    tp_size: int,
+    shares: Sequence[float],
+    seconds: float,
+    repeats: int,
+    report: Callable[[str], None],
+    keep: Callable[[ShapeRecord], None],
 ) -> ShapeRecord:
-    """Starts the stack, measures, and stops it."""
+    """Starts the stack, measures, and stops it. `keep` is given what there is after each load."""
     port = free_port()
+    calibration: list[LoadRecord] = []
+    cells: list[LoadRecord] = []
+    capacity: dict[str, float] = {}
+    shape = ShapeRecord(num_groups=num_groups, tp_size=tp_size, capacity=capacity, calibration=calibration, cells=cells)
+    streams = sorted({1, *(number * num_groups for number in (1, MAX_NUM_SEQS // 4, MAX_NUM_SEQS + 4))})
     with running(configuration(num_groups, tp_size, port), report) as app, client_processes(1) as pool:
         stack = _Stack(app.address, port, pool)
-        calibration, capacity = [], {}
         for index, mix in enumerate(MIXES):
-            for num_streams in sorted(
-                {1, *(number * num_groups for number in (1, MAX_NUM_SEQS // 4, MAX_NUM_SEQS + 4))}
-            ):
+            for num_streams in streams:
                 calibration.append(stack.closed(mix, num_streams, CLOSED_S, seed=900 + index))
+                keep(shape)
             capacity[mix] = throughput(calibration[-1])
             report(f"capacity, {mix}: {capacity[mix]:.2f} requests/s")
-        cells = []
+            if not capacity[mix]:
+                raise RuntimeError(
+                    f"no request of mix {mix} ended within {CLOSED_S:.0f} s; this machine is too slow for it"
+                )
         for _ in range(repeats):
             for number, share in enumerate(shares):
                 for mix in MIXES:
                     seed = 100 * number + len(mix)
                     cells.append(stack.open(mix, share, share * capacity[mix], seconds, seed))
+                    keep(shape)
                     report(f"groups {num_groups}, TP {tp_size}, {mix}, {share:.0%}: {len(cells[-1].requests)} requests")
-    return ShapeRecord(
-        num_groups=num_groups, tp_size=tp_size, capacity=capacity, calibration=calibration, cells=cells
-    )  # fmt: skip
+    return shape
 
 
 def throughput(record: LoadRecord) -> float:

@@ -19,6 +19,7 @@ from bench.simulation.requests import REFUSED, Requests, Status, TenantTraits
 from bench.truth.measuring import KV_TOKENS, MAX_NUM_SEQS, MAX_WAITING
 from bench.truth.recording import LoadRecord, Sent, ShapeRecord
 from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.engine.step_times import StepWork
 
 BLOCK_SIZE = 16
 
@@ -27,14 +28,14 @@ def profile_of(shape: ShapeRecord) -> StepsFile:
     """Fitted to the steps of the closed loops. What gateways and clients add to the time to the first token is the median of what
     the simulation leaves over where requests come one at a time."""
     profile = fit([report for record in shape.calibration for report in record.steps], origin="bench.simulation_truth")
+    cost = step_cost(profile)
     extra_s: list[float] = []
     for record in shape.calibration:
         if record.num_streams == 1:
-            cost = step_cost(profile)
             extra_s += [
-                sent.first_s - sent.at_s - cost.tokens_s(sent.num_prompt_tokens)
+                sent.first_s - sent.at_s - cost.seconds(StepWork(n := sent.num_prompt_tokens, 0, 0, n * (n + 1) / 2))
                 for sent in record.requests
-                if sent.first_s
+                if sent.first_s is not None
             ]
     return msgspec.structs.replace(profile, request_s=max(0.0, float(np.median(extra_s))))
 
