@@ -266,6 +266,8 @@ class Kernels(Protocol):
     """Whether a row's bits are the same whatever else is in the step, once rows are padded to `row_multiple`."""
     row_multiple: int
     """Steps are padded to a multiple of this many rows."""
+    adapted_multiple: int
+    """Where adapters change a product of several matrices, each of them must begin at a multiple of so many outputs."""
     has_threads: bool
     """Whether it computes on threads of its own, so that torch's should rest."""
     only_enqueue: bool

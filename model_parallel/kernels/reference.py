@@ -39,6 +39,7 @@ class ReferenceKernels:
     """See kernels/interface.py. Attention is computed in float32 whatever the dtype."""
 
     name = "reference"
+    adapted_multiple = 1
     has_threads = False
     only_enqueue = False
     num_done = 0

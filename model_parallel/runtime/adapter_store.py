@@ -8,7 +8,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +18,8 @@ from model_parallel.checkpoint.adapter_weights import load_adapter
 from model_parallel.collectives.interface import Collectives
 from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import AdapterLoad, AdapterOutcome
-from model_parallel.errors import EngineError
-from model_parallel.kernels.interface import LowRankUpdate, PackedAdapter
+from model_parallel.errors import ConfigError, EngineError
+from model_parallel.kernels.interface import GroupMatrix, LowRankUpdate, PackedAdapter
 from model_parallel.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -152,6 +154,21 @@ class AdapterStore:
         rank = of_ranks.index(_HAS_FAILED)
         said = bytes(int(code) for code in texts[rank].tolist()).rstrip(b"\0").decode(errors="ignore")
         return f"rank {rank}: {said}"
+
+
+def check_takes_adapters(weights: Mapping[str, Any], multiple: int) -> None:
+    """Refuse a matrix of parts that are stored in different ways, where adapters cannot change the outputs of each.
+
+    `weights` are loader.load_shard's, `multiple` is Kernels.adapted_multiple. Raises ConfigError.
+    """
+    for name, weight in weights.items():
+        parts = weight[:-1] if isinstance(weight, tuple) else ()
+        for begin in accumulate(p.num_outputs if isinstance(p, GroupMatrix) else p.shape[0] for p in parts):
+            if begin % multiple:
+                raise ConfigError(
+                    f"{name} is of parts that are quantised in different ways, and one begins at output {begin}; adapters need "
+                    f"a multiple of {multiple} there. Set quantization to none, or leave out the lora section"
+                )
 
 
 def _state_of(future: "Future[PackedAdapter]") -> float:

@@ -29,7 +29,7 @@ from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
 from model_parallel.model.quantization import int8_converter
 from model_parallel.model.sampler import Sampled, Sampler
-from model_parallel.runtime.adapter_store import AdapterStore
+from model_parallel.runtime.adapter_store import AdapterStore, check_takes_adapters
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from model_parallel.runtime.rank_grammars import RankGrammars
 from model_parallel.runtime.recorded_steps import RecordedSteps
@@ -79,6 +79,8 @@ class Rank:
         )
         if convert is not None and model_config.tie_word_embeddings:
             weights[LM_HEAD] = convert(LM_HEAD, weights[EMBEDDING])
+        if config.adapters is not None:
+            check_takes_adapters(weights, self.kernels.adapted_multiple)
         self.model = Llama(model_config, weights, kernels=self.kernels, collectives=collectives)
         if self.kernels.has_threads:
             torch.set_num_threads(1)  # torch's own would fight them for the cores

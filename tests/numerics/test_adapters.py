@@ -187,9 +187,9 @@ def _check_bits(group: AdaptedGroup) -> None:
 
 def test_bits_in_a_batch_are_those_of_each_alone(exact: AdaptedGroup) -> None:
     """18 requests: 16 over 8 adapters, and two of the model itself, which alone meet no adapter at all."""
-    if exact.ranks[0].kernels.name == "reference":
-        pytest.skip("torch's products of four rows differ from those of more in the last bits at such small sizes")
     _check_bits(exact)
+    if exact.ranks[0].kernels.name == "reference":
+        return
     assert isinstance(exact.ranks[0].graphs, RecordedSteps)
     assert max(exact.ranks[0].graphs._steps) > NUM_ADAPTERS, "decoded together, as one native call"
 

@@ -10,7 +10,9 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from model_parallel.config import AdapterConfig
 from model_parallel.engine.request import EngineRequest, SamplingParams
+from model_parallel.errors import ConfigError
 from tests.support.kernels import BACKENDS, use_backend
 from tests.support.local_engine import LocalGroup
 from tests.support.quantized_llama import Scheme, awq, compressed, gptq, quantize_checkpoint
@@ -85,7 +87,11 @@ def _gguf(path: Path, model: LlamaForCausalLM, types: dict[str, Type]) -> Path:
                 weight = weight.view(num_heads, 2, half, -1).transpose(1, 2).reshape(weight.shape)  # noqa: PLW2901
         theirs = names.get_name(name, try_suffixes=(".weight",))
         assert theirs is not None
-        kind = Type.F32 if weight.ndim == 1 else next((k for n, k in types.items() if theirs.endswith(n)), Type.Q4_0)
+        kind = (
+            Type.F32
+            if weight.ndim == 1
+            else next((k for n, k in types.items() if theirs.endswith(f"{n}.weight")), Type.Q4_0)
+        )
         if kind in (Type.Q4_K, Type.Q5_K, Type.Q6_K):  # the library reads these and cannot write them
             stored = _random_blocks(kind, tuple(weight.shape))
         else:
@@ -134,6 +140,20 @@ def test_gguf_logits_match_transformers(
         for tp_size in ((1, 3) if backend == "cpu" else (2,))
     ]
     assert all((logits - expected).abs().max() <= MAX_LOGIT_ERROR for logits in ours)
+
+
+def test_adapters_are_refused_where_parts_of_a_matrix_do_not_begin_where_kernels_can_add_to_them(
+    tmp_path: Path,
+) -> None:
+    model = save_random_llama(
+        tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=16, num_key_value_heads=1, num_hidden_layers=2
+    )  # fmt: skip
+    path = _gguf(tmp_path / "model.gguf", model, {"1.attn_v": Type.Q6_K})
+    LocalGroup(path, 1, quantization="packed").close()
+    LocalGroup(path, 1, adapters=AdapterConfig()).close()
+    named = r"model\.layers\.1\.self_attn\.qkv_proj\.weight is of parts .* begins at output 272; adapters need a multiple of 32"
+    with pytest.raises(ConfigError, match=named):
+        LocalGroup(path, 1, quantization="packed", adapters=AdapterConfig())
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

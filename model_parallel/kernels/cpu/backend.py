@@ -158,6 +158,7 @@ class CpuKernels:
 
     batch_invariant = True
     row_multiple = 1
+    adapted_multiple = PANEL
     has_threads = True
     only_enqueue = False
     is_compiling = False
@@ -326,10 +327,6 @@ class CpuKernels:
         out_TO = self._empty((num_rows, rows.num_outputs), dtype)
         first_output = 0
         for weight in rows.weights:
-            if adapted is not None and first_output % PANEL:
-                raise EngineError(
-                    f"adapters need matrices of a multiple of {PANEL} outputs where several are one, not {first_output}"
-                )
             self._library.packtrain_product(
                 self._handle,
                 weight.address,

@@ -52,6 +52,7 @@ class CudaKernels:
     name = "cuda"
     batch_invariant = False
     row_multiple = 1
+    adapted_multiple = 1
     has_threads = False
     only_enqueue = True
     num_done = 0
