@@ -1,8 +1,8 @@
-"""What LoRA adapters cost: the same batch without any, with one, and with many, in turn on the same ranks; and loading them.
+"""What LoRA adapters cost: the same batch without any, with one, and with many, in turn every few steps; and loading them.
 
 Adapters have random weights. With --num-adapters 8 and a batch of 16, each is of two sequences.
 
-    python -m bench.adapters [--model PATH] [--rank 16] [--modules q_proj,v_proj] [--batch 16] [--num-adapters 8] [--repeats 5]
+    python -m bench.adapters [--model PATH] [--rank 16] [--modules q_proj,v_proj] [--batch 16] [--num-adapters 8] [--rounds 4]
                              [--tp 1] [--threads N] [--dtype bfloat16] [--device cpu] [--cycles 0] [--json FILE]
 """
 
@@ -12,7 +12,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from rich.console import Console
 from bench.engine_timing import shape_name
 from bench.machine import describe_machine, machine_facts
 from bench.support.random_adapter import ALL_MODULES, save_random_adapter
-from bench.timing import ContenderFailedError, Workload, time_in_turn
+from bench.timing import Workload
+from bench.turns import Run, ratio_of_turns, take_turns
 from model_parallel.checkpoint.adapter_files import adapter_bytes, describe_adapter
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import AdapterConfig, CacheConfig, GroupConfig, ModelConfig, ParallelConfig, SchedulerConfig
@@ -35,7 +37,8 @@ from model_parallel.runtime.executors import SpawnedExecutor
 from serving.models.fetch import fetch_model
 
 MODEL = "smollm2-135m-instruct"
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 512
+NUM_STEPS_IN_TURN = 4
 MAX_BYTES = 8 << 30
 
 
@@ -87,38 +90,59 @@ class AdaptedGroup:
 
 
 class Contender:
-    """A batch whose sequences take turns with the first `num_adapters` adapters; 0 is none."""
+    """A group whose sequences take turns with the first `num_adapters` adapters; 0 is none."""
 
-    max_repeats = 1 << 30
-
-    def __init__(self, group: AdaptedGroup, name: str, num_adapters: int) -> None:
+    def __init__(self, name: str, group: AdaptedGroup, num_adapters: int) -> None:
         self.name = name
-        self._group = group
-        self._num_adapters = num_adapters
+        self.group = group
         self.cpu_s: list[float] = []
-        """Of the ranks' processors, in each run, the one that warms up first. Other processes of the machine do not count."""
+        """Of the ranks' processors, in each round. Other processes of the machine do not count."""
+        self._num_adapters = num_adapters
 
-    def run(self, workload: Workload, seed: int) -> float:
-        group = self._group
+    def begin(self, workload: Workload, seed: int) -> Run:
+        """A batch whose prompts have been read."""
         sampling = SamplingParams(temperature=0.0, max_tokens=workload.num_new_tokens, ignore_eos=True)
-        began_s, cpu_began_s = time.perf_counter(), group.cpu_s()
-        for index, prompt in enumerate(workload.prompts(group.model.vocab_size, seed)):
-            group.engine.add(
+        refs = self.group.refs[: self._num_adapters] or [None]
+        prompts = workload.prompts(self.group.model.vocab_size, seed)
+        return Run(
+            self.group.engine,
+            [
                 EngineRequest(
-                    request_id=f"{self.name}-{seed}-{index}",
+                    request_id=f"{seed}-{index}",
                     prompt_token_ids=tuple(prompt),
                     sampling=sampling,
-                    adapter=group.refs[index % self._num_adapters] if self._num_adapters else None,
+                    adapter=refs[index % len(refs)],
                 )
-            )
-        try:
-            num_tokens = group.run()
-        except GroupFailedError as error:
-            raise ContenderFailedError(str(error)) from error
-        if num_tokens != workload.batch * workload.num_new_tokens:
-            raise ContenderFailedError(f"{num_tokens} tokens came of {workload}")
-        self.cpu_s.append(group.cpu_s() - cpu_began_s)
-        return time.perf_counter() - began_s
+                for index, prompt in enumerate(prompts)
+            ],
+        )
+
+
+def compare(
+    contenders: Sequence[Contender], workload: Workload, num_rounds: int, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """All in turn, some steps each, on the same prompts. Prompts are not timed."""
+    ratios: dict[str, list[float]] = {each.name: [] for each in contenders}
+    step_times_s: dict[str, list[float]] = {each.name: [] for each in contenders}
+    for seed in range(num_rounds + 1):  # the first one warms up
+        short = workload._replace(num_new_tokens=min(workload.num_new_tokens, 2 * NUM_STEPS_IN_TURN))
+        runs = [each.begin(workload if seed else short, seed) for each in contenders]
+        before_s = [each.group.cpu_s() for each in contenders]
+        take_turns(runs, NUM_STEPS_IN_TURN)
+        if not seed:
+            continue
+        for each, run, began_s in zip(contenders, runs, before_s, strict=True):
+            each.cpu_s.append(each.group.cpu_s() - began_s)
+            step_times_s[each.name] += run.step_times_s
+            ratios[each.name].append(1 / ratio_of_turns(run, runs[0]))
+        report(f"round {seed}: tokens/s {', '.join(f'{name} {of[-1]:.3f} ×' for name, of in ratios.items())}")
+    base_cpu_s = sum(contenders[0].cpu_s)
+    return {
+        "workload": str(workload),
+        "tokens_per_s": {name: workload.batch / statistics.median(times) for name, times in step_times_s.items()},
+        "ratio": {name: statistics.median(of) for name, of in ratios.items()},
+        "ratio_of_processor_time": {each.name: base_cpu_s / sum(each.cpu_s) for each in contenders},
+    }
 
 
 def measure_cycles(group: AdaptedGroup, num_cycles: int) -> dict[str, Any]:
@@ -159,25 +183,19 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
             save_random_adapter(
                 adapter, describe(path).config, rank=given.rank, seed=seed, modules=given.modules.split(","), size=0.002
             )
-        group = AdaptedGroup(path, parallel, directories, given.batch)
-        try:
-            for ref in group.refs:
-                group.load(ref)
-            contenders = [
-                Contender(group, "no adapter", 0),
-                Contender(group, "1 adapter", 1),
-                Contender(group, f"{given.num_adapters} adapters", given.num_adapters),
-            ]
+        contenders = []
+        with ExitStack() as stack:
+            for name, num_adapters in (("no adapter", 0), ("1 adapter", 1), (f"{given.num_adapters} adapters", None)):
+                group = AdaptedGroup(path, parallel, directories, given.batch)
+                stack.callback(group.close)
+                for ref in group.refs[:num_adapters]:
+                    group.load(ref)
+                contenders.append(Contender(name, group, len(group.refs) if num_adapters is None else num_adapters))
             workload = Workload(given.batch, given.prompt_tokens, given.new_tokens)
-            timings, failures = time_in_turn(contenders, [workload], given.repeats, console.print)
-            if failures:
-                raise GroupFailedError("; ".join(failures.values()))
+            result = compare(contenders, workload, given.rounds, console.print)
             for ref in group.refs:
                 group.engine.drop_adapter(ref.digest)
             cycles = measure_cycles(group, given.cycles) if given.cycles else None
-        finally:
-            group.close()
-    base, base_cpu_s = timings[0].median_s, statistics.median(contenders[0].cpu_s[1:])
     return {
         "machine": describe_machine(machine_facts()),
         "load_average": load_average,
@@ -186,10 +204,7 @@ def measure(given: argparse.Namespace, console: Console) -> dict[str, Any]:
         "rank": given.rank,
         "modules": given.modules,
         "mb_an_adapter": group.sizes[0] / 1e6,
-        "workload": str(workload),
-        "tokens_per_s": {timing.contender: timing.tokens_per_s for timing in timings},
-        "ratio": {timing.contender: base / timing.median_s for timing in timings},
-        "ratio_of_processor_time": {each.name: base_cpu_s / statistics.median(each.cpu_s[1:]) for each in contenders},
+        **result,
         "cycles": cycles,
     }
 
@@ -201,9 +216,9 @@ def main() -> None:
     parser.add_argument("--modules", default=",".join(ALL_MODULES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--num-adapters", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--threads", type=int, help="of a rank; unset, the cores shared out")
     parser.add_argument("--dtype", default="bfloat16")

@@ -1,4 +1,4 @@
-"""What a form costs: the engine with and without a grammar, in turn in one run.
+"""What a form costs: two engines, one with and one without a grammar, in turn every few steps.
 
 Inter-token latency: a full batch decodes at temperature 1, each request held to a long text, or to nothing. Time to the first
 token: a request alone, whose grammar the ranks have already, or that has none; and one whose grammar is new.
@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from bench.machine import describe_machine, machine_facts
 from bench.markdown import table
+from bench.turns import Run, ratio_of_turns, take_turns
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
@@ -35,6 +37,7 @@ RESULT = Path(__file__).parent / "results" / "structured_output.json"
 MODEL = "smollm2-135m-instruct"
 NUM_NEW_TOKENS = 32
 NUM_PROMPT_TOKENS = 64
+NUM_STEPS_IN_TURN = 4
 NUM_FIRST_TOKENS = 10
 """Requests of a repeat whose first token is timed, of each kind."""
 PERSON = {
@@ -95,20 +98,9 @@ class Group:
             grammar=grammar,
         )
 
-    def token_times(self, batch: int, grammar: str) -> list[float]:
-        """Seconds of the steps in which the whole batch decodes."""
-        for _ in range(batch):
-            self.engine.add(self.request(grammar, NUM_NEW_TOKENS))
-        times, last_s = [], None
-        while self.engine.has_work:
-            outputs = self.engine.step()
-            now_s = time.perf_counter()
-            if sum(len(output.token_ids) for output in outputs) == batch and last_s is not None:
-                times.append(now_s - last_s)
-            last_s = now_s
-        if len(times) < NUM_NEW_TOKENS // 2:
-            raise RuntimeError(f"the whole batch decoded in {len(times)} steps alone: {self.engine.failure}")
-        return times
+    def begin(self, batch: int, grammar: str) -> Run:
+        """A batch whose prompts have been read."""
+        return Run(self.engine, [self.request(grammar, NUM_NEW_TOKENS) for _ in range(batch)])
 
     def first_token_s(self, grammar: str) -> float:
         """Of a request alone."""
@@ -121,18 +113,27 @@ class Group:
 
 def measure(batch: int, num_repeats: int, tp_size: int, forms: dict[str, str], report: Any) -> dict[str, Any]:
     """The whole run, as plain data."""
-    facts = machine_facts()
-    group = Group(tp_size, max(1, (os.cpu_count() or 1) // tp_size), batch)
-    itl: dict[str, list[float]] = {"none": [], **{name: [] for name in forms}}
+    facts, num_threads = machine_facts(), max(1, (os.cpu_count() or 1) // tp_size)
+    itl_s: dict[str, list[float]] = {name: [] for name in ("none", *forms)}
+    itl_ratios: dict[str, list[float]] = {name: [] for name in forms}
     ttft: dict[str, list[float]] = {"none": [], **{name: [] for name in forms}, "JSON schema, new": []}
     num_new = 0
-    try:
-        group.token_times(batch, "")  # compiles, records, and touches memory for the first time
+    with ExitStack() as stack:
+        free, group = Group(tp_size, num_threads, batch), Group(tp_size, num_threads, batch)
+        stack.callback(free.executor.shutdown)
+        stack.callback(group.executor.shutdown)
+        take_turns(
+            [each.begin(batch, "") for each in (free, group)], NUM_STEPS_IN_TURN
+        )  # compiles, records, touches memory
         for grammar in ("", *forms.values()):
             group.first_token_s(grammar)
         for repeat in range(num_repeats):
-            for name, medians in itl.items():
-                medians.append(statistics.median(group.token_times(batch, forms.get(name, ""))))
+            for name, grammar in forms.items():
+                runs = [free.begin(batch, ""), group.begin(batch, grammar)]
+                take_turns(runs, NUM_STEPS_IN_TURN)
+                itl_s["none"] += runs[0].step_times_s
+                itl_s[name] += runs[1].step_times_s
+                itl_ratios[name].append(ratio_of_turns(runs[1], runs[0]))
             for _ in range(NUM_FIRST_TOKENS):
                 for name in ("none", *forms):
                     ttft[name].append(group.first_token_s(forms.get(name, "")))
@@ -140,12 +141,9 @@ def measure(batch: int, num_repeats: int, tp_size: int, forms: dict[str, str], r
                 fresh = {"type": "array", "items": PERSON, "minItems": 40 + num_new}
                 new = grammar_of(JsonSchema(field="schema", schema=fresh), strips_space=False).text
                 ttft["JSON schema, new"].append(group.first_token_s(new))
-            report(
-                f"repeat {repeat + 1}: load average {os.getloadavg()[0]:.1f}, ITL {[round(1e3 * x[-1]) for x in itl.values()]} ms"
-            )
-    finally:
-        group.executor.shutdown()
-    base_itl, base_ttft = itl["none"], statistics.median(ttft["none"])
+            ratios = ", ".join(f"{name} {of[-1]:.3f}" for name, of in itl_ratios.items())
+            report(f"repeat {repeat + 1}: load average {os.getloadavg()[0]:.1f}, ITL beside no form: {ratios}")
+    base_ttft = statistics.median(ttft["none"])
     return {
         "machine": facts | {"load_average_at_the_end": round(os.getloadavg()[0], 2)},
         "model": MODEL,
@@ -155,11 +153,8 @@ def measure(batch: int, num_repeats: int, tp_size: int, forms: dict[str, str], r
         "rows": [
             {
                 "form": name,
-                "itl_ms": round(1e3 * statistics.median(itl[name]), 2) if name in itl else None,
-                # Of each repeat by itself: what else the machine did meanwhile is much the same.
-                "itl_ratio": round(statistics.median([x / y for x, y in zip(itl[name], base_itl, strict=True)]), 3)
-                if name in itl
-                else None,
+                "itl_ms": round(1e3 * statistics.median(itl_s[name]), 2) if name in itl_s else None,
+                "itl_ratio": round(statistics.median(itl_ratios[name]), 3) if name in itl_ratios else None,
                 "ttft_ms": round(1e3 * statistics.median(times), 2),
                 "ttft_ratio": round(statistics.median(times) / base_ttft, 3),
             }
