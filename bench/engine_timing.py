@@ -9,7 +9,7 @@ import torch
 
 from bench.timing import ContenderFailedError, Workload
 from model_parallel.checkpoint.detect import describe
-from model_parallel.config import CacheConfig, GroupConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from model_parallel.config import CacheConfig, DraftConfig, GroupConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.engine.scheduler import Scheduler
@@ -53,17 +53,18 @@ class EngineContender:
         max_model_len: int,
         enable_prefix_caching: bool = False,
         speculation: str = "off",
+        draft: DraftConfig | None = None,
     ) -> None:
         """Starts and loads the ranks. Raises ConfigError, CheckpointError, GroupFailedError."""
         began_s = time.perf_counter()
         cache = CacheConfig(num_blocks=-(-num_kv_tokens // 16), enable_prefix_caching=enable_prefix_caching)
-        config = GroupConfig(checkpoint_path=str(path), parallel=parallel, cache=cache, epoch=1)
+        config = GroupConfig(checkpoint_path=str(path), parallel=parallel, cache=cache, epoch=1, draft=draft)
         self.parallel = parallel
         self.name = shape_name(parallel)
         self.vocab_size = describe(path).config.vocab_size
         self.executor = SpawnedExecutor(config)
         limits = SchedulerConfig(max_model_len=max_model_len, speculation=speculation)
-        self.engine = Engine(self.executor, Scheduler(limits, cache, epoch=config.epoch))
+        self.engine = Engine(self.executor, Scheduler(limits, cache, epoch=config.epoch, draft=draft))
         self.ready_s = time.perf_counter() - began_s
         self.detail = f"kernels: {', '.join(sorted(self.executor.kernels_names))}"
 

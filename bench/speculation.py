@@ -8,7 +8,7 @@ Kinds of work, each alone and in batches:
 
 The two take turns every few steps, since the speed of a machine that others use too changes from second to second.
 
-    python -m bench.speculation [--repeats 5] [--batches 1 32] [--tp 1 2] [--kinds copy random] [--json FILE]
+    python -m bench.speculation [--repeats 5] [--batches 1 32] [--tp 1 2] [--kinds copy random] [--draft exact] [--json FILE]
 """
 
 import argparse
@@ -16,9 +16,10 @@ import json
 import os
 import random
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,25 @@ from rich.table import Table
 
 from bench.engine_timing import EngineContender
 from bench.machine import describe_machine, machine_facts
+from bench.support.draft_pair import save_deepened, save_random
 from bench.timing import FIRST_TOKEN_ID, LAST_TOKEN_ID
-from model_parallel.config import QUANTIZATIONS, ParallelConfig
+from bench.turns import Run, take_turns
+from model_parallel.checkpoint.detect import describe
+from model_parallel.config import QUANTIZATIONS, DraftConfig, ParallelConfig
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.machine import read_machine
+from model_parallel.memory import draft_memory
 from serving.models.fetch import resolve_source
 from serving.text.tokenizer import Tokenizer, load_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "speculation.json"
 TEXT = Path(__file__).parent / "texts" / "alice-1.txt"
 MODEL = "smollm2-135m-instruct"
+DRAFTS = ("exact", "random")
 KINDS = ("copy", "random", "greedy", "text")
 PASSAGE_TOKENS, RANDOM_TOKENS = 160, 64
 NEW_TOKENS = 128
+NEW_TOKENS_OF_WARM_UP = 32
 NUM_STEPS_IN_TURN = 16
 NUM_KV_TOKENS, MAX_MODEL_LEN = 32_768, 1024
 MIN_RATIO = {"copy": 1.6, "random": 0.98, "greedy": 0.98, "text": 0.98}
@@ -47,7 +54,7 @@ MIN_RATIO = {"copy": 1.6, "random": 0.98, "greedy": 0.98, "text": 0.98}
 MIN_RATIO_OF_BATCH = 0.98
 
 
-def requests(kind: str, batch: int, seed: int, tokenizer: Tokenizer) -> list[EngineRequest]:
+def requests(kind: str, batch: int, seed: int, tokenizer: Tokenizer, num_new_tokens: int) -> list[EngineRequest]:
     """A batch of one kind. Other seeds give other prompts."""
     draw = random.Random(seed)
     text = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
@@ -59,58 +66,13 @@ def requests(kind: str, batch: int, seed: int, tokenizer: Tokenizer) -> list[Eng
         else:
             prompt = [draw.randrange(FIRST_TOKEN_ID, LAST_TOKEN_ID) for _ in range(RANDOM_TOKENS)]
         temperature = {"random": 1.0, "text": 0.8}.get(kind, 0.0)
-        sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=NEW_TOKENS, ignore_eos=True)
+        sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=num_new_tokens, ignore_eos=True)
         made.append(
             EngineRequest(
                 request_id=f"{kind}-{seed}-{index}", prompt_token_ids=tuple(prompt), choice=index, sampling=sampling
             )
         )
     return made
-
-
-class Run:
-    """A batch on its way through one engine, some steps at a time."""
-
-    def __init__(self, contender: EngineContender, batch: Sequence[EngineRequest]) -> None:
-        """Reads the prompts, which is not timed."""
-        self._engine = contender.engine
-        self.answers: dict[str, tuple[int, ...]] = {request.request_id: () for request in batch}
-        self.seconds = self.leader_cpu_s = 0.0
-        self.num_steps = 0
-        self._engine.add(*batch)
-        while not all(self.answers.values()):
-            self._step()
-        self._drain()
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._engine.has_work
-
-    def go_on(self, num_steps: int) -> None:
-        """So many steps, timed. Raises RuntimeError when the group is lost."""
-        began_s, began_cpu_s = time.perf_counter(), time.thread_time()
-        for _ in range(num_steps):
-            if self.has_ended:
-                break
-            self._step()
-            self.num_steps += 1
-        self._drain()
-        self.seconds += time.perf_counter() - began_s
-        self.leader_cpu_s += time.thread_time() - began_cpu_s
-        if self._engine.failure is not None:
-            raise RuntimeError(f"the group is lost: {self._engine.failure}")
-
-    def _step(self) -> None:
-        self._engine.submit()
-        self._collect()
-
-    def _drain(self) -> None:
-        while self._engine.in_flight:
-            self._collect()
-
-    def _collect(self) -> None:
-        for output in self._engine.collect():
-            self.answers[output.request_id] += output.token_ids
 
 
 def compare(
@@ -127,11 +89,9 @@ def compare(
     load = os.getloadavg()[0]
     before = on.engine.stats
     for seed in range(num_repeats + 1):  # the first one warms up
-        batch_requests = requests(kind, batch, seed, tokenizer)
-        runs = [Run(contender, batch_requests) for contender in contenders]
-        while not all(run.has_ended for run in runs):
-            for run in runs if seed % 2 else reversed(runs):
-                run.go_on(NUM_STEPS_IN_TURN)
+        batch_requests = requests(kind, batch, seed, tokenizer, NEW_TOKENS if seed else NEW_TOKENS_OF_WARM_UP)
+        runs = [Run(contender.engine, batch_requests) for contender in contenders]
+        take_turns(runs if seed % 2 else runs[::-1], NUM_STEPS_IN_TURN)
         if runs[0].answers != runs[1].answers:
             raise RuntimeError(f"{kind}, batch {batch}, seed {seed}: the answers differ")
         if seed:
@@ -197,6 +157,22 @@ def as_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def _with_draft_model(source: Path, kind: str, factor: int, stack: ExitStack) -> tuple[Path, DraftConfig]:
+    """A deeper model than that of `source`, and its draft model; see bench/support/draft_pair.py."""
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    save_deepened(source, directory / "deep", factor=factor)
+    exact, other = source, directory / "random"
+    if kind == "random":
+        save_random(source, other)
+    config = describe(source).config
+    memory, deep = (
+        draft_memory(each, dtype="bfloat16", max_num_seqs=64)
+        for each in (config, replace(config, num_layers=factor * config.num_layers))
+    )
+    path = exact if kind == "exact" else other
+    return directory / "deep", DraftConfig(checkpoint_path=str(path), share=memory.pass_bytes / deep.pass_bytes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
@@ -207,11 +183,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument(
+        "--draft",
+        choices=DRAFTS,
+        help="with a draft model, and a model made deeper for it: one that guesses every token, or of random weights",
+    )
+    parser.add_argument("--factor", type=int, default=4, help="how many times as deep as its draft model the model is")
     parser.add_argument("--json", type=Path, default=RESULT, help="write the result here")
     arguments = parser.parse_args()
     console = Console(width=150, highlight=False)
-    path = resolve_source(arguments.model)
-    tokenizer = load_tokenizer(path)
+    path = source = resolve_source(arguments.model)
+    tokenizer = load_tokenizer(source)
     facts, rows = machine_facts(), []
     for tp_size in arguments.tp:
         parallel = ParallelConfig(
@@ -221,17 +203,25 @@ def main() -> None:
             num_threads=max(1, read_machine().num_cpus // tp_size),
         )
         with ExitStack() as stack:
+            draft = None
+            if arguments.draft is not None:
+                path, draft = _with_draft_model(source, arguments.draft, arguments.factor, stack)
             contenders = []
             for speculation in ("off", "prompt_lookup"):
                 contender = EngineContender(
-                    path, parallel, num_kv_tokens=NUM_KV_TOKENS, max_model_len=MAX_MODEL_LEN, speculation=speculation
-                )
+                    path, parallel, num_kv_tokens=NUM_KV_TOKENS, max_model_len=MAX_MODEL_LEN, speculation=speculation,
+                    draft=draft if speculation != "off" else None,
+                )  # fmt: skip
                 stack.callback(contender.close)
                 contenders.append(contender)
             for batch in arguments.batches:
                 for kind in arguments.kinds:
-                    rows.append(compare(kind, batch, contenders, arguments.repeats, tokenizer, console.print))
-    arguments.json.write_text(json.dumps({"machine": facts, "model": arguments.model, "rows": rows}, indent=1) + "\n")
+                    num_repeats = max(1, arguments.repeats // batch)  # a batch has as many tokens as it has sequences
+                    rows.append(compare(kind, batch, contenders, num_repeats, tokenizer, console.print))
+    arguments.json.write_text(
+        json.dumps({"machine": facts, "model": arguments.model, "draft": arguments.draft, "rows": rows}, indent=1)
+        + "\n"
+    )
     console.print(as_table(rows, describe_machine(facts)))
     failed = [f"{row['kind']}, batch {row['batch']}, TP={row['tp_size']}" for row in rows if not row["holds"]]
     console.print(f"too slow: {'; '.join(failed)}" if failed else "all ratios hold, and all tokens are the same")

@@ -235,6 +235,23 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DraftConfig:
+    """The draft model of a group. Rank 0 holds all of it beside its shard, in the group's dtype."""
+
+    checkpoint_path: str
+    """Readable on the node that hosts rank 0."""
+    quantization: str = ""
+    """As ParallelConfig.quantization; not "int8"."""
+    share: float = 0.25
+    """How long a pass of it takes beside a step of the group with as many rows: about, before it has been measured."""
+
+    def __post_init__(self) -> None:
+        _positive("draft", share=self.share)
+        if self.quantization not in ("", "packed"):
+            raise ConfigError(f'draft.quantization is {self.quantization!r}; allowed: "packed", or "" for none')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupConfig:
     """Everything that a rank needs to load its shard and serve steps. The same for all ranks of a group."""
 
@@ -250,3 +267,5 @@ class GroupConfig:
     """None for a group without constrained output."""
     adapters: AdapterConfig | None = None
     """None: the group takes no adapters."""
+    draft: DraftConfig | None = None
+    """None: the group has no draft model."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model_parallel.config import DTYPE_BYTES, GroupConfig, ModelConfig
+from model_parallel.engine.model_drafter import MAX_TOKENS_AT_A_TIME
+from model_parallel.engine.speculation import MAX_DRAFTS
 from model_parallel.errors import ConfigError
 from model_parallel.model.partition import (
     EMBEDDING,
@@ -151,6 +153,33 @@ def _packed_bytes(shard: Shard, kept: GroupFormat) -> int:
     return kept.matrix_bytes(shard.shape[0], start, stop)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftMemory:
+    """What a draft model takes on rank 0, which holds all of it, with keys and values of as many tokens as the group's cache."""
+
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token: int
+    pass_bytes: int
+    """Read from memory in each pass, as RankMemory.decode_bytes."""
+
+
+def draft_memory(model: ModelConfig, *, dtype: str, quantization: str = "", max_num_seqs: int) -> DraftMemory:
+    """For a group of so many sequences."""
+    sizes = weight_bytes(shard_table(model, 1, 0), dtype=dtype, quantization=quantization, formats=model.weight_formats)
+    workload = Workload(
+        max_model_len=model.max_position,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=MAX_TOKENS_AT_A_TIME + max_num_seqs * (MAX_DRAFTS + 1),
+    )
+    return DraftMemory(
+        weight_bytes=sum(sizes.values()),
+        activation_bytes=activation_bytes(model, 1, 0, dtype=dtype, workload=workload),
+        kv_bytes_per_token=kv_bytes_per_token(model, model.num_kv_heads, dtype),
+        pass_bytes=sum(sizes.values()) - (sizes[EMBEDDING] if LM_HEAD in sizes else 0),
+    )
+
+
 def plan_group(
     model: ModelConfig,
     tp_size: int,
@@ -160,8 +189,12 @@ def plan_group(
     device: Device,
     workload: Workload,
     utilisation: float = 0.9,
+    draft: DraftMemory | None = None,
 ) -> GroupMemory:
-    """`utilisation` is the part of the device that may be planned with. Raises ConfigError when a rank would have no head."""
+    """`utilisation` is the part of the device that may be planned with; `draft` is that of the group's draft model.
+
+    Raises ConfigError when a rank would have no head.
+    """
 
     def plan_rank(rank: int) -> RankMemory:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, rank)
@@ -170,12 +203,15 @@ def plan_group(
         )
         weights = sum(sizes.values())
         embedding = sizes[EMBEDDING] if LM_HEAD in sizes else 0
+        activations = activation_bytes(model, tp_size, rank, dtype=dtype, workload=workload)
+        extra = draft if rank == 0 else None
         return RankMemory(
             rank=rank,
             heads=heads,
-            weight_bytes=weights,
-            activation_bytes=activation_bytes(model, tp_size, rank, dtype=dtype, workload=workload),
-            kv_bytes_per_token=kv_bytes_per_token(model, len(heads.kv_heads), dtype),
+            weight_bytes=weights + (extra.weight_bytes if extra else 0),
+            activation_bytes=max(activations, extra.activation_bytes if extra else 0),
+            kv_bytes_per_token=kv_bytes_per_token(model, len(heads.kv_heads), dtype)
+            + (extra.kv_bytes_per_token if extra else 0),
             budget_bytes=int(device.memory_bytes * utilisation),
             decode_bytes=weights - embedding,
         )
@@ -191,6 +227,7 @@ def smallest_tp_size(
     device: Device,
     workload: Workload,
     utilisation: float = 0.9,
+    draft: DraftMemory | None = None,
 ) -> int | None:
     """The fewest ranks on such devices that can serve one sequence of max_model_len; None when no number can."""
     for tp_size in range(1, model.num_query_heads + 1):
@@ -202,6 +239,7 @@ def smallest_tp_size(
             device=device,
             workload=workload,
             utilisation=utilisation,
+            draft=draft,
         )
         if group.fits:
             return tp_size

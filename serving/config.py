@@ -302,6 +302,12 @@ class ModelEntry(_Section):
         description="Tokens that a sequence has had before are computed together with its last one, where that pays. auto: "
         "where no bit of an answer depends on it.",
     )
+    draft_model: str | None = Field(
+        None,
+        min_length=1,
+        description="A smaller model with the same vocabulary, which guesses the next tokens: a known name, a directory, or a "
+        "GGUF file. Rank 0 holds it. On CPUs, with speculation auto.",
+    )
     max_waiting_requests: int = Field(256, ge=1)
     max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
     start_timeout_s: float = Field(300.0, gt=0)
@@ -334,6 +340,14 @@ class ModelEntry(_Section):
                 f"num_groups is {self.num_groups}; it must lie between autoscaling's min_groups {scaling.min_groups} and "
                 f"max_groups {scaling.max_groups}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _draft_model_is_used(self) -> "ModelEntry":
+        if self.draft_model is not None and self.speculation != "auto":
+            raise ValueError(f"speculation is {self.speculation}, and draft_model needs auto")
+        if self.draft_model is not None and self.device == "cuda":
+            raise ValueError("device is cuda, and draft_model works on CPUs alone")
         return self
 
     @property

@@ -52,6 +52,14 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     the block table keeps as many blocks as the tokens that have been computed fill."""
 
 
+class DraftRequest(msgspec.Struct, frozen=True, array_like=True):
+    """What the draft model is to propose of what may follow a sequence's last token."""
+
+    seq_id: int
+    num_tokens: int
+    """At most."""
+
+
 class AdapterLoad(msgspec.Struct, frozen=True, array_like=True):
     """An adapter that the ranks begin to load."""
 
@@ -87,6 +95,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """No row of this plan or of a later one uses them, unless they are loaded again."""
     adapters_to_load: tuple[AdapterLoad, ...] = ()
     """Beside this step and the next ones. The result of the step that finds them loaded on every rank, or not, tells so."""
+    draft_requests: tuple[DraftRequest, ...] = ()
+    """Rank 0 alone answers them, after the rows: it has the draft model. The other ranks meet the drafts in a later plan."""
 
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True):
@@ -128,3 +138,6 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """Those that every rank has compiled since the step before."""
     adapters: tuple[AdapterOutcome, ...] = ()
     """Of adapters whose loading has ended."""
+    proposals: tuple[tuple[int, ...], ...] = ()
+    """Of each draft request, in their order: tokens that may follow the sequence's last one. None while the draft model has not
+    read the sequence, or has no room for it."""

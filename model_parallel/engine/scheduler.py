@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass, field
 
 import msgspec
 
-from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig
+from model_parallel.config import AdapterConfig, CacheConfig, DraftConfig, SchedulerConfig
 from model_parallel.engine.adapters import AdapterPool
+from model_parallel.engine.drafting import Drafting, make_drafter
 from model_parallel.engine.fair_queue import FairQueue
 from model_parallel.engine.grammars import GrammarTable
 from model_parallel.engine.kv_blocks import KVBlocks
-from model_parallel.engine.messages import NewSequence, Row, RowResult, StepPlan, StepResult
+from model_parallel.engine.messages import DraftRequest, NewSequence, Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.overload import DEADLINE_MARGIN, Deadlines, Pace, check_fits, check_room
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.sequence import Sequence
-from model_parallel.engine.speculation import Drafter, make_drafter
+from model_parallel.engine.speculation import Drafter
 from model_parallel.engine.stats import SchedulerStats, Totals
 from model_parallel.errors import GroupFailedError, RequestError
 
@@ -25,7 +26,7 @@ ADAPTER_FAILED = "the adapter could not be loaded; the server's log says why"
 
 
 @dataclass(slots=True, kw_only=True)
-class _Draft:
+class _Step:
     """A step while it is being planned."""
 
     now_s: float
@@ -62,9 +63,10 @@ class Scheduler:
     **Grammars.** A sequence whose grammar the ranks have not compiled yet is unready: it has no place among those that run or
     wait, and gets one when they have. Meanwhile, and when there is nothing else to do, steps without rows ask them.
 
-    **Adapters.** A sequence whose adapter is not loaded waits for it when it is next, as it would for blocks, and nobody passes.
-    Loading begins when the sequence is accepted, where there is room. A running sequence's adapter stays, and running sequences
-    end, so there is room for the next one's in the end. Nothing is preempted for it.
+    **Adapters.** A sequence whose adapter is not loaded has it loaded when it is next, or when it is accepted and there is room.
+    While that goes on it steps aside and others pass, and when it is done it is the next one, unless a higher class has come. An
+    adapter for which there is no room is waited for in the queue, as blocks are: a running sequence's adapter stays, and running
+    sequences end. Nothing is preempted for it. Loading ends, so a sequence that has stepped aside does not wait for ever.
 
     **Alone.** A sequence that runs alone waits, when it is next, until nothing runs, and nothing is admitted while it does. Those
     that run end, so it does not wait for ever; nothing is preempted for it.
@@ -82,10 +84,7 @@ class Scheduler:
     - A preempted sequence is admitted again only when all its tokens are known, because its prefix is looked up by content.
     - The last token of an answer is never computed, so a sequence that only waits for it gets no further row.
 
-    **Drafts** (speculation.py) are rows of tokens that may not come. They follow the last token, which must be known, so a step
-    with drafts is planned when no step is in flight, and the next one when its results are known. That is done when nothing but
-    decode is left to do. Drafts take rows and blocks that are left over: nobody is preempted for them, and blocks beyond the
-    tokens that came are given back with the result. Blocks are published up to the tokens that came, so never with a wrong draft.
+    **Drafts** of tokens that may come take what the others leave over; see drafting.py.
     """
 
     def __init__(
@@ -96,15 +95,11 @@ class Scheduler:
         epoch: int,
         clock: Callable[[], float] = time.monotonic,
         adapters: AdapterConfig | None = None,
+        draft: DraftConfig | None = None,
         drafter: Drafter | None = None,
     ) -> None:
-        """`adapters` is None for a group that takes none. `drafter` replaces that which `config.speculation` names."""
+        """`adapters` and `draft` are None for ranks that have none. `drafter` replaces that which `config.speculation` names."""
         self._config = config
-        self._drafter = drafter or make_drafter(config.speculation)
-        self._draft_step_id: int | None = None
-        """The step in flight that has drafts."""
-        self._decoded_s: float | None = None
-        """When the last results came in. A step of decode follows them at once."""
         self._kv = KVBlocks(cache)
         self.adapters = AdapterPool(adapters)
         self._epoch = epoch
@@ -119,6 +114,8 @@ class Scheduler:
         """By seq_id."""
         self._unready: dict[int, Sequence] = {}
         """By seq_id: their grammar is being compiled."""
+        self._aside: dict[int, Sequence] = {}
+        """By seq_id, in the order of their turns: they have stepped aside while their adapter is loaded."""
         self._grammars = GrammarTable(config)
         self._finished: list[int] = []
         """Sequences that the next plan tells the ranks to forget."""
@@ -128,6 +125,8 @@ class Scheduler:
         self._deadlines = Deadlines()
         self._pace = Pace()
         self._totals = Totals()
+        drafter = drafter or make_drafter(config.speculation, draft)
+        self._drafting = Drafting(drafter, self._kv, self._totals, max_num_seqs=config.max_num_seqs)
 
     @property
     def has_work(self) -> bool:
@@ -138,7 +137,7 @@ class Scheduler:
     @property
     def load(self) -> tuple[int, int]:
         """Sequences that run, and that wait."""
-        return len(self._running), len(self._queue)
+        return len(self._running), len(self._queue) + len(self._aside)
 
     @property
     def num_paused(self) -> int:
@@ -151,7 +150,7 @@ class Scheduler:
         return SchedulerStats(
             **asdict(self._totals),
             num_running=len(self._running),
-            num_waiting=len(self._queue),
+            num_waiting=len(self._queue) + len(self._aside),
             num_waiting_tokens=self._queue.num_tokens,
             num_paused=len(self._paused),
             num_grammars=len(self._grammars),
@@ -200,8 +199,7 @@ class Scheduler:
             return
         if sequence.seq_id in self._running:
             self._stop_running(sequence)
-        if self._unready.pop(sequence.seq_id, None) is None:
-            self._queue.leave(sequence)
+        self._leave(sequence)
         self._paused[sequence.seq_id] = sequence
         sequence.was_paused = True
         self._totals.num_pauses += 1
@@ -230,24 +228,36 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step. None when there is nothing to compute before more results are in, and nothing to tell the ranks."""
         budget = self._config.max_num_batched_tokens
-        draft = _Draft(now_s=self._clock(), budget=budget, prefill_budget=self._config.max_prefill_tokens or budget)
-        for seq_id in self._deadlines.take_expired(draft.now_s):
+        step = _Step(now_s=self._clock(), budget=budget, prefill_budget=self._config.max_prefill_tokens or budget)
+        for seq_id in self._deadlines.take_expired(step.now_s):
             if seq_id in self._sequences:
                 self._end(self._sequences[seq_id], FinishReason.DEADLINE)
-        if self._waits_for_results():
+        is_anything_waiting = len(self._queue) > 0
+        requests = self._drafting.requests(
+            self._running.values(), is_anything_waiting=is_anything_waiting, step_id=self._last_step_id + 1
+        )
+        if requests:
+            return self._plan(step, requests)
+        if self._drafting.waits_for_results(self._running.values(), is_anything_waiting=is_anything_waiting):
             return None
         num_tokens = self._admit_below_fair_share()
         self._grow_decodes()
-        self._plan_rows(draft, [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1])
+        self._plan_rows(step, [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1])
         prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
-        self._plan_rows(draft, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
-        num_tokens += self._admit_in_order(draft)
-        self._pace.record_step(draft.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
-        if not (draft.rows or self._finished or self._grammars.has_news or self._unready or self.adapters.has_work):
+        self._plan_rows(step, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
+        num_tokens += self._admit_in_order(step)
+        self._pace.record_step(step.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
+        if not (step.rows or self._finished or self._grammars.has_news or self._unready or self.adapters.has_work):
             return None
-        self._add_drafts(draft)
-        for row in draft.rows:
+        if not (step.new_sequences or len(self._queue)):
+            runs = [self._sequences[row.seq_id] for row in step.rows]
+            self._drafting.add_to(step.rows, runs, room=step.budget, step_id=self._last_step_id + 1)
+        for row in step.rows:
             self._sequences[row.seq_id].num_pending += row.sample
+        return self._plan(step)
+
+    def _plan(self, step: _Step, draft_requests: tuple[DraftRequest, ...] = ()) -> StepPlan:
+        """With all that the ranks are to be told."""
         finished, self._finished = tuple(self._finished), []
         new_grammars, dropped_grammars = self._grammars.take_news()
         adapters_to_drop, adapters_to_load = self.adapters.take_commands()
@@ -256,12 +266,13 @@ class Scheduler:
             epoch=self._epoch,
             step_id=self._last_step_id,
             finished=finished,
-            new_sequences=tuple(draft.new_sequences),
-            rows=tuple(draft.rows),
+            new_sequences=tuple(step.new_sequences),
+            rows=tuple(step.rows),
             new_grammars=new_grammars,
             dropped_grammars=dropped_grammars,
             adapters_to_drop=adapters_to_drop,
             adapters_to_load=adapters_to_load,
+            draft_requests=draft_requests,
         )
 
     def update(self, plan: StepPlan, result: StepResult) -> list[EngineOutput]:
@@ -272,13 +283,13 @@ class Scheduler:
         _check_answers(plan, result)
         now_s = self._clock()
         self._take_compiled(result)
-        self._record_decode(plan, result, now_s)
-        if plan.step_id == self._draft_step_id:
-            self._draft_step_id = None
+        self._drafting.begin_update(plan, now_s)
+        self._record_pace(plan, result, now_s)
         for row, row_result in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.seq_id)
             if sequence is not None:  # Otherwise it ended while the step was in flight.
                 self._update_sequence(sequence, row, row_result, step_id=plan.step_id, now_s=now_s)
+        self._drafting.take_proposals(plan, result, self._running)
         self._end_without_adapter(self.adapters.take_outcomes(result.adapters))
         return self.take_outputs()
 
@@ -303,8 +314,11 @@ class Scheduler:
         if list(self._sequences.values()) != list(self._requests.values()):
             raise RuntimeError("the two indexes of living sequences disagree")
         placed = [*self._running.values(), *self._queue]
-        if sorted([s.seq_id for s in placed] + list(self._paused) + list(self._unready)) != sorted(self._sequences):
-            raise RuntimeError("a living sequence does not either run, wait, pause or have its grammar compiled")
+        elsewhere = [*self._paused, *self._unready, *self._aside]
+        if sorted([s.seq_id for s in placed] + elsewhere) != sorted(self._sequences):
+            raise RuntimeError(
+                "a living sequence does not either run, wait, pause or have its grammar or adapter prepared"
+            )
         in_order = _by_tenant(
             sequence
             for sequence in self._sequences.values()
@@ -317,51 +331,8 @@ class Scheduler:
             if num_running != self._queue.tenant_of(sequences[0].request).num_running:
                 raise RuntimeError(f"a tenant runs {num_running} sequences and is said to run others")
 
-    def _waits_for_results(self) -> bool:
-        """Whether the next step is planned when those in flight are done, because of drafts in it or in them."""
-        if self._draft_step_id is not None:
-            return True
-        if self._drafter is None or not self._drafter.has_prospects or len(self._queue):
-            return False
-        if not any(sequence.num_pending for sequence in self._running.values()):
-            return False
-        runs = [sequence for sequence in self._running.values() if not sequence.has_all_output]
-        is_decode = all(sequence.num_uncomputed <= 1 for sequence in runs)
-        return bool(runs) and is_decode and self._drafter.is_worth_waiting(runs, self._config.max_num_seqs)
-
-    def _add_drafts(self, draft: _Draft) -> None:
-        """Turn rows of decode into rows with drafts, when there is nothing but decode and all tokens are known."""
-        if self._drafter is None or draft.new_sequences or len(self._queue):
-            return
-        if not draft.rows or self._sequences[draft.rows[0].seq_id].num_pending:  # as in most steps
-            return
-        runs = [self._sequences[row.seq_id] for row in draft.rows]
-        if not all(row.num_tokens == 1 and row.sample for row in draft.rows) or any(run.num_pending for run in runs):
-            return
-        most = [run.num_prompt_tokens + run.request.sampling.max_tokens - run.num_tokens - 1 for run in runs]
-        max_rows = min(self._config.max_num_seqs, len(runs) + draft.budget)
-        for index, drafts in enumerate(self._drafter.draft(runs, most, max_rows)):
-            row, run = draft.rows[index], runs[index]
-            num_room = (len(run.table.block_ids) + self._kv.num_free) * self._kv.block_size - run.num_tokens
-            if not (drafts := drafts[:num_room]):
-                continue
-            self._draft_step_id = self._last_step_id + 1
-            self._totals.num_draft_tokens += len(drafts)
-            added = self._kv.grow(run.table, run.num_tokens + len(drafts)) or ()
-            run.num_told_blocks += len(added)
-            draft.rows[index] = msgspec.structs.replace(
-                row,
-                num_tokens=1 + len(drafts),
-                new_block_ids=row.new_block_ids + added,
-                draft_token_ids=drafts,
-            )
-
-    def _record_decode(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
+    def _record_pace(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         """A sequence that was preempted or paused had its last token long ago; the others had theirs in the step before."""
-        began_s, self._decoded_s = self._decoded_s, now_s
-        is_decode = all(row.sample and row.num_tokens == 1 + len(row.draft_token_ids) for row in plan.rows)
-        if self._drafter is not None and is_decode and plan.rows and began_s is not None:
-            self._drafter.record_step(sum(row.num_tokens for row in plan.rows), now_s - began_s)
         living = (self._sequences.get(row.seq_id) for row in plan.rows)
         times = [
             sequence.last_token_s for sequence in living if sequence is not None and sequence.last_token_s is not None
@@ -432,8 +403,7 @@ class Scheduler:
         room = self._config.max_num_batched_tokens - len(self._running) - sum(s.num_uncomputed for s in prefilling)
         num_tokens = 0
         while room > 0:
-            self._end_late_heads()
-            sequence = self._queue.first()
+            sequence = self._next()
             if sequence is None or not self._queue.is_below_fair_share(sequence) or self._keeps_apart(sequence):
                 break
             if not self._has_adapter(sequence):
@@ -445,17 +415,45 @@ class Scheduler:
             num_tokens += sequence.num_prompt_tokens
         return num_tokens
 
-    def _admit_in_order(self, draft: _Draft) -> int:
+    def _admit_in_order(self, step: _Step) -> int:
         """Admit the next sequences while the step has room, and plan their first rows. Returns the prompt tokens admitted."""
         num_tokens = 0
-        while draft.budget and draft.prefill_budget:
-            self._end_late_heads()
-            sequence = self._queue.first()
+        while step.budget and step.prefill_budget:
+            sequence = self._next()
             if sequence is None or not self._try_to_admit(sequence):
                 break
-            self._plan_rows(draft, [sequence])
+            self._plan_rows(step, [sequence])
             num_tokens += sequence.num_prompt_tokens
         return num_tokens
+
+    def _next(self) -> Sequence | None:
+        """Whose turn it is. One whose adapter is being loaded steps aside, and has its turn as soon as it is."""
+        while True:
+            self._end_late_heads()
+            first = self._queue.first()
+            for sequence in self._aside.values():
+                is_before = first is None or sequence.request.priority <= first.request.priority
+                if is_before and not self._loads_adapter(sequence):
+                    return sequence
+            if first is None or not self._may_begin(first) or not self._loads_adapter(first):
+                return first
+            if len(self._aside) >= self._config.max_waiting_requests:
+                return first
+            self._queue.leave(first)
+            first.was_paused = True
+            self._aside[first.seq_id] = first
+
+    def _loads_adapter(self, sequence: Sequence) -> bool:
+        """Whether its adapter is on its way to the ranks; sends it, if it is not there and there is room."""
+        adapter = sequence.request.adapter
+        if adapter is None or self.adapters.is_ready(adapter.digest):
+            return False
+        return self.adapters.state_of(adapter.digest).is_loading
+
+    def _may_begin(self, sequence: Sequence) -> bool:
+        """Nothing but blocks and adapters can be in its way."""
+        is_full = len(self._running) == self._config.max_num_seqs
+        return not (sequence.num_pending or is_full or self._keeps_apart(sequence))
 
     def _end_late_heads(self) -> None:
         """End sequences at the head of the queue that would miss their deadline, without computing anything of them.
@@ -474,9 +472,7 @@ class Scheduler:
             self._end(sequence, FinishReason.DEADLINE)
 
     def _try_to_admit(self, sequence: Sequence) -> bool:
-        if sequence.num_pending or len(self._running) == self._config.max_num_seqs or self._keeps_apart(sequence):
-            return False
-        if not self._has_adapter(sequence):
+        if not self._may_begin(sequence) or not self._has_adapter(sequence):
             return False
         # A sequence gets the blocks of all its tokens at once, so that prefills never starve each other half way,
         # and leaves one for each that runs already, so that nobody is preempted as soon as those grow.
@@ -485,6 +481,8 @@ class Scheduler:
         )
         if num_cached is None:
             return False
+        if self._aside.pop(sequence.seq_id, None) is not None:
+            self._queue.add_in_front(sequence)
         self._queue.admit(sequence, num_charged=0 if sequence.was_admitted else sequence.num_tokens - num_cached)
         self._running[sequence.seq_id] = sequence
         if sequence.request.adapter is not None:
@@ -556,22 +554,22 @@ class Scheduler:
         if sequence.request.adapter is not None:
             self.adapters.release(sequence.request.adapter.digest)
 
-    def _plan_rows(self, draft: _Draft, sequences: Iterable[Sequence]) -> None:
+    def _plan_rows(self, step: _Step, sequences: Iterable[Sequence]) -> None:
         """A row for each as long as the step has room."""
         for sequence in sequences:
-            num_tokens = min(sequence.num_uncomputed, draft.budget, self._config.max_prefill_chunk)
+            num_tokens = min(sequence.num_uncomputed, step.budget, self._config.max_prefill_chunk)
             if sequence.num_uncomputed > 1 and not sequence.is_below_fair_share:
-                num_tokens = min(num_tokens, draft.prefill_budget)
-                draft.prefill_budget -= num_tokens
+                num_tokens = min(num_tokens, step.prefill_budget)
+                step.prefill_budget -= num_tokens
             if num_tokens == 0:
                 return
             is_new = sequence.started_s is None
             if is_new:
-                draft.new_sequences.append(sequence.new_sequence())
-                sequence.started_s = draft.now_s
+                step.new_sequences.append(sequence.new_sequence())
+                sequence.started_s = step.now_s
             start = sequence.num_computed
             sequence.num_computed += num_tokens
-            draft.budget -= num_tokens
+            step.budget -= num_tokens
             row = Row(
                 seq_id=sequence.seq_id,
                 start=start,
@@ -581,7 +579,7 @@ class Scheduler:
                 reset_blocks=not is_new and sequence.num_told_blocks == 0,
             )
             sequence.num_told_blocks = len(sequence.table.block_ids)
-            draft.rows.append(row)
+            step.rows.append(row)
 
     def _update_sequence(self, sequence: Sequence, row: Row, result: RowResult, *, step_id: int, now_s: float) -> None:
         if result.error_kind == "constraint_error":
@@ -649,14 +647,15 @@ class Scheduler:
 
     def _keep_computed(self, sequence: Sequence, row: Row, num_drawn: int) -> None:
         """Publish the blocks that a row filled, and give back what rejected drafts needed."""
-        num_computed = row.start + row.num_tokens
-        if row.draft_token_ids:
-            num_computed = sequence.num_computed = row.start + num_drawn
-            self._kv.shrink(sequence.table, num_computed)
-            sequence.num_told_blocks = len(sequence.table.block_ids)
+        self._drafting.settle(sequence, row, num_drawn)
+        num_computed = row.start + (num_drawn if row.draft_token_ids else row.num_tokens)
         self._kv.publish(sequence.table, sequence.token_ids, num_computed)
-        if self._drafter is not None:
-            self._drafter.observe(sequence)
+        self._drafting.observe(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """It neither runs nor waits any more."""
+        if self._unready.pop(sequence.seq_id, None) is None and self._aside.pop(sequence.seq_id, None) is None:
+            self._queue.leave(sequence)
 
     def _end(
         self,
@@ -680,8 +679,8 @@ class Scheduler:
     def _close(self, sequence: Sequence, output: EngineOutput, reason: FinishReason) -> None:
         """Forget the sequence; `output` is its last."""
         del self._requests[sequence.request.request_id], self._sequences[sequence.seq_id]
-        if self._paused.pop(sequence.seq_id, None) is None and self._unready.pop(sequence.seq_id, None) is None:
-            self._queue.leave(sequence)
+        if self._paused.pop(sequence.seq_id, None) is None:
+            self._leave(sequence)
         if sequence.grammar is not None:
             self._grammars.release(sequence.grammar)
         if self._running.pop(sequence.seq_id, None) is not None:
@@ -689,8 +688,7 @@ class Scheduler:
         if sequence.request.adapter is not None:
             self.adapters.leave(sequence.request.adapter.digest)
         self._kv.release(sequence.table)
-        if self._drafter is not None:
-            self._drafter.forget(sequence.seq_id)
+        self._drafting.forget(sequence.seq_id)
         self._deadlines.keep(self._sequences.keys())
         if sequence.started_s is not None:  # Otherwise the ranks never heard of it.
             self._finished.append(sequence.seq_id)
@@ -729,6 +727,10 @@ def _check_answers(plan: StepPlan, result: StepResult) -> None:
         )
     if [row.seq_id for row in result.rows] != [row.seq_id for row in plan.rows]:
         raise GroupFailedError(f"the rows of the answer to step {plan.step_id} are not the rows of its plan")
+    if len(result.proposals) != len(plan.draft_requests):
+        raise GroupFailedError(
+            f"step {plan.step_id} asks for {len(plan.draft_requests)} drafts and got {len(result.proposals)}"
+        )
     for row, row_result in zip(plan.rows, result.rows, strict=True):
         if not row_result.error_kind and row.sample != (row_result.token_id is not None):
             raise GroupFailedError(

@@ -4,6 +4,8 @@ A sequence that speculates brings its last token and k drafts into a step, one r
 when it is what the row before it drew: then the row after it has drawn the next token too. Draws depend on seed, choice, position
 and logits alone, and a row's logits not on the rows beside it, so the tokens are those of k + 1 steps of one row.
 
+They come from the sequence itself (`PromptLookup`), or from a draft model as well (model_drafter.py).
+
 Drafts need to know the last token, and plans are otherwise made before it is known. So waiting for a step's results is a part of
 the price, and is done only where drafts have been right before.
 """
@@ -15,6 +17,7 @@ from operator import mul
 from typing import Protocol
 
 from model_parallel.config import SchedulerConfig
+from model_parallel.engine.messages import DraftRequest
 from model_parallel.engine.sequence import Sequence as Run
 
 LONGEST_MATCH = 4
@@ -179,13 +182,49 @@ class Drafter(Protocol):
         """It runs, and has new tokens."""
         ...
 
+    def judge(self, run: Run, num_drafts: int, num_right: int) -> None:
+        """So many of its drafts were computed, and so many of them were right."""
+        ...
+
     def record_step(self, num_rows: int, step_s: float) -> None:
         """A step of decode, drafts counted, took so long."""
+        ...
+
+    @property
+    def has_model(self) -> bool:
+        """The ranks have a draft model. Otherwise the next three are never called."""
+        ...
+
+    def ask(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[int]:
+        """How many drafts of each sequence the draft model is to make in a step of its own: `most[i]` at most. All 0: no step."""
+        ...
+
+    def take_proposals(self, run: Run, token_ids: Sequence[int]) -> None:
+        """What it says, now that all tokens of the sequence are known."""
+        ...
+
+    def record_requests(self, requests: Sequence[DraftRequest], step_s: float) -> None:
+        """It took so long for that."""
         ...
 
     def forget(self, seq_id: int) -> None:
         """It has ended, or lost its blocks."""
         ...
+
+
+def worthwhile(chances: Sequence[Sequence[float]], costs: RowCosts, max_rows: int) -> list[int]:
+    """How many drafts of each sequence bring tokens faster than the step without them. `chances[i][j]`: that the first j + 1
+    drafts of sequence i are right. There is one row of each sequence besides, and `max_rows` in all."""
+    ranked = sorted(((chance, index) for index, of in enumerate(chances) for chance in of), reverse=True)
+    numbers = [0] * len(chances)
+    num_tokens, num_rows = float(len(chances)), len(chances)
+    for chance, index in ranked[: max_rows - len(chances)]:
+        if chance * costs.step_s(num_rows) <= num_tokens * costs.row_s:
+            break
+        numbers[index] += 1
+        num_tokens += chance
+        num_rows += 1
+    return numbers
 
 
 class PromptLookupDrafter:
@@ -196,13 +235,14 @@ class PromptLookupDrafter:
         """By seq_id."""
         self._warm: set[int] = set()
         """Sequences of whose last tokens some were foretold."""
-        self._costs = RowCosts()
+        self.costs = RowCosts()
 
     @property
     def has_prospects(self) -> bool:
         return bool(self._warm)
 
-    def is_worth_waiting(self, runs: Sequence[Run], max_rows: int) -> bool:
+    def expect(self, runs: Sequence[Run], max_rows: int) -> tuple[float, float]:
+        """(tokens that drafts would bring beside one of each sequence, drafts), in a step of `max_rows` rows at most."""
         num_extra = num_drafts = 0.0
         for run in runs:
             if run.seq_id in self._warm:
@@ -213,36 +253,31 @@ class PromptLookupDrafter:
                 num_drafts += min(2 * expected, MAX_DRAFTS)
         room = max_rows - len(runs)
         if not num_drafts or room <= 0:
-            return False
-        num_extra *= min(1.0, room / num_drafts)
-        num_drafts = min(num_drafts, room)
-        before = len(runs) / self._costs.step_s(len(runs))
-        return (len(runs) + num_extra) / self._costs.step_s(len(runs) + num_drafts) > MIN_GAIN * before
+            return 0.0, 0.0
+        return num_extra * min(1.0, room / num_drafts), min(num_drafts, room)
+
+    def is_worth_waiting(self, runs: Sequence[Run], max_rows: int) -> bool:
+        num_extra, num_drafts = self.expect(runs, max_rows)
+        before = len(runs) / self.costs.step_s(len(runs))
+        return (len(runs) + num_extra) / self.costs.step_s(len(runs) + num_drafts) > MIN_GAIN * before
 
     def draft(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[tuple[int, ...]]:
-        lookups = [self._lookups.get(run.seq_id) for run in runs]
-        chances = sorted(
-            (
-                (chance, index)
-                for index, (lookup, limit) in enumerate(zip(lookups, most, strict=True))
-                if lookup is not None
-                for chance in lookup.chances(min(limit, MAX_DRAFTS))
-            ),
-            reverse=True,
-        )
-        # A draft is worth its row while it brings tokens faster than the step without it.
-        num_drafts = [0] * len(runs)
-        num_tokens, num_rows = float(len(runs)), len(runs)
-        for chance, index in chances[: max_rows - len(runs)]:
-            if chance * self._costs.step_s(num_rows) <= num_tokens * self._costs.row_s:
-                break
-            num_drafts[index] += 1
-            num_tokens += chance
-            num_rows += 1
-        return [
-            lookup.draft(run.token_ids, number) if lookup is not None and number else ()
-            for run, lookup, number in zip(runs, lookups, num_drafts, strict=True)
-        ]
+        chances = [self.chances_of(run.seq_id, limit) for run, limit in zip(runs, most, strict=True)]
+        numbers = worthwhile(chances, self.costs, max_rows)
+        return [self.draft_of(run, number) for run, number in zip(runs, numbers, strict=True)]
+
+    def heat_of(self, seq_id: int) -> float:
+        """See PromptLookup.heat."""
+        return self._lookups[seq_id].heat if seq_id in self._warm else 0.0
+
+    def chances_of(self, seq_id: int, limit: int) -> list[float]:
+        """See PromptLookup.chances."""
+        lookup = self._lookups.get(seq_id)
+        return [] if lookup is None else lookup.chances(min(limit, MAX_DRAFTS))
+
+    def draft_of(self, run: Run, number: int) -> tuple[int, ...]:
+        """So many drafts of one sequence."""
+        return self._lookups[run.seq_id].draft(run.token_ids, number) if number else ()
 
     def observe(self, run: Run) -> None:
         lookup = self._lookups.get(run.seq_id)
@@ -254,17 +289,24 @@ class PromptLookupDrafter:
         else:
             self._warm.discard(run.seq_id)
 
+    def judge(self, run: Run, num_drafts: int, num_right: int) -> None:
+        """Whether lookup is right is known without drafts."""
+
     def record_step(self, num_rows: int, step_s: float) -> None:
-        self._costs.record(num_rows, step_s)
+        self.costs.record(num_rows, step_s)
+
+    has_model = False
+
+    def ask(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[int]:
+        return [0] * len(runs)
+
+    def take_proposals(self, run: Run, token_ids: Sequence[int]) -> None: ...
+
+    def record_requests(self, requests: Sequence[DraftRequest], step_s: float) -> None: ...
 
     def forget(self, seq_id: int) -> None:
         self._lookups.pop(seq_id, None)
         self._warm.discard(seq_id)
-
-
-def make_drafter(speculation: str) -> Drafter | None:
-    """As `SchedulerConfig.speculation` says. None: nothing is drafted."""
-    return None if speculation == "off" else PromptLookupDrafter()
 
 
 def settle_speculation(config: SchedulerConfig, *, is_deterministic: bool) -> SchedulerConfig:

@@ -49,10 +49,12 @@ def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretc
     running = scheduler._running
     if len(in_flight) != 1 or engine.failure is not None or not running or scheduler._finished or scheduler._outputs:
         return None
-    if scheduler._drafter is not None:  # how many tokens a step brings is not known
+    if scheduler._drafting.is_on:  # how many tokens a step brings is not known
         return None
     plan = in_flight[0]
-    if len(plan.rows) != len(running) or plan.new_sequences or scheduler._unready or scheduler._grammars.has_news:
+    if len(plan.rows) != len(running) or plan.new_sequences or scheduler._grammars.has_news:
+        return None
+    if scheduler._unready or scheduler._aside:
         return None
     num_steps, num_context_tokens = sys.maxsize, 0
     runs = tuple(running.values())

@@ -31,6 +31,7 @@ from model_parallel.model.quantization import int8_converter
 from model_parallel.model.sampler import Sampled, Sampler
 from model_parallel.runtime.adapter_store import AdapterStore, check_takes_adapters
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
+from model_parallel.runtime.draft_model import DraftModel
 from model_parallel.runtime.rank_grammars import RankGrammars
 from model_parallel.runtime.recorded_steps import RecordedSteps
 
@@ -85,6 +86,9 @@ class Rank:
         if self.kernels.has_threads:
             torch.set_num_threads(1)  # torch's own would fight them for the cores
         self.frequencies = rotary_frequencies(model_config, self.device)
+        self.draft_model: DraftModel | None = None
+        if config.draft is not None and rank == 0:
+            self.draft_model = DraftModel(config, model_config, self.kernels, self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             check_cache_fits(config, model_config, rank, free_bytes=torch.cuda.mem_get_info(self.device)[0])
@@ -152,7 +156,8 @@ class Rank:
     @property
     def num_done(self) -> int:
         """Layers, and pieces of them where the kernels can tell: grows all the while a step is computed."""
-        return self.model.num_layers_done + self.kernels.num_done
+        num_drafting = 0 if self.draft_model is None else self.draft_model.num_layers_done
+        return self.model.num_layers_done + num_drafting + self.kernels.num_done
 
     @property
     def is_compiling(self) -> bool:
@@ -160,7 +165,9 @@ class Rank:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. Every rank returns the same result. Raises EngineError for a plan that is out of turn."""
+        """Run one step. Every rank returns the same result, but for drafts, which rank 0 alone proposes.
+
+        Raises EngineError for a plan that is out of turn."""
         if plan.epoch != self.config.epoch or plan.step_id != self.last_step_id + 1:
             raise EngineError(
                 f"step {plan.step_id} of epoch {plan.epoch} arrived; "
@@ -169,8 +176,13 @@ class Rank:
         self.last_step_id = plan.step_id
         self._take_in(plan)
         results = self._compute(plan.rows) if plan.rows else ()
-        compiled = self.grammars.take_compiled(is_idle=not plan.rows)
-        return StepResult(plan.epoch, plan.step_id, results, compiled, self.adapters.settle(may_wait=not plan.rows))
+        proposals: tuple[tuple[int, ...], ...] = ()
+        if self.draft_model is not None:
+            proposals = self.draft_model.propose(plan.draft_requests, self.sequences)
+        is_idle = not (plan.rows or plan.draft_requests)
+        compiled = self.grammars.take_compiled(is_idle=is_idle)
+        adapters = self.adapters.settle(may_wait=is_idle)
+        return StepResult(plan.epoch, plan.step_id, results, compiled, adapters, proposals)
 
     def _take_in(self, plan: StepPlan) -> None:
         for adapter_id in plan.adapters_to_drop:
@@ -179,6 +191,8 @@ class Rank:
             self.adapters.begin(load)
         for seq_id in plan.finished:
             self.sequences.pop(seq_id, None)
+        if self.draft_model is not None:
+            self.draft_model.forget(plan.finished)
         for new in plan.new_sequences:
             self.sequences[new.seq_id] = SequenceState.begin(new, self.grammars.matcher_for(new))
         self.grammars.take_in(plan)
@@ -302,7 +316,7 @@ class Rank:
 
     def close(self) -> None:
         """Leave the group and let go of the memory."""
-        self.graphs = None
+        self.graphs = self.draft_model = None
         self.grammars.close()
         self.adapters.close()
         self.collectives.close()

@@ -43,4 +43,5 @@ class SilenceLimits:
 
 
 def _size(plan: StepPlan) -> int:
-    return sum(row.num_tokens for row in plan.rows).bit_length()
+    num_tokens = sum(row.num_tokens for row in plan.rows) + sum(request.num_tokens for request in plan.draft_requests)
+    return num_tokens.bit_length()

@@ -15,8 +15,10 @@ from model_parallel.memory import (
     DEVICES,
     GIB,
     Device,
+    DraftMemory,
     GroupMemory,
     Workload,
+    draft_memory,
     plan_group,
     smallest_tp_size,
 )
@@ -58,10 +60,12 @@ def smallest_that_fits(
     device: Device,
     workload: Workload,
     utilisation: float,
+    draft: DraftMemory | None,
 ) -> dict[str, Any]:
     """With the same devices the fewest ranks, and with as many ranks the known device with the least memory; None: none."""
     kept: dict[str, Any] = {
         "dtype": dtype, "quantization": quantization, "workload": workload, "utilisation": utilisation,
+        "draft": draft,
     }  # fmt: skip
     devices = sorted(DEVICES.values(), key=lambda d: (d.memory_bytes, d.bandwidth_bytes_per_s))
     fitting = (d.name for d in devices if plan_group(config, tp_size, device=d, **kept).fits)
@@ -117,7 +121,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         return f"{num_bytes / GIB:.2f} GiB"
 
     numbers = f"{plan['dtype']} {plan['quantization']}".rstrip()
-    title = f"{plan['model']}, {numbers}, TP={plan['tensor_parallel_size']} on {plan['gpu']}"
+    draft = f", drafts by {plan['draft_model']}" if plan["draft_model"] else ""
+    title = f"{plan['model']}, {numbers}{draft}, TP={plan['tensor_parallel_size']} on {plan['gpu']}"
     table = Table(
         "rank", "query heads", "kv heads", "weights", "activations", "KV / token", "KV tokens that fit", title=title
     )
@@ -157,6 +162,9 @@ def plan(
     quantization: Annotated[
         str, typer.Option(help="int8: weight matrices in eight bits; packed: as the checkpoint has quantised them.")
     ] = "",
+    draft_model: Annotated[
+        str | None, typer.Option(help="A draft model, which rank 0 holds besides: a known name, or a checkpoint.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus answer; the model's own if unset.")
     ] = None,
@@ -189,10 +197,17 @@ def plan(
         max_num_batched_tokens=max_num_batched_tokens,
     )
     numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
-    rest: dict[str, Any] = numbers | {"device": device, "workload": workload, "utilisation": utilisation}
+    draft = None
+    if draft_model is not None:
+        guessing = model_config(draft_model)
+        kept = "packed" if guessing.weight_formats else ""
+        draft = draft_memory(guessing, dtype=dtype, quantization=kept, max_num_seqs=max_num_seqs)
+    rest: dict[str, Any] = numbers | {
+        "device": device, "workload": workload, "utilisation": utilisation, "draft": draft,
+    }  # fmt: skip
     group = plan_group(config, tp, **rest)
     smallest = smallest_that_fits(config, tp, **rest)
-    data = as_data(config, group, model=model, smallest=smallest, **numbers)
+    data = as_data(config, group, model=model, smallest=smallest, **numbers) | {"draft_model": draft_model}
     if as_json:
         typer.echo(json.dumps(data, indent=2))
     else:

@@ -19,7 +19,9 @@ from model_parallel.memory import (
     DEVICES,
     GIB,
     Device,
+    DraftMemory,
     GroupMemory,
+    draft_memory,
     kv_cache_tokens,
     plan_group,
 )
@@ -205,8 +207,21 @@ def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> Mo
         device=gpu if gpu is not None and entry.device == "cuda" else host,
         workload=workload,
         utilisation=entry.memory_utilization,
+        draft=_draft_memory(entry),
     )
     return ModelPlan(entry=entry, memory=memory)
+
+
+def _draft_memory(entry: ModelEntry) -> DraftMemory | None:
+    """Raises ConfigError for a draft model of which nothing is known here."""
+    if entry.draft_model is None:
+        return None
+    draft = _model_config(entry.model_copy(update={"source": entry.draft_model}), None)
+    if draft is None:
+        raise ConfigError(
+            f"models.{entry.name}.draft_model: {entry.draft_model} is not here, so its memory is not known"
+        )
+    return draft_memory(draft, dtype=entry.dtype, max_num_seqs=entry.max_num_seqs)
 
 
 def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:

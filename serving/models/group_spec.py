@@ -10,6 +10,7 @@ from model_parallel.checkpoint.fingerprint import fingerprint
 from model_parallel.config import (
     AdapterConfig,
     CacheConfig,
+    DraftConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -33,6 +34,9 @@ from serving.models.sizes import (
     adapter_config_of,
     adapter_reserve,
     choose_sizes,
+    draft_memory_of,
+    draft_quantization,
+    plan_entry,
     process_bytes,
     this_host,
 )
@@ -55,6 +59,8 @@ class GroupSpec:
     """For structured output; None where there is none."""
     adapter_config: AdapterConfig | None = None
     """None: its groups take no adapters."""
+    draft: DraftConfig | None = None
+    """None: its groups have no draft model."""
     adapters: tuple[AdapterCard, ...] = ()
     """Known from the start."""
     warnings: tuple[str, ...] = ()
@@ -125,10 +131,44 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         if entry.structured_output
         else None,
         adapter_config=adapter_config,
+        draft=_draft_config(entry, info, text),
         adapters=tuple(
             describe_card(adapter, entry.name, info.config, parallel, adapter_config, is_configured=True)
             for adapter in (entry.lora.adapters if entry.lora is not None else ())
         ),
+    )
+
+
+def _draft_config(entry: ModelEntry, info: CheckpointInfo, text: ModelText) -> DraftConfig | None:
+    """Raises ConfigError where the draft model could not guess the model's tokens."""
+    if entry.draft_model is None:
+        return None
+    where = f"models.{entry.name}.draft_model"
+    if entry.device != "cpu":
+        raise ConfigError(
+            f"{where} is {entry.draft_model!r}, and device is {entry.device}; draft models work on cpu alone"
+        )
+    draft = describe(resolve_source(entry.draft_model))
+    size = info.config.vocab_size
+    if draft.config.vocab_size != size:
+        raise ConfigError(
+            f"{where}: {draft.path} has {draft.config.vocab_size} tokens, and {info.path} has {size}; they must be the same"
+        )
+    theirs = resolve_text(draft).tokenizer
+    for token_id in range(size):
+        ours, other = text.tokenizer.token_bytes(token_id), theirs.token_bytes(token_id)
+        if ours != other:
+            raise ConfigError(
+                f"{where}: token {token_id} is {other!r} in {draft.path}, and {ours!r} in {info.path}; the vocabularies must be "
+                "the same"
+            )
+    memory = draft_memory_of(entry)
+    assert memory is not None
+    step_bytes = max(rank.decode_bytes for rank in plan_entry(entry, info.config, 0).ranks)
+    return DraftConfig(
+        checkpoint_path=str(draft.path),
+        quantization=draft_quantization(draft),
+        share=memory.pass_bytes / step_bytes,
     )
 
 
@@ -178,6 +218,7 @@ def held_bytes(spec: GroupSpec, num_groups: int) -> int:
         quantization=spec.parallel.quantization,
         device=Device(name="host", memory_bytes=0, bandwidth_bytes_per_s=math.inf),
         workload=workload,
+        draft=draft_memory_of(spec.entry),
     )
     ranks = sum(
         rank.weight_bytes + rank.activation_bytes + rank.kv_bytes_per_token * spec.cache.num_tokens + RANK_BYTES
@@ -221,6 +262,7 @@ def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
             device=share,
             workload=workload,
             utilisation=1.0,
+            draft=draft_memory_of(spec.entry),
         )
         try:
             kv_cache_tokens(group, spec.cache.num_tokens)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from model_parallel.checkpoint.detect import CheckpointInfo, read_json
+from model_parallel.checkpoint.detect import CheckpointInfo, describe, read_json
 from model_parallel.checkpoint.gguf_file import GgufFile
 from model_parallel.config import DTYPE_BYTES, AdapterConfig, ModelConfig
 from model_parallel.errors import ConfigError
@@ -19,13 +19,16 @@ from model_parallel.memory import (
     DEVICE_RESERVE_BYTES,
     GIB,
     Device,
+    DraftMemory,
     GroupMemory,
     Workload,
     activation_bytes,
+    draft_memory,
     kv_bytes_per_token,
     plan_group,
 )
 from serving.config import AUTO, ModelEntry
+from serving.models.fetch import resolve_source
 
 UTILISATION = 0.9
 """Part of a host's free memory that may be planned with; of a GPU's, models.memory_utilization says it."""
@@ -119,14 +122,15 @@ def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
     tokens = entry.kv_cache_tokens or 0
     threads = f", {_count(entry.threads_per_rank or 1, 'thread')} a rank" if entry.device == "cpu" else ""
     weights = f"{entry.dtype} with {entry.kept_quantization} weights" if entry.kept_quantization else entry.dtype
-    weight_bytes = sum(rank.weight_bytes for rank in _plan(entry, config, 0).ranks)
+    weight_bytes = sum(rank.weight_bytes for rank in plan_entry(entry, config, 0).ranks)
     groups = f"{entry.num_groups} groups of " if entry.num_groups > 1 else ""
     if entry.most_groups != entry.num_groups:
         groups = f"{entry.num_groups}, and at most {entry.most_groups}, groups of "
+    draft = "" if entry.draft_model is None else f", drafts by {entry.draft_model}"
     return (
         f"{entry.name}: {groups}{_count(entry.tensor_parallel_size, 'rank')} on {entry.device}, {weights} "
-        f"({weight_bytes / GIB:.2f} GiB){threads}, KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB), steps of "
-        f"at most {_count(workload.max_num_seqs, 'sequence')} and {workload.max_num_batched_tokens:,} tokens"
+        f"({weight_bytes / GIB:.2f} GiB){draft}{threads}, KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB), "
+        f"steps of at most {_count(workload.max_num_seqs, 'sequence')} and {workload.max_num_batched_tokens:,} tokens"
     )
 
 
@@ -212,6 +216,22 @@ def _quantization(entry: ModelEntry, info: CheckpointInfo) -> Literal["int8", "p
     return "packed" if entry.device == "cpu" and info.config.weight_formats else "none"
 
 
+def draft_quantization(draft: CheckpointInfo) -> Literal["packed", ""]:
+    """What a draft model's weights are kept in: as they are stored."""
+    return "packed" if draft.config.weight_formats else ""
+
+
+def draft_memory_of(entry: ModelEntry) -> DraftMemory | None:
+    """None for a model without a draft model. Raises ConfigError, CheckpointError."""
+    if entry.draft_model is None:
+        return None
+    assert entry.max_num_seqs is not None, "with_step_sizes comes first"
+    draft = describe(resolve_source(entry.draft_model))
+    return draft_memory(
+        draft.config, dtype=entry.dtype, quantization=draft_quantization(draft), max_num_seqs=entry.max_num_seqs
+    )
+
+
 def workload_of(entry: ModelEntry, config: ModelConfig, num_batched_tokens: int | None = None) -> Workload:
     """For plan_group, of an entry whose step sizes are chosen; the longest length is the model's own where none is given."""
     assert entry.max_num_seqs is not None and entry.max_num_batched_tokens is not None, "with_step_sizes comes first"
@@ -222,7 +242,8 @@ def workload_of(entry: ModelEntry, config: ModelConfig, num_batched_tokens: int 
     )
 
 
-def _plan(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMemory:
+def plan_entry(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMemory:
+    """What an entry's groups need of ranks with so much memory."""
     return plan_group(
         config,
         entry.tensor_parallel_size,
@@ -231,6 +252,7 @@ def _plan(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> GroupMem
         device=Device(name="host", memory_bytes=memory_bytes, bandwidth_bytes_per_s=1.0),
         workload=workload_of(entry, config),
         utilisation=entry.memory_utilization if entry.device == "cuda" else UTILISATION,
+        draft=draft_memory_of(entry),
     )
 
 
@@ -242,7 +264,7 @@ def _room_for_caches(entries: Sequence[ModelEntry], configs: Sequence[ModelConfi
     for entry, config in zip(entries, configs, strict=True):
         if entry.device != "cpu":
             continue
-        for rank in _plan(entry, config, 0).ranks:
+        for rank in plan_entry(entry, config, 0).ranks:
             rest -= entry.most_groups * (rank.weight_bytes + rank.activation_bytes)
             rest -= entry.most_groups * rank.kv_bytes_per_token * (entry.kv_cache_tokens or 0)
         num_open += num_ranks(entry) * (entry.kv_cache_tokens is None)
@@ -254,8 +276,10 @@ def _cache_tokens(entry: ModelEntry, config: ModelConfig, host: Host, room_bytes
     if entry.device == "cuda":
         tokens = _gpu_cache_tokens(entry, config, host)
     else:
+        draft = draft_memory_of(entry)
         per_token = kv_bytes_per_token(config, config.num_kv_heads, entry.dtype)
-        fullest = max(rank.kv_bytes_per_token for rank in _plan(entry, config, 0).ranks)
+        per_token += draft.kv_bytes_per_token if draft else 0
+        fullest = max(rank.kv_bytes_per_token for rank in plan_entry(entry, config, 0).ranks)
         tokens = min(room_bytes // fullest, max(CPU_CACHE_BYTES // per_token, CPU_CACHE_SEQUENCES * longest))
         tokens = min(tokens, workload_of(entry, config).max_num_seqs * longest)
     # When not even this fits, the check of memory says so with all numbers.
@@ -272,7 +296,7 @@ def _gpu_cache_tokens(entry: ModelEntry, config: ModelConfig, host: Host) -> int
         )
     free = min(gpu.free_bytes for gpu in host.gpus)
     tokens = []
-    for rank in _plan(entry, config, free).ranks:
+    for rank in plan_entry(entry, config, free).ranks:
         captured = activation_bytes(
             config,
             entry.tensor_parallel_size,

@@ -110,6 +110,7 @@ class ReplicaGroup:
             epoch=epoch,
             tokens=spec.tokens,
             adapters=spec.adapter_config,
+            draft=spec.draft,
         )
         self._step_timeout_s = spec.parallel.step_timeout_s
         on_progress = ProgressFile(Path(spec.progress_directory)) if spec.progress_directory else None
@@ -119,8 +120,9 @@ class ReplicaGroup:
             )
         self._iterations = IterationTokens()
         limits = settle_speculation(spec.scheduler, is_deterministic=self._executor.deterministic)
-        logger.info("speculation: %s", limits.speculation)
-        scheduler = Scheduler(limits, spec.cache, epoch=epoch, adapters=spec.adapter_config)
+        draft = " with a draft model" if spec.draft is not None and limits.speculation != "off" else ""
+        logger.info("speculation: %s%s", limits.speculation, draft)
+        scheduler = Scheduler(limits, spec.cache, epoch=epoch, adapters=spec.adapter_config, draft=spec.draft)
         self._timed = TimedExecutor(self._executor)
         self._load_meter = LoadMeter(spec.scheduler, spec.cache)
         self._engine = Engine(self._timed, scheduler, on_step=self._iterations.observe)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from model_parallel.engine.messages import DraftRequest
+from model_parallel.engine.model_drafter import ModelDrafter, _Known
 from model_parallel.engine.sequence import Sequence as Run
 
 
@@ -21,6 +23,7 @@ class ScriptedDrafter:
         self._errs_at = errs_at
 
     has_prospects = True
+    has_model = False
 
     def is_worth_waiting(self, runs: Sequence[Run], max_rows: int) -> bool:
         return max_rows > len(runs)
@@ -36,6 +39,35 @@ class ScriptedDrafter:
 
     def observe(self, run: Run) -> None: ...
 
+    def judge(self, run: Run, num_drafts: int, num_right: int) -> None: ...
+
     def record_step(self, num_rows: int, step_s: float) -> None: ...
 
+    def ask(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[int]:
+        return [0] * len(runs)
+
+    def take_proposals(self, run: Run, token_ids: Sequence[int]) -> None: ...
+
+    def record_requests(self, requests: Sequence[DraftRequest], step_s: float) -> None: ...
+
     def forget(self, seq_id: int) -> None: ...
+
+
+class AskingDrafter(ModelDrafter):
+    """Asks the draft model wherever it may, whatever it costs, and takes all that it proposes."""
+
+    def __init__(self, num_drafts: Callable[[Run], int] = lambda run: 4) -> None:
+        super().__init__(share=0.1)
+        self._num_drafts = num_drafts
+
+    def ask(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[int]:
+        wanted, room = [], max_rows - len(runs)
+        for run, limit in zip(runs, most, strict=True):
+            wanted.append(max(0, min(limit, room, self._num_drafts(run))))
+            room -= wanted[-1]
+            self._known.setdefault(run.seq_id, _Known(chance=1.0)).chance = 1.0
+        return wanted
+
+    def record_step(self, num_rows: int, step_s: float) -> None: ...
+
+    def record_requests(self, requests: Sequence[DraftRequest], step_s: float) -> None: ...

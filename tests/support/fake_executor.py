@@ -14,6 +14,7 @@ from model_parallel.engine.messages import (
     AdapterLoad,
     AdapterOutcome,
     CompiledGrammar,
+    DraftRequest,
     NewSequence,
     Row,
     RowResult,
@@ -196,7 +197,17 @@ class FakeExecutor:
             tuple(self._answer(row) for row in plan.rows),
             self._compile(),
             self._settle_adapters(plan),
+            tuple(self._propose(request) for request in plan.draft_requests),
         )
+
+    def _propose(self, request: DraftRequest) -> tuple[int, ...]:
+        """Every seventh draft is wrong, and of some positions nothing is known."""
+        sequence = self.sequences[request.seq_id]
+        known = len(sequence.token_ids)
+        if known % 11 == 0:
+            return ()
+        foretold = foretell(sequence.token_ids, sequence.sampling.seed, request.num_tokens)
+        return tuple((token + ((known + i) % 7 == 0)) % VOCAB_SIZE for i, token in enumerate(foretold))
 
     def _compile(self) -> tuple[CompiledGrammar, ...]:
         self._compiling = {grammar_id: (text, left - 1) for grammar_id, (text, left) in self._compiling.items()}

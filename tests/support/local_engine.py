@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig, TokenTable
+from model_parallel.config import AdapterConfig, CacheConfig, DraftConfig, SchedulerConfig, TokenTable
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest
 from model_parallel.engine.scheduler import Scheduler
@@ -32,11 +32,12 @@ class LocalGroup:
         rank_factory: RankFactory = Rank,
         tokens: TokenTable | None = None,
         adapters: AdapterConfig | None = None,
+        draft: DraftConfig | None = None,
         known: Sequence[tuple[AdapterRef, int]] = (),
     ) -> None:
         """`known` are adapters, each with its bytes on a rank."""
         config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
-        self.config = replace(config, tokens=tokens, adapters=adapters)
+        self.config = replace(config, tokens=tokens, adapters=adapters, draft=draft)
         self.known = known
         torch.set_num_threads(1)
         self.executor = InProcessExecutor(self.config, rank_factory=rank_factory)

@@ -154,3 +154,50 @@ def test_a_lost_group_does_not_wait_for_adapters() -> None:
     harness.run()
     assert harness.last("r0").error_kind == "unavailable"
     assert not harness.engine.has_work
+
+
+def test_nobody_waits_behind_a_request_whose_adapter_is_being_loaded() -> None:
+    """It steps aside, also for requests of its own tenant, and is the next one as soon as its adapter is there."""
+    harness = _harness(max_num_seqs=2)
+    harness.executor.num_steps_to_load = 6
+    harness.add(_request("slow1", 0))
+    for number in range(2, 9):
+        harness.add(_request(f"quick{number}", None, max_tokens=4))
+    began: list[str] = []
+    while harness.engine.has_work:
+        harness.step()
+        began += [name for name in harness.outputs if name not in began and harness.tokens(name)]
+    assert 2 <= began.index("slow1") <= 4, began
+    assert all(harness.finish_reason(name) is FinishReason.LENGTH for name in harness.outputs)
+
+
+def test_those_that_stepped_aside_have_their_turns_in_order() -> None:
+    """However few adapters the ranks can hold: each has its turn before its adapter may be taken from it."""
+    harness = _harness(max_loaded=1, max_num_seqs=4)
+    for index in range(10):
+        request = _request(f"r{index}", index % 5, max_tokens=2)
+        harness.add(msgspec.structs.replace(request, tenant=f"tenant {index % 3}"))
+    harness.run(max_steps=400)
+    loads = [load for plan in harness.executor.plans for load in plan.adapters_to_load]
+    assert len(loads) <= 10, "no adapter was loaded in vain"
+
+
+def test_one_that_stepped_aside_can_be_paused_aborted_and_lost() -> None:
+    harness = _harness()
+    harness.executor.num_steps_to_load = 5
+    for name in ("r1", "r2", "r3"):
+        harness.add(_request(name, 0))
+    harness.step()
+    assert harness.scheduler.load == (0, 3)
+    harness.engine.pause("r1")
+    harness.engine.abort("r2")
+    harness.step()
+    harness.engine.resume("r1")
+    harness.run()
+    assert harness.finish_reason("r1") is harness.finish_reason("r3") is FinishReason.LENGTH
+    assert harness.finish_reason("r2") is FinishReason.CANCELLED
+    harness.add(_request("r4", 1))
+    harness.step()
+    harness.engine.fail("gone")
+    harness.run()
+    assert harness.last("r4").error_kind == "unavailable"

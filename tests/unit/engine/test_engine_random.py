@@ -8,8 +8,9 @@ import pytest
 
 from model_parallel.config import AdapterConfig
 from model_parallel.engine.request import AdapterRef, EngineRequest, FinishReason
+from model_parallel.engine.speculation import Drafter
 from model_parallel.errors import RequestError
-from tests.support.drafts import ScriptedDrafter
+from tests.support.drafts import AskingDrafter, ScriptedDrafter
 from tests.support.effort import by_day
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import VOCAB_SIZE, foretell, solo_output, solo_prompt_logprobs
@@ -25,17 +26,22 @@ NUM_RUNS = by_day(30, by_night=1500)
 class RandomRun:
     """Adds, aborts, waits and steps as one seed says, on a cache that is often too small."""
 
-    def __init__(self, seed: int, *, drafts: bool = False) -> None:
+    def __init__(self, seed: int, *, drafts: str = "") -> None:
+        """`drafts` are "told" by one who knows the answers, "proposed" by a draft model, or there are none."""
         self.rng = random.Random(seed)
         self.draw = random.Random(-seed)
         """Of what concerns adapters."""
         self.drafts = drafts
         dice = random.Random(seed + 1)
-        drafter = ScriptedDrafter(
-            lambda run, number: foretell(run.token_ids, run.request.sampling.seed, number),
-            num_drafts=lambda run: dice.randint(0, 6),
-            errs_at=lambda run, position: dice.random() < 0.2,
-        )
+        drafters: dict[str, Drafter | None] = {
+            "": None,
+            "told": ScriptedDrafter(
+                lambda run, number: foretell(run.token_ids, run.request.sampling.seed, number),
+                num_drafts=lambda run: dice.randint(0, 6),
+                errs_at=lambda run, position: dice.random() < 0.2,
+            ),
+            "proposed": AskingDrafter(lambda run: dice.randint(0, 6)),
+        }
         max_num_seqs = self.rng.randint(2, 6)
         block_size = self.rng.randint(1, 5)
         self.harness = Harness(
@@ -50,7 +56,7 @@ class RandomRun:
             max_waiting_requests=8,
             max_in_flight=self.rng.choice([1, 2, 2, 3]),
             adapters=self.draw.choice([None, AdapterConfig(max_loaded=2), AdapterConfig(max_loaded=9, max_bytes=25)]),
-            drafter=drafter if drafts else None,
+            drafter=drafters[drafts],
         )
         self.takes_adapters = self.harness.executor.max_adapters > 0
         self.harness.executor.num_steps_to_load = self.draw.choice([0, 1, 4])
@@ -76,7 +82,7 @@ class RandomRun:
         rows = [row for plan in self.harness.executor.plans for row in plan.rows]
         num_drafted, num_tokens = sum(len(row.draft_token_ids) for row in rows), stats.num_generation_tokens
         assert num_tokens == sum(len(self.harness.tokens(request.request_id)) for request in self.requests)
-        assert stats.num_draft_tokens == num_drafted and num_drafted <= 10_000 * self.drafts
+        assert stats.num_draft_tokens == num_drafted and num_drafted <= 10_000 * bool(self.drafts)
         assert stats.num_accepted_tokens <= num_drafted
         self.seen["sampled too much"] = sum(row.sample for row in rows) + stats.num_accepted_tokens - num_tokens
         self.seen["accepted"], self.seen["rejected"] = (
@@ -185,15 +191,15 @@ class RandomRun:
             assert last.stop_token_id == (solo[-1] if stopped else None)
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_random_schedules(drafts: bool) -> None:
+@pytest.mark.parametrize("drafts", ["", "told", "proposed"])
+def test_random_schedules(drafts: str) -> None:
     seen: Counter[str] = Counter()
     for seed in range(NUM_RUNS):
         run = RandomRun(seed, drafts=drafts)
         try:
             run.run()
         except Exception as error:
-            raise AssertionError(f"RandomRun({seed}, drafts={drafts}).run() failed") from error
+            raise AssertionError(f"RandomRun({seed}, drafts={drafts!r}).run() failed") from error
         seen += run.seen
     # A run that forces nothing proves nothing.
     for event in (
