@@ -221,6 +221,7 @@ def _draft_memory(entry: ModelEntry) -> DraftMemory | None:
         raise ConfigError(
             f"models.{entry.name}.draft_model: {entry.draft_model} is not here, so its memory is not known"
         )
+    assert entry.max_num_seqs is not None, "with_step_sizes comes first"
     return draft_memory(draft, dtype=entry.dtype, max_num_seqs=entry.max_num_seqs)
 
 

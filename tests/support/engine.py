@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from model_parallel.config import AdapterConfig, CacheConfig, SchedulerConfig
+from model_parallel.config import AdapterConfig, CacheConfig, DraftConfig, SchedulerConfig
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from model_parallel.engine.scheduler import Scheduler
@@ -40,6 +40,7 @@ class Harness:
         max_grammars: int = 64,
         adapters: AdapterConfig | None = None,
         speculation: str = "off",
+        draft: DraftConfig | None = None,
         drafter: Drafter | None = None,
     ) -> None:
         self.clock = ManualClock()
@@ -62,6 +63,7 @@ class Harness:
             epoch=1,
             clock=self.clock,
             adapters=adapters,
+            draft=draft,
             drafter=drafter,
         )
         self.executor.max_adapters = 0 if adapters is None else adapters.max_loaded

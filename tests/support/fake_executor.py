@@ -124,6 +124,10 @@ class FakeExecutor:
         self.poisoned_seeds: set[int] = set()
         """Requests whose keys, values and logits are not finite."""
         self.fails_at_step: int | None = None
+        self.proposal_errs: Callable[[int], bool] = lambda position: position % 7 == 0
+        """The draft model is wrong about the token of that position."""
+        self.has_no_proposal: Callable[[int], bool] = lambda num_known: num_known % 11 == 0
+        """It says nothing after so many tokens."""
         self.during_step: Callable[[], None] | None = None
         """Called in the middle of every step."""
         self.on_failure: Callable[[str], None] | None = None
@@ -201,13 +205,13 @@ class FakeExecutor:
         )
 
     def _propose(self, request: DraftRequest) -> tuple[int, ...]:
-        """Every seventh draft is wrong, and of some positions nothing is known."""
+        """As the model, with errors."""
         sequence = self.sequences[request.seq_id]
         known = len(sequence.token_ids)
-        if known % 11 == 0:
+        if self.has_no_proposal(known):
             return ()
         foretold = foretell(sequence.token_ids, sequence.sampling.seed, request.num_tokens)
-        return tuple((token + ((known + i) % 7 == 0)) % VOCAB_SIZE for i, token in enumerate(foretold))
+        return tuple((token + self.proposal_errs(known + i)) % VOCAB_SIZE for i, token in enumerate(foretold))
 
     def _compile(self) -> tuple[CompiledGrammar, ...]:
         self._compiling = {grammar_id: (text, left - 1) for grammar_id, (text, left) in self._compiling.items()}

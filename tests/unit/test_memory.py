@@ -12,6 +12,7 @@ from model_parallel.memory import (
     DEVICES,
     Device,
     Workload,
+    draft_memory,
     kv_bytes_per_token,
     kv_cache_tokens,
     plan_group,
@@ -104,3 +105,16 @@ def test_refused_when_one_sequence_does_not_fit() -> None:
 def test_more_ranks_than_heads() -> None:
     with pytest.raises(ConfigError, match="33 and the model has 32 query heads"):
         plan_group(LLAMA_2["7b"], 33, dtype="bfloat16", device=A100, workload=FULL)
+
+
+def test_a_draft_model_lies_on_the_first_rank_alone() -> None:
+    sizes = {"dtype": "bfloat16", "device": A100, "workload": FULL}
+    draft = draft_memory(LLAMA_2["7b"], dtype="bfloat16", max_num_seqs=64)
+    without, with_it = (plan_group(LLAMA_2["13b"], 2, draft=each, **sizes) for each in (None, draft))
+    assert with_it.ranks[1] == without.ranks[1]
+    first, before = with_it.ranks[0], without.ranks[0]
+    assert first.weight_bytes - before.weight_bytes == 2 * LLAMA_2["7b"].num_parameters
+    assert first.kv_bytes_per_token - before.kv_bytes_per_token == 2 * 2 * 32 * 32 * 128
+    assert first.activation_bytes >= before.activation_bytes
+    assert first.decode_bytes == before.decode_bytes, "passes of the draft model are no steps"
+    assert with_it.kv_tokens < without.kv_tokens

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 import pytest
 
-from model_parallel.config import SchedulerConfig
+from model_parallel.config import DraftConfig, SchedulerConfig
 from model_parallel.engine.messages import StepPlan
 from model_parallel.engine.request import FinishReason
 from model_parallel.engine.speculation import (
@@ -117,16 +117,24 @@ class Watched:
     """A harness with lookup, and how many drafts each of its steps had."""
 
     def __init__(
-        self, row_s: float, *, max_num_seqs: int = 16, max_in_flight: int = 2, speculation: str = "prompt_lookup"
+        self,
+        row_s: float,
+        *,
+        max_num_seqs: int = 16,
+        max_in_flight: int = 2,
+        speculation: str = "prompt_lookup",
+        share: float = 0.0,
     ) -> None:
-        """A step takes 16 ms and `row_s` for each row."""
+        """A step takes 16 ms and `row_s` for each row, a pass of the draft model, if there is one, `share` of that."""
         self.harness = Harness(
             num_blocks=512,
             max_model_len=512,
             speculation=speculation,
             max_num_seqs=max_num_seqs,
             max_in_flight=max_in_flight,
+            draft=DraftConfig(checkpoint_path="", share=2 * share) if share else None,  # its sizes tell only about
         )
+        self.num_requests = 0
         self.num_drafts: list[int] = []
         self.overlapped: list[bool] = []
         executor = self.harness.executor
@@ -135,7 +143,13 @@ class Watched:
             rows = executor.plans[-1].rows
             self.num_drafts.append(sum(len(row.draft_token_ids) for row in rows))
             self.overlapped.append(bool(executor._submitted))
-            self.harness.clock.now_s += 0.016 + row_s * sum(row.num_tokens for row in rows)
+            requests = executor.plans[-1].draft_requests
+            if rows:
+                self.harness.clock.now_s += 0.016 + row_s * sum(row.num_tokens for row in rows)
+            for draft in range(max((request.num_tokens for request in requests), default=0)):
+                num_rows = sum(request.num_tokens > draft for request in requests)
+                self.harness.clock.now_s += share * (0.016 + row_s * num_rows)
+            self.num_requests += len(requests)
 
         executor.during_step = during_step
 
@@ -187,6 +201,37 @@ def test_drafts_take_no_more_time_than_they_bring(row_s: float, chance: float, m
         watched.harness.run()
         seconds[speculation] = watched.harness.clock.now_s - began_s
     assert seconds["prompt_lookup"] / seconds["off"] < most
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "row_s", "share", "chance", "most"),
+    [
+        (1, 0.0005, 0.1, 1.0, 0.35),
+        (4, 0.0005, 0.1, 0.8, 0.7),
+        (1, 0.0005, 0.5, 0.5, 1.05),
+        (1, 0.0005, 0.1, 0.0, 1.05),
+        (4, 0.0005, 0.1, 0.0, 1.05),
+        (4, 0.05, 0.3, 0.9, 1.05),
+    ],
+)
+def test_a_draft_model_takes_no_more_time_than_it_brings(
+    num_requests: int, row_s: float, share: float, chance: float, most: float
+) -> None:
+    seconds = {}
+    for used in (0.0, share):
+        watched = Watched(row_s, speculation="auto" if used else "off", share=used, max_num_seqs=64)
+        draw = random.Random(3)
+        errs = [draw.random() >= chance for _ in range(512)]
+        watched.harness.executor.proposal_errs = errs.__getitem__
+        watched.harness.executor.has_no_proposal = lambda num_known: False
+        requests = [make_request(f"r{number}", [3, 4, 5], max_tokens=150) for number in range(num_requests)]
+        for request in requests:
+            watched.harness.add(request)
+        began_s = watched.harness.clock.now_s
+        watched.harness.run()
+        seconds[used] = watched.harness.clock.now_s - began_s
+        assert all(watched.harness.tokens(request.request_id) == solo_output(request) for request in requests)
+    assert seconds[share] / seconds[0.0] < most
 
 
 def test_a_full_batch_has_no_drafts_and_others_no_more_rows_than_sequences_may_run() -> None:
@@ -292,5 +337,5 @@ def test_what_ended_is_forgotten() -> None:
     for name in ("r1", "r2"):
         watched.harness.add(make_request(name, [3, 4, 5], max_tokens=9))
     watched.harness.run()
-    drafter = watched.harness.scheduler._drafter
+    drafter = watched.harness.scheduler._drafting._drafter
     assert isinstance(drafter, PromptLookupDrafter) and not drafter._lookups

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from model_parallel.config import AdapterConfig, ParallelConfig
+from model_parallel.config import AdapterConfig, DraftConfig, ParallelConfig
 from model_parallel.errors import CheckpointError, ConfigError
 from model_parallel.machine import Machine
 from serving.config import AdapterEntry, ModelEntry
 from serving.contracts.models import AdapterCard
-from serving.models.group_spec import check_memory, describe_card, resolve_model
+from serving.models.group_spec import check_memory, describe_card, held_bytes, resolve_model
+from serving.models.sizes import draft_memory_of
 from tests.support.adapter_directories import MODEL as TINY
 from tests.support.adapter_directories import save_adapter
+from tests.support.llama_tokenizers import byte_level_json, llama_directory, tokenizer_json
 
 
 def _entry(path: Path, **overrides: object) -> ModelEntry:
@@ -83,3 +85,46 @@ def test_memory_for_adapters_is_set_aside(smollm2_path: Path) -> None:
     assert spec.adapter_config is not None and spec.adapters == ()
     with pytest.raises(ConfigError, match=r"adapters 8\.00 GiB"):
         check_memory([spec], machine(8 << 30))
+
+
+def test_a_draft_model_is_checked_with_its_model(smollm2_path: Path, tmp_path: Path) -> None:
+    spec = resolve_model(_entry(smollm2_path, speculation="auto", draft_model=str(smollm2_path), kv_cache_tokens=1000))
+    assert spec.draft == DraftConfig(checkpoint_path=str(smollm2_path), quantization="packed", share=1.0)
+    plain = resolve_model(_entry(smollm2_path, kv_cache_tokens=1000))
+    drafts = held_bytes(spec, 1) - held_bytes(plain, 1)
+    memory = draft_memory_of(spec.entry)
+    assert memory is not None
+    assert drafts >= memory.weight_bytes + memory.kv_bytes_per_token * spec.cache.num_tokens
+    with pytest.raises(ConfigError, match=r"models\.small\.draft_model: .*draft has 512 tokens, and .* has 49152"):
+        resolve_model(_entry(smollm2_path, speculation="auto", draft_model=str(_tiny(tmp_path / "draft"))))
+
+
+def _tiny(path: Path, tokenizer: str | None = None) -> Path:
+    path.mkdir()
+    return llama_directory(path, tokenizer__json=tokenizer or tokenizer_json())
+
+
+def test_a_draft_model_has_the_same_tokens(tmp_path: Path) -> None:
+    model, draft, other = (
+        _tiny(tmp_path / name, tokenizer)
+        for name, tokenizer in (("model", None), ("draft", None), ("other", byte_level_json([])))
+    )
+    spec = resolve_model(_entry(model, device="cpu", speculation="auto", draft_model=str(draft)))
+    assert spec.draft is not None and spec.draft.checkpoint_path == str(draft)
+    with pytest.raises(
+        ConfigError, match=r"models\.small\.draft_model: token \d+ is b'.*' in .*other, and b'.*' in .*model"
+    ):
+        resolve_model(_entry(model, device="cpu", speculation="auto", draft_model=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"speculation": "off"}, "speculation is off, and draft_model needs auto"),
+        ({"speculation": "prompt_lookup"}, "speculation is prompt_lookup, and draft_model needs auto"),
+        ({"speculation": "auto", "device": "cuda"}, "device is cuda, and draft_model works on CPUs alone"),
+    ],
+)
+def test_a_draft_model_that_would_not_be_used_is_refused(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _entry(Path("model"), draft_model="draft", **overrides)
