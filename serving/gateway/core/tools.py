@@ -49,6 +49,12 @@ class Tool:
     description: str = ""
     parameters: Any = None
     """A JSON schema of an object; None for no parameters."""
+    field: str = ""
+    """Where it stands in the request, if not in `function` of an entry of `tools`."""
+
+    def field_at(self, index: int) -> str:
+        """What errors call it."""
+        return self.field or f"tools[{index}].function"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +94,7 @@ def check_tools(use: ToolUse, constraint: Constraint | None, limits: LimitsConfi
         raise ValidationError("tools", f"tools has {len(use.tools)} entries; limits.max_tools is {limits.max_tools}")
     names: set[str] = set()
     for index, tool in enumerate(use.tools):
-        where = f"tools[{index}].function"
+        where = tool.field_at(index)
         if not _NAME.fullmatch(tool.name):
             raise ValidationError(
                 f"{where}.name",
@@ -140,7 +146,7 @@ def _schema_of(index: int, tool: Tool) -> JsonSchema:
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
     elif isinstance(schema, dict) and not {"type", "$ref", "anyOf", "oneOf", "allOf"} & schema.keys():
         schema = {"type": "object"} | schema
-    return JsonSchema(field=f"tools[{index}].function.parameters", schema=schema)
+    return JsonSchema(field=f"{tool.field_at(index)}.parameters", schema=schema)
 
 
 # ---- in the conversation ----

@@ -100,7 +100,7 @@ class Endpoints:
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
         stream = self._begin(query, request, body)
-        form = ResponsesForm(stream, card, body)
+        form = ResponsesForm(stream, card, body, query.tools)
         return await self._generate(query, request, form, stream, body.stream, body.field_names, end=b"")
 
     def _begin(self, query: GenerateQuery, request: Request, body: AnsweredBody) -> Stream:

@@ -1,36 +1,39 @@
-"""/v1/responses: OpenAI's newer API, for text. Nothing is kept, so every request brings its whole conversation."""
+"""/v1/responses: OpenAI's newer API, for text and calls of functions. Nothing is kept: every request brings all that was said."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from model_parallel.engine.request import FinishReason
+from serving.contracts.errors import ValidationError
 from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.error_responses import ErrorResponse
-from serving.gateway.core.fields import NO_TOOLS, UNSUPPORTED, Unsupported
+from serving.gateway.core.fields import UNSUPPORTED, Unsupported
 from serving.gateway.core.resume_tokens import Stream
+from serving.gateway.core.tools import TOOL, CallDelta, CallReader, Tool, ToolCall, ToolUse, call_text
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
 from serving.gateway.http.forms import TextFormat, TextOptions
 from serving.gateway.http.responses import to_json
 from serving.gateway.http.resuming import Event, Place
-from serving.gateway.http.schemas import Message, StreamOptions
+from serving.gateway.http.schemas import ContentPart, FunctionSpec, Message, NamedFunction, StreamOptions
 from serving.text.chat import ChatMessage
 
+ASSISTANT = "assistant"
 _WHOLE_INPUT = Unsupported(instead="send the whole conversation as input")
 _UNSUPPORTED = {
     **UNSUPPORTED,
-    **NO_TOOLS,
     "background": Unsupported(),
     "conversation": _WHOLE_INPUT,
     "include": Unsupported(),
     "logprobs": Unsupported(instead="ask /v1/chat/completions"),
     "max_completion_tokens": Unsupported(neutral=(-1,), instead="send max_output_tokens"),
     "max_tokens": Unsupported(neutral=(-1,), instead="send max_output_tokens"),
+    "max_tool_calls": Unsupported(instead="send parallel_tool_calls: false for one call"),
     "messages": Unsupported(instead="send input"),
     "n": Unsupported(neutral=(1,), instead="ask /v1/chat/completions"),
     "previous_response_id": _WHOLE_INPUT,
@@ -44,11 +47,54 @@ _UNSUPPORTED = {
 }
 
 
+class InputItem(Message, frozen=True, kw_only=True):
+    """A message; or a call that an answer held, or its result, which the user's side brings back."""
+
+    role: str = ""
+    type: Literal["text", "message", "function_call", "function_call_output", None] = None  # type: ignore[assignment]
+    name: str | None = None
+    """Of the function that was called."""
+    arguments: str | None = None
+    output: str | list[ContentPart | str] | None = None
+    """What came of a call."""
+
+    @classmethod
+    def no_effect(cls) -> frozenset[str]:
+        # Results come in the order of their calls.
+        return Message.no_effect() | {"call_id"}
+
+    def plain(self, where: str) -> ChatMessage:
+        """Raises ValidationError."""
+        if self.type == "function_call":
+            if self.name is None:
+                raise ValidationError(f"{where}.name", f"{where}.name is missing")
+            return ChatMessage(ASSISTANT, call_text(ToolCall(name=self.name, arguments=self.arguments or "{}")))
+        if self.type == "function_call_output":
+            if self.output is None:
+                raise ValidationError(f"{where}.output", f"{where}.output is missing")
+            return Message(role=TOOL, content=self.output).plain(where)
+        if not self.role:
+            raise ValidationError(f"{where}.role", f"{where}.role is missing")
+        return super().plain(where)
+
+
+class ResponseTool(FunctionSpec, frozen=True, kw_only=True):
+    """A function that may be called. Unlike a chat's it has its name beside its type."""
+
+    type: Literal["function"] = "function"
+
+
+class ResponseNamedTool(NamedFunction, frozen=True, kw_only=True):
+    """The function that must be called."""
+
+    type: Literal["function"] = "function"
+
+
 class ResponsesRequest(Body, frozen=True, kw_only=True):
     """A text or a conversation to answer. `instructions` are put before a system message of `input`."""
 
     model: str | None = None
-    input: str | list[Message] | None = None
+    input: str | list[InputItem] | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -58,6 +104,12 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
     text: TextOptions | None = None
     """The form of the answer."""
+    tools: list[ResponseTool] | None = None
+    """Functions that the answer may call."""
+    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
+    """Unset is auto: the model decides. required: at least one; or the one that must be called."""
+    parallel_tool_calls: bool | None = None
+    """An answer may hold several calls. Unset is true."""
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -81,8 +133,30 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
                 prompt=None if self.input is None else ChatPrompt(self._messages(self.input)),
                 max_tokens=self.max_output_tokens,
                 constraint=self._format.constraint("text.format"),
+                tools=self._tool_use(),
                 **{field: getattr(self, field) for field in _SAME_NAME},
             )
+        )
+
+    def _tool_use(self) -> ToolUse | None:
+        if not self.tools and self.tool_choice in (None, "none", "auto"):
+            return None
+        tools = [
+            Tool(
+                name=tool.name,
+                description=tool.description or "",
+                parameters=tool.parameters,
+                field=f"tools[{index}]",
+            )
+            for index, tool in enumerate(self.tools or ())
+        ]
+        choice = self.tool_choice or "auto"
+        is_named = isinstance(choice, ResponseNamedTool)
+        return ToolUse(
+            tools=tuple(tools),
+            choice="required" if isinstance(choice, ResponseNamedTool) else choice,
+            named=choice.name if isinstance(choice, ResponseNamedTool) else None,
+            is_parallel=self.parallel_tool_calls is not False and not is_named,
         )
 
     @property
@@ -103,11 +177,18 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
             }
         return {"format": told}
 
-    def _messages(self, given: str | list[Message]) -> tuple[ChatMessage, ...]:
+    def _messages(self, given: str | list[InputItem]) -> tuple[ChatMessage, ...]:
         if isinstance(given, str):
             messages = [ChatMessage("user", given)]
         else:
-            messages = [message.plain(f"input[{index}]") for index, message in enumerate(given)]
+            messages = []
+            for index, item in enumerate(given):
+                message = item.plain(f"input[{index}]")
+                if item.type == "function_call" and messages and messages[-1].role == ASSISTANT:
+                    # One answer, which comes back as several items.
+                    before = messages.pop()
+                    message = replace(before, content="\n".join(filter(None, (before.content, message.content))))
+                messages.append(message)
         if self.instructions and messages:
             if messages[0].role in ("system", "developer"):
                 messages[0] = replace(messages[0], content=f"{self.instructions}\n\n{messages[0].content}")
@@ -163,6 +244,17 @@ class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: list[OutputText]
 
 
+class FunctionCallItem(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: str
+    call_id: str
+    name: str
+    arguments: str
+
+
 class IncompleteDetails(msgspec.Struct, frozen=True, kw_only=True):
     """Why the answer is not whole."""
 
@@ -182,14 +274,14 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: int | None
     metadata: dict[str, Any]
     model: str
-    output: list[OutputMessage]
-    parallel_tool_calls: bool = False
+    output: list[OutputMessage | FunctionCallItem]
+    parallel_tool_calls: bool
     previous_response_id: None = None
     store: bool = False
     temperature: float | None
     text: dict[str, Any]
-    tool_choice: Literal["none"] = "none"
-    tools: list[None] = []
+    tool_choice: str | ResponseNamedTool
+    tools: list[ResponseTool]
     top_p: float | None
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
@@ -202,19 +294,33 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     sequence_number: int
     response: ResponseObject | UnsetType = UNSET
     output_index: int | UnsetType = UNSET
-    item: OutputMessage | UnsetType = UNSET
+    item: OutputMessage | FunctionCallItem | UnsetType = UNSET
     item_id: str | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
     part: OutputText | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
     logprobs: list[None] | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call of the answer until now."""
+
+    name: str
+    arguments: str = ""
 
 
 class ResponsesForm:
-    """One answer on its way out."""
+    """One answer on its way out: a message, then calls. There is no message where the answer calls and says nothing."""
 
-    def __init__(self, stream: Stream, card: ModelCard, request: ResponsesRequest) -> None:
+    def __init__(
+        self, stream: Stream, card: ModelCard, request: ResponsesRequest, tools: ToolUse | None = None
+    ) -> None:
+        """Answers are read for calls where `tools` may be called."""
+        self._billed_id = stream.billed_id
         self._id, self._item_id = f"resp_{stream.billed_id}", f"msg_{stream.billed_id}"
         self._created = stream.created_unix_s
         self._model = card.name
@@ -222,46 +328,127 @@ class ResponsesForm:
         self._has_begun = False
         self._text: list[str] = []
         self._reason: FinishReason | None = None
+        self._reader = CallReader() if tools is not None and tools.is_used else None
+        self._calls: list[_Call] = []
+        self._has_message = self._reader is None
+        """Otherwise it begins with the first text."""
 
     def whole(self, chunks: Sequence[Chunk]) -> ResponseObject:
         for chunk in chunks:
-            self._take(chunk)
+            for _ in self._take(chunk):
+                pass
         return self._ended(chunks[-1].summary)
 
     def events(self, chunk: Chunk) -> Iterator[Event]:
         if not self._has_begun:
             self._has_begun = True
-            yield from _ranked(0, 0, self._first_events())
-        self._take(chunk)
-        if chunk.text:
-            delta = _event("response.output_text.delta", delta=chunk.text, logprobs=[], **self._place())
-            yield Event(0, Place(chunk.num_tokens, _DELTA), delta)
+            for rank, event in enumerate(self._first_events()):
+                yield Event(0, Place(0, rank), event)
+        for rank, event in self._take(chunk):
+            yield Event(0, Place(chunk.num_tokens, rank), event)
 
     def last_events(self, summary: Summary) -> Iterator[Event]:
-        return _ranked(summary.num_completion_tokens, _DELTA + 1, self._done_events(summary))
+        ended = self._ended(summary)
+        events = [*self._close_message(), *self._close_call(is_last=True)]
+        if not (self._has_message or self._calls):  # said nothing at all
+            self._has_message = True
+            events = [*self._open_message(), *self._close_message()]
+        for rank, event in (*events, (_LAST, _event(f"response.{ended.status}", response=ended))):
+            yield Event(0, Place(summary.num_completion_tokens, rank), event)
 
     def _first_events(self) -> Iterator[ResponseEvent]:
         yield _event("response.created", response=self._response("in_progress", []))
         yield _event("response.in_progress", response=self._response("in_progress", []))
-        yield _event("response.output_item.added", item=self._message("in_progress", []), output_index=0)
-        yield _event("response.content_part.added", part=OutputText(text=""), **self._place())
+        if self._has_message:
+            yield from (event for _, event in self._open_message())
 
-    def _done_events(self, summary: Summary) -> Iterator[ResponseEvent]:
-        text = "".join(self._text)
-        ended = self._ended(summary)
-        yield _event("response.output_text.done", text=text, logprobs=[], **self._place())
-        yield _event("response.content_part.done", part=OutputText(text=text), **self._place())
-        yield _event("response.output_item.done", item=ended.output[0], output_index=0)
-        yield _event(f"response.{ended.status}", response=ended)
+    # An event's rank tells which item it is of, and which of the item's. So it is the same however the tokens came together.
+
+    def _take(self, chunk: Chunk) -> Iterator[tuple[int, ResponseEvent]]:
+        """What a chunk adds, with ranks."""
+        self._reason = chunk.finish_reason or self._reason
+        text, deltas = chunk.text, []
+        if self._reader is not None:
+            text, deltas = self._reader.push(chunk.text)
+            text += self._reader.flush() if chunk.finish_reason is not None else ""
+        if text:
+            if not self._has_message:
+                self._has_message = True
+                yield from self._open_message()
+            self._text.append(text)
+            delta = _event("response.output_text.delta", delta=text, logprobs=[], **self._place())
+            yield _DELTA, delta
+        for delta in _by_call(deltas):
+            if delta.name is not None:
+                yield from self._close_message()
+                yield from self._close_call()
+                self._calls.append(_Call(delta.name))
+                yield self._rank(_ADDED), _event("response.output_item.added", **self._item("in_progress"))
+            if delta.arguments:
+                self._calls[-1].arguments += delta.arguments
+                place = {"item_id": self._call_item(-1, "").id, "output_index": self._output_index}
+                yield (
+                    self._rank(_ARGUMENTS),
+                    _event("response.function_call_arguments.delta", delta=delta.arguments, **place),
+                )
+
+    def _open_message(self) -> Iterator[tuple[int, ResponseEvent]]:
+        yield _ADDED, _event("response.output_item.added", item=self._message("in_progress", []), output_index=0)
+        yield _ADDED + 1, _event("response.content_part.added", part=OutputText(text=""), **self._place())
+
+    def _close_message(self) -> Iterator[tuple[int, ResponseEvent]]:
+        """If it is open: behind it come calls, or nothing."""
+        if not self._has_message or self._calls:
+            return
+        part = OutputText(text="".join(self._text))
+        yield _DONE, _event("response.output_text.done", text=part.text, logprobs=[], **self._place())
+        yield _DONE + 1, _event("response.content_part.done", part=part, **self._place())
+        item = self._message(self._status if self._reason else "completed", [part])
+        yield _DONE + 2, _event("response.output_item.done", item=item, output_index=0)
+
+    def _close_call(self, *, is_last: bool = False) -> Iterator[tuple[int, ResponseEvent]]:
+        """The last one, if there is one."""
+        if not self._calls:
+            return
+        item = self._item(self._status if is_last else "completed")
+        call: FunctionCallItem = item["item"]
+        place = {"item_id": call.id, "output_index": self._output_index}
+        done = _event("response.function_call_arguments.done", name=call.name, arguments=call.arguments, **place)
+        yield self._rank(_DONE), done
+        yield self._rank(_DONE + 1), _event("response.output_item.done", **item)
+
+    @property
+    def _output_index(self) -> int:
+        """Of the last call."""
+        return len(self._calls) - 1 + self._has_message
+
+    def _rank(self, kind: int) -> int:
+        """Of an event of the last call. The message counts even where there is none."""
+        return _ITEM * len(self._calls) + kind
+
+    def _item(self, status: str) -> dict[str, Any]:
+        """The last call, and its place."""
+        return {"item": self._call_item(-1, status), "output_index": self._output_index}
+
+    def _call_item(self, number: int, status: str) -> FunctionCallItem:
+        number %= len(self._calls)
+        call = self._calls[number]
+        return FunctionCallItem(
+            id=f"fc_{self._billed_id}_{number}",
+            call_id=f"call_{self._billed_id}_{number}",
+            status=status,
+            name=call.name,
+            arguments=call.arguments,
+        )
 
     @staticmethod
     def encode(event: msgspec.Struct, number: int) -> bytes:
         numbered = msgspec.structs.replace(event, sequence_number=number)
         return _named(numbered.type, numbered)  # type: ignore[attr-defined]
 
-    def _take(self, chunk: Chunk) -> None:
-        self._text.append(chunk.text)
-        self._reason = chunk.finish_reason or self._reason
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._reason is FinishReason.LENGTH else "completed"
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
@@ -272,17 +459,23 @@ class ResponsesForm:
     def _ended(self, summary: Summary | None) -> ResponseObject:
         if summary is None:
             raise RuntimeError("the last chunk has no summary")
-        status = "incomplete" if self._reason is FinishReason.LENGTH else "completed"
-        message = self._message(status, [OutputText(text="".join(self._text))])
+        status, last = self._status, len(self._calls) - 1
+        output: list[OutputMessage | FunctionCallItem] = []
+        if self._has_message or not self._calls:
+            message_status = "completed" if self._calls else status
+            output.append(self._message(message_status, [OutputText(text="".join(self._text))]))
+        output += [self._call_item(n, status if n == last else "completed") for n in range(len(self._calls))]
         usage = ResponseUsage(
             input_tokens=summary.num_prompt_tokens,
             input_tokens_details=InputDetails(cached_tokens=min(summary.num_cached_tokens, summary.num_prompt_tokens)),
             output_tokens=summary.num_completion_tokens,
             total_tokens=summary.num_prompt_tokens + summary.num_completion_tokens,
         )
-        return self._response(status, [message], usage)
+        return self._response(status, output, usage)
 
-    def _response(self, status: str, output: list[OutputMessage], usage: ResponseUsage | None = None) -> ResponseObject:
+    def _response(
+        self, status: str, output: list[OutputMessage | FunctionCallItem], usage: ResponseUsage | None = None
+    ) -> ResponseObject:
         request = self._request
         return ResponseObject(
             id=self._id,
@@ -294,6 +487,9 @@ class ResponsesForm:
             metadata=request.metadata or {},
             model=self._model,
             output=output,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+            tool_choice=request.tool_choice or "auto",
+            tools=request.tools or [],
             temperature=1.0 if request.temperature is None else request.temperature,
             text=request.text_options,
             top_p=1.0 if request.top_p is None else request.top_p,
@@ -301,8 +497,11 @@ class ResponsesForm:
         )
 
 
-_DELTA = 4
-"""Rank of an event with text: behind those that begin the answer."""
+_ITEM = 8
+"""Ranks of an item: those of the message begin with 0, those of calls follow."""
+_ADDED, _DELTA, _ARGUMENTS, _DONE = 2, 4, 4, 5
+"""Of an item's events, among its ranks. The message's two first ones have those of the two that it makes at the beginning."""
+_LAST = 1 << 16
 
 
 def _event(kind: str, **fields: Any) -> ResponseEvent:
@@ -310,9 +509,18 @@ def _event(kind: str, **fields: Any) -> ResponseEvent:
     return ResponseEvent(type=kind, sequence_number=0, **fields)
 
 
-def _ranked(num_tokens: int, first_rank: int, events: Iterator[ResponseEvent]) -> Iterator[Event]:
-    for rank, data in enumerate(events, first_rank):
-        yield Event(0, Place(num_tokens, rank), data)
+def _by_call(deltas: Sequence[CallDelta]) -> Iterator[CallDelta]:
+    """As they are, with arguments of a call together that follow one another: no two events have the same rank."""
+    waiting: CallDelta | None = None
+    for delta in deltas:
+        if waiting is not None and delta.name is None:
+            waiting = replace(waiting, arguments=waiting.arguments + delta.arguments)
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = delta
+    if waiting is not None:
+        yield waiting
 
 
 def response_error_event(error: ErrorResponse) -> bytes:
