@@ -196,6 +196,8 @@ class DraftModel:
             guess.drafts.append(sampled.token_id)
             if guess.wants_more:
                 guess.ahead = guess.ahead.ahead(sampled.token_id)
+                matcher = guess.ahead.matcher
+                guess.has_ended = matcher is not None and not matcher.is_open
 
     def _forward(self, rows: tuple[Row, ...], sequences: Mapping[int, SequenceState]) -> Tensor:
         """[T, E]: hidden states, row after row, then padding."""

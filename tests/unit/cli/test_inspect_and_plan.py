@@ -121,6 +121,17 @@ def test_packed_weights_are_told_and_planned(smollm2_path: Path) -> None:
         run("plan", "--model", "llama-2-7b", "--gpu", "h100", "--quantization", "packed")
 
 
+def test_a_draft_model_is_planned_on_the_first_rank() -> None:
+    model = ["plan", "--model", "llama-2-70b", "--tp", 4, "--gpu", "h100"]
+    _, plain = run_json(*model)
+    _, with_draft = run_json(*model, "--draft-model", "llama-2-7b")
+    assert with_draft["ranks"][1:] == plain["ranks"][1:]
+    first, before = with_draft["ranks"][0], plain["ranks"][0]
+    assert first["weight_bytes"] - before["weight_bytes"] == 2 * 6_738_415_616
+    assert first["kv_bytes_per_token"] - before["kv_bytes_per_token"] == 524_288
+    assert "drafts by llama-2-7b" in run(*model, "--draft-model", "llama-2-7b")[1]
+
+
 def test_inspect_of_something_broken(tmp_path: Path) -> None:
     path = twin("13b").write(tmp_path / "model", "meta")
     (path / "consolidated.01.pth").unlink()

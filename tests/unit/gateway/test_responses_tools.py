@@ -1,12 +1,23 @@
 """Functions over /v1/responses, with the `openai` package."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
+import msgspec
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from bench.support.fake_backend import card
+from model_parallel.engine.request import FinishReason
+from serving.gateway.core.choices import Chunk, Summary
+from serving.gateway.core.resume_tokens import Stream
+from serving.gateway.core.tools import Tool, ToolUse
+from serving.gateway.http.responses_form import ResponsesForm, ResponsesRequest, ResponseTool
+from serving.gateway.http.resuming import Event
 from tests.unit.gateway.http_client import post
 from tests.unit.gateway.test_structured_output import api, serve
 from tests.unit.gateway.test_tools import CALL, PLACE, STOP, Weather, says
@@ -125,3 +136,55 @@ async def test_wrong_functions_are_refused_by_name() -> None:
             assert answer.status_code == 400, (body, answer.text)
             error = answer.json()["error"]
             assert error["param"] == place and what in error["message"], error
+
+
+def _told(events: list[Event]) -> dict[str, Any]:
+    """What a client makes of events: pieces together, and everything else as it came."""
+    pieces: dict[tuple[str, int], str] = {}
+    others = []
+    for event in events:
+        data = json.loads(msgspec.json.encode(event.data))
+        if "delta" in data:
+            key = (data["type"], data["output_index"])
+            pieces[key] = pieces.get(key, "") + data["delta"]
+        else:
+            others.append(data)
+    return {"pieces": pieces, "others": others}
+
+
+@given(st.data())
+def test_a_stream_that_is_cut_goes_on_with_the_events_that_are_missing(data: st.DataObject) -> None:
+    """However tokens come together before and after, as long as the second part begins where the first one ended."""
+    said = f"I look {CALL} it up.\n{STOP}\n{CALL}"
+    request = ResponsesRequest(tools=[ResponseTool(name="get_weather"), ResponseTool(name="stop")])
+    use = ToolUse(tools=(Tool(name="get_weather"), Tool(name="stop")))
+    stream = Stream(billed_id="b", seed=1, created_unix_s=5)
+    summary = Summary(
+        num_prompt_tokens=3,
+        num_completion_tokens=len(said),
+        num_cached_tokens=0,
+        num_accepted_tokens=0,
+        num_rejected_tokens=0,
+        group=None,
+        gateway_s=0.0,
+        total_s=0.0,
+    )
+
+    def events(ends: list[int]) -> list[Event]:
+        form = ResponsesForm(stream, card("tiny"), request, use)
+        found: list[Event] = []
+        for begin, end in pairwise([0, *ends, len(said)]):
+            reason = FinishReason.STOP if end == len(said) else None
+            found += form.events(Chunk(index=0, text=said[begin:end], num_tokens=end, finish_reason=reason))
+        return [*found, *form.last_events(summary)]
+
+    cuts = st.lists(st.integers(1, len(said) - 1), unique=True, max_size=30).map(sorted)
+    whole = events([])
+    first = events(data.draw(cuts))
+    places = [event.place for event in first]
+    assert places == sorted(set(places)), "each is later than the one before"
+    kept = first[: data.draw(st.integers(1, len(first)))]
+    last = kept[-1].place
+    delivered = {last.num_tokens} - {0, len(said)}
+    second = events(sorted(delivered | set(data.draw(cuts))))
+    assert _told([*kept, *(event for event in second if event.place > last)]) == _told(whole)

@@ -151,12 +151,6 @@ HTTP_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/completions",
         SAMPLED | {"prompt": "ab c", "max_tokens": 0, "echo": True, "logprobs": 1, "stream_options": USAGE},
     ),
-    "responses with functions": (
-        "/v1/responses",
-        SAMPLED
-        | {"input": "hi", "seed": 6, "max_output_tokens": 400, "tool_choice": "required"}
-        | {"tools": [{"type": "function", "name": name, "parameters": {"properties": {}}} for name in ("f", "g")]},
-    ),
     "responses": ("/v1/responses", SAMPLED | {"input": "hi", "max_output_tokens": 20, "seed": 4, "metadata": {"a": 1}}),
 }
 
