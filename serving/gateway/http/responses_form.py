@@ -14,7 +14,7 @@ from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.error_responses import ErrorResponse
 from serving.gateway.core.fields import UNSUPPORTED, Unsupported
 from serving.gateway.core.resume_tokens import Stream
-from serving.gateway.core.tools import TOOL, CallDelta, CallReader, Tool, ToolCall, ToolUse, call_text
+from serving.gateway.core.tools import TOOL, CallReader, Tool, ToolCall, ToolUse, call_text
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
 from serving.gateway.http.forms import TextFormat, TextOptions
@@ -330,6 +330,8 @@ class ResponsesForm:
         self._reason: FinishReason | None = None
         self._reader = CallReader() if tools is not None and tools.is_used else None
         self._calls: list[_Call] = []
+        self._num_chars = 0
+        """Of the text, calls included, until now."""
         self._has_message = self._reader is None
         """Otherwise it begins with the first text."""
 
@@ -344,15 +346,15 @@ class ResponsesForm:
             self._has_begun = True
             for rank, event in enumerate(self._first_events()):
                 yield Event(0, Place(0, rank), event)
-        for rank, event in self._take(chunk):
-            yield Event(0, Place(chunk.num_tokens, rank), event)
+        for place, event in self._take(chunk):
+            yield Event(0, place, event)
 
     def last_events(self, summary: Summary) -> Iterator[Event]:
         ended = self._ended(summary)
-        events = [*self._close_message(), *self._close_call(is_last=True)]
+        events = [*self._close_message(is_last=True), *self._close_call(is_last=True)]
         if not (self._has_message or self._calls):  # said nothing at all
             self._has_message = True
-            events = [*self._open_message(), *self._close_message()]
+            events = [*self._open_message(), *self._close_message(is_last=True)]
         for rank, event in (*events, (_LAST, _event(f"response.{ended.status}", response=ended))):
             yield Event(0, Place(summary.num_completion_tokens, rank), event)
 
@@ -362,23 +364,56 @@ class ResponsesForm:
         if self._has_message:
             yield from (event for _, event in self._open_message())
 
-    # An event's rank tells which item it is of, and which of the item's. So it is the same however the tokens came together.
+    # The places of events that begin or end something depend on the tokens alone, and not on how they came together. Pieces of
+    # text or arguments that do are one event, with the place of the last token; none reaches across such an event.
 
-    def _take(self, chunk: Chunk) -> Iterator[tuple[int, ResponseEvent]]:
-        """What a chunk adds, with ranks."""
+    def _take(self, chunk: Chunk) -> Iterator[tuple[Place, ResponseEvent]]:
+        """What a chunk adds."""
         self._reason = chunk.finish_reason or self._reason
-        text, deltas = chunk.text, []
+        pending: tuple[Place, ResponseEvent] | None = None
+        for num_tokens, piece in self._pieces(chunk):
+            for rank, event in self._read(piece, is_last=num_tokens == chunk.num_tokens):
+                place = Place(num_tokens, rank)
+                if pending is not None and event.type == pending[1].type and event.item_id == pending[1].item_id:
+                    delta = f"{pending[1].delta}{event.delta}"
+                    pending = place, msgspec.structs.replace(event, delta=delta)
+                    continue
+                if pending is not None:
+                    yield pending
+                pending = None
+                if event.delta is UNSET:
+                    yield place, event
+                else:
+                    pending = place, event
+        if pending is not None:
+            yield pending
+
+    def _pieces(self, chunk: Chunk) -> Iterator[tuple[int, str]]:
+        """(tokens until then, text) of each token, where calls are looked for; otherwise of all together."""
+        first = chunk.num_tokens - len(chunk.offsets)
+        begin, self._num_chars = self._num_chars, self._num_chars + len(chunk.text)
+        if self._reader is None or len(chunk.offsets) < 2:
+            yield chunk.num_tokens, chunk.text
+            return
+        at = 0
+        for number, offset in enumerate((*chunk.offsets[1:], self._num_chars), 1):
+            end = max(at, min(offset - begin, len(chunk.text)))
+            yield first + number, chunk.text[at:end]
+            at = end
+
+    def _read(self, piece: str, *, is_last: bool) -> Iterator[tuple[int, ResponseEvent]]:
+        """What a piece adds, with ranks."""
+        text, deltas = piece, []
         if self._reader is not None:
-            text, deltas = self._reader.push(chunk.text)
-            text += self._reader.flush() if chunk.finish_reason is not None else ""
+            text, deltas = self._reader.push(piece)
+            text += self._reader.flush() if is_last and self._reason is not None else ""
         if text:
             if not self._has_message:
                 self._has_message = True
                 yield from self._open_message()
             self._text.append(text)
-            delta = _event("response.output_text.delta", delta=text, logprobs=[], **self._place())
-            yield _DELTA, delta
-        for delta in _by_call(deltas):
+            yield _DELTA, _event("response.output_text.delta", delta=text, logprobs=[], **self._place())
+        for delta in deltas:
             if delta.name is not None:
                 yield from self._close_message()
                 yield from self._close_call()
@@ -387,23 +422,21 @@ class ResponsesForm:
             if delta.arguments:
                 self._calls[-1].arguments += delta.arguments
                 place = {"item_id": self._call_item(-1, "").id, "output_index": self._output_index}
-                yield (
-                    self._rank(_ARGUMENTS),
-                    _event("response.function_call_arguments.delta", delta=delta.arguments, **place),
-                )
+                event = _event("response.function_call_arguments.delta", delta=delta.arguments, **place)
+                yield self._rank(_DELTA), event
 
     def _open_message(self) -> Iterator[tuple[int, ResponseEvent]]:
         yield _ADDED, _event("response.output_item.added", item=self._message("in_progress", []), output_index=0)
         yield _ADDED + 1, _event("response.content_part.added", part=OutputText(text=""), **self._place())
 
-    def _close_message(self) -> Iterator[tuple[int, ResponseEvent]]:
+    def _close_message(self, *, is_last: bool = False) -> Iterator[tuple[int, ResponseEvent]]:
         """If it is open: behind it come calls, or nothing."""
         if not self._has_message or self._calls:
             return
         part = OutputText(text="".join(self._text))
         yield _DONE, _event("response.output_text.done", text=part.text, logprobs=[], **self._place())
         yield _DONE + 1, _event("response.content_part.done", part=part, **self._place())
-        item = self._message(self._status if self._reason else "completed", [part])
+        item = self._message(self._status if is_last else "completed", [part])
         yield _DONE + 2, _event("response.output_item.done", item=item, output_index=0)
 
     def _close_call(self, *, is_last: bool = False) -> Iterator[tuple[int, ResponseEvent]]:
@@ -499,7 +532,7 @@ class ResponsesForm:
 
 _ITEM = 8
 """Ranks of an item: those of the message begin with 0, those of calls follow."""
-_ADDED, _DELTA, _ARGUMENTS, _DONE = 2, 4, 4, 5
+_ADDED, _DELTA, _DONE = 2, 4, 5
 """Of an item's events, among its ranks. The message's two first ones have those of the two that it makes at the beginning."""
 _LAST = 1 << 16
 
@@ -507,20 +540,6 @@ _LAST = 1 << 16
 def _event(kind: str, **fields: Any) -> ResponseEvent:
     """Numbered when it is encoded."""
     return ResponseEvent(type=kind, sequence_number=0, **fields)
-
-
-def _by_call(deltas: Sequence[CallDelta]) -> Iterator[CallDelta]:
-    """As they are, with arguments of a call together that follow one another: no two events have the same rank."""
-    waiting: CallDelta | None = None
-    for delta in deltas:
-        if waiting is not None and delta.name is None:
-            waiting = replace(waiting, arguments=waiting.arguments + delta.arguments)
-            continue
-        if waiting is not None:
-            yield waiting
-        waiting = delta
-    if waiting is not None:
-        yield waiting
 
 
 def response_error_event(error: ErrorResponse) -> bytes:

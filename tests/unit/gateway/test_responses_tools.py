@@ -1,6 +1,7 @@
 """Functions over /v1/responses, with the `openai` package."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -175,7 +176,8 @@ def test_a_stream_that_is_cut_goes_on_with_the_events_that_are_missing(data: st.
         found: list[Event] = []
         for begin, end in pairwise([0, *ends, len(said)]):
             reason = FinishReason.STOP if end == len(said) else None
-            found += form.events(Chunk(index=0, text=said[begin:end], num_tokens=end, finish_reason=reason))
+            chunk = Chunk(index=0, text=said[begin:end], num_tokens=end, offsets=tuple(range(begin, end)))
+            found += form.events(replace(chunk, finish_reason=reason))
         return [*found, *form.last_events(summary)]
 
     cuts = st.lists(st.integers(1, len(said) - 1), unique=True, max_size=30).map(sorted)
