@@ -234,21 +234,19 @@ class OutputText(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[None] = []
 
 
-class OutputMessage(msgspec.Struct, frozen=True, kw_only=True):
+class OutputMessage(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="message"):
     """The answer."""
 
     id: str
-    type: Literal["message"] = "message"
     status: str
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
 
 
-class FunctionCallItem(msgspec.Struct, frozen=True, kw_only=True):
+class FunctionCallItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function_call"):
     """A call of a function."""
 
     id: str
-    type: Literal["function_call"] = "function_call"
     status: str
     call_id: str
     name: str
