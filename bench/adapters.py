@@ -102,7 +102,7 @@ class Contender:
     def begin(self, workload: Workload, seed: int) -> Run:
         """A batch whose prompts have been read."""
         sampling = SamplingParams(temperature=0.0, max_tokens=workload.num_new_tokens, ignore_eos=True)
-        refs = self.group.refs[: self._num_adapters] or [None]
+        refs: list[AdapterRef | None] = [*self.group.refs[: self._num_adapters]] or [None]
         prompts = workload.prompts(self.group.model.vocab_size, seed)
         return Run(
             self.group.engine,

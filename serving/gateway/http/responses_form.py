@@ -14,7 +14,7 @@ from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.error_responses import ErrorResponse
 from serving.gateway.core.fields import UNSUPPORTED, Unsupported
 from serving.gateway.core.resume_tokens import Stream
-from serving.gateway.core.tools import TOOL, CallReader, Tool, ToolCall, ToolUse, call_text
+from serving.gateway.core.tools import TOOL, CallDelta, CallReader, Tool, ToolCall, ToolUse, call_text
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
 from serving.gateway.http.forms import TextFormat, TextOptions
@@ -401,7 +401,8 @@ class ResponsesForm:
 
     def _read(self, piece: str, *, is_last: bool) -> Iterator[tuple[int, ResponseEvent]]:
         """What a piece adds, with ranks."""
-        text, deltas = piece, []
+        text = piece
+        deltas: list[CallDelta] = []
         if self._reader is not None:
             text, deltas = self._reader.push(piece)
             text += self._reader.flush() if is_last and self._reason is not None else ""
