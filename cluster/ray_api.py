@@ -32,6 +32,27 @@ _PYTHON = 0
 """Ray's number of the language."""
 
 
+_OF_A_CLUSTER_OF_MANY = ("start_monitor", "start_log_monitor", "start_api_server")
+"""Methods of Ray's Node that start the head's autoscaler, the reader of logs for the driver, and the dashboard."""
+
+
+@contextmanager
+def only_needed_processes() -> Iterator[None]:
+    """A cluster that is started in this block has none of three processes that Ray has no setting against. One machine does not
+    grow, its logs are read by nobody, and without a dashboard that process serves usage statistics alone, which are off. They
+    import Ray while everything else does, and the driver waits for the last. A Ray without such a method keeps its process.
+    """
+    node: Any = ray._private.node.Node
+    before = {name: getattr(node, name) for name in _OF_A_CLUSTER_OF_MANY if hasattr(node, name)}
+    for name in before:
+        setattr(node, name, lambda *_arguments, **_named: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(node, name, method)
+
+
 def alive_nodes() -> list[NodeResources]:
     return [
         NodeResources(

@@ -37,9 +37,15 @@ def _fours(bytes_RBN: Tensor, size: int) -> Tensor:
     return torch.stack((chunks & 15, chunks >> 4), dim=3).flatten(1)
 
 
-def _packed(values_RP: Tensor) -> Tensor:
-    """Two numbers of four bits a byte."""
-    return values_RP[:, 0::2] | values_RP[:, 1::2] << 4
+def _packed_fours(bytes_RBN: Tensor, size: int) -> Tensor:
+    """uint8 [R, B · N]: the numbers of `_fours`, two a byte. Of two bytes at a time, since numbers that are neighbours come from
+    neighbours: 0x4321 holds the pairs 1, 3 (the lower four bits) and 2, 4.
+    """
+    pairs = bytes_RBN.contiguous().view(torch.int16).unflatten(2, (-1, size // 2))
+    packed = bytes_RBN.new_empty((*pairs.shape[:3], 2, size // 2))
+    packed[:, :, :, 0] = pairs & 0x0F | pairs >> 4 & 0xF0
+    packed[:, :, :, 1] = pairs >> 4 & 0x0F | pairs >> 8 & 0xF0
+    return packed.flatten(1)
 
 
 def _single_bits(bytes_RBN: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def _single_bits(bytes_RBN: Tensor) -> Tensor:
 
 
 def _q4_0(b: Tensor) -> Parts:
-    return {"scales_OS": _halves(b[:, :, :2]), "values_OB": _packed(_fours(b[:, :, 2:], 16))}
+    return {"scales_OS": _halves(b[:, :, :2]), "values_OB": _packed_fours(b[:, :, 2:], 16)}
 
 
 def _q4_1(b: Tensor) -> Parts:
@@ -56,7 +62,7 @@ def _q4_1(b: Tensor) -> Parts:
     return {
         "scales_OS": _halves(b[:, :, :2]),
         "minimums_OS": minimums,
-        "values_OB": _packed(_fours(b[:, :, 4:], 16)),
+        "values_OB": _packed_fours(b[:, :, 4:], 16),
     }
 
 
@@ -101,7 +107,7 @@ def _k_header(b: Tensor) -> Parts:
 
 
 def _q4_k(b: Tensor) -> Parts:
-    return _k_header(b) | {"values_OB": _packed(_fours(b[:, :, 16:], 32))}
+    return _k_header(b) | {"values_OB": _packed_fours(b[:, :, 16:], 32)}
 
 
 def _q5_k(b: Tensor) -> Parts:

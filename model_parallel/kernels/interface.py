@@ -135,6 +135,8 @@ Matrix = Tensor | Int8Matrix | GroupMatrix
 def joined(matrices: Sequence[GroupMatrix]) -> GroupMatrix:
     """Outputs of all of them, one after another; each must match the first."""
     first = matrices[0]
+    if len(matrices) == 1:
+        return first
     return replace(first, **_parts({name: torch.cat([m.parts[name] for m in matrices]) for name in first.parts}))
 
 

@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.ray_api import alive_nodes, run_on_node
+from cluster.ray_api import alive_nodes, only_needed_processes, run_on_node
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
@@ -244,7 +244,7 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
     needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.entry.most_groups for s in specs)
     with suppress(FileNotFoundError):
         tempfile.gettempdir()  # this process keeps its own, whatever its children get
-    with _environment(cluster_environment(guard.directory)):
+    with _environment(cluster_environment(guard.directory)), only_needed_processes():
         ray.init(
             address="local",
             num_cpus=config.ray.num_cpus or max(read_machine().num_cpus, math.ceil(needed)) + _PLACES_FOR_OTHERS,

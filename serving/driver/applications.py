@@ -18,6 +18,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from cluster.autoscaler import ScalingError
 from cluster.placement import GATEWAY_RESOURCE, GroupPlacement
@@ -122,7 +123,23 @@ def rollout_share(max_unavailable: int, num_groups: int) -> float:
 def run(targets: Sequence[serve.RunTarget], *, wait: bool) -> list[DeploymentHandle[Any]]:
     """Deploy applications on Serve, which has started; with `wait`, until all of their replicas run. Raises RuntimeError with
     Serve's reason, RayError."""
-    return list(serve.run_many(list(targets), wait_for_applications_running=wait))
+    handles = list(serve.run_many(list(targets), wait_for_applications_running=False))
+    for target in targets if wait else ():
+        _wait_until_running(target.name)
+    return handles
+
+
+def _wait_until_running(app: str) -> None:
+    """Serve's own wait looks once a second. The groups' start_timeout_s bounds it."""
+    while True:
+        found = serve.status().applications.get(app)
+        if found is None:
+            raise RuntimeError(f"the application {app} is gone")
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(f"Deploying application {app} failed: {found.message}")
+        if found.status == ApplicationStatus.RUNNING:
+            return
+        time.sleep(_POLL_S)
 
 
 def set_num_groups(model: str, num_groups: int) -> None:

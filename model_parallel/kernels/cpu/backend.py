@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_parallel.errors import EngineError
 from model_parallel.host_memory import empty_shard
 from model_parallel.kernels.cpu import low_rank
 from model_parallel.kernels.cpu.low_rank import StepAdapters
