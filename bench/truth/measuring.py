@@ -24,6 +24,7 @@ MIXES = MappingProxyType(
     }
 )
 MAX_NUM_SEQS = 16
+MAX_STEP_TOKENS = 512
 KV_TOKENS = 4096
 """Less than 16 of the long sequences may need, so that some are preempted."""
 MAX_WAITING = 16
@@ -40,6 +41,7 @@ def configuration(num_groups: int, tp_size: int, metrics_port: int) -> ServingCo
     """What is not said is the default."""
     entry = {
         "max_num_seqs": MAX_NUM_SEQS,
+        "max_num_batched_tokens": MAX_STEP_TOKENS,
         "speculation": "off",  # as it is simulated
         "kv_cache_tokens": KV_TOKENS,
         "max_waiting_requests": MAX_WAITING,

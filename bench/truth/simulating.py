@@ -16,7 +16,7 @@ from bench.simulation.parts import FleetSpec, GroupShape
 from bench.simulation.profiles import StepsFile
 from bench.simulation.report import Columns
 from bench.simulation.requests import REFUSED, Requests, Status, TenantTraits
-from bench.truth.measuring import KV_TOKENS, MAX_NUM_SEQS, MAX_WAITING
+from bench.truth.measuring import KV_TOKENS, MAX_NUM_SEQS, MAX_STEP_TOKENS, MAX_WAITING
 from bench.truth.recording import LoadRecord, Sent, ShapeRecord
 from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.step_times import StepWork
@@ -96,7 +96,10 @@ def run_fleet(profile: StepsFile, sent: Sequence[Sent], num_groups: int, seed: i
     shape = GroupShape(
         costs=CostTable(step_cost(profile)),
         scheduler=SchedulerConfig(
-            max_num_seqs=MAX_NUM_SEQS, max_waiting_requests=MAX_WAITING, max_model_len=profile.max_position
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=MAX_STEP_TOKENS,
+            max_waiting_requests=MAX_WAITING,
+            max_model_len=profile.max_position,
         ),
         cache=CacheConfig(num_blocks=KV_TOKENS // BLOCK_SIZE, enable_prefix_caching=False),
         sharing=profile.sharing,
