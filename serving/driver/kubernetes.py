@@ -21,6 +21,7 @@ from model_parallel.memory import (
     Device,
     DraftMemory,
     GroupMemory,
+    Workload,
     draft_memory,
     kv_cache_tokens,
     plan_group,
@@ -207,12 +208,12 @@ def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> Mo
         device=gpu if gpu is not None and entry.device == "cuda" else host,
         workload=workload,
         utilisation=entry.memory_utilization,
-        draft=_draft_memory(entry),
+        draft=_draft_memory(entry, workload),
     )
     return ModelPlan(entry=entry, memory=memory)
 
 
-def _draft_memory(entry: ModelEntry) -> DraftMemory | None:
+def _draft_memory(entry: ModelEntry, workload: Workload) -> DraftMemory | None:
     """Raises ConfigError for a draft model of which nothing is known here."""
     if entry.draft_model is None:
         return None
@@ -221,8 +222,7 @@ def _draft_memory(entry: ModelEntry) -> DraftMemory | None:
         raise ConfigError(
             f"models.{entry.name}.draft_model: {entry.draft_model} is not here, so its memory is not known"
         )
-    assert entry.max_num_seqs is not None, "with_step_sizes comes first"
-    return draft_memory(draft, dtype=entry.dtype, max_num_seqs=entry.max_num_seqs)
+    return draft_memory(draft, dtype=entry.dtype, max_num_seqs=workload.max_num_seqs)
 
 
 def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
