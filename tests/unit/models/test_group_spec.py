@@ -87,34 +87,29 @@ def test_memory_for_adapters_is_set_aside(smollm2_path: Path) -> None:
         check_memory([spec], machine(8 << 30))
 
 
-def test_a_draft_model_is_checked_with_its_model(smollm2_path: Path, tmp_path: Path) -> None:
-    spec = resolve_model(_entry(smollm2_path, speculation="auto", draft_model=str(smollm2_path), kv_cache_tokens=1000))
-    assert spec.draft == DraftConfig(checkpoint_path=str(smollm2_path), quantization="packed", share=1.0)
-    plain = resolve_model(_entry(smollm2_path, kv_cache_tokens=1000))
-    drafts = held_bytes(spec, 1) - held_bytes(plain, 1)
-    memory = draft_memory_of(spec.entry)
-    assert memory is not None
-    assert drafts >= memory.weight_bytes + memory.kv_bytes_per_token * spec.cache.num_tokens
-    with pytest.raises(ConfigError, match=r"models\.small\.draft_model: .*draft has 512 tokens, and .* has 49152"):
-        resolve_model(_entry(smollm2_path, speculation="auto", draft_model=str(_tiny(tmp_path / "draft"))))
-
-
 def _tiny(path: Path, tokenizer: str | None = None) -> Path:
     path.mkdir()
     return llama_directory(path, tokenizer__json=tokenizer or tokenizer_json())
 
 
-def test_a_draft_model_has_the_same_tokens(tmp_path: Path) -> None:
+def test_a_draft_model_has_the_same_tokens(smollm2_path: Path, tmp_path: Path) -> None:
     model, draft, other = (
         _tiny(tmp_path / name, tokenizer)
         for name, tokenizer in (("model", None), ("draft", None), ("other", byte_level_json([])))
     )
-    spec = resolve_model(_entry(model, device="cpu", speculation="auto", draft_model=str(draft)))
-    assert spec.draft is not None and spec.draft.checkpoint_path == str(draft)
+    given = {"device": "cpu", "speculation": "auto", "kv_cache_tokens": 1000}
+    spec, plain = (resolve_model(_entry(model, **given, draft_model=each)) for each in (str(draft), None))
+    assert spec.draft == DraftConfig(checkpoint_path=str(draft), share=1.0)
+    memory = draft_memory_of(spec.entry)
+    assert memory is not None
+    drafts = held_bytes(spec, 1) - held_bytes(plain, 1)
+    assert drafts >= memory.weight_bytes + memory.kv_bytes_per_token * spec.cache.num_tokens
+    with pytest.raises(ConfigError, match=r"models\.small\.draft_model: .* has 49152 tokens, and .*model has 512"):
+        resolve_model(_entry(model, **given, draft_model=str(smollm2_path)))
     with pytest.raises(
         ConfigError, match=r"models\.small\.draft_model: token \d+ is b'.*' in .*other, and b'.*' in .*model"
     ):
-        resolve_model(_entry(model, device="cpu", speculation="auto", draft_model=str(other)))
+        resolve_model(_entry(model, **given, draft_model=str(other)))
 
 
 @pytest.mark.parametrize(
