@@ -101,7 +101,7 @@ def changes(app: RunningApp) -> list[tuple[int, int]]:
     return [(made.before, made.target) for made in fleet(app).decisions if made.before != made.target]
 
 
-def wait_for(app: RunningApp, num_groups: int) -> None:
+def wait_for_groups(app: RunningApp, num_groups: int) -> None:
     wait_until(
         lambda: states(app) == ["running"] * num_groups and len(workers()) >= num_groups,
         SCALE_TIMEOUT_S,
@@ -167,11 +167,11 @@ def test_groups_and_their_nodes_come_with_the_load_and_go_after_it(app: RunningA
         wait_asleep(app)
         begin = len(changes(app))
         load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-        wait_for(app, 3)
+        wait_for_groups(app, 3)
         assert watch.most_nodes == 3
         with trickle(app):
             load.end()
-            wait_for(app, 1)
+            wait_for_groups(app, 1)
             wait_until(lambda: len(workers()) == 1, SCALE_TIMEOUT_S, "two nodes are released")
         wait_asleep(app)
     assert load.answers == alone
@@ -192,7 +192,7 @@ def test_controller_autoscaler_and_a_node_are_lost_while_groups_start(app: Runni
         known = set(groups(NAME_OF_MODEL))
         kill_autoscaler()
         lose_node(sorted(workers())[-1])
-        wait_for(app, 3)
+        wait_for_groups(app, 3)
         assert known <= set(groups(NAME_OF_MODEL)), "what ran goes on"
         load.end()
         wait_asleep(app)
@@ -219,20 +219,20 @@ def test_frozen_metrics_hold_and_a_clock_that_jumps_changes_nothing_for_long(app
     with watched(app), trickle(app):
         start_autoscaler(settings, PATIENCE_S, SwitchedAutoscaler)
         load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-        wait_for(app, 3)
+        wait_for_groups(app, 3)
 
         ray_api.write_note(SILENCE_NOTE, "1")
         load.end()  # the trickle goes on, for which one group is enough
         time.sleep(2 * SHRINK_AFTER_S)
         assert len(groups(NAME_OF_MODEL)) == 3
         ray_api.write_note(SILENCE_NOTE, None)
-        wait_for(app, 1)
+        wait_for_groups(app, 1)
 
         for jump_s in (3600.0, -3600.0):
             ray_api.write_note(CLOCK_NOTE, str(jump_s))
             load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-            wait_for(app, 3)
+            wait_for_groups(app, 3)
             load.end()
-            wait_for(app, 1)
+            wait_for_groups(app, 1)
     wait_asleep(app)
     print(json.dumps(changes(app)))
