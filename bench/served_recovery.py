@@ -159,29 +159,28 @@ def kill_one(
 
 def with_a_peer(num_kills: int, num_streams: int, num_tokens: int, rest_s: float, console: Console) -> dict[str, Any]:
     """Pauses where another group goes on."""
-    draw, pauses_s, begins_s, rebuilt_s = random.Random(1), list[float](), list[float](), list[float]()
+    draw, pauses_s, begins_s = random.Random(1), list[float](), list[float]()
     admin = NO_ADMIN | {"metrics_port": 0}
     with running(stack_config(ENTRY | {"num_groups": 2}, admin=admin), lambda stage: None) as app:
         groups = Groups()
         groups.await_groups(2)
         for turn in range(num_kills):
             time.sleep(rest_s)
-            readings, group, fault_s = kill_one(app.address, groups, num_streams, num_tokens, draw)
+            readings, group, _ = kill_one(app.address, groups, num_streams, num_tokens, draw)
             lost = sorted(readings, key=lambda reading: reading.pause_s, reverse=True)[: num_streams // 2]
             longest = [reading.pause_s for reading in lost]
             pauses_s += longest
             begins_s += [reading.pause_began_s for reading in lost]
-            rebuilt_s.append(groups.await_groups(2, without=group) - fault_s)
+            groups.await_groups(2, without=group)
             console.print(
                 f"kill {turn} of one of two groups: pauses of {min(longest):.2f} to {max(longest):.2f} s, which began "
-                f"{max(begins_s[-len(lost) :]):.2f} s after it at the latest; two again after {rebuilt_s[-1]:.1f} s"
+                f"{max(begins_s[-len(lost) :]):.2f} s after it at the latest"
             )
         num_resumed, sums = stages(app)
     means = {stage: seconds / num_resumed for stage, seconds in sums.items()}
     console.print(f"{num_resumed:.0f} streams went on elsewhere; seconds of each by stage: {means}")
     settings = {"num_kills": num_kills, "num_streams": num_streams, "num_tokens": num_tokens}
-    seconds = {"seconds": pauses_s, "began_after_s": begins_s, "stages": means, "rebuilt": percentiles(rebuilt_s)}
-    return percentiles(pauses_s) | settings | seconds
+    return percentiles(pauses_s) | settings | {"seconds": pauses_s, "began_after_s": begins_s, "stages": means}
 
 
 def alone(num_kills: int, num_cancels: int, num_tokens: int, rest_s: float, console: Console) -> dict[str, Any]:
