@@ -46,6 +46,8 @@ class Replica:
     """Wall clock, when Serve began to start it, or found it again after a restart of its own."""
     node_id: str = ""
     """Of the leader; "" where it is not placed yet."""
+    actor: str = ""
+    """Name of its actor."""
 
     @property
     def is_starting(self) -> bool:
@@ -101,6 +103,10 @@ class Control(Protocol):
         """Raises ScalingError."""
         ...
 
+    def kill(self, replica: Replica) -> None:
+        """Nothing happens when it is dead. Raises ScalingError."""
+        ...
+
 
 def ask_loads(control: Control, deployment: str) -> list[Answer]:
     """Of the groups that answer."""
@@ -141,16 +147,18 @@ class Retirements:
         ScalingError when nothing, or not all of it, could be ordered."""
         found = self._found()
         self._departures = {group: how for group, how in self._departures.items() if group in found.counted}
-        if target == 0 or target >= self.target(found):
-            # To none: all of them end, and nothing is to be chosen.
-            self.control.set_target(self.deployment, target + (len(self._departures) if target else 0))
+        if target == 0:  # all of them end, and nothing is to be chosen
+            self._lower(found, found.target)
+            return
+        if target >= self.target(found):
+            self.control.set_target(self.deployment, target + len(self._departures))
             return
         num_fewer = self.target(found) - target
         chosen = [group for group in victims if group not in self._departures][:num_fewer]
         asked = [group for group in chosen if group in found.counted]
         num_absent = min(num_fewer - len(asked), sum(replica.is_starting for replica in found.replicas))
         if num_absent > 0:
-            self.control.set_target(self.deployment, found.target - num_absent)
+            self._lower(found, num_absent)
         if not asked:
             return
         answers = map(_decode_id, self.control.ask_all(self.deployment, "retire", _encode(asked)))
@@ -186,10 +194,28 @@ class Retirements:
                 waiting -= left
                 for group in left:
                     self._departures.pop(group, None)
-                self.control.set_target(self.deployment, found.target - len(left))
+                self._lower(found, len(left))
             elif self.clock() > deadline_s:
                 raise ScalingError(f"{', '.join(sorted(waiting))} did not end within {LEAVE_TIMEOUT_S:g} s")
             if waiting:
+                self.sleep(POLL_S)
+
+    def _lower(self, found: Deployed, num_fewer: int) -> None:
+        """Lower the number, and kill those that Serve stops while they start. It asks them to end, which they cannot do before
+        they have started, and gives them a minute for it."""
+        starting = {replica.id for replica in found.replicas if replica.is_starting}
+        self.control.set_target(self.deployment, found.target - num_fewer)
+        num_left = min(num_fewer, len(starting))
+        deadline_s = self.clock() + LEAVE_TIMEOUT_S
+        while num_left > 0 and self.clock() < deadline_s:
+            replicas = {replica.id: replica for replica in self._found().replicas}
+            for group in sorted(starting):
+                if (now := replicas.get(group)) is None or now.is_stopping:
+                    if now is not None:
+                        self.control.kill(now)
+                    starting.remove(group)
+                    num_left -= 1
+            if num_left > 0:
                 self.sleep(POLL_S)
 
     def shrink(self, target: int, timeout_s: float) -> None:

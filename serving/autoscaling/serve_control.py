@@ -1,11 +1,13 @@
 """The calls to Ray Serve that the autoscaler makes. Each has a deadline."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -48,6 +50,7 @@ class ServeControl:
                         state=str(replica["state"].value),
                         started_s=replica["start_time_s"],
                         node_id=replica.get("node_id") or "",
+                        actor=replica["actor_name"],
                     )
                     for replica in deployment["replicas"]
                 ),
@@ -78,6 +81,14 @@ class ServeControl:
         self._ask_controller(
             "update_deployment_replicas", DeploymentID(deployment, self._apps[deployment]), num_replicas
         )
+
+    def kill(self, replica: Replica) -> None:
+        """Raises ScalingError."""
+        try:
+            with suppress(ValueError):  # no actor of that name
+                ray.kill(ray.get_actor(replica.actor, SERVE_NAMESPACE), no_restart=True)
+        except RayError as error:
+            raise ScalingError(f"{replica.id} cannot be ended: {error}") from error
 
     def _ask_controller(self, method: str, *arguments: object) -> Any:
         try:

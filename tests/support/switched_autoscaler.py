@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from cluster import ray_api
 from serving.autoscaling.actor import AutoscalerActor
-from serving.autoscaling.retirement import Control, Deployed
+from serving.autoscaling.retirement import Control, Deployed, Replica
 
 CLOCK_NOTE = "test/clock"
 """Seconds by which its clock is wrong."""
@@ -33,3 +33,6 @@ class _Switched:
 
     def set_target(self, deployment: str, num_replicas: int) -> None:
         self._control.set_target(deployment, num_replicas)
+
+    def kill(self, replica: Replica) -> None:
+        self._control.kill(replica)

@@ -31,6 +31,7 @@ class Serve:
         self.orders: list[int] = []
         self.loads: dict[str, GroupLoad] = {}
         self.drains_at_once = False
+        self.killed: set[str] = set()
 
     @property
     def running(self) -> set[str]:
@@ -48,6 +49,10 @@ class Serve:
         assert deployment == "d"
         self.target = num_replicas
         self.orders.append(num_replicas)
+
+    def kill(self, replica: Replica) -> None:
+        assert self.states[replica.id] == "STOPPING"
+        self.killed.add(replica.id)
 
     def ask_all(self, deployment: str, method: str, *arguments: bytes) -> list[bytes]:
         assert deployment == "d"
@@ -113,6 +118,7 @@ def test_those_that_were_chosen_end_and_no_other(victims: tuple[str, ...]) -> No
     learned(serve).settle()  # by a successor
     assert serve.settled() == {"a", "b", "c"} - set(victims)
     assert serve.target == 3 - len(victims)
+    assert serve.killed == {group for group in serve.states if group.startswith("new")}, "no replacement lingers"
     assert learned(serve).target(serve.deployed()["d"]) == serve.target
 
 
@@ -137,6 +143,7 @@ def test_those_that_start_end_at_once() -> None:
     serve.states["c"], serve.target = "STARTING", 3
     learned(serve).scale(1, ("c", "a"))
     assert serve.target == 2
+    assert serve.killed == {"c"}
     serve.departures["a"] = Departure.RETIRED
     learned(serve).settle()
     assert serve.settled() == {"b"}
