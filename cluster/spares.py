@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 """For processes to start, and for others to have started theirs."""
 POLL_S = 1.0
+MIN_AVAILABLE_BYTES = 3 << 30
+"""Of memory, or no more are started: what serves comes first."""
 _UNUSED, _STARTING = "ray::IDLE", "default_worker.py"
 _CLAIM = "packtrain-spares"
 
@@ -55,6 +57,11 @@ def _start_missing(num_wanted: int) -> bool:
     """Whether some are missing. One at a time starts, because what serves has the same priority."""
     num_idle, num_starting = num_workers()
     if num_idle < num_wanted and not num_starting:
+        if (num_bytes := psutil.virtual_memory().available) < MIN_AVAILABLE_BYTES:
+            logger.warning(
+                "%d of %d spare processes are kept: %d MiB are available", num_idle, num_wanted, num_bytes >> 20
+            )
+            return False
         ray_api.start_idle_worker(START_TIMEOUT_S)
     return num_idle < num_wanted
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from cluster import ray_api, spare_imports, spares
@@ -62,6 +64,9 @@ class Cluster:
         monkeypatch.setattr(spares, "num_workers", self.num_workers)
         monkeypatch.setattr(spares, "note_of_modules", lambda: tmp_path / "note")
         monkeypatch.setattr(spares, "POLL_S", 0.001)
+        memory = SimpleNamespace(available=1 << 40)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        self.memory = memory
 
     def create_record(self, key: str, value: bytes) -> bool:
         return self.records.setdefault(key, value) is value
@@ -113,3 +118,13 @@ async def test_a_leader_that_has_died_at_it_stops_nobody(monkeypatch: pytest.Mon
     cluster.records[spares._CLAIM] = str(process.pid).encode()
     await spares.keep_spares(1, ["one"])
     assert cluster.num_started == 1
+
+
+async def test_none_is_started_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = Cluster(monkeypatch, tmp_path)
+    cluster.memory.available = 1 << 30
+    await spares.keep_spares(3, ["one"])
+    assert cluster.num_started == 0
+    assert "0 of 3 spare processes are kept: 1024 MiB are available" in caplog.text
