@@ -68,7 +68,7 @@ SUITES = (
     Suite(name="numerics", arguments=("tests/numerics",), shares="worksteal"),
     Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile", waits=True),
     Suite(name="chaos", arguments=("tests/chaos",), shares="worksteal", waits=True),
-    Suite(name="integration", arguments=("tests/integration",), file_by_file=True, waits=True),
+    Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
     Suite(name="helm", arguments=("tests/helm",), shares="loadfile"),
     Suite(name="packaging", arguments=("tests/packaging",), shares="loadfile"),
 )

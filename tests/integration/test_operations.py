@@ -33,6 +33,7 @@ def app(source: Path) -> Iterator[RunningApp]:
         "models": [entry(FIRST, source, num_groups=2)],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 5},
         "admin": {"metrics_port": 0, "port": 0},
+        "ray": {"spare_processes": False},
     }
     with running_stack(parse_config(data, origin="test")) as app:
         yield app

@@ -34,7 +34,12 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
             "chat": {"format": "llama-2"},
         },
     ]
-    data = {"models": models, "gateway": {"port": 0, "http_port": 0}, "admin": {"metrics_port": 0}}
+    data = {
+        "models": models,
+        "gateway": {"port": 0, "http_port": 0},
+        "admin": {"metrics_port": 0},
+        "ray": {"spare_processes": False},
+    }
     with running_stack(parse_config(data, origin="test")) as app:
         yield app
 

@@ -31,6 +31,7 @@ def stack_config(**model: object) -> ServingConfig:
         "models": [entry],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},
         "admin": {"metrics_port": 0, "port": 0},
+        "ray": {"spare_processes": False},  # they would import while tests wait for something else
     }
     return parse_config(data, origin="the test's configuration")
 
