@@ -37,9 +37,9 @@ class Suite:
     shares: str = ""
     """How xdist shares the tests among workers; all in one process when empty."""
     waits: bool = False
-    """Whether a core is idle while a test runs: there are half again as many workers, or files at a time, as cores."""
+    """Whether a core is idle for much of a test's time: there are half again as many workers as cores."""
     file_by_file: bool = False
-    """Each file in a process and session of its own, two at a time or a few more: Ray's head is forked, which a process full of
+    """Each file in a process and session of its own, two at a time: Ray's head is forked, which a process full of
     another file's gRPC threads can break, and tests look for the processes of their session."""
 
     @property
@@ -67,7 +67,7 @@ SUITES = (
     ),
     Suite(name="numerics", arguments=("tests/numerics",), shares="worksteal"),
     Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile", waits=True),
-    Suite(name="chaos", arguments=("tests/chaos",), shares="worksteal", waits=True),
+    Suite(name="chaos", arguments=("tests/chaos",), shares="worksteal"),
     Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
     Suite(name="helm", arguments=("tests/helm",), shares="loadfile"),
     Suite(name="packaging", arguments=("tests/packaging",), shares="loadfile"),
