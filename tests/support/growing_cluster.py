@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import ray
@@ -93,27 +94,29 @@ def growing_cluster(
     address = f"{ip}:{port}"
     config = directory / "autoscaling.json"
     config.write_text(json.dumps(_autoscaling(address, cpus_per_node, max_nodes, idle_timeout_s)))
-    cluster = Cluster(
-        initialize_head=True,
-        shutdown_at_exit=False,
-        head_node_args={
-            "num_cpus": 0,
-            "resources": {GATEWAY_RESOURCE: 1},
-            "node_ip_address": ip,
-            "gcs_server_port": port,
-            "temp_dir": str(directory),
-            "include_dashboard": False,
-            "autoscaling_config": str(config),
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "env_vars": {
-                **environment,
-                "RAY_FAKE_CLUSTER": "1",
-                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
+    # The process of Ray's autoscaler, and so the nodes that it starts, have their environment from this one.
+    autoscaler = {
+        **environment,
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    with patch.dict(os.environ, autoscaler):
+        cluster = Cluster(
+            initialize_head=True,
+            shutdown_at_exit=False,
+            head_node_args={
+                "num_cpus": 0,
+                "resources": {GATEWAY_RESOURCE: 1},
+                "node_ip_address": ip,
+                "gcs_server_port": port,
+                "temp_dir": str(directory),
+                "include_dashboard": False,
+                "autoscaling_config": str(config),
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "env_vars": {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID},
             },
-        },
-    )
+        )
     try:
         yield address
     finally:
