@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.autoscaler import Autoscaler, ScalingError
 from cluster.autoscaler_store import RayRecords, RecordStore
-from cluster.ray_api import this_node
+from cluster.placement import DRIVER_RESOURCE
+from cluster.ray_api import has_resource, this_node
 from serving.autoscaling.fleet import ServeFleet
 from serving.autoscaling.retirement import Control
 from serving.autoscaling.serve_control import ServeControl
@@ -86,10 +87,16 @@ def start_autoscaler(
     settings: AutoscalerSettings, timeout_s: float, actor_class: type[AutoscalerActor] = AutoscalerActor
 ) -> None:
     """Detached, so that it outlives the process that started it. It goes on with what the last one has learned, and nobody waits
-    until it does. Raises RayError."""
+    until it does. Where nodes of drivers are marked, it is on such a node: Ray does not end a node with an actor, so that on a
+    group's node it would keep that. Raises RayError."""
     stop_autoscaler(timeout_s)
     deadline_s = time.monotonic() + timeout_s
-    node_id, _ = this_node()
+    where: dict[str, Any]
+    if has_resource(DRIVER_RESOURCE):
+        where = {"resources": {DRIVER_RESOURCE: 0.001}}
+    else:
+        node_id, _ = this_node()
+        where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True)}
     remote: Any = ray.remote(actor_class)
     options = remote.options(
         name=NAME,
@@ -98,7 +105,7 @@ def start_autoscaler(
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=4,  # `close` waits
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+        **where,
     )
     while True:
         try:
