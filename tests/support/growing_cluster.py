@@ -17,7 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.guard import kill_processes_in
-from cluster.placement import GATEWAY_RESOURCE
+from cluster.placement import DRIVER_RESOURCE, GATEWAY_RESOURCE
 from serving.driver.environment import CLUSTER_VARIABLES
 from tests.support.waiting import PATIENCE_S
 
@@ -52,7 +52,11 @@ def _autoscaling(address: str, cpus_per_node: int, max_nodes: int, idle_timeout_
             "head_node_id": HEAD_NODE_ID,
         },
         "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 0, GATEWAY_RESOURCE: 1}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {
+                "resources": {"CPU": 0, GATEWAY_RESOURCE: 1, DRIVER_RESOURCE: 1},
+                "node_config": {},
+                "max_workers": 0,
+            },
             "accelerators": {
                 "resources": {"CPU": cpus_per_node, "object_store_memory": _OBJECT_STORE_BYTES},
                 "node_config": {},
@@ -107,7 +111,7 @@ def growing_cluster(
             shutdown_at_exit=False,
             head_node_args={
                 "num_cpus": 0,
-                "resources": {GATEWAY_RESOURCE: 1},
+                "resources": {GATEWAY_RESOURCE: 1, DRIVER_RESOURCE: 1},
                 "node_ip_address": ip,
                 "gcs_server_port": port,
                 "temp_dir": str(directory),
