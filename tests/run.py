@@ -84,7 +84,10 @@ NIGHTLY_SUITES = (
     # Some of these measure time, so one after the other.
     Suite(
         name="nightly cases",
-        arguments=(*NIGHT, "-m", "nightly", "tests/unit", "tests/numerics", "tests/chaos", "tests/packaging"),
+        arguments=(
+            *NIGHT,
+            *("-m", "nightly", "tests/unit", "tests/numerics", "tests/distributed", "tests/chaos", "tests/packaging"),
+        ),
     ),
     Suite(name="faults", arguments=(*NIGHT, "-m", "nightly", "tests/integration/test_serving_faults.py")),
     Suite(name="nightly", arguments=(*NIGHT, "-m", "nightly", "tests/nightly")),

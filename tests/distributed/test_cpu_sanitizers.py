@@ -60,7 +60,11 @@ def _runtime(name: str) -> str | None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize(
+    # Without vectors and without optimisation, each number that is multiplied is checked by itself: five minutes.
+    "isa",
+    [pytest.param(isa, marks=pytest.mark.nightly if isa == "scalar" else ()) for isa in INSTRUCTION_SETS],
+)
 def test_kernels_run_clean_under_sanitizers(isa: str) -> None:
     runtimes = [_runtime("libasan.so"), _runtime("libubsan.so")]
     if None in runtimes:
