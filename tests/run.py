@@ -220,6 +220,8 @@ def load_on_every_core(is_wanted: bool) -> Iterator[None]:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell's background job ignores it, and so would every process that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="python -m tests.run", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="all unless given")
     parser.add_argument(
