@@ -20,6 +20,7 @@ from model_parallel.runtime.executors import SpawnedExecutor
 from model_parallel.runtime.silence import MIN_LIMIT_S
 from tests.support.executors import execute
 from tests.support.fake_rank import CRAWL, EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
+from tests.support.processes import is_running
 from tests.support.waiting import wait_until
 
 
@@ -115,10 +116,6 @@ def test_killed_between_steps_calls_back_once(group: SpawnedExecutor, victim: in
         execute(group, plan(2, (0, 1)))
     assert wait_until(lambda: not any(map(is_running, group.pids)))
     assert len(reasons) == 1
-
-
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize(
