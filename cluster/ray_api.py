@@ -5,11 +5,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import psutil
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray.actor import ActorHandle
@@ -30,6 +31,7 @@ __all__ = ["ActorHandle", "PlacementGroup", "RayError"]
 _FOR_EVER_S = 10 * 365 * 24 * 3600
 _PYTHON = 0
 """Ray's number of the language."""
+_NODE_POLL_S = 0.05
 
 
 _OF_A_CLUSTER_OF_MANY = ("start_monitor", "start_log_monitor", "start_api_server")
@@ -51,6 +53,40 @@ def only_needed_processes() -> Iterator[None]:
     finally:
         for name, method in before.items():
             setattr(node, name, method)
+
+
+@contextmanager
+def patient_start(timeout_s: float) -> Iterator[None]:
+    """A cluster that is started in this block may take so long to have its node. Ray gives its raylet 30 s and has no setting for
+    it; on a busy machine the two agents that the raylet waits for import for longer. A raylet that ends is not waited for.
+    """
+    services: Any = ray._private.services
+    get_node = services.get_node
+
+    def get_node_in_time(address: str, node_id: str) -> Any:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return get_node(address, node_id)
+            except RuntimeError:
+                if time.monotonic() > deadline_s or not _has_raylet():
+                    raise
+                time.sleep(_NODE_POLL_S)
+
+    services.get_node = get_node_in_time
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def _has_raylet() -> bool:
+    """Whether one that this process has started still runs."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def alive_nodes() -> list[NodeResources]:

@@ -23,6 +23,8 @@ NUM_CORES = len(os.sched_getaffinity(0))
 MAX_WORKERS = 8
 NOTHING_COLLECTED = 5
 """pytest's exit status."""
+MAX_REASON = 400
+"""Characters of a failure's reason in the summary."""
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.2
 
@@ -99,11 +101,16 @@ class Outcome:
     """What a suite came to."""
 
     num_passed: int = 0
-    num_failed: int = 0
+    failures: list[str] = field(default_factory=list)
+    """Where and why, one line each."""
     skips: Counter[str] = field(default_factory=Counter)
     """By their reason."""
     duration_s: float = 0.0
     exit_status: int = 0
+
+    @property
+    def num_failed(self) -> int:
+        return len(self.failures)
 
     @property
     def num_tests(self) -> int:
@@ -120,10 +127,12 @@ class Outcome:
             return
         for case in ElementTree.parse(path).iter("testcase"):
             skip = case.find("skipped")
+            failed = [found for found in (case.find("failure"), case.find("error")) if found is not None]
             if skip is not None:
                 self.skips[(skip.get("message") or "no reason").removeprefix("Skipped: ")] += 1
-            elif case.find("failure") is not None or case.find("error") is not None:
-                self.num_failed += 1
+            elif failed:
+                reason = " ".join((failed[0].get("message") or "no reason").split())
+                self.failures.append(f"{case.get('classname')}::{case.get('name')}: {reason[:MAX_REASON]}")
             else:
                 self.num_passed += 1
 
@@ -191,7 +200,7 @@ def run_suite(suite: Suite, options: Sequence[str]) -> Outcome:
 
 
 def summary(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
-    """Lines: a table, and the reasons of what was skipped."""
+    """Lines: a table, and the reasons of what was skipped and of what failed."""
     width = max(len(name) for name in [*outcomes, "suite"])
     yield f"{'suite':{width}}  tests  passed  skipped  failed  seconds"
     for name, each in outcomes.items():
@@ -203,6 +212,7 @@ def summary(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     for name, each in outcomes.items():
         for reason, number in each.skips.most_common():
             yield f"skipped in {name}: {number} × {reason}"
+        yield from (f"failed in {name}: {failure}" for failure in each.failures)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.ray_api import alive_nodes, only_needed_processes, run_on_node
+from cluster.ray_api import alive_nodes, only_needed_processes, patient_start, run_on_node
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
@@ -32,7 +32,7 @@ from serving.contracts.served import APP_NAME, Served, app_name
 from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import applications, joined
 from serving.driver.applications import STOP_TIMEOUT_S
-from serving.driver.environment import CLUSTER_VARIABLES, cluster_environment
+from serving.driver.environment import CLUSTER_VARIABLES, PROCESS_TIMEOUT_S, cluster_environment
 from serving.driver.nodes import NodeFollower
 from serving.driver.operations import ClusterOperations, finish_interrupted, run_autoscaler
 from serving.driver.preflight import Preflight, begin
@@ -244,7 +244,11 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
     needed = sum(s.cpus_per_rank * s.parallel.tp_size * s.entry.most_groups for s in specs)
     with suppress(FileNotFoundError):
         tempfile.gettempdir()  # this process keeps its own, whatever its children get
-    with _environment(cluster_environment(guard.directory)), only_needed_processes():
+    with (
+        _environment(cluster_environment(guard.directory)),
+        only_needed_processes(),
+        patient_start(PROCESS_TIMEOUT_S),
+    ):
         ray.init(
             address="local",
             num_cpus=config.ray.num_cpus or max(read_machine().num_cpus, math.ceil(needed)) + _PLACES_FOR_OTHERS,

@@ -37,7 +37,8 @@ STOP_TIMEOUT_S = 30.0
 """For what should take no time at all once requests are drained."""
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
-CONTROLLER_TIMEOUT_S = 10.0
+CONTROLLER_TIMEOUT_S = 60.0
+"""Serve's controller answers within milliseconds, but on a machine whose cores all import it may need many seconds."""
 _POLL_S = 0.25
 
 

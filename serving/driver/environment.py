@@ -17,6 +17,9 @@ from model_parallel.errors import ConfigError
 _MIN_FREE_BYTES = 64 << 20
 """Of a temporary directory: Ray's logs, sockets and session files."""
 
+PROCESS_TIMEOUT_S = 300
+"""Of processes that Ray starts. A machine that has other work to do may take longer than the minute that Ray gives them."""
+
 # For the processes of a private cluster, and not for this one.
 CLUSTER_VARIABLES = {
     # Our code and Serve's router run in one event loop: no token changes threads on its way.
@@ -45,10 +48,9 @@ _SWITCHES = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Serve's own log goes to its files; the terminal belongs to the command line.
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    # Of processes that Ray starts. A machine that has other work to do may take longer than the minute that Ray gives them.
-    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
-    "RAY_worker_register_timeout_seconds": "300",
-    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(PROCESS_TIMEOUT_S),
+    "RAY_worker_register_timeout_seconds": str(PROCESS_TIMEOUT_S),
+    "RAY_agent_register_timeout_ms": str(1000 * PROCESS_TIMEOUT_S),
 }
 # Of a process that joins a cluster, whatever its container has for the nodes: the driver calls gateways from plain threads,
 # which no event loop runs in, and its calls after the end must fail.

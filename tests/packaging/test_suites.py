@@ -49,19 +49,32 @@ def test_what_ran_and_what_was_skipped_is_counted(
     assert lines[2] == "skipped in a suite: 3 × no such machine"
 
 
+BROKEN_FIXTURE = """
+import pytest
+@pytest.fixture
+def broken(): raise OSError("no room")
+def test_never(broken): pass
+"""
+
+
 @pytest.mark.parametrize(
-    ("text", "decision"),
+    ("text", "decision", "reason"),
     [
-        ("x = 1", "FAILED: no test was collected"),
-        ("def test_wrong(): assert 0", "FAILED"),
-        ("import nowhere_to_be_found", "FAILED"),
-        ("import os\ndef test_dies(): os._exit(0)", "FAILED: no test was collected"),
+        ("x = 1", "FAILED: no test was collected", None),
+        ("def test_wrong(): assert 0", "FAILED", "test_one::test_wrong: assert 0"),
+        ("import nowhere_to_be_found", "FAILED", "test_one: collection failure"),
+        (BROKEN_FIXTURE, "FAILED", 'test_one::test_never: failed on setup with "OSError: no room"'),
+        ("import os\ndef test_dies(): os._exit(0)", "FAILED: no test was collected", None),
     ],
 )
-def test_what_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, decision: str) -> None:
+def test_what_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, decision: str, reason: str | None
+) -> None:
     outcome = outcome_of(tmp_path, monkeypatch, one=text)
     assert outcome.has_failed
-    assert list(summary({"a suite": outcome}))[1].endswith(decision)
+    lines = list(summary({"a suite": outcome}))
+    assert lines[1].endswith(decision)
+    assert [line.removeprefix("failed in a suite: ").lstrip(":") for line in lines[2:]] == ([reason] if reason else [])
 
 
 def test_a_suite_that_does_not_exist_is_refused() -> None:
