@@ -132,7 +132,7 @@ class ModelDrafter:
         chances = [
             list(accumulate(repeat(self._known[run.seq_id].chance, len(proposal)), mul))
             if proposal
-            else self._lookup.chances_of(run.seq_id, limit)
+            else self._lookup.chances_of(run, limit)
             for run, proposal, limit in zip(runs, proposals, most, strict=True)
         ]
         numbers = worthwhile(chances, self._costs, max_rows)

@@ -27,6 +27,8 @@ MAX_INDEXED_TOKENS = 1 << 14
 """Of one sequence; what lies further back is forgotten."""
 MAX_TOKENS_AT_A_TIME = 2048
 """Indexed between two steps: a long prompt is taken in over several."""
+MIN_TOKENS_AT_ONCE = 4
+"""Fewer are taken in one by one."""
 MAX_DRAFTS = 15
 """Of one sequence in one step."""
 WEIGHT_OF_LAST = 1 / 8
@@ -39,6 +41,9 @@ WEIGHT_OF_FIRST_COSTS = 4.0
 """Of that assumption, as the variance in the number of rows that outweighs it."""
 STEPS_REMEMBERED = 64
 """What was measured so many steps ago counts for 1/e."""
+SEQUENCES_PER_LOOK = 4
+"""Sequences of which nothing was foretold wait until they have one token for so many of them, and then all their new tokens are
+looked up at once. A token costs the leader a third of what it costs alone, and drafts begin a few tokens later."""
 MIN_GAIN = 1.05
 """Waiting for results begins when tokens a second are expected to become so many times as many."""
 
@@ -49,12 +54,15 @@ class PromptLookup:
     The longest match of `LONGEST_MATCH` … `SHORTEST_MATCH` tokens wins, the latest among equals. A token costs constant time.
     """
 
-    __slots__ = ("_chances", "_heat", "_last_of", "_matched", "_next", "_num_indexed")
+    __slots__ = ("_chances", "_heat", "_last_of", "_matched", "_next", "_num_indexed_longer", "num_indexed")
 
     def __init__(self) -> None:
         self._last_of: dict[tuple[int, ...], int] = {}
         """Position of the last token of an n-gram's latest occurrence."""
-        self._num_indexed = 0
+        self.num_indexed = 0
+        """Tokens that were taken in."""
+        self._num_indexed_longer = 0
+        """The same, but with all grams; see `_index_longer`."""
         self._next: int | None = None
         """Position of the token that would come next if the sequence repeated itself."""
         self._matched = 0
@@ -69,8 +77,12 @@ class PromptLookup:
 
     def take(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Index the tokens that are new, and judge what was foretold of those that were drawn."""
-        begin = self._num_indexed
-        for position in range(begin, min(len(token_ids), begin + MAX_TOKENS_AT_A_TIME)):
+        begin = self.num_indexed
+        end = min(len(token_ids), begin + MAX_TOKENS_AT_A_TIME)
+        if begin >= num_prompt_tokens and self._take_without_match(token_ids, begin, end):
+            return
+        self._index_longer(token_ids)
+        for position in range(begin, end):
             expected = self._next
             is_right = expected is not None and token_ids[expected] == token_ids[position]
             if position >= num_prompt_tokens:
@@ -82,11 +94,36 @@ class PromptLookup:
                 (expected + 1, self._matched + 1) if expected is not None and is_right else (None, 0)
             )
             self._index(token_ids, position)
-            self._num_indexed = position + 1
+        self.num_indexed = self._num_indexed_longer = end
+
+    def _take_without_match(self, token_ids: Sequence[int], begin: int, end: int) -> bool:
+        """The same at once for several tokens that were drawn, if none of them ends a match. Says whether that is so."""
+        if (
+            self._next is not None
+            or end - begin < MIN_TOKENS_AT_ONCE
+            or begin < SHORTEST_MATCH
+            or end > MAX_INDEXED_TOKENS
+        ):
+            return False
+        last_of, shortest = self._last_of, _grams(token_ids, SHORTEST_MATCH, begin, end)
+        if len({*shortest}) < len(shortest) or not last_of.keys().isdisjoint(shortest):
+            return False
+        last_of.update(zip(shortest, range(begin, end), strict=True))
+        self._heat *= (1 - WEIGHT_OF_LAST) ** (end - begin)
+        self.num_indexed = end
+        return True
+
+    def _index_longer(self, token_ids: Sequence[int]) -> None:
+        """What was taken in without a match is indexed by its shortest grams; add the longer ones, now that there is a match."""
+        begin, end = self._num_indexed_longer, self.num_indexed
+        for length in range(SHORTEST_MATCH + 1, LONGEST_MATCH + 1):
+            first = max(begin, length - 1)
+            if first < end:
+                self._last_of.update(zip(_grams(token_ids, length, first, end), range(first, end), strict=True))
 
     def draft(self, token_ids: Sequence[int], num_drafts: int) -> tuple[int, ...]:
         """What may come next. Past the end of what is known, what repeats is taken to go on repeating itself."""
-        if self._next is None or self._num_indexed != len(token_ids):
+        if self._next is None or self.num_indexed != len(token_ids):
             return ()
         drafts = list(token_ids[self._next : self._next + num_drafts])
         period = len(token_ids) - self._next
@@ -113,6 +150,11 @@ class PromptLookup:
             for length in range(SHORTEST_MATCH, len(longest) + 1):
                 if last_of.get(longest[-length:]) == forgotten:
                     del last_of[longest[-length:]]
+
+
+def _grams(token_ids: Sequence[int], length: int, begin: int, end: int) -> list[tuple[int, ...]]:
+    """So many tokens each, of which the last stands at begin … end - 1."""
+    return list(zip(*(token_ids[begin + 1 - length + i : end + 1 - length + i] for i in range(length)), strict=True))
 
 
 def _bucket(num_matched: int) -> int:
@@ -262,7 +304,7 @@ class PromptLookupDrafter:
         return (len(runs) + num_extra) / self.costs.step_s(len(runs) + num_drafts) > MIN_GAIN * before
 
     def draft(self, runs: Sequence[Run], most: Sequence[int], max_rows: int) -> list[tuple[int, ...]]:
-        chances = [self.chances_of(run.seq_id, limit) for run, limit in zip(runs, most, strict=True)]
+        chances = [self.chances_of(run, limit) for run, limit in zip(runs, most, strict=True)]
         numbers = worthwhile(chances, self.costs, max_rows)
         return [self.draft_of(run, number) for run, number in zip(runs, numbers, strict=True)]
 
@@ -270,10 +312,12 @@ class PromptLookupDrafter:
         """See PromptLookup.heat."""
         return self._lookups[seq_id].heat if seq_id in self._warm else 0.0
 
-    def chances_of(self, seq_id: int, limit: int) -> list[float]:
-        """See PromptLookup.chances."""
-        lookup = self._lookups.get(seq_id)
-        return [] if lookup is None else lookup.chances(min(limit, MAX_DRAFTS))
+    def chances_of(self, run: Run, limit: int) -> list[float]:
+        """See PromptLookup.chances. None while the last tokens of the sequence are not looked up."""
+        lookup = self._lookups.get(run.seq_id)
+        if lookup is None or lookup.num_indexed != len(run.token_ids):
+            return []
+        return lookup.chances(min(limit, MAX_DRAFTS))
 
     def draft_of(self, run: Run, number: int) -> tuple[int, ...]:
         """So many drafts of one sequence."""
@@ -283,6 +327,10 @@ class PromptLookupDrafter:
         lookup = self._lookups.get(run.seq_id)
         if lookup is None:
             lookup = self._lookups[run.seq_id] = PromptLookup()
+        elif run.seq_id not in self._warm:
+            num_new = len(run.token_ids) - lookup.num_indexed
+            if num_new * SEQUENCES_PER_LOOK < len(self._lookups):
+                return
         lookup.take(run.token_ids, run.num_prompt_tokens)
         if lookup.heat > WEIGHT_OF_LAST:
             self._warm.add(run.seq_id)

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -9,11 +11,13 @@ import pytest
 from model_parallel.config import DraftConfig, SchedulerConfig
 from model_parallel.engine.messages import StepPlan
 from model_parallel.engine.request import FinishReason
+from model_parallel.engine.sequence import Sequence as Run
 from model_parallel.engine.speculation import (
     LONGEST_MATCH,
     MAX_DRAFTS,
     MAX_INDEXED_TOKENS,
     MAX_TOKENS_AT_A_TIME,
+    SEQUENCES_PER_LOOK,
     SHORTEST_MATCH,
     PromptLookup,
     PromptLookupDrafter,
@@ -53,16 +57,44 @@ def test_lookup_finds_the_longest_match_and_of_equal_ones_the_latest() -> None:
     assert 100 < num_found < 290
 
 
-def test_lookup_gives_the_same_however_tokens_come_to_it() -> None:
+@pytest.mark.parametrize("num_different", [3, 12, 40, 400])
+def test_lookup_gives_the_same_however_tokens_come_to_it(num_different: int) -> None:
+    """Tokens that end no match are taken in together, and most do where there are many different ones."""
     draw = random.Random(4)
     for _ in range(50):
-        token_ids = [draw.randrange(3) for _ in range(60)]
+        token_ids = [draw.randrange(num_different) for _ in range(60)]
+        token_ids[50:56] = token_ids[30:36]
         whole, piecewise = PromptLookup(), PromptLookup()
-        whole.take(token_ids, 20)
+        for end in range(1, 61):
+            whole.take(token_ids[:end], 20)
         for end in [*sorted(draw.sample(range(1, 60), 9)), 60]:
             piecewise.take(token_ids[:end], 20)
+        piecewise._index_longer(token_ids)
+        assert whole._last_of == piecewise._last_of
         assert whole.draft(token_ids, 9) == piecewise.draft(token_ids, 9)
-        assert (whole.heat, whole.chances(9)) == (piecewise.heat, piecewise.chances(9))
+        assert (whole.heat, whole.chances(9)) == (pytest.approx(piecewise.heat), piecewise.chances(9))
+
+
+def test_sequences_that_repeat_nothing_are_looked_up_some_tokens_at_a_time() -> None:
+    drafter = PromptLookupDrafter()
+    runs = [cast("Run", SimpleNamespace(seq_id=i, num_prompt_tokens=2, token_ids=[1, i])) for i in range(32)]
+    for run in runs:
+        drafter.observe(run)
+    for new in range(100, 108):
+        for run in runs:
+            run.token_ids.append(new * 1000 + run.seq_id)
+            drafter.observe(run)
+    numbers = [drafter._lookups[run.seq_id].num_indexed for run in runs]
+    assert numbers == [2 + 32 // SEQUENCES_PER_LOOK] * 32
+    first = runs[0]
+    for new in [*first.token_ids[:9] * 4]:  # begins to repeat itself
+        first.token_ids.append(new)
+        drafter.observe(first)
+    assert drafter.has_prospects
+    assert drafter.chances_of(first, 3) and drafter._lookups[0].num_indexed == len(first.token_ids)
+    runs[1].token_ids.append(5)
+    drafter.observe(runs[1])
+    assert drafter.chances_of(runs[1], 3) == [], "not all of it is looked up"
 
 
 def test_a_long_prompt_is_indexed_bit_by_bit_and_what_lies_far_back_is_forgotten() -> None:
