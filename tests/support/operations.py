@@ -4,14 +4,18 @@ import json
 import threading
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from protos import inference_pb2 as pb
 from serving.client.client import Client
 from serving.driver.app import RunningApp
 from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
-from tests.support.stack import SMALL, group_handle
+from tests.support.stack import SMALL, group_handle, wait_until
 from tests.support.waiting import PATIENCE_S
 
 NUM_TOKENS = 300
@@ -75,6 +79,14 @@ def names(app: RunningApp) -> tuple[list[str], list[str]]:
 
 
 def groups(model: str) -> list[str]:
-    """Their ids."""
-    answers = group_handle(model).broadcast("probe").results(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
-    return [answer[0] for answer in answers]
+    """Ids of those that run; some must, but this process may not have been told of them yet."""
+    found: list[str] = []
+
+    def ask_all() -> bool:
+        with suppress(DeploymentUnavailableError, RayError):  # or one ends at this moment
+            answers = group_handle(model).broadcast("probe").results(timeout_s=PATIENCE_S)  # type: ignore[attr-defined]
+            found.extend(answer[0] for answer in answers)
+        return bool(found)
+
+    wait_until(ask_all, PATIENCE_S, f"{model} has a group")
+    return found
