@@ -12,6 +12,9 @@ PYTHON ?= python3.11 python3.12 python3.13 python3.14 python3
 # `make TORCH=torch==2.11.0 test` (a requirement, or a wheel's path) installs that build instead of the pinned one.
 TORCH ?=
 
+# A start is a dozen Python processes with the same modules, and a suite is hundreds: they keep what they compile, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo serve docs test test-loaded nightly lint bench proof-7b $(SUITES:%=test-%) FORCE

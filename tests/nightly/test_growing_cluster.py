@@ -27,7 +27,7 @@ from serving.contracts.fleet import Fleet
 from serving.driver.app import RunningApp, start
 from serving.driver.environment import token_file
 from serving.gateway.deployment import Gateway
-from tests.support.growing_cluster import GangWatch, growing_cluster, lose_node, workers
+from tests.support.growing_cluster import GangWatch, growing_cluster, lose_node, nodes_of_ranks, workers
 from tests.support.operations import Load, ask, entry, groups, tiny_model
 from tests.support.stack import ray_processes, wait_until
 from tests.support.switched_autoscaler import CLOCK_NOTE, SILENCE_NOTE, SwitchedAutoscaler
@@ -151,6 +151,20 @@ def trickle(app: RunningApp) -> Iterator[None]:
     assert not failures, failures
 
 
+@contextmanager
+def loaded(app: RunningApp, num_clients: int) -> Iterator[Load]:
+    """They stream until the end of the block. Raises what a request failed with."""
+    load = Load(app.address, NAME_OF_MODEL, num_clients)
+    try:
+        yield load
+    finally:
+        load.end()
+
+
+def nodes_without_ranks() -> set[str]:
+    return workers().keys() - set(nodes_of_ranks())
+
+
 def kill_controller() -> None:
     controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
     os.kill(int(ray.get(controller.get_pid.remote(), timeout=PATIENCE_S)), signal.SIGKILL)
@@ -166,11 +180,10 @@ def test_groups_and_their_nodes_come_with_the_load_and_go_after_it(app: RunningA
     with watched(app) as watch:
         wait_asleep(app)
         begin = len(changes(app))
-        load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-        wait_for_groups(app, 3)
-        assert watch.most_nodes == 3
         with trickle(app):
-            load.end()
+            with loaded(app, NUM_CLIENTS) as load:
+                wait_for_groups(app, 3)
+                assert watch.most_nodes == 3
             wait_for_groups(app, 1)
             wait_until(lambda: len(workers()) == 1, SCALE_TIMEOUT_S, "two nodes are released")
         wait_asleep(app)
@@ -184,17 +197,17 @@ def test_groups_and_their_nodes_come_with_the_load_and_go_after_it(app: RunningA
 def test_controller_autoscaler_and_a_node_are_lost_while_groups_start(app: RunningApp) -> None:
     with watched(app):
         wait_asleep(app)
-        load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-        wait_until(lambda: target(app) > 0, SCALE_TIMEOUT_S, "a group is ordered")
-        kill_controller()
-        wait_until(lambda: "running" in states(app), SCALE_TIMEOUT_S, "a group runs")
-        wait_until(lambda: len(workers()) > 1, SCALE_TIMEOUT_S, "a second node comes")
-        known = set(groups(NAME_OF_MODEL))
-        kill_autoscaler()
-        lose_node(sorted(workers())[-1])
-        wait_for_groups(app, 3)
-        assert known <= set(groups(NAME_OF_MODEL)), "what ran goes on"
-        load.end()
+        with loaded(app, NUM_CLIENTS):
+            wait_until(lambda: target(app) > 0, SCALE_TIMEOUT_S, "a group is ordered")
+            kill_controller()
+            wait_until(lambda: "running" in states(app), SCALE_TIMEOUT_S, "a group runs")
+            wait_until(lambda: bool(nodes_without_ranks()), SCALE_TIMEOUT_S, "a node comes for another group")
+            unused = min(nodes_without_ranks())
+            known = set(groups(NAME_OF_MODEL))
+            kill_autoscaler()
+            lose_node(unused)
+            wait_for_groups(app, 3)
+            assert known <= set(groups(NAME_OF_MODEL)), "what ran goes on"
         wait_asleep(app)
 
 
@@ -203,12 +216,11 @@ def test_the_node_of_the_first_group_is_lost_while_it_starts_and_serve_knows_of_
     with watched(app), Client(app.address) as client:
         wait_asleep(app)
         kill_controller()
-        load = Load(app.address, NAME_OF_MODEL, 1)
-        wait_until(lambda: len(workers()) > 0, SCALE_TIMEOUT_S, "a node comes")
-        wait_until(lambda: "starting" in states(app), SCALE_TIMEOUT_S, "a group starts")
-        lose_node(next(iter(workers())))
-        wait_until(lambda: "running" in states(app), SCALE_TIMEOUT_S, "a group runs")
-        load.end()
+        with loaded(app, 1) as load:
+            wait_until(lambda: len(workers()) > 0, SCALE_TIMEOUT_S, "a node comes")
+            wait_until(lambda: "starting" in states(app), SCALE_TIMEOUT_S, "a group starts")
+            lose_node(next(iter(workers())))
+            wait_until(lambda: "running" in states(app), SCALE_TIMEOUT_S, "a group runs")
         assert ask(client, NAME_OF_MODEL, 0) in load.answers[0]
         wait_asleep(app)
 
@@ -218,11 +230,10 @@ def test_frozen_metrics_hold_and_a_clock_that_jumps_changes_nothing_for_long(app
     assert settings is not None
     with watched(app), trickle(app):
         start_autoscaler(settings, PATIENCE_S, SwitchedAutoscaler)
-        load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-        wait_for_groups(app, 3)
-
-        ray_api.write_note(SILENCE_NOTE, "1")
-        load.end()  # the trickle goes on, for which one group is enough
+        with loaded(app, NUM_CLIENTS):
+            wait_for_groups(app, 3)
+            ray_api.write_note(SILENCE_NOTE, "1")
+        # The trickle goes on, for which one group is enough.
         time.sleep(2 * SHRINK_AFTER_S)
         assert len(groups(NAME_OF_MODEL)) == 3
         ray_api.write_note(SILENCE_NOTE, None)
@@ -230,9 +241,8 @@ def test_frozen_metrics_hold_and_a_clock_that_jumps_changes_nothing_for_long(app
 
         for jump_s in (3600.0, -3600.0):
             ray_api.write_note(CLOCK_NOTE, str(jump_s))
-            load = Load(app.address, NAME_OF_MODEL, NUM_CLIENTS)
-            wait_for_groups(app, 3)
-            load.end()
+            with loaded(app, NUM_CLIENTS):
+                wait_for_groups(app, 3)
             wait_for_groups(app, 1)
     wait_asleep(app)
     print(json.dumps(changes(app)))

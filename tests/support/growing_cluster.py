@@ -166,10 +166,7 @@ class GangWatch:
 
     def _look(self) -> None:
         free = ray._private.state.available_resources_per_node()
-        actors = ray._private.state.actors().values()
-        places = [
-            a["Address"]["NodeID"] for a in actors if a["State"] == "ALIVE" and a["ActorClassName"] == "RankActor"
-        ]
+        places = nodes_of_ranks()
         held = {}
         for node_id, total in workers().items():
             used, num_ranks = total - free.get(node_id, {}).get("CPU", 0.0), places.count(node_id)
@@ -179,6 +176,12 @@ class GangWatch:
         now_s = time.monotonic()
         self._since_s = {node_id: self._since_s.get(node_id, now_s) for node_id in held}
         self.partial += [what for node_id, what in held.items() if now_s - self._since_s[node_id] > self._longest_s]
+
+
+def nodes_of_ranks() -> list[str]:
+    """The node of each living rank."""
+    actors = ray._private.state.actors().values()
+    return [a["Address"]["NodeID"] for a in actors if a["State"] == "ALIVE" and a["ActorClassName"] == "RankActor"]
 
 
 def workers() -> dict[str, float]:
