@@ -298,7 +298,7 @@ class ModelEntry(_Section):
         description="Prompt tokens of a step, but for tenants below their share; all that fit when unset.",
     )
     speculation: Annotated[Literal["auto", "off", "prompt_lookup"], BeforeValidator(_off_or_on)] = Field(
-        "off",
+        "auto",
         description="Tokens that a sequence has had before are computed together with its last one, where that pays. auto: "
         "where no bit of an answer depends on it.",
     )

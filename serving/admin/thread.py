@@ -2,14 +2,17 @@
 
 import asyncio
 import threading
+from typing import TYPE_CHECKING
 
 from serving.admin.operator_key import make_operator_key
 from serving.admin.service import AdminServer
-from serving.config import ServingConfig
+from serving.config import ServingConfig, TenancyConfig
 from serving.contracts.operations import Operations
 from serving.gateway.tls import load_tls
-from serving.tenants.store.database import Database
-from serving.tenants.store.store import Store, database_url
+
+if TYPE_CHECKING:  # sqlalchemy is imported where there are tenants
+    from serving.tenants.store.database import Database
+    from serving.tenants.store.store import Store
 
 TIMEOUT_S = 30.0
 """For starting, and for stopping."""
@@ -23,10 +26,10 @@ class AdminThread:
         StoreUnavailableError, TimeoutError."""
         tenancy = config.tenancy
         credentials = None if config.gateway.tls is None else load_tls(config.gateway.tls).grpc
-        self._database = None if tenancy is None else Database(database_url(tenancy))
+        self._database, store = (None, None) if tenancy is None else _open_store(tenancy)
         self._server = AdminServer(
             config.admin,
-            None if self._database is None else Store(self._database),
+            store,
             refresh_s=1.0 if tenancy is None else tenancy.refresh_s,
             operations=operations,
             operator_key="" if tenancy is not None else make_operator_key(),
@@ -51,3 +54,11 @@ class AdminThread:
             self._loop.close()
             if self._database is not None:
                 self._database.close()
+
+
+def _open_store(tenancy: TenancyConfig) -> "tuple[Database, Store]":
+    from serving.tenants.store.database import Database  # noqa: PLC0415
+    from serving.tenants.store.store import Store, database_url  # noqa: PLC0415
+
+    database = Database(database_url(tenancy))
+    return database, Store(database)

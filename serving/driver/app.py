@@ -25,7 +25,7 @@ from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
 from serving.autoscaling.actor import stop_autoscaler
-from serving.config import ServingConfig
+from serving.config import ServingConfig, TenancyConfig
 from serving.contracts.addresses import host_port, is_loopback, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
 from serving.contracts.served import APP_NAME, Served, app_name
@@ -42,9 +42,8 @@ from serving.gateway.server import Ports
 from serving.models.group_spec import GroupSpec, resolve_models
 from serving.models.sizes import Host, look_at_node, this_host
 from serving.replica.progress import watched_progress
-from serving.tenants.authority.actor import start_authority, stop_authority
-from serving.tenants.store.database import Database
-from serving.tenants.store.store import database_url
+
+# Modules of tenants are imported where they are needed: sqlalchemy takes half a second, which a start without tenants is spared.
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +132,8 @@ def shut_down(guard: Guard | None) -> None:
             stop_autoscaler(STOP_TIMEOUT_S)
             applications.delete(applications.our_applications(), 4 * STOP_TIMEOUT_S)
             write_served(Served(generation=0, models={}))
+            from serving.tenants.authority.actor import stop_authority  # noqa: PLC0415
+
             stop_authority(STOP_TIMEOUT_S)
             if not serve.status().applications:
                 serve.shutdown()
@@ -169,7 +170,7 @@ def _start(
 ) -> RunningApp:
     config, specs = preflight.config, preflight.specs
     if config.tenancy is not None:
-        _check_database(database_url(config.tenancy))
+        _check_database(config.tenancy)
     preflight.finish()
     report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
     keep_logs = logging.getLogger().isEnabledFor(logging.DEBUG)
@@ -217,10 +218,13 @@ def _give_up(config: ServingConfig, guard: Guard | None) -> None:
         shut_down(guard)
 
 
-def _check_database(url: str) -> None:
+def _check_database(tenancy: TenancyConfig) -> None:
     """Also brings its schema up to date. Raises ConfigError, StartError."""
+    from serving.tenants.store.database import Database  # noqa: PLC0415
+    from serving.tenants.store.store import database_url  # noqa: PLC0415
+
     try:
-        Database(url).close()
+        Database(database_url(tenancy)).close()
     except StoreUnavailableError as error:
         raise StartError(str(error)) from error
 
@@ -291,6 +295,9 @@ def _deploy(
 ) -> tuple[Ports, int | None, Served]:
     """Where the first gateway listens, where it shows metrics, and what is served."""
     if config.tenancy is not None:
+        from serving.tenants.authority.actor import start_authority  # noqa: PLC0415
+        from serving.tenants.store.store import database_url  # noqa: PLC0415
+
         start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     mark = joined.fingerprint(config, specs)
     handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None

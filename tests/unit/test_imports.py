@@ -36,6 +36,7 @@ SERVER = ["ray", "torch", "cluster", "sqlalchemy"]
             ("model_parallel.engine", ["ray", "torch"]),
             ("cluster.placement", ["ray", "torch"]),
             ("serving.cli.main", ["ray", "torch", "sqlalchemy"]),
+            ("serving.driver.app", ["torch", "sqlalchemy", "alembic"]),
         ],
     ],
     ids=["ranks", "others"],

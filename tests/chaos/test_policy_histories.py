@@ -10,7 +10,7 @@ from tests.support.effort import by_day, is_night
 from tests.support.policy_worlds import ViolationError, World
 
 NUM_PARTS = 20
-NUM_BY_DAY, NUM_BY_NIGHT = 4_000, 1_000_000
+NUM_BY_DAY, NUM_BY_NIGHT = 20_000, 1_000_000
 """Histories."""
 
 
