@@ -200,10 +200,10 @@ def test_controller_autoscaler_and_a_node_are_lost_while_groups_start(app: Runni
         with loaded(app, NUM_CLIENTS):
             wait_until(lambda: target(app) > 0, SCALE_TIMEOUT_S, "a group is ordered")
             kill_controller()
-            wait_until(lambda: "running" in states(app), SCALE_TIMEOUT_S, "a group runs")
+            wait_until(lambda: bool(nodes_of_ranks()), SCALE_TIMEOUT_S, "a group's ranks are there")
+            known = set(groups(NAME_OF_MODEL))
             wait_until(lambda: bool(nodes_without_ranks()), SCALE_TIMEOUT_S, "a node comes for another group")
             unused = min(nodes_without_ranks())
-            known = set(groups(NAME_OF_MODEL))
             kill_autoscaler()
             lose_node(unused)
             wait_for_groups(app, 3)
