@@ -42,17 +42,22 @@ _OF_A_CLUSTER_OF_MANY = ("start_monitor", "start_log_monitor", "start_api_server
 def only_needed_processes() -> Iterator[None]:
     """A cluster that is started in this block has none of three processes that Ray has no setting against. One machine does not
     grow, its logs are read by nobody, and without a dashboard that process serves usage statistics alone, which are off. They
-    import Ray while everything else does, and the driver waits for the last. A Ray without such a method keeps its process.
+    import Ray while everything else does, and the driver waits for the last. The dashboard's agent on the node, which the raylet
+    needs, is the small one of an installation without a dashboard. A Ray without such a function keeps its process.
     """
     node: Any = ray._private.node.Node
-    before = {name: getattr(node, name) for name in _OF_A_CLUSTER_OF_MANY if hasattr(node, name)}
-    for name in before:
-        setattr(node, name, lambda *_arguments, **_named: None)
+    utils: Any = ray._private.utils
+    replaced: list[tuple[Any, str, object]] = [(node, name, None) for name in _OF_A_CLUSTER_OF_MANY]
+    replaced.append((utils, "get_dashboard_dependency_error", ImportError("no dashboard is wanted")))
+    before = [(place, name, getattr(place, name)) for place, name, _ in replaced if hasattr(place, name)]
+    for place, name, answer in replaced:
+        if hasattr(place, name):
+            setattr(place, name, lambda *_arguments, _answer=answer, **_named: _answer)
     try:
         yield
     finally:
-        for name, method in before.items():
-            setattr(node, name, method)
+        for place, name, function in before:
+            setattr(place, name, function)
 
 
 @contextmanager

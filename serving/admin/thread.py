@@ -26,10 +26,11 @@ class AdminThread:
         StoreUnavailableError, TimeoutError."""
         tenancy = config.tenancy
         credentials = None if config.gateway.tls is None else load_tls(config.gateway.tls).grpc
-        self._database, store = (None, None) if tenancy is None else _open_store(tenancy)
+        opened = None if tenancy is None else _open_store(tenancy)
+        self._close_database = None if opened is None else opened[0].close
         self._server = AdminServer(
             config.admin,
-            store,
+            None if opened is None else opened[1],
             refresh_s=1.0 if tenancy is None else tenancy.refresh_s,
             operations=operations,
             operator_key="" if tenancy is not None else make_operator_key(),
@@ -52,8 +53,8 @@ class AdminThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(TIMEOUT_S)
             self._loop.close()
-            if self._database is not None:
-                self._database.close()
+            if self._close_database is not None:
+                self._close_database()
 
 
 def _open_store(tenancy: TenancyConfig) -> "tuple[Database, Store]":

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from cluster import ray_api
-from cluster.ray_api import patient_start
+from cluster.ray_api import only_needed_processes, patient_start
 
 services = ray._private.services
 
@@ -51,3 +51,16 @@ def test_a_node_that_never_comes_has_a_deadline(
     answers.append(RuntimeError("not yet"))
     with patient_start(-1.0), pytest.raises(RuntimeError, match="not yet"):
         services.get_node("here", "a1")
+
+
+def test_a_private_cluster_has_no_dashboard_and_ray_is_as_before_afterwards() -> None:
+    node, utils = ray._private.node.Node, ray._private.utils
+    before = node.start_monitor, node.start_log_monitor, node.start_api_server, utils.get_dashboard_dependency_error
+    assert utils.get_dashboard_dependency_error() is None
+    with only_needed_processes():
+        assert isinstance(utils.get_dashboard_dependency_error(), ImportError)
+        assert (
+            node.start_monitor() is node.start_log_monitor() is node.start_api_server(include_dashboard=False) is None
+        )
+    after = node.start_monitor, node.start_log_monitor, node.start_api_server, utils.get_dashboard_dependency_error
+    assert after == before
