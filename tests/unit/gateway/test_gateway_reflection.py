@@ -97,5 +97,6 @@ async def test_v1_is_v1alpha_but_for_its_name(serve: Serve) -> None:
 
 async def test_reflection_can_be_off(serve: Serve) -> None:
     async with serve(reflection=False) as gateway:
-        call = gateway.channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")([b""])
+        # Nothing is sent: it might go out when the server has ended the stream, which grpc.aio calls INTERNAL.
+        call = gateway.channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")()
         assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
