@@ -160,10 +160,9 @@ class Runner:
             if not stopped.done():
                 await self._drain(stopped)
         finally:
-            ours = [drivers, *self._sessions, watch, stopped]
-            for task in ours:
-                task.cancel()
-            ended = await asyncio.gather(*ours, return_exceptions=True)
+            ended = await _end(drivers, watch, stopped)
+            # Only now: until its driver has ended, a user whose session ends just then begins another one.
+            ended += await _end(*self._sessions)
             self._wall_s, self._cpu_s = self._clock() - wall_s, time.process_time() - cpu_s
         for error in (*self._errors, *ended):
             if isinstance(error, Exception):
@@ -393,3 +392,10 @@ class Runner:
 
 def _label(source: Source, session: int, turn: int) -> str:
     return f"packtrain-load-{source.tenant.name}-{session}-{turn}"
+
+
+async def _end(*tasks: "asyncio.Task[Any]") -> list[Any]:
+    """Cancel them; what they returned or raised."""
+    for task in tasks:
+        task.cancel()
+    return await asyncio.gather(*tasks, return_exceptions=True)
