@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,19 +45,12 @@ def only_needed_processes() -> Iterator[None]:
     import Ray while everything else does, and the driver waits for the last. The dashboard's agent on the node, which the raylet
     needs, is the small one of an installation without a dashboard. A Ray without such a function keeps its process.
     """
-    node: Any = ray._private.node.Node
-    utils: Any = ray._private.utils
-    replaced: list[tuple[Any, str, object]] = [(node, name, None) for name in _OF_A_CLUSTER_OF_MANY]
-    replaced.append((utils, "get_dashboard_dependency_error", ImportError("no dashboard is wanted")))
-    before = [(place, name, getattr(place, name)) for place, name, _ in replaced if hasattr(place, name)]
-    for place, name, answer in replaced:
-        if hasattr(place, name):
-            setattr(place, name, lambda *_arguments, _answer=answer, **_named: _answer)
-    try:
+    no_dashboard = ImportError("no dashboard is wanted")
+    with ExitStack() as stack:
+        for name in _OF_A_CLUSTER_OF_MANY:
+            stack.enter_context(_replaced(ray._private.node.Node, name, lambda *_arguments, **_named: None))
+        stack.enter_context(_replaced(ray._private.utils, "get_dashboard_dependency_error", lambda: no_dashboard))
         yield
-    finally:
-        for place, name, function in before:
-            setattr(place, name, function)
 
 
 @contextmanager
@@ -66,7 +59,7 @@ def patient_start(timeout_s: float) -> Iterator[None]:
     it; on a busy machine the two agents that the raylet waits for import for longer. A raylet that ends is not waited for.
     """
     services: Any = ray._private.services
-    get_node = services.get_node
+    get_node: Any = getattr(services, "get_node", None)
 
     def get_node_in_time(address: str, node_id: str) -> Any:
         deadline_s = time.monotonic() + timeout_s
@@ -78,11 +71,22 @@ def patient_start(timeout_s: float) -> Iterator[None]:
                     raise
                 time.sleep(_NODE_POLL_S)
 
-    services.get_node = get_node_in_time
+    with _replaced(services, "get_node", get_node_in_time):
+        yield
+
+
+@contextmanager
+def _replaced(place: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Ray has another function of this name within the block. Nothing happens in a Ray that has none."""
+    before = getattr(place, name, None)
+    if before is None:
+        yield
+        return
+    setattr(place, name, function)
     try:
         yield
     finally:
-        services.get_node = get_node
+        setattr(place, name, before)
 
 
 def _has_raylet() -> bool:
