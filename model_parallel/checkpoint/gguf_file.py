@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import struct
+import time
 from collections.abc import KeysView, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ class _Header:
 
 _MAX_KEPT = 8
 _kept: dict[tuple[int, ...], _Header] = {}
-"""Headers by what identifies a file: a start looks at each file several times, and one of 32,000 tokens takes 15 ms."""
+"""Headers by what identifies a file: a start looks at each file several times, and one of 49,000 tokens takes 25 ms or more."""
+_SETTLED_NS = 1_000_000_000
+"""After so long a file that changes once more has another time, however coarse the file system's clock is."""
 
 
 class GgufFile:
@@ -94,7 +97,8 @@ class GgufFile:
             header = _HeaderReader(path, self.data).read()
             if len(_kept) >= _MAX_KEPT:
                 _kept.clear()
-            _kept[identity] = header
+            if time.time_ns() - state.st_ctime_ns > _SETTLED_NS:
+                _kept[identity] = header
         self._metadata = header.metadata
         self.tensors = header.tensors
 

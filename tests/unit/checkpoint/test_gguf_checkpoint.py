@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from model_parallel.checkpoint import gguf_file
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.gguf_file import GgufFile
 from model_parallel.checkpoint.loader import load_shard, open_checkpoint
@@ -373,6 +374,18 @@ def test_header_is_the_one_that_the_library_reads(name: str, smollm2_path: Path,
         mine = ours.tensors[tensor.name]
         assert (mine.shape, mine.type) == (tuple(tensor.shape.tolist())[::-1], tensor.tensor_type)
         assert (mine.offset, mine.num_bytes) == (tensor.data_offset, tensor.n_bytes)
+
+
+def test_a_header_is_read_once_and_anew_when_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TinyGguf()
+    path = tiny.write(tmp_path / "tiny.gguf")
+    assert GgufFile(path).tensors is not GgufFile(path).tensors, "it may change again within the clock's grain"
+    monkeypatch.setattr(gguf_file, "_SETTLED_NS", -(10**12))
+    first = GgufFile(path)
+    assert GgufFile(path).tensors is first.tensors
+    name = "general.architecture"
+    path.write_bytes(path.read_bytes().replace(first.get(name).encode(), first.get(name).upper().encode()) + b" ")
+    assert GgufFile(path).get(name) == first.get(name).upper()
 
 
 def test_broken_headers_are_refused(tmp_path: Path) -> None:
