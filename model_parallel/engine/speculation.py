@@ -43,7 +43,7 @@ STEPS_REMEMBERED = 64
 """What was measured so many steps ago counts for 1/e."""
 SEQUENCES_PER_LOOK = 4
 """Sequences of which nothing was foretold wait until they have one token for so many of them, and then all their new tokens are
-looked up at once. A token costs the leader a third of what it costs alone, and drafts begin a few tokens later."""
+looked up at once. A token costs the leader about half of what it costs alone, and drafts begin a few tokens later."""
 MIN_GAIN = 1.05
 """Waiting for results begins when tokens a second are expected to become so many times as many."""
 

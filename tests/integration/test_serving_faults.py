@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import psutil
 import pytest
 from ray.util import placement_group_table
 
@@ -16,7 +17,6 @@ from serving.config import parse_config
 from serving.driver.app import RunningApp
 from tests.support.effort import rest_by_night
 from tests.support.operations import entry, tiny_model
-from tests.support.processes import is_running
 from tests.support.stack import MODEL, group_handle, group_stats, running_stack, story, wait_until
 from tests.support.waiting import PATIENCE_S
 
@@ -85,7 +85,7 @@ def test_a_fault_of_the_only_group_loses_no_token(app: RunningApp, victim: str, 
         assert not any(stream.done() for stream in streams), "the fault came in the middle"
         assert [stream.result(timeout=10 * PATIENCE_S) for stream in streams] == expected
         assert all(num_tokens == len(token_ids) == NUM_TOKENS for token_ids, num_tokens in expected)
-        wait_until(lambda: not any(map(is_running, before)), PATIENCE_S, "leader and ranks are gone")
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before), PATIENCE_S, "leader and ranks are gone")
         wait_until(lambda: _answers(client), PATIENCE_S, "a new group serves")
     assert set(_pids()).isdisjoint(before)
     wait_until(lambda: _live_placement_groups() == 1, PATIENCE_S, "one placement group a group")
