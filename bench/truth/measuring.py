@@ -30,7 +30,10 @@ KV_TOKENS = 4096
 MAX_WAITING = 16
 TIMEOUT_S = 300.0
 CLOSED_S = 12.0
-"""Length of a closed loop, its beginning included."""
+"""Length of a closed loop, its beginning included; twice as long, and so on, where the machine is too slow for a request a stream."""
+MAX_CLOSED_S = 200.0
+MIN_REQUESTS = 30
+"""Arrivals that a load is expected to have at least: it takes longer where they come slowly."""
 BEGINNING = 0.25
 """Part of a closed loop that does not count to the capacity."""
 LEAD_S = 0.5
@@ -74,29 +77,29 @@ def measure_shape(
         stack = _Stack(app.address, port, pool)
         for index, mix in enumerate(MIXES):
             for num_streams in streams:
-                calibration.append(stack.closed(mix, num_streams, CLOSED_S, seed=900 + index))
+                calibration.append(stack.long_enough(mix, num_streams, seed=900 + index))
                 keep(shape)
             capacity[mix] = throughput(calibration[-1])
             report(f"capacity, {mix}: {capacity[mix]:.2f} requests/s")
-            if not capacity[mix]:
-                raise RuntimeError(
-                    f"no request of mix {mix} ended within {CLOSED_S:.0f} s; this machine is too slow for it"
-                )
         for _ in range(repeats):
             for number, share in enumerate(shares):
                 for mix in MIXES:
                     seed = 100 * number + len(mix)
-                    cells.append(stack.open(mix, share, share * capacity[mix], seconds, seed))
+                    rate = share * capacity[mix]
+                    cells.append(stack.open(mix, share, rate, max(seconds, MIN_REQUESTS / rate), seed))
                     keep(shape)
                     report(f"groups {num_groups}, TP {tp_size}, {mix}, {share:.0%}: {len(cells[-1].requests)} requests")
     return shape
 
 
+def num_finished(record: LoadRecord) -> int:
+    """Requests that ended in a closed loop after its beginning."""
+    return sum(sent.code == "OK" and BEGINNING <= sent.ended_s / record.seconds < 1 for sent in record.requests)
+
+
 def throughput(record: LoadRecord) -> float:
     """Requests a second that a closed loop finished after its beginning."""
-    first_s = BEGINNING * record.seconds
-    within = [sent for sent in record.requests if sent.code == "OK" and first_s <= sent.ended_s < record.seconds]
-    return len(within) / (record.seconds - first_s)
+    return num_finished(record) / ((1 - BEGINNING) * record.seconds)
 
 
 class _Stack:
@@ -112,6 +115,15 @@ class _Stack:
         began_s, before = time.monotonic() + LEAD_S, self._counters()
         outcome = self._pool.submit(closed_loop, self._load(mix, seconds, seed, began_s), num_streams).result()
         return self._record(outcome, mix, seconds, began_s, before, num_streams=num_streams)
+
+    def long_enough(self, mix: str, num_streams: int, seed: int) -> LoadRecord:
+        """A closed loop in which as many requests end after its beginning as there are streams. Raises RuntimeError."""
+        seconds = CLOSED_S
+        while num_finished(record := self.closed(mix, num_streams, seconds, seed)) < num_streams:
+            seconds *= 2
+            if seconds > MAX_CLOSED_S:
+                raise RuntimeError(f"{num_streams} streams of mix {mix} are too many for this machine")
+        return record
 
     def open(self, mix: str, share: float, rate: float, seconds: float, seed: int) -> LoadRecord:
         """Poisson arrivals."""

@@ -24,7 +24,8 @@ struct Kernels {
   Program* recording = nullptr;
   std::vector<float> h{};              // of the product that is computed
   std::vector<AdaptedRows> adapted{};  // of the same
-  // For the rows of one product with weights in groups: kRowsAtOnce rows of the widest that was packed.
+  std::vector<Shrink> shrunk{};        // of the same
+  // For the rows of one product whose x is prepared: kRowsAtOnce rows of the widest that was packed.
   std::vector<float> prepared_x{}, group_sums{};
 };
 
@@ -80,46 +81,45 @@ int64_t grain_of(int64_t count, const Pool& pool) {
 
 constexpr int64_t kRowGrain = 8;  // rows of a norm, a cache write or a look-up: less than this is not worth a second thread
 constexpr int64_t kFewPositions = 512;  // cached positions of all pieces together: as few are not worth it either
+constexpr int64_t kShrunkAtOnce = 4;  // half panels of h: with as many the chains of few rows do not wait for one another
 constexpr int64_t kFewRows = 64;  // of a product: with as few, one thread is soon through, and nobody waits for its pieces
 
 // Computes the first half of what adapters add to a product, and gives the product what it needs for the second.
 void shrink(Kernels* kernels, Product& job, const StepAdapters& step, int64_t number) {
   std::vector<AdaptedRows>& adapted = kernels->adapted;
+  std::vector<Shrink>& shrunk = kernels->shrunk;
   adapted.clear();
-  int64_t num_floats = 0, num_pairs = 0;
+  shrunk.clear();
+  int64_t num_floats = 0, num_halves = 0;
   for (const AdapterRun* run = step.runs; run < step.runs + step.num_runs; ++run) {
     const LowRank* weights = run->products + number;
     if (weights->down == nullptr) continue;
     adapted.push_back({run->first_row, run->num_rows, weights, nullptr});
     num_floats += run->num_rows * weights->num_halves * kHalf;
-    num_pairs += (weights->num_halves + 1) / 2;
+    num_halves += weights->num_halves;
   }
   if (static_cast<int64_t>(kernels->h.size()) < num_floats) kernels->h.resize(num_floats);
   float* h = kernels->h.data();
   for (AdaptedRows& run : adapted) {
     run.h = h;
+    const int64_t x_bytes = run.weights->num_inputs * (job.x_type == kFloat32 ? sizeof(float) : sizeof(uint16_t));
+    shrunk.push_back({run.weights, static_cast<const char*>(job.x) + run.first_row * x_bytes, run.num_rows, h});
     h += run.num_rows * run.weights->num_halves * kHalf;
   }
-  // Two half panels at a time, of one run after another.
-  share_out(kernels->pool, num_pairs, 1, 0, [&](int64_t begin, int64_t end, char*) {
-    int64_t first = 0;  // pair of the run
-    for (const AdaptedRows& run : adapted) {
-      const int64_t num_halves = run.weights->num_halves, last = first + (num_halves + 1) / 2;
-      for (int64_t pair = begin > first ? begin : first; pair < (end < last ? end : last); ++pair) {
-        const int64_t half = 2 * (pair - first);
-        const int64_t x_bytes = run.weights->num_inputs * (job.x_type == kFloat32 ? sizeof(float) : sizeof(uint16_t));
-        const Shrink part{run.weights, static_cast<const char*>(job.x) + run.first_row * x_bytes, run.num_rows,
-                          const_cast<float*>(run.h)};
-        kernels->isa->shrink(part, half, half + 2 < num_halves ? half + 2 : num_halves);
-      }
-      first = last;
-    }
+  const int64_t grain = num_halves < kShrunkAtOnce * kernels->pool.size() ? kShrunkAtOnce / 2 : kShrunkAtOnce;
+  share_out(kernels->pool, num_halves, grain, 0, [&](int64_t begin, int64_t end, char*) {
+    kernels->isa->shrink(shrunk.data(), job.x_type, begin, end);
   });
   job.adapted = adapted.data();
   job.num_adapted = static_cast<int64_t>(adapted.size());
 }
 
-constexpr int64_t kRowsAtOnce = 128;  // of a product with weights in groups: their x and sums stay in a core's own cache
+void reserve(std::vector<float>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+}
+
+constexpr int64_t kRowsAtOnce = 128;  // of a product whose x is prepared: x and sums stay in a core's own cache
+constexpr int64_t kWidenedRows = 4;   // of a product: with fewer, converting x in each step costs no more than before them
 
 // Input features of a step.
 template <class T>
@@ -353,6 +353,7 @@ EXPORT void packtrain_pack(Kernels* kernels, const void* weight, const float* sc
       }
     }
   });
+  if (kernels->isa->widens_x && linear->type != kFloat32) reserve(kernels->prepared_x, kRowsAtOnce * linear->num_inputs);
 }
 
 // weight: [outputs, inputs of the groups]; of a gated one [2 · outputs, …], gate rows and then up rows.
@@ -367,9 +368,6 @@ EXPORT void packtrain_pack_groups(Kernels* kernels, const GroupMatrix* matrix, c
       }
     }
   });
-  const auto reserve = [](std::vector<float>& buffer, int64_t size) {
-    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-  };
   reserve(kernels->prepared_x, kRowsAtOnce * linear->groups.num_inputs());
   reserve(kernels->group_sums, kRowsAtOnce * linear->groups.num_groups);
 }
@@ -416,11 +414,21 @@ EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void
     share_out(kernels->pool, num_panels, grain, kernels->isa->product_scratch_bytes(job),
               [&](int64_t begin, int64_t end, char* scratch) { kernels->isa->product(job, begin, end, scratch); });
   };
+  const bool widens = kernels->isa->widens_x && x_type == kBfloat16 && weight->type != kGroups && num_rows >= kWidenedRows;
+  const auto prepare = [=](Product& job) {
+    job.prepared_x = kernels->prepared_x.data();
+    job.group_sums = kernels->group_sums.data();
+    share_out(kernels->pool, job.num_rows, kRowGrain, 0,
+              [&](int64_t begin, int64_t end, char*) { kernels->isa->prepare_rows(job, begin, end); });
+    if (widens) job.x = job.prepared_x, job.x_type = kFloat32;
+  };
   const Product known{*weight, x, x_type, out, out_type, num_rows, nullptr, 0, 0, first_output / kHalf, out_stride, nullptr, nullptr};
   perform(kernels, [=] {
     Product whole = known;
+    const bool at_once = whole.weight.type != kGroups && (!widens || whole.num_rows <= kRowsAtOnce);
+    if (at_once && widens) prepare(whole);
     if (step != nullptr && step->num_runs > 0) shrink(kernels, whole, *step, number);
-    if (whole.weight.type != kGroups) return multiply(whole);
+    if (at_once) return multiply(whole);
     for (int64_t row = 0; row < whole.num_rows; row += kRowsAtOnce) {
       Product job = whole;
       job.first_row = row;
@@ -428,10 +436,7 @@ EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void
       const int64_t x_bytes = job.x_type == kFloat32 ? 4 : 2, out_bytes = job.out_type == kFloat32 ? 4 : 2;
       job.x = static_cast<const char*>(job.x) + row * job.weight.num_inputs * x_bytes;
       job.out = static_cast<char*>(job.out) + row * job.out_stride * out_bytes;
-      job.prepared_x = kernels->prepared_x.data();
-      job.group_sums = kernels->group_sums.data();
-      share_out(kernels->pool, job.num_rows, kRowGrain, 0,
-                [&](int64_t begin, int64_t end, char*) { kernels->isa->prepare_rows(job, begin, end); });
+      prepare(job);
       multiply(job);
     }
   });

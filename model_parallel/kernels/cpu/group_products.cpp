@@ -11,7 +11,7 @@ void multiply_groups(const Product& job, int64_t first_panel, int64_t last_panel
   multiply_grouped_as<Vec>(job, first_panel, last_panel, scratch);
 }
 
-void prepare_rows(const Product& job, int64_t first_row, int64_t last_row) {
+void arrange_rows(const Product& job, int64_t first_row, int64_t last_row) {
   const Linear& weight = job.weight;
   const int64_t num_inputs = weight.groups.num_inputs();
   for (int64_t row = first_row; row < last_row; ++row) {

@@ -40,7 +40,9 @@ void multiply_plain(const Product&, int64_t first_panel, int64_t last_panel, cha
 void multiply_groups(const Product&, int64_t first_panel, int64_t last_panel, char* scratch);
 int64_t plain_scratch_bytes(const Product&);
 int64_t groups_scratch_bytes(const Product&);
-void prepare_rows(const Product&, int64_t first_row, int64_t last_row);
-void shrink(const Shrink&, int64_t first_half, int64_t last_half);
+// Into prepared_x.
+void arrange_rows(const Product&, int64_t first_row, int64_t last_row);
+void widen_rows(const Product&, int64_t first_row, int64_t last_row);
+void shrink(const Shrink* runs, Type x_type, int64_t first_half, int64_t last_half);
 
 }  // namespace packtrain

@@ -56,13 +56,16 @@ void product(const Product& job, int64_t first_panel, int64_t last_panel, char* 
   (job.weight.type == kGroups ? multiply_groups : multiply_plain)(job, first_panel, last_panel, scratch);
 }
 
+void prepare_rows(const Product& job, int64_t first_row, int64_t last_row) {
+  (job.weight.type == kGroups ? arrange_rows : widen_rows)(job, first_row, last_row);
+}
+
 int64_t product_scratch_bytes(const Product& job) {
   return (job.weight.type == kGroups ? groups_scratch_bytes : plain_scratch_bytes)(job);
 }
 
-constexpr Isa kOperations = {product,       product_scratch_bytes, prepare_rows, shrink,
-                             norm,          softmax_parts,         write_cache,  attend,
-                             attend_scratch_bytes};
+constexpr Isa kOperations = {Vec::kWidensX, product, product_scratch_bytes, prepare_rows, shrink,
+                             norm,          softmax_parts, write_cache,     attend,       attend_scratch_bytes};
 }  // namespace
 }  // namespace packtrain
 

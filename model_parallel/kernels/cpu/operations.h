@@ -87,7 +87,7 @@ struct LowRank {
 // h [rows, 16 · num_halves] = x [rows, inputs] · downᵀ.
 struct Shrink {
   const LowRank* weights;
-  const void* x;  // of the weights' type
+  const void* x;
   int64_t num_rows;
   float* h;
 };
@@ -114,6 +114,7 @@ struct Product {
   int64_t out_stride;  // elements from one row's outputs to the next's
   // Of weights in groups, whose rows are prepared first: x with all inputs of the groups [rows, groups.num_inputs()], and the sum of
   // each group's [rows, groups.num_groups].
+  // Or of others, where the instruction set widens x: x as float32.
   void* prepared_x;
   float* group_sums;
 };
@@ -169,10 +170,13 @@ struct AttentionPiece {
 constexpr int64_t kQueryRows = 48;
 
 struct Isa {
+  // It multiplies bfloat16 as float32: x of a product with many rows is converted once, and not again for each panel.
+  bool widens_x;
   void (*product)(const Product&, int64_t first_panel, int64_t last_panel, char* scratch);
   int64_t (*product_scratch_bytes)(const Product&);
   void (*prepare_rows)(const Product&, int64_t first_row, int64_t last_row);
-  void (*shrink)(const Shrink&, int64_t first_half, int64_t last_half);
+  // Half panels of some runs' h, counted from the first run's first. x_type: bfloat16 or float32; float32 where the weights are.
+  void (*shrink)(const Shrink* runs, Type x_type, int64_t first_half, int64_t last_half);
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
   void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);

@@ -164,7 +164,7 @@ void multiply_panel(const Product& job, int64_t panel, const char* weights, cons
     multiply_rows<Steps>(static_cast<int>(end - row), x + row * weight.num_inputs, weight.num_inputs, weights,
                          ahead_of<Steps>(job, weights, next, tile), sums);
     for (int64_t c = 0; scales != nullptr && c < (end - row) * kPanel; ++c) sums[c] *= scales[c % kPanel];
-    expand(job, panel, row, end, sums);
+    expand(job, panel, job.first_row + row, job.first_row + end, sums);
     for (int64_t r = row; r < end; ++r) {
       const int64_t num_outputs = weight.num_outputs - first, at = r * job.out_stride + first;
       float* row_sums = sums + (r - row) * kPanel;

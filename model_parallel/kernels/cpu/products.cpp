@@ -25,9 +25,19 @@ int64_t plain_scratch_bytes(const Product& job) {
   return kSumFloats * sizeof(float) + (expands(job) ? job.weight.num_steps() * kPanel * 4 : 0);
 }
 
-void shrink(const Shrink& job, int64_t first, int64_t last) {
-  if (job.weights->type == kFloat32) return shrink_halves<Float32Steps>(job, first, last);
-  shrink_halves<Bfloat16Steps>(job, first, last);
+void widen_rows(const Product& job, int64_t first_row, int64_t last_row) {
+  const int64_t num_inputs = job.weight.num_inputs, begin = first_row * num_inputs, end = last_row * num_inputs;
+  const auto* x = static_cast<const uint16_t*>(job.x);
+  auto* out = static_cast<float*>(job.prepared_x);
+  int64_t i = begin;
+  for (; i + Vec::kLanes <= end; i += Vec::kLanes) Vec::store(out + i, Vec::load(x + i));
+  for (; i < end; ++i) out[i] = to_float(x[i]);
+}
+
+void shrink(const Shrink* runs, Type x_type, int64_t first, int64_t last) {
+  const bool is_float = x_type == kFloat32;
+  if (runs->weights->type == kFloat32) return shrink_halves<Float32Steps>(runs, first, last);
+  (is_float ? shrink_halves<MixedSteps> : shrink_halves<Bfloat16Steps>)(runs, first, last);
 }
 
 }  // namespace packtrain

@@ -2,11 +2,12 @@
 
 struct Vec {
   static constexpr int kLanes = 8;
-  static constexpr int kProductRows = 4;
+  static constexpr int kProductRows = 5;
   static constexpr int kAttentionRows = 2;
   static constexpr int kGroupRows = 4;
   static constexpr int kGroupChains = 1;
   static constexpr bool kBfloat16Dot = false;
+  static constexpr bool kWidensX = true;
   using F = __m256;
   using Words = __m256i;
 

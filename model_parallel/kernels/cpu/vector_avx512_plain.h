@@ -2,6 +2,7 @@
 
 struct Vec : Vec512 {
   static constexpr bool kBfloat16Dot = false;
+  static constexpr bool kWidensX = true;
   static F dot(F sum, Words a, Words b) { return fma(odd(a), odd(b), fma(even(a), even(b), sum)); }
   // Two int8 a lane.
   struct Pairs {

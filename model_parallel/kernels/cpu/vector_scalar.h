@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kGroupRows = 2;
   static constexpr int kGroupChains = 1;
   static constexpr bool kBfloat16Dot = false;
+  static constexpr bool kWidensX = true;
   struct F {
     float lane[kLanes];
   };

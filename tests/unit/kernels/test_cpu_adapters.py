@@ -90,6 +90,35 @@ def test_products_with_adapters(
             assert torch.equal(product(x[row : row + 1], Adapted(alone, 1))[0], out[row]), "alone as in the batch"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize(("num_adapters", "num_rows_each"), [(9, 1), (8, 2), (5, 3), (3, 100)])
+def test_rows_of_many_adapters_have_the_bits_of_each_alone(
+    kernels: CpuKernels, num_adapters: int, num_rows_each: int, is_gated: bool, dtype: torch.dtype
+) -> None:
+    """Adapters of one rank are multiplied together; products of more than 128 rows, 128 at a time."""
+    torch.manual_seed(5)
+    x = torch.randn(num_adapters * num_rows_each, 71).to(dtype)
+    weight = torch.randn(96, 71).to(dtype) / 8
+    packed = kernels.pack_gated(weight) if is_gated else kernels.pack_linear(weight)
+    product = kernels.gated_linear if is_gated else kernels.partial_sum
+
+    def part(first_output: int) -> LowRankPart:
+        down_RI, up_OR = torch.randn(16, 71).to(dtype) / 8, torch.randn(48, 16).to(dtype) / 4
+        return LowRankPart(first_output=first_output, down_RI=down_RI, up_OR=up_OR)
+
+    updates = [LowRankUpdate(num_outputs=96, parts=(part(0), part(48))) for _ in range(num_adapters)]
+    adapters = [kernels.pack_adapter([update], gated=[0] if is_gated else []) for update in updates]
+    runs = [AdaptedRun(i * num_rows_each, num_rows_each, adapter) for i, adapter in enumerate(adapters)]
+    together = product(x, packed, Adapted(kernels.adapted_rows(runs), 0))
+    assert not torch.equal(together, product(x, packed)), "the adapters change something"
+    for run, rows in zip(runs, together.split(num_rows_each), strict=True):
+        for row in {0, num_rows_each - 1}:
+            alone = Adapted(kernels.adapted_rows([AdaptedRun(0, 1, run.adapter)]), 0)
+            at = run.first_row + row
+            assert torch.equal(product(x[at : at + 1], packed, alone)[0], rows[row])
+
+
 def _square(kernels: CpuKernels) -> tuple[PackedWeight, torch.Tensor]:
     torch.manual_seed(3)
     return kernels.pack_linear(torch.randn(48, 48)), torch.randn(4, 48)

@@ -178,6 +178,20 @@ def test_a_row_does_not_depend_on_its_neighbours(kernels: CpuKernels, is_int8: b
     assert all(torch.equal(a, b) for a, b in zip(*whole, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
+def test_many_rows_have_the_bits_of_few(kernels: CpuKernels, is_int8: bool, dtype: torch.dtype) -> None:
+    """x of many rows may be converted before a product, 128 of them at a time; that of few is converted within it."""
+    torch.manual_seed(4)
+    weight = _int8(70, 301)[0] if is_int8 else torch.randn(70, 301).to(dtype)
+    packed, x = kernels.pack_linear(weight), torch.randn(300, 301).to(dtype)
+    whole = kernels.partial_sum(x, packed)
+    for count in (1, 3, 4, 128, 129):
+        for first in (0, 100, 300 - count):
+            rows = slice(first, first + count)
+            assert torch.equal(kernels.partial_sum(x[rows], packed), whole[rows])
+
+
 def _every_operation(
     kernels: CpuKernels, x: torch.Tensor, packed: tuple[object, ...], norm_weight: torch.Tensor
 ) -> list[torch.Tensor]:
