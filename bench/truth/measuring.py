@@ -30,7 +30,7 @@ KV_TOKENS = 4096
 MAX_WAITING = 16
 TIMEOUT_S = 300.0
 CLOSED_S = 12.0
-"""Length of a closed loop, its beginning included; twice as long, and so on, where the machine is too slow for a request a stream."""
+"""Length of a closed loop, its beginning included; doubled until as many requests end as there are streams."""
 MAX_CLOSED_S = 200.0
 MIN_REQUESTS = 30
 """Arrivals that a load is expected to have at least: it takes longer where they come slowly."""
