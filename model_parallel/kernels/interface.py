@@ -352,6 +352,21 @@ class Kernels(Protocol):
         """
         ...
 
+    def best_draws(
+        self,
+        values_RV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        keys: Sequence[int],
+        first_id: int,
+    ) -> Tensor:
+        """int64, one for each of `rows`: the place where value / temperature + noise is highest, in float64. The noise is that of
+        kernels/randomness.py, under the row's key, of the token ids from `first_id` on.
+
+        values_RV: float32 or float64. Of a row that is not finite, any place.
+        """
+        ...
+
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x²) + eps) · weight in float32 (Zhang & Sennrich 2019), then rounded to the weight's dtype."""
         ...

@@ -29,6 +29,7 @@ from model_parallel.kernels.interface import (
     SequenceRun,
 )
 from model_parallel.kernels.low_rank import Runs, add_low_rank, on_device
+from model_parallel.kernels.randomness import best_draws
 
 ROWS_PER_THREAD = 4
 KEY_TILE = 128
@@ -105,6 +106,8 @@ class ReferenceKernels:
         maximum_R1, index_R1 = logits_RV.max(dim=1, keepdim=True)
         sum_R1 = (logits_RV - maximum_R1).exp().sum(dim=1, keepdim=True)
         return torch.cat([maximum_R1.double(), sum_R1.double(), index_R1.double()], dim=1)
+
+    best_draws = staticmethod(best_draws)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         scale_T1 = torch.rsqrt(x_TE.square().mean(-1, keepdim=True) + eps)

@@ -8,7 +8,7 @@ Shape suffixes: R rows, padded to at least two · V local vocabulary · C candid
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from model_parallel.collectives.interface import Collectives
 from model_parallel.engine.matching import allowed_bits
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
 from model_parallel.kernels.interface import Kernels
+from model_parallel.kernels.randomness import draw_key, gumbel_noise
 from model_parallel.model.batch import SequenceState
-from model_parallel.model.randomness import draw_key, gumbel_noise
 
+ROWS_AT_ONCE = 4
 FIRST_CANDIDATES = 64
 """Candidates a rank offers at first when a row is filtered; four times as many each time they do not suffice."""
 _NO_TOKEN = -1
@@ -68,16 +69,12 @@ class Sampler:
         forbidden = self._forbidden(states)
         parts_R3 = self.kernels.softmax_parts(logits_RV)
         best_R3 = self._greedy(parts_R3)
-        winners: dict[int, tuple[int, float]] = {}
-        changed = [r for r, state in enumerate(states) if r in forbidden or not _is_plain(state.sampling)]
-        if changed:
-            changed_states, changed_logits_RV = [states[r] for r in changed], logits_RV[changed]
-            masks = [forbidden.get(r) for r in changed]
-            scores_RV = self._adjusted(changed_logits_RV, changed_states, masks)
-            best_R3[changed] = self._best(scores_RV, changed_logits_RV, changed_states, masks)
-            filtered = [i for i, state in enumerate(changed_states) if _is_filtered(state.sampling)]
-            drawn = self._draw_filtered(scores_RV, changed_logits_RV, changed_states, filtered)
-            winners = {changed[i]: winner for i, winner in drawn.items()}
+        adjusted = [r for r, state in enumerate(states) if r in forbidden or _is_adjusted(state.sampling)]
+        noisy = [r for r, state in enumerate(states) if r not in adjusted and state.sampling.temperature > 0]
+        winners = self._choose(logits_RV, noisy, noisy, logits_RV, states, best_R3)
+        if adjusted:
+            adjusted_RV = self._adjusted(logits_RV, adjusted, states, forbidden)
+            winners |= self._choose(adjusted_RV, range(len(adjusted)), adjusted, logits_RV, states, best_R3)
         table = self._gather(torch.cat([parts_R3[:, :2], best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1))
 
         results = []
@@ -143,68 +140,78 @@ class Sampler:
         return {r: forbidden_V for r, forbidden_V, told in zip(rows, forbidden_RV, is_told, strict=True) if told}
 
     def _adjusted(
-        self, logits_RV: Tensor, states: Sequence[SequenceState], forbidden: Sequence[Tensor | None]
+        self, logits_RV: Tensor, rows: list[int], states: Sequence[SequenceState], forbidden: Mapping[int, Tensor]
     ) -> Tensor:
-        """float64 [R, V]: logits after grammar, bias, penalties and temperature. Greedy rows keep temperature 1."""
-        scores_RV = logits_RV.double()
-        for r, (state, forbidden_V) in enumerate(zip(states, forbidden, strict=True)):
-            sampling = state.sampling
-            if forbidden_V is not None:  # which stays so, whatever is added, and whatever it is multiplied with
-                scores_RV[r].masked_fill_(forbidden_V.to(scores_RV.device, non_blocking=True), -math.inf)
+        """float64 [rows, V]: their logits after grammar, bias and penalties."""
+        values_RV = logits_RV[rows].double()
+        for value_V, r in zip(values_RV, rows, strict=True):
+            sampling = states[r].sampling
+            if r in forbidden:  # which stays so, whatever is added, and whatever it is multiplied with
+                value_V.masked_fill_(forbidden[r].to(value_V.device, non_blocking=True), -math.inf)
             bias = dict(sampling.logit_bias)
             if bias:
-                self._add(scores_RV[r], list(bias), list(bias.values()))
+                self._add(value_V, list(bias), list(bias.values()))
             if sampling.repetition_penalty != 1.0:
-                seen = self._local(state.distinct_ids)
-                value = scores_RV[r, seen]
+                seen = self._local(states[r].distinct_ids)
+                value = value_V[seen]
                 penalty = sampling.repetition_penalty
-                scores_RV[r, seen] = torch.where(value > 0, value / penalty, value * penalty)
+                value_V[seen] = torch.where(value > 0, value / penalty, value * penalty)
             if sampling.presence_penalty or sampling.frequency_penalty:
-                counts = state.output_counts
+                counts = states[r].output_counts
                 losses = [-sampling.presence_penalty - sampling.frequency_penalty * n for n in counts.values()]
-                self._add(scores_RV[r], list(counts), losses)
-            if sampling.temperature not in (0.0, 1.0):
-                scores_RV[r] /= sampling.temperature
-        return scores_RV
+                self._add(value_V, list(counts), losses)
+        return values_RV
 
     def _local(self, token_ids: Iterable[int]) -> Tensor:
         start, stop = self.vocabulary.start, self.vocabulary.stop
         return torch.tensor([t - start for t in token_ids if start <= t < stop], dtype=torch.int64)
 
-    def _add(self, scores_V: Tensor, token_ids: list[int], values: list[float]) -> None:
+    def _add(self, value_V: Tensor, token_ids: list[int], values: list[float]) -> None:
         held = [(t, v) for t, v in zip(token_ids, values, strict=True) if t in self.vocabulary]
-        index = torch.tensor([t - self.vocabulary.start for t, _ in held], dtype=torch.int64, device=scores_V.device)
-        scores_V[index] += torch.tensor([v for _, v in held], dtype=torch.float64, device=scores_V.device)
+        index = torch.tensor([t - self.vocabulary.start for t, _ in held], dtype=torch.int64, device=value_V.device)
+        value_V[index] += torch.tensor([v for _, v in held], dtype=torch.float64, device=value_V.device)
 
     def _greedy(self, parts_R3: Tensor) -> Tensor:
         """float64 [R, 3]: this rank's best (score, token id, logit) of rows that take the likeliest token."""
         maximum_R, _, index_R = parts_R3.unbind(1)
-        return torch.stack([maximum_R, index_R + self.vocabulary.start, maximum_R], dim=1)
+        return self._candidates(maximum_R, index_R, maximum_R)
 
-    def _best(
+    def _candidates(self, score_R: Tensor, place_R: Tensor, logit_R: Tensor) -> Tensor:
+        """float64 [R, 3]: (score, token id, logit), of tokens by their places in this rank's part."""
+        return torch.stack([score_R, (place_R + self.vocabulary.start).double(), logit_R.double()], dim=1)
+
+    def _choose(
         self,
-        scores_RV: Tensor,
+        values_RV: Tensor,
+        places: Sequence[int],
+        rows: list[int],
         logits_RV: Tensor,
         states: Sequence[SequenceState],
-        forbidden: Sequence[Tensor | None],
-    ) -> Tensor:
-        """float64 [R, 3]: this rank's best (score, token id, logit), with noise where the row samples without filters."""
-        noisy = [r for r, s in enumerate(states) if s.sampling.temperature > 0 and not _is_filtered(s.sampling)]
-        if noisy:
-            scores_RV = scores_RV.clone()
-            # Noise is most of the sampler's work. Of a row whose grammar allows few tokens only those get any.
-            few = {r: local for r in noisy if (local := _few_allowed(forbidden[r])) is not None}
-            for r, local in few.items():
-                key = _keys([states[r]])[0].to(scores_RV.device)
-                index = local.to(scores_RV.device)
-                scores_RV[r, index] += gumbel_noise(key, index + self.vocabulary.start)
-            noisy = [r for r in noisy if r not in few]
-        if noisy:
-            ids_V = torch.arange(self.vocabulary.start, self.vocabulary.stop, device=scores_RV.device)
-            scores_RV[noisy] += gumbel_noise(_keys([states[r] for r in noisy]).to(ids_V.device), ids_V)
-        score_R, index_R = scores_RV.max(dim=1)
-        logit_R = logits_RV.gather(1, index_R.unsqueeze(1)).squeeze(1).double()
-        return torch.stack([score_R, (index_R + self.vocabulary.start).double(), logit_R], dim=1)
+        best_R3: Tensor,
+    ) -> dict[int, tuple[int, float]]:
+        """Choose the tokens of `rows`, which lie at `places` of values_RV: float32 logits, or float64 where they were adjusted.
+
+        Fills in this rank's best (score, token id, logit) of those without filters. Returns (token id, logit) of those with any.
+        """
+        at = dict(zip(rows, places, strict=True))
+        likeliest = [r for r in rows if states[r].sampling.temperature == 0]
+        if likeliest:
+            score_R, token_R = values_RV[[at[r] for r in likeliest]].max(dim=1)
+            best_R3[likeliest] = self._candidates(score_R, token_R, _picked(logits_RV, likeliest, token_R))
+        drawn = [r for r in rows if states[r].sampling.temperature > 0 and not _is_filtered(states[r].sampling)]
+        if drawn:
+            temperatures, keys = [states[r].sampling.temperature for r in drawn], [_key(states[r]) for r in drawn]
+            index = [at[r] for r in drawn]
+            token_R = self.kernels.best_draws(values_RV, index, temperatures, keys, self.vocabulary.start)
+            device = values_RV.device
+            tempered_R = _picked(values_RV, index, token_R) / _doubles(temperatures, device)
+            noise_R = gumbel_noise(torch.tensor(keys, device=device), token_R + self.vocabulary.start)
+            best_R3[drawn] = self._candidates(tempered_R + noise_R, token_R, _picked(logits_RV, drawn, token_R))
+        filtered = [r for r in rows if _is_filtered(states[r].sampling)]
+        found = self._draw_filtered(
+            values_RV, [at[r] for r in filtered], logits_RV, filtered, [states[r] for r in filtered]
+        )
+        return dict(zip(filtered, found, strict=True))
 
     def _top(self, values_RV: Tensor, count: int) -> Tensor:
         """float64 [R, count, 2]: this rank's highest values with their token ids; (-inf, -1) past its part."""
@@ -219,27 +226,52 @@ class Sampler:
         return top_RC2
 
     def _draw_filtered(
-        self, scores_RV: Tensor, logits_RV: Tensor, states: Sequence[SequenceState], rows: list[int]
-    ) -> dict[int, tuple[int, float]]:
-        """row → (token id, logit) for rows with top-k, top-p or min-p; asks for more candidates until they suffice."""
-        winners: dict[int, tuple[int, float]] = {}
+        self,
+        values_RV: Tensor,
+        places: list[int],
+        logits_RV: Tensor,
+        rows: list[int],
+        states: list[SequenceState],
+    ) -> list[tuple[int, float]]:
+        """(token id, logit) of rows with top-k, top-p or min-p; asks for more candidates until they suffice."""
+        winners: list[tuple[int, float] | None] = [None] * len(rows)
+        temperature_R = _doubles([state.sampling.temperature for state in states], values_RV.device)
+        sum_R = _exponential_sums(values_RV, places, states)
         count = FIRST_CANDIDATES
-        while rows:
+        while left := [i for i, winner in enumerate(winners) if winner is None]:
             count = min(count, self.largest_part)
-            # Two rows at least: torch sums a lone row in another order.
-            index = torch.tensor(rows if len(rows) > 1 else rows * 2, device=scores_RV.device)
-            candidates_RC2 = self._top(scores_RV[index], count)
+            is_whole = len(left) == len(values_RV)
+            candidates_RC2 = self._top(values_RV if is_whole else values_RV[[places[i] for i in left]], count)
             local_RC = (candidates_RC2[..., 1].long() - self.vocabulary.start).clamp(min=0)
-            logit_RC1 = logits_RV[index].gather(1, local_RC).double().unsqueeze(-1)
-            offer_RC3 = torch.cat([candidates_RC2, logit_RC1], dim=2)
-            offer_RX = torch.cat([_normalisers(scores_RV[index]), offer_RC3.flatten(1)], dim=1)
-            offers_GRX = self.collectives.all_gather(offer_RX.contiguous()).cpu()[:, : len(rows)]
-            is_complete = count >= self.largest_part
-            drawn = _draw(offers_GRX, [states[r] for r in rows], is_complete=is_complete)
-            winners |= {r: winner for r, winner in zip(rows, drawn, strict=True) if winner is not None}
-            rows = [r for r in rows if r not in winners]
+            logit_RC = logits_RV[torch.tensor([rows[i] for i in left], device=values_RV.device).unsqueeze(1), local_RC]
+            candidates_RC2[..., 0] /= temperature_R[left].unsqueeze(1)
+            offer_RC3 = torch.cat([candidates_RC2, logit_RC.double().unsqueeze(-1)], dim=2)
+            normalisers_R2 = torch.stack([candidates_RC2[:, 0, 0], sum_R[left]], dim=1)
+            offers_GRX = self.collectives.all_gather(torch.cat([normalisers_R2, offer_RC3.flatten(1)], dim=1)).cpu()
+            found = _draw(offers_GRX, [states[i] for i in left], is_complete=count >= self.largest_part)
+            for i, winner in zip(left, found, strict=True):
+                winners[i] = winner
             count *= 4
-        return winners
+        return [winner for winner in winners if winner is not None]
+
+
+def _exponential_sums(values_RV: Tensor, places: list[int], states: Sequence[SequenceState]) -> Tensor:
+    """float64 [places]: the sum of exp((value − maximum) / temperature) of rows with top-p, which asks for it; 1 of others."""
+    sum_R = torch.ones(len(places), dtype=torch.float64, device=values_RV.device)
+    asking = [i for i, state in enumerate(states) if state.sampling.top_p < 1.0]
+    # Float64 copies of few rows stay in a core's cache.
+    size = ROWS_AT_ONCE if values_RV.device.type == "cpu" else max(1, len(asking))
+    for first in range(0, len(asking), size):
+        part = asking[first : first + size]
+        # Two rows at least: torch sums a lone row in another order.
+        twice = part if len(part) > 1 else part * 2
+        value_RV = values_RV[[places[i] for i in twice]].double()
+        value_RV /= _doubles([states[i].sampling.temperature for i in twice], values_RV.device).unsqueeze(1)
+        maximum_R1 = value_RV.amax(dim=1, keepdim=True)
+        # A rank may hold no token that a row's grammar allows; its sum is then zero.
+        value_RV -= maximum_R1.masked_fill(maximum_R1 == -math.inf, 0.0)
+        sum_R[part] = value_RV.exp_().sum(dim=1)[: len(part)]
+    return sum_R
 
 
 def _draw(offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: bool) -> list[tuple[int, float] | None]:
@@ -270,7 +302,7 @@ def _draw(offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: b
         weight_RM, certain_RM.sum(1), total_R, [s.sampling for s in states], is_complete_R=is_complete_R
     )
 
-    noise_RM = gumbel_noise(_keys(states), token_RM.long())
+    noise_RM = gumbel_noise(torch.tensor([[_key(state)] for state in states]), token_RM.long())
     rank_M = torch.arange(score_RM.shape[1])
     best_R1 = (score_RM + noise_RM).masked_fill(rank_M >= num_kept_R.unsqueeze(1), -math.inf).argmax(1, keepdim=True)
     tokens, logits = token_RM.gather(1, best_R1).squeeze(1).tolist(), logit_RM.gather(1, best_R1).squeeze(1).tolist()
@@ -317,27 +349,28 @@ def _num_kept(
     return kept_R.masked_fill(is_open_R, 0)
 
 
-def _few_allowed(forbidden_V: Tensor | None) -> Tensor | None:
-    """int64: the allowed tokens of a row by their places in this rank's part, if they are few; None otherwise."""
-    if forbidden_V is None:
-        return None
-    allowed = (~forbidden_V).nonzero().squeeze(1)
-    return allowed if len(allowed) * 8 <= len(forbidden_V) else None
-
-
-def _is_plain(sampling: SamplingParams) -> bool:
-    """Whether the likeliest token is taken, by logits as they are."""
+def _is_adjusted(sampling: SamplingParams) -> bool:
+    """Whether anything but a temperature and filters changes the logits."""
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-    return sampling.temperature == 0 and not penalties and not sampling.logit_bias
+    return bool(penalties or sampling.logit_bias)
 
 
 def _is_filtered(sampling: SamplingParams) -> bool:
     return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0)
 
 
-def _keys(states: Sequence[SequenceState]) -> Tensor:
-    """int64 [R, 1]: the keys of the states' next draws."""
-    return torch.tensor([[draw_key(s.sampling.seed, s.choice, s.position)] for s in states])
+def _doubles(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _picked(values_RV: Tensor, rows: Sequence[int], place_R: Tensor) -> Tensor:
+    """float64 [rows]: of each row the value at its place."""
+    return values_RV[torch.tensor(rows, device=values_RV.device), place_R].double()
+
+
+def _key(state: SequenceState) -> int:
+    """Of its next draw."""
+    return draw_key(state.sampling.seed, state.choice, state.position)
 
 
 def _normalisers(values_RV: Tensor) -> Tensor:

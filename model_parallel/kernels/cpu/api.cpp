@@ -1,6 +1,7 @@
 // The functions that Python calls. Each computes one operation on all threads of the rank's pool, and becomes part of the
 // program that is being recorded, if one is: a list of calls on the same memory, which can then be made again as one call.
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -18,6 +19,19 @@ namespace {
 // Calls in their order. One that does not return 0 has failed.
 using Program = std::vector<std::function<int32_t()>>;
 
+// By bins of Gumbel noise, with a margin for what is rounded: the least hash of 52 bits that may give as much.
+std::vector<int64_t> least_hashes_of_bins() {
+  constexpr double kMargin = 1e-5, kHashes = 0x1p52;
+  constexpr int kNumBins = static_cast<int>(kDrawBins * kMostNoise);
+  std::vector<int64_t> least(kNumBins + 1, 0);
+  for (int bin = 1; bin < kNumBins; ++bin) {
+    const double part_above = -std::expm1(-std::exp(kMargin - bin / kDrawBins));
+    least[bin] = std::max(0.0, kHashes - std::ceil(part_above * kHashes) - 2.0);
+  }
+  least[kNumBins] = INT64_MAX;
+  return least;
+}
+
 struct Kernels {
   const Isa* isa;
   Pool pool;
@@ -27,6 +41,7 @@ struct Kernels {
   std::vector<Shrink> shrunk{};        // of the same
   // For the rows of one product whose x is prepared: kRowsAtOnce rows of the widest that was packed.
   std::vector<float> prepared_x{}, group_sums{};
+  std::vector<int64_t> least_hashes = least_hashes_of_bins();
 };
 
 // Rows of a step, one after another, that one adapter changes; and what it adds to each product of the model.
@@ -459,6 +474,20 @@ EXPORT void packtrain_softmax_parts(Kernels* kernels, const float* logits, int64
         kernels->isa->softmax_parts(logits + row * num_columns, num_columns, parts + row * 3);
       }
     });
+  });
+}
+
+// values: [rows of a step, num_values]. found: [num_rows, 1 + kMostDraws], the number of places and they.
+EXPORT void packtrain_draws(Kernels* kernels, const void* values, int is_double, int64_t num_values, int64_t num_rows,
+                            const int64_t* rows, const double* temperatures, const int64_t* keys, int64_t first_id,
+                            int64_t* found) {
+  share_out(kernels->pool, num_rows, 1, 0, [&](int64_t begin, int64_t end, char*) {
+    for (int64_t i = begin; i < end; ++i) {
+      int64_t* places = found + i * (1 + kMostDraws);
+      const int64_t row_bytes = num_values * (is_double ? sizeof(double) : sizeof(float));
+      kernels->isa->draw({static_cast<const char*>(values) + rows[i] * row_bytes, is_double != 0, temperatures[i],
+                          static_cast<uint64_t>(keys[i]), num_values, first_id, kernels->least_hashes.data(), places, places + 1});
+    }
   });
 }
 

@@ -27,6 +27,7 @@ from model_parallel.kernels.interface import (
     LowRankUpdate,
     Matrix,
 )
+from model_parallel.kernels.randomness import best_draws
 from model_parallel.native import CPU_KERNELS, CPU_OPERATIONS, chosen_instruction_set, load_library
 
 ARENA_BYTES = 64 << 20
@@ -35,6 +36,7 @@ _WEIGHT_TYPES = TYPES | {torch.int8: 2, torch.float16: 3}
 _GROUPS = 4
 PANEL = 32
 """Columns of a panel."""
+_MOST_DRAWS = 7
 _GROUP_KINDS = ("fixed_zero", "zeros", "minimums", "scale_codes", "minimum_codes")
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
@@ -54,6 +56,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "norm": (None, [_POINTER] * 4 + [ctypes.c_int, _INT64, _INT64, ctypes.c_float, _POINTER]),
     "softmax_parts": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER]),
+    "draws": (None, [_POINTER, _POINTER, ctypes.c_int, _INT64, _INT64, *[_POINTER] * 3, _INT64, _POINTER]),
     "attention": (None, [_POINTER, _POINTER, _INT64, _POINTER, _INT64]),
     "begin_recording": (_POINTER, [_POINTER]),
     "end_recording": (None, [_POINTER]),
@@ -350,6 +353,39 @@ class CpuKernels:
             self._handle, logits_RV.data_ptr(), num_rows, num_columns, parts_R3.data_ptr()
         )
         return parts_R3
+
+    def best_draws(
+        self,
+        values_RV: Tensor,
+        rows: Sequence[int],
+        temperatures: Sequence[float],
+        keys: Sequence[int],
+        first_id: int,
+    ) -> Tensor:
+        values_RV = values_RV.contiguous()
+        num_values = values_RV.shape[1]
+        found_RX = torch.empty((len(rows), 1 + _MOST_DRAWS), dtype=torch.int64)
+        rows_R, keys_R = torch.tensor(rows), torch.tensor(keys)
+        temperatures_R = torch.tensor(temperatures, dtype=torch.float64)
+        self._library.packtrain_draws(
+            self._handle,
+            values_RV.data_ptr(),
+            values_RV.dtype == torch.float64,
+            num_values,
+            len(rows),
+            rows_R.data_ptr(),
+            temperatures_R.data_ptr(),
+            keys_R.data_ptr(),
+            first_id,
+            found_RX.data_ptr(),
+        )
+        place_R = found_RX[:, 1].clone()
+        for i in (
+            (found_RX[:, 0] != 1).nonzero().flatten().tolist()
+        ):  # several within rounding, or a row that is not finite
+            alone = best_draws(values_RV, rows[i : i + 1], temperatures[i : i + 1], keys[i : i + 1], first_id)
+            place_R[i] = alone[0]
+        return place_R
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         return self._norm(x_TE, None, weight_E, eps)

@@ -5,6 +5,7 @@ namespace packtrain {
 namespace {
 #include "norm.h"
 #include "attention.h"
+#include "draw.h"
 
 void norm(const Norm& job, int64_t first_row, int64_t last_row) {
   if (job.type == kFloat32) return norm_rows<float>(job, first_row, last_row);
@@ -65,7 +66,8 @@ int64_t product_scratch_bytes(const Product& job) {
 }
 
 constexpr Isa kOperations = {Vec::kWidensX, product, product_scratch_bytes, prepare_rows, shrink,
-                             norm,          softmax_parts, write_cache,     attend,       attend_scratch_bytes};
+                             norm,          softmax_parts, draw,            write_cache,  attend,
+                             attend_scratch_bytes};
 }  // namespace
 }  // namespace packtrain
 

@@ -169,6 +169,21 @@ struct AttentionPiece {
 };
 constexpr int64_t kQueryRows = 48;
 
+// Where one row's sum of value / temperature and noise may be highest; kernels/randomness.py decides among these places.
+struct Draw {
+  const void* values;
+  bool is_double;  // or float32
+  double temperature;
+  uint64_t key;
+  int64_t num_values, first_id;
+  const int64_t* least_hashes;  // by bins of noise: the least hash that may give as much
+  int64_t* num_found;           // 0: that cannot be told
+  int64_t* found;               // [kMostDraws]
+};
+constexpr int64_t kMostDraws = 7;
+constexpr double kDrawBins = 4.0;    // to a unit
+constexpr double kMostNoise = 37.0;  // of a hash of 52 bits
+
 struct Isa {
   // It multiplies bfloat16 as float32: x of a product with many rows is converted once, and not again for each panel.
   bool widens_x;
@@ -179,6 +194,7 @@ struct Isa {
   void (*shrink)(const Shrink* runs, Type x_type, int64_t first_half, int64_t last_half);
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
+  void (*draw)(const Draw&);
   void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);
   void (*attend)(const Attention&, const AttentionPiece&, const AttentionPiece* next, char* scratch);
   int64_t (*attend_scratch_bytes)(const Attention&);

@@ -29,6 +29,7 @@ from model_parallel.kernels.interface import (
     LowRankUpdate,
     Matrix,
 )
+from model_parallel.kernels.randomness import best_draws
 from model_parallel.kernels.reference import embedded
 
 MAX_PARTS = 32
@@ -149,6 +150,8 @@ class CudaKernels:
         maximum_R1, index_R1 = logits_RV.max(dim=1, keepdim=True)
         sum_R1 = (logits_RV - maximum_R1).exp().sum(dim=1, keepdim=True)
         return torch.cat([maximum_R1.double(), sum_R1.double(), index_R1.double()], dim=1)
+
+    best_draws = staticmethod(best_draws)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
         return self._norm(x_TE, None, weight_E, eps)

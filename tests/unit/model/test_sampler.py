@@ -20,11 +20,11 @@ from transformers import (
 
 from model_parallel.collectives.interface import Collectives
 from model_parallel.engine.request import SamplingParams
+from model_parallel.kernels.randomness import draw_key, gumbel_noise
 from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.model import sampler as sampler_module
 from model_parallel.model.batch import SequenceState
 from model_parallel.model.partition import even_range
-from model_parallel.model.randomness import draw_key, gumbel_noise
 from model_parallel.model.sampler import Sampled, Sampler
 from tests.support.effort import by_day
 from tests.support.ranks import on_threads

@@ -2,7 +2,11 @@
 
 The noise of a token is the token-id-th output of SplitMix64 (Steele, Lea & Flood 2014) started at a key that is mixed from
 (seed, choice, position) by the same function. So it can be computed anywhere, for any part of the vocabulary.
+
+Shape suffixes: R rows · V vocabulary
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,3 +52,14 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     # 52 bits and a half: never 0 and never 1, so both logarithms are finite.
     uniform = (_shifted_right(z, 12).to(torch.float64) + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
+
+
+def best_draws(
+    values_RV: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int], first_id: int
+) -> Tensor:
+    """See Kernels.best_draws."""
+    device = values_RV.device
+    temperature_R1 = torch.tensor(temperatures, dtype=torch.float64, device=device).unsqueeze(1)
+    ids_V = torch.arange(first_id, first_id + values_RV.shape[1], device=device)
+    noise_RV = gumbel_noise(torch.tensor(keys, device=device).unsqueeze(1), ids_V)
+    return (values_RV[list(rows)].double() / temperature_R1 + noise_RV).argmax(dim=1)
