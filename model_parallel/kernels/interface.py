@@ -359,11 +359,13 @@ class Kernels(Protocol):
         temperatures: Sequence[float],
         keys: Sequence[int],
         first_id: int,
+        forbidden: Sequence[Tensor | None],
     ) -> Tensor:
         """int64, one for each of `rows`: the place where value / temperature + noise is highest, in float64. The noise is that of
         kernels/randomness.py, under the row's key, of the token ids from `first_id` on.
 
-        values_RV: float32 or float64. Of a row that is not finite, any place.
+        values_RV: float32 or float64. forbidden: bool [V] on the host, true for places that a row must not take. Of a row that is
+        not finite, or allows none, any place.
         """
         ...
 

@@ -6,6 +6,7 @@ The noise of a token is the token-id-th output of SplitMix64 (Steele, Lea & Floo
 Shape suffixes: R rows · V vocabulary
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,11 +56,19 @@ def gumbel_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def best_draws(
-    values_RV: Tensor, rows: Sequence[int], temperatures: Sequence[float], keys: Sequence[int], first_id: int
+    values_RV: Tensor,
+    rows: Sequence[int],
+    temperatures: Sequence[float],
+    keys: Sequence[int],
+    first_id: int,
+    forbidden: Sequence[Tensor | None],
 ) -> Tensor:
     """See Kernels.best_draws."""
     device = values_RV.device
     temperature_R1 = torch.tensor(temperatures, dtype=torch.float64, device=device).unsqueeze(1)
+    score_RV = values_RV[list(rows)].double() / temperature_R1
+    for score_V, forbidden_V in zip(score_RV, forbidden, strict=True):
+        if forbidden_V is not None:
+            score_V.masked_fill_(forbidden_V.to(device, non_blocking=True), -math.inf)
     ids_V = torch.arange(first_id, first_id + values_RV.shape[1], device=device)
-    noise_RV = gumbel_noise(torch.tensor(keys, device=device).unsqueeze(1), ids_V)
-    return (values_RV[list(rows)].double() / temperature_R1 + noise_RV).argmax(dim=1)
+    return (score_RV + gumbel_noise(torch.tensor(keys, device=device).unsqueeze(1), ids_V)).argmax(dim=1)

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from model_parallel.collectives.interface import Collectives
-from model_parallel.engine.matching import allowed_bits
+from model_parallel.engine.matching import allowed_bits, fill_masks
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
 from model_parallel.kernels.interface import Kernels
 from model_parallel.kernels.randomness import draw_key, gumbel_noise
 from model_parallel.model.batch import SequenceState
 
-ROWS_AT_ONCE = 4
 FIRST_CANDIDATES = 64
 """Candidates a rank offers at first when a row is filtered; four times as many each time they do not suffice."""
+ROWS_AT_ONCE = 4
+"""Rows of which a CPU makes float64 copies at a time."""
 _NO_TOKEN = -1
 
 
@@ -69,12 +70,19 @@ class Sampler:
         forbidden = self._forbidden(states)
         parts_R3 = self.kernels.softmax_parts(logits_RV)
         best_R3 = self._greedy(parts_R3)
-        adjusted = [r for r, state in enumerate(states) if r in forbidden or _is_adjusted(state.sampling)]
-        noisy = [r for r, state in enumerate(states) if r not in adjusted and state.sampling.temperature > 0]
-        winners = self._choose(logits_RV, noisy, noisy, logits_RV, states, best_R3)
+        adjusted = [r for r, state in enumerate(states) if _is_adjusted(state.sampling)]
+        masked = [r for r in forbidden if r not in adjusted and not _is_drawn(states[r].sampling)]
+        noisy = [
+            r for r, state in enumerate(states) if r not in (*adjusted, *masked) and state.sampling.temperature > 0
+        ]
+        winners = self._choose(logits_RV, noisy, noisy, logits_RV, states, best_R3, forbidden)
+        if masked:
+            forbidden_RV = torch.stack([forbidden[r] for r in masked]).to(logits_RV.device, non_blocking=True)
+            masked_RV = logits_RV[masked].masked_fill_(forbidden_RV, -math.inf)
+            winners |= self._choose(masked_RV, range(len(masked)), masked, logits_RV, states, best_R3, {})
         if adjusted:
             adjusted_RV = self._adjusted(logits_RV, adjusted, states, forbidden)
-            winners |= self._choose(adjusted_RV, range(len(adjusted)), adjusted, logits_RV, states, best_R3)
+            winners |= self._choose(adjusted_RV, range(len(adjusted)), adjusted, logits_RV, states, best_R3, {})
         table = self._gather(torch.cat([parts_R3[:, :2], best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1))
 
         results = []
@@ -135,7 +143,7 @@ class Sampler:
             return {}
         matchers = [matcher for r in rows if (matcher := states[r].matcher) is not None]
         mask_RW = np.zeros((len(matchers), matchers[0].num_words), dtype=np.int32)
-        is_told = [matcher.fill(mask_W) for matcher, mask_W in zip(matchers, mask_RW, strict=True)]
+        is_told = fill_masks(matchers, mask_RW)
         forbidden_RV = torch.from_numpy(~allowed_bits(mask_RW, self.vocabulary))
         return {r: forbidden_V for r, forbidden_V, told in zip(rows, forbidden_RV, is_told, strict=True) if told}
 
@@ -188,24 +196,30 @@ class Sampler:
         logits_RV: Tensor,
         states: Sequence[SequenceState],
         best_R3: Tensor,
+        forbidden: Mapping[int, Tensor],
     ) -> dict[int, tuple[int, float]]:
         """Choose the tokens of `rows`, which lie at `places` of values_RV: float32 logits, or float64 where they were adjusted.
+        `forbidden` is of rows that noise alone decides, and whose values do not tell it yet.
 
-        Fills in this rank's best (score, token id, logit) of those without filters. Returns (token id, logit) of those with any.
+        Fills in this rank's best (score, token id, logit) of rows without filters. Returns (token id, logit) of those with any.
         """
         at = dict(zip(rows, places, strict=True))
         likeliest = [r for r in rows if states[r].sampling.temperature == 0]
         if likeliest:
             score_R, token_R = values_RV[[at[r] for r in likeliest]].max(dim=1)
             best_R3[likeliest] = self._candidates(score_R, token_R, _picked(logits_RV, likeliest, token_R))
-        drawn = [r for r in rows if states[r].sampling.temperature > 0 and not _is_filtered(states[r].sampling)]
+        drawn = [r for r in rows if _is_drawn(states[r].sampling)]
         if drawn:
             temperatures, keys = [states[r].sampling.temperature for r in drawn], [_key(states[r]) for r in drawn]
             index = [at[r] for r in drawn]
-            token_R = self.kernels.best_draws(values_RV, index, temperatures, keys, self.vocabulary.start)
+            masks = [forbidden.get(r) for r in drawn]
+            token_R = self.kernels.best_draws(values_RV, index, temperatures, keys, self.vocabulary.start, masks)
             device = values_RV.device
             tempered_R = _picked(values_RV, index, token_R) / _doubles(temperatures, device)
             noise_R = gumbel_noise(torch.tensor(keys, device=device), token_R + self.vocabulary.start)
+            for i, token in enumerate(token_R.tolist() if forbidden else ()):
+                if (mask_V := masks[i]) is not None and mask_V[token]:  # this rank holds no token that is allowed
+                    tempered_R[i] = -math.inf
             best_R3[drawn] = self._candidates(tempered_R + noise_R, token_R, _picked(logits_RV, drawn, token_R))
         filtered = [r for r in rows if _is_filtered(states[r].sampling)]
         found = self._draw_filtered(
@@ -259,7 +273,6 @@ def _exponential_sums(values_RV: Tensor, places: list[int], states: Sequence[Seq
     """float64 [places]: the sum of exp((value − maximum) / temperature) of rows with top-p, which asks for it; 1 of others."""
     sum_R = torch.ones(len(places), dtype=torch.float64, device=values_RV.device)
     asking = [i for i, state in enumerate(states) if state.sampling.top_p < 1.0]
-    # Float64 copies of few rows stay in a core's cache.
     size = ROWS_AT_ONCE if values_RV.device.type == "cpu" else max(1, len(asking))
     for first in range(0, len(asking), size):
         part = asking[first : first + size]
@@ -353,6 +366,11 @@ def _is_adjusted(sampling: SamplingParams) -> bool:
     """Whether anything but a temperature and filters changes the logits."""
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
     return bool(penalties or sampling.logit_bias)
+
+
+def _is_drawn(sampling: SamplingParams) -> bool:
+    """Whether noise decides, among all tokens."""
+    return sampling.temperature > 0 and not _is_filtered(sampling)
 
 
 def _is_filtered(sampling: SamplingParams) -> bool:

@@ -97,7 +97,7 @@ class Rank:
         largest_part = len(even_range(model_config.vocab_size, tp_size, 0))
         self.sampler = Sampler(self.kernels, collectives, self.model.vocabulary, largest_part)
         self.sequences: dict[int, SequenceState] = {}
-        self.grammars = RankGrammars(config.tokens, collectives, self.device)
+        self.grammars = RankGrammars(config.tokens, collectives, self.device, config.parallel.num_threads)
         self.adapters = AdapterStore(config, model_config, self.model, collectives, dtype)
         self.last_step_id = 0
         if self.device.type == "cpu":

@@ -18,9 +18,11 @@ class RankGrammars:
     """All ranks are told of the same grammars in the same steps. They agree on which all of them have by one exchange at the end
     of each step in which some are not there yet."""
 
-    def __init__(self, table: TokenTable | None, collectives: Collectives, device: torch.device) -> None:
-        """`table` is None for a group without constrained output."""
-        self._compiler = None if table is None else GrammarCompiler(table)
+    def __init__(
+        self, table: TokenTable | None, collectives: Collectives, device: torch.device, num_threads: int
+    ) -> None:
+        """`table` is None for a group without constrained output. num_threads: that the rank computes with."""
+        self._compiler = None if table is None else GrammarCompiler(table, num_threads=num_threads)
         self._collectives = collectives
         self._device = device
         self._grammars: dict[int, Grammar] = {}

@@ -477,17 +477,11 @@ EXPORT void packtrain_softmax_parts(Kernels* kernels, const float* logits, int64
   });
 }
 
-// values: [rows of a step, num_values]. found: [num_rows, 1 + kMostDraws], the number of places and they.
-EXPORT void packtrain_draws(Kernels* kernels, const void* values, int is_double, int64_t num_values, int64_t num_rows,
-                            const int64_t* rows, const double* temperatures, const int64_t* keys, int64_t first_id,
-                            int64_t* found) {
-  share_out(kernels->pool, num_rows, 1, 0, [&](int64_t begin, int64_t end, char*) {
-    for (int64_t i = begin; i < end; ++i) {
-      int64_t* places = found + i * (1 + kMostDraws);
-      const int64_t row_bytes = num_values * (is_double ? sizeof(double) : sizeof(float));
-      kernels->isa->draw({static_cast<const char*>(values) + rows[i] * row_bytes, is_double != 0, temperatures[i],
-                          static_cast<uint64_t>(keys[i]), num_values, first_id, kernels->least_hashes.data(), places, places + 1});
-    }
+EXPORT void packtrain_draws(Kernels* kernels, const Draw* draws, int64_t num_draws) {
+  int64_t scratch_bytes = 0;
+  for (int64_t i = 0; i < num_draws; ++i) scratch_bytes = std::max(scratch_bytes, draw_scratch_bytes(draws[i]));
+  share_out(kernels->pool, num_draws, 1, scratch_bytes, [&](int64_t begin, int64_t end, char* scratch) {
+    for (int64_t i = begin; i < end; ++i) kernels->isa->draw(draws[i], kernels->least_hashes.data(), scratch);
   });
 }
 

@@ -56,7 +56,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "norm": (None, [_POINTER] * 4 + [ctypes.c_int, _INT64, _INT64, ctypes.c_float, _POINTER]),
     "softmax_parts": (None, [_POINTER, _POINTER, _INT64, _INT64, _POINTER]),
-    "draws": (None, [_POINTER, _POINTER, ctypes.c_int, _INT64, _INT64, *[_POINTER] * 3, _INT64, _POINTER]),
+    "draws": (None, [_POINTER, _POINTER, _INT64]),
     "attention": (None, [_POINTER, _POINTER, _INT64, _POINTER, _INT64]),
     "begin_recording": (_POINTER, [_POINTER]),
     "end_recording": (None, [_POINTER]),
@@ -91,6 +91,19 @@ class _Linear(ctypes.Structure):
         ("groups", _GroupFormat),
         ("num_before", _INT64),
         ("order", _POINTER),
+    )
+
+
+class _Draw(ctypes.Structure):
+    _fields_ = (
+        ("values", _POINTER),
+        ("forbidden", _POINTER),
+        ("is_double", ctypes.c_bool),
+        ("temperature", ctypes.c_double),
+        ("key", _INT64),
+        ("num_values", _INT64),
+        ("first_id", _INT64),
+        ("found", _POINTER),
     )
 
 
@@ -361,30 +374,36 @@ class CpuKernels:
         temperatures: Sequence[float],
         keys: Sequence[int],
         first_id: int,
+        forbidden: Sequence[Tensor | None],
     ) -> Tensor:
         values_RV = values_RV.contiguous()
-        num_values = values_RV.shape[1]
         found_RX = torch.empty((len(rows), 1 + _MOST_DRAWS), dtype=torch.int64)
-        rows_R, keys_R = torch.tensor(rows), torch.tensor(keys)
-        temperatures_R = torch.tensor(temperatures, dtype=torch.float64)
-        self._library.packtrain_draws(
-            self._handle,
-            values_RV.data_ptr(),
-            values_RV.dtype == torch.float64,
-            num_values,
-            len(rows),
-            rows_R.data_ptr(),
-            temperatures_R.data_ptr(),
-            keys_R.data_ptr(),
-            first_id,
-            found_RX.data_ptr(),
+        row_bytes = values_RV.shape[1] * values_RV.element_size()
+        draws = (_Draw * len(rows))(
+            *(
+                _Draw(
+                    values=values_RV.data_ptr() + row * row_bytes,
+                    forbidden=None if mask is None else mask.data_ptr(),
+                    is_double=values_RV.dtype == torch.float64,
+                    temperature=temperature,
+                    key=key,
+                    num_values=values_RV.shape[1],
+                    first_id=first_id,
+                    found=found_X.data_ptr(),
+                )
+                for row, temperature, key, mask, found_X in zip(
+                    rows, temperatures, keys, forbidden, found_RX, strict=True
+                )
+            )
         )
+        self._library.packtrain_draws(self._handle, ctypes.addressof(draws), len(rows))
         place_R = found_RX[:, 1].clone()
         for i in (
             (found_RX[:, 0] != 1).nonzero().flatten().tolist()
         ):  # several within rounding, or a row that is not finite
-            alone = best_draws(values_RV, rows[i : i + 1], temperatures[i : i + 1], keys[i : i + 1], first_id)
-            place_R[i] = alone[0]
+            one = slice(i, i + 1)
+            alone_R = best_draws(values_RV, rows[one], temperatures[one], keys[one], first_id, forbidden[one])
+            place_R[i] = alone_R[0]
         return place_R
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:

@@ -43,11 +43,24 @@ struct Survivors {
 };
 
 template <class T>
-void draw_from(const Draw& job, const T* values) {
+T largest_of(const T* values, int64_t count) {
+  constexpr int kChains = 32;  // a processor does not wait for one of them
+  T largest[kChains];
+  for (T& chain : largest) chain = values[0];
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int c = 0; c < kChains; ++c) largest[c] = values[i + c] > largest[c] ? values[i + c] : largest[c];
+  }
+  for (; i < count; ++i) largest[0] = values[i] > largest[0] ? values[i] : largest[0];
+  for (const T chain : largest) largest[0] = chain > largest[0] ? chain : largest[0];
+  return largest[0];
+}
+
+template <class T>
+void draw_from(const Draw& job, const int64_t* least_hashes, const T* values) {
   constexpr int64_t kBlock = 256;
   const double scale = 1.0 / job.temperature, bins = scale * kDrawBins;
-  T largest = values[0];
-  for (int64_t i = 1; i < job.num_values; ++i) largest = values[i] > largest ? values[i] : largest;
+  const T largest = largest_of(values, job.num_values);
   int64_t top = 0;
   while (top < job.num_values - 1 && values[top] != largest) ++top;
   Survivors survivors;
@@ -65,7 +78,7 @@ void draw_from(const Draw& job, const T* values) {
       double missing = best - static_cast<double>(block[i]) * bins;
       missing = missing < kDrawBins * kMostNoise ? missing : kDrawBins * kMostNoise;  // and where it is not a number
       missing = missing > 0.0 ? missing : 0.0;
-      return hashes[i] >= job.least_hashes[static_cast<int32_t>(missing)];
+      return hashes[i] >= least_hashes[static_cast<int32_t>(missing)];
     };
     int64_t num_left = 0;
     for (int64_t i = 0; i < size; ++i) num_left += may_win(i);
@@ -73,17 +86,27 @@ void draw_from(const Draw& job, const T* values) {
       if (!may_win(i)) continue;
       --num_left;
       if (!survivors.add(begin + i, sum_of(begin + i, static_cast<uint64_t>(hashes[i])))) {
-        *job.num_found = 0;
+        job.found[0] = 0;
         return;
       }
     }
   }
   survivors.drop_lower();
-  *job.num_found = survivors.count;
-  for (int64_t i = 0; i < survivors.count; ++i) job.found[i] = survivors.places[i];
+  job.found[0] = survivors.count;
+  for (int64_t i = 0; i < survivors.count; ++i) job.found[1 + i] = survivors.places[i];
 }
 
-void draw(const Draw& job) {
-  if (job.is_double) return draw_from(job, static_cast<const double*>(job.values));
-  draw_from(job, static_cast<const float*>(job.values));
+template <class T>
+void draw_of(const Draw& job, const int64_t* least_hashes, T* scratch) {
+  const auto* values = static_cast<const T*>(job.values);
+  if (job.forbidden != nullptr) {
+    for (int64_t i = 0; i < job.num_values; ++i) scratch[i] = job.forbidden[i] ? -__builtin_inff() : values[i];
+    values = scratch;
+  }
+  draw_from(job, least_hashes, values);
+}
+
+void draw(const Draw& job, const int64_t* least_hashes, char* scratch) {
+  if (job.is_double) return draw_of(job, least_hashes, reinterpret_cast<double*>(scratch));
+  draw_of(job, least_hashes, reinterpret_cast<float*>(scratch));
 }

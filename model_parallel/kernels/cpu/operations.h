@@ -172,15 +172,17 @@ constexpr int64_t kQueryRows = 48;
 // Where one row's sum of value / temperature and noise may be highest; kernels/randomness.py decides among these places.
 struct Draw {
   const void* values;
-  bool is_double;  // or float32
+  const bool* forbidden;  // places that are not taken, or null
+  bool is_double;         // or float32
   double temperature;
   uint64_t key;
   int64_t num_values, first_id;
-  const int64_t* least_hashes;  // by bins of noise: the least hash that may give as much
-  int64_t* num_found;           // 0: that cannot be told
-  int64_t* found;               // [kMostDraws]
+  int64_t* found;  // their number, 0 where it cannot be told, and the places: [1 + kMostDraws]
 };
 constexpr int64_t kMostDraws = 7;
+constexpr int64_t draw_scratch_bytes(const Draw& job) {
+  return job.forbidden == nullptr ? 0 : job.num_values * static_cast<int64_t>(job.is_double ? sizeof(double) : sizeof(float));
+}
 constexpr double kDrawBins = 4.0;    // to a unit
 constexpr double kMostNoise = 37.0;  // of a hash of 52 bits
 
@@ -194,7 +196,8 @@ struct Isa {
   void (*shrink)(const Shrink* runs, Type x_type, int64_t first_half, int64_t last_half);
   void (*norm)(const Norm&, int64_t first_row, int64_t last_row);
   void (*softmax_parts)(const float* logits, int64_t n, double* parts);  // maximum, sum of exp(logit − maximum), first index
-  void (*draw)(const Draw&);
+  // least_hashes: by bins of noise, the least hash that may give as much. scratch: of draw_scratch_bytes.
+  void (*draw)(const Draw&, const int64_t* least_hashes, char* scratch);
   void (*write_cache)(const Attention&, int64_t first_row, int64_t last_row);
   void (*attend)(const Attention&, const AttentionPiece&, const AttentionPiece* next, char* scratch);
   int64_t (*attend_scratch_bytes)(const Attention&);

@@ -36,14 +36,18 @@ def test_the_same_tokens_are_drawn(
     rows = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=6))
     temperatures = [data.draw(st.sampled_from([1e-5, 0.3, 1.0, 1.7, 50.0])) for _ in rows]
     keys = [draw_key(seed, choice, num_values) for choice in range(len(rows))]
-    found = kernels.best_draws(values, rows, temperatures, keys, first_id)
-    assert torch.equal(found, best_draws(values, rows, temperatures, keys, first_id))
+    masked = data.draw(st.sampled_from([0.0, 0.5, 0.99]))
+    masks = [torch.rand(num_values) < masked if data.draw(st.booleans()) else None for _ in rows]
+    found = kernels.best_draws(values, rows, temperatures, keys, first_id, masks)
+    assert torch.equal(found, best_draws(values, rows, temperatures, keys, first_id, masks))
 
 
 def test_every_token_of_an_even_row_is_drawn_about_as_often(kernels: CpuKernels) -> None:
     values, num_draws = torch.zeros(1, 50), 5000
     keys = [draw_key(1, 0, position) for position in range(num_draws)]
-    counts = kernels.best_draws(values, [0] * num_draws, [1.0] * num_draws, keys, 0).bincount(minlength=50)
+    counts = kernels.best_draws(values, [0] * num_draws, [1.0] * num_draws, keys, 0, [None] * len(keys)).bincount(
+        minlength=50
+    )
     assert counts.sum() == num_draws
     assert 60 <= counts.min() <= counts.max() <= 140  # four standard deviations about 100
 
@@ -52,9 +56,9 @@ def test_every_token_of_an_even_row_is_drawn_about_as_often(kernels: CpuKernels)
 def test_a_row_that_is_not_finite_gives_some_place_and_disturbs_no_other(kernels: CpuKernels, bad: float) -> None:
     values = torch.randn(3, 400, generator=torch.Generator().manual_seed(1))
     keys = [draw_key(7, 0, 1)] * 3
-    before = kernels.best_draws(values, range(3), [1.0] * 3, keys, 0)
+    before = kernels.best_draws(values, range(3), [1.0] * 3, keys, 0, [None] * len(keys))
     values[1] = bad
     values[1, 17] = 0.5
-    after = kernels.best_draws(values, range(3), [1.0] * 3, keys, 0)
+    after = kernels.best_draws(values, range(3), [1.0] * 3, keys, 0, [None] * len(keys))
     assert torch.equal(after[[0, 2]], before[[0, 2]])
     assert 0 <= after[1] < 400
