@@ -44,6 +44,14 @@ def empty_shard(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return out
 
 
+def mapped(num_bytes: int) -> Tensor:
+    """uint8 [num_bytes], zero: pages of its own, huge where they can be had, which the system has back with the tensor's end."""
+    pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    out = torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
+    advise(out.data_ptr(), len(pages), mmap.MADV_HUGEPAGE)
+    return out
+
+
 def advise(address: int, num_bytes: int, advice: int) -> None:
     """Advise the whole pages inside a range. A system that does not take the advice loses speed or memory, nothing else."""
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE

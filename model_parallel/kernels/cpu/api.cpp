@@ -39,7 +39,7 @@ struct Kernels {
   std::vector<float> h{};              // of the product that is computed
   std::vector<AdaptedRows> adapted{};  // of the same
   std::vector<Shrink> shrunk{};        // of the same
-  // For the rows of one product whose x is prepared: kRowsAtOnce rows of the widest that was packed.
+  // Of kRowsAtOnce rows of the widest product whose x was prepared.
   std::vector<float> prepared_x{}, group_sums{};
   std::vector<int64_t> least_hashes = least_hashes_of_bins();
 };
@@ -368,7 +368,6 @@ EXPORT void packtrain_pack(Kernels* kernels, const void* weight, const float* sc
       }
     }
   });
-  if (kernels->isa->widens_x && linear->type != kFloat32) reserve(kernels->prepared_x, kRowsAtOnce * linear->num_inputs);
 }
 
 // weight: [outputs, inputs of the groups]; of a gated one [2 · outputs, …], gate rows and then up rows.
@@ -383,8 +382,6 @@ EXPORT void packtrain_pack_groups(Kernels* kernels, const GroupMatrix* matrix, c
       }
     }
   });
-  reserve(kernels->prepared_x, kRowsAtOnce * linear->groups.num_inputs());
-  reserve(kernels->group_sums, kRowsAtOnce * linear->groups.num_groups);
 }
 
 // Rows of an ungated weight in groups.
@@ -431,6 +428,9 @@ EXPORT void packtrain_product(Kernels* kernels, const Linear* weight, const void
   };
   const bool widens = kernels->isa->widens_x && x_type == kBfloat16 && weight->type != kGroups && num_rows >= kWidenedRows;
   const auto prepare = [=](Product& job) {
+    const bool in_groups = job.weight.type == kGroups;
+    reserve(kernels->prepared_x, kRowsAtOnce * (in_groups ? job.weight.groups.num_inputs() : job.weight.num_inputs));
+    if (in_groups) reserve(kernels->group_sums, kRowsAtOnce * job.weight.groups.num_groups);
     job.prepared_x = kernels->prepared_x.data();
     job.group_sums = kernels->group_sums.data();
     share_out(kernels->pool, job.num_rows, kRowGrain, 0,

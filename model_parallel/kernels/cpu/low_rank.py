@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model_parallel.host_memory import mapped
 from model_parallel.kernels.interface import AdaptedRun, LowRankUpdate
 
 COLUMNS = 16
@@ -97,7 +98,7 @@ def pack(
             num_halves=down_RI.shape[0] // COLUMNS,
             type=types[down_RI.dtype],
         )
-    memory = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+    memory = mapped(num_bytes + _ALIGNMENT)  # a step reads all of it, as it does all weights
     base = -memory.data_ptr() % _ALIGNMENT
     at = base
     for piece in pieces:
