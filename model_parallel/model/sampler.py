@@ -70,12 +70,13 @@ class Sampler:
         forbidden = self._forbidden(states)
         parts_R3 = self.kernels.softmax_parts(logits_RV)
         best_R3 = self._greedy(parts_R3)
+        winners: dict[int, tuple[int, float]] = {}
         adjusted = [r for r, state in enumerate(states) if _is_adjusted(state.sampling)]
-        masked = [r for r in forbidden if r not in adjusted and not _is_drawn(states[r].sampling)]
-        noisy = [
-            r for r, state in enumerate(states) if r not in (*adjusted, *masked) and state.sampling.temperature > 0
-        ]
-        winners = self._choose(logits_RV, noisy, noisy, logits_RV, states, best_R3, forbidden)
+        masked = [r for r in forbidden if not _is_adjusted(states[r].sampling) and not _is_drawn(states[r].sampling)]
+        others = {*adjusted, *masked}
+        noisy = [r for r, state in enumerate(states) if r not in others and state.sampling.temperature > 0]
+        if noisy:
+            winners |= self._choose(logits_RV, noisy, noisy, logits_RV, states, best_R3, forbidden)
         if masked:
             forbidden_RV = torch.stack([forbidden[r] for r in masked]).to(logits_RV.device, non_blocking=True)
             masked_RV = logits_RV[masked].masked_fill_(forbidden_RV, -math.inf)
@@ -222,6 +223,8 @@ class Sampler:
                     tempered_R[i] = -math.inf
             best_R3[drawn] = self._candidates(tempered_R + noise_R, token_R, _picked(logits_RV, drawn, token_R))
         filtered = [r for r in rows if _is_filtered(states[r].sampling)]
+        if not filtered:
+            return {}
         found = self._draw_filtered(
             values_RV, [at[r] for r in filtered], logits_RV, filtered, [states[r] for r in filtered]
         )
