@@ -54,6 +54,13 @@ def test_no_history_shows_a_fault(chunk: int) -> None:
     assert all(outcomes[kind] for kind in ("left", "DEADLINE", "OVERLOADED", "REQUEST_POISONED")), outcomes
 
 
+@pytest.mark.parametrize("seed", [104_142])
+def test_a_history_that_showed_a_fault_shows_none(seed: int) -> None:
+    """A resumed stream of two choices ended when one had come further and the other had not yet come as far again."""
+    found, _ = simulate(seed)
+    assert not found
+
+
 def test_a_seed_gives_the_same_history() -> None:
     def seen(world: World) -> list[Any]:
         return [(client.tokens, client.outcome, client.ended_s, client.records) for client in world.clients]

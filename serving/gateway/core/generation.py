@@ -204,7 +204,7 @@ class Generator:
         meter = await self._meter(call, card, num_prompt_tokens, num_output_tokens, billed_id=stream.billed_id)
         with meter:
             # What the client has was made for it, even if this call ends before it has made it again.
-            num_delivered = meter.num_completion_tokens = sum(stream.delivered)
+            meter.num_completion_tokens = sum(stream.delivered)
             requests = self._requests(card, call, sequences, grammar)
             last: Chunk | None = None
             async with aclosing(self._run(card, requests, call, meter)) as outputs:
@@ -214,8 +214,9 @@ class Generator:
                         continue
                     _raise_failure(output)
                     for chunk in choice.take_around(output, stream.num_delivered(output.choice)):
-                        num_made = sum(choice.num_tokens for choice in choices)
-                        meter.num_completion_tokens = max(num_made, num_delivered)
+                        meter.num_completion_tokens = sum(
+                            max(each.num_tokens, stream.num_delivered(index)) for index, each in enumerate(choices)
+                        )
                         if all(choice.finished for choice in choices):
                             last = chunk
                             break
