@@ -75,7 +75,7 @@ class GrammarCompiler:
             slices=[*llguidance.LLTokenizer.json_slices(), *_WORD_SLICES],
         )
         self.num_words = -(-len(tokens) // 32)
-        self.executor: LLExecutor | None = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
+        self._executor: LLExecutor | None = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
 
     def compile(self, text: str) -> "Grammar":
         """Raises GrammarError; also for a grammar that allows no beginning."""
@@ -94,6 +94,15 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarError(_tidied(matcher.get_error()))
         return matcher
+
+    def write_masks(self, matchers: "Sequence[LLMatcher]", mask_RW: NDArray[np.int32]) -> None:
+        """By all threads. One that meets a limit says so itself (`is_error`)."""
+        if self._executor is None or len(matchers) == 1:
+            for matcher, mask_W in zip(matchers, mask_RW, strict=True):
+                matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+            return
+        rows = [(matcher, row) for row, matcher in enumerate(matchers)]
+        self._executor.unsafe_compute_mask_ptr(rows, mask_RW.ctypes.data, mask_RW.strides[0], len(rows))
 
     def end_mask(self) -> NDArray[np.int32]:
         """int32 [W]: the end tokens."""
@@ -152,23 +161,19 @@ class Matcher:
 
     def fill(self, mask_W: NDArray[np.int32]) -> bool:
         """Write which tokens may come next, a bit each, lowest first. False when there is none, or that cannot be told."""
-        return fill_masks([self], mask_W[None])[0]
+        return Matcher.fill_all([self], mask_W[None])[0]
 
-    def write_all(self, matchers: "Sequence[Matcher]", mask_RW: NDArray[np.int32]) -> None:
-        """The first half of `fill_masks`: the masks of `matchers`, this one among them, which may have met a limit."""
-        executor = self._grammar.compiler.executor
-        if executor is None or len(matchers) == 1:
-            for matcher, mask_W in zip(matchers, mask_RW, strict=True):
-                matcher._write(mask_W)
-            return
-        rows = [(matcher._matcher, row) for row, matcher in enumerate(matchers)]
-        executor.unsafe_compute_mask_ptr(rows, mask_RW.ctypes.data, mask_RW.strides[0], len(rows))
+    @staticmethod
+    def fill_all(matchers: "Sequence[Matcher]", mask_RW: NDArray[np.int32]) -> list[bool]:
+        """`fill` of several that share a compiler, on its threads. Of each row what `fill` returns."""
+        matchers[0]._grammar.compiler.write_masks([matcher._matcher for matcher in matchers], mask_RW)
+        return [matcher._check(mask_W) for matcher, mask_W in zip(matchers, mask_RW, strict=True)]
 
-    def check(self, mask_W: NDArray[np.int32]) -> bool:
-        """The second half: whether it says what may come next."""
+    def _check(self, mask_W: NDArray[np.int32]) -> bool:
+        """Whether a mask that has been written says what may come next."""
         is_told = not self._matcher.is_error()
         if not is_told and self._begin_anew():
-            self._write(mask_W)
+            self._grammar.compiler.write_masks([self._matcher], mask_W[None])
             is_told = not self._matcher.is_error()
         if is_told and self._spares_end:
             others_W = mask_W & ~self._grammar.end_mask_W
@@ -208,9 +213,6 @@ class Matcher:
             self._matcher.rollback(num_tokens)
             self.is_complete = False
 
-    def _write(self, mask_W: NDArray[np.int32]) -> None:
-        self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
-
     def _begin_anew(self) -> bool:
         """The library's limits count for all sequences of a grammar, and one that has met one is of no use any more. So that what
         others have done decides nothing, it is tried again with a matcher that knows this sequence alone."""
@@ -219,12 +221,6 @@ class Matcher:
         except GrammarError:  # it compiled before, so this is a limit that depends on the moment
             return False
         return self._matcher.consume_tokens(self._token_ids)
-
-
-def fill_masks(matchers: Sequence[Matcher], mask_RW: NDArray[np.int32]) -> list[bool]:
-    """`Matcher.fill` of several that share a compiler, on its threads. Of each row what `fill` returns."""
-    matchers[0].write_all(matchers, mask_RW)
-    return [matcher.check(mask_W) for matcher, mask_W in zip(matchers, mask_RW, strict=True)]
 
 
 def allowed_bits(mask_RW: NDArray[np.int32], token_ids: range) -> NDArray[np.bool_]:

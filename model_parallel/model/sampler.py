@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model_parallel.collectives.interface import Collectives
-from model_parallel.engine.matching import allowed_bits, fill_masks
+from model_parallel.engine.matching import Matcher, allowed_bits
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
 from model_parallel.kernels.interface import Kernels
 from model_parallel.kernels.randomness import draw_key, gumbel_noise
@@ -144,7 +144,7 @@ class Sampler:
             return {}
         matchers = [matcher for r in rows if (matcher := states[r].matcher) is not None]
         mask_RW = np.zeros((len(matchers), matchers[0].num_words), dtype=np.int32)
-        is_told = fill_masks(matchers, mask_RW)
+        is_told = Matcher.fill_all(matchers, mask_RW)
         forbidden_RV = torch.from_numpy(~allowed_bits(mask_RW, self.vocabulary))
         return {r: forbidden_V for r, forbidden_V, told in zip(rows, forbidden_RV, is_told, strict=True) if told}
 
@@ -283,10 +283,7 @@ def _exponential_sums(values_RV: Tensor, places: list[int], states: Sequence[Seq
         twice = part if len(part) > 1 else part * 2
         value_RV = values_RV[[places[i] for i in twice]].double()
         value_RV /= _doubles([states[i].sampling.temperature for i in twice], values_RV.device).unsqueeze(1)
-        maximum_R1 = value_RV.amax(dim=1, keepdim=True)
-        # A rank may hold no token that a row's grammar allows; its sum is then zero.
-        value_RV -= maximum_R1.masked_fill(maximum_R1 == -math.inf, 0.0)
-        sum_R[part] = value_RV.exp_().sum(dim=1)[: len(part)]
+        sum_R[part] = _normalisers(value_RV)[: len(part), 1]
     return sum_R
 
 

@@ -398,9 +398,8 @@ class CpuKernels:
         )
         self._library.packtrain_draws(self._handle, ctypes.addressof(draws), len(rows))
         place_R = found_RX[:, 1].clone()
-        for i in (
-            (found_RX[:, 0] != 1).nonzero().flatten().tolist()
-        ):  # several within rounding, or a row that is not finite
+        # Several within rounding, or a row that is not finite.
+        for i in (found_RX[:, 0] != 1).nonzero().flatten().tolist():
             one = slice(i, i + 1)
             alone_R = best_draws(values_RV, rows[one], temperatures[one], keys[one], first_id, forbidden[one])
             place_R[i] = alone_R[0]

@@ -59,7 +59,7 @@ T largest_of(const T* values, int64_t count) {
 template <class T>
 void draw_from(const Draw& job, const int64_t* least_hashes, const T* values) {
   constexpr int64_t kBlock = 256;
-  const double scale = 1.0 / job.temperature, bins = scale * kDrawBins;
+  const double bins = kDrawBins / job.temperature;
   const T largest = largest_of(values, job.num_values);
   int64_t top = 0;
   while (top < job.num_values - 1 && values[top] != largest) ++top;

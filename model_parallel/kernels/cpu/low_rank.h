@@ -142,7 +142,7 @@ void expand_panel(const Product& job, int64_t panel, int64_t row, int64_t end, f
       const HalfPanel& half = weights.up_halves[job.first_half + panel * 2 + i];
       if (half.num_inputs == 0) continue;
       halves[count++] = {h + half.first_input, h_stride, last - first, half.num_inputs / Steps::kInputs, weights.up + half.offset,
-                                                  sums + (first - row) * kPanel + i * kHalf};
+                         sums + (first - row) * kPanel + i * kHalf};
     }
     if (count + 2 > kHalvesAtOnce) {
       multiply_halves<HalfSums::kAdded>(halves, count, kPanel);
