@@ -199,6 +199,12 @@ class SocketExecutor(ABC):
     def _reap_ranks(self) -> None:
         """Make sure that every rank process has ended and free what it held; bounded waits."""
 
+    def beat(self) -> None:
+        """The leader's process goes on. From the first call on the ranks of its host kill it when it says so no more
+        (leader_watch.py). Safe to call from any thread and after `shutdown`."""
+        if (life := self._life) is not None:
+            life.beat()
+
     @property
     def pids(self) -> tuple[int, ...]:
         """Process ids by rank, each as its own host numbers it."""

@@ -1,15 +1,20 @@
-"""Tells the leader of a rank's death before the rank's memory is freed.
+"""Memory that a leader shares with the ranks of its host: tells each side that the other one is alive.
+
+**Rank to leader.** A rank's death is told before the rank's memory is freed.
 
 Linux frees a process's memory before it closes its files, and tells its pidfd and its parent even later. A rank has gigabytes,
 and may get little of the processor to end with, so its closed socket can be most of a second late. What Linux does first is to
 hand on the robust mutexes that a dying thread holds (pthread_mutexattr_setrobust(3)). So each rank on the leader's host holds one
-for as long as it lives, in memory that it shares with its leader, which waits for it. Without it the socket tells all the same.
+for as long as it lives, and its leader waits for it. Without it the socket tells all the same.
+
+**Leader to rank.** A counter, for leaders that are to be ended when they hang (leader_watch.py).
 """
 
 import ctypes
 import errno
 import mmap
 import os
+import threading
 
 _STRIDE = 64
 """Bytes from one mutex to the next: more than a pthread_mutex_t has anywhere."""
@@ -23,17 +28,24 @@ _c.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _FAILED = ctypes.c_void_p(-1).value
 
 
-class _Locks:
-    """Mutexes in shared memory, which stays mapped until `unmap`. (Python's own mmap would keep a descriptor.)"""
+class _Leader(ctypes.Structure):
+    """What the leader says of itself."""
 
-    def __init__(self, fd: int, num_locks: int) -> None:
-        self._size = num_locks * _STRIDE
+    _fields_ = (("pid", ctypes.c_uint64), ("num_beats", ctypes.c_uint64))
+
+
+class _Memory:
+    """What the leader says, and a mutex for each rank; mapped until `unmap`. (Python's own mmap would keep a descriptor.)"""
+
+    def __init__(self, fd: int, num_ranks: int) -> None:
+        self._size = (1 + num_ranks) * _STRIDE
         self._address = _c.mmap(None, self._size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         if self._address == _FAILED:
             _check(ctypes.get_errno())
+        self.leader = _Leader.from_address(self._address)
 
-    def at(self, rank: int) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self._address + rank * _STRIDE)
+    def lock(self, rank: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._address + (1 + rank) * _STRIDE)
 
     def unmap(self) -> None:
         _c.munmap(self._address, self._size)
@@ -44,14 +56,17 @@ class LifeLocks:
 
     def __init__(self, num_ranks: int) -> None:
         self._fd = os.memfd_create("packtrain-life")
-        os.ftruncate(self._fd, num_ranks * _STRIDE)
-        self._locks = _Locks(self._fd, num_ranks)
+        os.ftruncate(self._fd, (1 + num_ranks) * _STRIDE)
+        self._memory = _Memory(self._fd, num_ranks)
+        self._memory.leader.pid = os.getpid()
+        self._mapping = threading.Lock()
+        self._is_mapped = True
         attribute = ctypes.create_string_buffer(_ATTRIBUTE_BYTES)
         _check(_c.pthread_mutexattr_init(attribute))
         _check(_c.pthread_mutexattr_setpshared(attribute, _PROCESS_SHARED))
         _check(_c.pthread_mutexattr_setrobust(attribute, _ROBUST))
         for rank in range(num_ranks):
-            _check(_c.pthread_mutex_init(self._locks.at(rank), attribute))
+            _check(_c.pthread_mutex_init(self._memory.lock(rank), attribute))
 
     @property
     def path(self) -> str:
@@ -62,13 +77,21 @@ class LifeLocks:
         """No further rank opens them. Those that have go on."""
         os.close(self._fd)
 
+    def beat(self) -> None:
+        """The leader goes on. From the first call on it is ended when it says so no more. Nothing after `unmap`."""
+        with self._mapping:
+            if self._is_mapped:
+                self._memory.leader.num_beats += 1
+
     def unmap(self) -> None:
         """Nobody waits any more."""
-        self._locks.unmap()
+        with self._mapping:
+            self._is_mapped = False
+            self._memory.unmap()
 
     def await_end(self, rank: int) -> bool:
         """Wait until a rank that holds its lock ends; whether it died. False at once of one that does not hold it."""
-        lock = self._locks.at(rank)
+        lock = self._memory.lock(rank)
         result = int(_c.pthread_mutex_lock(lock))
         if result == errno.EOWNERDEAD:
             _check(_c.pthread_mutex_consistent(lock))
@@ -85,11 +108,21 @@ class HeldLifeLock:
         """Raises OSError."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._locks = _Locks(fd, rank + 1)
+            self._memory = _Memory(fd, rank + 1)
         finally:
             os.close(fd)
-        self._lock = self._locks.at(rank)
+        self._lock = self._memory.lock(rank)
         _check(_c.pthread_mutex_lock(self._lock))
+
+    @property
+    def leader_pid(self) -> int:
+        """Process id of the leader."""
+        return int(self._memory.leader.pid)
+
+    @property
+    def num_beats(self) -> int:
+        """Grows while the leader goes on; 0 of a leader that is not to be watched."""
+        return int(self._memory.leader.num_beats)
 
     def release(self) -> None:
         """The rank ends in good order."""

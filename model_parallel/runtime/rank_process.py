@@ -1,7 +1,8 @@
 """The rank's side of the link, and the process that `SpawnedExecutor` starts for each rank.
 
 A rank lives only with its leader: a thread sleeps on the connection and ends the process the moment it hangs up, also
-while the main thread is stuck inside a collective.
+while the main thread is stuck inside a collective. The same thread looks after a leader that is to be ended when it hangs
+(leader_watch.py).
 """
 
 import ctypes
@@ -29,6 +30,7 @@ from model_parallel.collectives.shared_memory.segment import SharedMemoryCollect
 from model_parallel.config import GroupConfig, ParallelConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, EngineError, GroupFailedError
+from model_parallel.runtime.leader_watch import LOOK_PERIOD_S, LeaderWatch
 from model_parallel.runtime.life_locks import HeldLifeLock
 from model_parallel.runtime.movement import MovementReports
 from model_parallel.runtime.rank_link import (
@@ -91,7 +93,10 @@ def serve_rank(launch: Launch, store_listener: socket.socket | None = None) -> N
     life = HeldLifeLock(launch.life_path, launch.rank) if launch.life_path else None
     connection = connect(launch.host, launch.port, secret=launch.secret, epoch=launch.epoch, rank=launch.rank)
     stopped = threading.Event()
-    threading.Thread(target=_end_with_leader, args=(connection, stopped), name="packtrain-leader", daemon=True).start()
+    watch = None if life is None else LeaderWatch(life)
+    threading.Thread(
+        target=_end_with_leader, args=(connection, stopped, watch), name="packtrain-leader", daemon=True
+    ).start()
     try:
         _run(connection, launch, store_listener)
     except Exception as error:  # the border of the process: whatever it is, the leader must hear of it
@@ -143,10 +148,14 @@ def _join(parallel: ParallelConfig, rank: int, where: Rendezvous, store_listener
     return TorchCollectives(parallel, rank, where, store_listener)
 
 
-def _end_with_leader(connection: Connection[LeaderMessage], stopped: threading.Event) -> None:
+def _end_with_leader(
+    connection: Connection[LeaderMessage], stopped: threading.Event, watch: LeaderWatch | None
+) -> None:
     poller = select.poll()
     poller.register(connection.sock, select.POLLRDHUP)
-    poller.poll()
+    while not poller.poll(LOOK_PERIOD_S * 1e3 if watch is not None else None):
+        if watch is not None and not stopped.is_set():
+            watch.look()
     if not stopped.is_set():
         os._exit(1)
 

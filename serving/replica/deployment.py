@@ -24,6 +24,7 @@ from model_parallel.engine.scheduler import Scheduler
 from model_parallel.engine.speculation import settle_speculation
 from model_parallel.engine.step_times import TimedExecutor
 from model_parallel.errors import GroupFailedError, RequestError
+from model_parallel.runtime.leader_watch import BEAT_PERIOD_S
 from serving.contracts.fleet import Departure
 from serving.contracts.group_link import GroupCall, GroupReply
 from serving.contracts.group_report import GroupReport
@@ -75,6 +76,7 @@ class ReplicaGroup:
     _released: asyncio.Event | None = None
     """There is to be one group fewer, and it is this one: set when it may end."""
     _has_drained = False
+    _beating: "asyncio.Task[None] | None" = None
     _node_watch: "asyncio.Task[None] | None" = None
     _spares: "asyncio.Task[None] | None" = None
     _end: "asyncio.Task[None] | None" = None
@@ -131,6 +133,7 @@ class ReplicaGroup:
             await self._load_adapters(spec)
         self._decode = msgspec.msgpack.Decoder(GroupCall).decode
         self._encode = msgspec.msgpack.Encoder().encode
+        self._beating = asyncio.create_task(self._beat())
         self._node_watch = asyncio.create_task(self._watch_nodes())
         if keeps_spares:
             self._spares = asyncio.create_task(self._keep_spares())
@@ -309,6 +312,12 @@ class ReplicaGroup:
         logger.error("the leader ends, and Serve starts the group anew: %s", self._engine.failure)
         self._exit(LOST_STATUS)
 
+    async def _beat(self) -> None:
+        """The ranks on this host kill a leader whose event loop stands still: it keeps Serve from replacing the group."""
+        while True:
+            self._executor.beat()
+            await asyncio.sleep(BEAT_PERIOD_S)
+
     async def _keep_spares(self) -> None:
         """For the next incarnation of this group, or of another one."""
         await asyncio.sleep(SPARES_AFTER_S)
@@ -352,5 +361,7 @@ class ReplicaGroup:
             await asyncio.to_thread(self._async_engine.close, self._step_timeout_s)
             self._senders.close()
         if hasattr(self, "_executor"):  # otherwise the group never started, and has cleaned up after itself
-            self._executor.shutdown()
+            await asyncio.to_thread(self._executor.shutdown)
             self._tracing.close()
+        if self._beating is not None:
+            self._beating.cancel()

@@ -17,6 +17,7 @@ import pytest
 
 from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
 from model_parallel.runtime.executors import SpawnedExecutor
+from model_parallel.runtime.leader_watch import LOOK_PERIOD_S, SILENCE_S
 from model_parallel.runtime.silence import MIN_LIMIT_S
 from tests.support.executors import execute
 from tests.support.fake_rank import CRAWL, EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
@@ -234,23 +235,52 @@ class _SleepingProcess(subprocess.Popen[bytes]):
 LEADER = """
 import sys, time
 from model_parallel.runtime.executors import SpawnedExecutor
+from tests.support.executors import execute
 from tests.support.fake_rank import FAKE_RANK, HANG, group_config, plan
 executor = SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
 print(*executor.pids, flush=True)
 if sys.argv[1] == "in a step":
     execute(executor, plan(1, (HANG, 1), (0, 1)))
-time.sleep(60)
+while True:
+    if sys.argv[1] == "watched":
+        executor.beat()
+    time.sleep(0.1)
 """
 
 
-@pytest.mark.parametrize("moment", ["between steps", "in a step"])
-def test_ranks_end_with_a_killed_leader(moment: str) -> None:
+def start_leader(moment: str) -> tuple["subprocess.Popen[str]", list[int]]:
+    """Its process and those of its ranks."""
     leader = subprocess.Popen([sys.executable, "-c", LEADER, moment], stdout=subprocess.PIPE, text=True)
     assert leader.stdout is not None
     with leader.stdout:
         pids = [int(pid) for pid in leader.stdout.readline().split()]
-        assert len(pids) == 2
-        time.sleep(0.3)  # into the step
+    assert len(pids) == 2
+    return leader, pids
+
+
+@pytest.mark.parametrize("moment", ["between steps", "in a step"])
+def test_ranks_end_with_a_killed_leader(moment: str) -> None:
+    leader, pids = start_leader(moment)
+    time.sleep(0.3)  # into the step
+    assert leader.poll() is None
+    leader.kill()
+    leader.wait()
+    assert wait_until(lambda: not any(map(is_running, pids)))
+
+
+@pytest.mark.parametrize(("moment", "is_ended"), [("watched", True), ("between steps", False)])
+def test_a_leader_that_is_to_be_watched_is_killed_when_it_hangs(moment: str, is_ended: bool) -> None:
+    """One that is not, such as a user's own process under a debugger, may stand still for as long as it likes."""
+    leader, pids = start_leader(moment)
+    try:
+        time.sleep(1.0)  # it has said that it goes on
+        os.kill(leader.pid, signal.SIGSTOP)
+        if is_ended:
+            assert wait_until(lambda: leader.poll() == -signal.SIGKILL)
+        else:
+            time.sleep(SILENCE_S + 4 * LOOK_PERIOD_S)
+            assert leader.poll() is None
+    finally:
         leader.kill()
         leader.wait()
     assert wait_until(lambda: not any(map(is_running, pids)))
