@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from model_parallel.errors import ConfigError
 
+MAX_NODES = 1_000_000
+"""Of a YAML text, those of its aliases counted each time."""
 AUTO: Literal["auto"] = "auto"
 """Of settings that Packtrain chooses by itself: see serving/models/sizes.py."""
 
@@ -446,15 +448,81 @@ def load_config(path: Path) -> ServingConfig:
 
 def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
     """A YAML file that holds a mapping, as plain data. Raises ConfigError; `main_key` is what it says such a mapping has."""
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        held = "and is empty" if data is None else f"not {type(data).__name__}"
+        raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, {held}")
+    return data
+
+
+def read_yaml(path: Path) -> Any:
+    """A file as plain data; None when it is empty. Raises ConfigError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, not {type(data).__name__}")
-    return data
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: byte {error.start} is not UTF-8") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Plain data. A key that stands twice in a mapping is an error. Raises ConfigError of one line that begins with `origin`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        told = ": ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{origin} is not valid YAML: {place}{told}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin} is not valid YAML: it is nested too deeply") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Says where a value is that PyYAML's own constructors do not take, takes no key twice, and no more by aliases than anybody
+    writes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_nodes: dict[yaml.Node, int] = {}
+        """Of each finished node: itself and all below it, those of aliases as often as they stand for something."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        is_alias = self.check_event(yaml.events.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and node not in self._num_nodes:
+            raise yaml.composer.ComposerError(None, None, "this alias stands for something that it is a part of", mark)
+        if node is not None and not is_alias:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+            self._num_nodes[node] = 1 + sum(self._num_nodes[part] for part in inner)
+            if self._num_nodes[node] > MAX_NODES:
+                raise yaml.composer.ComposerError(None, None, f"there are more than {MAX_NODES} values in it", mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # of a date, or of a number
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{getattr(node, 'value', '')!r:.40}: {error}", node.start_mark
+            ) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in keys:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands here for the second time", key.start_mark
+                    )
+                keys.add((key.tag, key.value))
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def parse_config(data: dict[str, Any], *, origin: str) -> ServingConfig:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from model_parallel.errors import ConfigError
+from serving.config import parse_yaml
 
 COMPARED = (
     "sent", "finished", "refused", "failed", "cancelled", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
@@ -30,10 +29,7 @@ def with_changes(data: Mapping[str, Any], variant: str) -> tuple[str, dict[str, 
             if not isinstance(inner, dict):
                 raise ConfigError(f"variant {name!r}: {path!r} is not in the scenario; {parent!r} has no keys")
             section = inner
-        try:
-            section[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"variant {name!r}: {text!r} is not valid YAML") from error
+        section[last] = parse_yaml(text, f"variant {name!r}: {text!r}")
     return name.strip(), changed
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from model_parallel.errors import ConfigError
 from model_parallel.memory import DEVICES, GIB
 from serving.cli.plan import choose_device
-from serving.config import load_config, ray_address
+from serving.config import load_config, ray_address, read_yaml
 from serving.driver import kubernetes
 from serving.driver.kubernetes import Machine
 
@@ -147,12 +147,7 @@ def _pairs(same_as: list[str] | None) -> dict[str, str]:
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    data = read_yaml(path)
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from model_parallel.errors import ConfigError
-from serving.config import ModelEntry, ServingConfig, parse_config
+from serving.config import ModelEntry, ServingConfig, parse_config, parse_yaml
 from serving.contracts.models import ModelCard
 
 NUMBER_FIELDS = frozenset({"num_groups", "autoscaling"})
@@ -22,10 +20,7 @@ _AUTO = (None, "auto")
 
 def parse_entry(text: str, running: ServingConfig, origin: str) -> ModelEntry:
     """One entry of `models` as YAML or JSON, which must fit the others that are served. Raises ConfigError."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+    data = parse_yaml(text, origin)
     if not isinstance(data, dict):
         raise ConfigError(f"{origin} must be one entry of models, a mapping with `name:` and `source:`")
     others = [entry for entry in dumped(running.models) if entry["name"] != data.get("name")]

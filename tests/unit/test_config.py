@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from model_parallel.errors import ConfigError
 from serving import config as config_module
-from serving.config import ServingConfig, load_config, parse_config
+from serving.config import ServingConfig, load_config, parse_config, parse_yaml
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"name": "m", "source": "s"}
@@ -79,6 +79,56 @@ def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None
     file = tmp_path / "packtrain.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(file))):
+        load_config(file)
+
+
+BOMB = "a: &a0 [1, 2]\n" + "".join(f"b{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "models:\n- name: a\nmodels:\n- name: b\n",
+            "line 3, column 1: the key 'models' stands here for the second time",
+        ),
+        ("models: [{name: a, name: b}]", "line 1, column 20: the key 'name' stands"),
+        ("models: [", "line 1, column 10: while parsing a flow node"),
+        ("a: 1\n---\nb: 2", "line 2, column 1: expected a single document"),
+        ("a: 2026-13-45", "line 1, column 4: '2026-13-45': month must be in 1..12"),
+        ("a: 0x_", "line 1, column 4: '0x_'"),
+        ("a: !!int b", "line 1, column 4: 'b'"),
+        ("a: !!python/object:os.system b", "line 1, column 4: could not determine a constructor"),
+        ("? [a]\n: 1", "line 1, column 3"),
+        ("[" * 10_000, "it is nested too deeply"),
+        ("a: &a [*a]", "line 1, column 8: this alias stands for something that it is a part of"),
+        (BOMB, "there are more than 1000000 values in it"),
+        ("a: \x07", "unacceptable character"),
+    ],
+)
+def test_yaml_that_is_wrong_is_one_line_with_the_place(text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "f.yaml")
+    message = str(caught.value)
+    assert message.startswith("f.yaml is not valid YAML: ")
+    assert told in message
+    assert "\n" not in message
+
+
+def test_aliases_and_merged_keys_are_taken() -> None:
+    text = "base: &base {a: 1, b: 2}\nx: {<<: *base, b: 3}\ny: [*base, *base]\nz:\n"
+    assert parse_yaml(text, "f.yaml") == {
+        "base": {"a": 1, "b": 2},
+        "x": {"a": 1, "b": 3},
+        "y": [{"a": 1, "b": 2}, {"a": 1, "b": 2}],
+        "z": None,
+    }
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "packtrain.yaml"
+    file.write_bytes("models: ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match="byte 8 is not UTF-8"):
         load_config(file)
 
 
