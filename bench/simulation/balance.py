@@ -26,7 +26,7 @@ class Balance:
 
     def add(self, engine: str) -> None:
         """A group serves from now on."""
-        self._put(engine, self.loads.of(engine))
+        self._put(engine, self.loads.load(engine))
 
     def remove(self, engine: str) -> None:
         """A group takes nothing new."""
@@ -38,7 +38,7 @@ class Balance:
         """The group's load has changed, as `loads` tells it; so many more requests are on their way to it."""
         if engine in self._load_of:
             self._take_out(engine)
-            self._put(engine, self.loads.of(engine) + num_on_their_way)
+            self._put(engine, self.loads.load(engine) + num_on_their_way)
 
     def choose(self) -> str | None:
         """The group that the rule puts first; None when there is none."""

@@ -72,12 +72,18 @@ def slower(cost: StepCost, factor: float) -> StepCost:
 class CostTable:
     """A StepCost in ticks, remembered by number of tokens. Groups that are alike share one."""
 
-    def __init__(self, cost: StepCost) -> None:
+    def __init__(self, cost: StepCost, *, prompts_factor: float = 1.0) -> None:
+        """Steps with prompt tokens take `prompts_factor` times as long as `cost` says."""
         self.cost = cost
+        self._prompts_factor = prompts_factor
         self.context_ticks = to_ticks(cost.context_s)
         self._empty_ticks = max(1, to_ticks(cost.empty_s))
         self._decode_ticks: dict[int, int] = {}
         self._tokens_s: dict[int, float] = {}
+
+    def slower(self, factor: float) -> "CostTable":
+        """Where everything takes so many times as long."""
+        return CostTable(slower(self.cost, factor), prompts_factor=self._prompts_factor)
 
     def decode_ticks(self, num_rows: int) -> int:
         """Of a step of pure decode, without context_ticks · context tokens."""
@@ -98,7 +104,8 @@ class CostTable:
         if tokens_s is None:
             tokens_s = self._tokens_s[work.num_tokens] = self.cost.tokens_s(work.num_tokens)
         rest_s = self.cost.row_s * work.num_decodes + self.cost.pair_s * work.num_pairs
-        return to_ticks(tokens_s + rest_s) + self.context_ticks * work.num_context_tokens
+        rest_s += self.cost.context_s * work.num_context_tokens
+        return to_ticks(self._prompts_factor * (tokens_s + rest_s))
 
 
 def knots_from(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float64]
 _MIN_SPREAD = 0.5
 """Steps beside nobody and steps beside somebody must be among those that tell what that costs."""
 _NUM_TURNS = 8
-_OUTLIER = 4.0
+OUTLIER = 4.0
 """A step that took so many times what the fit says was held up by something that is no step. It is left out, and counted."""
 
 
@@ -83,7 +83,7 @@ def fit(reports: Sequence[StepReport], *, origin: str) -> StepsFile:
     samples, beside = [sample for sample, _ in timed], np.array([share for _, share in timed])
     cost, sharing = _fit_sharing(samples, beside)
     ratios = _ratios(cost, sharing, samples, beside)
-    is_kept = ratios > 1 / _OUTLIER
+    is_kept = ratios > 1 / OUTLIER
     kept = [sample for sample, keep in zip(samples, is_kept, strict=True) if keep]
     cost, sharing = _fit_sharing(kept, beside[is_kept])
     errors = np.abs(_ratios(cost, sharing, kept, beside[is_kept]) - 1)

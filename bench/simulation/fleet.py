@@ -9,7 +9,7 @@ from itertools import count
 from typing import Protocol
 
 from bench.simulation.clock import TICKS_PER_S, VirtualClock, to_ticks
-from bench.simulation.cost import CostTable, slower
+from bench.simulation.cost import CostTable
 from bench.simulation.group import STOP_TOKEN, VirtualGroup
 from bench.simulation.parts import MODEL, FleetSpec, Job, Member, Samples, VirtualGateway
 from bench.simulation.quotas import Grant, Quotas
@@ -18,6 +18,7 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.errors import RequestError
 from serving.contracts.errors import GroupRefusedError
 from serving.contracts.group_link import HEARTBEAT_S
+from serving.gateway.groups.loads import prompt_load
 from serving.tenants.messages import Decision
 from serving.tenants.records import Limits
 
@@ -92,6 +93,8 @@ class Fleet:
         spec, requests = self.spec, self.requests
         for at_s in spec.failures_s:
             self._at(to_ticks(at_s), self._lose_one)
+        for at_s, costs in spec.later_costs:
+            self._at(to_ticks(at_s), self._change_costs, costs)
         self._at(0, self._sample)
         if self._controller is not None:
             self._at(to_ticks(self._controller.period_s), self._control)
@@ -220,6 +223,8 @@ class Fleet:
             return
         member.jobs[job.request.request_id] = job
         gateway.loads.begin(member.name, 1)
+        job.prompt_load = prompt_load(len(job.request.prompt_token_ids))
+        gateway.loads.prompt_begins(member.name, job.prompt_load)
         self._load_changed(member, gateway, 1)
         self._schedule(member)
 
@@ -264,25 +269,39 @@ class Fleet:
             member.group.set_costs(self.clock.tick, self._costs_beside(num_busy - member.is_busy))
             self._schedule(member)
 
+    def _change_costs(self, costs: CostTable) -> None:
+        self._costs = [costs]
+        self._share()
+
     def _costs_beside(self, num_others: int) -> CostTable:
         while len(self._costs) <= num_others:
             factor = 1 + self.spec.shape.sharing * len(self._costs)
-            self._costs.append(CostTable(slower(self.spec.shape.costs.cost, factor)))
+            self._costs.append(self._costs[0].slower(factor))
         return self._costs[num_others]
 
     def _advance(self, member: Member, version: int) -> None:
         if version != member.version:
             return
         for output in member.group.advance():
+            if job := member.jobs.get(output.request_id):
+                self._prompt_ended(member, job)
             if output.finish_reason is not None:
                 self._end(member, output)
         self._schedule(member)
         if member.phase == "draining" and not member.jobs:
             self._remove_member(member)
 
+    def _prompt_ended(self, member: Member, job: Job) -> None:
+        """It is computed, or lost."""
+        if job.prompt_load:
+            job.gateway.loads.prompt_ends(member.name, job.prompt_load)
+            job.prompt_load = 0
+            job.gateway.refresh(member.name)
+
     def _end(self, member: Member, output: EngineOutput) -> None:
         """The last output of a request has come."""
         job = member.jobs.pop(output.request_id)
+        self._prompt_ended(member, job)
         job.gateway.loads.end(member.name, 1)
         self._load_changed(member, job.gateway, -1)
         match output.finish_reason:
@@ -426,6 +445,7 @@ class Fleet:
         if self.spec.migration:
             member.jobs.clear()
             for job in jobs.values():
+                self._prompt_ended(member, job)
                 job.gateway.loads.end(member.name, 1)
                 self._at(tick + to_ticks(self.spec.detect_s), self._migrate, job)
         else:

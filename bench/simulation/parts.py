@@ -48,6 +48,8 @@ class FleetSpec:
     """From the loss of a group until the gateway knows."""
     failures_s: Sequence[float] = ()
     """At each of these times one group that serves, drawn at random, is lost, and replaced after `start_s`."""
+    later_costs: Sequence[tuple[float, CostTable]] = ()
+    """(time, costs): steps that begin from then on cost this, because the machine is slower or faster."""
     migration: bool = True
     """What a lost group was working on goes on in another one."""
     jumps: bool = True
@@ -92,6 +94,8 @@ class Job:
     first_token_s: float | None = None
     grant: Grant | None = None
     num_migrations: int = 0
+    prompt_load: int = 0
+    """What its prompt adds to the load of its group, until it is computed."""
 
 
 class VirtualGateway:

@@ -131,6 +131,7 @@ Bug = tuple[object, str, object]
         (Stream, "num_delivered", _leaves_out_nothing),
         (KVBlocks, "release", _forgets_to_release),
         (GroupLoads, "end", _nothing),
+        (GroupLoads, "prompt_ends", _nothing),
         (Meter, "_settle", _nothing),
         (resumption, "MAX_LOSSES", 0),
         (generation, "RECOVERY_TIMEOUT_S", 0.0),

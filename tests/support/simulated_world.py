@@ -36,7 +36,13 @@ from serving.gateway.core.generation import Generator
 from serving.gateway.core.resume_tokens import KEY_BYTES, ResumeTokens
 from serving.gateway.core.resumption import MAX_LOSSES
 from serving.gateway.core.validate import GenerateQuery, TokenPrompt
-from serving.gateway.groups.loads import AVOIDED_WHEN_SILENT_S, GroupLoads, preference
+from serving.gateway.groups.loads import (
+    AVOIDED_WHEN_SILENT_S,
+    PROMPT_TOKENS_A_SEQUENCE,
+    GroupLoads,
+    preference,
+    prompt_load,
+)
 from tests.support.fake_executor import VOCAB_SIZE, FakeExecutor, next_token
 from tests.support.virtual_loop import START_S, run_virtually
 
@@ -316,16 +322,23 @@ class Gateway:
             ) from error
         open_ids = [request.request_id for request in requests]
         self.loads.begin(group.name, len(requests))
+        load = prompt_load(
+            PROMPT_TOKENS_A_SEQUENCE * len(requests[0].prompt_token_ids)
+        )  # short as they are, they count
+        self.loads.prompt_begins(group.name, load)
         try:
             yield GroupOutputs(group.name, ())
             while open_ids:
                 output = await inbox.get()
                 if isinstance(output, Exception):
                     raise output
+                self.loads.prompt_ends(group.name, load)
+                load = 0
                 if output.finish_reason is not None:
                     open_ids.remove(output.request_id)
                 yield GroupOutputs(group.name, (output,))
         finally:
+            self.loads.prompt_ends(group.name, load)
             self.loads.end(group.name, len(requests))
             group.cancel(open_ids)
 
@@ -414,7 +427,7 @@ class World:
         for group in self.incarnations:
             found += await group.close()
         for gateway in self.gateways:
-            left = [group.name for group in self.incarnations if gateway.loads.of(group.name)]
+            left = [group.name for group in self.incarnations if gateway.loads.load(group.name)]
             found += [f"{gateway.name} counts open sequences of {name}" for name in left if not gateway.is_gone]
         return found
 

@@ -24,14 +24,27 @@ AVOIDED_WHEN_DRAINING_S = 600.0
 """The same of one that takes nothing new: its successor has another name."""
 
 
+PROMPT_TOKENS_A_SEQUENCE = 64
+"""A prompt that is not computed yet counts as one open sequence more for each so many of its tokens: who comes after it waits for
+it, and hardly notices a sequence that decodes. From 16 to 128 made no great difference (docs/simulation.md)."""
+
+
+def prompt_load(num_prompt_tokens: int) -> int:
+    """Open sequences that a prompt counts as while it is not computed."""
+    return num_prompt_tokens // PROMPT_TOKENS_A_SEQUENCE
+
+
 class GroupLoads:
-    """Open sequences of the groups, as one gateway knows them. One thread writes; any may read."""
+    """Open sequences of the groups, and prompts that they have yet to compute, as one gateway knows them. One thread writes; any
+    may read."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._avoided_until_s: dict[str, float] = {}
         self._own: Counter[str] = Counter()
         self._elsewhere: dict[str, int] = {}
+        self._prompts: Counter[str] = Counter()
+        """What this gateway's prompts that are not computed yet add to the load."""
 
     def begin(self, engine: str, num_sequences: int) -> None:
         """The group `engine` has taken in so many of this gateway's."""
@@ -42,6 +55,16 @@ class GroupLoads:
         self._own[engine] -= num_sequences
         if not self._own[engine]:
             del self._own[engine]
+
+    def prompt_begins(self, engine: str, load: int) -> None:
+        """The group has taken in a prompt of this gateway's, of so much `prompt_load`."""
+        self._prompts[engine] += load
+
+    def prompt_ends(self, engine: str, load: int) -> None:
+        """It is computed, or will never be."""
+        self._prompts[engine] -= load
+        if not self._prompts[engine]:
+            del self._prompts[engine]
 
     def tell(self, engine: str, num_sequences: int) -> None:
         """The group has so many of other gateways'."""
@@ -65,11 +88,15 @@ class GroupLoads:
         """Open sequences of a group; 0 of one that has told nothing yet."""
         return self._own.get(engine, 0) + self._elsewhere.get(engine, 0)
 
+    def load(self, engine: str) -> int:
+        """What is to be done in a group, in open sequences."""
+        return self.of(engine) + self._prompts.get(engine, 0)
+
 
 def preference(loads: GroupLoads, engine: str, num_on_their_way: int, tie: float) -> tuple[bool, int, float]:
     """The rule of routing: groups are asked in this order. `num_on_their_way` are requests that it has not answered for yet;
     `tie` is drawn at random, or gateways would agree on a group."""
-    return loads.is_avoided(engine), loads.of(engine) + num_on_their_way, tie
+    return loads.is_avoided(engine), loads.load(engine) + num_on_their_way, tie
 
 
 _LOADS = GroupLoads()

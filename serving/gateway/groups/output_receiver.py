@@ -25,7 +25,7 @@ from model_parallel.transport.authentication import SECRET_BYTES
 from model_parallel.transport.frame_protocol import AcceptingProtocol
 from serving.contracts.errors import GroupCallLostError, GroupSilentError, GroupUnavailableError
 from serving.contracts.group_link import HEARTBEAT_S, MAGIC, Command, GroupOutputs, GroupUpdate, Outputs, ReturnAddress
-from serving.gateway.groups.loads import AVOIDED_WHEN_LOST_S, AVOIDED_WHEN_SILENT_S, GroupLoads
+from serving.gateway.groups.loads import AVOIDED_WHEN_LOST_S, AVOIDED_WHEN_SILENT_S, GroupLoads, prompt_load
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,10 @@ class Inbox:
     `next` and `close` are called by the reader, all else by the receiver and by the call that submits the request.
     """
 
-    def __init__(self, receiver: "OutputReceiver", request_ids: Sequence[str]) -> None:
+    def __init__(self, receiver: "OutputReceiver", request_ids: Sequence[str], num_prompt_tokens: int) -> None:
         self._request_ids = tuple(request_ids)
+        self._prompt_load = prompt_load(num_prompt_tokens)
+        """What its prompt adds to the load of its group; 0 when it is computed."""
         self._first_look = receiver.num_looks
         self._receiver = receiver
         self._state = _State.SUBMITTED
@@ -93,11 +95,13 @@ class Inbox:
         self._state = _State.ACCEPTED
         self._connection = connection
         self._receiver.loads.begin(connection.engine, len(self._request_ids))
+        self._receiver.loads.prompt_begins(connection.engine, self._prompt_load)
         self._add(())
 
     def put(self, outputs: Outputs, connection: "GroupConnection") -> None:
         """One step's outputs of this request, which `takes_from` that group. They may overtake the reply that it has accepted."""
         self.accepted(connection)
+        self._end_prompt()
         self._add(outputs)
 
     def takes_from(self, connection: "GroupConnection") -> bool:
@@ -125,11 +129,18 @@ class Inbox:
         self._receiver.forget(self._request_ids)
         command = Command(self._request_ids, "cancel")
         if self._connection is not None:
+            self._end_prompt()
             self._receiver.loads.end(self._connection.engine, len(self._request_ids))
             if cancel:
                 self._connection.send(command)
         elif cancel and state is _State.SUBMITTED:
             self._receiver.send_to_all(command)
+
+    def _end_prompt(self) -> None:
+        """It is computed, or will never be."""
+        if self._connection is not None:
+            self._receiver.loads.prompt_ends(self._connection.engine, self._prompt_load)
+            self._prompt_load = 0
 
     def _add(self, outputs: Outputs) -> None:
         self._unread.append(outputs)
@@ -190,9 +201,9 @@ class OutputReceiver:
                 connection.transport.abort()
             await self._server.wait_closed()
 
-    def open(self, request_ids: Sequence[str]) -> Inbox:
-        """The inbox of a request that is about to be sent."""
-        inbox = Inbox(self, request_ids)
+    def open(self, request_ids: Sequence[str], num_prompt_tokens: int = 0) -> Inbox:
+        """The inbox of a request that is about to be sent. Its choices have one prompt, of so many tokens."""
+        inbox = Inbox(self, request_ids, num_prompt_tokens)
         self._inboxes.update(dict.fromkeys(request_ids, inbox))
         return inbox
 

@@ -1,4 +1,6 @@
-"""Which group of a model a request goes to: the one with the fewest open sequences, of those that have not just refused."""
+"""Which group of a model a request goes to: the one with the fewest open sequences and prompts to compute, of those that
+have not just refused.
+"""
 
 import random
 

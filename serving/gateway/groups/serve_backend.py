@@ -133,7 +133,8 @@ class ServeBackend:
         if (handle := self._groups.get(model)) is None:
             raise GroupUnavailableError(f"model {model!r} is not served any more", may_have_run=False)
         num_open = len(requests)
-        inbox = self._receiver.open([request.request_id for request in requests])
+        num_prompt_tokens = len(requests[0].prompt_token_ids) + len(requests[0].output_token_ids)
+        inbox = self._receiver.open([request.request_id for request in requests], num_prompt_tokens)
         call = GroupCall(tuple(requests), dict(trace_context), self._receiver.address)
         # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
         submission = asyncio.create_task(_value(handle.generate.remote(self._encode(call))))

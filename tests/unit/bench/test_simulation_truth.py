@@ -9,9 +9,9 @@ import pytest
 from bench.simulation.profiles import StepsFile
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
-from bench.simulation_truth import agrees, as_table, compare
+from bench.simulation_truth import as_table, checks, compare
 from bench.truth.recording import LoadRecord, Recording, Sent, ShapeRecord, read_recording, write_recording
-from bench.truth.simulating import run_fleet, step_cost
+from bench.truth.simulating import MEAN_PACE, Pace, run_fleet, step_cost
 from model_parallel.engine.step_times import StepSample, StepWork
 from model_parallel.errors import ConfigError
 from serving.contracts.step_report import GroupShape, StepReport
@@ -45,15 +45,29 @@ def real_shape(true: StepsFile = TRUE) -> ShapeRecord:
     alone = []
     for number in range(20):
         prompt = draw.randrange(30, 100)
-        took_s = true.request_s + cost.seconds(StepWork(prompt, 0, 0, prompt * prompt / 2))
+        work = StepWork(prompt, 0, 0, prompt * prompt / 2)
+        took_s = true.request_s + cost.seconds(work)
+        samples.append(StepSample(work, cost.seconds(work), number + took_s - true.request_s / 2))
         alone.append(Sent(number, prompt, 2, "OK", number + took_s, number + took_s + 0.01))
+    return ShapeRecord(
+        num_groups=1,
+        tp_size=1,
+        capacity={"short": 10.0},
+        calibration=[load(alone, [StepReport(shape=SHAPE, samples=tuple(samples))], num_streams=1)],
+        cells=[answered(true, MEAN_PACE, [])],
+    )
+
+
+def answered(true: StepsFile, pace: Pace, steps: list[StepReport]) -> LoadRecord:
+    """Requests that come faster than they can be answered, and what became of them."""
+    draw = random.Random(2)
     arrivals = [
         Sent(draw.uniform(0, 10), draw.randrange(30, 100), draw.randrange(30, 100), "OK", None, 0.0) for _ in range(120)
     ]
     arrivals.sort(key=lambda sent: sent.at_s)
-    fleet = run_fleet(true, arrivals, 1, 0)
+    fleet = run_fleet(true, arrivals, 1, 0, [(0.0, pace)])
     columns = Columns(fleet)
-    answered = [
+    requests = [
         msgspec.structs.replace(
             sent,
             code="OK" if columns.status[index] == Status.FINISHED else "RESOURCE_EXHAUSTED",
@@ -62,24 +76,24 @@ def real_shape(true: StepsFile = TRUE) -> ShapeRecord:
         )
         for index, sent in enumerate(arrivals)
     ]
-    return ShapeRecord(
-        num_groups=1,
-        tp_size=1,
-        capacity={"short": 10.0},
-        calibration=[load(alone, [StepReport(shape=SHAPE, samples=tuple(samples))], num_streams=1)],
-        cells=[load(answered, [], fleet.num_preemptions, share=1.2, rate=12.0)],
-    )
+    return load(requests, steps, fleet.num_preemptions, share=1.2, rate=12.0)
 
 
-def num_wrong(shape: ShapeRecord) -> int:
+def num_wrong(shape: ShapeRecord, simulated_as: str = "simulated") -> int:
     cells = compare(shape)["cells"]
     assert "**" in as_table(cells) or "short" in as_table(cells)
-    return sum(
-        not agrees(name, real[name], ours[name])
-        for cell in cells
-        for real, ours in zip(cell["real"], cell["simulated"], strict=True)
-        for name in real
-    )
+    return checks(cells, simulated_as).count(False)
+
+
+def slower_machine(decodes: float, prompts: float) -> ShapeRecord:
+    """One that is as slow as this in the open loop alone, as its own steps tell."""
+    shape, pace = real_shape(), Pace(decodes, prompts)
+    samples = [
+        msgspec.structs.replace(sample, seconds=sample.seconds * pace[sample.work.num_tokens > sample.work.num_decodes])
+        for sample in shape.calibration[0].steps[0].samples
+    ]
+    cell = answered(TRUE, pace, [StepReport(shape=SHAPE, samples=tuple(samples))])
+    return msgspec.structs.replace(shape, cells=[cell])
 
 
 def test_a_machine_that_is_as_the_model_says_is_found_again() -> None:
@@ -87,6 +101,18 @@ def test_a_machine_that_is_as_the_model_says_is_found_again() -> None:
     assert num_wrong(shape) == 0
     slower = msgspec.structs.replace(TRUE, knots=[(tokens, 1.5 * seconds) for tokens, seconds in TRUE.knots])
     assert num_wrong(msgspec.structs.replace(shape, cells=real_shape(slower).cells)) > 3
+
+
+@pytest.mark.parametrize(("decodes", "prompts"), [(1.5, 1.5), (1.0, 1.6), (1.6, 1.0)])
+def test_a_machine_that_was_slower_in_a_load_is_told_from_a_wrong_model(decodes: float, prompts: float) -> None:
+    shape = slower_machine(decodes, prompts)
+    assert num_wrong(shape) == 0
+    assert num_wrong(shape, "simulated_at_mean_pace") > 1
+
+
+def test_a_pace_hides_no_wrong_queue() -> None:
+    """Twice as many groups as there were."""
+    assert num_wrong(msgspec.structs.replace(slower_machine(1.5, 1.5), num_groups=2)) > 3
 
 
 def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:

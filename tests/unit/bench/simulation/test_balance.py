@@ -11,7 +11,7 @@ from serving.gateway.groups.loads import AVOIDED_S, GroupLoads, preference
 ENGINES = [f"group-{number}" for number in range(6)]
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["begin", "end", "tell", "refuse", "send", "arrive", "remove", "add", "wait"]),
+        st.sampled_from(["begin", "end", "prompt", "tell", "refuse", "send", "arrive", "remove", "add", "wait"]),
         st.sampled_from(ENGINES),
         st.integers(0, 5),
     ),
@@ -24,7 +24,7 @@ def test_it_chooses_by_the_rule(actions: list[tuple[str, str, int]], seed: int) 
     now_s = 0.0
     loads = GroupLoads(lambda: now_s)
     balance = Balance(loads, random.Random(seed))
-    on_their_way = dict.fromkeys(ENGINES, 0)
+    on_their_way, prompts = dict.fromkeys(ENGINES, 0), dict.fromkeys(ENGINES, 0)
     serving = set(ENGINES[:4])
     for engine in serving:
         balance.add(engine)
@@ -34,6 +34,10 @@ def test_it_chooses_by_the_rule(actions: list[tuple[str, str, int]], seed: int) 
                 loads.begin(engine, 1)
             case "end" if loads.of(engine) and engine in loads._own:
                 loads.end(engine, 1)
+            case "prompt":  # another one than before is to be computed
+                loads.prompt_ends(engine, prompts[engine])
+                prompts[engine] = number
+                loads.prompt_begins(engine, number)
             case "tell":
                 loads.tell(engine, number)
             case "refuse":

@@ -16,6 +16,7 @@ from model_parallel.transport.frames import MAX_FRAME_BYTES, encode_frame
 from serving.contracts.errors import GroupSilentError, GroupUnavailableError
 from serving.contracts.group_link import HEARTBEAT_S, MAGIC, Command, GroupUpdate
 from serving.gateway.groups import output_receiver as output_link
+from serving.gateway.groups.loads import PROMPT_TOKENS_A_SEQUENCE
 from serving.gateway.groups.output_receiver import GroupConnection, Inbox, OutputReceiver
 from serving.replica import output_sender
 from serving.replica.async_engine import AsyncEngine
@@ -179,6 +180,32 @@ async def test_outputs_may_overtake_the_reply_that_a_group_has_accepted(receiver
     assert (engine, receiver.loads.of("group-1")) == ("group-1", 1), "counted once"
     await read(inbox)
     await run
+
+
+async def test_a_prompt_counts_until_the_first_output(receiver: OutputReceiver, group: Group) -> None:
+    inbox = receiver.open(["a"], 3 * PROMPT_TOKENS_A_SEQUENCE)
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    inbox.accepted(receiver.connection_of("group-1"))
+    assert receiver.loads.load("group-1") == 4
+    run = asyncio.create_task(group.run(receiver, request("a", 50)))
+    assert await inbox.next() == ("group-1", ())
+    await inbox.next()
+    assert receiver.loads.load("group-1") == 1
+    await read(inbox)
+    await run
+    inbox.close(cancel=False)
+    assert receiver.loads.load("group-1") == 0
+
+
+async def test_a_prompt_that_will_never_be_computed_counts_no_more(receiver: OutputReceiver, group: Group) -> None:
+    inbox = receiver.open(["a", "b"], 3 * PROMPT_TOKENS_A_SEQUENCE)
+    await group.senders.to(receiver.address)
+    await until(lambda: receiver.connection_of("group-1"))
+    inbox.accepted(receiver.connection_of("group-1"))
+    assert receiver.loads.load("group-1") == 5, "two sequences of one prompt"
+    inbox.close(cancel=True)
+    assert receiver.loads.load("group-1") == 0
 
 
 async def test_a_reply_from_a_group_whose_connection_is_lost_fails_the_request(receiver: OutputReceiver) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ray.serve.request_router import ReplicaID
 
 from serving.gateway.groups import router as routing
-from serving.gateway.groups.loads import AVOIDED_S, GroupLoads
+from serving.gateway.groups.loads import AVOIDED_S, PROMPT_TOKENS_A_SEQUENCE, GroupLoads, prompt_load
 from serving.gateway.groups.router import LeastLoadedRouter
 
 
@@ -51,6 +51,23 @@ async def test_the_least_loaded_comes_first_and_all_are_tried(monkeypatch: pytes
     assert await _order(router, "b", "c", "a") == ["a", "c", "b"]
     loads.forget("b")
     assert await _order(router, "c", "a", "b") == ["b", "a", "c"]
+
+
+async def test_prompts_that_are_not_computed_yet_count_by_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group with a long prompt to compute comes after one with more sequences that decode."""
+    loads = GroupLoads()
+    monkeypatch.setattr(routing, "loads_of_this_process", lambda: loads)
+    loads.begin("a", 1)
+    loads.begin("b", 4)
+    assert await _order(_router({}), "a", "b") == ["a", "b"]
+    long = prompt_load(4 * PROMPT_TOKENS_A_SEQUENCE)
+    loads.prompt_begins("a", long)
+    assert (loads.of("a"), loads.load("a")) == (1, 5)
+    assert await _order(_router({}), "a", "b") == ["b", "a"]
+    loads.prompt_ends("a", long)
+    assert await _order(_router({}), "a", "b") == ["a", "b"]
+    assert prompt_load(PROMPT_TOKENS_A_SEQUENCE - 1) == 0
+    assert not loads._prompts
 
 
 async def test_who_has_just_refused_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
