@@ -97,7 +97,7 @@ async def _run(serve: Serve, seed: int, num_rounds: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("seed", rest_by_night(range(50), by_day=range(2)))
+@pytest.mark.parametrize("seed", rest_by_night(range(50), by_day=range(5)))
 async def test_no_token_is_lost_or_repeated(serve: Serve, seed: int) -> None:
     assert await _run(serve, seed, NUM_ROUNDS) == []
 

@@ -183,4 +183,4 @@ def test_stress_is_clean_under_sanitizers(sanitizer: str, tmp_path: Path) -> Non
         shutil.copy(tmp_path / "stress", unfinished)
         unfinished.replace(program)
     # The turn counter wraps after 40.
-    subprocess.run([program, str(by_day(100, by_night=300))], check=True, timeout=100)
+    subprocess.run([program, str(by_day(50, by_night=300))], check=True, timeout=100)

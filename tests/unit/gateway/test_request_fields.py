@@ -119,25 +119,25 @@ async def test_token_ids_may_be_spelt_as_floats(serve: Serve) -> None:
         assert (await post(gateway, "/detokenize", {"model": "tiny", "tokens": [104.0]})).json() == {"prompt": "h"}
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-async def test_what_would_change_the_answer_is_refused_by_name(serve: Serve, name: str) -> None:
+async def test_what_would_change_the_answer_is_refused_by_name(serve: Serve) -> None:
     async with serve(http_port=0) as gateway:
-        refused = await post(gateway, CHATS, CHAT | {name: {"some": ["thing"]}})
-        error = refused.json()["error"]
-        assert (refused.status_code, error["param"]) == (400, name)
-        assert error["message"].startswith(f"{name} is not supported by this server; leave it out or give null")
-        for value in (None, *UNSUPPORTED[name].neutral):
-            answer = await post(gateway, CHATS, CHAT | {name: value, "strict": True})
-            assert answer.status_code == 200, (name, value, answer.text)
+        for name in sorted(UNSUPPORTED):
+            refused = await post(gateway, CHATS, CHAT | {name: {"some": ["thing"]}})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"]) == (400, name)
+            assert error["message"].startswith(f"{name} is not supported by this server; leave it out or give null")
+            for value in (None, *UNSUPPORTED[name].neutral):
+                answer = await post(gateway, CHATS, CHAT | {name: value, "strict": True})
+                assert answer.status_code == 200, (name, value, answer.text)
 
 
-@pytest.mark.parametrize("name", sorted(NO_EFFECT))
-async def test_what_changes_nothing_is_taken_in_silence(serve: Serve, name: str) -> None:
+async def test_what_changes_nothing_is_taken_in_silence(serve: Serve) -> None:
     async with serve(http_port=0) as gateway:
-        for value in ("x", True, {"a": "b"}, [1]):
-            answer = await post(gateway, CHATS, CHAT | {name: value, "strict": True})
-            assert answer.status_code == 200
-            assert "x-packtrain-ignored" not in answer.headers
+        for name in sorted(NO_EFFECT):
+            for value in ("x", True, {"a": "b"}, [1]):
+                answer = await post(gateway, CHATS, CHAT | {name: value, "strict": True})
+                assert answer.status_code == 200, (name, value)
+                assert "x-packtrain-ignored" not in answer.headers, (name, value)
 
 
 MESSAGE = {

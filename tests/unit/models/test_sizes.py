@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from model_parallel.machine import Machine
 from serving.config import ModelEntry, parse_config
 from serving.models.group_spec import check_memory, resolve_models
 from serving.models.sizes import Host, choose_sizes, describe_sizes, stored_dtype
+from tests.support.effort import rest_by_night
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -126,12 +128,16 @@ def test_several_models_share_the_memory(info: CheckpointInfo) -> None:
     check_memory(resolve_models(chosen_entries, machine), machine.machine)
 
 
-@pytest.mark.parametrize("free", [3, 4, 6, 10, 40])
-def test_what_is_chosen_fits(free: int, info: CheckpointInfo) -> None:
+@pytest.mark.parametrize(
+    ("free", "tp_size"),
+    rest_by_night(
+        list(product((3, 4, 6, 10, 40), (1, 2, 3))), by_day=[(3, 1), (4, 2), (6, 3), (10, 1), (40, 2)], has_names=True
+    ),
+)
+def test_what_is_chosen_fits(free: int, tp_size: int, info: CheckpointInfo) -> None:
     machine = host(free=free * GIB)
-    for tp_size in (1, 2, 3):
-        specs = resolve_models([entry(info.path, tensor_parallel_size=tp_size)], machine)
-        check_memory(specs, machine.machine)
+    specs = resolve_models([entry(info.path, tensor_parallel_size=tp_size)], machine)
+    check_memory(specs, machine.machine)
 
 
 def test_length_bounds_the_cache(info: CheckpointInfo) -> None:
