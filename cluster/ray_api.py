@@ -1,8 +1,11 @@
 """Every call that this package makes to Ray, so that the rest of it can be read and tested without."""
 
 import functools
+import logging
 import math
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,6 +30,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.placement import NodeResources
 
 __all__ = ["ActorHandle", "PlacementGroup", "RayError"]
+
+logger = logging.getLogger(__name__)
 
 _FOR_EVER_S = 10 * 365 * 24 * 3600
 _PYTHON = 0
@@ -73,6 +78,33 @@ def patient_start(timeout_s: float) -> Iterator[None]:
 
     with _replaced(services, "get_node", get_node_in_time):
         yield
+
+
+@contextmanager
+def short_messages() -> Iterator[None]:
+    """A driver that joins a cluster in this block logs what Ray tells all drivers, such as the death of a process, in a line
+    each. Ray prints paragraphs with guesses in colours, and has no setting for it."""
+    with _replaced(ray._private.worker, "listen_error_messages", _log_messages):
+        yield
+
+
+def _log_messages(worker: Any, stopped: threading.Event) -> None:
+    """In a thread that Ray starts and ends."""
+    messages = worker.gcs_error_subscriber
+    messages.subscribe()
+    jobs = (None, worker.current_job_id.binary(), ray.JobID.nil().binary())
+    with suppress(OSError):  # the control store is gone
+        while not stopped.is_set():
+            _, message = messages.poll()
+            if message is not None and message["job_id"] in jobs:
+                logger.warning("Ray: %s", first_sentence(message["error_message"]))
+
+
+def first_sentence(message: str) -> str:
+    """Of Ray's text, with the process that it is about."""
+    process = re.search(r"Worker PID: (\d+)", message)
+    sentence = re.split(r"\.\s", " ".join(message.split()), maxsplit=1)[0].rstrip(".")
+    return f"{sentence} (pid {process[1]})" if process else sentence
 
 
 @contextmanager

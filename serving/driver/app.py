@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.ray_api import alive_nodes, only_needed_processes, patient_start, run_on_node
+from cluster.ray_api import alive_nodes, only_needed_processes, patient_start, run_on_node, short_messages
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
@@ -233,7 +233,8 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     """Raises StartError for whatever Ray has against it: it raises plain Exception too."""
     try:
         if guard is None:
-            ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
+            with short_messages():
+                ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
             joined.check_environment(CLUSTER_VARIABLES)
         else:
             _start_private_cluster(config, specs, guard)
@@ -252,6 +253,7 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
         _environment(cluster_environment(guard.directory)),
         only_needed_processes(),
         patient_start(PROCESS_TIMEOUT_S),
+        short_messages(),
     ):
         ray.init(
             address="local",

@@ -1,12 +1,13 @@
 """Our additions to how Ray starts a cluster, on stand-ins of what they replace in Ray."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 import ray
 
 from cluster import ray_api
-from cluster.ray_api import only_needed_processes, patient_start
+from cluster.ray_api import first_sentence, only_needed_processes, patient_start, short_messages
 
 services = ray._private.services
 
@@ -64,3 +65,56 @@ def test_a_private_cluster_has_no_dashboard_and_ray_is_as_before_afterwards() ->
         )
     after = node.start_monitor, node.start_log_monitor, node.start_api_server, utils.get_dashboard_dependency_error
     assert after == before
+
+
+class Worker:
+    """What Ray's thread is given."""
+
+    def __init__(self, *messages: tuple[bytes | None, str]) -> None:
+        self.current_job_id = ray.JobID.from_int(1)
+        self.gcs_error_subscriber = self
+        self.stopped = threading.Event()
+        self.is_subscribed = False
+        self._left = list(messages)
+
+    def subscribe(self) -> None:
+        self.is_subscribed = True
+
+    def poll(self) -> tuple[bytes, dict[str, object] | None]:
+        assert self.is_subscribed
+        if not self._left:
+            self.stopped.set()
+            return b"", None
+        job_id, text = self._left.pop(0)
+        return b"", {"job_id": job_id, "error_message": text}
+
+
+DIED = (
+    "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the problem, check the "
+    "logs for the dead worker. Lease ID: 01 Worker ID: c0 Node ID: 5c Worker IP address: 192.0.2.2 Worker port: 41397 Worker "
+    "PID: 28092 Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2."
+)
+
+
+def test_what_ray_tells_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    own, foreign = ray.JobID.from_int(1).binary(), ray.JobID.from_int(2).binary()
+    worker = Worker((own, DIED), (foreign, "Somebody else's."), (None, "One line.\nAnother."))
+    with short_messages():
+        ray._private.worker.listen_error_messages(worker, worker.stopped)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Ray: A worker died or was killed while executing a task by an unexpected system error (pid 28092)",
+        "Ray: One line",
+    ]
+
+
+def test_a_control_store_that_is_gone_ends_it_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker()
+    worker.poll = lambda: (_ for _ in ()).throw(ConnectionError("gone"))  # type: ignore[method-assign]
+    with short_messages():
+        ray._private.worker.listen_error_messages(worker, worker.stopped)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("text", ["", ".", "no end", "v1.2 is old. Use v2."])
+def test_of_any_text_there_is_a_sentence(text: str) -> None:
+    assert first_sentence(text) == {"": "", ".": "", "no end": "no end"}.get(text, "v1.2 is old")
