@@ -1,7 +1,7 @@
 """Histories of gateways, groups and clients on a virtual clock: what is drawn from a seed may kill, stop and silence them at any
 moment, and every client still gets what it would have got alone, once.
 
-`python -m tests.chaos.test_histories SEED` shows one history again; with FIRST and NUMBER it times so many seeds in two processes.
+`python -m tests.chaos.test_histories SEED` shows one history again. With FIRST and NUMBER it times so many, in two processes.
 """
 
 import logging
