@@ -67,7 +67,7 @@ async def measure(arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> d
     rates: dict[str, list[float]] = {"on": [], "off": []}
     try:
         for number in range(-2, 2 * arguments.rounds):
-            # On first in even rounds, off first in odd ones: whoever comes second gains nothing by it.
+            # The order alternates: neither is always the second of a pair.
             name = ("on", "off", "off", "on")[number % 4]
             setattr(generation, PLACE, Resumption if name == "on" else Forgets)
             load = Load(
