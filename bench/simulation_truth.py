@@ -36,7 +36,7 @@ from bench.simulation.fit import encode_profile
 from bench.simulation.profiles import StepsFile
 from bench.truth.measuring import measure_shape
 from bench.truth.recording import LoadRecord, Recording, ShapeRecord, read_recording, write_recording
-from bench.truth.simulating import MEAN_PACE, Pace, measured, pace_of, paces_of, profile_of, run_fleet, simulated
+from bench.truth.simulating import STEADY, Paces, measured, pace_of, paces_of, profile_of, run_fleet, simulated
 from serving.driver.environment import prepare_environment
 
 RESULT = Path(__file__).parent / "results" / "simulation_truth.json"
@@ -73,16 +73,14 @@ def compare(shape: ShapeRecord) -> dict[str, Any]:
             "pace": [[round(part, 3) for part in pace_of(profile, record)] for record in records],
             "real": [measured(record) for record in records],
             "simulated": [draws(profile, shape, record, paces_of(profile, record)) for record in records],
-            AT_MEAN_PACE: [draws(profile, shape, record, ((0.0, MEAN_PACE),)) for record in records],
+            AT_MEAN_PACE: [draws(profile, shape, record, STEADY) for record in records],
         }
         for (mix, share), records in loads.items()
     ]
     return {"capacity": shape.capacity, "profile": json.loads(encode_profile(profile)), "cells": cells}
 
 
-def draws(
-    profile: StepsFile, shape: ShapeRecord, record: LoadRecord, paces: Sequence[tuple[float, Pace]]
-) -> dict[str, list[float]]:
+def draws(profile: StepsFile, shape: ShapeRecord, record: LoadRecord, paces: Paces) -> dict[str, list[float]]:
     """Each figure: the least, the median and the most. A gateway chooses at random among groups with as much to do, and nobody
     knows what it drew, so several groups are simulated several times."""
     num_draws = NUM_DRAWS if shape.num_groups > 1 else 1

@@ -20,10 +20,6 @@ TIMINGS = Timings(queue_s=0.25, prefill_s=0.5, decode_s=0.75)
 Script = Callable[[Sequence[EngineRequest]], AsyncIterator[tuple[EngineOutput, ...]]]
 
 
-_TOKEN_BYTES = [b"ab" if token == AB else bytes([token]) if token < 256 else b"" for token in range(261)]
-"""Control tokens have none."""
-
-
 class ByteTokenizer:
     """Token b is byte b; 256 to 259 are control tokens; 260 is "ab", so that tokens depend on what follows."""
 
@@ -48,7 +44,9 @@ class ByteTokenizer:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        return _TOKEN_BYTES[token_id] if token_id < self.vocab_size else b""
+        if token_id >= self.vocab_size or token_id in self.control_token_ids:
+            return b""
+        return b"ab" if token_id == AB else bytes([token_id])
 
     def spelt_bytes(self, token_id: int) -> bytes:
         return (self.control_token_text(token_id) or "").encode() or self.token_bytes(token_id)

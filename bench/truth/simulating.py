@@ -58,7 +58,10 @@ class Pace(NamedTuple):
     prompts: float
 
 
+Paces = Sequence[tuple[float, Pace]]
+"""(when it begins, the pace) in order; the first begins at 0."""
 MEAN_PACE = Pace(1.0, 1.0)
+STEADY: Paces = ((0.0, MEAN_PACE),)
 PACE_WINDOW_S = 5.0
 PACE_PRIOR_S = 1.0
 """A window's pace is drawn to that of its whole load as if so many seconds of steps had been at that."""
@@ -77,8 +80,8 @@ def pace_of(profile: StepsFile, record: LoadRecord) -> Pace:
     return _pace(_timed(profile, record), MEAN_PACE, 1e-9)
 
 
-def paces_of(profile: StepsFile, record: LoadRecord) -> list[tuple[float, Pace]]:
-    """(when it begins, the pace) of each PACE_WINDOW_S of a load."""
+def paces_of(profile: StepsFile, record: LoadRecord) -> Paces:
+    """Of each PACE_WINDOW_S of a load."""
     timed = _timed(profile, record)
     whole = _pace(timed, MEAN_PACE, 1e-9)
     windows: dict[int, list[_Timed]] = {0: []}
@@ -156,9 +159,9 @@ def run_fleet(
     sent: Sequence[Sent],
     num_groups: int,
     seed: int,
-    paces: Sequence[tuple[float, Pace]] = ((0.0, MEAN_PACE),),
+    paces: Paces = STEADY,
 ) -> Fleet:
-    """Returns it when all requests have ended. `paces` are as of `paces_of`; the first begins at 0."""
+    """Returns it when all requests have ended."""
     requests = Requests(
         tenants=[TenantTraits(name="default")],
         ticks=array("q", [to_ticks(one.at_s) for one in sent]),

@@ -232,12 +232,13 @@ def _check_database(tenancy: TenancyConfig) -> None:
 def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | None) -> None:
     """Raises StartError for whatever Ray has against it: it raises plain Exception too."""
     try:
-        if guard is None:
-            with short_messages():
+        with short_messages():
+            if guard is None:
                 ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
+            else:
+                _start_private_cluster(config, specs, guard)
+        if guard is None:
             joined.check_environment(CLUSTER_VARIABLES)
-        else:
-            _start_private_cluster(config, specs, guard)
     except ConfigError:
         raise
     except Exception as error:
@@ -253,7 +254,6 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
         _environment(cluster_environment(guard.directory)),
         only_needed_processes(),
         patient_start(PROCESS_TIMEOUT_S),
-        short_messages(),
     ):
         ray.init(
             address="local",

@@ -322,9 +322,8 @@ class Gateway:
             ) from error
         open_ids = [request.request_id for request in requests]
         self.loads.begin(group.name, len(requests))
-        load = prompt_load(
-            PROMPT_TOKENS_A_SEQUENCE * len(requests[0].prompt_token_ids)
-        )  # short as they are, they count
+        # Prompts are short here; as many times longer they count.
+        load = prompt_load(PROMPT_TOKENS_A_SEQUENCE * len(requests[0].prompt_token_ids))
         self.loads.prompt_begins(group.name, load)
         try:
             yield GroupOutputs(group.name, ())

@@ -26,7 +26,7 @@ AVOIDED_WHEN_DRAINING_S = 600.0
 
 PROMPT_TOKENS_A_SEQUENCE = 64
 """A prompt that is not computed yet counts as one open sequence more for each so many of its tokens: who comes after it waits for
-it, and hardly notices a sequence that decodes. From 16 to 128 made no great difference (docs/simulation.md)."""
+it, and hardly notices a sequence that decodes. `python -m bench.routing` compares other numbers; 16 brought no more."""
 
 
 def prompt_load(num_prompt_tokens: int) -> int:
@@ -52,9 +52,7 @@ class GroupLoads:
 
     def end(self, engine: str, num_sequences: int) -> None:
         """They have ended, or the group is lost."""
-        self._own[engine] -= num_sequences
-        if not self._own[engine]:
-            del self._own[engine]
+        _take_off(self._own, engine, num_sequences)
 
     def prompt_begins(self, engine: str, load: int) -> None:
         """The group has taken in a prompt of this gateway's, of so much `prompt_load`."""
@@ -62,9 +60,7 @@ class GroupLoads:
 
     def prompt_ends(self, engine: str, load: int) -> None:
         """It is computed, or will never be."""
-        self._prompts[engine] -= load
-        if not self._prompts[engine]:
-            del self._prompts[engine]
+        _take_off(self._prompts, engine, load)
 
     def tell(self, engine: str, num_sequences: int) -> None:
         """The group has so many of other gateways'."""
@@ -91,6 +87,13 @@ class GroupLoads:
     def load(self, engine: str) -> int:
         """What is to be done in a group, in open sequences."""
         return self.of(engine) + self._prompts.get(engine, 0)
+
+
+def _take_off(counts: Counter[str], engine: str, number: int) -> None:
+    """A group of which nothing is left is not kept: its successors have other names."""
+    counts[engine] -= number
+    if not counts[engine]:
+        del counts[engine]
 
 
 def preference(loads: GroupLoads, engine: str, num_on_their_way: int, tie: float) -> tuple[bool, int, float]:
