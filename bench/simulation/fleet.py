@@ -3,7 +3,6 @@ there are."""
 
 import heapq
 import random
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Protocol
@@ -68,7 +67,12 @@ class Fleet:
         self._serial = count()
         self._names = count(1)
         self._events: list[tuple[int, int, int, Callable[..., None], tuple[object, ...]]] = []
-        self._deliveries: deque[tuple[int, Job]] = deque()
+        later = requests.later_turns
+        self._first_turns = iter(
+            [index for index in range(len(requests)) if index not in later] if later else range(len(requests))
+        )
+        self._is_expecting = False
+        """A request is still to come."""
         self._ends: dict[int, int] = {}
         """Of open requests, by seed: where the stop token is."""
         self._history: dict[int, tuple[int, ...]] = {}
@@ -90,7 +94,7 @@ class Fleet:
 
     def run(self, until_s: float | None = None) -> Outcomes:
         """All requests, until the last has ended or that moment; what is open then is counted as cancelled."""
-        spec, requests = self.spec, self.requests
+        spec = self.spec
         for at_s in spec.failures_s:
             self._at(to_ticks(at_s), self._lose_one)
         for at_s, costs in spec.later_costs:
@@ -99,32 +103,29 @@ class Fleet:
         if self._controller is not None:
             self._at(to_ticks(self._controller.period_s), self._control)
         last_tick = None if until_s is None else to_ticks(until_s)
-        later, ticks = requests.later_turns, requests.ticks
-        arrivals = iter(index for index in range(len(requests)) if index not in later)
-        following = next(arrivals, None)
-        events, deliveries = self._events, self._deliveries
-        while True:
-            arrival = (ticks[following], ARRIVAL) if following is not None else None
-            delivery = (deliveries[0][0], DELIVERY) if deliveries else None
-            event = events[0][:2] if events else None
-            due = min(moment for moment in (arrival, delivery, event) if moment is not None) if events else None
-            if due is None or (last_tick is not None and due[0] > last_tick):
+        self._expect_next()
+        events, clock = self._events, self.clock
+        while self._is_expecting or self._num_unsettled or self._history:
+            tick, _, _, act, arguments = heapq.heappop(events)
+            if last_tick is not None and tick > last_tick:
                 break
-            if following is None and not self._num_unsettled and not self._history:
-                break
-            self.clock.move_to(due[0])
-            if due == event:
-                _, _, _, act, arguments = heapq.heappop(events)
-                act(*arguments)
-            elif due == delivery:
-                self._deliver(deliveries.popleft()[1])
-            elif following is not None:
-                self._arrive(following, due[0])
-                following = next(arrivals, None)
+            clock.move_to(tick)
+            act(*arguments)
         self._close(last_tick)
         return self.outcomes
 
     # Requests.
+
+    def _expect_next(self) -> None:
+        """Note when the next request comes that is not a later turn."""
+        index = next(self._first_turns, None)
+        self._is_expecting = index is not None
+        if index is not None:
+            self._push(self.requests.ticks[index], ARRIVAL, self._arrive_first, index)
+
+    def _arrive_first(self, index: int) -> None:
+        self._arrive(index, self.clock.tick)
+        self._expect_next()
 
     def _arrive(self, index: int, tick: int) -> None:
         requests = self.requests
@@ -187,7 +188,7 @@ class Fleet:
         if self._request_ticks:
             gateway.on_their_way[engine] = gateway.on_their_way.get(engine, 0) + 1
             gateway.refresh(engine)
-            self._deliveries.append((self.clock.tick + self._request_ticks, job))
+            self._push(self.clock.tick + self._request_ticks, DELIVERY, self._deliver, job)
         else:
             self._deliver(job)
 
@@ -257,7 +258,7 @@ class Fleet:
         member.version += 1
         tick = member.group.next_tick
         if tick is not None:
-            heapq.heappush(self._events, (tick, GROUP, next(self._serial), self._advance, (member, member.version)))
+            self._push(tick, GROUP, self._advance, member, member.version)
         if self.spec.shape.sharing and member.is_busy != (tick is not None):
             member.is_busy = tick is not None
             self._share()
@@ -509,7 +510,10 @@ class Fleet:
         self._at(self.clock.tick + to_ticks(self.spec.sample_s), self._sample)
 
     def _at(self, tick: int, act: Callable[..., None], *arguments: object) -> None:
-        heapq.heappush(self._events, (tick, CONTROL, next(self._serial), act, arguments))
+        self._push(tick, CONTROL, act, *arguments)
+
+    def _push(self, tick: int, kind: int, act: Callable[..., None], *arguments: object) -> None:
+        heapq.heappush(self._events, (tick, kind, next(self._serial), act, arguments))
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         self._at(self.clock.tick + to_ticks(seconds), act)

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, repeat
 from math import ceil, isqrt
 
 from bench.simulation.clock import TICK_S, TICKS_PER_S, VirtualClock
@@ -13,7 +12,7 @@ from model_parallel.engine.messages import RowResult, StepPlan, StepResult
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.engine.sequence import Sequence as Run
-from model_parallel.engine.stretch import Stretch, find_stretch, take
+from model_parallel.engine.stretch import Moments, Stretch, find_stretch, take
 
 STOP_TOKEN = -1
 """What the ranks draw when an answer is to end before max_tokens."""
@@ -225,9 +224,9 @@ class VirtualGroup:
     def _take(self, stretch: Stretch, num_steps: int) -> None:
         """The first steps of the stretch, the last of which ends now."""
         first_tick, second, growth = self._durations(stretch)
-        more = range(second, second + growth * (num_steps - 1), growth) if growth else repeat(second, num_steps - 1)
-        ends_s = [tick * TICK_S for tick in accumulate(chain((first_tick,), more))]
-        plan = take(self.engine, stretch, ends_s, self._began_s, self.ranks.tokens_of)
+        planned_s = self._end_tick(stretch, num_steps - 1) * TICK_S if num_steps > 1 else self._began_s
+        moments = Moments(self._began_s, first_tick * TICK_S, planned_s, self.clock.now_s)
+        plan = take(self.engine, stretch, num_steps, moments, self.ranks.tokens_of)
         self.ranks.replace(plan, self.clock.tick + second + growth * (num_steps - 1))
         self.num_steps += num_steps
         self.num_jumped += num_steps

@@ -56,19 +56,16 @@ class BlockPool:
         fewer are free."""
         if num_blocks > self.num_free:
             raise IndexError(f"{num_blocks} blocks are asked for and {self.num_free} are free")
-        num_holders, worthless = self._num_holders, self._worthless
-        taken = []
-        for _ in range(num_blocks):
-            if worthless:
-                block_id = worthless.pop()
-            elif self._num_used < self.num_blocks:
-                block_id = self._num_used
-                self._num_used += 1
-            else:
-                block_id, _ = self._reusable.popitem(last=False)
-                self.forget(block_id)
-            num_holders[block_id] = 1
+        taken = self._worthless[: -num_blocks - 1 : -1]
+        del self._worthless[len(self._worthless) - len(taken) :]
+        num_new = min(num_blocks - len(taken), self.num_blocks - self._num_used)
+        taken.extend(range(self._num_used, self._num_used + num_new))
+        self._num_used += num_new
+        while len(taken) < num_blocks:
+            block_id, _ = self._reusable.popitem(last=False)
+            self.forget(block_id)
             taken.append(block_id)
+        self._num_holders.update(dict.fromkeys(taken, 1))
         return taken
 
     def hold(self, block_id: int) -> None:
@@ -183,13 +180,21 @@ class KVBlocks:
     def grow(self, table: BlockTable, num_tokens: int) -> tuple[int, ...] | None:
         """Make room for `num_tokens` in all. Returns the blocks added, or None when too few are free."""
         num_new = self.num_blocks_for(num_tokens) - len(table.block_ids)
-        if num_new > self.num_free:
-            return None
         if num_new <= 0:
             return ()
+        if num_new > self.num_free:
+            return None
         new_block_ids = self._pool.take(num_new)
         table.block_ids += new_block_ids
         return tuple(new_block_ids)
+
+    def grow_each(self, tables: Sequence[BlockTable]) -> list[int]:
+        """One block more for each table in turn; a table may be named several times. Returns them. Raises IndexError when too few
+        are free."""
+        new_block_ids = self._pool.take(len(tables))
+        for table, block_id in zip(tables, new_block_ids, strict=True):
+            table.block_ids.append(block_id)
+        return new_block_ids
 
     def shrink(self, table: BlockTable, num_tokens: int) -> None:
         """Give back the blocks that the first `num_tokens` do not need. They must not be published."""

@@ -2,9 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Sequence
-from itertools import chain
-from operator import sub
+from collections.abc import Collection, Sequence
 
 from model_parallel.config import SchedulerConfig
 from model_parallel.engine.fair_queue import FairQueue
@@ -29,45 +27,55 @@ DEADLINE_MARGIN = 1.25
 
 
 class StepTimes:
-    """How long a step takes, by the number of sequences in it: a straight line through what was measured, by least squares."""
+    """How long a step takes, by the number of sequences in it: a straight line through what was measured, by least squares.
+
+    Steps that follow one another with the same number of sequences are a run, and count as if all of it were equally long.
+    """
 
     def __init__(self) -> None:
-        self._num = self._rows = self._time_s = self._rows_squared = self._rows_time_s = 0.0
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        """Before the run: weights of steps, and weighted sequences, seconds, squares of sequences, sequences times seconds."""
+        self._num_rows = 0
+        self._num_steps = 0.0
+        self._began_s = self._ended_s = -math.inf
+        """Of the run."""
 
-    def record(self, num_rows: int, step_s: float) -> None:
-        """A step with so many sequences took so long."""
-        decay = math.exp(-step_s / WINDOW_S)
-        self._num = self._num * decay + 1
-        self._rows = self._rows * decay + num_rows
-        self._time_s = self._time_s * decay + step_s
-        self._rows_squared = self._rows_squared * decay + num_rows * num_rows
-        self._rows_time_s = self._rows_time_s * decay + num_rows * step_s
-
-    def record_many(self, num_rows: int, steps_s: Iterable[float]) -> None:
-        """The same as `record` for each of several steps in turn, bit for bit."""
-        num, rows, time_s = self._num, self._rows, self._time_s
-        rows_squared, rows_time_s = self._rows_squared, self._rows_time_s
-        squared, exp = num_rows * num_rows, math.exp
-        for step_s in steps_s:
-            decay = exp(-step_s / WINDOW_S)
-            num = num * decay + 1
-            rows = rows * decay + num_rows
-            time_s = time_s * decay + step_s
-            rows_squared = rows_squared * decay + squared
-            rows_time_s = rows_time_s * decay + num_rows * step_s
-        self._num, self._rows, self._time_s = num, rows, time_s
-        self._rows_squared, self._rows_time_s = rows_squared, rows_time_s
+    def record(self, num_rows: int, began_s: float, ended_s: float, num_steps: float = 1.0) -> None:
+        """So many steps, one after the other, each with so many sequences, began and ended then."""
+        if num_rows != self._num_rows or began_s != self._ended_s:
+            self._sums = self._sums_with_run()
+            self._num_rows, self._num_steps, self._began_s = num_rows, 0.0, began_s
+        self._num_steps += num_steps
+        self._ended_s = ended_s
 
     def estimate_s(self, num_rows: int) -> float:
         """Of a step with so many; 0 before anything was measured. More sequences never take less time, nor fewer more a piece."""
-        if not self._num:
+        num, rows, time_s, rows_squared, rows_time_s = self._sums_with_run()
+        if not num:
             return 0.0
-        mean_rows, mean_s = self._rows / self._num, self._time_s / self._num
-        variance = self._rows_squared / self._num - mean_rows**2
-        covariance = self._rows_time_s / self._num - mean_rows * mean_s
+        mean_rows, mean_s = rows / num, time_s / num
+        variance = rows_squared / num - mean_rows**2
+        covariance = rows_time_s / num - mean_rows * mean_s
         # Below a variance of 0.01 all steps had the same number, and a quotient would be noise.
         slope = min(max(0.0, covariance / variance), mean_s / mean_rows) if variance > 0.01 else 0.0
         return mean_s + slope * (num_rows - mean_rows)
+
+    def _sums_with_run(self) -> tuple[float, float, float, float, float]:
+        """The run's steps have weights 1, d, d², … from the last one back, where d = exp(-step_s / WINDOW_S): a geometric sum."""
+        if not self._num_steps:
+            return self._sums
+        num, rows, time_s, rows_squared, rows_time_s = self._sums
+        run_s, num_rows = self._ended_s - self._began_s, self._num_rows
+        step_s = run_s / self._num_steps
+        lost = -math.expm1(-run_s / WINDOW_S)
+        decay, weight = 1 - lost, lost / -math.expm1(-step_s / WINDOW_S) if step_s else self._num_steps
+        return (
+            num * decay + weight,
+            rows * decay + weight * num_rows,
+            time_s * decay + weight * step_s,
+            rows_squared * decay + weight * num_rows * num_rows,
+            rows_time_s * decay + weight * num_rows * step_s,
+        )
 
 
 class Pace:
@@ -76,6 +84,8 @@ class Pace:
     def __init__(self) -> None:
         self._num_tokens = 0.0
         self._elapsed_s = 0.0
+        self._counted_s = 0.0
+        """Until then, if something has waited since."""
         self._last_s = 0.0
         self._was_backlogged = False
         self._num_output_tokens = 0.0
@@ -87,30 +97,17 @@ class Pace:
 
         Only the time counts in which something waits: then it is the group that sets the pace and not the clients.
         """
-        if self._was_backlogged:
-            passed_s = now_s - self._last_s
-            decay = math.exp(-passed_s / WINDOW_S)
-            self._num_tokens = self._num_tokens * decay + num_admitted_tokens
-            self._elapsed_s = self._elapsed_s * decay + passed_s
+        if not self._was_backlogged:
+            self._counted_s = now_s
+        elif num_admitted_tokens or not is_backlogged:
+            num_tokens, self._elapsed_s = self._backlog_at(now_s)
+            self._num_tokens = num_tokens + num_admitted_tokens
+            self._counted_s = now_s
         self._last_s, self._was_backlogged = now_s, is_backlogged
 
-    def record_decode(self, num_rows: int, step_s: float) -> None:
-        """Sequences got a token in a step of so many, and had the one before so long ago."""
-        self._step_times.record(num_rows, step_s)
-
-    def record_decodes(self, num_rows: int, ends_s: Sequence[float], last_s: float | None) -> None:
-        """Steps of the same sequences ended at these moments. `last_s` is when they had the token before; None when they had
-        none."""
-        steps_s = map(sub, ends_s[1:], ends_s)
-        self._step_times.record_many(num_rows, steps_s if last_s is None else chain((ends_s[0] - last_s,), steps_s))
-
-    def record_empty_steps(self, times_s: Sequence[float], *, is_backlogged: bool) -> None:
-        """Steps that admit nothing were planned at these moments."""
-        if is_backlogged or self._was_backlogged:
-            for now_s in times_s:
-                self.record_step(now_s, 0, is_backlogged=is_backlogged)
-        else:
-            self._last_s = times_s[-1]
+    def record_decodes(self, num_rows: int, began_s: float, ended_s: float, num_steps: float = 1.0) -> None:
+        """Steps of so many sequences, one after the other: each of these got so many tokens between these moments."""
+        self._step_times.record(num_rows, began_s, ended_s, num_steps)
 
     def record_end(self, num_output_tokens: int) -> None:
         """A sequence came to its own end, or to that of its time."""
@@ -120,7 +117,14 @@ class Pace:
 
     def wait_s(self, num_tokens: float) -> float | None:
         """How long it takes until so many prompt tokens are admitted; None before anything was measured."""
-        return num_tokens * self._elapsed_s / self._num_tokens if self._num_tokens else None
+        num_admitted, elapsed_s = self._backlog_at(self._last_s if self._was_backlogged else self._counted_s)
+        return num_tokens * elapsed_s / num_admitted if num_admitted else None
+
+    def _backlog_at(self, now_s: float) -> tuple[float, float]:
+        """Tokens admitted while something waited, and how long that was, if nothing has been admitted since they were counted."""
+        passed_s = now_s - self._counted_s
+        decay = math.exp(-passed_s / WINDOW_S)
+        return self._num_tokens * decay, self._elapsed_s * decay + passed_s
 
     def run_s(self, max_tokens: int, num_running: int) -> float:
         """How long a sequence runs among so many, if its answer is not more than twice as long as others; 0 before any has

@@ -241,10 +241,11 @@ class Scheduler:
         if self._drafting.waits_for_results(self._running.values(), is_anything_waiting=is_anything_waiting):
             return None
         num_tokens = self._admit_below_fair_share()
-        self._grow_decodes()
-        self._plan_rows(step, [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1])
-        prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
-        self._plan_rows(step, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
+        decodes = self._grow_decodes()
+        self._plan_rows(step, decodes)
+        if len(decodes) < len(self._running):
+            prefills = [sequence for sequence in self._running.values() if sequence.num_uncomputed > 1]
+            self._plan_rows(step, sorted(prefills, key=lambda sequence: not sequence.is_below_fair_share))
         num_tokens += self._admit_in_order(step)
         self._pace.record_step(step.now_s, num_tokens, is_backlogged=len(self._queue) > 0)
         if not (step.rows or self._finished or self._grammars.has_news or self._unready or self.adapters.has_work):
@@ -338,10 +339,9 @@ class Scheduler:
             sequence.last_token_s for sequence in living if sequence is not None and sequence.last_token_s is not None
         ]
         if times:
-            step_s, num_more = now_s - max(times), sum(len(row.more_token_ids) for row in result.rows)
-            # So long as a token takes: what deadlines are told by.
-            step_s *= len(plan.rows) / (len(plan.rows) + num_more)
-            self._pace.record_decode(len(plan.rows), step_s)
+            num_rows, num_more = len(plan.rows), sum(len(row.more_token_ids) for row in result.rows)
+            # A step that brought drafted tokens too counts as several: deadlines are told by how long a token takes.
+            self._pace.record_decodes(num_rows, max(times), now_s, 1 + num_more / num_rows)
 
     def _accept(self, request: EngineRequest, now_s: float) -> None:
         self._last_seq_id += 1
@@ -399,6 +399,8 @@ class Scheduler:
         """Admit the next sequences as long as they are below their fair share and this step can begin them; preempt others for
         them where that is fair. Called before the first row is planned. Returns the prompt tokens admitted.
         """
+        if not self._is_anybody_next:
+            return 0
         prefilling = [s for s in self._running.values() if s.is_below_fair_share and s.num_uncomputed > 1]
         room = self._config.max_num_batched_tokens - len(self._running) - sum(s.num_uncomputed for s in prefilling)
         num_tokens = 0
@@ -426,11 +428,14 @@ class Scheduler:
             num_tokens += sequence.num_prompt_tokens
         return num_tokens
 
+    @property
+    def _is_anybody_next(self) -> bool:
+        return bool(self._queue or self._aside)
+
     def _next(self) -> Sequence | None:
         """Whose turn it is. One whose adapter is being loaded steps aside, and has its turn as soon as it is."""
-        while True:
-            self._end_late_heads()
-            first = self._queue.first()
+        while self._is_anybody_next:
+            first = self._first_in_time()
             for sequence in self._aside.values():
                 is_before = first is None or sequence.request.priority <= first.request.priority
                 if is_before and not self._loads_adapter(sequence):
@@ -442,6 +447,7 @@ class Scheduler:
             self._queue.leave(first)
             first.was_paused = True
             self._aside[first.seq_id] = first
+        return None
 
     def _loads_adapter(self, sequence: Sequence) -> bool:
         """Whether its adapter is on its way to the ranks; sends it, if it is not there and there is room."""
@@ -455,21 +461,22 @@ class Scheduler:
         is_full = len(self._running) == self._config.max_num_seqs
         return not (sequence.num_pending or is_full or self._keeps_apart(sequence))
 
-    def _end_late_heads(self) -> None:
-        """End sequences at the head of the queue that would miss their deadline, without computing anything of them.
+    def _first_in_time(self) -> Sequence | None:
+        """The head of the queue. Heads that would miss their deadline are ended, without computing anything of them.
 
         While others wait, a margin is added to the estimate: a run that expires is wasted, and another could have used it.
         """
         while sequence := self._queue.first():
             deadline_s, sampling = sequence.request.deadline_s, sequence.request.sampling
             if deadline_s is None or sequence.was_admitted or not self._running:
-                return
+                return sequence
             num_left = sampling.max_tokens - len(sequence.request.output_token_ids)
             run_s = self._pace.run_s(num_left, len(self._running) + 1)
             margin = DEADLINE_MARGIN if len(self._queue) > 1 else 1.0
             if self._clock() + margin * run_s <= sequence.accepted_s + deadline_s:
-                return
+                return sequence
             self._end(sequence, FinishReason.DEADLINE)
+        return None
 
     def _try_to_admit(self, sequence: Sequence) -> bool:
         if not self._may_begin(sequence) or not self._has_adapter(sequence):
@@ -507,11 +514,14 @@ class Scheduler:
         first = next(iter(self._running.values()), None)
         return first is not None and (sequence.request.runs_alone or first.request.runs_alone)
 
-    def _grow_decodes(self) -> None:
-        """Give each sequence that decodes the block that it needs, if it needs one; by preemption when none is free."""
-        for sequence in [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]:
+    def _grow_decodes(self) -> list[Sequence]:
+        """Give each sequence that decodes the block that it needs, if it needs one; by preemption when none is free. Returns
+        those that still run."""
+        decodes = [sequence for sequence in self._running.values() if sequence.num_uncomputed == 1]
+        for sequence in decodes:
             while sequence.seq_id in self._running and self._kv.grow(sequence.table, sequence.num_tokens) is None:
                 self._preempt_one(self._running.values())
+        return [sequence for sequence in decodes if sequence.seq_id in self._running]
 
     def _preempt_for(self, waiting: Sequence) -> bool:
         """Preempt one sequence for one below its fair share. False when there is none that fairness would preempt."""
@@ -607,6 +617,8 @@ class Scheduler:
             reason = FinishReason.STOP
         elif ended_at_last_token and sequence.has_all_output and not sequence.num_pending:
             reason = FinishReason.LENGTH
+        if reason is None and not (token_ids or prompt_logprobs):
+            return
         output = EngineOutput(
             request_id=sequence.request.request_id,
             choice=sequence.request.choice,
@@ -622,7 +634,7 @@ class Scheduler:
         )
         if reason is not None:
             self._close(sequence, output, reason)
-        elif token_ids or prompt_logprobs:
+        else:
             self._outputs.append(output)
 
     def _take_tokens(self, sequence: Sequence, row: Row, result: RowResult, now_s: float) -> tuple[int, ...]:
@@ -736,6 +748,8 @@ def _check_answers(plan: StepPlan, result: StepResult) -> None:
             raise GroupFailedError(
                 f"step {plan.step_id}, sequence {row.seq_id}: sample is {row.sample}, token_id is {row_result.token_id}"
             )
+        if not row_result.more_token_ids:
+            continue
         drawn = (row_result.token_id, *row_result.more_token_ids)
         if drawn[:-1] != row.draft_token_ids[: len(drawn) - 1]:
             raise GroupFailedError(

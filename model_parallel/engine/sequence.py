@@ -23,6 +23,7 @@ class Sequence:
     """0: none."""
     token_ids: list[int] = field(init=False)
     """Prompt, output delivered by another group, and what was sampled here."""
+    num_prompt_tokens: int = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
     """End-of-sequence and stop tokens that end this request."""
     next_prompt_logprob: int = field(init=False)
@@ -55,14 +56,11 @@ class Sequence:
     def __post_init__(self) -> None:
         request, sampling = self.request, self.request.sampling
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.stop_ids = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else request.eos_token_ids))
-        self.next_prompt_logprob = len(request.prompt_token_ids)
+        self.next_prompt_logprob = self.num_prompt_tokens
         if sampling.prompt_logprobs is not None:
             self.next_prompt_logprob = min(self.next_prompt_logprob, max(1, sampling.prompt_logprobs_start))
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -9,7 +9,9 @@ changes it here too.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import groupby, repeat
+from operator import itemgetter
+from typing import NamedTuple
 
 from model_parallel.engine.engine import Engine
 from model_parallel.engine.fair_queue import OUTPUT_PRICE, Tenant
@@ -37,6 +39,19 @@ class Stretch:
     """Tokens that the rows of the step in flight attend to, their own included. Each step adds one a row."""
     deadline_s: float | None
     """A step may be planned before this moment only."""
+
+
+class Moments(NamedTuple):
+    """When steps of a stretch happened, on the scheduler's clock."""
+
+    began_s: float
+    """The step before them was collected, and the second of them planned."""
+    first_s: float
+    """The first of them was collected."""
+    planned_s: float
+    """The step after the last of them was planned: when the one before the last was collected, or `began_s` if there is one."""
+    last_s: float
+    """The last of them was collected."""
 
 
 def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretch | None:
@@ -83,24 +98,28 @@ def find_stretch(engine: Engine, num_outputs_of: Callable[[Run], int]) -> Stretc
     return Stretch(plan, runs, num_steps, num_context_tokens, heap[0][0] if heap else None)
 
 
-def take(engine: Engine, stretch: Stretch, ends_s: Sequence[float], began_s: float, tokens_of: TokensOf) -> StepPlan:
-    """Bring the engine to where it is when the first `len(ends_s)` steps of a stretch have been collected at these moments, the
-    one before them at `began_s`. Returns the plan that is in flight then, which replaces the one that was.
+def take(engine: Engine, stretch: Stretch, num_steps: int, moments: Moments, tokens_of: TokensOf) -> StepPlan:
+    """Bring the engine to where it is when the first steps of a stretch have been collected at these moments. Returns the plan
+    that is in flight then, which replaces the one that was.
     """
-    scheduler, num_steps = engine.scheduler, len(ends_s)
+    scheduler = engine.scheduler
     if not 0 < num_steps <= stretch.num_steps:
         raise ValueError(f"{num_steps} steps are to be taken of a stretch of {stretch.num_steps}")
     pace, num_rows = scheduler._pace, len(stretch.runs)
     lasts = [run.last_token_s for run in stretch.runs if run.last_token_s is not None]
-    pace.record_decodes(num_rows, ends_s, max(lasts) if lasts else None)
-    pace.record_empty_steps((began_s, *ends_s[:-1]), is_backlogged=len(scheduler._queue) > 0)
+    if lasts:
+        pace.record_decodes(num_rows, max(lasts), moments.first_s)
+    if num_steps > 1:
+        pace.record_decodes(num_rows, moments.first_s, moments.last_s, num_steps - 1)
+    for planned_s in (moments.began_s, moments.planned_s):
+        pace.record_step(planned_s, 0, is_backlogged=len(scheduler._queue) > 0)
     before = [len(run.token_ids) for run in stretch.runs]
     for run, num_known in zip(stretch.runs, before, strict=True):
         run.token_ids.extend(tokens_of(run, num_known, num_known + num_steps))
         run.num_computed += num_steps
-        run.last_token_s = ends_s[-1]
+        run.last_token_s = moments.last_s
         if run.first_token_s is None:
-            run.first_token_s = ends_s[0]
+            run.first_token_s = moments.first_s
     added = _grow_and_publish(scheduler, stretch.runs, before, num_steps)
     _charge(scheduler, stretch.runs, num_steps)
     scheduler._totals.num_generation_tokens += num_steps * num_rows
@@ -166,20 +185,16 @@ def _grow_and_publish(
         for step in range((-num_known) % size + 1, num_steps + 1, size)
     ]
     due.sort()
-    for position, (step, index) in enumerate(due):
-        run = runs[index]
-        blocks = kv.grow(run.table, before[index] + step)
-        if blocks is None:
-            raise RuntimeError("a stretch has taken more blocks than are free")
+    # Without sharing nothing happens between one step's blocks and the next one's.
+    at_once = [list(group) for _, group in groupby(due, key=itemgetter(0))] if kv.shares_prefixes else [due]
+    for some in at_once:
+        new_block_ids = kv.grow_each([runs[index].table for _, index in some])
+        for (step, index), block_id in zip(some, new_block_ids, strict=True):
+            kv.publish(runs[index].table, runs[index].token_ids, before[index] + step - 1)
+            if step == num_steps:
+                added[index] = (block_id,)
+    for run in runs:
         run.num_told_blocks = len(run.table.block_ids)
-        if step == num_steps:
-            added[index] = blocks
-        if kv.shares_prefixes and (position + 1 == len(due) or due[position + 1][0] != step):
-            first = position
-            while first and due[first - 1][0] == step:
-                first -= 1
-            for _, other in due[first : position + 1]:
-                kv.publish(runs[other].table, runs[other].token_ids, before[other] + step - 1)
     return added
 
 

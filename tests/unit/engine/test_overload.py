@@ -2,12 +2,14 @@
 
 import math
 import random
+from collections.abc import Iterable
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from model_parallel.engine.overload import Deadlines, Pace, StepTimes
+from model_parallel.engine.overload import WINDOW_S, Deadlines, Pace, StepTimes
 from model_parallel.engine.request import FinishReason
 from model_parallel.errors import RequestError
 from tests.support.effort import by_day
@@ -124,9 +126,24 @@ def test_pace_is_measured_while_something_waits() -> None:
     assert pace.wait_s(100) == before_s
 
 
+@given(steps=st.lists(st.tuples(st.floats(0.001, 20), st.sampled_from([0, 0, 0, 50, 700])), min_size=1, max_size=40))
+def test_steps_that_admit_nothing_only_let_time_pass(steps: list[tuple[float, int]]) -> None:
+    every, some = Pace(), Pace()
+    now_s = 0.0
+    for pace in (every, some):
+        pace.record_step(now_s, 0, is_backlogged=True)
+    for passed_s, num_tokens in steps:
+        now_s += passed_s
+        every.record_step(now_s, num_tokens, is_backlogged=True)
+        if num_tokens:
+            some.record_step(now_s, num_tokens, is_backlogged=True)
+    some.record_step(now_s, 0, is_backlogged=True)
+    assert every.wait_s(100) == some.wait_s(100)
+
+
 def test_a_run_is_expected_to_be_at_most_twice_as_long_as_others() -> None:
     pace = Pace()
-    pace.record_decode(8, 0.2)
+    pace.record_decodes(8, 10.0, 10.2)
     assert pace.run_s(100, 8) == 0
     for _ in range(10):
         pace.record_end(20)
@@ -134,11 +151,49 @@ def test_a_run_is_expected_to_be_at_most_twice_as_long_as_others() -> None:
     assert pace.run_s(1000, 8) == pytest.approx(8.0)
 
 
+def record_steps(times: StepTimes, steps: Iterable[tuple[int, float]], now_s: float = 0.0) -> float:
+    """Of so many sequences each, one after the other. Returns when the last one ends."""
+    for num_rows, step_s in steps:
+        times.record(num_rows, now_s, now_s + step_s)
+        now_s += step_s
+    return now_s
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 64), st.integers(1, 300), st.floats(0.001, 0.5)), min_size=1, max_size=12),
+    num_rows=st.integers(1, 64),
+)
+def test_each_step_of_a_run_weighs_less_the_longer_ago_it_was(
+    runs: list[tuple[int, int, float]], num_rows: int
+) -> None:
+    times, weights, xs, ys, now_s = StepTimes(), [], [], [], 0.0
+    for rows, num_steps, step_s in runs:
+        now_s = record_steps(times, [(rows, step_s)] * num_steps, now_s)
+        xs += [rows] * num_steps
+        ys += [step_s] * num_steps
+    left_s = 0.0
+    for step_s in reversed(ys):
+        weights.append(math.exp(-left_s / WINDOW_S))
+        left_s += step_s
+    weights.reverse()
+    mean_x, mean_y = np.average(xs, weights=weights), np.average(ys, weights=weights)
+    variance = np.average((xs - mean_x) ** 2, weights=weights)
+    slope = np.average((xs - mean_x) * (ys - mean_y), weights=weights) / variance if variance > 0.01 else 0.0
+    expected_s = mean_y + min(max(0.0, slope), mean_y / mean_x) * (num_rows - mean_x)
+    assume(abs(variance - 0.01) > 1e-6)
+    assert times.estimate_s(num_rows) == pytest.approx(expected_s, rel=1e-4, abs=1e-9)
+
+
+def test_a_step_that_brings_drafted_tokens_counts_as_several() -> None:
+    times = StepTimes()
+    times.record(4, 0.0, 0.3, num_steps=3)
+    assert times.estimate_s(4) == pytest.approx(0.1)
+
+
 def test_step_times_lie_on_a_line_over_the_number_of_sequences() -> None:
     times = StepTimes()
     assert times.estimate_s(4) == 0
-    for num_rows in (1, 2, 8, 12) * 5:
-        times.record(num_rows, 0.01 + 0.002 * num_rows)
+    record_steps(times, [(num_rows, 0.01 + 0.002 * num_rows) for num_rows in (1, 2, 8, 12) * 5])
     assert [times.estimate_s(n) for n in (1, 10, 32)] == pytest.approx([0.012, 0.03, 0.074])
 
 
@@ -155,9 +210,7 @@ def test_a_line_through_little_is_no_wild_guess(
     measured: list[tuple[int, float]], num_rows: int, expected_s: float
 ) -> None:
     times = StepTimes()
-    for _ in range(3):
-        for rows, step_s in measured:
-            times.record(rows, step_s)
+    record_steps(times, measured * 3)
     assert times.estimate_s(num_rows) == pytest.approx(expected_s, rel=0.1)
 
 

@@ -15,7 +15,7 @@ from bench.simulation.group import STOP_TOKEN, VirtualGroup, first_token_of
 from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.request import EngineRequest, FinishReason, SamplingParams
 from model_parallel.engine.scheduler import Scheduler
-from model_parallel.engine.stretch import find_stretch, take
+from model_parallel.engine.stretch import Moments, find_stretch, take
 from model_parallel.errors import RequestError
 
 COSTS = CostTable(
@@ -179,4 +179,4 @@ def test_more_steps_than_lie_ahead_are_refused() -> None:
         group.next_tick = group.ranks.next_tick
     assert 1 <= stretch.num_steps <= 4
     with pytest.raises(ValueError, match="are to be taken of a stretch of"):
-        take(group.engine, stretch, [1.0] * (stretch.num_steps + 1), 0.0, group.ranks.tokens_of)
+        take(group.engine, stretch, stretch.num_steps + 1, Moments(1.0, 1.0, 1.0, 1.0), group.ranks.tokens_of)
