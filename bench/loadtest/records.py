@@ -1,7 +1,5 @@
 """One request of a run, as it goes from the processes that send to the one that sums up. Seconds count from the run's start."""
 
-from array import array
-
 import msgspec
 
 from bench.loadtest.replies import Outcome, Stages
@@ -50,13 +48,6 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     def e2el_s(self) -> float:
         """To the last token, or the end of an answer that came whole."""
         return (self.ended_s if self.last_s is None else self.last_s) - self.intended_s
-
-    @property
-    def itls_s(self) -> "array[float]":
-        """Inter-token latencies: between chunks."""
-        found = array("f")
-        found.frombytes(self.gaps)
-        return found
 
 
 class Health(msgspec.Struct, frozen=True, array_like=True):

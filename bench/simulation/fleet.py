@@ -60,7 +60,7 @@ class Fleet:
         """Time that groups held their accelerators, summed."""
         self.busy_ticks = 0
         """Time that their ranks computed."""
-        self.num_steps = self.num_jumped = self.num_preemptions = self.num_engine_refusals = 0
+        self.num_steps = self.num_jumped = self.num_preemptions = 0
         self._rng = random.Random(seed)
         self._controller = controller
         self._on_progress = on_progress
@@ -145,7 +145,7 @@ class Fleet:
             priority=traits.priority,
             deadline_s=traits.deadline_s,
         )
-        job = Job(index, gateway, request, tick)
+        job = Job(index, gateway, request)
         self.outcomes.arrived_s[index] = tick / TICKS_PER_S
         self.outcomes.status[index] = Status.OPEN
         self._num_unsettled += 1
@@ -210,7 +210,6 @@ class Fleet:
             if error.kind != "overloaded":
                 self._settle(job, Status.REFUSED_INVALID)
                 return
-            self.num_engine_refusals += 1
             refusal = GroupRefusedError(
                 str(error), kind=error.kind, engine=member.name, retry_after_s=error.retry_after_s
             )

@@ -87,7 +87,6 @@ class Job:
     index: int
     gateway: "VirtualGateway"
     request: EngineRequest
-    arrived_tick: int
     run: Run | None = None
     member: Member | None = None
     num_tries: int = 0

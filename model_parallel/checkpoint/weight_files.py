@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_parallel.checkpoint.placeholders import what_it_is
 from model_parallel.checkpoint.settings import join, read_json
 from model_parallel.errors import CheckpointError
 
@@ -114,8 +113,3 @@ def _numbered(directory: Path, suffix: str) -> tuple[Path, ...]:
             "index; download what is missing"
         )
     return tuple(found)
-
-
-def missing_or_broken(files: tuple[Path, ...]) -> list[str]:
-    """What is wrong with each file that can be told without opening it as weights."""
-    return [f"{path} {found}" for path in files if (found := what_it_is(path))]
