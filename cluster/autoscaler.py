@@ -118,7 +118,10 @@ class Autoscaler:
         """`clock` is the wall clock, which the times of observations are from. `on_change` is told of each decision for another
         number of groups, once however often it is repeated. Raises ScalingError when the store cannot be opened."""
         self._models = {name: scaled for name, scaled in models.items() if scaled.mode is not Mode.OFF}
-        self._config = PolicyConfig(models={name: scaled.policy for name, scaled in self._models.items()})
+        self._config = PolicyConfig(
+            models={name: scaled.policy for name, scaled in self._models.items()},
+            advised=frozenset(name for name, scaled in self._models.items() if scaled.mode is Mode.ADVISE),
+        )
         self._observer, self._actuator, self._store = observer, actuator, store
         self._clock, self._on_change = clock, on_change
         self._lock = threading.Lock()

@@ -36,7 +36,7 @@ def _off_or_on(value: object) -> object:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LimitsConfig(_Section):
@@ -210,8 +210,8 @@ class AutoscalingConfig(_Section):
     shrink_after_s: float | None = Field(
         None,
         gt=0,
-        description="How long fewer groups must have been enough before some are stopped; twice the measured start time when "
-        "unset.",
+        description="How long fewer groups must have been enough before some are stopped; the measured start time, and 30 s at "
+        "least, when unset.",
     )
     cooldown_s: float = Field(30.0, gt=0, description="The number changes its direction at most once in this time.")
     idle_s: float = Field(
@@ -413,8 +413,8 @@ class AutoscalerConfig(_Section):
     max_ranks: int | None = Field(
         None,
         ge=1,
-        description="Ranks that the groups of all models may have together: GPUs, or on CPUs processes. Unset: the sum of what "
-        "max_groups allows.",
+        description="Ranks that the groups of these models may have together: GPUs, or on CPUs processes. Those to begin with "
+        "must fit. Unset: the sum of what max_groups allows.",
     )
 
 
@@ -428,6 +428,22 @@ class ServingConfig(_Section):
     admin: AdminConfig = AdminConfig()
     ray: RayConfig = RayConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
+
+    @model_validator(mode="after")
+    def _groups_fit_into_max_ranks(self) -> "ServingConfig":
+        begun = {
+            m.name: m.num_groups * m.tensor_parallel_size
+            for m in self.models
+            if m.autoscaling is not None and m.autoscaling.mode != "off"
+        }
+        max_ranks = self.autoscaler.max_ranks
+        if max_ranks is not None and sum(begun.values()) > max_ranks:
+            each = ", ".join(f"{num_ranks} of {name!r}" for name, num_ranks in begun.items())
+            raise ValueError(
+                f"autoscaler.max_ranks is {max_ranks}, and the groups to begin with have {sum(begun.values())} ranks ({each}); "
+                "raise it, or lower num_groups"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ServingConfig":
@@ -546,7 +562,10 @@ def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
         hint = _meant(str(value), message) if kind == "literal_error" else ""
-        return f"{where}: {message}" + ("" if kind == "missing" else f" (got {value!r:.80}){hint}")
+        told = ": ".join(part for part in (where, message.removeprefix("Value error, ")) if part)
+        # A check of ours that looks at a whole section names what it means.
+        is_told = kind == "missing" or (kind == "value_error" and isinstance(value, dict))
+        return told + ("" if is_told else f" (got {value!r:.80}){hint}")
     known = _fields_at(root, location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"

@@ -27,40 +27,50 @@ class Claim:
 def share(claims: Mapping[str, Claim], num_accelerators: float | None) -> dict[str, int]:
     """Groups that each model gets.
 
-    A model grows only into what nobody holds, so the sum never exceeds the budget, also while groups drain. What is missing
-    for a model's minimum, and then for models of higher priority, is given up by those of lower priority, down to their minimum.
+    A model grows only into what nobody holds, so the sum never exceeds the budget, also while groups drain. What a model lacks
+    for its minimum, and then for what it wants, is given up by models of lower priority (for a minimum, by all), down to their
+    own minimum: as much as a whole group needs, or nothing. If more is held than there is, the lowest priorities give it up.
     """
     granted = {model: min(claim.wanted, claim.target) for model, claim in claims.items()}
     if num_accelerators is None:
         return {model: claim.wanted for model, claim in claims.items()}
     free = num_accelerators - sum(claim.num_held * claim.per_group for claim in claims.values())
     order = sorted(claims, key=lambda model: (-claims[model].priority, model))
+    granted, _ = _given_up(granted, claims, -free, order, below=None)
+    promised = 0.0
+    """To groups that wait until enough comes free. Nobody starts meanwhile, who would take it away."""
+    num_waiting = dict.fromkeys(claims, 0)
     for bound in ("min_groups", "wanted"):
         for model in order:
             claim = claims[model]
             goal = min(claim.wanted, claim.min_groups) if bound == "min_groups" else claim.wanted
-            while granted[model] < goal and claim.per_group <= free + _ROUNDING:
+            below = None if bound == "min_groups" else claim.priority
+            while granted[model] < goal and not promised and claim.per_group <= free + _ROUNDING:
                 granted[model] += 1
                 free -= claim.per_group
-            missing = (goal - granted[model]) * claim.per_group
-            if missing > 0:
-                below = None if bound == "min_groups" else claim.priority
-                if _will_come_free(granted, claims, missing - max(free, 0.0), order, below):
-                    free = 0.0  # It is waited for; whoever comes after would take it away.
+            while granted[model] + num_waiting[model] < goal:
+                missing = promised + claim.per_group - free
+                others, missing = _given_up(granted, claims, missing, order, below)
+                if missing > _ROUNDING:
+                    break
+                granted = others
+                promised += claim.per_group
+                num_waiting[model] += 1
     return granted
 
 
-def _will_come_free(
-    granted: dict[str, int], claims: Mapping[str, Claim], missing: float, order: list[str], below: int | None
-) -> bool:
-    """Whether so much will be there once all that is ordered has happened. Orders groups of the lowest priorities to be given
-    up for it."""
-    missing -= sum(max(0, claim.num_held - granted[model]) * claim.per_group for model, claim in claims.items())
+def _given_up(
+    granted: Mapping[str, int], claims: Mapping[str, Claim], missing: float, order: list[str], below: int | None
+) -> tuple[dict[str, int], float]:
+    """What is granted when the lowest priorities (`below` that one) give up what is missing, and how much is missing still. What
+    will come free by itself, because it drains or was ordered to, counts first."""
+    left = dict(granted)
+    missing -= sum(max(0, claim.num_held - left[model]) * claim.per_group for model, claim in claims.items())
     for model in reversed(order):
         claim = claims[model]
         if not claim.may_shrink or (below is not None and claim.priority >= below):
             continue
-        while missing > _ROUNDING and claim.min_groups < granted[model] <= claim.target:
-            granted[model] -= 1
+        while missing > _ROUNDING and claim.min_groups < left[model] <= claim.target:
+            left[model] -= 1
             missing -= claim.per_group
-    return missing <= _ROUNDING
+    return left, missing

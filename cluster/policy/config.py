@@ -6,6 +6,8 @@ import msgspec
 
 from model_parallel.errors import ConfigError
 
+STALE_AFTER_S = 15.0
+
 
 class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Of one model."""
@@ -32,8 +34,8 @@ class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """The direction changes at most once in this time; waking a sleeping model alone is exempt."""
     idle_s: float = 600.0
     """Without a request for so long, a model with min_groups 0 goes to sleep."""
-    stale_after_s: float = 15.0
-    """What was measured longer ago is not known any more."""
+    stale_after_s: float = STALE_AFTER_S
+    """What was measured longer ago is not known any more. At least the time between two looks."""
     max_kv_usage: float = 0.9
     """Of a group's KV cache. Beyond, sequences are preempted for want of blocks."""
 
@@ -64,3 +66,5 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of all models."""
 
     models: dict[str, ModelPolicy]
+    advised: frozenset[str] = frozenset()
+    """Of those, the ones whose decisions are told and not carried out. Nobody gives up a group for them."""

@@ -1,5 +1,7 @@
 """The decision for all models: what each wants, and what it gets of the accelerators that they share."""
 
+from dataclasses import replace
+
 from cluster.policy.budget import Claim, share
 from cluster.policy.config import ModelPolicy, PolicyConfig
 from cluster.policy.decision import Cause, Decision, ModelDecision
@@ -26,7 +28,15 @@ def decide(
         before = state.models.get(model, ModelState())
         wants[model] = want_of(observed, before, policy, now_s, was_set_back=was_set_back)
         claims[model] = _claim(observed, wants[model], policy)
-    granted = share(claims, observation.num_accelerators)
+    granted = share(
+        {model: _as_it_is(claim) if model in config.advised else claim for model, claim in claims.items()},
+        observation.num_accelerators,
+    )
+    advised = config.advised & claims.keys()
+    if advised:
+        granted |= {
+            model: num for model, num in share(claims, observation.num_accelerators).items() if model in advised
+        }
     models = {model: _decided(observation, model, want, claims[model], granted[model]) for model, want in wants.items()}
     return (
         Decision(now_s=now_s, models=models),
@@ -46,6 +56,11 @@ def _claim(observed: ModelObservation, want: Want, policy: ModelPolicy) -> Claim
         priority=policy.priority,
         may_shrink=want.may_shrink,
     )
+
+
+def _as_it_is(claim: Claim) -> Claim:
+    """Of a model whose number of groups is not changed, whatever is decided."""
+    return replace(claim, wanted=claim.target, min_groups=0, may_shrink=False)
 
 
 def _decided(observation: Observation, model: str, want: Want, claim: Claim, num_groups: int) -> ModelDecision:

@@ -134,7 +134,15 @@ def _learn(
     state = hysteresis.observe_target(before, observed.target, now_s)
     known = {gateway.gateway for gateway in observed.gateways}
     seen, sample = take_sample(state, gateways, groups, now_s)
-    if sample is not None and sample.length_s > LONGEST_SAMPLE * policy.stale_after_s:
+    busy_s, longest_s = state.busy_s, LONGEST_SAMPLE * policy.stale_after_s
+    is_open = any(load.num_open for load in groups) or any(load.num_held for load in gateways.values())
+    if is_open or (sample is not None and sample.num_sequences > 0):
+        busy_s = now_s
+    elif busy_s is None or (sample is None and _last_seen_s(before) < now_s - longest_s):
+        busy_s = now_s  # Nobody knows whether something came.
+    elif sample is not None and sample.length_s > longest_s:
+        busy_s = min(now_s, busy_s + sample.length_s)  # The clock may have been set, and so this is no idle time.
+    if sample is not None and sample.length_s > longest_s:
         sample = None
     starts = [group for group in observed.groups if group.start_s is not None and group.group not in state.started]
     # A start that took longer was stuck, waiting for a machine perhaps, and says nothing of the next one.
@@ -144,11 +152,6 @@ def _learn(
         if group.start_s is not None and 0 < group.start_s < math.inf
     ]
     window_s = max(shrink_after_s(state, policy), STARTS_BACK * start_time_s(state, policy))
-    has_work = (
-        any(load.num_open for load in groups)
-        or any(load.num_held for load in gateways.values())
-        or (sample is not None and sample.num_sequences > 0)
-    )
     return msgspec.structs.replace(
         state,
         samples=remember(state.samples, sample, now_s, window_s),
@@ -157,8 +160,13 @@ def _learn(
         traits=traits_of(groups, state.traits),
         start_times_s=(*state.start_times_s, *start_times_s)[-MAX_START_TIMES:],
         started=frozenset(group.group for group in observed.groups if group.start_s is not None),
-        busy_s=now_s if has_work or state.busy_s is None else state.busy_s,
+        busy_s=busy_s,
     )
+
+
+def _last_seen_s(state: ModelState) -> float:
+    """When a gateway last told what had arrived."""
+    return max((seen.measured_s for seen in state.seen.values()), default=math.inf)
 
 
 def _idle(case: _Case) -> Want | None:

@@ -6,6 +6,7 @@ import msgspec
 
 from cluster.autoscaler import Mode, ScaledModel
 from cluster.policy import ModelPolicy
+from cluster.policy.config import STALE_AFTER_S
 from serving.config import AutoscalerConfig, ModelEntry
 from serving.contracts.served import APP_NAME, app_name, deployment_name
 
@@ -43,7 +44,7 @@ def settings_of(entries: Iterable[ModelEntry], config: AutoscalerConfig, gateway
     models = {
         entry.name: ScaledDeployment(app=app_name(entry.name), deployment=deployment_name(entry.name), scaled=scaled)
         for entry in entries
-        if (scaled := _scaled(entry)) is not None
+        if (scaled := _scaled(entry, config.period_s)) is not None
     }
     if not models:
         return None
@@ -52,7 +53,7 @@ def settings_of(entries: Iterable[ModelEntry], config: AutoscalerConfig, gateway
     )
 
 
-def _scaled(entry: ModelEntry) -> ScaledModel | None:
+def _scaled(entry: ModelEntry, period_s: float) -> ScaledModel | None:
     scaling = entry.autoscaling
     if scaling is None or scaling.mode == "off":
         return None
@@ -67,5 +68,6 @@ def _scaled(entry: ModelEntry) -> ScaledModel | None:
         shrink_after_s=scaling.shrink_after_s,
         cooldown_s=scaling.cooldown_s,
         idle_s=scaling.idle_s,
+        stale_after_s=max(STALE_AFTER_S, period_s),
     )
     return ScaledModel(policy=policy, mode=Mode(scaling.mode))

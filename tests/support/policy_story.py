@@ -1,4 +1,4 @@
-"""One model under a load that the test sets, told to the policy every five seconds."""
+"""One model under a load that the test sets, told to the policy every few seconds."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,6 +38,7 @@ class Story:
     num_groups: int = 1
     rate: float = 0.0
     start_s: float = 30.0
+    period_s: float = PERIOD_S
     now_s: float = 10_000.0
     state: PolicyState = field(default_factory=PolicyState)
     is_advice: bool = False
@@ -70,15 +71,15 @@ class Story:
 
     def run(self, seconds: float) -> ModelDecision:
         """Let time pass; the last decision."""
-        for _ in range(int(seconds / PERIOD_S)):
+        for _ in range(int(seconds / self.period_s)):
             self.tick()
         return self.decisions[-1]
 
     def tick(self) -> ModelDecision:
         """One look."""
-        self.now_s += PERIOD_S
-        self.num_sequences += self.rate * PERIOD_S
-        self.num_tokens += self.rate * PERIOD_S * self.num_prompt
+        self.now_s += self.period_s
+        self.num_sequences += self.rate * self.period_s
+        self.num_tokens += self.rate * self.period_s * self.num_prompt
         self.groups = [self._grown(group) for group in self.groups if group.phase is not Phase.DRAINING]
         observation = Observation(models={"m": self.observed()})
         decision, self.state = decide(observation, self.state, PolicyConfig(models={"m": self.policy}), self.now_s)

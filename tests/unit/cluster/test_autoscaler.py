@@ -8,7 +8,7 @@ from ray.exceptions import RaySystemError
 
 from cluster.autoscaler import Autoscaler, Mode, ScaledModel, ScalingError, SupersededError
 from cluster.autoscaler_store import RecordStore
-from cluster.policy import Cause, ModelObservation, ModelPolicy, Observation
+from cluster.policy import Cause, GatewayLoad, GatewayObservation, ModelObservation, ModelPolicy, Observation
 from tests.support.policy_worlds import running
 
 MEMORY = "packtrain/autoscaler/memory/1"
@@ -256,3 +256,26 @@ def test_an_order_that_fails_again_and_again_is_one_entry(records: Records) -> N
     for _ in range(10):
         scaler.tick()
     assert [entry.error for entry in scaler.log(0.0)] == ["the controller is gone"]
+
+
+def test_what_is_only_advised_takes_nothing_from_others(records: Records) -> None:
+    class Shared(Cluster):
+        """Two models with all of the accelerators."""
+
+        def observe(self) -> Observation:
+            groups = tuple(running(f"g{number}", 1000.0) for number in range(3))
+            load = GatewayLoad(measured_s=1000.0, num_sequences=0, num_prompt_tokens=0)
+            gateways = (GatewayObservation(gateway="gateway", load=load),)
+            served = ModelObservation(target=3, groups=groups, gateways=gateways)
+            looked_at = ModelObservation(target=1, groups=groups[:1], gateways=gateways)
+            return Observation(models={"served": served, "looked at": looked_at}, num_accelerators=4)
+
+    def orders(mode: Mode) -> list[tuple[str, int]]:
+        cluster = Shared()
+        served, wanted = ModelPolicy(min_groups=1, max_groups=4), ModelPolicy(min_groups=2, max_groups=4, priority=1)
+        models = {"served": ScaledModel(policy=served), "looked at": ScaledModel(policy=wanted, mode=mode)}
+        Autoscaler(models, cluster, cluster, RecordStore(records), clock=lambda: 1000.0).tick()
+        return [(model, target) for model, target, _ in cluster.orders]
+
+    assert orders(Mode.ADVISE) == []
+    assert orders(Mode.ON) == [("served", 2)]

@@ -4,7 +4,11 @@ import math
 
 import pytest
 
+from cluster.autoscaler import ScaledModel
 from cluster.policy import Cause, ModelObservation, ModelPolicy, Observation, PolicyConfig, PolicyState, decide
+from model_parallel.errors import ConfigError
+from serving.autoscaling.settings import settings_of
+from serving.config import parse_config
 from tests.support.policy_story import RATE_OF_A_GROUP, Story
 from tests.support.policy_worlds import BAD_LOADS, running, starting
 
@@ -206,3 +210,70 @@ def test_steady_traffic_is_left_alone() -> None:
     story = Story(POLICY, num_groups=3, rate=2.3 * RATE_OF_A_GROUP)
     story.run(900)
     assert story.num_reversals == 0
+
+
+SLEEPY = ModelPolicy(min_groups=0, max_groups=4, ttft_p99_s=1.0, tpot_p99_s=0.05, idle_s=600)
+
+
+@pytest.mark.parametrize("blinded", ["nobody looks", "gateways are silent"])
+@pytest.mark.parametrize("num_arrived", [0, 700])
+def test_what_came_while_nobody_saw_it_counts_against_sleep(blinded: str, num_arrived: int) -> None:
+    """Our own: after 700 s without a look, with a request each second, a model slept at the first look that found none open."""
+    story = Story(SLEEPY, num_groups=2, rate=0.01, changed={"num_running": 0})
+    story.run(60)
+    story.rate = 0.0
+    story.num_sequences += num_arrived
+    if blinded == "nobody looks":
+        story.now_s += 700
+    else:
+        story.gateway_is_silent = True
+        story.run(700)
+        story.gateway_is_silent = False
+    assert story.tick().target > 0, "the gap is no proof of idleness"
+    story.run(500)
+    assert story.target > 0
+    assert story.run(200).target == 0
+
+
+def test_a_clock_that_is_set_ahead_puts_nobody_to_sleep() -> None:
+    story = Story(SLEEPY, num_groups=1, rate=RATE_OF_A_GROUP / 4, changed={"num_running": 0})
+    story.run(60)
+    story.rate = 0.0
+    story.tick()
+    story.now_s += 3600
+    assert story.tick().target == 1
+
+
+@pytest.mark.parametrize("period_s", [1.0, 5.0, 15.0, 16.0, 30.0, 31.0, 45.0, 60.0])
+def test_demand_is_seen_however_seldom_somebody_looks(period_s: float) -> None:
+    """Our own: beyond 30 s between two looks nothing was measured, and a busy model went to sleep."""
+    (scaled,) = scaled_models({"min_groups": 0, "max_groups": 8}, period_s=period_s)
+    story = Story(scaled.policy, num_groups=1, rate=20 * RATE_OF_A_GROUP, period_s=period_s)
+    assert story.run(1800).target == 8
+    assert min(story.targets) >= 1
+
+
+def scaled_models(autoscaling: dict[str, object], **autoscaler: object) -> list[ScaledModel]:
+    """As `packtrain serve` makes them of a configuration."""
+    model = {"name": "m", "source": "/models/m", "autoscaling": autoscaling}
+    config = parse_config({"models": [model], "autoscaler": autoscaler}, origin="the test")
+    settings = settings_of(config.models, config.autoscaler, "Gateway")
+    assert settings is not None
+    return [each.scaled for each in settings.models.values()]
+
+
+@pytest.mark.parametrize(
+    ("model", "max_ranks", "told"),
+    [
+        ({"tensor_parallel_size": 8, "autoscaling": {"max_groups": 1}}, 7, "8 ranks (8 of 'm')"),
+        ({"num_groups": 4, "autoscaling": {"max_groups": 4}}, 3, "4 ranks (4 of 'm')"),
+    ],
+)
+def test_a_budget_that_the_beginning_exceeds_is_refused(model: dict[str, object], max_ranks: int, told: str) -> None:
+    data = {"models": [{"name": "m", "source": "/models/m", **model}], "autoscaler": {"max_ranks": max_ranks}}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, origin="c.yaml")
+    assert str(caught.value) == (
+        f"c.yaml: autoscaler.max_ranks is {max_ranks}, and the groups to begin with have {told}; raise it, or lower num_groups"
+    )
+    parse_config(data | {"autoscaler": {"max_ranks": max_ranks + 1}}, origin="c.yaml")
