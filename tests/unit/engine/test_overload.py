@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def record_steps(times: StepTimes, steps: Iterable[tuple[int, float]], now_s: fl
 def test_each_step_of_a_run_weighs_less_the_longer_ago_it_was(
     runs: list[tuple[int, int, float]], num_rows: int
 ) -> None:
+    assume(all(one[0] != other[0] for one, other in pairwise(runs)))
     times, weights, xs, ys, now_s = StepTimes(), [], [], [], 0.0
     for rows, num_steps, step_s in runs:
         now_s = record_steps(times, [(rows, step_s)] * num_steps, now_s)
