@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from model_parallel.python_process import module_command
+
 KILL_TIMEOUT_S = 30.0
 PREFIX = "packtrain-"
 _POLL_S = 0.05
@@ -42,7 +44,7 @@ class Guard:
         lock = _locked(self.directory)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.guard", str(self.directory), str(int(keep_directory))],
+                module_command("cluster.guard", str(self.directory), str(int(keep_directory))),
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the starter
                 pass_fds=[lock],

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray.actor import ActorHandle
 from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 from ray.exceptions import GetTimeoutError, RayError
+from ray.job_config import JobConfig
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
@@ -78,6 +79,21 @@ def patient_start(timeout_s: float) -> Iterator[None]:
 
     with _replaced(services, "get_node", get_node_in_time):
         yield
+
+
+class _NoPaths(list[str]):
+    """Stays empty."""
+
+    def extend(self, paths: Iterable[str]) -> None:
+        pass
+
+
+def job_of_installed_modules() -> JobConfig:
+    """For a driver's `ray.init`. Ray has all workers search the driver's current directory for modules first, and has no setting
+    against it. That directory may be a checkpoint's, and nothing that comes with weights is run."""
+    job = JobConfig()
+    job._py_driver_sys_path = _NoPaths()
+    return job
 
 
 @contextmanager

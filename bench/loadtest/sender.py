@@ -34,6 +34,7 @@ from bench.loadtest.wire import (
     join,
 )
 from model_parallel.errors import ConfigError
+from model_parallel.python_process import module_command
 from model_parallel.transport.frames import LinkError
 from serving.client.tls import ClientTls
 from serving.config import LOAD_SECRET_VARIABLE, api_key, environment_key, load_test_secret
@@ -143,7 +144,7 @@ def command(host: str, port: int, tls: ClientTls | None, *, owns_targets: bool) 
     """That starts a sender. The secret goes by its environment."""
     files = [] if tls is None else [str(file or "") for file in (tls.ca, tls.certificate, tls.private_key)]
     flags = ["owned" if owns_targets else "", "" if tls is None else "tls"]
-    return [sys.executable, "-m", "bench.loadtest.sender", host, str(port), *flags, *files]
+    return module_command("bench.loadtest.sender", host, str(port), *flags, *files)
 
 
 def join_with(

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from model_parallel.collectives.threads import Exchange, ThreadCollectives
 from model_parallel.config import GroupConfig
 from model_parallel.engine.messages import StepPlan, StepResult
 from model_parallel.errors import ConfigError, GroupFailedError
+from model_parallel.python_process import module_command
 from model_parallel.runtime.leader import (
     LOOPBACK,
     RANK_CLASS,
@@ -153,7 +153,7 @@ class SpawnedExecutor(SocketExecutor):
         if self._devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices[rank]
         return subprocess.Popen(
-            [sys.executable, "-m", "model_parallel.runtime.rank_process", str(os.getpid())],
+            module_command("model_parallel.runtime.rank_process", str(os.getpid())),
             stdin=subprocess.PIPE,
             env=environment,
             start_new_session=True,  # a Ctrl-C in the terminal is for the leader, which then ends its ranks in order

@@ -20,7 +20,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
-from cluster.ray_api import alive_nodes, only_needed_processes, patient_start, run_on_node, short_messages
+from cluster.ray_api import (
+    alive_nodes,
+    job_of_installed_modules,
+    only_needed_processes,
+    patient_start,
+    run_on_node,
+    short_messages,
+)
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
@@ -234,7 +241,12 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
     try:
         with short_messages():
             if guard is None:
-                ray.init(address=config.ray.address, log_to_driver=False, logging_level=logging.CRITICAL)
+                ray.init(
+                    address=config.ray.address,
+                    job_config=job_of_installed_modules(),
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                )
             else:
                 _start_private_cluster(config, specs, guard)
         if guard is None:
@@ -257,6 +269,7 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
     ):
         ray.init(
             address="local",
+            job_config=job_of_installed_modules(),
             num_cpus=config.ray.num_cpus or max(read_machine().num_cpus, math.ceil(needed)) + _PLACES_FOR_OTHERS,
             # One machine: no name, no route and no firewall of its network matters.
             _node_ip_address="127.0.0.1",

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from model_parallel.native import is_ready
+from model_parallel.python_process import module_command
 from serving.config import ModelEntry, ServingConfig, tracing_is_on
 from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
 from serving.driver.environment import cluster_parent
@@ -159,7 +159,7 @@ def _sizes(config: ServingConfig, host: Host) -> tuple[list[GroupSpec], list[str
 def _checkpoint_check(source: str, chat_format: str) -> "subprocess.Popen[str]":
     """In a process of its own, which may load torch while this one loads Ray."""
     return subprocess.Popen(
-        [sys.executable, "-m", "serving.models.verify", source, chat_format],
+        module_command("serving.models.verify", source, chat_format),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -172,7 +172,7 @@ def _begin_compilation() -> "subprocess.Popen[bytes] | None":
     if is_ready():
         return None
     return subprocess.Popen(
-        [sys.executable, "-m", "model_parallel.native"],
+        module_command("model_parallel.native"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

