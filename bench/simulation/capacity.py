@@ -100,6 +100,11 @@ class _Trial:
             groups = self.scenario.groups.model_copy(update={"num_groups": num_groups})
             scenario = self.scenario.model_copy(update={"groups": groups})
             summary, fleet = simulate(scenario, plan=self.plan, requests=self.requests)
+            if not summary["sent"]:
+                raise ConfigError(
+                    f"the load is of no request from warmup_s, {scenario.warmup_s:g}, to duration_s, {scenario.duration_s:g}; "
+                    "capacity needs at least 1"
+                )
             columns = Columns(fleet)
             chosen = (columns.arrived_s >= scenario.warmup_s) & (columns.status != Status.NOT_SENT)
             reached = {bound.name: reached_s(columns, chosen, bound) for bound in self._question.slo}
@@ -108,8 +113,7 @@ class _Trial:
 
     def _row(self, summary: Mapping[str, Any], reached: Mapping[str, float], num_groups: int) -> dict[str, Any]:
         question, tp_size = self._question, self._question.shape.tensor_parallel_size
-        tokens = summary["total_output_tokens"]
-        price = question.price_per_gpu_hour
+        tokens, price = summary["run_output_tokens"], question.price_per_gpu_hour
         return {
             "num_groups": num_groups,
             "num_gpus": num_groups * tp_size,
@@ -122,7 +126,9 @@ class _Trial:
             "output_tokens_per_s": summary["output_throughput"],
             "busy_share": summary["busy_share"],
             "preemptions": summary["num_preemptions"],
-            "cost_per_million_output_tokens": None if price is None else price * summary["gpu_hours"] / tokens * 1e6,
+            "cost_per_million_output_tokens": (
+                None if price is None or not tokens else price * summary["gpu_hours"] / tokens * 1e6
+            ),
             "kwh_per_million_output_tokens": summary["energy_kwh"] / tokens * 1e6 if tokens else None,
         }
 

@@ -529,4 +529,5 @@ class Fleet:
         for index, status in enumerate(self.outcomes.status):
             if status == Status.OPEN:  # on its way, or between two groups
                 self.outcomes.status[index] = Status.CANCELLED
+                self.outcomes.e2e_s[index] = self.clock.now_s - self.outcomes.arrived_s[index]
                 self._num_unsettled -= 1

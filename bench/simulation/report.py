@@ -1,6 +1,7 @@
 """What a simulation says: figures by the names of `vllm bench serve`, by tenant, and over time."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,17 +68,49 @@ class Columns:
         return times_s
 
 
-def figures(columns: Columns, chosen: npt.NDArray[np.bool_], duration_s: float) -> dict[str, Any]:
-    """Of the chosen requests; rates are over `duration_s`."""
-    done = chosen & (columns.status == Status.FINISHED)
-    num_tokens = float(columns.num_output[chosen].sum())
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What rates are over, as `packtrain load` has it: from the end of the warm-up until the last request has ended."""
+
+    begin_s: float
+    closed_s: float
+
+    @property
+    def length_s(self) -> float:
+        return self.closed_s - self.begin_s
+
+
+def window_of(columns: Columns, warmup_s: float, duration_s: float) -> Window:
+    """It closes at the end of the arrivals where no request ended after the warm-up."""
+    sent = columns.status != Status.NOT_SENT
+    last_s = float((columns.arrived_s + columns.e2e_s)[sent].max(initial=0.0))
+    return Window(warmup_s, last_s if last_s > warmup_s else duration_s)
+
+
+def tokens_since(columns: Columns, chosen: npt.NDArray[np.bool_], begin_s: float) -> float:
+    """Tokens of the chosen requests that came after a moment; those after the first come evenly until the end."""
+    first_s = (columns.arrived_s + columns.ttft_s)[chosen]
+    ended_s = (columns.arrived_s + columns.e2e_s)[chosen]
+    num_later = np.maximum(columns.num_output[chosen] - 1, 0)
+    took_s = np.maximum(ended_s - first_s, 1e-9)
+    later = num_later * np.clip((ended_s - begin_s) / took_s, 0, 1)
+    first = (columns.num_output[chosen] > 0) & (first_s >= begin_s)
+    return float(first.sum() + later.sum())
+
+
+def figures(columns: Columns, own: npt.NDArray[np.bool_], window: Window) -> dict[str, Any]:
+    """Of some of the requests: counts and latencies of those that arrived in the window, rates of what came in it."""
+    chosen = own & (columns.arrived_s >= window.begin_s) & (columns.status != Status.NOT_SENT)
+    finished = own & (columns.status == Status.FINISHED)
+    done = chosen & finished
+    num_ended = (finished & (columns.arrived_s + columns.e2e_s >= window.begin_s)).sum()
     return {
         **counts(columns.status[chosen]),
         "completed": int(done.sum()),
         "total_input_tokens": int(columns.prompt[done].sum()),
-        "total_output_tokens": int(num_tokens),
-        "request_throughput": float(done.sum() / duration_s),
-        "output_throughput": num_tokens / duration_s,
+        "total_output_tokens": int(columns.num_output[done].sum()),
+        "request_throughput": float(num_ended / window.length_s),
+        "output_throughput": tokens_since(columns, finished, window.begin_s) / window.length_s,
         **latencies(columns.ttft_s[done], "ttft"),
         **latencies(columns.tpot_s(done), "tpot"),
         **latencies(columns.e2e_s[done], "e2el"),
@@ -85,24 +118,31 @@ def figures(columns: Columns, chosen: npt.NDArray[np.bool_], duration_s: float) 
 
 
 def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int) -> dict[str, Any]:
-    """Of a simulation that has run. What arrived before `warmup_s` is left out of the figures of requests."""
+    """Of a simulation that has run. What came before `warmup_s` is left out of the figures of requests; what groups did and cost
+    is of the whole run, and so is `run_output_tokens`, by which costs are divided."""
     columns = Columns(fleet)
-    chosen = (columns.arrived_s >= warmup_s) & (columns.status != Status.NOT_SENT)
+    window = window_of(columns, warmup_s, duration_s)
+    everybody = columns.status != Status.NOT_SENT
+    chosen = everybody & (columns.arrived_s >= warmup_s)
     requests: Requests = fleet.requests
-    by_tenant = {
-        traits.name: figures(columns, chosen & (columns.tenant == number), duration_s - warmup_s)
-        for number, traits in enumerate(requests.tenants)
-    }
+    owners = [columns.tenant == number for number in range(len(requests.tenants))]
     group_s = fleet.group_ticks / TICKS_PER_S
     busy_s = fleet.busy_ticks / TICKS_PER_S
     names = {status: status.name.lower() for status in Status}
     by_status = np.bincount(columns.status[chosen], minlength=len(Status))
     return {
-        "duration": duration_s - warmup_s,
-        **figures(columns, chosen, duration_s - warmup_s),
+        "duration": window.length_s,
+        **figures(columns, everybody, window),
         "by_status": {names[s]: int(by_status[s]) for s in Status if by_status[s]},
-        "tenants": by_tenant,
-        "jain_index": jain_index([by_tenant[t.name]["total_output_tokens"] / t.weight for t in requests.tenants]),
+        "tenants": {
+            traits.name: figures(columns, own, window) for traits, own in zip(requests.tenants, owners, strict=True)
+        },
+        "jain_index": jain_index(
+            [
+                float(columns.num_output[chosen & own].sum()) / traits.weight
+                for traits, own in zip(requests.tenants, owners, strict=True)
+            ]
+        ),
         "num_migrations": int(columns.num_migrations.sum()),
         "num_failures": fleet.num_failures,
         "num_preemptions": fleet.num_preemptions,
@@ -110,6 +150,7 @@ def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int)
         "num_steps_jumped": fleet.num_jumped,
         "group_seconds": group_s,
         "gpu_hours": group_s * tp_size / 3600,
+        "run_output_tokens": int(columns.num_output[columns.status == Status.FINISHED].sum()),
         "busy_share": busy_s / group_s if group_s else 0.0,
         "prefix_hit_share": float(columns.num_cached[chosen].sum() / max(1.0, columns.prompt[chosen].sum())),
         "over_time": {

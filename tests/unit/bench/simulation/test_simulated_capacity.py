@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 
+from bench.loadtest.scenario import OpenLoop
 from bench.simulation.capacity import Bound, Question, Shape, answer, cheapest, parse_slo, reached_s
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
@@ -70,6 +72,28 @@ def test_what_does_not_fit_is_said() -> None:
     found = answer(question("tpot_p99=1s", model="llama-2-70b"))
     assert found["best"] is None
     assert "GiB" in found["problem"]
+
+
+def test_a_warm_up_does_not_change_what_a_token_costs() -> None:
+    asked = question("ttft_p99=1s")
+    warm = replace(asked, scenario=asked.scenario.model_copy(update={"warmup_s": 25.0}))
+    one, other = (answer(each)["best"] for each in (asked, warm))
+    assert one["num_groups"] == other["num_groups"]
+    assert one["sent"] > 4 * other["sent"]
+    for name in ("cost_per_million_output_tokens", "kwh_per_million_output_tokens"):
+        assert one[name] == other[name] > 0
+
+
+def test_a_load_without_a_request_or_an_answer_has_no_cost() -> None:
+    asked = question("ttft_p99=1s", max_groups=1)
+    tenant = asked.scenario.tenants[0]
+    none = tenant.model_copy(update={"arrivals": OpenLoop(process="poisson", rate=1e-9)})
+    with pytest.raises(ConfigError, match="no request from warmup_s, 0, to duration_s, 30; capacity needs at least 1"):
+        answer(replace(asked, scenario=asked.scenario.model_copy(update={"tenants": [none]})))
+    late = tenant.model_copy(update={"deadline_s": 1e-6})
+    found = answer(replace(asked, scenario=asked.scenario.model_copy(update={"tenants": [late]})))
+    assert found["best"] is None
+    assert [row["cost_per_million_output_tokens"] for row in found["curve"]] == [None]
 
 
 def test_a_refused_request_counts_as_endless() -> None:

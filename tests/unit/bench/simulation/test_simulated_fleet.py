@@ -4,12 +4,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.simulation.fleet import Fleet
-from bench.simulation.report import Columns, counts, goodput, jain_index
+from bench.simulation.report import Columns, counts, goodput, jain_index, tokens_since
 from bench.simulation.requests import Status
 from bench.simulation.run import build, resolve, simulate
 from bench.simulation.scenario import SimulationScenario, parse_scenario
@@ -209,6 +210,35 @@ def test_figures_have_the_names_of_vllm_bench() -> None:
     assert 0 < summary["busy_share"] <= 1
     assert goodput(fleet, {"ttft": 1e9}, 0) == 1.0
     assert goodput(fleet, {"ttft": 1e9, "tpot": 0.0}, 0) == 0.0
+
+
+def test_rates_are_over_the_time_that_groups_computed_and_not_over_the_arrivals_alone() -> None:
+    overloaded, _ = simulate(scenario(tenants=[tenant("one", rate=40)], groups={"max_waiting_requests": 400}))
+    assert overloaded["duration"] > 25  # 20 of arrivals
+    assert overloaded["duration"] == pytest.approx(overloaded["group_seconds"] / 2, rel=0.01)
+    assert overloaded["output_throughput"] == pytest.approx(
+        overloaded["total_output_tokens"] / overloaded["duration"], rel=1e-9
+    )
+    assert overloaded["request_throughput"] == pytest.approx(overloaded["output_throughput"] / 60, rel=1e-9)
+    warm, _ = simulate(scenario(tenants=[tenant("one", rate=40)], groups={"max_waiting_requests": 400}, warmup_s=15))
+    assert warm["duration"] == pytest.approx(overloaded["duration"] - 15)
+    assert warm["run_output_tokens"] == overloaded["run_output_tokens"] > warm["total_output_tokens"]
+    # Groups are full all the time, so what comes each second is alike. What arrived in the warm-up counts, when it comes later.
+    assert warm["output_throughput"] == pytest.approx(overloaded["output_throughput"], rel=0.05)
+    assert warm["tenants"]["one"]["output_throughput"] == warm["output_throughput"]
+
+
+def test_tokens_since_a_moment() -> None:
+    """Beside a count of each token: the first at its time, the others evenly until the end."""
+    columns = Columns(simulate(scenario())[1])
+    everybody, since_s = columns.status == Status.FINISHED, 10.0
+    expected = 0.0
+    for index in np.flatnonzero(everybody):
+        first_s, ended_s = (columns.arrived_s[index] + part[index] for part in (columns.ttft_s, columns.e2e_s))
+        expected += (np.linspace(first_s, ended_s, int(columns.num_output[index])) >= since_s).sum()
+    assert tokens_since(columns, everybody, since_s) == pytest.approx(expected, abs=int(everybody.sum()))
+    assert tokens_since(columns, everybody, 0.0) == columns.num_output.sum()
+    assert tokens_since(columns, everybody, 1e6) == 0
 
 
 def test_a_request_that_is_counted_twice_is_found() -> None:
