@@ -30,6 +30,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.json_files import plain
 from bench.machine import machine_facts
 from bench.markdown import table
 from bench.simulation.fit import encode_profile
@@ -113,8 +114,8 @@ def as_json(machine: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]]) -> 
     """Five digits of each number, a line for each shape and cell; without what was simulated at the mean pace."""
 
     def told(value: Any) -> str:
-        rounded = json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.5g}"))
-        return json.dumps(rounded)
+        rounded = json.loads(json.dumps(plain(value)), parse_float=lambda text: float(f"{float(text):.5g}"))
+        return json.dumps(rounded, allow_nan=False)
 
     lines = []
     for shape in shapes:

@@ -47,11 +47,8 @@ class Assertion:
 
     def check(self, result: Mapping[str, Any]) -> "Checked":
         """Of a run's summary. What was not measured keeps no bound."""
-        found = result if self.tenant is None else result["tenants"].get(self.tenant)
-        if found is None:
-            known = ", ".join(result["tenants"])
-            raise ConfigError(f"{self.text!r}: there is no tenant {self.tenant!r}; there are {known}")
-        value = self._value(found)
+        check_tenants([self], list(result["tenants"]))
+        value = self._value(result if self.tenant is None else result["tenants"][self.tenant])
         return Checked(
             assertion=self, value=value, holds=value is not None and _OPERATORS[self.comparison](value, self.bound)
         )
@@ -110,6 +107,14 @@ def parse_assertion(text: str, option: str = "--assert") -> Assertion:
         comparison=match["operator"],
         bound=number * {"s": 1e3 if latency else 1.0, "%": 0.01}.get(unit, 1.0),
     )
+
+
+def check_tenants(assertions: Sequence[Assertion], names: Sequence[str]) -> None:
+    """Raises ConfigError where one is of a tenant that the run does not have."""
+    for assertion in assertions:
+        if assertion.tenant is not None and assertion.tenant not in names:
+            known = ", ".join(names)
+            raise ConfigError(f"{assertion.text!r}: there is no tenant {assertion.tenant!r}; there are {known}")
 
 
 def percentiles_needed(assertions: Sequence[Assertion]) -> list[float]:

@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.loadtest.assertions import Assertion, percentiles_needed
+from bench.json_files import check_can_be_written, write_json, write_text
+from bench.loadtest.assertions import Assertion, check_tenants, percentiles_needed
 from bench.loadtest.discover import resolve
 from bench.loadtest.html_report import curve_report, report
 from bench.loadtest.leader import Crew, Interrupt, Run, Senders, crew
 from bench.loadtest.live import Board, print_result, watched
-from bench.loadtest.outputs import of_repeats, write_csv, write_json, write_text
+from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Closed, Scenario, with_rate, with_users
 from bench.loadtest.search import ClientLimitError, Found, Probe, search
@@ -69,14 +70,17 @@ class Wanted:
             raise ConfigError("--sweep and --search exclude each other")
         if (self.sweep or self.search) and (self.csv_file or self.assertions):
             raise ConfigError("--csv and --assert are of runs at one rate, not of a sweep or a search")
-        for path in (self.json_file, self.csv_file, self.html_file):
-            if path is not None and not path.parent.is_dir():
-                raise ConfigError(f"{path}: there is no directory {path.parent}")
+        for option, path in (("--json", self.json_file), ("--csv", self.csv_file), ("--html", self.html_file)):
+            check_can_be_written(path, option)
 
     @property
     def all_percentiles(self) -> list[float]:
-        slo = self.search.slo if self.search else ()
-        return sorted({*self.percentiles, *percentiles_needed([*self.assertions, *slo])})
+        return sorted({*self.percentiles, *percentiles_needed(self.bounds)})
+
+    @property
+    def bounds(self) -> list[Assertion]:
+        """Of assertions and of a search."""
+        return [*self.assertions, *(self.search.slo if self.search else ())]
 
 
 class Campaign:
@@ -264,6 +268,7 @@ async def run_campaign(
 ) -> Exit:
     """Everything that `packtrain load` does. Raises ConfigError, ConnectionError."""
     check_allowed([tenant.parsed_target for tenant in scenario.tenants], senders.owns_targets)
+    check_tenants(wanted.bounds, [tenant.name for tenant in scenario.tenants])
     async with _signals() as interrupt:
         try:
             resolved = await resolve(scenario, tls)

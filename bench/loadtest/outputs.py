@@ -1,8 +1,6 @@
-"""Results as files: JSON, and CSV with a line a request."""
+"""Several runs as one result, and requests as CSV with a line each."""
 
 import csv
-import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,21 +68,6 @@ def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def write_json(result: Mapping[str, Any], path: Path) -> None:
-    """Numbers that JSON does not have become null. Raises ConfigError."""
-    _write(path, json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
-
-
 def write_csv(scenario: Scenario, runs: Sequence[Sequence[Record]], path: Path) -> None:
     """Every request. Raises ConfigError."""
     try:
@@ -109,18 +92,6 @@ def _row(scenario: Scenario, record: Record) -> list[Any]:
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, str) and value[:1] in "=+-@":
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
         return "'" + value  # a server's words must not become a formula in somebody's spreadsheet
     return f"{value:.6f}" if isinstance(value, float) else value
-
-
-def write_text(text: str, path: Path) -> None:
-    """Raises ConfigError."""
-    _write(path, text)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error

@@ -221,6 +221,8 @@ class Closed(Part):
     def _one_number(self) -> Self:
         if self.stages and "users" in self.model_fields_set:
             raise ValueError("users and stages exclude each other")
+        if self.stages and not self.most_users:
+            raise ValueError("stages hold no number of users above 0")
         return self
 
     @property

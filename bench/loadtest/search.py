@@ -79,10 +79,10 @@ def _next(found: Found, lowest: float, highest: float, precision: float) -> floa
 
 
 async def _majority(measure: Measure, rate: float, repeats: int, probes: list[Probe]) -> bool:
-    """Stops as soon as the rest cannot change it."""
+    """More than half of `repeats` runs must pass. Stops as soon as the rest cannot change it."""
     passed = failed = 0
-    while 2 * max(passed, failed) <= repeats:
+    while 2 * passed <= repeats and 2 * failed < repeats:
         probe = await measure(rate)
         probes.append(probe)
         passed, failed = passed + probe.passed, failed + (not probe.passed)
-    return passed > failed
+    return 2 * passed > repeats

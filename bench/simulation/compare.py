@@ -1,6 +1,6 @@
 """Variants of one scenario side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model_parallel.errors import ConfigError
@@ -10,6 +10,17 @@ COMPARED = (
     "sent", "finished", "refused", "failed", "cancelled", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
     "output_throughput", "gpu_hours", "energy_kwh", "num_migrations", "num_preemptions", "jain_index",
 )  # fmt: skip
+
+
+def read_variants(data: Mapping[str, Any], variants: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Data by name. Raises ConfigError."""
+    found: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        name, changed = with_changes(data, variant)
+        if name in found:
+            raise ConfigError(f"variant {variant!r}: the name {name!r} stands twice; each needs its own")
+        found[name] = changed
+    return found
 
 
 def with_changes(data: Mapping[str, Any], variant: str) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The `packtrain bench` commands. What they measure with is imported when they run: torch takes seconds."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,10 +41,12 @@ def engine(
     Work is named sequences × prompt tokens→new tokens. Medians of runs in turn.
     """
     from bench.engine_timing import default_shapes
+    from bench.json_files import check_can_be_written, write_json
     from bench.machine import describe_machine
     from bench.timing import Timing, as_table
     from model_parallel.machine import read_machine
 
+    check_can_be_written(json_file, "--json")
     num_cores = read_machine().num_cpus
     if tp is None and threads is None:
         shapes = default_shapes(num_cores)
@@ -60,7 +61,8 @@ def engine(
     )
     timings = [Timing.from_data(row) for row in result["timings"]]
     console.print(as_table(timings, f"{model}; {describe_machine(result['machine'])}"))
-    _write(result, json_file)
+    if json_file is not None:
+        write_json(result, json_file)
     if result["failures"]:
         raise typer.Exit(1)
 
@@ -146,11 +148,6 @@ def time_shapes(
         "failures": failures,
         "timings": [timing.as_data() for timing in timings],
     }
-
-
-def _write(result: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def register(parent: typer.Typer) -> None:

@@ -1,6 +1,5 @@
 """The `packtrain chaos` command: faults for a stack that runs on this machine, and whether its clients noticed."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -38,8 +37,10 @@ def chaos(
     from bench.chaos.campaign import Campaign, Plan
     from bench.chaos.processes import LocalStack
     from bench.chaos.proxy import Proxy
+    from bench.json_files import check_can_be_written, write_json
     from bench.recovery import percentiles
 
+    check_can_be_written(json_file, "--json")
     target = parse_target(address)
     where = target.host_and_port
     if where is None or target.uses_tls:
@@ -78,7 +79,7 @@ def chaos(
             "pauses": pauses,
             "pauses_s": outcome.pauses_s,
         }
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, json_file)
     if outcome.found:
         raise typer.Exit(1)
 

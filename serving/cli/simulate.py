@@ -1,6 +1,5 @@
 """The `packtrain simulate` commands: what a cluster would do, before there is one. What they need is imported when they run."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +25,11 @@ ScenarioFile = Annotated[Path, typer.Argument(help="YAML file; docs/simulation.m
 @app.command()
 def run(scenario: ScenarioFile, json_file: JsonFile = None) -> None:
     """Simulate a scenario and print its figures."""
+    from bench.json_files import check_can_be_written, write_json
     from bench.simulation.run import simulate
     from bench.simulation.scenario import load_scenario
 
+    check_can_be_written(json_file, "--json")
     loaded = load_scenario(scenario)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
@@ -40,7 +41,8 @@ def run(scenario: ScenarioFile, json_file: JsonFile = None) -> None:
 
         summary, _ = simulate(loaded, on_progress=show)
     print_summary(summary, Console(highlight=False))
-    _write(summary, json_file)
+    if json_file is not None:
+        write_json(summary, json_file)
 
 
 @app.command()
@@ -52,13 +54,14 @@ def compare(
     json_file: JsonFile = None,
 ) -> None:
     """Simulate variants of a scenario, which get the same requests, and print them side by side."""
-    from bench.simulation.compare import COMPARED, with_changes
+    from bench.json_files import check_can_be_written, write_json
+    from bench.simulation.compare import COMPARED, read_variants
     from bench.simulation.run import simulate
     from bench.simulation.scenario import parse_scenario, read_scenario
 
-    data = read_scenario(scenario)
-    made = [with_changes(data, variant) for variant in variants]
-    parsed = [(name, parse_scenario(changed, origin=f"{scenario}, {name}")) for name, changed in made]
+    check_can_be_written(json_file, "--json")
+    made = read_variants(read_scenario(scenario), variants)
+    parsed = [(name, parse_scenario(changed, origin=f"{scenario}, {name}")) for name, changed in made.items()]
     console = Console(stderr=True, highlight=False)
     found: dict[str, Any] = {}
     for name, changed_scenario in parsed:
@@ -68,7 +71,8 @@ def compare(
     for key in COMPARED:
         table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
     Console(highlight=False).print(table)
-    _write(found, json_file)
+    if json_file is not None:
+        write_json(found, json_file)
 
 
 @app.command()
@@ -98,9 +102,11 @@ def capacity(
 
     Ends with status 1 when no shape does.
     """
+    from bench.json_files import check_can_be_written, write_json
     from bench.simulation.capacity import Question, Shape, answer_all, cheapest, parse_slo
     from bench.simulation.scenario import load_scenario, scenario_of_trace
 
+    check_can_be_written(json_file, "--json")
     bounds = parse_slo(slo)
     if (trace is None) == (scenario is None):
         raise ConfigError("either trace or scenario must be given")
@@ -136,7 +142,8 @@ def capacity(
     )
     best = cheapest(answers)
     print_capacity(answers, best, slo, Console(highlight=False))
-    _write({"slo": slo, "answers": answers, "best": best and best["shape"]}, json_file)
+    if json_file is not None:
+        write_json({"slo": slo, "answers": answers, "best": best and best["shape"]}, json_file)
     if best is None:
         raise typer.Exit(EXIT_NOT_POSSIBLE)
 
@@ -156,9 +163,11 @@ def fit(
     """Fit the cost of a step to the steps that a running group has timed."""
     import msgspec
 
+    from bench.json_files import check_can_be_written
     from bench.simulation.fit import encode_profile, read_samples
     from bench.simulation.fit import fit as fit_reports
 
+    check_can_be_written(out, "--out")
     profile = fit_reports(read_samples(source), origin=f"fitted from {source}")
     profile = msgspec.structs.replace(profile, request_s=request_ms / 1e3, output_s=output_ms / 1e3)
     out.write_bytes(encode_profile(profile))
@@ -251,11 +260,6 @@ def _number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _write(result: Any, path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def register(parent: typer.Typer) -> None:

@@ -1,5 +1,7 @@
 """The comparison with the real stack: here a simulation stands for that, so that what should come out is known."""
 
+import json
+import math
 import random
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from bench.simulation.profiles import StepsFile
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
-from bench.simulation_truth import as_table, checks, compare
+from bench.simulation_truth import as_json, as_table, checks, compare
 from bench.truth.recording import LoadRecord, Recording, Sent, ShapeRecord, read_recording, write_recording
 from bench.truth.simulating import MEAN_PACE, Pace, run_fleet, step_cost
 from model_parallel.engine.step_times import StepSample, StepWork
@@ -113,6 +115,12 @@ def test_a_machine_that_was_slower_in_a_load_is_told_from_a_wrong_model(decodes:
 def test_a_pace_hides_no_wrong_queue() -> None:
     """Twice as many groups as there were."""
     assert num_wrong(msgspec.structs.replace(slower_machine(1.5, 1.5), num_groups=2)) > 3
+
+
+def test_a_figure_that_nothing_was_measured_of_is_null() -> None:
+    shapes = [{"num_groups": 1, "cells": [{"real": [{"tpot_p99_s": math.nan, "tokens_per_s": 1.234567}]}]}]
+    read = json.loads(as_json({"num_cores": 2}, shapes), parse_constant=pytest.fail)
+    assert read["shapes"][0]["cells"] == [{"real": [{"tpot_p99_s": None, "tokens_per_s": 1.2346}]}]
 
 
 def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run comes to."""
 
+import csv
 import json
 import math
 from array import array
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.json_files import write_json
 from bench.loadtest.leader import Run
-from bench.loadtest.outputs import of_repeats, write_csv, write_json
+from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.records import Health, Record
 from bench.loadtest.replies import Outcome
 from bench.loadtest.scenario import Scenario, parse_scenario
@@ -183,3 +185,5 @@ def test_files_are_written(tmp_path: Any) -> None:
     write_csv(scenario(), [records], tmp_path / "r.csv")
     lines = (tmp_path / "r.csv").read_text().splitlines()
     assert len(lines) == 4 and lines[0].startswith("run,tenant,session") and "'=cmd()" in lines[3]
+    with (tmp_path / "r.csv").open(newline="") as file:
+        assert [row["reason"] for row in csv.DictReader(file)] == ["", "", "'=cmd()"]

@@ -1,5 +1,6 @@
 """Assertions, searches and comparisons."""
 
+import io
 import json
 import random
 from pathlib import Path
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from bench.loadtest.assertions import parse_assertion, percentiles_needed
-from bench.loadtest.campaign import Wanted, found_lines, probed
+from bench.loadtest.campaign import Search, Wanted, found_lines, probed, run_campaign
 from bench.loadtest.compare import compare, read_result
+from bench.loadtest.leader import Senders
+from bench.loadtest.scenario import Scenario
 from bench.loadtest.search import ClientLimitError, Probe, search
 from model_parallel.errors import ConfigError
 
@@ -62,6 +66,17 @@ def test_assertions_bring_their_percentiles_and_name_unknown_tenants() -> None:
         parse_assertion("large:ttft_p99<5s").check(RESULT)
 
 
+async def test_an_assertion_of_an_unknown_tenant_is_refused_before_anything_is_sent() -> None:
+    console = Console(file=io.StringIO())
+    senders = Senders(
+        num_processes=1, num_joined=0, listen_host="127.0.0.1", listen_port=0, secret="", owns_targets=False
+    )
+    nobody = parse_assertion("nobody:errors==0")
+    for wanted in (Wanted(assertions=[nobody]), Wanted(search=Search(slo=[nobody]))):
+        with pytest.raises(ConfigError, match=r"'nobody:errors==0': there is no tenant 'nobody'; there are default"):
+            await run_campaign(Scenario(), senders, None, wanted, console)
+
+
 @given(st.floats(0.1, 900), st.floats(0.2, 50), st.floats(0.01, 0.3), st.integers(1, 5))
 async def test_a_search_ends_at_the_capacity(capacity: float, start: float, precision: float, repeats: int) -> None:
     async def measure(rate: float) -> Probe:
@@ -72,6 +87,22 @@ async def test_a_search_ends_at_the_capacity(capacity: float, start: float, prec
     assert found.rate <= capacity < found.failed_at <= found.rate * (1 + precision) * (1 + 1e-9)
     # A verdict needs a majority, and doubling and halving are logarithmic.
     assert len(found.probes) <= 64
+
+
+@pytest.mark.parametrize(
+    ("repeats", "outcomes"),
+    [(1, "y"), (2, "yy"), (2, "yn"), (2, "n"), (3, "yny"), (3, "nn"), (4, "yyy"), (4, "nn"), (4, "ynyn")],
+)
+async def test_a_rate_is_measured_no_more_often_than_it_says(repeats: int, outcomes: str) -> None:
+    """Also with an even number, where as many may pass as fail: then the rate does not pass."""
+    left = iter(outcomes)
+
+    async def measure(rate: float) -> Probe:
+        return Probe(rate, next(left) == "y", "", {})
+
+    found = await search(measure, start=1, lowest=1, highest=1, precision=0.05, repeats=repeats)
+    assert len(found.probes) == len(outcomes)
+    assert (found.rate is not None) is (2 * outcomes.count("y") > repeats)
 
 
 async def test_a_search_with_noise_is_near_the_capacity() -> None:
@@ -154,7 +185,10 @@ def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_wishes_that_contradict_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no directory"):
-        Wanted(json_file=tmp_path / "nowhere" / "r.json")
+    for option in ("json", "csv", "html"):
+        with pytest.raises(ConfigError, match=f"--{option} is .*; there is no directory .*nowhere"):
+            Wanted(**{f"{option}_file": tmp_path / "nowhere" / "r"})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"--{option} is .*, a directory; it must be a file"):
+            Wanted(**{f"{option}_file": tmp_path})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--assert"):
         Wanted(sweep=[1.0], assertions=[parse_assertion("errors==0")])

@@ -39,6 +39,7 @@ def tenants(*changes: dict[str, Any], **run: Any) -> Scenario:
         ({"arrivals": {"process": "poisson", "burstiness": 2}}, "burstiness is of process gamma"),
         ({"arrivals": {"process": "constant", "rate": 1, "stages": [{"duration_s": 1, "start": 1}]}}, "exclude each other"),
         ({"arrivals": {"process": "constant", "stages": [{"duration_s": 1, "start": 0}]}}, "no rate above 0"),
+        ({"arrivals": {"process": "closed", "stages": [{"duration_s": 1, "start": 0, "end": 0}]}}, "no number of users above 0"),
         ({"arrivals": {"process": "trace"}}, "go together"),
         ({"arrivals": {"process": "once"}}, "needs max_requests"),
         ({"target": "ftp://x"}, "tenants.0.target.*grpc://"),

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.simulation.compare import with_changes
+from bench.simulation.compare import read_variants, with_changes
 from bench.simulation.run import resolve
 from bench.simulation.scenario import load_scenario, parse_scenario, scenario_of_trace, trace_format
 from bench.simulation.workload import make_requests
@@ -113,3 +113,6 @@ def test_variants_change_what_they_say() -> None:
     for wrong in ("no colon", "a: groups", "a: groups.model.size=3"):
         with pytest.raises(ConfigError, match="variant"):
             with_changes(data, wrong)
+    assert list(read_variants(data, ["a: groups.num_groups=4", "b: groups.num_groups=5"])) == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"variant 'a : groups\.num_groups=5': the name 'a' stands twice"):
+        read_variants(data, ["a: groups.num_groups=4", "a : groups.num_groups=5"])
