@@ -1,4 +1,5 @@
-"""Reads prompts and traces from files. Everything is bounded, and what is wrong is named by file, line and field."""
+"""Reads prompts and traces from files. Everything is bounded, and what is wrong is named by file, line and field. A byte-order mark,
+which spreadsheets write, is skipped."""
 
 import csv
 import json
@@ -16,6 +17,8 @@ from model_parallel.errors import ConfigError
 
 MAX_FILE_BYTES = 2 << 30
 MAX_LINE_BYTES = 8 << 20
+MAX_COUNT = 1 << 30
+"""Tokens of a prompt or an answer."""
 AZURE = {"timestamp": "TIMESTAMP", "input_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
 """Azure/AzurePublicDataset, AzureLLMInferenceTrace_*.csv."""
 BURSTGPT = {"timestamp": "Timestamp", "input_tokens": "Request tokens", "output_tokens": "Response tokens"}
@@ -73,7 +76,7 @@ def _from_start(entries: list[Entry], speed: float) -> list[Entry]:
 
 
 def _json_lines(path: Path, where: str, read: Callable[[dict[str, Any]], Entry]) -> Iterator[Entry]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
@@ -127,7 +130,7 @@ def _mooncake(data: dict[str, Any]) -> Entry:
 
 def _sharegpt(work: ShareGpt, where: str) -> Iterator[Entry]:
     try:
-        conversations = json.loads(work.path.read_text(encoding="utf-8"))
+        conversations = json.loads(work.path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     if not isinstance(conversations, list):
@@ -146,7 +149,7 @@ def _sharegpt(work: ShareGpt, where: str) -> Iterator[Entry]:
 
 
 def _csv(path: Path, where: str, columns: Mapping[str, str]) -> Iterator[Entry]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         try:
             absent = [name for name in columns.values() if name not in (rows.fieldnames or ())]
@@ -195,6 +198,6 @@ def _number(value: Any, field: str) -> float:
 
 def _count(value: Any, field: str, least: int = 1) -> int:
     number = _number(value, field)
-    if number != int(number) or not least <= number <= 1 << 30:
-        raise ValueError(f"{field} is {value!r}; it must be a whole number of at least {least}")
+    if number != int(number) or not least <= number <= MAX_COUNT:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number from {least} to {MAX_COUNT}")
     return int(number)

@@ -50,7 +50,7 @@ def key_of(tenant: Tenant) -> str:
         return environment_key(tenant.api_key_env, f"tenants.{tenant.name}.api_key_env")
     if tenant.api_key_file:
         try:
-            return tenant.api_key_file.read_text(encoding="utf-8").strip()
+            return tenant.api_key_file.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"tenants.{tenant.name}.api_key_file: {tenant.api_key_file}: {error}") from error
     return api_key()

@@ -2,6 +2,7 @@
 
 import urllib.error
 import urllib.request
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_samples(source: str) -> list[StepReport]:
             raise ConfigError(f"from: {source}: {error.strerror}") from error
     if len(data) > MAX_BYTES:
         raise ConfigError(f"from: {source} has more than {MAX_BYTES} bytes")
-    return _parse(data.splitlines(), source)
+    return _parse(data.removeprefix(BOM_UTF8).splitlines(), source)
 
 
 def _parse(lines: Iterable[bytes], source: str) -> list[StepReport]:

@@ -7,6 +7,7 @@ Three kinds of file, told by the key `kind`:
 - `steps`: coefficients fitted to the steps of one engine: one model, one tensor-parallel size, one dtype.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -152,7 +153,7 @@ def read_profile(name: str) -> ProfileFile:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; the limit is {MAX_FILE_BYTES}")
     try:
-        file: ProfileFile = msgspec.json.decode(path.read_bytes(), type=ProfileFile)
+        file: ProfileFile = msgspec.json.decode(path.read_bytes().removeprefix(BOM_UTF8), type=ProfileFile)
         return file
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a profile: {error}") from error

@@ -194,7 +194,7 @@ def scenario_of_trace(path: Path, *, model: str, profile: str, speed: float) -> 
 def trace_format(path: Path) -> str:
     """By its first line. Raises ConfigError."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             first = file.readline(1 << 16)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace: {path} cannot be read: {error}") from error

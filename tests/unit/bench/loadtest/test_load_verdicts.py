@@ -171,7 +171,8 @@ def test_a_difference_is_judged_by_requests_or_by_repeats() -> None:
 
 def test_results_of_vllm_bench_serve_can_be_compared(tmp_path: Path) -> None:
     theirs = tmp_path / "vllm.json"
-    theirs.write_text(json.dumps({"request_throughput": 4.0, "median_ttft_ms": 30.0, "completed": 5}))
+    result = {"request_throughput": 4.0, "median_ttft_ms": 30.0, "completed": 5}
+    theirs.write_text(json.dumps(result), encoding="utf-8-sig")  # as some editors save it
     rows = compare(read_result(theirs), result_of([0.1] * 30))
     assert {row.name for row in rows} == {"request_throughput", "median_ttft_ms"}
     assert all(row.difference is None for row in rows)

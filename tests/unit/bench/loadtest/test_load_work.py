@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bench.loadtest.files import load_entries
 from bench.loadtest.scenario import Fixed, LogNormal, ShareGptLike, Tenant, Uniform
+from bench.loadtest.sender import key_of
 from bench.loadtest.work import Entry, Facts, Workload, answered, extended, sample
 from model_parallel.errors import ConfigError
 
@@ -141,6 +142,11 @@ def test_prompts_and_conversations_are_read() -> None:
         ("trace", "timestamp,input_tokens,output_tokens\n1,2.5,3\n", "input_tokens is '2.5'"),
         ("trace", "timestamp,input_tokens,output_tokens\n1,2,nan\n", "output_tokens is 'nan'"),
         ("trace", "timestamp,input_tokens,output_tokens\n1,2\n", "output_tokens is None"),
+        (
+            "trace",
+            "timestamp,input_tokens,output_tokens\n1,999999999999,5\n",
+            "input_tokens is '999999999999'; it must be a whole number from 1 to 1073741824",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(kind: str, text: str, expected: str, tmp_path: Path) -> None:
@@ -149,6 +155,32 @@ def test_what_is_wrong_in_a_file_is_named(kind: str, text: str, expected: str, t
     arrivals = {"arrivals": {"process": "trace"}} if kind == "trace" else {}
     with pytest.raises(ConfigError, match=expected):
         load_entries(tenant({"kind": kind, "path": tmp_path / "file", **of_trace}, **arrivals))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("jsonl", '{"prompt": "a"}\n'),
+        ("sharegpt", '[{"conversations": [{"from": "human", "value": "a"}]}]'),
+        ("csv", "timestamp,input_tokens,output_tokens\n1,2,3\n"),
+        ("azure", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"),
+        ("mooncake", '{"timestamp": 27482, "input_length": 1500, "output_length": 52, "hash_ids": []}\n'),
+    ],
+)
+def test_a_byte_order_mark_is_skipped(kind: str, text: str, tmp_path: Path) -> None:
+    """Spreadsheets write one."""
+    (tmp_path / "file").write_text(text, encoding="utf-8-sig")
+    of_trace = {"kind": "trace", "format": kind} if kind in ("csv", "azure", "mooncake") else {"kind": kind}
+    arrivals = {"arrivals": {"process": "trace"}} if "format" in of_trace else {}
+    marked = load_entries(tenant(of_trace | {"path": tmp_path / "file"}, **arrivals))
+    (tmp_path / "file").write_text(text)
+    assert marked == load_entries(tenant(of_trace | {"path": tmp_path / "file"}, **arrivals))
+    assert len(marked) == 1
+
+
+def test_a_key_begins_after_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n", encoding="utf-8-sig")
+    assert key_of(tenant({"kind": "synthetic"}, api_key_file=tmp_path / "key")) == "secret"
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_traces_are_told_by_their_first_line(tmp_path: Path) -> None:
         ('{"timestamp": 27482, "input_length": 1500, "output_length": 52, "hash_ids": [46, 47, 48]}\n', "mooncake"),
         ("timestamp,input_tokens,output_tokens\n0.5,10,20\n", "csv"),
     ]:
+        path.write_text(text, encoding="utf-8-sig")
+        assert trace_format(path) == form
         path.write_text(text)
         assert trace_format(path) == form
         scenario = scenario_of_trace(path, model="llama-2-7b", profile="h200", speed=1.0)

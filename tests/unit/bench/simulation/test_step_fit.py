@@ -1,4 +1,5 @@
 import random
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import msgspec
@@ -69,12 +70,16 @@ def test_lines_are_read_back_and_a_profile_too(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     path.write_bytes(to_lines(reports))
     assert read_samples(str(path)) == reports
+    path.write_bytes(BOM_UTF8 + path.read_bytes())
+    assert read_samples(str(path)) == reports
     profile = fit(reports, origin="a test")
     out = tmp_path / "profile.json"
     out.write_bytes(encode_profile(profile))
     read = read_profile(str(out))
     assert isinstance(read, StepsFile)
     assert read == profile
+    out.write_bytes(BOM_UTF8 + encode_profile(profile))
+    assert read_profile(str(out)) == profile
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
