@@ -15,12 +15,13 @@ from rich.console import Console
 from bench.json_files import check_can_be_written, write_json, write_text
 from bench.loadtest.assertions import Assertion, check_tenants, percentiles_needed
 from bench.loadtest.discover import resolve
+from bench.loadtest.files import left_out
 from bench.loadtest.html_report import curve_report, report
 from bench.loadtest.leader import Crew, Interrupt, Run, Senders, crew
 from bench.loadtest.live import Board, print_result, watched
 from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.runner import Resolved
-from bench.loadtest.scenario import Closed, Scenario, with_rate, with_users
+from bench.loadtest.scenario import Closed, Scenario, Trace, with_rate, with_users
 from bench.loadtest.search import ClientLimitError, Found, Probe, search
 from bench.loadtest.summary import PERCENTILES, summarise
 from bench.loadtest.targets import check_allowed
@@ -216,7 +217,22 @@ class Campaign:
                 )
         finally:
             self._interrupt.is_running = False
-        return run, summarise(scenario, run, self._wanted.all_percentiles)
+        result = summarise(scenario, run, self._wanted.all_percentiles)
+        return run, result | {"notes": [*self._left_out(), *result["notes"]]}
+
+    def _left_out(self) -> list[str]:
+        return [
+            note
+            for tenant, known in zip(self._scenario.tenants, self._resolved, strict=True)
+            if isinstance(tenant.work, Trace)
+            for note in left_out(
+                tenant.name,
+                tenant.work,
+                known.entries,
+                len(known.entries) if tenant.max_requests is None else tenant.max_requests,
+                self._scenario.duration_s,
+            )
+        ]
 
 
 def probed(rate: float, result: dict[str, Any], slo: Sequence[Assertion]) -> Probe:

@@ -1,9 +1,11 @@
-"""Reads prompts and traces from files. Everything is bounded, and what is wrong is named by file, line and field. A byte-order mark,
-which spreadsheets write, is skipped."""
+"""Reads prompts and traces from files. Everything is bounded, and what is wrong is named by file, line and field.
+
+A byte-order mark, which spreadsheets write, is skipped.
+"""
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -50,6 +52,22 @@ def load_entries(tenant: Tenant) -> list[Entry]:
             raise ConfigError(f"{where} holds messages, which api completions does not take")
         return entries
     return []
+
+
+def left_out(tenant: str, work: Trace, entries: Sequence[Entry], num_wanted: int, duration_s: float) -> list[str]:
+    """Notes on what of a trace is not sent, of which at most `num_wanted` requests are. `entries` are in order of time."""
+    notes, wanted = [], entries[:num_wanted]
+    num_due = sum(entry.at_s < duration_s for entry in wanted)
+    if num_due < len(wanted):
+        notes.append(
+            f"tenant {tenant}: {num_due} of {len(wanted)} requests of the trace are due within the duration of {duration_s:g} s; "
+            f"the last is due at {wanted[-1].at_s:g} s: a longer duration sends all"
+        )
+    if len(entries) == work.max_entries:
+        notes.append(
+            f"tenant {tenant}: only the first {work.max_entries} requests of the trace were read (work.max_entries)"
+        )
+    return notes
 
 
 def _reader(work: JsonLines | ShareGpt | Trace, where: str) -> Iterator[Entry]:

@@ -53,6 +53,22 @@ def client_facts(healths: Sequence[Health]) -> dict[str, Any]:
 def judge(run: Run, client: dict[str, Any], median_latency_s: float, *, has_own_limit: bool) -> Verdict:
     """`median_latency_s`: to the first token, or of whole answers. `has_own_limit`: max_concurrency is part of the load."""
     verdict = Verdict()
+    num_due = len(run.records) + client["unsent"]
+    if num_due:
+        _judge_client(verdict, client, num_due, median_latency_s, has_own_limit=has_own_limit)
+    else:
+        verdict.invalid.append("nothing was sent: no request was due before the run ended")
+    verdict.invalid += [f"a sending process was lost: {lost}" for lost in run.lost]
+    if run.was_interrupted:
+        verdict.notes.append("the run was interrupted; what was under way then counts as cancelled")
+    if client["itls_dropped"]:
+        verdict.notes.append(f"{client['itls_dropped']} inter-token latencies were not kept, for the sake of memory")
+    return verdict
+
+
+def _judge_client(
+    verdict: Verdict, client: dict[str, Any], num_due: int, median_latency_s: float, *, has_own_limit: bool
+) -> None:
     allowed_ms = 1e3 * max(MIN_LATE_S, LATE_SHARE * median_latency_s)
     for name, what in (
         ("p99_send_lag_ms", "requests were sent late"),
@@ -65,7 +81,6 @@ def judge(run: Run, client: dict[str, Any], median_latency_s: float, *, has_own_
             )
     if client["max_cpu"] > MAX_CPU:
         verdict.invalid.append(f"a sending process kept {client['max_cpu']:.0%} of a core busy; use more --processes")
-    num_due = len(run.records) + client["unsent"]
     if client["held_back_by_bound"] > MAX_LOST_SHARE * num_due:
         verdict.invalid.append(
             f"{client['held_back_by_bound']} requests waited for max_in_flight, which bounds the client; raise it"
@@ -73,9 +88,3 @@ def judge(run: Run, client: dict[str, Any], median_latency_s: float, *, has_own_
     if client["unsent"] > MAX_LOST_SHARE * num_due:
         text = f"{client['unsent']} of {num_due} requests were due and not sent before the run ended"
         (verdict.notes if has_own_limit else verdict.invalid).append(text)
-    verdict.invalid += [f"a sending process was lost: {lost}" for lost in run.lost]
-    if run.was_interrupted:
-        verdict.notes.append("the run was interrupted; what was under way then counts as cancelled")
-    if client["itls_dropped"]:
-        verdict.notes.append(f"{client['itls_dropped']} inter-token latencies were not kept, for the sake of memory")
-    return verdict

@@ -184,11 +184,13 @@ def answer(question: Question) -> dict[str, Any]:
         "best": None,
         "curve": [],
         "problem": "",
+        "notes": [],
     }
     try:
         trial = _Trial(question)
     except ConfigError as error:  # the weights do not fit, or TP is more than there are heads
         return found | {"problem": str(error)}
+    found["notes"] = list(trial.requests.notes)
     fewest = trial.fewest()
     if fewest is None:
         last = trial.tried[max(trial.tried)]

@@ -9,6 +9,7 @@ from serving.config import parse_yaml
 COMPARED = (
     "sent", "finished", "refused", "failed", "cancelled", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
     "output_throughput", "gpu_hours", "energy_kwh", "num_migrations", "num_preemptions", "jain_index",
+    "num_cut",
 )  # fmt: skip
 
 

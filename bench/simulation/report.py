@@ -153,6 +153,8 @@ def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int)
         "run_output_tokens": int(columns.num_output[columns.status == Status.FINISHED].sum()),
         "busy_share": busy_s / group_s if group_s else 0.0,
         "prefix_hit_share": float(columns.num_cached[chosen].sum() / max(1.0, columns.prompt[chosen].sum())),
+        "num_cut": requests.num_cut,
+        "notes": list(requests.notes),
         "over_time": {
             "at_s": list(fleet.samples.at_s),
             "num_groups": list(fleet.samples.num_groups),

@@ -66,6 +66,10 @@ class Requests:
     next_turn: dict[int, int] = field(default_factory=dict)
     """The request that follows when this one has finished."""
     later_turns: frozenset[int] = frozenset()
+    num_cut: int = 0
+    """Whose prompt or answer was cut to the model's length."""
+    notes: Sequence[str] = ()
+    """What of the scenario was cut or left out."""
 
     def __len__(self) -> int:
         return len(self.ticks)

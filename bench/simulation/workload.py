@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from bench.loadtest.curves import arrival_times
-from bench.loadtest.files import load_entries
+from bench.loadtest.files import left_out, load_entries
 from bench.loadtest.scenario import OpenLoop, Synthetic, Tenant, Trace, TraceTimes
 from bench.loadtest.work import MOONCAKE_BLOCK, Entry, sample
 from bench.simulation.clock import to_ticks
@@ -30,6 +30,10 @@ class _Rows:
     output: list[int] = field(default_factory=list)
     prefix: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     """By row: (content below 0, tokens)."""
+    num_cut: int = 0
+    num_ended_early: int = 0
+    """Sessions without their last turns, which would have been longer than the model's length."""
+    notes: list[str] = field(default_factory=list)
 
     def add(self, at_s: float, think_s: float, prompt: int, output: int) -> int:
         self.at_s.append(at_s)
@@ -51,7 +55,8 @@ class _Contents:
 
 def make_requests(scenario: SimulationScenario, *, max_model_len: int) -> Requests:
     """All tenants' requests together, in order of arrival. Prompt and answer are cut to `max_model_len`, as traces of other
-    models need. Raises ConfigError."""
+    models need: a server refuses such requests, and then says nothing of the load that they would have been. `notes` tells how
+    many they are. Raises ConfigError."""
     contents = _Contents()
     parts = [_rows_of(tenant, scenario, contents, max_model_len) for tenant in scenario.tenants]
     total = sum(len(part.at_s) for part in parts)
@@ -88,7 +93,22 @@ def make_requests(scenario: SimulationScenario, *, max_model_len: int) -> Reques
             later.add(index)
             requests.next_turn[place[number, row - 1]] = index
     requests.later_turns = frozenset(later)
+    requests.num_cut = sum(part.num_cut for part in parts)
+    requests.notes = [
+        *(note for part in parts for note in part.notes),
+        *_notes_of_length(requests, sum(part.num_ended_early for part in parts), max_model_len),
+    ]
     return requests
+
+
+def _notes_of_length(requests: Requests, num_ended_early: int, longest: int) -> Iterator[str]:
+    if requests.num_cut:
+        yield (
+            f"{requests.num_cut} of {len(requests)} requests were cut to the model's length, {longest} tokens of prompt and "
+            "answer; a server refuses such requests"
+        )
+    if num_ended_early:
+        yield f"{num_ended_early} sessions end before the turn that would be longer than the model's length, {longest} tokens"
 
 
 def _rows_of(tenant: SimulatedTenant, scenario: SimulationScenario, contents: _Contents, longest: int) -> _Rows:
@@ -98,6 +118,8 @@ def _rows_of(tenant: SimulatedTenant, scenario: SimulationScenario, contents: _C
     if isinstance(work, Trace):
         times = TraceTimes(process="trace")
         entries = load_entries(Tenant(name=tenant.name, work=work, arrivals=times))
+        if isinstance(tenant.arrivals, TraceTimes):
+            rows.notes += left_out(tenant.name, work, entries, tenant.max_requests, scenario.duration_s)
     for number, at_s in enumerate(islice(_times(tenant, scenario, entries), tenant.max_requests)):
         if isinstance(work, Synthetic):
             _add_session(rows, tenant, work, at_s, draw, contents, longest)
@@ -129,7 +151,9 @@ def _add_session(
         output = _allowed(tenant, sample(work.output_tokens, draw, "output"))
         room = longest - total - _asked(tenant, output)
         if turn and prompt > room:
-            break  # the session has become too long for the model
+            rows.num_ended_early += 1
+            break
+        rows.num_cut += 1 <= room < prompt  # below 1, the answer alone is too long, and the group refuses it
         prompt = max(1, min(prompt, room))
         total += prompt + output
         think_s = -1.0
@@ -143,12 +167,19 @@ def _add_session(
 def _add_entry(
     rows: _Rows, tenant: SimulatedTenant, entry: Entry, at_s: float, contents: _Contents, longest: int
 ) -> None:
-    limit = min(longest, tenant.work.max_tokens) if isinstance(tenant.work, Trace) else longest
-    output = _allowed(tenant, max(1, min(entry.output_tokens or 1, limit - 1)))
-    prompt = max(1, min(entry.input_tokens, limit - _asked(tenant, output)))
+    own_limit = tenant.work.max_tokens if isinstance(tenant.work, Trace) else longest
+    prompt, output = _cut(tenant, entry, min(longest, own_limit))
+    is_cut = (prompt, output) != _cut(tenant, entry, own_limit)
+    rows.num_cut += is_cut and prompt + _asked(tenant, output) <= longest
     row = rows.add(at_s, -1.0, prompt, output)
     if entry.blocks:
         rows.prefix[row] = tuple((contents.of(tenant.name, block), MOONCAKE_BLOCK) for block in entry.blocks)
+
+
+def _cut(tenant: SimulatedTenant, entry: Entry, limit: int) -> tuple[int, int]:
+    """Tokens of prompt and answer."""
+    output = _allowed(tenant, max(1, min(entry.output_tokens or 1, limit - 1)))
+    return max(1, min(entry.input_tokens, limit - _asked(tenant, output))), output
 
 
 def _allowed(tenant: SimulatedTenant, output: int) -> int:

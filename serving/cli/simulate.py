@@ -1,11 +1,12 @@
 """The `packtrain simulate` commands: what a cluster would do, before there is one. What they need is imported when they run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -70,7 +71,9 @@ def compare(
     table = Table("", *found)
     for key in COMPARED:
         table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
-    Console(highlight=False).print(table)
+    shown = Console(highlight=False)
+    shown.print(table)
+    _print_notes([f"{name}: {note}" for name, summary in found.items() for note in summary["notes"]], shown)
     if json_file is not None:
         write_json(found, json_file)
 
@@ -203,12 +206,13 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     rest = Table(show_header=False)
     for key in (
         "by_status", "jain_index", "num_preemptions", "num_failures", "num_migrations", "prefix_hit_share", "busy_share",
-        "gpu_hours", "energy_kwh", "num_steps", "num_steps_jumped",
+        "gpu_hours", "energy_kwh", "num_steps", "num_steps_jumped", "num_cut",
     ):  # fmt: skip
         value = summary[key]
         text = ", ".join(f"{name} {n:,}" for name, n in value.items()) if isinstance(value, dict) else _number(value)
         rest.add_row(key, text)
     console.print(rest)
+    _print_notes(summary["notes"], console)
     kind = "timed" if profile["is_measured"] else "derived"
     console.print(f"profile {profile['name']} ({kind}): {profile['origin']}", soft_wrap=True)
 
@@ -236,6 +240,7 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
             _number(row["kwh_per_million_output_tokens"]),
         )  # fmt: skip
     console.print(table)
+    _print_notes(dict.fromkeys(note for found in answers for note in found["notes"]), console)
     if best is None:
         console.print("[bold red]no shape keeps the service level[/]")
         return
@@ -252,6 +257,11 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
     console.print(curve)
     if not best["is_measured"]:
         console.print(f"nothing was timed on this machine; {best['origin']}", soft_wrap=True)
+
+
+def _print_notes(notes: Iterable[str], console: Console) -> None:
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
 
 
 def _number(value: Any) -> str:

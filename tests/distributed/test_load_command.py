@@ -66,6 +66,20 @@ def test_a_run_writes_what_it_measured_and_its_status_is_that_of_the_assertions(
         assert failing.returncode in (1, 3) and "does not hold, it is 5" in failing.stdout
 
 
+def test_a_trace_that_is_longer_than_the_run_is_told(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("timestamp,input_tokens,output_tokens\n0,4,3\n0.1,4,3\n99,4,3\n")
+    with mock_process() as ports:
+        shown = load(
+            f"--target=grpc://127.0.0.1:{ports['grpc']}", "--dataset-name=csv", f"--dataset-path={trace}", "--duration=1",
+            f"--json={tmp_path / 'r.json'}",
+        )  # fmt: skip
+    told = "tenant default: 2 of 3 requests of the trace are due within the duration of 1 s; the last is due at 99 s"
+    assert f"note: {told}" in shown
+    notes = json.loads((tmp_path / "r.json").read_text())["notes"]
+    assert any(note.startswith(told) for note in notes)
+
+
 def test_over_http_with_a_sweep_of_users(tmp_path: Path) -> None:
     with mock_process() as ports:
         load(

@@ -69,6 +69,17 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_simulated(
             assert not result.stdout
 
 
+def test_requests_that_are_cut_are_told(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("timestamp,input_tokens,output_tokens\n0,100000,5\n1,100,5\n")
+    result = CliRunner().invoke(
+        app, [*capacity(tmp_path / "r")[:-2], "--trace", str(tmp_path / "long.csv"), "--json", str(tmp_path / "r.json")]
+    )
+    assert result.exit_code == 0
+    told = "1 of 2 requests were cut to the model's length, 4096 tokens of prompt and answer; a server refuses such requests"
+    assert f"note: {told}" in result.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["answers"][0]["notes"] == [told]
+
+
 def test_variants_of_one_name_are_refused(overloaded: Path) -> None:
     variants = ["a: groups.num_groups=1", "a: groups.num_groups=2"]
     result = CliRunner().invoke(app, ["simulate", "compare", str(overloaded), *variants])

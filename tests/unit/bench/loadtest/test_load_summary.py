@@ -109,6 +109,12 @@ def test_a_client_that_was_the_bottleneck_makes_the_run_invalid(bad: dict[str, A
     assert not result["valid"] and expected in result["invalid_because"][0]
 
 
+def test_a_run_that_sent_nothing_says_so_and_nothing_of_the_client() -> None:
+    result = summary([], cpu_s=0.099, wall_s=0.1)
+    assert result["invalid_because"] == ["nothing was sent: no request was due before the run ended"]
+    assert "not sent before" in summary([], num_unsent=5)["invalid_because"][0]
+
+
 def test_waiting_for_the_loads_own_limit_is_no_fault_of_the_client() -> None:
     result = summary(records_at([0.0] * 100), scenario({"max_concurrency": 1}), num_unsent=30)
     assert result["valid"] and any("not sent before" in note for note in result["notes"])

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadtest.files import load_entries
-from bench.loadtest.scenario import Fixed, LogNormal, ShareGptLike, Tenant, Uniform
+from bench.loadtest.files import left_out, load_entries
+from bench.loadtest.scenario import Fixed, LogNormal, ShareGptLike, Tenant, Trace, Uniform
 from bench.loadtest.sender import key_of
 from bench.loadtest.work import Entry, Facts, Workload, answered, extended, sample
 from model_parallel.errors import ConfigError
@@ -115,6 +115,21 @@ def test_a_trace_is_cut_to_what_fits() -> None:
     entries = [Entry(input_tokens=100, output_tokens=100), Entry(input_tokens=10, output_tokens=4)]
     turns = [Workload(made, 0, FACTS, entries).session(index)[0] for index in range(2)]
     assert [(len(turn.content), turn.output_tokens) for turn in turns] == [(1, 19), (10, 4)]
+
+
+def test_what_of_a_trace_is_not_sent_is_told() -> None:
+    work = trace("csv").work
+    assert isinstance(work, Trace)
+    entries = [Entry(at_s=float(at_s), input_tokens=10, output_tokens=4) for at_s in range(600)]
+    assert left_out("a", work, entries, 600, 60.0) == [
+        "tenant a: 60 of 600 requests of the trace are due within the duration of 60 s; the last is due at 599 s: a longer "
+        "duration sends all"
+    ]
+    assert left_out("a", work, entries, 600, 600.0) == left_out("a", work, entries, 50, 60.0) == []
+    shortened = work.model_copy(update={"max_entries": 600})
+    assert left_out("a", shortened, entries, 600, 600.0) == [
+        "tenant a: only the first 600 requests of the trace were read (work.max_entries)"
+    ]
 
 
 def test_prompts_and_conversations_are_read() -> None:

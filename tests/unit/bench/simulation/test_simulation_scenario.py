@@ -72,6 +72,31 @@ def test_traces_are_told_by_their_first_line(tmp_path: Path) -> None:
         trace_format(tmp_path / "nothing")
 
 
+def test_what_is_cut_is_counted_and_told(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    lines = "0,5000,5\n1,90,50\n2,90,8\n70,10,5\n"
+    path.write_text("timestamp,input_tokens,output_tokens\n" + lines)
+    work = {"kind": "trace", "format": "csv", "path": str(path)}
+    data = {"groups": GROUPS, "duration_s": 60}
+    tenants = [{"name": "a", "work": work, "arrivals": {"process": "trace"}}]
+    requests = make_requests(parse_scenario(data | {"tenants": tenants}, origin="a.yaml"), max_model_len=100)
+    assert list(requests.prompt_tokens) == [95, 50, 90]
+    assert requests.num_cut == 2
+    assert requests.notes == [
+        "tenant a: 3 of 4 requests of the trace are due within the duration of 60 s; the last is due at 70 s: a longer duration "
+        "sends all",
+        "2 of 3 requests were cut to the model's length, 100 tokens of prompt and answer; a server refuses such requests",
+    ]
+    tenants[0]["work"] = work | {"max_tokens": 100}  # so they are asked for
+    asked = parse_scenario(data | {"tenants": tenants, "duration_s": 100}, origin="a.yaml")
+    assert make_requests(asked, max_model_len=100).notes == []
+    turns = {"kind": "synthetic", "input_tokens": 30, "output_tokens": 10, "turns": {"count": 3}}
+    tenants = [{"name": "b", "work": turns, "max_requests": 2}]
+    sessions = make_requests(parse_scenario(data | {"tenants": tenants}, origin="a.yaml"), max_model_len=100)
+    assert len(sessions) == 4
+    assert sessions.notes == ["2 sessions end before the turn that would be longer than the model's length, 100 tokens"]
+
+
 def test_shared_blocks_of_a_trace_are_shared_tokens(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     lines = (
