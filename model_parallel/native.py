@@ -25,7 +25,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from model_parallel.directories import private_directories, readable_caches, why_not_writable
-from model_parallel.errors import EngineError
+from model_parallel.errors import ConfigError, EngineError
 
 ISA_VARIABLE = "PACKTRAIN_CPU_ISA"
 INSTRUCTION_SETS: tuple[str, ...] = (
@@ -132,6 +132,14 @@ def chosen_instruction_set(kernels: ctypes.CDLL, wanted: str = "") -> str:
             f"this machine does not have {wanted}; {ISA_VARIABLE} is {', '.join(INSTRUCTION_SETS)} or not set"
         )
     return wanted or available[0]
+
+
+def check_wanted_instruction_set() -> None:
+    """Whether PACKTRAIN_CPU_ISA names one; whether the machine has it is known when the kernels are compiled. Raises
+    ConfigError."""
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted and wanted not in INSTRUCTION_SETS:
+        raise ConfigError(f"{ISA_VARIABLE} is {wanted!r} and must be one of {', '.join(INSTRUCTION_SETS)}, or not set")
 
 
 def is_ready() -> bool:

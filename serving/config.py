@@ -468,6 +468,8 @@ def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         held = "and is empty" if data is None else f"not {type(data).__name__}"
         raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, {held}")
+    if main_key not in data and ("architectures" in data or "model_type" in data):
+        raise ConfigError(f"{path} is the configuration of a checkpoint; give its directory, {path.absolute().parent}")
     return data
 
 
@@ -613,13 +615,22 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 def api_key() -> str:
-    """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those."""
-    return os.environ.get("PACKTRAIN_API_KEY", "")
+    """$PACKTRAIN_API_KEY, which the client commands send; "" when unset. Not a flag: process lists show those. Raises
+    ConfigError."""
+    return plain_key(os.environ.get("PACKTRAIN_API_KEY", ""), "PACKTRAIN_API_KEY")
+
+
+def plain_key(text: str, field: str) -> str:
+    """An API key without the line break that files and secrets often end with. Raises ConfigError, without the key in it."""
+    key = text.strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise ConfigError(f"{field} holds a space, or a character that is not ASCII; no key has one")
+    return key
 
 
 def environment_key(variable: str, field: str) -> str:
     """The API key in an environment variable that `field` names. Raises ConfigError when it is not set."""
-    if not (key := os.environ.get(variable)):
+    if not (key := plain_key(os.environ.get(variable, ""), variable)):
         raise ConfigError(f"{field} is {variable!r}, which is not set in the environment")
     return key
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -58,7 +59,7 @@ class Board:
     def __rich__(self) -> Group:
         table = Table("tenant", *_COLUMNS, "in flight", box=None, header_style="bold")
         for tenant, row in zip(self._scenario.tenants, self.totals(), strict=True):
-            table.add_row(tenant.name, *map(str, row), str(row[0] - sum(row[1:5])))
+            table.add_row(escape(tenant.name), *map(str, row), str(row[0] - sum(row[1:5])))
         answers, tokens = self.rates()
         elapsed_s = 0.0 if self._began_s is None else self._clock() - self._began_s
         lag_s = max((progress.max_lag_s for progress in self._of.values()), default=0.0)
@@ -81,7 +82,12 @@ def watched(board: Board, console: Console) -> Live:
 def print_result(result: Mapping[str, Any], console: Console) -> None:
     """A run's figures."""
     table = Table(
-        "", "mean", "median", "p90", "p99", title=f"{result['name']}: latency in ms, from the moment each was due"
+        "",
+        "mean",
+        "median",
+        "p90",
+        "p99",
+        title=f"{escape(result['name'])}: latency in ms, from the moment each was due",
     )
     for measure, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "whole answer")):
         cells = (result.get(f"{what}_{measure}_ms") for what in ("mean", "median", "p90", "p99"))
@@ -116,7 +122,7 @@ def _print_tenants(result: Mapping[str, Any], console: Console) -> None:
     )
     for name, of in result["tenants"].items():
         table.add_row(
-            name, *(str(of[key]) for key in ("sent", "completed", "refused", "errors", "cancelled")),
+            escape(name), *(str(of[key]) for key in ("sent", "completed", "refused", "errors", "cancelled")),
             f"{of['output_throughput']:.1f}", f"{of['median_ttft_ms']:.1f}", f"{of['p99_ttft_ms']:.1f}",
             f"{of['median_tpot_ms']:.2f}",
         )  # fmt: skip
@@ -130,7 +136,7 @@ def _print_tenants(result: Mapping[str, Any], console: Console) -> None:
 
 def print_comparison(rows: list[Row], names: tuple[str, str], console: Console) -> None:
     """Two results side by side."""
-    table = Table("", *names, "change", "95 % interval", "p", "")
+    table = Table("", *map(escape, names), "change", "95 % interval", "p", "")
     for row in rows:
         if row.difference is None:
             change = f"{row.b / row.a - 1:+.1%}" if row.a else ""

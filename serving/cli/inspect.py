@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
-from model_parallel.errors import CheckpointError
+from model_parallel.errors import CheckpointError, ConfigError
 from serving.cli.terminal import standard_output
 from serving.models.chat import resolve_text
 from serving.models.generation_defaults import RULES, default_sampling
@@ -38,7 +38,7 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
     check_complete(info, checkpoint, table)
     text = resolve_text(info) if info.tokenizer_kind else None
     chat = text.chat_format if text is not None else None
-    rules = {rule: default_sampling(info, rule) for rule in RULES}
+    rules = {rule: _sampling(info, rule) for rule in RULES}
     config, licence, size = info.config, licence_of(info), llama_2_size(info.config)
     return {
         "path": str(info.path),
@@ -73,6 +73,16 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
     }
 
 
+def _sampling(info: CheckpointInfo, rule: str) -> dict[str, float] | str:
+    """What a rule gives; the reason where it gives nothing. Raises ConfigError for the one that is taken when none is named."""
+    try:
+        return default_sampling(info, rule)
+    except ConfigError as error:
+        if rule == RULES[0]:
+            raise
+        return str(error)
+
+
 def _packed(checkpoint: "Checkpoint", table: "dict[str, Shard]") -> dict[str, Any]:
     """What quantization: packed keeps: bytes of all weights at TP=1, the others in bfloat16; and formats. {}: nothing."""
     from model_parallel.memory import weight_bytes
@@ -88,7 +98,8 @@ def _packed(checkpoint: "Checkpoint", table: "dict[str, Shard]") -> dict[str, An
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
     """`inspect_checkpoint`'s result as a table."""
-    table = Table(show_header=False, title=found["path"])
+    console.print(found["path"], markup=False, soft_wrap=True)  # a title would be wrapped to the table's width
+    table = Table(show_header=False)
     for key, value in found.items():
         if key in ("path", "files", "licence_notice", "warnings") or value in ("", None, []):
             continue
@@ -100,8 +111,8 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
             continue
         if key == "default_sampling":
             for rule, fields in value.items():
-                listed = ", ".join(f"{name} {number:g}" for name, number in fields.items())
-                table.add_row(f"sampling, generation_config {rule}", listed or "neutral")
+                told = fields if isinstance(fields, str) else ", ".join(f"{name} {n:g}" for name, n in fields.items())
+                table.add_row(f"sampling, generation_config {rule}", escape(told or "neutral"))
             continue
         shown = (
             f"{value:,}"
@@ -110,9 +121,9 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
             if isinstance(value, list)
             else str(value)
         )
-        table.add_row(key.replace("_", " "), shown)
+        table.add_row(key.replace("_", " "), escape(shown))
     for file in found["files"]:
-        table.add_row("file", f"{file['name']}  {file['bytes']:,} bytes")
+        table.add_row("file", escape(f"{file['name']}  {file['bytes']:,} bytes"))
     console.print(table)
     if found["licence_notice"]:
         console.print(escape(found["licence_notice"]), soft_wrap=True)

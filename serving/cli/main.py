@@ -52,7 +52,9 @@ Address = Annotated[
 ModelName = Annotated[str | None, typer.Option("--model", help="Served model; needed when there are several.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to answer with.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer. Drawn when not given.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same answer. Drawn when not given.")
+]
 
 
 def main() -> None:
@@ -83,6 +85,8 @@ def _account(error: Exception) -> tuple[str, int]:
         return explain(error), 1
     if isinstance(error, ConnectionError | TimeoutError | StartError):
         return str(error), 1
+    if isinstance(error, UnicodeError):
+        return "text that was given is not UTF-8, or has half of a character", EXIT_CONFIG
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", EXIT_CONFIG

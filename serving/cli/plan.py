@@ -1,6 +1,7 @@
 """`packtrain plan`: what serving a model takes, before there are weights or machines."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,9 @@ def choose_device(gpu: str | None, *, memory_gib: float | None, bandwidth_gb_per
     known = DEVICES[gpu.lower()] if gpu is not None else None
     memory_bytes = known.memory_bytes if known else None
     bandwidth = known.bandwidth_bytes_per_s if known else None
+    for option, value in (("--memory-gib", memory_gib), ("--bandwidth", bandwidth_gb_per_s)):
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"{option} is {value}; it must be a finite number")
     if memory_gib is not None:
         memory_bytes = int(memory_gib * GIB)
     if bandwidth_gb_per_s is not None:
@@ -123,9 +127,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     numbers = f"{plan['dtype']} {plan['quantization']}".rstrip()
     draft = f", drafts by {plan['draft_model']}" if plan["draft_model"] else ""
     title = f"{plan['model']}, {numbers}{draft}, TP={plan['tensor_parallel_size']} on {plan['gpu']}"
-    table = Table(
-        "rank", "query heads", "kv heads", "weights", "activations", "KV / token", "KV tokens that fit", title=title
-    )
+    console.print(title, markup=False, soft_wrap=True)  # as a title it would be wrapped to the table's width
+    table = Table("rank", "query heads", "kv heads", "weights", "activations", "KV / token", "KV tokens that fit")
     for r in plan["ranks"]:
         heads = (f"{first}-{last}" if first < last else str(first) for first, last in (r["query_heads"], r["kv_heads"]))
         table.add_row(

@@ -66,9 +66,9 @@ def compare(
     console = Console(stderr=True, highlight=False)
     found: dict[str, Any] = {}
     for name, changed_scenario in parsed:
-        console.print(f"simulating {name}")
+        console.print(f"simulating {name}", markup=False)
         found[name], _ = simulate(changed_scenario)
-    table = Table("", *found)
+    table = Table("", *map(escape, found))
     for key in COMPARED:
         table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
     shown = Console(highlight=False)
@@ -188,7 +188,7 @@ def profiles() -> None:
     table = Table("name", "kind", "origin")
     for name in shipped_profiles():
         file = read_profile(name)
-        table.add_row(name, str(type(file).__struct_config__.tag), file.origin)
+        table.add_row(escape(name), str(type(file).__struct_config__.tag), escape(file.origin))
     Console(highlight=False).print(table)
 
 
@@ -196,7 +196,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Figures of one simulation as tables."""
     groups, profile = summary["groups"], summary["profile"]
     shape = f"{groups['model']}, TP={groups['tensor_parallel_size']}, {groups['quantization'] or groups['dtype']}"
-    table = Table("", "all", *summary["tenants"], title=f"{summary['name']}: {groups['num_groups']} groups of {shape}")
+    title = escape(f"{summary['name']}: {groups['num_groups']} groups of {shape}")
+    table = Table("", "all", *map(escape, summary["tenants"]), title=title)
     for key in (
         "sent", "finished", "refused", "failed", "cancelled", "request_throughput", "output_throughput", "median_ttft_ms",
         "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_e2el_ms", "p99_e2el_ms",
@@ -232,7 +233,7 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
     for found in answers:
         row = found["best"]
         if row is None:
-            table.add_row(found["shape"], "none", found["problem"], "", "", "", "")
+            table.add_row(found["shape"], "none", escape(found["problem"]), "", "", "", "")
             continue
         table.add_row(
             found["shape"] + (" *" if found is best else ""), str(row["num_groups"]), str(row["num_gpus"]),

@@ -21,7 +21,10 @@ _WIDE = 4096
 
 def width_of(is_terminal: bool) -> int | None:
     """None: as wide as the terminal is."""
-    return None if is_terminal or os.environ.get("COLUMNS") else _WIDE
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and not int(columns):  # Rich would print nothing
+        return shutil.get_terminal_size().columns if is_terminal else _WIDE
+    return None if is_terminal or columns else _WIDE
 
 
 def standard_output() -> Console:

@@ -6,9 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model_parallel.native import is_ready
+from model_parallel.native import check_wanted_instruction_set, is_ready
 from model_parallel.python_process import module_command
-from serving.config import ModelEntry, ServingConfig, tracing_is_on
+from serving.config import ModelEntry, ServingConfig, log_format, log_level, tracing_is_on
 from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
 from serving.driver.environment import cluster_parent
 from serving.gateway.core.resume_tokens import load_key
@@ -79,6 +79,14 @@ def _problems(status: int | None, output: str) -> list[str]:
     return [f"the checkpoint could not be checked: its process ended with status {status}"]
 
 
+def check_environment() -> None:
+    """Tell wrong settings of this process here, before others that inherit them start. Raises ConfigError."""
+    tracing_is_on()
+    log_level()
+    log_format()
+    check_wanted_instruction_set()
+
+
 def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     """Check everything that takes no time, and begin the rest. Raises StartRefusedError with all problems of a kind, and
     ConfigError, CheckpointError, FetchError."""
@@ -87,7 +95,7 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     check_protobuf()
     check_listening(config.gateway, has_keys=has_keys)
     check_admin_listening(config.admin, has_keys=has_keys, insecure=config.gateway.insecure)
-    tracing_is_on()  # A wrong setting is told here, before anything starts.
+    check_environment()
     if config.gateway.tls is not None:
         load_tls(config.gateway.tls)
     if config.gateway.resume_key_file is not None:

@@ -70,9 +70,9 @@ def test_metadata(wheel: ZipFile) -> None:
 def test_console_script(wheel: ZipFile) -> None:
     assert wheel.read(f"{DIST_INFO}/entry_points.txt").decode().split("\n")[:2] == [
         "[console_scripts]",
-        "packtrain = serving.cli.main:main",
+        "packtrain = serving.cli.__main__:main",
     ]
-    assert callable(import_module("serving.cli.main").main)
+    assert callable(import_module("serving.cli.__main__").main)
 
 
 def _environment(directory: Path) -> dict[str, str]:

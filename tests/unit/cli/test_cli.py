@@ -8,10 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from model_parallel.errors import ConfigError
+from model_parallel.python_process import module_command
 from serving import __version__
-from serving.cli.main import app, main
+from serving.cli.main import _account, app, main
 from serving.cli.serve import default_config, model_config, overridden, served_name
-from serving.config import parse_config
+from serving.cli.terminal import width_of
+from serving.config import api_key, load_config, parse_config
+from serving.driver.preflight import check_environment
 
 COMMANDS = ["serve", "demo", "generate", "chat", "models", "fetch", "version", "doctor", "status"]
 
@@ -107,6 +110,83 @@ def test_an_unforeseen_error_ends_in_one_line(
     assert ended.value.code in (70, 78)
     said = capsys.readouterr().err
     assert "Traceback" not in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_ctrl_c_while_modules_are_imported_ends_quietly() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'serving.cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from serving.cli.__main__ import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_a_closed_output_is_no_error() -> None:
+    closed = 'exec "$@" >&- 2>&-'
+    command = ["sh", "-c", closed, "sh", *module_command("serving.cli", "--version")]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["lat\udce9in", "half \ud83d"])
+def test_text_that_is_not_utf_8_is_called_so(text: str) -> None:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        text.encode()
+    assert _account(caught.value) == ("text that was given is not UTF-8, or has half of a character", 78)
+
+
+@pytest.mark.parametrize(
+    ("key", "sent"), [("sk-abc\n", "sk-abc"), ("sk-abc\r\n", "sk-abc"), (" sk-abc ", "sk-abc"), ("\n", ""), ("", "")]
+)
+def test_a_line_break_after_a_key_is_left_out(key: str, sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACKTRAIN_API_KEY", key)
+    assert api_key() == sent
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "sk-\u00e9", "sk-\x7f", "a\nb"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACKTRAIN_API_KEY", key)
+    with pytest.raises(ConfigError, match=r"^PACKTRAIN_API_KEY holds a space, or a character that is not ASCII"):
+        api_key()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PACKTRAIN_LOG_LEVEL", "trace"), ("PACKTRAIN_LOG_FORMAT", "xml"), ("PACKTRAIN_CPU_ISA", "avx1024")],
+)
+def test_a_wrong_setting_of_the_environment_is_told_before_anything_starts(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"(?i)^{name} is '{value}' and must be "):
+        check_environment()
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_terminal", "width"), [("", False, 4096), ("0", False, 4096), ("100", True, None)]
+)
+def test_output_is_as_wide_as_what_shows_it(
+    columns: str, is_terminal: bool, width: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert width_of(is_terminal) == width
+
+
+def test_no_columns_at_all_are_taken_for_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    width = width_of(True)
+    assert width is not None and width > 0
+
+
+def test_the_configuration_of_a_checkpoint_is_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    with pytest.raises(ConfigError, match=f"is the configuration of a checkpoint; give its directory, {tmp_path}"):
+        load_config(tmp_path / "config.json")
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

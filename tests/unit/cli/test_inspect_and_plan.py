@@ -1,12 +1,14 @@
 """`packtrain inspect` and `packtrain plan`, and the licence that both and the model cards name."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -16,6 +18,7 @@ from model_parallel.errors import CheckpointError, ConfigError
 from serving.cli import inspect, plan
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
 from serving.models.licence import LLAMA_2_LICENCE, licence_of
+from tests.support.ranks import save_random_llama
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -130,6 +133,35 @@ def test_a_draft_model_is_planned_on_the_first_rank() -> None:
     assert first["weight_bytes"] - before["weight_bytes"] == 2 * 6_738_415_616
     assert first["kv_bytes_per_token"] - before["kv_bytes_per_token"] == 524_288
     assert "drafts by llama-2-7b" in run(*model, "--draft-model", "llama-2-7b")[1]
+
+
+def test_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "my [v2] model[" / "b]"
+    save_random_llama(directory, vocab_size=640)
+    told = {"licence": "[/b]", "chat_system": "say [ANSWER] and [/ANSWER]"}
+    inspect.print_inspection(inspect.inspect_checkpoint(describe(directory)) | told, Console(width=4096))
+    shown = capsys.readouterr().out
+    assert str(directory) in shown and told["licence"] in shown and told["chat_system"] in shown
+
+
+def test_a_rule_that_nobody_asked_for_refuses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_random_llama(tmp_path, vocab_size=640)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"do_sample": false, "temperature": 3.0}')
+    found = inspect.inspect_checkpoint(describe(tmp_path))
+    assert found["default_sampling"]["auto"] == {}
+    assert "temperature is 3.0; allowed: from 0 to 2" in found["default_sampling"]["vllm-like"]
+    inspect.print_inspection(found, Console(width=4096))
+    assert "temperature is 3.0" in capsys.readouterr().out
+    generation.write_text('{"do_sample": true, "temperature": 3.0}')
+    with pytest.raises(ConfigError, match=r"temperature is 3\.0"):
+        inspect.inspect_checkpoint(describe(tmp_path))
+
+
+@pytest.mark.parametrize("numbers", [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_plan_needs_finite_numbers(numbers: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="it must be a finite number"):
+        plan.choose_device(None, memory_gib=numbers[0], bandwidth_gb_per_s=numbers[1])
 
 
 def test_inspect_of_something_broken(tmp_path: Path) -> None:
