@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -19,9 +19,6 @@ T = TypeVar("T", bound="Body")
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _MAX_NAME_CHARS = 100
-_ASKED = frozenset({"prompt", "messages", "input", "tokens"})
-"""What is asked, and not how: nothing there is a mistake, which `validate` names."""
-_MAX_TOLD_NAMES = 64
 
 
 class Object(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +32,11 @@ class Object(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def no_effect(cls) -> frozenset[str]:
         """Fields that may hold anything."""
+        return frozenset()
+
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        """Fields of what is asked or said, and not how: an empty value there is a value, which may be a mistake."""
         return frozenset()
 
 
@@ -74,15 +76,18 @@ class _Field:
 
 @cache
 def _fields(schema: type[Object]) -> dict[str, _Field]:
-    return {name: _field(hint) for name, hint in get_type_hints(schema).items() if name in schema.__struct_fields__}
+    return {
+        field.name: _field(field.type, may_be_left_out=not field.required and field.name not in schema.as_given())
+        for field in msgspec.structs.fields(schema)
+    }
 
 
-def _field(hint: Any) -> _Field:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+def _field(hint: Any, *, may_be_left_out: bool) -> _Field:
+    options = _options(hint)
     nothing: list[Any] = []
-    if type(None) in options:
+    if may_be_left_out:
         nothing.append("")
-        if not {int, float} & set(options):
+        if type(None) in options and not {int, float} & set(options):
             nothing += [[], {}]
             if bool not in options:
                 nothing.append(False)
@@ -97,6 +102,10 @@ def _field(hint: Any) -> _Field:
     return _Field(nothing=tuple(nothing), inner=inner[0] if inner else None)
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
 def _tidied(data: dict[str, Any], schema: type[Object], path: str, names: list[str]) -> dict[str, Any]:
     """The fields that `schema` knows. What is ignored is added to `names`. Raises ValidationError for what must not be."""
     fields, unsupported, no_effect = _fields(schema), schema.unsupported(), schema.no_effect()
@@ -104,12 +113,12 @@ def _tidied(data: dict[str, Any], schema: type[Object], path: str, names: list[s
     for name, value in data.items():
         where = f"{path}.{_cut(name)}" if path else _cut(name)
         if field := fields.get(name):
-            if not (value is None or (name not in _ASKED and _is_any(value, field.nothing))):
+            if not (value is None or _is_any(value, field.nothing)):
                 kept[name] = value if field.inner is None else _tidied_inner(value, field.inner, where, names)
         elif rule := unsupported.get(name):
             if not rule.is_neutral(value):
                 raise ValidationError(where, rule.refusal(where))
-        elif name not in no_effect and not asks_for_nothing(name, value) and len(names) < _MAX_TOLD_NAMES:
+        elif name not in no_effect and not asks_for_nothing(name, value):
             names.append(where)
     return kept
 
@@ -136,7 +145,9 @@ def _is_any(value: Any, values: tuple[Any, ...]) -> bool:
 
 def _read_json(body: bytes) -> Any:
     try:
-        data = json.loads(body.decode(), object_pairs_hook=_object, parse_float=_number)
+        data = json.loads(
+            body.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse_constant
+        )
         if b"\\u" in body:  # only an escape can spell half of a surrogate pair
             for path, text in _texts(data, ""):
                 if found := _SURROGATE.search(text):
@@ -157,7 +168,14 @@ def _read_json(body: bytes) -> Any:
 def _number(spelling: str) -> int | float:
     """5.0 and 1e2 are the whole numbers that they are, as JSON has but one kind of number."""
     value = float(spelling)
+    if not value:
+        return 0  # whatever its exponent, which may be more than a Decimal can have
     return int(Decimal(spelling)) if value.is_integer() and abs(value) <= MAX_UINT64 + 1 else value
+
+
+def _refuse_constant(spelling: str) -> None:
+    """Python reads NaN, Infinity and -Infinity, which JSON does not have."""
+    raise ValidationError("", f"the body is not valid JSON: it holds {spelling}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

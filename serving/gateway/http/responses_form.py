@@ -63,6 +63,10 @@ class InputItem(Message, frozen=True, kw_only=True):
         # Results come in the order of their calls.
         return Message.no_effect() | {"call_id"}
 
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        return frozenset({"output"})
+
     def plain(self, where: str) -> ChatMessage:
         """Raises ValidationError."""
         if self.type == "function_call":
@@ -124,6 +128,10 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
     @classmethod
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED
+
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        return frozenset({"input"})
 
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""

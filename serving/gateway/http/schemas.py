@@ -101,6 +101,10 @@ class CompletionRequest(_Sampling, frozen=True, kw_only=True):
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED_IN_COMPLETIONS
 
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        return frozenset({"prompt"})
+
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
         if self.best_of not in (None, self.n or 1):
@@ -129,6 +133,10 @@ class ContentPart(Object, frozen=True, kw_only=True):
     @classmethod
     def no_effect(cls) -> frozenset[str]:
         return frozenset({"annotations", "logprobs"})  # an answer's part has them
+
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        return frozenset({"text", "refusal"})
 
     def plain(self, where: str) -> str:
         """Its text. Raises ValidationError for another kind of part."""
@@ -254,6 +262,10 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED_IN_CHAT
 
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        return frozenset({"messages"})
+
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
         top_logprobs = _number_of("top_logprobs", self.top_logprobs)
@@ -316,6 +328,10 @@ class TokenizeRequest(Body, frozen=True, kw_only=True):
     def unsupported(cls) -> Mapping[str, Unsupported]:
         return _UNSUPPORTED_IN_TOKENIZE
 
+    @classmethod
+    def as_given(cls) -> frozenset[str]:
+        return frozenset({"prompt", "messages"})
+
     def query(self) -> TokenizeQuery:
         """The request as plain data. Raises ValidationError."""
         if self.prompt is not None and self.messages is not None:
@@ -333,9 +349,13 @@ class DetokenizeRequest(Body, frozen=True, kw_only=True):
     """Token ids to turn into text."""
 
     model: str | None = None
-    tokens: list[int] = msgspec.field(default_factory=list)
+    tokens: list[int]
 
     field_names: ClassVar[dict[str, str]] = {"token_ids": "tokens"}
+
+    @classmethod
+    def unsupported(cls) -> Mapping[str, Unsupported]:
+        return {name: Unsupported(instead="send tokens") for name in ("ids", "token_ids")}
 
 
 _UNSUPPORTED_IN_COMPLETIONS = {

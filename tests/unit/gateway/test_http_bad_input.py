@@ -128,6 +128,9 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("/tokenize", CHAT | {"prompt": None, "add_special_tokens": True}, "add_special_tokens", ["leave it unset"]),
     ("/detokenize", {"tokens": [270]}, "tokens[0]", ["270", "269"]),
     ("/detokenize", {"tokens": "x"}, "tokens", ["array", "str"]),
+    ("/detokenize", {"tokens": ""}, "tokens", ["array", "str"]),
+    ("/detokenize", {"tokens": None, "token_ids": None}, "tokens", ["missing"]),
+    ("/detokenize", {"token_ids": [1]}, "token_ids", ["not supported", "send tokens"]),
 ]
 GOOD = {COMPLETIONS: COMPLETION, CHATS: CHAT, "/tokenize": COMPLETION, "/detokenize": {"model": "tiny", "tokens": [1]}}
 
@@ -177,6 +180,11 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"best_of": 1, "stream_options": {"include_usage": True}, "seed": -7, "n_predict": -1}),
     (CHATS, {"add_generation_prompt": True, "chat_template_kwargs": {}, "top_logprobs": 0, "tool_choice": "auto"}),
     (CHATS, {"max_tokens": None, "max_completion_tokens": -1, "response_format": {}, "tools": False, "audio": ""}),
+    (
+        CHATS,
+        {"guided_json": "", "stream": True, "stream_options": {"include_usage": "", "continuous_usage_stats": None}},
+    ),
+    (CHATS, {"messages": [{"role": "user", "content": [{"type": "", "text": "x"}], "type": ""}]}),
     (CHATS, {"max_tokens": 4e0, "store": False, "service_tier": "default", "reasoning_effort": "none"}),
 ]
 
@@ -203,16 +211,20 @@ CORPUS: list[tuple[bytes, str | None]] = [
     (b'{"model":"tiny","prompt":"a\nb"}', None),
     (b'{"model":"tiny","prompt":"hi","model":"plain"}', "model"),
     (b'{"model":"tiny","prompt":"hi","logit_bias":{"1":1,"1":2}}', "1"),
-    (b'{"model":"tiny","prompt":"hi","temperature":NaN}', "temperature"),
-    (b'{"model":"tiny","prompt":"hi","temperature":Infinity}', "temperature"),
-    (b'{"model":"tiny","prompt":"hi","temperature":-Infinity}', "temperature"),
+    (b'{"model":"tiny","prompt":"hi","temperature":NaN}', None),
+    (b'{"model":"tiny","prompt":"hi","temperature":Infinity}', None),
+    (b'{"model":"tiny","prompt":"hi","unknown":[-Infinity]}', None),
     (b'{"model":"tiny","prompt":"hi","temperature":1e400}', "temperature"),
     (b'{"model":"tiny","prompt":"hi","temperature":1' + b"0" * 400 + b"}", "temperature"),
-    (b'{"model":"tiny","prompt":"hi","seed":NaN}', "seed"),
+    (b'{"model":"tiny","prompt":"hi","seed":NaN}', None),
     (b'{"model":"tiny","prompt":"hi","seed":1e400}', "seed"),
     (b'{"model":"tiny","prompt":"hi","seed":1' + b"0" * 400 + b"}", "seed"),
     (b'{"model":"tiny","prompt":"hi","seed":1' + b"0" * 5000 + b"}", None),
-    (b'{"model":"tiny","prompt":"hi","logit_bias":{"1":NaN}}', "logit_bias"),
+    (b'{"model":"tiny","prompt":"hi","logit_bias":{"1":NaN}}', None),
+    (b'{"model":"tiny","prompt":"hi","logit_bias":{"1":1e400}}', "logit_bias"),
+    (b'{"model":"tiny","prompt":"hi","temperature":1e99999999999999999999}', "temperature"),
+    (b'{"model":"tiny","prompt":"hi","max_tokens":0e99999999999999999999}', "max_tokens"),
+    (b'{"model":"tiny","prompt":[1e-99999999999999999999,270]}', "prompt[1]"),
     (b'{"model":"tiny","prompt":"\\ud800"}', "prompt"),
     (b'{"model":"tiny","prompt":"hi","\\udc00":1}', ""),
     (b'{"model":"tiny","prompt":"hi","user":"\\ud800"}', "user"),

@@ -93,6 +93,10 @@ JSON_SPELLINGS: list[tuple[str, dict[str, Any]]] = [
     ('"top_k": -1.0', {}),
     ('"temperature": 1', {"temperature": 1.0}),
     ('"temperature": 0e0', {"temperature": 0.0}),
+    ('"temperature": 0e99999999999999999999', {"temperature": 0.0}),
+    ('"temperature": -0.0e-99999999999999999999', {"temperature": 0.0}),
+    ('"temperature": 1e-99999999999999999999', {"temperature": 0.0}),
+    ('"seed": 1, "unknown": [0.0E99999999999999999999]', {}),
     ('"stop_token_ids": [9.0, 1e1]', {"stop_token_ids": [9, 10]}),
     ('"n": 1.0', {}),
     ('"logit_bias": {"5": 1e0}', {"logit_bias": {"5": 1}}),
@@ -151,6 +155,7 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, COMPLETION | {"store": True, "service_tier": "flex"}, "store, service_tier"),
     (COMPLETIONS, COMPLETION | {"bad\r\nset-cookie: x": 1}, "bad??set-cookie??x"),
     (COMPLETIONS, COMPLETION | {f"f{number}": 1 for number in range(20)}, "f15, and 4 more"),
+    (COMPLETIONS, COMPLETION | {f"f{number}": 1 for number in range(2000)}, "f15, and 1984 more"),
     (CHATS, CHAT | {"messages": [MESSAGE]}, "messages[0].content[0].cache_control, messages[0].name"),
     (CHATS, CHAT | {"reasoning_effort": "high", "prediction": {"type": "content"}}, "reasoning_effort, prediction"),
     (CHATS, CHAT | {"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
@@ -244,6 +249,19 @@ CONVERSATIONS: list[tuple[list[Any], bytes]] = [
     ([{"role": "user"}], b"user\n\n"),
     ([{"role": "user", "content": None}], b"user\n\n"),
     ([{"role": "user", "content": []}], b"user\n\n"),
+    ([{"role": "user", "content": [{"type": "text", "text": ""}]}], b"user\n\n"),
+    (
+        [{"role": "user", "content": [{"type": "text", "text": ""}, {"type": "input_text", "text": "x"}]}],
+        b"user\n\nx\n",
+    ),
+    (
+        [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": ""}, {"type": "output_text", "text": ""}]},
+            {"role": "user", "content": "y"},
+        ],
+        b"user\nx\nassistant\n\n\nuser\ny\n",
+    ),
     ([{"role": "user", "content": ["a", {"text": "b"}, {"type": "input_text", "text": "c"}]}], b"user\na\nb\nc\n"),
     (
         [

@@ -56,6 +56,27 @@ async def test_calls_come_and_go_back_with_their_results() -> None:
         assert "<tool_response>\n42\n</tool_response>\n<tool_response>\nok\n</tool_response>\nand now?" in told
 
 
+EMPTY_TEXT: list[Any] = [{"type": "input_text", "text": ""}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "output"), [("", ""), ("{}", []), (None, EMPTY_TEXT), ("", [{"type": "output_text", "text": ""}])]
+)
+async def test_an_empty_result_is_a_result(arguments: str | None, output: Any) -> None:
+    async with serve(says("Ok.")) as gateway:
+        history = [
+            {"role": "user", "content": EMPTY_TEXT},
+            {"type": "function_call", "call_id": "a", "name": "stop", "arguments": arguments},
+            {"type": "function_call_output", "call_id": "a", "output": output},
+        ]
+        answer = await post(gateway, "/v1/responses", {"model": "tiny", "input": history})
+        assert answer.status_code == 200, answer.text
+        told = bytes(token_id for token_id in gateway.backend.requests[-1].prompt_token_ids if token_id < 256).decode()
+        assert '{"name": "stop", "arguments": {}}' in told and "<tool_response>\n\n</tool_response>" in told
+        missing = await post(gateway, "/v1/responses", {"model": "tiny", "input": [history[2] | {"output": None}]})
+        assert missing.json()["error"]["message"] == "input[0].output is missing"
+
+
 async def test_the_package_parses_arguments() -> None:
     async with serve(says(CALL)) as gateway, api(gateway) as client:
         tool = openai.pydantic_function_tool(Weather, name="get_weather")

@@ -131,6 +131,21 @@ async def test_a_streamed_call_and_the_parsing_of_the_openai_package() -> None:
         assert num_tokens == len(f"Look:\n{CALL}")
 
 
+@pytest.mark.parametrize("arguments", ["", None, "{}"])
+@pytest.mark.parametrize("result", ["", None, [], [{"type": "text", "text": ""}]])
+async def test_empty_arguments_and_results_go_back_as_what_they_are(arguments: str | None, result: Any) -> None:
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        {"role": "tool", "content": result},
+    ]
+    async with serve(says("Ok.")) as gateway:
+        answer = await post(gateway, "/v1/chat/completions", {"model": "tiny", "messages": messages})
+        assert answer.status_code == 200, answer.text
+        told = bytes(token_id for token_id in gateway.backend.requests[-1].prompt_token_ids if token_id < 256).decode()
+        assert '{"name": "f", "arguments": {}}' in told and "<tool_response>\n\n</tool_response>" in told
+
+
 async def test_a_form_beside_functions_and_functions_that_may_not_be_called() -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
     async with serve(says("nothing of this kind", CALL, seed=1)) as gateway:
