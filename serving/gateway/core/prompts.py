@@ -78,6 +78,7 @@ class PromptEncoder:
             raise ValidationError(
                 field,
                 f"{field} has {len(whole)} tokens with its context; max_model_len is {self._card.max_model_len}",
+                is_too_long=True,
             )
         return whole, start
 

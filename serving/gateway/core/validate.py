@@ -257,7 +257,11 @@ def _known_role(message: ChatMessage) -> ChatMessage:
 def check_token_ids(field: str, token_ids: Sequence[int], card: ModelCard) -> None:
     """Ids are checked against the width of the logits, which can exceed the tokenizer's. Raises ValidationError."""
     if len(token_ids) > card.max_model_len:
-        raise ValidationError(field, f"{field} has {len(token_ids)} tokens; max_model_len is {card.max_model_len}")
+        raise ValidationError(
+            field,
+            f"{field} has {len(token_ids)} tokens; max_model_len is {card.max_model_len}",
+            is_too_long=True,
+        )
     for index, token_id in enumerate(token_ids):
         _check_integer(f"{field}[{index}]", token_id, 0, card.vocab_size - 1)
 

@@ -1,5 +1,6 @@
 """What each path does: a request to a query, the Generator's work, and its result in OpenAI's form."""
 
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
@@ -215,13 +216,18 @@ def _texts(query: GenerateQuery) -> list[str | None]:
 
 @contextmanager
 def _called(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors name the field as this request calls it."""
+    """Errors name fields as this request calls them: the one at fault, and others where they say what these are or have."""
     try:
         yield
     except ValidationError as error:
-        field, bracket, index = error.field.partition("[")
-        if field not in names:
+        if not names:
             raise
-        message = str(error).replace(field, names[field], 1)
-        renamed = ValidationError(names[field] + bracket + index, message, is_too_long=error.is_too_long)
+        field, bracket, index = error.field.partition("[")
+        told = rf"(?<![\w.])({'|'.join(map(re.escape, names))})(?=(?:\[\d+\])*(?:\.\w+)*(?::| is | has | holds | were | of ))"
+        renamed = ValidationError(
+            names.get(field, field) + bracket + index,
+            re.sub(told, lambda found: names[found[1]], str(error)),
+            is_too_long=error.is_too_long,
+            max_tokens=error.max_tokens,
+        )
         raise renamed from error

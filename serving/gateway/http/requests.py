@@ -68,7 +68,7 @@ class BodyReader:
         # A web page can make a browser send other types anywhere, but not this one without being allowed to.
         if scope["method"] == "POST" and not _is_json(headers.getlist("content-type")):
             raise HttpError(415, "unsupported_media_type", "content-type must be application/json")
-        if headers.get("content-encoding", "identity") != "identity":
+        if any(each.strip().lower() not in ("", "identity") for each in headers.getlist("content-encoding")):
             raise HttpError(415, "unsupported_encoding", "content-encoding is not supported; send the body as it is")
         if int(headers.get("content-length", 0)) > self._max_body_bytes:
             raise self._too_large()

@@ -25,23 +25,45 @@ from serving.text.chat import ChatMessage
 
 ASSISTANT = "assistant"
 _WHOLE_INPUT = Unsupported(instead="send the whole conversation as input")
+_CHATS = Unsupported(instead="ask /v1/chat/completions")
+_NEVER_THERE = frozenset(
+    {
+        "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
+        "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
+        "web_search_call.results",
+    }
+)  # fmt: skip
+"""What `include` may ask for: parts of items that no answer of this server has."""
 _UNSUPPORTED = {
     **UNSUPPORTED,
+    "add_special_tokens": Unsupported(instead="leave that to the chat format"),
     "background": Unsupported(),
+    "best_of": Unsupported(neutral=(1,), instead="ask /v1/chat/completions for n choices and pick one"),
+    "continue_final_message": _CHATS,
     "conversation": _WHOLE_INPUT,
-    "include": Unsupported(),
-    "logprobs": Unsupported(instead="ask /v1/chat/completions"),
+    "echo": Unsupported(instead="send a prompt to /v1/completions"),
+    "ignore_eos": _CHATS,
+    "logit_bias": _CHATS,
+    "logprobs": _CHATS,
     "max_completion_tokens": Unsupported(neutral=(-1,), instead="send max_output_tokens"),
     "max_tokens": Unsupported(neutral=(-1,), instead="send max_output_tokens"),
     "max_tool_calls": Unsupported(instead="send parallel_tool_calls: false for one call"),
     "messages": Unsupported(instead="send input"),
     "n": Unsupported(neutral=(1,), instead="ask /v1/chat/completions"),
+    "parse_special": Unsupported(instead="send a prompt to /v1/completions"),
     "previous_response_id": _WHOLE_INPUT,
     "prompt": _WHOLE_INPUT,
+    "prompt_logprobs": Unsupported(instead="send a prompt to /v1/completions with echo: true and logprobs"),
+    "guided_json": Unsupported(refused=({},), instead="send text.format"),
+    "response_format": Unsupported(neutral=({"type": "text"},), instead="send text.format"),
+    "structured_outputs": Unsupported(instead="send text.format"),
     **{
-        name: Unsupported(instead="send text.format")
-        for name in ("guided_json", "response_format", "structured_outputs")
+        name: Unsupported(instead="send structured_outputs to /v1/chat/completions")
+        for name in ("guided_choice", "guided_grammar", "guided_regex", "guided_whitespace_pattern")
     },
+    "skip_special_tokens": Unsupported(neutral=(True,), refused=(False,), instead="ask /v1/chat/completions"),
+    "stop": _CHATS,
+    "stop_token_ids": _CHATS,
     "top_logprobs": Unsupported(neutral=(0,), instead="ask /v1/chat/completions"),
     "truncation": Unsupported(neutral=("disabled",), instead="shorten the input"),
 }
@@ -100,6 +122,8 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
     model: str | None = None
     input: str | list[InputItem] | None = None
     instructions: str | None = None
+    include: list[str] | None = None
+    """Parts of items that no answer here has; others are refused."""
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -135,6 +159,14 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
 
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
+        for index, name in enumerate(self.include or ()):
+            if name not in _NEVER_THERE:
+                where = f"include[{index}]"
+                raise ValidationError(
+                    where,
+                    f"{where} is {name!r:.80}, which this server does not give here; leave it out"
+                    + ("; instead, ask /v1/chat/completions for logprobs" if name.endswith(".logprobs") else ""),
+                )
         return normalised(
             GenerateQuery(
                 model=self.model or "",
@@ -330,6 +362,7 @@ class ResponsesForm:
         self._id, self._item_id = f"resp_{stream.billed_id}", f"msg_{stream.billed_id}"
         self._created = stream.created_unix_s
         self._model = card.name
+        self._default_sampling = card.default_sampling
         self._request = request
         self._has_begun = False
         self._text: list[str] = []
@@ -530,11 +563,16 @@ class ResponsesForm:
             parallel_tool_calls=request.parallel_tool_calls is not False,
             tool_choice=request.tool_choice or "auto",
             tools=request.tools or [],
-            temperature=1.0 if request.temperature is None else request.temperature,
+            temperature=self._used("temperature"),
             text=request.text_options,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            top_p=self._used("top_p"),
             usage=usage,
         )
+
+    def _used(self, field: str) -> float:
+        """The request's value, or the model's own."""
+        given: float | None = getattr(self._request, field)
+        return self._default_sampling.get(field, 1.0) if given is None else given
 
 
 _ITEM = 8

@@ -251,6 +251,8 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
     """And of this many most likely alternatives; needs logprobs. False is none."""
     continue_final_message: bool | None = None
     """The last message is the assistant's and the beginning of its answer; the answer goes on where it ends."""
+    add_generation_prompt: bool | None = None
+    """False only with continue_final_message, which decides."""
     tools: list[ToolSpec] | None = None
     """Functions that the answer may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -278,7 +280,7 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
                 f"max_completion_tokens is {self.max_completion_tokens} and max_tokens is {self.max_tokens}; give one",
             )
         return self._query(
-            prompt=_conversation(self.messages, self.continue_final_message),
+            prompt=_conversation(self.messages, self.continue_final_message, self.add_generation_prompt),
             logprobs=(top_logprobs or 0) if self.logprobs else None,
             max_tokens=next(iter(given), None),
             tools=self._tool_use(),
@@ -320,6 +322,8 @@ class TokenizeRequest(Body, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     """Put the beginning-of-sequence token before a text; unset is true. Not with messages."""
     continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    """False only with continue_final_message, which decides."""
     parse_special: bool | None = None
 
     field_names: ClassVar[dict[str, str]] = {"input": "prompt", "text": "prompt", "add_bos": "add_special_tokens"}
@@ -339,7 +343,9 @@ class TokenizeRequest(Body, frozen=True, kw_only=True):
         prompt = None if self.prompt is None else TextPrompt(self.prompt)
         return TokenizeQuery(
             model=self.model or "",
-            prompt=prompt if self.messages is None else _conversation(self.messages, self.continue_final_message),
+            prompt=prompt
+            if self.messages is None
+            else _conversation(self.messages, self.continue_final_message, self.add_generation_prompt),
             add_bos=self.add_special_tokens,
             parse_special=self.parse_special,
         )
@@ -358,16 +364,21 @@ class DetokenizeRequest(Body, frozen=True, kw_only=True):
         return {name: Unsupported(instead="send tokens") for name in ("ids", "token_ids")}
 
 
+_TEXT = Unsupported(neutral=({"format": {"type": "text"}},), instead="send response_format for the form of the answer")
 _UNSUPPORTED_IN_COMPLETIONS = {
     **UNSUPPORTED,
     **NO_TOOLS,
     "add_special_tokens": Unsupported(
         neutral=(True,), refused=(False,), instead="send token ids, which /tokenize gives without the first token"
     ),
+    "continue_final_message": Unsupported(instead="send a prompt, which is always continued"),
     "input": Unsupported(instead="send prompt"),
+    "instructions": Unsupported(instead="put them into the prompt"),
     "max_completion_tokens": Unsupported(neutral=(-1,), instead="send max_tokens"),
+    "max_output_tokens": Unsupported(neutral=(-1,), instead="send max_tokens"),
     "messages": Unsupported(instead="send prompt, or a conversation to /v1/chat/completions"),
     "prompt_logprobs": Unsupported(instead="send echo: true with logprobs"),
+    "text": _TEXT,
     "top_logprobs": Unsupported(neutral=(0,), instead="send logprobs"),
 }
 _UNSUPPORTED_IN_CHAT = {
@@ -377,13 +388,13 @@ _UNSUPPORTED_IN_CHAT = {
     "echo": Unsupported(instead="send a prompt to /v1/completions"),
     "input": Unsupported(instead="send messages"),
     "instructions": Unsupported(instead="send a message of the role system"),
+    "max_output_tokens": Unsupported(neutral=(-1,), instead="send max_tokens"),
     "parse_special": Unsupported(instead="send a prompt to /v1/completions"),
     "prompt": Unsupported(instead="send messages, or a text to /v1/completions"),
     "prompt_logprobs": Unsupported(instead="send a prompt to /v1/completions with echo: true and logprobs"),
+    "text": _TEXT,
 }
-_UNSUPPORTED_IN_TOKENIZE = {
-    name: UNSUPPORTED[name] for name in ("add_generation_prompt", "chat_template", "chat_template_kwargs")
-} | {
+_UNSUPPORTED_IN_TOKENIZE = {name: UNSUPPORTED[name] for name in ("chat_template", "chat_template_kwargs")} | {
     "tools": NO_TOOLS["tools"],
     "content": Unsupported(instead="send prompt"),
     "return_token_strs": Unsupported(instead="send each token to /detokenize"),
@@ -398,7 +409,10 @@ def _number_of(field: str, value: int | bool | None) -> int | None:
     return None if value is False else value
 
 
-def _conversation(messages: list[Message], continues_last: bool | None) -> ChatPrompt:
+def _conversation(messages: list[Message], continues_last: bool | None, asks_for_answer: bool | None) -> ChatPrompt:
+    if asks_for_answer is False and not continues_last:
+        name = "add_generation_prompt"
+        raise ValidationError(name, UNSUPPORTED[name].refusal(name))
     plain = tuple(message.plain(f"messages[{index}]") for index, message in enumerate(messages))
     return ChatPrompt(plain, bool(continues_last))
 

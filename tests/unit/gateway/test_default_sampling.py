@@ -1,11 +1,15 @@
 """What a model's card says about unset sampling fields reaches the engine, and what a request sets counts."""
 
+from typing import Any
+
 import pytest
 
-from bench.support.fake_backend import card
+from bench.support.fake_backend import FakeBackend, card
 from serving.gateway.core.generation import _sampling_params
 from serving.gateway.core.validate import GenerateQuery, TextPrompt
 from serving.gateway.grpc.convert import model_card
+from tests.unit.gateway.conftest import Serve
+from tests.unit.gateway.http_client import post
 
 DEFAULTS = {"temperature": 0.6, "top_p": 0.9, "top_k": 40.0, "max_tokens": 256.0}
 
@@ -24,6 +28,26 @@ def test_unset_fields(given: dict[str, float], expected: tuple[float, ...]) -> N
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == expected
     assert isinstance(sampling.top_k, int)
     assert sampling.max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, (0.6, 0.9)),
+        ({"temperature": 1.0}, (1.0, 0.9)),
+        ({"temperature": 0, "top_p": 0.5}, (0.0, 0.5)),
+        ({"temperature": None, "top_p": ""}, (0.6, 0.9)),
+    ],
+)
+async def test_responses_tell_what_was_used(serve: Serve, given: dict[str, Any], told: tuple[float, float]) -> None:
+    models = [card(default_sampling=DEFAULTS), card("neutral")]
+    async with serve(FakeBackend(cards=models), http_port=0) as gateway:
+        answer = (await post(gateway, "/v1/responses", {"model": "tiny", "input": "hi"} | given)).json()
+        assert (answer["temperature"], answer["top_p"]) == told
+        sampling = gateway.backend.requests[0].sampling
+        assert (sampling.temperature, sampling.top_p) == told
+        plain = (await post(gateway, "/v1/responses", {"model": "neutral", "input": "hi"})).json()
+        assert (plain["temperature"], plain["top_p"]) == (1.0, 1.0)
 
 
 def test_the_card_tells_them() -> None:

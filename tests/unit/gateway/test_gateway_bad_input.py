@@ -138,6 +138,41 @@ async def test_bad_values_are_named(serve: Serve, method: str, request_: Any, fi
         assert gateway.backend.requests == []
 
 
+def score(context: pb.Prompt, end: pb.Prompt) -> pb.ScoreRequest:
+    continuation = (
+        pb.Continuation(token_ids=end.token_ids) if end.HasField("token_ids") else pb.Continuation(text=end.text)
+    )
+    return pb.ScoreRequest(model="tiny", context=context, continuations=[continuation])
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("Generate", generate(pb.Prompt(text="x" * 100))),
+        ("Generate", generate(tokens(*[1] * 100))),
+        ("Generate", generate(tokens(*[1] * 101))),
+        ("Generate", generate(max_tokens=99)),
+        ("Tokenize", pb.TokenizeRequest(model="tiny", text="x" * 5000)),
+        ("Detokenize", pb.DetokenizeRequest(model="tiny", token_ids=[1] * 101)),
+        ("Score", score(pb.Prompt(text="x" * 5000), pb.Prompt(text="y"))),
+        ("Score", score(pb.Prompt(text="x" * 60), pb.Prompt(text="y" * 60))),
+        ("Score", score(tokens(*[1] * 101), tokens(1))),
+        ("Score", score(tokens(1), tokens(*[1] * 101))),
+        ("Score", score(tokens(*[1] * 60), tokens(*[1] * 60))),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_does_not_fit_the_model_has_one_reason(serve: Serve, method: str, request_: Any) -> None:
+    async with serve() as gateway:
+        call = getattr(gateway.stub, method)(request_)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+        status = await rpc_status.aio.from_call(call)
+        info = error_details_pb2.ErrorInfo()
+        assert any(detail.Unpack(info) for detail in status.details)
+        assert info.reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
 @pytest.mark.parametrize(
     ("method", "request_"),
     [

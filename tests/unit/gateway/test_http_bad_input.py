@@ -156,9 +156,44 @@ async def test_bad_values_are_named(serve: Serve) -> None:
 
 async def test_what_does_not_fit_the_context_has_openais_code(serve: Serve) -> None:
     async with serve(http_port=0) as gateway:
-        for changes in ({"prompt": "x" * 200}, {"max_tokens": 98}):
+        for changes in (
+            {"prompt": "x" * 200},
+            {"prompt": [1] * 100},
+            {"prompt": [1] * 101},
+            {"prompt": ["x", "y" * 5000]},
+            {"prompt": [[1], [1] * 101]},
+            {"max_tokens": 98},
+        ):
             error = assert_refused(await post(gateway, COMPLETIONS, COMPLETION | changes))
-            assert error["code"] == "context_length_exceeded"
+            assert error["code"] == "context_length_exceeded", error
+        for path, body in (("/tokenize", {"prompt": "x" * 5000}), ("/detokenize", {"tokens": [1] * 101})):
+            assert (
+                assert_refused(await post(gateway, path, {"model": "tiny"} | body))["code"] == "context_length_exceeded"
+            )
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "most"),
+    [
+        (CHATS, "messages", "max_completion_tokens"),
+        (CHATS, "messages", "max_tokens"),
+        ("/v1/responses", "input", "max_output_tokens"),
+        (COMPLETIONS, "prompt", "max_tokens"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_does_not_fit_is_told_in_the_requests_own_names(
+    serve: Serve, path: str, asked: str, most: str, stream: bool
+) -> None:
+    value: Any = CHAT["messages"] if asked == "messages" else "hi"
+    async with serve(http_port=0) as gateway:
+        body = {"model": "tiny", asked: value, most: 200, "stream": stream}
+        error = assert_refused(await post(gateway, path, body))
+        assert error["param"] == most
+        assert error["message"].startswith(f"{most} is 200 and {asked} has ")
+        assert f"send {most} of at most" in error["message"]
+        none = assert_refused(await post(gateway, path, body | {most: 0}))
+        assert none["message"].startswith(f"{most} is 0, which is for requests about the prompt alone")
 
 
 NEUTRAL: list[tuple[str, dict[str, Any]]] = [
@@ -252,8 +287,9 @@ async def test_only_json_is_taken(serve: Serve, content_type: str | None) -> Non
         answer = await http.post(COMPLETIONS, content=json.dumps(COMPLETION), headers=headers)
         assert_refused(answer, 415)
         assert (await post(gateway, COMPLETIONS, COMPLETION, **{"content-encoding": "gzip"})).status_code == 415
-        plain = await post(gateway, COMPLETIONS, COMPLETION, **{"content-encoding": "identity"})
-        assert plain.status_code == 200
+        for coding in ("identity", "Identity", ""):
+            plain = await post(gateway, COMPLETIONS, COMPLETION, **{"content-encoding": coding})
+            assert plain.status_code == 200, coding
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e9", "soon", ""])

@@ -16,6 +16,9 @@ from protos import inference_pb2 as pb
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.observer import RequestObserver
 from serving.gateway.core.fields import NO_EFFECT, UNSUPPORTED
+from serving.gateway.http.body import Body
+from serving.gateway.http.responses_form import ResponsesRequest
+from serving.gateway.http.schemas import ChatRequest, CompletionRequest
 from serving.gateway.server import GatewayServer
 from tests.unit.gateway.conftest import Running, Serve
 from tests.unit.gateway.http_client import CHAT, COMPLETION, post
@@ -125,7 +128,7 @@ async def test_token_ids_may_be_spelt_as_floats(serve: Serve) -> None:
 
 async def test_what_would_change_the_answer_is_refused_by_name(serve: Serve) -> None:
     async with serve(http_port=0) as gateway:
-        for name in sorted(UNSUPPORTED):
+        for name in sorted(UNSUPPORTED.keys() - set(ChatRequest.__struct_fields__)):
             refused = await post(gateway, CHATS, CHAT | {name: {"some": ["thing"]}})
             error = refused.json()["error"]
             assert (refused.status_code, error["param"]) == (400, name)
@@ -133,6 +136,86 @@ async def test_what_would_change_the_answer_is_refused_by_name(serve: Serve) -> 
             for value in (None, *UNSUPPORTED[name].neutral):
                 answer = await post(gateway, CHATS, CHAT | {name: value, "strict": True})
                 assert answer.status_code == 200, (name, value, answer.text)
+
+
+ANSWERED: tuple[type[Body], ...] = (ChatRequest, CompletionRequest, ResponsesRequest)
+
+
+@pytest.mark.parametrize("schema", ANSWERED)
+def test_no_endpoint_ignores_what_another_honours(schema: type[Body]) -> None:
+    honoured = {name for each in ANSWERED for name in each.__struct_fields__}
+    known = {*schema.__struct_fields__, *schema.unsupported(), *NO_EFFECT}
+    assert honoured - known <= {"include"}  # which may ask for nothing anywhere
+    assert not schema.unsupported().keys() & NO_EFFECT
+
+
+RESPONSES = "/v1/responses"
+RESPONSE = {"model": "tiny", "input": "hi"}
+ELSEWHERE: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    (RESPONSES, {"stop": "a"}, {"stop": ""}, "/v1/chat/completions"),
+    (RESPONSES, {"stop_token_ids": [1]}, {"stop_token_ids": []}, "/v1/chat/completions"),
+    (RESPONSES, {"ignore_eos": True}, {"ignore_eos": False}, "/v1/chat/completions"),
+    (RESPONSES, {"logit_bias": {"1": 5}}, {"logit_bias": {}}, "/v1/chat/completions"),
+    (RESPONSES, {"skip_special_tokens": False}, {"skip_special_tokens": True}, "/v1/chat/completions"),
+    (RESPONSES, {"guided_json": {}}, {"guided_json": None}, "text.format"),
+    (RESPONSES, {"guided_choice": ["a"]}, {"guided_choice": []}, "structured_outputs to /v1/chat/completions"),
+    (RESPONSES, {"best_of": 2}, {"best_of": 1}, "n choices"),
+    (RESPONSES, {"echo": True}, {"echo": False}, "/v1/completions"),
+    (RESPONSES, {"continue_final_message": True}, {"continue_final_message": False}, "/v1/chat/completions"),
+    (RESPONSES, {"response_format": {"type": "json_object"}}, {"response_format": {"type": "text"}}, "text.format"),
+    (COMPLETIONS, {"continue_final_message": True}, {"continue_final_message": False}, "send a prompt"),
+    (COMPLETIONS, {"max_output_tokens": 3}, {"max_output_tokens": -1}, "send max_tokens"),
+    (COMPLETIONS, {"instructions": "x"}, {"instructions": ""}, "prompt"),
+    (CHATS, {"max_output_tokens": 3}, {"max_output_tokens": None}, "send max_tokens"),
+    (CHATS, {"text": {"format": {"type": "json_object"}}}, {"text": {"format": {"type": "text"}}}, "response_format"),
+    (CHATS, {"stop_regex": "a"}, {"stop_regex": ""}, "send stop"),
+    (CHATS, {"no_stop_trim": True}, {"no_stop_trim": False}, "finish_reason"),
+    (CHATS, {"lora_path": "a"}, {"lora_path": None}, "as model"),
+    (CHATS, {"top_n_sigma": 1.5}, {"top_n_sigma": -1}, "null or -1 or 0"),
+    (CHATS, {"guidance_scale": 1.5}, {"guidance_scale": 1.0}, "null or 1"),
+    (CHATS, {"eos_token_id": 0}, {"eos_token_id": None}, "send stop_token_ids"),
+    (CHATS, {"add_generation_prompt": False}, {"add_generation_prompt": True}, "continue_final_message: true"),
+]
+
+
+@pytest.mark.parametrize(("path", "asking", "neutral", "instead"), ELSEWHERE)
+async def test_what_only_another_endpoint_or_server_has_is_refused_by_name(
+    serve: Serve, path: str, asking: dict[str, Any], neutral: dict[str, Any], instead: str
+) -> None:
+    good = {RESPONSES: RESPONSE, COMPLETIONS: COMPLETION, CHATS: CHAT}[path]
+    async with serve(http_port=0) as gateway:
+        error = (await post(gateway, path, good | asking)).json()["error"]
+        assert error["param"] in asking and instead in error["message"]
+        answer = await post(gateway, path, good | neutral | {"strict": True})
+        assert answer.status_code == 200, answer.text
+
+
+NEVER: dict[str, Any] = {"include": ["reasoning.encrypted_content", "web_search_call.action.sources"]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        NEVER,
+        {"include": []},
+        *({"reasoning": each} for each in ({"effort": None, "summary": None}, {"effort": "none"})),
+    ],
+)
+async def test_responses_take_what_asks_for_nothing(serve: Serve, changes: dict[str, Any]) -> None:
+    async with serve(http_port=0) as gateway:
+        answer = await post(gateway, RESPONSES, RESPONSE | changes | {"strict": True})
+        assert answer.status_code == 200, answer.text
+        assert "x-packtrain-ignored" not in answer.headers
+
+
+@pytest.mark.parametrize("name", ["message.output_text.logprobs", "x" * 500])
+async def test_responses_refuse_what_their_items_would_hold(serve: Serve, name: str) -> None:
+    async with serve(http_port=0) as gateway:
+        error = (await post(gateway, RESPONSES, RESPONSE | {"include": [*NEVER["include"], name]})).json()["error"]
+        assert error["param"] == "include[2]" and len(error["message"]) < 250
+        assert ("/v1/chat/completions" in error["message"]) is name.endswith("logprobs")
+        told = await post(gateway, RESPONSES, RESPONSE | {"reasoning": {"effort": "high"}})
+        assert told.headers["x-packtrain-ignored"] == "reasoning"
 
 
 async def test_what_changes_nothing_is_taken_in_silence(serve: Serve) -> None:
@@ -303,8 +386,12 @@ async def test_messages_as_clients_replay_them(serve: Serve) -> None:
 async def test_an_answer_that_was_begun_is_continued(serve: Serve) -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Once"}]
     async with serve(http_port=0) as gateway:
-        body = {"model": "tiny", "messages": messages, "continue_final_message": True, "add_generation_prompt": None}
-        assert (await post(gateway, CHATS, body)).status_code == 200
+        body = {"model": "tiny", "messages": messages, "continue_final_message": True}
+        for asks in (None, False, True):  # vLLM's clients say false beside it
+            answer = await post(gateway, CHATS, body | {"add_generation_prompt": asks})
+            assert answer.status_code == 200, answer.text
+            tokens = await post(gateway, "/tokenize", body | {"add_generation_prompt": asks})
+            assert tuple(tokens.json()["tokens"]) == gateway.backend.requests[0].prompt_token_ids
         over_http = gateway.backend.requests[0].prompt_token_ids
         assert text_of(gateway) == b"user\nx\nassistant\nOnce"
         chat = pb.Chat(messages=[pb.ChatMessage(**message) for message in messages], continue_final_message=True)
