@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serving.config import LimitsConfig
+from serving.contracts.chat import ASSISTANT, SYSTEM, USER
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.contracts.models import ModelCard
 from serving.gateway.core.constraints import Constraint, check_constraint
 from serving.gateway.core.fields import GREEDY_BELOW, SAMPLING, Integer
-from serving.gateway.core.tools import ToolUse, check_tools, with_results
+from serving.gateway.core.tools import TOOL, ToolUse, check_tools, with_results
 from serving.text.chat import ChatMessage
 
 
@@ -98,9 +99,10 @@ class TokenizeQuery:
     """As in GenerateQuery."""
 
 
+DEVELOPER = "developer"
+ROLES = (SYSTEM, DEVELOPER, USER, ASSISTANT, TOOL)
+"""Of messages as clients send them."""
 _MAX_BIAS = 100
-
-
 _MAX_LISTED = 20
 """Names of models in an error."""
 
@@ -238,6 +240,9 @@ def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: Lim
             _check_count("messages", messages, limits.max_chat_messages)
             for index, message in enumerate(messages):
                 _num_bytes(f"messages[{index}]", message.content)
+                if message.role not in ROLES:
+                    where = f"messages[{index}].role"
+                    raise ValidationError(where, f"{where} is {message.role!r:.40}; allowed: {', '.join(ROLES)}")
             if continues_last and (messages[-1].role != "assistant" or not messages[-1].content):
                 raise ValidationError(
                     "continue_final_message",
@@ -251,7 +256,7 @@ def check_prompt(field: str, prompt: Prompt | None, card: ModelCard, limits: Lim
 
 def _known_role(message: ChatMessage) -> ChatMessage:
     """OpenAI's newer name of the system's role is understood."""
-    return replace(message, role="system") if message.role == "developer" else message
+    return replace(message, role=SYSTEM) if message.role == DEVELOPER else message
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], card: ModelCard) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
@@ -56,7 +56,7 @@ def parse(schema: type[T], body: bytes) -> tuple[T, tuple[str, ...]]:
     try:
         request = msgspec.convert(data, schema)
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise _explain(str(error), schema) from None
     if names and request.strict:
         raise ValidationError(names[0], f"{names[0]} is not a field that this server knows, and the request is strict")
     return request, tuple(names)
@@ -201,15 +201,54 @@ def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
                 yield from _texts(inner, f"{path}[{index}]")
 
 
-def _explain(problem: str) -> ValidationError:
+def _explain(problem: str, schema: type[Body]) -> ValidationError:
     """msgspec says: Expected `int`, got `str` - at `$.messages[0].role`."""
     what, _, where = problem.partition(" - at `$")
     path = where.rstrip("`").removeprefix(".").removesuffix("[...]")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
         field = f"{path}.{missing[1]}" if path else missing[1]
         return ValidationError(field, f"{field} is missing")
+    if wrong := re.fullmatch(r"Invalid enum value '?(.*?)'?", what, re.DOTALL):
+        value = wrong[1][:_MAX_NAME_CHARS]
+        allowed = ", ".join(_allowed(schema, path))
+        instead = _INSTEAD.get((path.rpartition(".")[2], value))
+        more = f"; instead, {instead}" if instead else ""
+        return ValidationError(path, f"{path} is {value!r}; allowed: {allowed}{more}")
     what = what.replace("`", "")
     return ValidationError(path, f"{path or 'the body'}: {what[0].lower()}{what[1:]}")
+
+
+_INSTEAD = {
+    ("type", "item_reference"): "send the item itself, as nothing is kept",
+    ("type", "json"): "send json_object, or json_schema with a schema",
+    ("type", "reasoning"): "leave the item out",
+    ("type", "regex"): "send structured_outputs with regex",
+    ("type", "grammar"): "send structured_outputs with grammar",
+    ("type", "allowed_tools"): "send these tools alone",
+    ("tool_choice", "any"): "send required",
+}
+"""For values that other servers know, by a field's name."""
+
+
+def _allowed(schema: type[Body], path: str) -> list[str]:
+    """The names that the field at `path` may hold; "an object" where it may be one too."""
+    hints: list[Any] = [schema]
+    for name in re.findall(r"[A-Za-z_]\w*|\[\d+\]", path):
+        inner: list[Any] = []
+        for hint in hints:
+            if name.startswith("["):
+                inner += _options(get_args(hint)[0]) if get_origin(hint) is list else ()
+            elif isinstance(hint, type) and issubclass(hint, Object):
+                inner += [
+                    each
+                    for field in msgspec.structs.fields(hint)
+                    if field.name == name
+                    for each in _options(field.type)
+                ]
+        hints = inner
+    names = [str(name) for hint in hints if get_origin(hint) is Literal for name in get_args(hint) if name is not None]
+    is_object = any(isinstance(hint, type) and issubclass(hint, Object) for hint in hints)
+    return list(dict.fromkeys(names)) + ["an object"] * is_object
 
 
 def _cut(name: str) -> str:

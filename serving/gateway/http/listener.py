@@ -126,13 +126,20 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            if self._are_headers_too_large:
+                self._refuse_headers()
+            else:
+                self.send_400_response("Invalid HTTP request received.")
         if self.transport.is_closing():
             return
         if self._in_headers and self._num_bytes > self._limits.max_header_bytes:
-            self._refuse(431, "headers_too_large", f"the headers exceed {self._limits.max_header_bytes} bytes")
+            self._refuse_headers()
         elif self._num_bytes > self._limits.max_header_bytes + _MAX_OVERHEAD * self._limits.max_body_bytes:
             self.transport.abort()
+
+    def _refuse_headers(self) -> None:
+        limit = self._limits.max_header_bytes
+        self._refuse(431, "headers_too_large", f"the headers exceed {limit} bytes, or are more than {_MAX_HEADERS}")
 
     def _feed(self, data: bytes) -> None:
         """Java's client asks on every first request whether it may go on in HTTP/2. One need not answer that, but the parser
@@ -149,11 +156,23 @@ class BoundedProtocol(HttpToolsProtocol):
             self._num_header_bytes = 0
             self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n" + data[upgrade.args[0] :])
 
+    def on_url(self, url: bytes) -> None:
+        self._num_header_bytes += len(url)
+        super().on_url(url)
+        self._check_headers()
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_header_bytes += len(name) + len(value)
         super().on_header(name, value)
-        if len(self.headers) > _MAX_HEADERS or self._num_header_bytes > self._limits.max_header_bytes:
+        self._check_headers()
+
+    def _check_headers(self) -> None:
+        if self._are_headers_too_large:
             raise httptools.HttpParserError("too many headers, or too long ones")
+
+    @property
+    def _are_headers_too_large(self) -> bool:
+        return len(self.headers or ()) > _MAX_HEADERS or self._num_header_bytes > self._limits.max_header_bytes
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= _MAX_PIPELINED:

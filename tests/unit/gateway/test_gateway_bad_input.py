@@ -68,7 +68,12 @@ TABLE: list[tuple[str, Any, str, list[str]]] = [
     ("Generate", generate(chat()), "messages", ["empty"]),
     ("Generate", generate(chat(("user", "x"), ("system", "y"))), "messages[1]", ["system"]),
     ("Generate", generate(chat(("user", "x"), ("assistant", "y"))), "messages[1]", ["assistant"]),
-    ("Generate", generate(chat(("root", "x"))), "messages[0]", ["root", "system, user, assistant"]),
+    (
+        "Generate",
+        generate(chat(("root", "x"))),
+        "messages[0].role",
+        ["root", "system, developer, user, assistant, tool"],
+    ),
     ("Generate", generate(chat(*[("user", "x")] * 1025)), "messages", ["1025", "1024"]),
     ("Generate", generate(chat(("user", "x" * 5000))), "messages[0]", ["5000", "100"]),
     ("Generate", generate(chat(("user", "x")), model="plain"), "messages", ["plain", "no chat format"]),

@@ -15,7 +15,7 @@ from serving.gateway.http.schemas import ChatRequest, CompletionRequest, Detoken
 from tests.unit.gateway.conftest import Serve
 from tests.unit.gateway.http_client import CHAT, COMPLETION, client, post
 
-COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 # (path, changes to a good request, field, what the message says)
 TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
@@ -95,7 +95,29 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ),
     (CHATS, {"continue_final_message": True}, "continue_final_message", ["assistant"]),
     (CHATS, {"add_generation_prompt": False}, "add_generation_prompt", ["continue_final_message"]),
-    (CHATS, {"messages": [{"role": "root", "content": "x"}]}, "messages[0]", ["root", "system, user, assistant"]),
+    (
+        CHATS,
+        {"messages": [*CHAT["messages"], {"role": "tool", "content": "x"}, {"role": "root", "content": "x"}]},
+        "messages[2].role",
+        ["root", "system, developer, user, assistant, tool"],
+    ),
+    ("/tokenize", {"prompt": None, "messages": [{"role": "System"}]}, "messages[0].role", ["system, developer, user"]),
+    (CHATS, {"tools": [{"type": "web_search"}]}, "tools[0].type", ["'web_search'", "allowed: function"]),
+    (CHATS, {"tool_choice": "any"}, "tool_choice", ["allowed: none, auto, required, an object", "send required"]),
+    (CHATS, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", ["allowed: function", "send these tools"]),
+    (
+        CHATS,
+        {"response_format": {"type": "regex"}},
+        "response_format.type",
+        ["text, json_object, json_schema", "structured_outputs"],
+    ),
+    (CHATS, {"response_format": {"type": "x" * 5000}}, "response_format.type", ["text, json_object, json_schema"]),
+    (CHATS, {"messages": [{"role": "user", "type": "it's\n"}]}, "messages[0].type", ["allowed: text, message"]),
+    (RESPONSES, {"input": [{"type": "reasoning"}]}, "input[0].type", ["function_call_output", "leave the item out"]),
+    (RESPONSES, {"input": [{"type": "item_reference"}]}, "input[0].type", ["text, message", "send the item itself"]),
+    (RESPONSES, {"input": [{"role": "root"}]}, "input[0].role", ["root", "system, developer, user, assistant, tool"]),
+    (RESPONSES, {"tools": [{"type": "mcp"}]}, "tools[0].type", ["'mcp'", "allowed: function"]),
+    (RESPONSES, {"text": {"format": {"type": "json"}}}, "text.format.type", ["json_schema", "send json_object"]),
     (
         CHATS,
         {"messages": [{"role": "user", "content": "x", "name": "bob"}], "strict": True},
@@ -132,7 +154,13 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("/detokenize", {"tokens": None, "token_ids": None}, "tokens", ["missing"]),
     ("/detokenize", {"token_ids": [1]}, "token_ids", ["not supported", "send tokens"]),
 ]
-GOOD = {COMPLETIONS: COMPLETION, CHATS: CHAT, "/tokenize": COMPLETION, "/detokenize": {"model": "tiny", "tokens": [1]}}
+GOOD = {
+    COMPLETIONS: COMPLETION,
+    CHATS: CHAT,
+    RESPONSES: {"model": "tiny", "input": "hi"},
+    "/tokenize": COMPLETION,
+    "/detokenize": {"model": "tiny", "tokens": [1]},
+}
 
 
 def assert_refused(answer: Any, status: int = 400) -> Any:

@@ -53,8 +53,24 @@ async def test_ambiguous_or_broken_framing_is_refused_and_the_connection_closed(
 async def test_headers_are_bounded_in_size_and_number(serve: Serve) -> None:
     limit = LimitsConfig().max_header_bytes
     async with serve(http_port=0) as gateway:
-        for headers in ([f"x: {'a' * limit}"], [f"x{index}: a" for index in range(101)]):
-            assert status_of(await answer_to(gateway, raw_request(BODY, headers=tuple(headers)))) == 400
+        for headers in (
+            [f"x: {'a' * limit}"],
+            [f"{'x' * limit}: a"],
+            [f"x{index}: {'a' * (limit // 10)}" for index in range(11)],
+            [f"x{index}: a" for index in range(101)],
+        ):
+            request = raw_request(BODY, headers=tuple(headers))
+            for parts in (
+                [request],
+                [request[:50], request[50:]],
+                [raw_request(method="GET", path="/healthz"), request],
+            ):
+                answer = await answer_to(gateway, *parts)
+                last = answer[answer.rindex(b"HTTP/1.1") :]
+                assert status_of(last) == 431, (headers[0][:20], answer)
+                assert b'"code":"headers_too_large"' in last
+        assert status_of(await answer_to(gateway, raw_request(BODY, path="/" + "a" * limit))) == 431
+        assert status_of(await answer_to(gateway, b"\x00" * 10)) == 400
         unfinished = b"GET /v1/models HTTP/1.1\r\nx: " + b"a" * limit
         assert status_of(await answer_to(gateway, unfinished)) == 431
         long_path = b"GET /" + b"a" * limit
