@@ -117,7 +117,7 @@ def render_parts(
     messages: Sequence[ChatMessage], chat_format: ChatFormat, *, continues_last: bool = False
 ) -> list[Part]:
     """Literals and messages in their order, trimmed as the format says. The order has been checked."""
-    if chat_format.system_before_last and messages[0].role == SYSTEM:
+    if chat_format.system_before_last and messages[0].role == SYSTEM and len(messages) > 1:
         last = max(index for index, message in enumerate(messages) if message.role == USER)
         messages = [*messages[1:last], messages[0], *messages[last:]]
     roles = [START, *(message.role for message in messages), *([] if continues_last else [ANSWER])]
@@ -161,7 +161,8 @@ def _check_order(messages: Sequence[ChatMessage], chat_format: ChatFormat, *, co
             raise ChatError(index, f"role is {message.role!r}; roles must alternate user/assistant, here {expected!r}")
         before = message.role
     last = messages[-1].role
-    if not continues_last and last != USER:
+    is_answered = last == USER or (last == SYSTEM and chat_format.literal(SYSTEM, ANSWER) is not None)
+    if not continues_last and not is_answered:
         hint = ", or continue_final_message true" if last == ASSISTANT else ""
         raise ChatError(len(messages) - 1, f"the last message is of {last!r}; it must be the user's{hint}")
 

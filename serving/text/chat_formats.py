@@ -49,7 +49,7 @@ def from_strings(
         for role in around
         if not (role == SYSTEM and before != START)
     }
-    literals |= {between(role, ANSWER): opens[role] + answer for role in (USER, ASSISTANT)}
+    literals |= {between(role, ANSWER): opens[role] + answer for role in around}
     keys = tuple(literals) if trim else ()
     return ChatFormat(
         name=name,

@@ -24,7 +24,7 @@ _LEFT, _RIGHT = " \n\t ", "\t \n "
 """Spaces around a probe's messages: those that are gone in the text were trimmed."""
 _KINDS = {"s": SYSTEM, "u": USER, "a": ASSISTANT}
 _NEEDED = ("u", "uau")
-_SHAPES = ("u", "su", "uau", "suau", "uauau", "suauau", "uu", "suu", "au", "sau", "uaau", "uuau")
+_SHAPES = ("u", "s", "su", "uau", "suau", "uauau", "suauau", "uu", "suu", "au", "sau", "uaau", "uuau")
 """Roles of the probes, from which literals are read."""
 
 Conversation = Sequence[ChatMessage]
@@ -189,7 +189,7 @@ def _note(literals: dict[str, str], order: Sequence[ChatMessage], text: str) -> 
         start = text.index(message.content, position)
         _set(literals, between(before, message.role), text[position:start])
         position, before = start + len(message.content), message.role
-    if before == USER:
+    if before in (USER, SYSTEM):
         _set(literals, between(before, ANSWER), text[position:])
 
 

@@ -330,6 +330,7 @@ async def test_ignored_fields_are_counted() -> None:
 CONVERSATIONS: list[tuple[list[Any], bytes]] = [
     ([{"role": "developer", "content": "be kind"}, {"role": "user", "content": "x"}], b"system\nbe kind\nuser\nx\n"),
     ([{"role": "user"}], b"user\n\n"),
+    ([{"role": "system", "content": "be kind"}], b"system\nbe kind\n"),
     ([{"role": "user", "content": None}], b"user\n\n"),
     ([{"role": "user", "content": []}], b"user\n\n"),
     ([{"role": "user", "content": [{"type": "text", "text": ""}]}], b"user\n\n"),

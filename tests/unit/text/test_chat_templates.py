@@ -26,7 +26,7 @@ from tests.support.llama_tokenizers import (
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 DIALOGUES = [
-    "u", "su", "uau", "suau", "uauau", "suauauau", "uu", "sau", "uuau",
+    "u", "s", "su", "uau", "suau", "uauau", "suauauau", "uu", "sau", "uuau",
 ]  # fmt: skip
 CONTENTS = [
     ("plain", lambda i: f"Hello {i}, what is the capital of France?"),
@@ -93,7 +93,8 @@ def test_ids_are_those_of_transformers(
                     messages, chat_format=chat_format, tokenizer=ours.tokenizer, today=lambda: datetime.now().date()
                 )
             except ChatError:
-                assert name in LEAVES_OUT, (name, shape)
+                is_left_out = shape == "s" and content(0).strip() not in theirs.decode(expected)
+                assert name in LEAVES_OUT or is_left_out, (name, shape)
                 continue
             if chat_format.every_part_is_first and kind == "metaspace first":
                 continue  # Meta's reference, by intent; the difference is told at start
