@@ -120,7 +120,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "names": ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames"),
     "dependent": ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
     "remote": ({"$ref": "https://example.com/schema.json"}, "example.com"),
-    "format": ({"type": "string", "format": "no-such-format"}, "no-such-format"),
     "look-around": ({"type": "string", "pattern": "(?=a)b"}, "look-ar"),
 }
 """With what the refusal names."""

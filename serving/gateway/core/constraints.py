@@ -6,11 +6,12 @@ A grammar is in llguidance's variant of Lark (model_parallel/engine/matching.py)
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serving.config import LimitsConfig
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.json_schemas import check_depth, simplified
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between the parts of a JSON text: enough for any layout, and not without end, in which weak models get lost."""
@@ -79,30 +80,46 @@ def check_constraint(constraint: Constraint, limits: LimitsConfig) -> None:
             if isinstance(schema, dict) and _OPTIONS_OF_SCHEMAS in schema:
                 where = f"{field}.{_OPTIONS_OF_SCHEMAS}"
                 raise ValidationError(where, f"{where} is not supported by this server; leave it out")
-            num_bytes = len(json.dumps(schema))
+            check_depth(field, schema)
+            num_bytes = _num_bytes(field, json.dumps(schema, ensure_ascii=False))
+            _num_bytes(field, constraint.whitespace_pattern or "")
         case Regex(pattern=pattern):
-            num_bytes = len(pattern.encode(errors="replace"))
+            num_bytes = _num_bytes(field, pattern)
         case OneOf(texts=texts):
             if not texts:
                 raise ValidationError(field, f"{field} is empty; it needs at least one text")
-            num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+            num_bytes = sum(_num_bytes(f"{field}[{index}]", text) for index, text in enumerate(texts))
         case LarkGrammar(text=text):
             if found := _UNSUPPORTED_IN_LARK.search(text):
                 raise ValidationError(field, f"{field} sets {found[1]} of a rule, which this server does not support")
-            num_bytes = len(text.encode(errors="replace"))
+            num_bytes = _num_bytes(field, text)
     if num_bytes > limits.max_grammar_bytes:
         raise ValidationError(
             field, f"{field} has {num_bytes} bytes; limits.max_grammar_bytes is {limits.max_grammar_bytes}"
         )
 
 
+def _num_bytes(field: str, text: str) -> int:
+    """Raises ValidationError for a text that is not Unicode: a JSON text within the request can spell such ones."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise ValidationError(field, f"{field} holds half of a surrogate pair") from None
+
+
+def without_idle(constraint: JsonSchema) -> JsonSchema:
+    """The same, without what of the schema asks for nothing."""
+    return replace(constraint, schema=simplified(constraint.schema))
+
+
 def grammar_of(constraint: Constraint, *, strips_space: bool) -> GrammarText:
     """The grammar. With `strips_space` a space that the first token brings is not part of the answer's text, as in the answers of
     sentencepiece's models to conversations: it may then stand before any of the texts."""
-    rules = answer_rules(constraint, strips_space=strips_space)
     schemas: tuple[tuple[str, str], ...] = ()
     if isinstance(constraint, JsonSchema):
+        constraint = without_idle(constraint)
         schemas = ((constraint.field, json.dumps(constraint.schema)),)
+    rules = answer_rules(constraint, strips_space=strips_space)
     return GrammarText(field=constraint.field, text=rules, schemas=schemas)
 
 

@@ -28,6 +28,7 @@ from serving.gateway.core.constraints import (
     check_constraint,
     literal,
     schema_rule,
+    without_idle,
 )
 from serving.text.chat import ChatMessage
 
@@ -118,7 +119,7 @@ def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: b
     """Of an answer that calls functions; with "auto", or is text instead, which follows `constraint` where there is one."""
     bodies, schemas = [], []
     for index, tool in use.callable_tools:
-        schema = _schema_of(index, tool)
+        schema = without_idle(_schema_of(index, tool))
         head, tail = literal(f'\n{{"name": "{tool.name}", "arguments": '), literal(_TAIL)
         bodies.append(f"call_{index}: {head} {schema_rule(schema)} {tail}\n")
         schemas.append((schema.field, json.dumps(schema.schema)))
@@ -126,6 +127,8 @@ def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: b
     more = f"({literal(chr(10) + CALL_OPENS)} call){{0,{MAX_CALLS - 1}}}" if use.is_parallel else ""
     calls = f"calls: call {more}\ncall: {names}\n" + "".join(bodies)
     space = '" "? ' if strips_space else ""
+    if isinstance(constraint, JsonSchema):
+        constraint = without_idle(constraint)
     if use.choice == "required":
         start = f"start: {space}{literal(CALL_OPENS)} calls\n"
     elif constraint is None:

@@ -1,6 +1,5 @@
 """Between protobuf and the gateway's plain data. No rule about values lives here; `validate` has them."""
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from serving.contracts.models import ModelCard
 from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.constraints import Constraint, JsonSchema, LarkGrammar, OneOf, Regex
 from serving.gateway.core.generation import ScoredTokens
+from serving.gateway.core.json_schemas import schema_of_text
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -88,10 +88,7 @@ def constraint(message: pb.Constraint) -> Constraint:
     match message.WhichOneof("kind"):
         case "json_schema":
             field += ".json_schema"
-            try:
-                return JsonSchema(field=field, schema=json.loads(message.json_schema))
-            except (ValueError, RecursionError) as error:
-                raise ValidationError(field, f"{field} is not JSON: {error}") from None
+            return JsonSchema(field=field, schema=schema_of_text(field, message.json_schema))
         case "regex":
             return Regex(field=f"{field}.regex", pattern=message.regex)
         case "choice":

@@ -1,12 +1,12 @@
 """What clients say of an answer's form: OpenAI's response_format and text.format, vLLM's structured_outputs and guided_*."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.constraints import Constraint, JsonSchema, LarkGrammar, OneOf, Regex
 from serving.gateway.core.fields import Unsupported
+from serving.gateway.core.json_schemas import schema_of_text
 from serving.gateway.http.body import Body, Object
 
 
@@ -148,9 +148,9 @@ def _given(
     """The one that is set, by what the client calls each, with its rule for whitespace."""
     found: list[Constraint] = []
     if forms.json is not None:
-        found.append(
-            JsonSchema(field=names["json"], schema=_schema(names["json"], forms.json), whitespace_pattern=whitespace)
-        )
+        # vLLM takes a schema's text too.
+        schema = schema_of_text(names["json"], forms.json) if isinstance(forms.json, str) else forms.json
+        found.append(JsonSchema(field=names["json"], schema=schema, whitespace_pattern=whitespace))
     if forms.regex is not None:
         found.append(Regex(field=names["regex"], pattern=forms.regex))
     if forms.choice is not None:
@@ -163,13 +163,3 @@ def _given(
     if whitespace is not None and not isinstance(only, JsonSchema):
         raise ValidationError(whitespace_name, f"{whitespace_name} is set, which is for JSON alone")
     return only
-
-
-def _schema(field: str, given: Any) -> Any:
-    """vLLM takes a schema's text too."""
-    if not isinstance(given, str):
-        return given
-    try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise ValidationError(field, f"{field} is not JSON: {error}") from None

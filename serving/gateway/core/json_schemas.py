@@ -1,0 +1,121 @@
+"""What of a JSON schema has to be held to.
+
+The compiler of grammars refuses keywords and formats that it does not know, also where they ask for nothing: those are left out
+before it sees the schema.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from serving.contracts.errors import ValidationError
+
+MAX_DEPTH = 120
+"""Of objects and lists in each other. The compiler's bound is a little higher."""
+FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
+"""Of texts, that the compiler knows. Any other is an annotation (JSON Schema 2020-12, Validation, 7.2.1)."""
+_BY_NAME = frozenset({"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"})
+"""Keywords whose value has schemas by names."""
+_VALUES = frozenset({"const", "default", "enum", "example", "examples"})
+"""Keywords whose value is no schema, and has none in it."""
+_ANNOTATIONS = frozenset(
+    {"$comment", "default", "deprecated", "description", "examples", "readOnly", "title", "writeOnly"}
+)
+
+
+def schema_of_text(field: str, text: str) -> Any:
+    """A schema that is sent as a JSON text. Raises ValidationError."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValidationError(field, f"{field} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValidationError(field, f"{field} is nested too deeply; allowed: {MAX_DEPTH} levels") from None
+
+
+def check_depth(field: str, schema: Any) -> None:
+    """Raises ValidationError. What passes may be read and written by functions that call themselves."""
+    level, depth = [schema], 0
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValidationError(field, f"{field} is nested too deeply; allowed: {MAX_DEPTH} levels")
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+
+
+def simplified(schema: Any) -> Any:
+    """A schema of the same texts, without what asks for nothing."""
+    whole = json.loads(json.dumps(schema))
+    # A `$ref` may point below a keyword that nobody knows, so those are followed too.
+    found: list[dict[str, Any]] = []
+    left = [whole]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            found.append(part)
+            for key, value in part.items():
+                if key in _BY_NAME and isinstance(value, dict):
+                    left += value.values()
+                elif key not in _VALUES:
+                    left.append(value)
+    for part in reversed(found):  # the inner ones first: an outer one may ask for nothing because they do
+        idle = [key for key, asks_for_nothing in _IDLE.items() if key in part and asks_for_nothing(part)]
+        for key in idle:
+            del part[key]
+    return whole
+
+
+def _allows_all(schema: Any) -> bool:
+    return schema is True or (isinstance(schema, dict) and schema.keys() <= _ANNOTATIONS)
+
+
+def _allows_all_names(schema: Any) -> bool:
+    """Of properties, which are strings."""
+    if not isinstance(schema, dict):
+        return schema is True
+    kinds = schema.get("type", "string")
+    names_are_of_it = "string" in kinds if isinstance(kinds, list) else kinds == "string"
+    return names_are_of_it and schema.keys() <= _ANNOTATIONS | {"type"}
+
+
+def _holds_idle(is_idle: Callable[[Any], bool], value: Any) -> bool:
+    """Whether all that stands by name in an object asks for nothing."""
+    return isinstance(value, dict) and all(map(is_idle, value.values()))
+
+
+def _may_lack_contained(part: Mapping[str, Any]) -> bool:
+    """Whether `contains` and its bounds are met by every array."""
+    return "contains" not in part or (_is_zero(part.get("minContains")) and "maxContains" not in part)
+
+
+def _is_zero(value: Any) -> bool:
+    return value == 0 and value is not False
+
+
+def _is_no_condition(part: Mapping[str, Any]) -> bool:
+    """Whether `if`, `then` and `else` together decide nothing."""
+    return "if" not in part or all(_allows_all(part.get(key, True)) for key in ("then", "else"))
+
+
+_IDLE: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "$dynamicAnchor": lambda part: True,  # what refers to it is refused
+    "$recursiveAnchor": lambda part: True,
+    "contains": _may_lack_contained,
+    "dependencies": lambda part: _holds_idle(lambda value: value == [] or _allows_all(value), part["dependencies"]),
+    "dependentRequired": lambda part: _holds_idle(lambda value: value == [], part["dependentRequired"]),
+    "dependentSchemas": lambda part: _holds_idle(_allows_all, part["dependentSchemas"]),
+    "else": _is_no_condition,
+    "format": lambda part: isinstance(part["format"], str) and part["format"] not in FORMATS,
+    "if": _is_no_condition,
+    "maxContains": _may_lack_contained,
+    "minContains": _may_lack_contained,
+    "not": lambda part: part["not"] is False,
+    "propertyNames": lambda part: _allows_all_names(part["propertyNames"]),
+    "then": _is_no_condition,
+    "unevaluatedItems": lambda part: _allows_all(part["unevaluatedItems"]),
+    "unevaluatedProperties": lambda part: _allows_all(part["unevaluatedProperties"]),
+    "uniqueItems": lambda part: part["uniqueItems"] is False,
+}
+"""Keywords that the compiler does not know, or not with every value: whether one asks for nothing, beside those around it."""
