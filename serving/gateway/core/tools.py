@@ -104,6 +104,7 @@ def check_tools(use: ToolUse, constraint: Constraint | None, limits: LimitsConfi
         if tool.name in names:
             raise ValidationError(f"{where}.name", f"{where}.name is {tool.name!r}, as another function's")
         names.add(tool.name)
+        _check_kind(f"{where}.parameters", tool.parameters)
         check_constraint(_schema_of(index, tool), limits)
     if use.choice == "required" and not use.tools:
         raise ValidationError("tool_choice", "tool_choice asks for a call, and there are no tools")
@@ -142,13 +143,29 @@ def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: b
     return GrammarText(field="tools", text=start + calls, schemas=tuple(schemas))
 
 
+def _check_kind(field: str, schema: Any) -> None:
+    """Raises ValidationError where the schema says that arguments are no object."""
+    if isinstance(schema, dict) and "type" in schema and not _is_among("object", schema["type"]):
+        kind = json.dumps(schema["type"])
+        raise ValidationError(
+            f"{field}.type", f'{field}.type is {kind:.80}; allowed: "object", as arguments are always one'
+        )
+
+
+def _is_among(kind: str, kinds: Any) -> bool:
+    return kind in kinds if isinstance(kinds, list) else kind == kinds
+
+
 def _schema_of(index: int, tool: Tool) -> JsonSchema:
     """Of the arguments, which are an object whatever the schema leaves open."""
     schema = tool.parameters
     if schema is None or schema == {}:
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
-    elif isinstance(schema, dict) and not {"type", "$ref", "anyOf", "oneOf", "allOf"} & schema.keys():
-        schema = {"type": "object"} | schema
+    elif schema is True:
+        schema = {"type": "object"}
+    elif isinstance(schema, dict) and schema.get("type") != "object":
+        # Also beside $ref, anyOf and the like: null, which they may allow too, is no arguments.
+        schema = {"type": "object"} | {key: value for key, value in schema.items() if key != "type"}
     return JsonSchema(field=f"{tool.field_at(index)}.parameters", schema=schema)
 
 
@@ -238,6 +255,11 @@ class CallReader:
         self._state: Literal["text", "head", "arguments", "tail"] = "text"
         self._depth = 0
         self._in_string = self._is_escaped = False
+
+    @property
+    def is_within_arguments(self) -> bool:
+        """Of a call: what has come of them is not whole."""
+        return self._state == "arguments"
 
     def push(self, text: str) -> tuple[str, list[CallDelta]]:
         """(text that is certain, what is new of calls)."""

@@ -284,11 +284,14 @@ class ChatForm:
         return f"call_{self._identity['id'].removeprefix('chatcmpl-')}_{index}_{number}"
 
     def _finish_reason(self, index: int, reason: FinishReason | None) -> str | None:
-        """As OpenAI has it: an answer that calls ends with tool_calls, but with stop where the function was named."""
+        """As OpenAI has it: an answer that calls ends with tool_calls, but with stop where the function was named. So does
+        one that a stop text or token cuts within a call: its arguments are no JSON, and nobody should act on them."""
         if reason is None:
             return None
-        calls = self._tools is not None and self._tools.named is None and self._readers[index].num_calls
-        return "tool_calls" if calls and reason is FinishReason.STOP else reason.value
+        if self._tools is None or self._tools.named is not None or reason is not FinishReason.STOP:
+            return reason.value
+        reader = self._readers[index]
+        return "tool_calls" if reader.num_calls and not reader.is_within_arguments else reason.value
 
     def _chat_logprobs(self, tokens: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
         if not self._logprobs:

@@ -142,6 +142,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [FUNCTION, FUNCTION]}, "tools[1].name", "another"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
     ({"tools": [FUNCTION | {"parameters": []}]}, "tools[0].parameters", "schema"),
+    (
+        {"tools": [FUNCTION | {"parameters": {"type": "array"}}]},
+        "tools[0].parameters.type",
+        '"array"; allowed: "object"',
+    ),
     ({"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice", "'g'"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),
     ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name", "missing"),

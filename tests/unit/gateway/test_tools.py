@@ -166,6 +166,26 @@ WRONG = [
     ({"tools": [{"function": FUNCTION}, {"function": FUNCTION}]}, "tools[1].function.name", "another"),
     ({"tools": [{"type": "web_search", "function": FUNCTION}]}, "tools[0].type", "web_search"),
     ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters", "schema"),
+    *(
+        (
+            {"tools": [{"function": {"name": "f", "parameters": {"type": kind, "maxLength": 5}}}]},
+            "tools[0].function.parameters.type",
+            f'{json.dumps(kind)}; allowed: "object"',
+        )
+        for kind in ("string", "array", "null", ["string", "null"], [], None, "objekt")
+    ),
+    *(
+        ({"tools": [{"function": {"name": "f", "parameters": schema}}]}, "tools[0].function.parameters", "nsatisfiable")
+        for schema in (
+            False,
+            {"const": 5},
+            {"enum": ["a", None]},
+            {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+            {"oneOf": [{"type": "integer"}]},
+            {"allOf": [{"type": "array"}]},
+            {"$ref": "#/$defs/a", "$defs": {"a": {"type": "string"}}},
+        )
+    ),
     (
         {"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}}]},
         "tools[0].function.parameters.properties.a",
@@ -191,6 +211,69 @@ async def test_wrong_functions_are_refused_by_name() -> None:
             assert answer.status_code == 400, (body, answer.text)
             error = answer.json()["error"]
             assert error["param"] == place and what in error["message"], error
+
+
+OBJECTS: dict[str, Any] = {
+    "any": True,
+    "any of one": {"additionalProperties": {"type": "integer"}},
+    "or null": {"type": ["null", "object"], "properties": {"a": {"type": "null"}}, "additionalProperties": False},
+    "anyOf": {"anyOf": [PLACE, {"type": "null"}, {"type": "string", "maxLength": 5}]},
+    "oneOf": {"oneOf": [PLACE, {"type": "integer"}]},
+    "allOf": {"allOf": [PLACE, {"type": ["object", "null"]}]},
+    "enum": {"enum": [{"a": "}\n</tool_call>"}, 5, None, "}"]},
+    "const": {"const": {"a": [{}, "{"]}},
+    "ref": {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"type": "null"}, PLACE]}}},
+    "root": {"properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "additionalProperties": False},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+async def test_arguments_are_objects_whatever_the_schema_leaves_open(name: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": OBJECTS[name]}}]
+    async with serve(says("No.", seed=7)) as gateway:
+        body = CHAT | {"tools": tools, "tool_choice": "required", "n": 3}
+        for choice in (await post(gateway, "/v1/chat/completions", body)).json()["choices"]:
+            assert choice["message"]["tool_calls"]
+            for number, call in enumerate(choice["message"]["tool_calls"], 1):
+                is_cut = choice["finish_reason"] == "length" and number == len(choice["message"]["tool_calls"])
+                if not is_cut:
+                    arguments = json.loads(call["function"]["arguments"])
+                    assert isinstance(arguments, dict)
+                    jsonschema.validate(arguments, OBJECTS[name])
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "reason", "arguments"),
+    [
+        ("}", CALL, "stop", ['{"city": "Rome", "days": 2']),
+        ("Ro", CALL, "stop", ['{"city": "']),
+        (' {"city', CALL, "stop", []),
+        ('{"city', CALL, "stop", [""]),
+        ("</tool_call>", CALL, "tool_calls", ['{"city": "Rome", "days": 2}']),
+        ("}\n</tool", CALL, "tool_calls", ['{"city": "Rome", "days": 2}']),
+        ('{"name', CALL, "stop", []),
+        ('"stop"', f"{CALL}\n{STOP}", "tool_calls", ['{"city": "Rome", "days": 2}']),
+        ("{}", f"{CALL}\n{STOP}", "stop", ['{"city": "Rome", "days": 2}', ""]),
+        ("zzz", f"{CALL}\n{STOP}", "tool_calls", ['{"city": "Rome", "days": 2}', "{}"]),
+        ("look", f"I look it up.\n{CALL}", "stop", []),
+    ],
+)
+async def test_an_answer_ends_with_calls_only_where_the_last_one_is_whole(
+    stop: str, said: str, reason: str, arguments: list[str]
+) -> None:
+    async with serve(says(said)) as gateway:
+        body = CHAT | {"tools": TOOLS, "stop": [stop]}
+        (whole,) = (await post(gateway, "/v1/chat/completions", body)).json()["choices"]
+        calls = whole["message"].get("tool_calls", [])
+        assert (whole["finish_reason"], [call["function"]["arguments"] for call in calls]) == (reason, arguments)
+        streamed = [
+            each["choices"][0] for each in events(await post(gateway, "/v1/chat/completions", body | {"stream": True}))
+        ]
+        pieces = [""] * len(arguments)
+        for choice in streamed:
+            for delta in choice["delta"].get("tool_calls", ()):
+                pieces[delta["index"]] += delta["function"]["arguments"]
+        assert (streamed[-1]["finish_reason"], pieces) == (reason, arguments)
 
 
 def test_limits_of_the_core() -> None:
