@@ -7,6 +7,7 @@ tokens; an end token is allowed where the output may end. Control tokens have no
 Shape suffixes: W words of a mask, 32 tokens each
 """
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,12 @@ numbers of errors as they are."""
 _WORD_SLICES = ["[A-Za-z ]{1,16}", "[a-z]{1,16}"]
 """Parts of the vocabulary, beside those that the library has for JSON, which are allowed as a whole where a grammar allows all
 texts of their form. Otherwise token after token is tried: a mask for lines of text took 0.8 ms, and takes 0.1."""
+
+
+_ALLOWS_NOTHING = "NoExtension"
+"""How the library's error begins where nothing can follow."""
+_QUOTED_OR_SPECIAL = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(<[^<>\s]+>)')
+"""In a grammar, a text, a comment, a regular expression, or (the group) the name of a special token."""
 
 
 class GrammarError(ValueError):
@@ -92,7 +99,9 @@ class GrammarCompiler:
         )
         matcher = self._library.LLMatcher(self._tokenizer, text + _OPTIONS, log_level=0, limits=limits)
         if matcher.is_error():
-            raise GrammarError(_tidied(matcher.get_error()))
+            error = _tidied(matcher.get_error())
+            # The library has no special tokens to look a name up in, and does not expect that.
+            raise GrammarError(_about_panic(text) if error.startswith("panic") else error)
         return matcher
 
     def write_masks(self, matchers: "Sequence[LLMatcher]", mask_RW: NDArray[np.int32]) -> None:
@@ -153,6 +162,12 @@ class Matcher:
     def num_words(self) -> int:
         """Of a mask."""
         return self._grammar.compiler.num_words
+
+    @property
+    def limit_met(self) -> str:
+        """Which limit of the library's it has met, in the library's words; "" for none, also where it just allows nothing."""
+        error = _tidied(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return "" if error.startswith(_ALLOWS_NOTHING) else error.removeprefix("Parser Error: ")
 
     @property
     def is_open(self) -> bool:
@@ -229,6 +244,16 @@ def allowed_bits(mask_RW: NDArray[np.int32], token_ids: range) -> NDArray[np.boo
     bits = np.unpackbits(mask_RW.view(np.uint8)[:, first:last], axis=1, bitorder="little")
     begin = token_ids.start - 8 * first
     return bits[:, begin : begin + len(token_ids)].view(np.bool_)
+
+
+def _about_panic(text: str) -> str:
+    """What to tell of a grammar on which the library fails without a message that one could understand."""
+    for found in _QUOTED_OR_SPECIAL.finditer(text):
+        if found[1]:
+            return (
+                f"{found[1]:.80} is a special token, which no answer may hold; name texts and regular expressions alone"
+            )
+    return "the library that compiles grammars fails on it"
 
 
 def _tidied(message: str) -> str:

@@ -142,7 +142,8 @@ def answer_rules(constraint: Constraint, *, strips_space: bool, start: str = "st
             given = [*texts]
             if strips_space:
                 given = [*(f" {text}" for text in texts), *(text for text in texts if not text.startswith(" "))]
-            return f"{start}: " + " | ".join(map(literal, dict.fromkeys(given))) + "\n"
+            # One terminal: as parts of a rule, the compiler could not hold more than 2,000 that begin alike.
+            return f"{start}: ANSWER_TEXTS\nANSWER_TEXTS: " + " | ".join(map(literal, dict.fromkeys(given))) + "\n"
         case LarkGrammar(text=text):
             return text
 

@@ -9,6 +9,7 @@ that. It ends by itself when its gateway does, which closes the pipe.
 
 import json
 import os
+import random
 import re
 import resource
 import sys
@@ -16,15 +17,18 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
 
 from model_parallel.config import TokenTable
-from model_parallel.engine.matching import GrammarCompiler, GrammarError
+from model_parallel.engine.matching import GrammarCompiler, GrammarError, Matcher, allowed_bits
 from model_parallel.transport.frames import FrameReader, encode_frame
 
 MAX_EXTRA_BYTES = 512 << 20
 """Address space beyond what the process has when it begins."""
 _MAX_PROBES = 200
 """Parts of a schema that are compiled by themselves to find the one that is wrong."""
+_NUM_WALKS, _WALK_TOKENS = 3, 5
+"""Texts that are begun with a grammar that compiles, and tokens of each: the library's limits on size are met in the first."""
 _READ_BYTES = 1 << 16
 _UNKNOWN_KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
@@ -38,7 +42,7 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Trial(msgspec.Struct, frozen=True, array_like=True):
-    """Gateway → worker: can this be compiled?"""
+    """Gateway → worker: can this be compiled and followed?"""
 
     grammar: str
     schemas: tuple[str, ...] = ()
@@ -57,15 +61,34 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
 
 
 def try_out(compiler: GrammarCompiler, trial: Trial) -> Verdict:
-    """Compile a grammar; if that fails, find out where."""
+    """Compile a grammar and follow it for some tokens; if that fails, find out where."""
+    if not (error := _problem(compiler, trial.grammar)):
+        return Verdict()
+    for index, schema in enumerate(trial.schemas):
+        if found := _find(compiler, index, json.loads(schema)):
+            return found
+    return Verdict(error)
+
+
+def _problem(compiler: GrammarCompiler, text: str) -> str:
+    """What is wrong with a grammar; "" for nothing."""
     try:
-        compiler.compile(trial.grammar)
+        grammar = compiler.compile(text)
     except GrammarError as error:
-        for index, schema in enumerate(trial.schemas):
-            if found := _find(compiler, index, json.loads(schema)):
-                return found
-        return Verdict(_line(str(error)))
-    return Verdict()
+        return _line(str(error))
+    draw = random.Random(0)  # the same verdict each time
+    mask_W = np.zeros(compiler.num_words, dtype=np.int32)
+    for _ in range(_NUM_WALKS):
+        matcher = Matcher(grammar, spares_end=False)
+        for num_tokens in range(_WALK_TOKENS):
+            if not (matcher.is_open and matcher.fill(mask_W)):
+                if limit := matcher.limit_met:
+                    return f"is too large to be followed after {num_tokens} tokens: {_line(limit)}"
+                break
+            matcher.consume(
+                draw.choice(np.flatnonzero(allowed_bits(mask_W[None], range(compiler.vocab_size))[0]).tolist())
+            )
+    return ""
 
 
 def schema_rule(schema: Any) -> str:
@@ -82,11 +105,7 @@ def _find(compiler: GrammarCompiler, index: int, schema: Any) -> Verdict | None:
         nonlocal num_left
         num_left -= 1
         whole = part if part is schema or not isinstance(part, dict) else definitions | part
-        try:
-            compiler.compile("start: " + schema_rule(whole))
-        except GrammarError as error:
-            return _line(str(error))
-        return ""
+        return _problem(compiler, "start: " + schema_rule(whole))
 
     error = problem_of(schema)
     if not error:

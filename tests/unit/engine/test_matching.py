@@ -128,7 +128,9 @@ def test_texts_of_a_regular_expression_match_it(compiler: GrammarCompiler, patte
         ('start: %json {"type": "objekt"}', "Invalid type: objekt"),
         ("start: /(?=a)b/", "look-around"),
         ('start: %json {"$ref": "#"}', "no text at all"),
-        ("start: <|im_end|>", "panic"),
+        ("start: <|im_end|>", "<|im_end|> is a special token"),
+        ("start: /<a>/ <|b|>", "<|b|> is a special token"),
+        ('start: "<a>\\"<b>" x // <c>\nx: /<d>[>]/ <e>', "<e> is a special token"),
         ("start: \x00", "1(8): lexer error"),
     ],
 )

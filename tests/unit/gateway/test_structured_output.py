@@ -10,16 +10,19 @@ from typing import Any, Literal
 
 import grpc
 import jsonschema
+import numpy as np
 import openai
 import pydantic
 import pytest
 
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, obey
+from model_parallel.engine.matching import GrammarCompiler, Matcher, allowed_bits
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.constraints import GrammarText, JsonSchema, grammar_of
+from serving.gateway.core.constraints import GrammarText, JsonSchema, OneOf, grammar_of
+from serving.gateway.core.grammar_worker import Trial, try_out
 from serving.gateway.core.grammars import GrammarChecker
 from serving.gateway.server import GatewayServer
 from serving.text.token_table import token_table
@@ -224,6 +227,8 @@ WRONG = [
     ({"guided_grammar": "start: a\nb: )"}, "guided_grammar", "2("),
     ({"guided_grammar": 'start: a\na[temperature=0.5]: "x"'}, "guided_grammar", "temperature"),
     ({"guided_grammar": ""}, None, ""),
+    ({"guided_grammar": "start: <|im_end|>"}, "guided_grammar", "<|im_end|> is a special token"),
+    ({"guided_grammar": "start: " + " | ".join(f'"x{i}"' for i in range(2500))}, "guided_grammar", "after 1 tokens"),
     ({"guided_json": "{"}, "guided_json", "not JSON"),
     ({"guided_json": '{"const": "\\ud800"}'}, "guided_json", "half of a surrogate pair"),
     ({"structured_outputs": {"json": '{"const": "\\ud800"}'}}, "structured_outputs.json", "half of a surrogate pair"),
@@ -256,6 +261,69 @@ async def test_what_is_wrong_is_refused_by_its_place_and_reaches_no_group() -> N
         form = {"type": "json_schema", "name": "x", "schema": {"type": "objekt"}}
         answer = await post(gateway, "/v1/responses", {"model": "tiny", "input": "hi", "text": {"format": form}})
         assert answer.json()["error"]["param"] == "text.format.schema"
+
+
+CHOICES = {
+    "many": [f"x{i}" for i in range(2500)],
+    "many of one beginning": [f"the city of {i}" for i in range(3000)],
+    "as many as there may be": [str(i) for i in range(13_000)],
+    "special": [
+        "<|im_end|>",
+        "a|b",
+        ".*",
+        '"',
+        "\\",
+        "/",
+        "'",
+        "%json {}",
+        "é🙂",
+        "\n",
+        "\x00\x7f\u2028\ufeff",
+        " a",
+        "[0-9]",
+    ],
+    "begins alike": ["a", "ab", "abc", "abcd"],
+    "empty": ["", "a"],
+    "one": ["only"],
+    "twice": ["a", "a"],
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("strips_space", [False, True])
+def test_a_list_of_texts_is_those_texts(name: str, strips_space: bool) -> None:
+    """Each of them is allowed to its end, and nothing beside it."""
+    texts = CHOICES[name]
+    text = grammar_of(OneOf(field="choice", texts=texts), strips_space=strips_space).text
+    compiler = GrammarCompiler(TABLE)
+    assert not try_out(compiler, Trial(text)).error
+    grammar = compiler.compile(text)
+    for each in [*texts[:5], *texts[-5:]]:
+        for spelt in (each, f" {each}") if strips_space else (each,):
+            matcher = Matcher(grammar, spares_end=False)
+            for byte in spelt.encode():
+                matcher.consume(byte)
+            if strips_space and each.startswith(" ") and spelt == each:
+                assert not ends(matcher), "the space would be taken away"
+                continue
+            assert ends(matcher), spelt
+            matcher.consume(ord("~"))
+            assert matcher.has_failed or matcher.is_complete
+
+
+def ends(matcher: Matcher) -> bool:
+    """Whether the text may end here."""
+    mask_W = np.zeros(matcher.num_words, dtype=np.int32)
+    return matcher.is_complete or (matcher.fill(mask_W) and bool(allowed_bits(mask_W[None], range(257, 258))[0, 0]))
+
+
+@pytest.mark.parametrize("num_texts", [2500, 5000])
+async def test_a_long_list_of_texts_is_chosen_from(num_texts: int) -> None:
+    texts = [f"x{i}" for i in range(num_texts)]
+    async with serve() as gateway:
+        answer = await post(gateway, "/v1/chat/completions", CHAT | {"guided_choice": texts})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"] in texts
 
 
 # ---- trials ----
