@@ -85,7 +85,11 @@ class GrammarCompiler:
         self._executor: LLExecutor | None = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
 
     def compile(self, text: str) -> "Grammar":
-        """Raises GrammarError; also for a grammar that allows no beginning."""
+        """Raises GrammarError; also for a grammar that allows no beginning, or names a token."""
+        if special := _special_token(text):
+            raise GrammarError(
+                f"{special:.80} is a special token, which no answer may hold; name texts and regular expressions alone"
+            )
         grammar = Grammar(self, text)
         mask_W = np.zeros(self.num_words, dtype=np.int32)
         if not Matcher(grammar, spares_end=False).fill(mask_W):
@@ -100,8 +104,7 @@ class GrammarCompiler:
         matcher = self._library.LLMatcher(self._tokenizer, text + _OPTIONS, log_level=0, limits=limits)
         if matcher.is_error():
             error = _tidied(matcher.get_error())
-            # The library has no special tokens to look a name up in, and does not expect that.
-            raise GrammarError(_about_panic(text) if error.startswith("panic") else error)
+            raise GrammarError("the library that compiles grammars fails on it" if error.startswith("panic") else error)
         return matcher
 
     def write_masks(self, matchers: "Sequence[LLMatcher]", mask_RW: NDArray[np.int32]) -> None:
@@ -246,14 +249,10 @@ def allowed_bits(mask_RW: NDArray[np.int32], token_ids: range) -> NDArray[np.boo
     return bits[:, begin : begin + len(token_ids)].view(np.bool_)
 
 
-def _about_panic(text: str) -> str:
-    """What to tell of a grammar on which the library fails without a message that one could understand."""
-    for found in _QUOTED_OR_SPECIAL.finditer(text):
-        if found[1]:
-            return (
-                f"{found[1]:.80} is a special token, which no answer may hold; name texts and regular expressions alone"
-            )
-    return "the library that compiles grammars fails on it"
+def _special_token(text: str) -> str:
+    """The first one that a grammar names, by its text or as <[number]>; "" when it names none. The library has no special tokens
+    to look a name up in, and allows those that are given by number."""
+    return next((found[1] for found in _QUOTED_OR_SPECIAL.finditer(text) if found[1]), "")
 
 
 def _tidied(message: str) -> str:
