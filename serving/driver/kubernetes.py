@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.placement import GroupRequest, NodeResources, plan_groups
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import ModelConfig
 from model_parallel.errors import ConfigError
@@ -55,7 +56,7 @@ WORKER_DEFAULTS: Mapping[str, Any] = {
     "minReplicas": 1,
     "maxReplicas": 1,
     "numOfHosts": 1,
-    "resources": {"limits": {"cpu": "2", "memory": "8Gi"}},
+    "resources": {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"cpu": "2", "memory": "8Gi"}},
     "shmSize": "1Gi",
 }
 GRACE_DEFAULT_S = 90
@@ -243,7 +244,7 @@ def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
 def _cpus_needed(plans: Iterable[ModelPlan], machine: Machine) -> int:
     if machine.num_gpus:
         return _CPUS_PER_GPU * machine.num_gpus
-    return math.ceil(sum(m.entry.cpus_per_rank * m.entry.tensor_parallel_size * m.entry.num_groups for m in plans))
+    return math.ceil(sum(m.entry.cpus_per_rank * m.entry.tensor_parallel_size * m.entry.most_groups for m in plans))
 
 
 def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: list[str]) -> int:
@@ -256,7 +257,7 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
         tp = entry.tensor_parallel_size
         takes = (float(tp), tp * entry.cpus_per_rank) if entry.device == "cuda" else (0.0, tp * entry.cpus_per_rank)
         if entry.device == "cuda" and tp > machine.num_gpus:
-            whole += entry.num_groups * math.ceil(tp / machine.num_gpus)
+            whole += entry.most_groups * math.ceil(tp / machine.num_gpus)
             continue
         if any(need > has for need, has in zip(takes, size, strict=True)):
             problems.append(
@@ -264,7 +265,7 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
                 f"and a machine has {size[0]:g} and {size[1]:g}"
             )
             continue
-        for _ in range(entry.num_groups):
+        for _ in range(entry.most_groups):
             place = next((i for i, has in enumerate(free) if has[0] >= takes[0] and has[1] >= takes[1]), None)
             if place is None:
                 free.append(size)
@@ -276,7 +277,7 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
 def _host_bytes(plans: Iterable[ModelPlan], machine: Machine) -> int:
     """Memory of a machine that is full: of ranks on CPUs all they hold, of ranks on GPUs what is left on the host."""
     on_cpu = [m for m in plans if m.entry.device == "cpu"]
-    ranks = sum(m.entry.num_groups * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
+    ranks = sum(m.entry.most_groups * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
     gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + RANK_BYTES)
     return math.ceil(_MARGIN * ranks) + gpus + _NODE_BYTES
 
@@ -339,7 +340,7 @@ def explained(plan: ClusterPlan) -> Iterator[str]:
         weights = max(rank.weight_bytes for rank in ranks)
         cache = max(rank.kv_bytes_per_token for rank in ranks) * model.cache_tokens
         yield (
-            f"{entry.name}: {entry.num_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights and "
+            f"{entry.name}: {entry.most_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights and "
             f"{cache / GIB:.2f} GiB of KV cache for {model.cache_tokens} tokens"
         )
         if entry.device == "cuda" and model.memory.fits:
@@ -391,12 +392,11 @@ def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[
     problems = [*_timing_problems(chart_values, config), *_rule_problems(chart_values, config)]
     for group in groups:
         lines.append(_group_line(group))
-    has_gpus = any((group["resources"].get("limits") or {}).get("nvidia.com/gpu") for group in groups)
-    for given in config.models:
-        entry = _decided(given, has_gpus=has_gpus)
-        problems += _placement_problems(
-            entry, groups, bool((chart_values.get("ray") or {}).get("autoscaling", {}).get("enabled"))
-        )
+    has_gpus = any(_gpus_of(group) for group in groups)
+    autoscaling = bool(((chart_values.get("ray") or {}).get("autoscaling") or {}).get("enabled"))
+    entries = [_decided(entry, has_gpus=has_gpus) for entry in config.models]
+    problems += _placement_problems(entries, groups, autoscaling)
+    for entry in entries:
         known = _model_config(entry, same_as.get(entry.name))
         if known is None:
             lines.append(
@@ -447,34 +447,78 @@ def _rule_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> It
             yield f"{entry.name} is Llama 2, and license.accept is not true"
 
 
-def _placement_problems(entry: ModelEntry, groups: list[dict[str, Any]], autoscaling: bool) -> Iterator[str]:
+def _placement_problems(entries: Iterable[ModelEntry], groups: list[dict[str, Any]], autoscaling: bool) -> list[str]:
+    """Groups that have no place each, else what the driver would say of all of them together."""
+    count = "maxReplicas" if autoscaling else "replicas"
+    if problems := [problem for entry in entries for problem in _group_problems(entry, groups, count)]:
+        return problems
+    requests = [
+        GroupRequest(
+            name=entry.name,
+            tp_size=entry.tensor_parallel_size,
+            device=entry.device,
+            cpus_per_rank=entry.cpus_per_rank,
+        )
+        for entry in entries
+        for _ in range(entry.most_groups)
+    ]
+    nodes = [
+        NodeResources(node_id="", ip="", num_cpus=_cpus_of(group), num_gpus=_gpus_of(group))
+        for group in groups
+        for _ in range(group[count] * group["numOfHosts"])
+    ]
+    try:
+        plan_groups(requests, nodes)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _group_problems(entry: ModelEntry, groups: list[dict[str, Any]], count: str) -> Iterator[str]:
     tp = entry.tensor_parallel_size
-    places = 0
-    widest = 0
-    for group in groups:
-        ranks, hosts = _ranks_of(group, entry), group["numOfHosts"]
-        count = group["maxReplicas" if autoscaling else "replicas"]
-        places += count * hosts * (ranks // tp) if tp <= ranks else count * (hosts * ranks // tp)
-        widest = max(widest, ranks * hosts)
-    what = "GPUs" if entry.device == "cuda" else "ranks by their CPUs"
+    each = f"{'1 GPU and ' if entry.device == 'cuda' else ''}{entry.cpus_per_rank:g} CPU"
+    sizes = [(group[count], group["numOfHosts"], _ranks_of(group, entry)) for group in groups]
+    widest = max(ranks * hosts for _, hosts, ranks in sizes)
+    if tp <= max(ranks for *_, ranks in sizes):
+        places = sum(replicas * hosts * (ranks // tp) for replicas, hosts, ranks in sizes)
+    else:
+        places = sum(replicas * (hosts * ranks // tp) for replicas, hosts, ranks in sizes)
+    bound = "num_groups" if entry.most_groups == entry.num_groups else "autoscaling.max_groups"
     if tp > widest:
-        yield f"{entry.name}: tensor_parallel_size is {tp}, and the largest worker group has {widest} {what} for one group"
-    elif entry.num_groups > places:
-        yield f"{entry.name}: num_groups is {entry.num_groups}, and the worker groups have room for {places}"
+        yield f"{entry.name}: tensor_parallel_size is {tp}, and the largest worker group has room for {widest} ranks of {each} each"
+    elif entry.most_groups > places:
+        yield (
+            f"{entry.name}: {bound} is {entry.most_groups}, and the worker groups have room for {places} "
+            f"of {tp} ranks of {each} each"
+        )
 
 
 def _ranks_of(group: Mapping[str, Any], entry: ModelEntry) -> int:
     """Ranks of this model that one machine of the group holds."""
-    limits = group["resources"].get("limits") or {}
+    by_cpus = int(_cpus_of(group) / entry.cpus_per_rank + 1e-9) if entry.cpus_per_rank else None
     if entry.device == "cuda":
-        return int(limits.get("nvidia.com/gpu", 0))
-    cpus = (group.get("rayStartParams") or {}).get("num-cpus") or math.ceil(quantity(str(limits.get("cpu", 0))))
-    return int(float(cpus) / entry.cpus_per_rank + 1e-9) if entry.cpus_per_rank else 0
+        return _gpus_of(group) if by_cpus is None else min(_gpus_of(group), by_cpus)
+    return by_cpus or 0
+
+
+def _gpus_of(group: Mapping[str, Any]) -> int:
+    return int((group["resources"].get("limits") or {}).get("nvidia.com/gpu") or 0)
+
+
+def _cpus_of(group: Mapping[str, Any]) -> float:
+    """What Ray counts on a machine: `num-cpus`, else the limit, else the request, rounded up."""
+    if given := (group.get("rayStartParams") or {}).get("num-cpus"):
+        return float(given)
+    cpus = [(group["resources"].get(kind) or {}).get("cpu") for kind in ("limits", "requests")]
+    return math.ceil(quantity(str(next((amount for amount in cpus if amount is not None), 0))))
 
 
 def _host_problems(model: ModelPlan, groups: list[dict[str, Any]]) -> Iterator[str]:
     for group in groups:
-        has = quantity(str((group["resources"].get("limits") or {}).get("memory", "0")))
+        limit = (group["resources"].get("limits") or {}).get("memory")
+        if limit is None:
+            continue
+        has = quantity(str(limit))
         needs = _MARGIN * (model.group_bytes + len(model.memory.ranks) * RANK_BYTES + LEADER_BYTES) + _NODE_BYTES
         needs += quantity(str(group["shmSize"]))
         if needs > has:
@@ -485,12 +529,10 @@ def _host_problems(model: ModelPlan, groups: list[dict[str, Any]]) -> Iterator[s
 
 
 def _group_line(group: Mapping[str, Any]) -> str:
-    limits = group["resources"].get("limits") or {}
-    gpus = limits.get("nvidia.com/gpu", 0)
     machines = group["replicas"] * group["numOfHosts"]
-    return (
-        f"{group['groupName']}: {machines} machines with {gpus} GPUs, {limits.get('cpu')} CPUs, {limits.get('memory')}"
-    )
+    memory = (group["resources"].get("limits") or {}).get("memory")
+    has = f"{_gpus_of(group)} GPUs, {_cpus_of(group):g} CPUs, {memory or 'no limit of memory'}"
+    return f"{group['groupName']}: {machines} machines with {has}"
 
 
 def _model_line(model: ModelPlan, device: Device | None) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.helm import CHART, CI_VALUES, RELEASE, changed_chart, render, run_helm, template
+from tests.support.helm import CHART, CI_VALUES, RELEASE, changed_chart, only, render, run_helm, template
 
 MINIMAL = next(path for path in CI_VALUES if path.name.startswith("minimal"))
 SMALL = {"name": "small", "source": "/opt/packtrain/models/x.gguf"}
@@ -16,8 +16,8 @@ ONE_CLAIM = {"source": "pvc", "pvc": {"existingClaim": "llama"}}
 POSTGRESQL = {"tenancy": {"database": "postgresql://packtrain@db/packtrain"}}
 
 
-def gpus(count: int, **more: object) -> dict[str, Any]:
-    return {"resources": {"limits": {"nvidia.com/gpu": count}}, **more}
+def gpus(count: int, cpus: int = 8, **more: object) -> dict[str, Any]:
+    return {"resources": {"limits": {"cpu": cpus, "nvidia.com/gpu": count}}, **more}
 
 
 def models(*entries: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
     ),
     "more ranks than a node has GPUs": (
         {"config": models(ON_GPU | {"tensor_parallel_size": 8}), "worker": gpus(4)},
-        "small has tensor_parallel_size 8, and no node holds more than 4 GPUs",
+        "small has tensor_parallel_size 8, and no node has room for more than 4 ranks of 1 GPU and 1 CPU each",
         {"worker": gpus(8)},
     ),
     "more ranks than two machines have GPUs": (
@@ -126,16 +126,20 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
     ),
     "more ranks than a node has CPUs": (
         {"config": models(SMALL | {"tensor_parallel_size": 3})},
-        "no node holds more than 2 CPU ranks",
+        "no node has room for more than 2 ranks of 1 CPU each",
         {"worker": {"resources": {"limits": {"cpu": "3"}}}},
     ),
-    "GPUs where there are none": ({"config": models(ON_GPU)}, "no node holds more than 0 GPUs", {"worker": gpus(1)}),
+    "GPUs where there are none": (
+        {"config": models(ON_GPU)},
+        "no node has room for more than 0 ranks",
+        {"worker": gpus(1)},
+    ),
     "more groups than nodes": (
         {
             "config": models(ON_GPU | {"tensor_parallel_size": 8, "num_groups": 3}),
             "worker": gpus(8, replicas=2, maxReplicas=2),
         },
-        "num_groups 3 of 8 ranks, and there are nodes for 2",
+        "num_groups 3 of 8 ranks of 1 GPU and 1 CPU each, and there are nodes for 2",
         {"worker": gpus(8, replicas=3, maxReplicas=3)},
     ),
     "more groups to come than nodes": (
@@ -143,13 +147,33 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
             "config": models(ON_GPU | {"tensor_parallel_size": 8, "autoscaling": {"max_groups": 3}}),
             "worker": gpus(8, replicas=2, maxReplicas=2),
         },
-        "autoscaling.max_groups 3 of 8 ranks, and there are nodes for 2",
+        "autoscaling.max_groups 3 of 8 ranks of 1 GPU and 1 CPU each, and there are nodes for 2",
         {"worker": gpus(8, replicas=3, maxReplicas=3)},
     ),
     "all groups together": (
         {"config": models(ON_GPU, ON_GPU | {"name": "other"}), "worker": gpus(1)},
         "all groups together need 2 GPUs, and the worker groups have 1",
         {"worker": gpus(2)},
+    ),
+    "more ranks than a node with GPUs has CPUs": (
+        {"config": models(ON_GPU | {"tensor_parallel_size": 8}), "worker": gpus(8, cpus=4)},
+        "no node has room for more than 4 ranks of 1 GPU and 1 CPU each",
+        {"config": models(ON_GPU | {"tensor_parallel_size": 8, "cpus_per_rank": 0.5})},
+    ),
+    "more groups that span machines than there are": (
+        {"config": models(SMALL | {"tensor_parallel_size": 4, "num_groups": 2}), "worker": {"numOfHosts": 2}},
+        "num_groups 2 of 4 ranks of 1 CPU each, and there are nodes for 1",
+        {"worker": {"replicas": 2, "maxReplicas": 2}},
+    ),
+    "all groups together on CPUs": (
+        {"config": models(SMALL, SMALL | {"name": "other", "cpus_per_rank": 1.5})},
+        "all groups together need 2.5 CPUs (cpus_per_rank of each rank), and the worker groups have 2",
+        {"worker": {"resources": {"limits": {"cpu": "2500m"}}}},
+    ),
+    "nothing to be placed by": (
+        {"config": models(SMALL | {"cpus_per_rank": 0})},
+        "small has cpus_per_rank 0 and no GPUs",
+        {"worker": gpus(1)},
     ),
     "a grace shorter than the drain": (
         {"config": {"gateway": {"drain_timeout_s": 60}}, "terminationGracePeriodSeconds": 104},
@@ -249,6 +273,17 @@ def test_refused_by_the_schema(case: str) -> None:
     assert done.returncode != 0
     assert "values don't meet the specifications of the schema" in done.stderr
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "cpus"), [({}, "64"), ({"cpu": "9"}, "9"), ({"cpu": "8500m"}, "9"), ({"cpu": 12.0}, "12")]
+)
+def test_cpus_of_a_node_are_its_limit_or_else_its_request(limit: dict[str, Any], cpus: str) -> None:
+    """Without a limit the request counts: with `num-cpus` 0 nothing could be placed beside eight GPUs."""
+    resources = {"requests": {"cpu": 64 if not limit else 1}, "limits": {"cpu": None, "nvidia.com/gpu": 8} | limit}
+    values = {"config": models(ON_GPU | {"tensor_parallel_size": 8}), "worker": {"resources": resources}}
+    group = only(render(values=values), "RayCluster")["spec"]["workerGroupSpecs"][1]
+    assert (group["rayStartParams"]["num-cpus"], group["rayStartParams"]["num-gpus"]) == (cpus, "8")
 
 
 def test_the_next_command_is_told() -> None:

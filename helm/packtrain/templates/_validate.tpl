@@ -4,16 +4,35 @@
 {{ dig "resources" "limits" "nvidia.com/gpu" 0 . | int }}
 {{- end -}}
 
-{{/* CPUs that Ray counts on a node: `num-cpus`, else the limit, rounded up as KubeRay does. */}}
+{{/* A quantity of Kubernetes as a number. */}}
+{{- define "packtrain.quantity" -}}
+{{- $text := toString . -}}
+{{- $unit := regexFind "[A-Za-z]*$" $text -}}
+{{- $units := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{ mulf (trimSuffix $unit $text | float64) (index $units $unit) }}
+{{- end -}}
+
+{{/* CPUs that Ray counts on a node: `num-cpus`, else the limit, else the request, rounded up as KubeRay does. */}}
 {{- define "packtrain.cpus" -}}
 {{- $params := .rayStartParams | default dict -}}
-{{- $limit := dig "resources" "limits" "cpu" "0" . | toString -}}
 {{- if hasKey $params "num-cpus" -}}
 {{ index $params "num-cpus" }}
-{{- else if hasSuffix "m" $limit -}}
-{{ divf (trimSuffix "m" $limit | float64) 1000 | ceil }}
 {{- else -}}
-{{ $limit | float64 | ceil }}
+{{ include "packtrain.quantity" (dig "resources" "limits" "cpu" "" . | default (dig "resources" "requests" "cpu" "0" .)) | float64 | ceil }}
+{{- end -}}
+{{- end -}}
+
+{{/* Ranks of a model that one machine of a group holds: (list group onGpu cpusPerRank). */}}
+{{- define "packtrain.ranks" -}}
+{{- $group := index . 0 -}}
+{{- $onGpu := index . 1 -}}
+{{- $cpusPerRank := index . 2 -}}
+{{- $gpus := include "packtrain.gpus" $group | int -}}
+{{- if eq $cpusPerRank 0.0 -}}
+{{ ternary $gpus 0 $onGpu }}
+{{- else -}}
+{{- $byCpus := addf (divf (include "packtrain.cpus" $group | float64) $cpusPerRank) 1e-9 | floor | int -}}
+{{ ternary (min $gpus $byCpus) $byCpus $onGpu }}
 {{- end -}}
 {{- end -}}
 
@@ -98,10 +117,13 @@
 {{- $groups := include "packtrain.workerGroups" . | fromJsonArray -}}
 {{- $autoscaling := .Values.ray.autoscaling.enabled -}}
 {{- $neededGpus := 0 -}}
+{{- $neededCpus := 0.0 -}}
 {{- $totalGpus := 0 -}}
+{{- $totalCpus := 0.0 -}}
 {{- range $groups -}}
-{{- $count := ternary .maxReplicas .replicas $autoscaling -}}
-{{- $totalGpus = add $totalGpus (mul (include "packtrain.gpus" . | int) $count (.numOfHosts | default 1)) -}}
+{{- $count := mul (ternary .maxReplicas .replicas $autoscaling) .numOfHosts -}}
+{{- $totalGpus = add $totalGpus (mul (include "packtrain.gpus" . | int) $count) -}}
+{{- $totalCpus = addf $totalCpus (mulf (include "packtrain.cpus" . | float64) $count) -}}
 {{- end -}}
 {{- range .Values.config.models -}}
 {{- $model := . -}}
@@ -123,34 +145,43 @@
 {{- /* `auto` is a GPU where there are any. */}}
 {{- $device := .device | default "auto" -}}
 {{- $onGpu := or (eq $device "cuda") (and (eq $device "auto") (gt (int $totalGpus) 0)) -}}
-{{- $perRank := ternary 1.0 (toString (.cpus_per_rank | default 1.0) | float64) $onGpu -}}
+{{- $cpusPerRank := ternary (toString .cpus_per_rank | float64) 1.0 (hasKey . "cpus_per_rank") -}}
+{{- if and (eq $cpusPerRank 0.0) (not $onGpu) -}}
+{{- fail (printf "config.models: %s has cpus_per_rank 0 and no GPUs; a rank must hold something to be placed by" $model.name) -}}
+{{- end -}}
 {{- $largest := 0 -}}
-{{- $places := 0 -}}
 {{- $spanning := 0 -}}
+{{- $packed := 0 -}}
+{{- $spread := 0 -}}
 {{- range $groups -}}
-{{- $amount := ternary (include "packtrain.gpus" . | float64) (include "packtrain.cpus" . | float64) $onGpu -}}
-{{- $ranks := divf $amount $perRank | floor | int -}}
-{{- $hosts := .numOfHosts | default 1 | int -}}
-{{- $count := mul (ternary .maxReplicas .replicas $autoscaling | int) $hosts -}}
+{{- $ranks := include "packtrain.ranks" (list . $onGpu $cpusPerRank) | int -}}
+{{- $hosts := .numOfHosts | int -}}
+{{- $replicas := ternary .maxReplicas .replicas $autoscaling | int -}}
 {{- $largest = max $largest $ranks -}}
-{{- $places = add $places (mul $count (div $ranks $tp)) -}}
+{{- $packed = add $packed (mul $replicas $hosts (div $ranks $tp)) -}}
+{{- $spread = add $spread (mul $replicas (div (mul $ranks $hosts) $tp)) -}}
 {{- if gt $hosts 1 -}}
 {{- $spanning = max $spanning (mul $ranks $hosts) -}}
 {{- end -}}
 {{- end -}}
-{{- $what := ternary "GPUs" "CPU ranks" $onGpu -}}
+{{- $places := ternary $packed $spread (le $tp $largest) -}}
+{{- $each := printf "%s%v CPU" (ternary "1 GPU and " "" $onGpu) $cpusPerRank -}}
 {{- if gt $tp (max $largest $spanning) -}}
-{{- fail (printf "config.models: %s has tensor_parallel_size %d, and no node holds more than %d %s%s. Lower it, or give the nodes more, or set numOfHosts so that a group may span machines" $model.name $tp $largest $what (ternary (printf " (%d over numOfHosts machines)" $spanning) "" (gt $spanning 0))) -}}
+{{- fail (printf "config.models: %s has tensor_parallel_size %d, and no node has room for more than %d ranks of %s each%s. Lower it, or give the nodes more, or set numOfHosts so that a group may span machines" $model.name $tp $largest $each (ternary (printf " (%d over numOfHosts machines)" $spanning) "" (gt $spanning 0))) -}}
 {{- end -}}
-{{- if and (le $tp $largest) (gt $numGroups $places) -}}
-{{- fail (printf "config.models: %s has %s %d of %d ranks, and there are nodes for %d. Raise replicas%s of a worker group" $model.name $bound $numGroups $tp $places (ternary " (maxReplicas)" "" $autoscaling)) -}}
+{{- if gt $numGroups $places -}}
+{{- fail (printf "config.models: %s has %s %d of %d ranks of %s each, and there are nodes for %d. Raise replicas%s of a worker group" $model.name $bound $numGroups $tp $each $places (ternary " (maxReplicas)" "" $autoscaling)) -}}
 {{- end -}}
 {{- if $onGpu -}}
 {{- $neededGpus = add $neededGpus (mul $tp $numGroups) -}}
 {{- end -}}
+{{- $neededCpus = addf $neededCpus (mulf $tp $numGroups $cpusPerRank) -}}
 {{- end -}}
 {{- if gt $neededGpus $totalGpus -}}
 {{- fail (printf "config.models: all groups together need %d GPUs, and the worker groups have %d" $neededGpus $totalGpus) -}}
+{{- end -}}
+{{- if gt $neededCpus (addf $totalCpus 1e-9) -}}
+{{- fail (printf "config.models: all groups together need %v CPUs (cpus_per_rank of each rank), and the worker groups have %v" $neededCpus $totalCpus) -}}
 {{- end -}}
 {{- end -}}
 

@@ -106,8 +106,7 @@ def test_the_charts_own_values_can_work(path: Path) -> None:
 def test_defaults_are_the_charts() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert values["terminationGracePeriodSeconds"] == kubernetes.GRACE_DEFAULT_S
-    worker = values["worker"] | {"resources": {"limits": values["worker"]["resources"]["limits"]}}
-    assert {key: worker[key] for key in kubernetes.WORKER_DEFAULTS} == kubernetes.WORKER_DEFAULTS
+    assert {key: values["worker"][key] for key in kubernetes.WORKER_DEFAULTS} == kubernetes.WORKER_DEFAULTS
 
 
 def test_what_is_left_to_be_chosen_is_planned_as_it_will_be() -> None:
@@ -135,7 +134,15 @@ def test_a_known_model_is_taken_from_the_image() -> None:
         ({"config": {"tenancy": None}}, "there are no keys"),
         (
             {"worker": {"resources": {"limits": {"nvidia.com/gpu": 4}}}},
-            "tensor_parallel_size is 8, and the largest worker group has 4 GPUs",
+            "the largest worker group has room for 4 ranks of 1 GPU and 1 CPU each",
+        ),
+        (
+            {"worker": {"resources": {"limits": {"cpu": "4"}}}},
+            "tensor_parallel_size is 8, and the largest worker group has room for 4 ranks of 1 GPU and 1 CPU each",
+        ),
+        (
+            {"worker": {"resources": {"requests": {"cpu": None}, "limits": {"cpu": None}}}},
+            "the largest worker group has room for 0 ranks",
         ),
         ({"worker": {"replicas": 1}}, "num_groups is 2, and the worker groups have room for 1"),
         ({"worker": {"nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-40GB"}}}, "does not fit a100-40g"),
@@ -146,6 +153,34 @@ def test_what_is_wrong_is_told(change: dict[str, Any], words: str) -> None:
     good = kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True)
     problems = kubernetes.check(kubernetes.merged(good, change), A100, {}).problems
     assert [problem for problem in problems if words in problem], problems
+
+
+def test_groups_that_autoscaling_may_start_have_places() -> None:
+    """The check counted num_groups alone, and the chart refused the same values."""
+    serving = config(LLAMA_70B | {"num_groups": 2, "autoscaling": {"max_groups": 3}})
+    made = kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True)
+    assert made["worker"]["replicas"] == 3
+    assert kubernetes.check(made, A100, {}).problems == ()
+    (problem,) = kubernetes.check(kubernetes.merged(made, {"worker": {"replicas": 2}}), A100, {}).problems
+    assert problem == (
+        "chat: autoscaling.max_groups is 3, and the worker groups have room for 2 of 8 ranks of 1 GPU and 1 CPU each"
+    )
+
+
+def test_the_request_counts_where_cpus_have_no_limit() -> None:
+    serving = config(LLAMA_70B)
+    made = kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True)
+    verdict = kubernetes.check(
+        kubernetes.merged(made, {"worker": {"resources": {"limits": {"cpu": None, "memory": None}}}}), A100, {}
+    )
+    assert verdict.problems == ()
+    assert verdict.lines[0] == "gpu: 1 machines with 8 GPUs, 64 CPUs, no limit of memory"
+
+
+def test_models_that_have_places_each_and_not_together() -> None:
+    small = {"name": "small", "source": "/models/x", "device": "cpu"}
+    verdict = kubernetes.check({"config": {"models": [small, small | {"name": "other", "cpus_per_rank": 2}]}}, None, {})
+    assert verdict.problems == ("all groups together need 3 CPUs and the cluster has 2 in total",)
 
 
 def test_a_memory_limit_below_what_ranks_need() -> None:
