@@ -340,8 +340,8 @@ def explained(plan: ClusterPlan) -> Iterator[str]:
         weights = max(rank.weight_bytes for rank in ranks)
         cache = max(rank.kv_bytes_per_token for rank in ranks) * model.cache_tokens
         yield (
-            f"{entry.name}: {entry.most_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights and "
-            f"{cache / GIB:.2f} GiB of KV cache for {model.cache_tokens} tokens"
+            f"{entry.name}: {entry.most_groups} groups of {len(ranks)} ranks; a rank holds {weights / GIB:.2f} GiB of weights "
+            f"and {cache / GIB:.2f} GiB of KV cache for {model.cache_tokens} tokens"
         )
         if entry.device == "cuda" and model.memory.fits:
             yield f"{entry.name}: {model.memory.kv_tokens} tokens of KV cache would fit"
@@ -363,10 +363,10 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
 
 
 def worker_groups(chart_values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chart's groups of nodes, each whole: what one leaves out is as in `worker`."""
+    """The chart's groups of nodes, each whole: what one leaves out is as in `worker`, what it gives replaces that."""
     first = merged(WORKER_DEFAULTS, chart_values.get("worker") or {})
     more = chart_values.get("additionalWorkerGroups") or {}
-    return [first, *(merged(first, {"groupName": name} | (own or {})) for name, own in sorted(more.items()))]
+    return [first, *(first | {"groupName": name} | (own or {}) for name, own in sorted(more.items()))]
 
 
 _PRODUCTS = (
@@ -392,6 +392,7 @@ def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[
     problems = [*_timing_problems(chart_values, config), *_rule_problems(chart_values, config)]
     for group in groups:
         lines.append(_group_line(group))
+        problems += _resource_problems(group)
     has_gpus = any(_gpus_of(group) for group in groups)
     autoscaling = bool(((chart_values.get("ray") or {}).get("autoscaling") or {}).get("enabled"))
     entries = [_decided(entry, has_gpus=has_gpus) for entry in config.models]
@@ -474,6 +475,22 @@ def _placement_problems(entries: Iterable[ModelEntry], groups: list[dict[str, An
     return []
 
 
+def _resource_problems(group: Mapping[str, Any]) -> Iterator[str]:
+    """What Kubernetes takes no pod with."""
+    requests, limits = (group["resources"].get(kind) or {} for kind in ("requests", "limits"))
+    for name, amount in requests.items():
+        limit = limits.get(name)
+        if amount is None or (limit is None and "/" not in name):
+            continue
+        differs = limit is None or quantity(str(amount)) != quantity(str(limit))
+        if differs and ("/" in name or quantity(str(amount)) > quantity(str(limit))):
+            wanted = "the same" if "/" in name else "at least as much, or null"
+            yield (
+                f"{group['groupName']}: resources.requests.{name} is {amount} and limits.{name} is {limit or 'missing'}; "
+                f"Kubernetes wants {wanted} there"
+            )
+
+
 def _group_problems(entry: ModelEntry, groups: list[dict[str, Any]], count: str) -> Iterator[str]:
     tp = entry.tensor_parallel_size
     each = f"{'1 GPU and ' if entry.device == 'cuda' else ''}{entry.cpus_per_rank:g} CPU"
@@ -485,7 +502,10 @@ def _group_problems(entry: ModelEntry, groups: list[dict[str, Any]], count: str)
         places = sum(replicas * (hosts * ranks // tp) for replicas, hosts, ranks in sizes)
     bound = "num_groups" if entry.most_groups == entry.num_groups else "autoscaling.max_groups"
     if tp > widest:
-        yield f"{entry.name}: tensor_parallel_size is {tp}, and the largest worker group has room for {widest} ranks of {each} each"
+        yield (
+            f"{entry.name}: tensor_parallel_size is {tp}, and the largest worker group has room for {widest} "
+            f"ranks of {each} each"
+        )
     elif entry.most_groups > places:
         yield (
             f"{entry.name}: {bound} is {entry.most_groups}, and the worker groups have room for {places} "

@@ -183,6 +183,40 @@ def test_models_that_have_places_each_and_not_together() -> None:
     assert verdict.problems == ("all groups together need 3 CPUs and the cluster has 2 in total",)
 
 
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        (
+            {"requests": {"cpu": 64}},
+            "workers: resources.requests.cpu is 64 and limits.cpu is 2; Kubernetes wants at least as much, or null there",
+        ),
+        (
+            {"requests": {"memory": "16384Mi"}, "limits": {"memory": "8Gi"}},
+            "requests.memory is 16384Mi and limits.memory is 8Gi",
+        ),
+        ({"requests": {"nvidia.com/gpu": 8}}, "requests.nvidia.com/gpu is 8 and limits.nvidia.com/gpu is missing"),
+        ({"requests": {"cpu": "1500m"}, "limits": {"cpu": 1.5}}, None),
+        ({"requests": {"cpu": 64}, "limits": {"cpu": None}}, None),
+    ],
+)
+def test_requests_that_kubernetes_does_not_take(resources: dict[str, Any], words: str | None) -> None:
+    values = {
+        "config": {"models": [{"name": "m", "source": "/models/x", "device": "cpu"}]},
+        "worker": {"resources": resources},
+    }
+    problems = kubernetes.check(values, None, {}).problems
+    assert bool(problems) == (words is not None)
+    assert words is None or words in problems[0]
+
+
+def test_a_group_replaces_what_it_gives() -> None:
+    gpus = {"resources": {"limits": {"cpu": 64, "nvidia.com/gpu": 8}}, "nodeSelector": {"gpu": "a100"}}
+    own = {"resources": {"limits": {"cpu": "4"}}, "nodeSelector": {}}
+    first, cpu, more = kubernetes.worker_groups({"worker": gpus, "additionalWorkerGroups": {"cpu": own, "more": {}}})
+    assert (cpu["groupName"], cpu["resources"], cpu["nodeSelector"]) == ("cpu", own["resources"], {})
+    assert more == first | {"groupName": "more"}
+
+
 def test_a_memory_limit_below_what_ranks_need() -> None:
     values = {
         "config": {"models": [{"name": "m", "source": "llama-2-7b", "tensor_parallel_size": 2, "dtype": "bfloat16"}]},
