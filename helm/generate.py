@@ -24,15 +24,17 @@ Schema = dict[str, Any]
 CHARTS_OWN = {"ServingConfig": ["ray"], "GatewayConfig": ["host", "insecure", "tls"], "AdminConfig": ["host"]}
 
 _NAME: Schema = {"type": "string", "maxLength": 253, "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"}
+_PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
-_QUANTITY: Schema = {"type": ["string", "integer"], "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"}
+_QUANTITY: Schema = {
+    "type": ["string", "number"],
+    "minimum": 0,
+    "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$",
+}
 _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {
-        kind: {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
-        for kind in ("requests", "limits")
-    },
+    "properties": {kind: {"type": "object", "additionalProperties": _QUANTITY} for kind in ("requests", "limits")},
 }
 _START_PARAMETERS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 _ENVIRONMENT: Schema = {
@@ -44,7 +46,12 @@ _ENVIRONMENT: Schema = {
         "properties": {"name": {"type": "string"}, "value": {"type": "string"}, "valueFrom": {"type": "object"}},
     },
 }
-_LABELS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_STRINGS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_LABEL_VALUE: Schema = {"type": "string", "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"}
+_LABELS: Schema = {"type": "object", "additionalProperties": _LABEL_VALUE}
+
+# A pod's ports are known before it runs: none is picked (0), and null, which helm takes for the default, turns none off.
+PORTS = {"GatewayConfig": ["port", "http_port"], "AdminConfig": ["port", "metrics_port"]}
 
 # By path or, beginning with "*.", by the last part of it.
 RULES: Mapping[str, Schema] = {
@@ -52,8 +59,8 @@ RULES: Mapping[str, Schema] = {
     "*.resources": _RESOURCES,
     "*.rayResources": _RESOURCES,
     "*.containerEnv": _ENVIRONMENT,
-    "*.annotations": _LABELS,
-    "*.podAnnotations": _LABELS,
+    "*.annotations": _STRINGS,
+    "*.podAnnotations": _STRINGS,
     "*.labels": _LABELS,
     "*.nodeSelector": _LABELS,
     "*.shmSize": _QUANTITY,
@@ -63,7 +70,7 @@ RULES: Mapping[str, Schema] = {
     "*.minReplicas": _COUNT,
     "*.maxReplicas": _COUNT,
     "*.numOfHosts": {"type": "integer", "minimum": 1},
-    "*.maxUnavailable": {"type": ["integer", "string"], "minimum": 0},
+    "*.maxUnavailable": {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+%$"},
     "*.existingClaim": _NAME,
     "*.existingSecret": _NAME,
     "*.credentialsSecret": _NAME,
@@ -71,10 +78,14 @@ RULES: Mapping[str, Schema] = {
     "*.priorityClassName": _NAME,
     "*.runtimeClassName": _NAME,
     "gateway.replicas": {"type": "integer", "minimum": 1},
-    "fullnameOverride": {"type": "string", "maxLength": 40},
+    "nameOverride": {"type": "string", "maxLength": 40, "pattern": "^([a-z0-9]([-a-z0-9]*[a-z0-9])?)?$"},
+    "fullnameOverride": {"type": "string", "maxLength": 40, "pattern": "^([a-z]([-a-z0-9]*[a-z0-9])?)?$"},
     "imagePullSecrets": {"type": "array", "items": {"type": "string"}},
-    "image.repository": {"type": "string", "minLength": 1, "pattern": "^[^:@ ]+(:[0-9]+/[^:@ ]+)?$"},
-    "image.tag": {"type": "string", "not": {"const": "latest"}},
+    "image.repository": {
+        "type": "string",
+        "pattern": r"^([A-Za-z0-9-]+([.][A-Za-z0-9-]+)+(:[0-9]+)?/|[A-Za-z0-9-]+:[0-9]+/)?[a-z0-9]+([._/-]+[a-z0-9]+)*$",
+    },
+    "image.tag": {"type": "string", "not": {"const": "latest"}, "pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"},
     "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "common.logLevel": {"enum": ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]},
@@ -87,11 +98,12 @@ RULES: Mapping[str, Schema] = {
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 45},
     "worker.groupName": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$"},
     "driver.waitForNodesSeconds": {"type": "integer", "minimum": 1},
-    "database.egress.port": {"type": "integer", "minimum": 1, "maximum": 65535},
+    "database.egress.port": _PORT | {"minimum": 0},
     "weights.source": {"enum": ["none", "pvc", "s3", "init"]},
     "weights.s3.uri": {"type": "string", "pattern": "^(s3://.+)?$"},
+    "weights.s3.endpoint": {"type": "string", "pattern": "^(https?://.+)?$"},
     "service.type": {"enum": ["ClusterIP", "LoadBalancer", "NodePort"]},
-    "networkPolicy.apiServerPorts": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 65535}},
+    "networkPolicy.apiServerPorts": {"type": "array", "items": _PORT},
     "ingress.hosts": {
         "type": "array",
         "items": {
@@ -101,6 +113,7 @@ RULES: Mapping[str, Schema] = {
             "properties": {"host": {"type": "string", "minLength": 1}, "path": {"type": "string", "pattern": "^/"}},
         },
     },
+    "monitoring.podMonitor.interval": {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"},
     "monitoring.prometheusRule.ttftSeconds": {"type": "number", "exclusiveMinimum": 0},
     "monitoring.prometheusRule.itlSeconds": {"type": "number", "exclusiveMinimum": 0},
     "monitoring.prometheusRule.queueSeconds": {"type": "number", "exclusiveMinimum": 0},
@@ -112,12 +125,16 @@ def values_schema(values: Mapping[str, Any], serving: Schema) -> Schema:
     properties = {name: _schema_of(name, value) for name, value in values.items() if name != "config"}
     properties["config"] = {"$ref": "#/$defs/ServingConfig"}
     properties["global"] = {"type": "object"}
-    properties["additionalWorkerGroups"] = {"type": "object", "additionalProperties": properties["worker"]}
+    properties["additionalWorkerGroups"] = {
+        "type": "object",
+        "additionalProperties": _without_required(properties["worker"]),
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Values of the chart packtrain",
         "type": "object",
         "additionalProperties": False,
+        "required": _needed(values),
         "properties": properties,
         "$defs": _configuration(serving),
     }
@@ -140,7 +157,19 @@ def _schema_of(path: str, value: object) -> Schema:
     if not value:
         return {"type": "object"}
     inner = {name: _schema_of(f"{path}.{name}", item) for name, item in value.items()}
-    return {"type": "object", "additionalProperties": False, "properties": inner}
+    return {"type": "object", "additionalProperties": False, "required": _needed(value), "properties": inner}
+
+
+def _needed(values: Mapping[str, Any]) -> list[str]:
+    """What `null`, by which helm takes a value away, would leave a hole in: all that is not empty by default."""
+    return [name for name, value in values.items() if value not in ("", [], {})]
+
+
+def _without_required(schema: Schema) -> Schema:
+    """For parts of a whole: each key may be left out."""
+    properties = {name: _without_required(inner) for name, inner in schema.get("properties", {}).items()}
+    made = {key: value for key, value in schema.items() if key != "required"}
+    return made | ({"properties": properties} if properties else {})
 
 
 def _configuration(serving: Schema) -> Schema:
@@ -148,6 +177,9 @@ def _configuration(serving: Schema) -> Schema:
     for name, keys in CHARTS_OWN.items():
         for key in keys:
             del definitions[name]["properties"][key]
+    for name, keys in PORTS.items():
+        for key in keys:
+            definitions[name]["properties"][key] = _PORT
     used = set(_references(definitions["ServingConfig"], definitions))
     return {name: _plain(definitions[name]) for name in sorted(used | {"ServingConfig"})}
 

@@ -1,6 +1,7 @@
 """The one reader of YAML and environment. Everything else is handed the frozen objects made here."""
 
 import difflib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -197,9 +198,10 @@ class ChatConfig(_Section):
 class AutoscalingConfig(_Section):
     """How the number of a model's groups follows what is asked of it."""
 
-    mode: Annotated[Literal["off", "advise", "on"], BeforeValidator(_off_or_on)] = Field(
-        "on", description="on: groups are started and stopped. advise: what would be done is told. off: neither."
-    )
+    mode: Annotated[
+        Literal["off", "advise", "on"],
+        BeforeValidator(_off_or_on, json_schema_input_type=Literal["off", "advise", "on", False, True]),
+    ] = Field("on", description="on: groups are started and stopped. advise: what would be done is told. off: neither.")
     min_groups: int = Field(1, ge=0, description="0: a model that nobody asks for has no group until somebody does.")
     max_groups: int = Field(ge=1)
     ttft_p99_s: float = Field(2.0, gt=0, description="99 of 100 requests have their first token within this.")
@@ -299,7 +301,10 @@ class ModelEntry(_Section):
         ge=1,
         description="Prompt tokens of a step, but for tenants below their share; all that fit when unset.",
     )
-    speculation: Annotated[Literal["auto", "off", "prompt_lookup"], BeforeValidator(_off_or_on)] = Field(
+    speculation: Annotated[
+        Literal["auto", "off", "prompt_lookup"],
+        BeforeValidator(_off_or_on, json_schema_input_type=Literal["auto", "off", "prompt_lookup", False]),
+    ] = Field(
         "auto",
         description="Tokens that a sequence has had before are computed together with its last one, where that pays. auto: "
         "where no bit of an answer depends on it.",
@@ -454,6 +459,20 @@ class ServingConfig(_Section):
                 raise ValueError(
                     f"models: the name {name!r} stands {names.count(name)} times; each model and adapter needs its own"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "ServingConfig":
+        ports = {
+            "gateway.port": (self.gateway.host, self.gateway.port),
+            "gateway.http_port": (self.gateway.host, self.gateway.http_port),
+            "admin.port": (self.admin.host, self.admin.port),
+        }
+        if "metrics_port" in self.admin.model_fields_set:  # else it moves away
+            ports["admin.metrics_port"] = (self.admin.host, self.admin.metrics_port)
+        for (first, (host, port)), (second, (other, same)) in itertools.combinations(ports.items(), 2):
+            if port and port == same and (host == other or {host, other} & {"0.0.0.0", "::"}):
+                raise ValueError(f"{first} and {second} are both {port}; each needs a port of its own")
         return self
 
 

@@ -1,12 +1,28 @@
 """What the chart refuses, in which words, and that nothing else refuses it: without that check it would have rendered."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.support.helm import CHART, CI_VALUES, RELEASE, changed_chart, only, render, run_helm, template
+from serving.config import parse_config
+from tests.support.helm import (
+    CHART,
+    CI_VALUES,
+    KUBERNETES_VERSIONS,
+    NAME,
+    RELEASE,
+    changed_chart,
+    of_kind,
+    only,
+    render,
+    run_helm,
+    serve_config,
+    template,
+)
 
 MINIMAL = next(path for path in CI_VALUES if path.name.startswith("minimal"))
 SMALL = {"name": "small", "source": "/opt/packtrain/models/x.gguf"}
@@ -14,6 +30,10 @@ ON_GPU = SMALL | {"device": "cuda"}
 LLAMA = {"name": "chat", "source": "/models/Llama-2-7b-chat-hf"}
 ONE_CLAIM = {"source": "pvc", "pvc": {"existingClaim": "llama"}}
 POSTGRESQL = {"tenancy": {"database": "postgresql://packtrain@db/packtrain"}}
+
+CLIENTS = {"networkPolicy": {"clients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}}
+A_HOST = {"enabled": True, "hosts": [{"host": "a.example"}]}
+IN_CLEAR = {"insecure": True}
 
 
 def gpus(count: int, cpus: int = 8, **more: object) -> dict[str, Any]:
@@ -30,18 +50,18 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
     "no token": ({"ray": {"auth": {"enabled": False}}}, "could run code", {"insecure": True}),
     "no network policy": ({"networkPolicy": {"enabled": False}}, "Ray's ports would be open", {"insecure": True}),
     "a load balancer in clear": (
-        {"service": {"type": "LoadBalancer"}},
+        {"service": {"type": "LoadBalancer"}, **CLIENTS},
         "travel in clear",
         {"tls": {"existingSecret": "tls"}},
     ),
-    "a node port in clear": ({"service": {"type": "NodePort"}}, "travel in clear", {"insecure": True}),
+    "a node port in clear": ({"service": {"type": "NodePort"}, **CLIENTS}, "travel in clear", {"insecure": True}),
     "an ingress in clear": (
-        {"ingress": {"enabled": True, "hosts": [{"host": "a.example"}]}},
+        {"ingress": A_HOST, **CLIENTS},
         "ingress.enabled without ingress.tls",
-        {"ingress": {"enabled": True, "hosts": [{"host": "a.example"}], "tls": [{"secretName": "tls"}]}},
+        {"ingress": A_HOST | {"tls": [{"secretName": "tls"}]}},
     ),
     "a route to any listener": (
-        {"gatewayApi": {"enabled": True, "parentRefs": [{"name": "public"}]}},
+        {"gatewayApi": {"enabled": True, "parentRefs": [{"name": "public"}]}, **CLIENTS},
         "has no sectionName",
         {"gatewayApi": {"enabled": True, "parentRefs": [{"name": "public", "sectionName": "https"}]}},
     ),
@@ -193,7 +213,88 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"gcsFaultTolerance": {"backend": "redis", "redis": {"address": "redis:6379"}}},
     ),
     "two groups of one name": ({"additionalWorkerGroups": {"workers": {}}}, 'the name "workers" stands twice', None),
-    "a group called gateways": ({"worker": {"groupName": "gateways"}}, "`gateways` is the gateways' own", None),
+    **{
+        f"a group called {name}": (
+            {"worker": {"groupName": name}},
+            f'the name "{name}" stands twice; head, gateway and gateways are the chart\'s own',
+            None,
+        )
+        for name in ("gateways", "gateway", "head")
+    },
+    **{
+        f"a group called {name:.10}": (
+            {"additionalWorkerGroups": {name: {}}},
+            f'additionalWorkerGroups: the name "{name}" is no part of Kubernetes\' names',
+            None,
+        )
+        for name in ("A100_Big", "-a", "a" * 41)
+    },
+    "a name that is too long": (
+        {"nameOverride": "n" * 37},
+        f'the resources\' name would be "rel-{"n" * 37}"',
+        {"fullnameOverride": "n" * 40},
+    ),
+    "the chart's label on everything": (
+        {"common": {"labels": {"app.kubernetes.io/name": "other", "app.kubernetes.io/part-of": "platform"}}},
+        "common.labels: app.kubernetes.io/name is the chart's own",
+        None,
+    ),
+    "the chart's label on nodes": (
+        {"worker": {"labels": {"app.kubernetes.io/component": "gpu"}}},
+        "worker group workers.labels: app.kubernetes.io/component is the chart's own",
+        None,
+    ),
+    "one port twice": (
+        {"config": {"gateway": {"port": 8000}}},
+        "config.gateway.port and config.gateway.http_port are both 8000; each needs a port of its own",
+        {"config": {"gateway": {"http_port": 8001}}},
+    ),
+    "metrics on the Admin service's port": (
+        {"config": {"admin": {"metrics_port": 50052}}},
+        "config.admin.port and config.admin.metrics_port are both 50052",
+        None,
+    ),
+    "a load balancer that nobody may use": (
+        {"service": {"type": "LoadBalancer"}, **IN_CLEAR},
+        "service.type is LoadBalancer and networkPolicy.clients is empty",
+        CLIENTS,
+    ),
+    "a node port that nobody may use": (
+        {"service": {"type": "NodePort"}, **IN_CLEAR},
+        "service.type is NodePort and networkPolicy.clients is empty",
+        {"networkPolicy": {"enabled": False}},
+    ),
+    "an ingress that may not come in": (
+        {"ingress": A_HOST, **IN_CLEAR},
+        "ingress.enabled is true and networkPolicy.clients is empty",
+        CLIENTS,
+    ),
+    "routes that may not come in": (
+        {"gatewayApi": {"enabled": True, "parentRefs": [{"name": "public"}]}, **IN_CLEAR},
+        "gatewayApi.enabled is true and networkPolicy.clients is empty",
+        CLIENTS,
+    ),
+    "a request above the chart's limit": (
+        {"worker": {"resources": {"requests": {"cpu": 64}}}},
+        "worker.resources: requests.cpu is 64 and limits.cpu is 2 (the chart's, where you gave none); Kubernetes wants the limit "
+        "at least as high, or null for none",
+        {"worker": {"resources": {"limits": {"cpu": None}}}},
+    ),
+    "a request above a limit in other units": (
+        {"gateway": {"resources": {"requests": {"memory": "3073Mi"}}}},
+        "gateway.resources: requests.memory is 3073Mi and limits.memory is 3Gi",
+        {"gateway": {"resources": {"limits": {"memory": 3222274048}}}},
+    ),
+    "a request of an additional group": (
+        {"additionalWorkerGroups": {"more": {"resources": {"requests": {"cpu": "1500m"}, "limits": {"cpu": 1}}}}},
+        "additionalWorkerGroups.more.resources: requests.cpu is 1500m and limits.cpu is 1",
+        {"additionalWorkerGroups": {"more": {"resources": {"limits": {"cpu": 1.5}}}}},
+    ),
+    "GPUs that are only requested": (
+        {"worker": {"resources": {"requests": {"nvidia.com/gpu": 8}}}},
+        "worker.resources: requests.nvidia.com/gpu is 8 and limits.nvidia.com/gpu is 0",
+        {"worker": {"resources": {"limits": {"nvidia.com/gpu": 8}}}},
+    ),
     "fewest above most": ({"worker": {"minReplicas": 2, "replicas": 2}}, "minReplicas 2 is above maxReplicas 1", None),
     "replicas beyond the most": (
         {"worker": {"replicas": 2}},
@@ -207,9 +308,9 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"weights": {"source": "s3", "s3": {"uri": "s3://b/p"}}},
     ),
     "nothing that fills /models": ({"weights": {"source": "init"}}, "nothing would fill /models", None),
-    "routes without gateway": ({"gatewayApi": {"enabled": True}}, "needs gatewayApi.parentRefs", None),
+    "routes without gateway": ({"gatewayApi": {"enabled": True}, **CLIENTS}, "needs gatewayApi.parentRefs", None),
     "an ingress without hosts": (
-        {"ingress": {"enabled": True, "tls": [{"secretName": "tls"}]}},
+        {"ingress": {"enabled": True, "tls": [{"secretName": "tls"}]}, **CLIENTS},
         "ingress.enabled needs ingress.hosts",
         {"ingress": {"enabled": True, "hosts": [{"host": "a.example"}], "tls": [{"secretName": "tls"}]}},
     ),
@@ -231,6 +332,23 @@ BY_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
     "no gateway": ({"gateway": {"replicas": 0}}, "minimum"),
     "a backend that is none": ({"gcsFaultTolerance": {"backend": "etcd"}}, "backend"),
     "a misspelt key of a group": ({"additionalWorkerGroups": {"more": {"replica": 1}}}, "replica"),
+    **{
+        f"the name {name}": ({"fullnameOverride": name}, "/fullnameOverride") for name in ("My_LLM", "-x", "a.b", "70b")
+    },
+    "a name with spaces": ({"nameOverride": "My App"}, "/nameOverride"),
+    "a value that no label has": ({"common": {"labels": {"team": "a b"}}}, "/common/labels/team"),
+    "a port that is picked": ({"config": {"gateway": {"port": 0}}}, "/config/gateway/port"),
+    "an HTTP port that is picked": ({"config": {"gateway": {"http_port": 0}}}, "/config/gateway/http_port"),
+    "a port for metrics that is picked": ({"config": {"admin": {"metrics_port": 0}}}, "/config/admin/metrics_port"),
+    "no share of nodes": ({"worker": {"podDisruptionBudget": {"maxUnavailable": "abc"}}}, "maxUnavailable"),
+    "no amount of memory": (
+        {"worker": {"resources": {"limits": {"memory": "8GB"}}}},
+        "/worker/resources/limits/memory",
+    ),
+    "no tag": ({"image": {"tag": "bad tag"}}, "/image/tag"),
+    "no repository": ({"image": {"repository": "UPPER/x"}}, "/image/repository"),
+    "no interval": ({"monitoring": {"podMonitor": {"interval": "abc"}}}, "/monitoring/podMonitor/interval"),
+    "no address of S3": ({"weights": {"s3": {"endpoint": "minio:9000"}}}, "/weights/s3/endpoint"),
     "no number of seconds": ({"terminationGracePeriodSeconds": "90s"}, "terminationGracePeriodSeconds"),
 }
 
@@ -273,6 +391,116 @@ def test_refused_by_the_schema(case: str) -> None:
     assert done.returncode != 0
     assert "values don't meet the specifications of the schema" in done.stderr
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("release", ["70b", "a.b", "platform-team-language-models-production"])
+def test_a_release_whose_name_cannot_be_that_of_resources(release: str) -> None:
+    """Services begin with a letter. What is too long is not cut, since two releases would have the same names then."""
+    command = (CHART, "--kube-version", KUBERNETES_VERSIONS[-1], "--values", MINIMAL)
+    done = run_helm("template", release, *command)
+    assert done.returncode != 0
+    assert f'the resources\' name would be "{release}-packtrain"' in done.stderr
+    assert run_helm("template", release, *command, "--set", "fullnameOverride=llm").returncode == 0
+
+
+def test_nothing_that_null_would_take_away_may_be_missing() -> None:
+    """Nil pointers in templates do not tell which value they miss."""
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def look(values: dict[str, Any], at: dict[str, Any], path: str) -> Iterator[str]:
+        empty = {name for name, value in values.items() if value in ("", [], {})}
+        assert set(at["required"]) == set(values) - empty, path
+        for name, value in values.items():
+            inner = at["properties"][name]
+            if name not in empty and isinstance(value, dict) and "required" in inner and name != "config":
+                yield from look(value, inner, f"{path}{name}.")
+            elif name in empty:
+                yield f"{path}{name}"
+
+    empty = list(look(defaults, schema, ""))
+    assert {"additionalWorkerGroups", "gateway.rayStartParams", "head.annotations", "image.tag"} <= set(empty)
+    # What is empty by default may as well be null.
+    done = template(arguments=tuple(part for path in empty for part in ("--set", f"{path}=null")))
+    assert done.returncode == 0, done.stderr
+    assert [document for document in yaml.safe_load_all(done.stdout) if document] == render()
+
+
+@pytest.mark.parametrize("path", ["networkPolicy", "worker.podDisruptionBudget", "head.shmSize"])
+def test_null_is_told_by_its_name(path: str) -> None:
+    done = template(arguments=("--set", f"{path}=null"))
+    section, _, name = path.rpartition(".")
+    assert f"at '{'/' + section if section else ''}': missing property '{name}'" in done.stderr
+
+
+@pytest.mark.parametrize(("written", "mode"), [("on", True), ("off", False), ("advise", "advise"), ('"on"', "on")])
+def test_modes_that_are_not_quoted(written: str, mode: bool | str, tmp_path: Path) -> None:
+    """YAML reads off and on as false and true, and `packtrain serve` takes these."""
+    file = tmp_path / "values.yaml"
+    entry = f"{{name: m, source: /opt/x.gguf, device: cpu, autoscaling: {{mode: {written}, max_groups: 1}}}}"
+    file.write_text(f"config: {{models: [{entry}]}}")
+    config = serve_config(render(file))
+    assert config["models"][0]["autoscaling"]["mode"] == mode
+    scaling = parse_config(config, origin="test").models[0].autoscaling
+    assert scaling is not None and scaling.mode == written.strip('"')
+
+
+def test_a_group_replaces_what_it_gives() -> None:
+    """Merged key by key, a group of CPUs beside one of GPUs had its GPUs and its node selector."""
+    worker = {
+        **gpus(8),
+        "nodeSelector": {"gpu": "a100"},
+        "labels": {"team": "a"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "podDisruptionBudget": {"maxUnavailable": 2},
+    }
+    resources = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"cpu": "8", "memory": "16Gi"}}
+    own = {
+        "resources": resources,
+        "nodeSelector": {},
+        "replicas": 0,
+        "minReplicas": 0,
+        "podDisruptionBudget": {"enabled": False},
+    }
+    manifests = render(values={"worker": worker, "additionalWorkerGroups": {"cpu": own, "more": {"maxReplicas": 3}}})
+    _, first, cpu, more = only(manifests, "RayCluster")["spec"]["workerGroupSpecs"]
+    assert (cpu["groupName"], cpu["replicas"], cpu["rayStartParams"]["num-gpus"]) == ("cpu", 0, "0")
+    assert cpu["template"]["spec"]["containers"][0]["resources"] == resources
+    assert "nodeSelector" not in cpu["template"]["spec"]
+    assert cpu["template"]["metadata"]["labels"]["team"] == "a"
+    assert more["template"]["spec"] == first["template"]["spec"]
+    budgets = {m["metadata"]["name"]: m["spec"]["maxUnavailable"] for m in of_kind(manifests, "PodDisruptionBudget")}
+    assert budgets == {f"{NAME}-gateway": 1, f"{NAME}-workers": 2, f"{NAME}-more": 2}
+
+
+@pytest.mark.parametrize(
+    ("policy", "values", "port"),
+    [
+        ("weights", {"endpoint": "http://minio.minio.svc:9000"}, 9000),
+        ("weights", {"endpoint": "http://minio.minio.svc/"}, 80),
+        ("weights", {"endpoint": "https://[fd00::7]"}, 443),
+        ("weights", {}, 443),
+        ("database", {"database": "postgresql://packtrain@pg.db.svc:6432/x"}, 6432),
+        ("database", {"database": "postgresql+psycopg://pg/x?sslmode=require&port=6433"}, 6433),
+        ("database", {"database": "postgresql://packtrain@10.0.0.7/x"}, 5432),
+        ("database", {"database": "postgresql://packtrain@pg:6432/x", "port": 7000}, 7000),
+        ("redis", {"address": "10.0.0.7"}, 6379),
+        ("redis", {"address": "redis.db.svc:6380"}, 6380),
+        ("redis", {"address": "rediss://redis.db.svc:6381/0"}, 6381),
+        ("redis", {"address": "redis://[fd00::7]:6382"}, 6382),
+    ],
+)
+def test_policies_open_the_ports_of_addresses(policy: str, values: dict[str, Any], port: int) -> None:
+    given: dict[str, dict[str, Any]] = {
+        "weights": {"weights": {"source": "s3", "s3": {"uri": "s3://b/p"} | values}},
+        "database": {
+            "config": {"tenancy": {"database": values.get("database")}},
+            "database": {"egress": {"port": values.get("port", 0)}},
+        },
+        "redis": {"gcsFaultTolerance": {"backend": "redis", "redis": values}},
+    }
+    (rule,) = only(render(values=given[policy]), "NetworkPolicy", f"{NAME}-{policy}")["spec"]["egress"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": port}]
 
 
 @pytest.mark.parametrize(

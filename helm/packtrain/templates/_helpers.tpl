@@ -1,17 +1,13 @@
 {{/* Names and labels. */}}
 
 {{- define "packtrain.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name -}}
 {{- end -}}
 
-{{/* At most 40 characters: KubeRay appends "-head-svc" and the names of groups. */}}
+{{/* Never cut to a length, which would give two releases one name: "packtrain.validate.names" refuses what is too long. */}}
 {{- define "packtrain.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
-{{- else -}}
 {{- $name := include "packtrain.name" . -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
-{{- end -}}
+{{- .Values.fullnameOverride | default (ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name)) -}}
 {{- end -}}
 
 {{- define "packtrain.selectorLabels" -}}
@@ -49,7 +45,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
 {{- define "packtrain.gcsPort" -}}
-{{ index .Values.head.rayStartParams "port" | default "6379" }}
+{{ index (.Values.head.rayStartParams | default dict) "port" | default "6379" }}
 {{- end -}}
 
 {{- define "packtrain.tlsSecret" -}}
@@ -64,6 +60,18 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{ .Values.ray.auth.existingSecret | default (include "packtrain.fullname" .) }}
 {{- end -}}
 
+{{/* Port of an address or URL, else what is usual: (list address usual). */}}
+{{- define "packtrain.urlPort" -}}
+{{- $authority := index . 0 | regexFind "^([A-Za-z0-9+.-]+://)?[^/?#]*" -}}
+{{- regexFind ":[0-9]+$" $authority | trimPrefix ":" | default (index . 1) -}}
+{{- end -}}
+
+{{- define "packtrain.databasePort" -}}
+{{- $url := dig "database" "" (.Values.config.tenancy | default dict) -}}
+{{- $parameter := regexFind "[?&]port=[0-9]+" $url | regexFind "[0-9]+$" -}}
+{{- .Values.database.egress.port | default (include "packtrain.urlPort" (list $url ($parameter | default "5432"))) -}}
+{{- end -}}
+
 {{/* "sqlite", "postgresql" or "" without tenancy. */}}
 {{- define "packtrain.database" -}}
 {{- with .Values.config.tenancy -}}
@@ -75,13 +83,22 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{ .Values.weights.pvc.existingClaim | default (printf "%s-weights" (include "packtrain.fullname" .)) }}
 {{- end -}}
 
-{{/* Groups of worker nodes as JSON, each whole: what one leaves out is as in `worker`. */}}
+{{/* Groups of worker nodes as JSON, each whole: what one leaves out is as in `worker`, what it gives replaces that. */}}
 {{- define "packtrain.workerGroups" -}}
 {{- $groups := list .Values.worker -}}
-{{- range $name := keys .Values.additionalWorkerGroups | sortAlpha -}}
-{{- $own := index $.Values.additionalWorkerGroups $name -}}
-{{- $own = merge (dict "groupName" $name) $own -}}
-{{- $groups = append $groups (mergeOverwrite (deepCopy $.Values.worker) $own) -}}
+{{- range $name, $own := .Values.additionalWorkerGroups -}}
+{{- $group := deepCopy $.Values.worker -}}
+{{- $_ := set $group "groupName" $name -}}
+{{- range $key, $value := $own -}}
+{{- if eq $key "podDisruptionBudget" -}}
+{{- range $inner, $given := $value -}}
+{{- $_ := set $group.podDisruptionBudget $inner $given -}}
+{{- end -}}
+{{- else -}}
+{{- $_ := set $group $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- $groups = append $groups $group -}}
 {{- end -}}
 {{- $groups | toJson -}}
 {{- end -}}

@@ -47,7 +47,7 @@ priorityClassName: {{ . }}
 {{- end -}}
 
 {{- define "packtrain.agentPort" -}}
-{{ index . "dashboard-agent-listen-port" | default "52365" }}
+{{ index (. | default dict) "dashboard-agent-listen-port" | default "52365" }}
 {{- end -}}
 
 {{/* Of a pod without a gateway: its Ray node is alive. (list root rayStartParams) */}}

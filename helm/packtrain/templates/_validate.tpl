@@ -38,7 +38,10 @@
 
 {{- define "packtrain.validate" -}}
 {{- include "packtrain.validate.security" . -}}
+{{- include "packtrain.validate.names" . -}}
+{{- include "packtrain.validate.network" . -}}
 {{- include "packtrain.validate.images" . -}}
+{{- include "packtrain.validate.resources" . -}}
 {{- include "packtrain.validate.models" . -}}
 {{- include "packtrain.validate.operation" . -}}
 {{- end -}}
@@ -76,7 +79,7 @@
 {{- end -}}
 {{- $places := dict "common" $v.common "head" $v.head "gateway" $v.gateway "driver" $v.driver -}}
 {{- range include "packtrain.workerGroups" . | fromJsonArray -}}
-{{- $_ := set $places .groupName . -}}
+{{- $_ := set $places (printf "worker group %s" .groupName) . -}}
 {{- end -}}
 {{- range $place, $section := $places -}}
 {{- range $section.containerEnv -}}
@@ -95,6 +98,86 @@
 {{- end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuerRef) -}}
 {{- fail "tls.certManager.enabled needs tls.certManager.issuerRef" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "packtrain.validate.names" -}}
+{{- $name := include "packtrain.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$" $name) -}}
+{{- fail (printf "the resources' name would be %q; Kubernetes and KubeRay take a letter first, then small letters, digits and hyphens, no hyphen last, and at most 40 characters in all. Set fullnameOverride" $name) -}}
+{{- end -}}
+{{- $names := list "head" "gateway" "gateways" -}}
+{{- $labelled := dict "common" .Values.common "head" .Values.head "gateway" .Values.gateway "driver" .Values.driver -}}
+{{- range include "packtrain.workerGroups" . | fromJsonArray -}}
+{{- if not (regexMatch "^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$" .groupName) -}}
+{{- fail (printf "additionalWorkerGroups: the name %q is no part of Kubernetes' names: small letters, digits and hyphens, no hyphen first or last, at most 40 characters" .groupName) -}}
+{{- end -}}
+{{- if has .groupName $names -}}
+{{- fail (printf "worker groups: the name %q stands twice; head, gateway and gateways are the chart's own" .groupName) -}}
+{{- end -}}
+{{- $names = append $names .groupName -}}
+{{- $_ := set $labelled (printf "worker group %s" .groupName) . -}}
+{{- end -}}
+{{- $own := list "helm.sh/chart" "packtrain.io/worker-group" -}}
+{{- range list "name" "instance" "component" "version" "managed-by" -}}
+{{- $own = append $own (printf "app.kubernetes.io/%s" .) -}}
+{{- end -}}
+{{- range $place, $section := $labelled -}}
+{{- range $label, $_ := $section.labels -}}
+{{- if has $label $own -}}
+{{- fail (printf "%s.labels: %s is the chart's own, by which Services, NetworkPolicies and budgets find their pods. Leave it out" $place $label) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "packtrain.validate.network" -}}
+{{- $v := .Values -}}
+{{- $ports := dict -}}
+{{- range list (list "gateway" "port" 50051) (list "gateway" "http_port" 8000) (list "admin" "port" 50052) (list "admin" "metrics_port" 9464) -}}
+{{- $field := printf "config.%s.%s" (index . 0) (index . 1) -}}
+{{- $port := include "packtrain.port" (prepend . $) -}}
+{{- if hasKey $ports $port -}}
+{{- fail (printf "%s and %s are both %s; each needs a port of its own" (index $ports $port) $field $port) -}}
+{{- end -}}
+{{- $_ := set $ports $port $field -}}
+{{- end -}}
+{{- if and $v.networkPolicy.enabled (not $v.networkPolicy.clients) -}}
+{{- $open := list -}}
+{{- if has $v.service.type (list "LoadBalancer" "NodePort") -}}
+{{- $open = append $open (printf "service.type is %s" $v.service.type) -}}
+{{- end -}}
+{{- range list "ingress" "gatewayApi" -}}
+{{- if index $v . "enabled" -}}
+{{- $open = append $open (printf "%s.enabled is true" .) -}}
+{{- end -}}
+{{- end -}}
+{{- range $open -}}
+{{- fail (printf "%s and networkPolicy.clients is empty: the NetworkPolicy lets in nobody from outside the release's namespace. List there who may come: an ingress controller's namespace, or an ipBlock" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A request above its limit, and another number of GPUs than the limit, are refused by Kubernetes only when pods are made. */}}
+{{- define "packtrain.validate.resources" -}}
+{{- $v := .Values -}}
+{{- $places := dict "ray.autoscaling.resources" $v.ray.autoscaling.resources "head.resources" $v.head.resources "gateway.resources" $v.gateway.resources "driver.resources" $v.driver.resources "driver.rayResources" $v.driver.rayResources "worker.resources" $v.worker.resources -}}
+{{- range $name, $group := $v.additionalWorkerGroups -}}
+{{- $_ := set $places (printf "additionalWorkerGroups.%s.resources" $name) ($group.resources | default dict) -}}
+{{- end -}}
+{{- range $place, $resources := $places -}}
+{{- $limits := $resources.limits | default dict -}}
+{{- range $name, $request := $resources.requests -}}
+{{- $isDevice := contains "/" $name -}}
+{{- if or $isDevice (hasKey $limits $name) -}}
+{{- $limit := index $limits $name | default 0 -}}
+{{- $asked := include "packtrain.quantity" $request | float64 -}}
+{{- $most := include "packtrain.quantity" $limit | float64 -}}
+{{- if or (gt $asked $most) (and $isDevice (ne $asked $most)) -}}
+{{- fail (printf "%s: requests.%s is %v and limits.%s is %v (the chart's, where you gave none); Kubernetes wants the limit %s" $place $name $request $name $limit (ternary "to be the same" "at least as high, or null for none" $isDevice)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -203,12 +286,7 @@
 {{- if and $v.gcsFaultTolerance.enabled (eq $v.gcsFaultTolerance.backend "redis") (not $v.gcsFaultTolerance.redis.address) -}}
 {{- fail "gcsFaultTolerance.backend is redis: gcsFaultTolerance.redis.address is missing" -}}
 {{- end -}}
-{{- $names := list -}}
 {{- range include "packtrain.workerGroups" . | fromJsonArray -}}
-{{- if has .groupName (append $names "gateways") -}}
-{{- fail (printf "worker groups: the name %q stands twice; `gateways` is the gateways' own" .groupName) -}}
-{{- end -}}
-{{- $names = append $names .groupName -}}
 {{- if gt (.minReplicas | int) (.maxReplicas | int) -}}
 {{- fail (printf "worker group %s: minReplicas %d is above maxReplicas %d" .groupName (.minReplicas | int) (.maxReplicas | int)) -}}
 {{- end -}}
