@@ -1,7 +1,6 @@
 """The one reader of YAML and environment. Everything else is handed the frozen objects made here."""
 
 import difflib
-import itertools
 import os
 import re
 from pathlib import Path
@@ -459,20 +458,6 @@ class ServingConfig(_Section):
                 raise ValueError(
                     f"models: the name {name!r} stands {names.count(name)} times; each model and adapter needs its own"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _ports_differ(self) -> "ServingConfig":
-        ports = {
-            "gateway.port": (self.gateway.host, self.gateway.port),
-            "gateway.http_port": (self.gateway.host, self.gateway.http_port),
-            "admin.port": (self.admin.host, self.admin.port),
-        }
-        if "metrics_port" in self.admin.model_fields_set:  # else it moves away
-            ports["admin.metrics_port"] = (self.admin.host, self.admin.metrics_port)
-        for (first, (host, port)), (second, (other, same)) in itertools.combinations(ports.items(), 2):
-            if port and port == same and (host == other or {host, other} & {"0.0.0.0", "::"}):
-                raise ValueError(f"{first} and {second} are both {port}; each needs a port of its own")
         return self
 
 

@@ -442,6 +442,13 @@ def _rule_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> It
     gateways = (chart_values.get("gateway") or {}).get("replicas", 1)
     if config.tenancy is not None and gateways > 1 and not config.tenancy.database.startswith("postgresql"):
         yield f"gateway.replicas is {gateways}, and SQLite serves one machine: config.tenancy.database must be PostgreSQL"
+    fields: dict[int, str] = {}
+    for section, key in (("gateway", "port"), ("gateway", "http_port"), ("admin", "port"), ("admin", "metrics_port")):
+        name, port = f"config.{section}.{key}", getattr(getattr(config, section), key)
+        if port == 0:
+            yield f"{name} is 0; the ports of pods must be known, from 1 to 65535"
+        elif port is not None and fields.setdefault(port, name) != name:
+            yield f"{fields[port]} and {name} are both {port}; each needs a port of its own"
     accepted = bool((chart_values.get("license") or {}).get("accept"))
     for entry in config.models:
         if _LLAMA_2.search(f"{entry.name} {entry.source}") and not accepted:

@@ -48,7 +48,7 @@ MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
     (rules.live_is_not_ready, "minimal-cpu", {PODS: ("grpc: {port: {{ include \"packtrain.port\" (list . \"gateway\" \"port\" 50051) }}}", "httpGet: {path: /api/healthz, port: {{ $port }}}")}),
     (rules.live_is_not_ready, "many-models", {PODS: ("path: /readyz", "path: /healthz")}),
     (rules.live_is_not_ready, "minimal-cpu", {PODS: ("livenessProbe:\n  httpGet: {path: /api/healthz,", "livenessProbe:\n  httpGet: {path: /readyz,")}),
-    (rules.head_holds_no_group, "minimal-cpu", {CLUSTER: ('merge (dict "num-cpus" "0" "num-gpus" "0") .Values.head', 'merge (dict) .Values.head')}),
+    (rules.head_holds_no_group, "minimal-cpu", {CLUSTER: ('merge (dict "num-cpus" "0" "num-gpus" "0") (.Values.head', 'merge (dict) (.Values.head')}),
     (rules.head_holds_no_group, "minimal-cpu", {DRIVER: ('"num-cpus" "0"', '"num-cpus" "4"')}),
     (rules.state_outlives_the_head, "minimal-cpu", {CLUSTER: ("- {name: gcs, mountPath: /var/lib/ray-gcs}", "- {name: tmp, mountPath: /var/lib/ray-gcs}")}),
     (rules.state_outlives_the_head, "minimal-cpu", {HELPERS: ('reconnect_timeout_s, value: "600"', 'reconnect_timeout_s, value: "60"')}),

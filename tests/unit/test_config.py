@@ -35,14 +35,6 @@ def _error(data: dict[str, object]) -> str:
         ({"models": [{**MODEL, "tensor_parallel_size": 0}]}, ["models.0.tensor_parallel_size", "0"]),
         ({"models": [{**MODEL, "dtype": "int4"}]}, ["models.0.dtype", "int4", "bfloat16"]),
         ({"models": [MODEL, MODEL]}, ["'m'", "2 times"]),
-        (
-            {"models": [MODEL], "gateway": {"port": 8000}},
-            ["gateway.port and gateway.http_port are both 8000; each needs a port of its own"],
-        ),
-        (
-            {"models": [MODEL], "gateway": {"host": "0.0.0.0"}, "admin": {"metrics_port": 8000}},
-            ["gateway.http_port and admin.metrics_port are both 8000"],
-        ),
         ({"models": [MODEL], "gateway": {"port": 70000}}, ["gateway.port", "70000", "65535"]),
         ({"models": [{**MODEL, "autoscaling": {}}]}, ["models.0.autoscaling.max_groups", "required"]),
         (
@@ -76,19 +68,6 @@ def test_off_and_on_may_be_written_without_quotes(text: str, mode: str, most: in
     (entry,) = load_config(file).models
     assert entry.autoscaling is not None
     assert (entry.autoscaling.mode, entry.most_groups) == (mode, most)
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"gateway": {"port": 0, "http_port": 0}, "admin": {"port": 0, "metrics_port": 0}},
-        {"gateway": {"port": 8000, "http_port": None}},
-        {"gateway": {"port": 9464}},  # metrics move to another port by themselves
-        {"gateway": {"host": "10.0.0.1"}, "admin": {"host": "10.0.0.2", "port": 8000}},
-    ],
-)
-def test_ports_that_do_not_meet(sections: dict[str, object]) -> None:
-    assert parse_config({"models": [MODEL], **sections}, origin="test")
 
 
 def test_one_mistake_is_one_message() -> None:

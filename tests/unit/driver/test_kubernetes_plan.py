@@ -132,6 +132,8 @@ def test_a_known_model_is_taken_from_the_image() -> None:
         ({"license": {"accept": False}}, "license.accept is not true"),
         ({"gateway": {"replicas": 2}}, "must be PostgreSQL"),
         ({"config": {"tenancy": None}}, "there are no keys"),
+        ({"config": {"gateway": {"http_port": 0}}}, "config.gateway.http_port is 0; the ports of pods must be known"),
+        ({"config": {"gateway": {"port": 9464}}}, "config.gateway.port and config.admin.metrics_port are both 9464"),
         (
             {"worker": {"resources": {"limits": {"nvidia.com/gpu": 4}}}},
             "the largest worker group has room for 4 ranks of 1 GPU and 1 CPU each",
