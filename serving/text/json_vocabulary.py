@@ -36,7 +36,8 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
         if token_id not in added:
             token_bytes[token_id] = to_bytes(text)
         elif not added[token_id]["special"]:
-            token_bytes[token_id] = text.encode()
+            found = library.id_to_token(token_id)  # of one that is looked for in normalized text, that: "▁word"
+            token_bytes[token_id] = text.encode() if found == text else to_bytes(found)
     bos_id = ids.get(info.tokenizer.bos_text)
     bos = info.config.bos_token_id if bos_id is None else bos_id
     later = _library_for_later_parts(info, data) or library
@@ -71,12 +72,14 @@ def _added_tokens(info: CheckpointInfo, data: dict[str, Any], markup: str) -> di
     added = {token["id"]: token for token in data.get("added_tokens") or ()}
     by_id = special_ids(info)
     by_text = {token["content"]: token for token in added.values()}
+    is_new = False
     for token in info.tokenizer.added:
         if token.id in added or token.text in by_text:
             known = added.get(token.id) or by_text[token.text]
             known["special"] = known["special"] or (bool(token.special) and known["content"] == token.text)
             continue
-        added[token.id] = _add(data, token)
+        added[token.id] = _added(token)
+        is_new = True
     for token_id, token in added.items():
         token["special"] = bool(
             token["special"]
@@ -85,13 +88,15 @@ def _added_tokens(info: CheckpointInfo, data: dict[str, Any], markup: str) -> di
             or is_markup(info, token["content"], markup)
         )
     data["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+    vocab = data["model"].get("vocab")
+    if is_new and isinstance(vocab, dict):
+        # What the vocabulary lacks gets the ids that follow it. So that all have their own, none is left out of it.
+        for token_id, token in added.items():
+            vocab.setdefault(token["content"], token_id)
     return added
 
 
-def _add(data: dict[str, Any], token: AddedToken) -> dict[str, Any]:
-    vocab = data["model"].get("vocab")
-    if isinstance(vocab, dict):  # so that it gets its own id, and not the next one
-        vocab.setdefault(token.text, token.id)
+def _added(token: AddedToken) -> dict[str, Any]:
     return {
         "id": token.id, "content": token.text, "single_word": False, "lstrip": token.lstrip, "rstrip": token.rstrip,
         "normalized": False, "special": bool(token.special),

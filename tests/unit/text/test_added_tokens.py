@@ -102,6 +102,69 @@ def test_a_token_in_the_place_of_a_byte_is_refused(tmp_path: Path) -> None:
         load(tmp_path, VOCABULARIES["tokenizer.model"], added_tokens__json={"<x>": 5})
 
 
+def llama_3_json(texts: list[str]) -> tuple[str, int]:
+    """As Llama 3's file: added tokens follow the vocabulary and do not stand in it. And the id of the first, BOS."""
+    data = json.loads(byte_level_json([]))
+    special = {token["content"] for token in data["added_tokens"]}
+    ranked = [text for text in sorted(data["model"]["vocab"], key=data["model"]["vocab"].get) if text not in special]
+    first = len(ranked)
+    data["model"] |= {"vocab": {text: i for i, text in enumerate(ranked)}, "ignore_merges": True}
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *texts]
+    data["added_tokens"] = [data["added_tokens"][0] | {"id": first + i, "content": t} for i, t in enumerate(names)]
+    return json.dumps(data), first
+
+
+@pytest.mark.parametrize("shape", ["added_tokens_decoder", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("in_the_file", "beside", "offsets"),
+    [
+        (["<|im_start|>", "<|im_end|>"], ["<pad>"], [4]),
+        (["<|im_start|>", "<|im_end|>"], ["<pad>"], [20]),
+        ([], ["<|im_start|>", "<|im_end|>"], [2, 3]),
+        (["<|im_start|>"], ["<|im_end|>", "<pad>"], [9, 6]),
+    ],
+    ids=["next", "after a gap", "all beside", "out of order"],
+)
+def test_added_tokens_outside_the_vocabulary_keep_their_ids(
+    tmp_path: Path, shape: str, in_the_file: list[str], beside: list[str], offsets: list[int]
+) -> None:
+    """Llama 3's, and most fine-tunes': a file beside them that adds one more must not number the others anew."""
+    text, first = llama_3_json(in_the_file)
+    ids = {token: first + offset for token, offset in zip(beside, offsets, strict=True)}
+    files: dict[str, Any] = {
+        "added_tokens_decoder": {
+            "tokenizer_config__json": {"added_tokens_decoder": {str(i): IM_END | {"content": t} for t, i in ids.items()}}
+        },
+        "added_tokens.json": {
+            "added_tokens__json": ids, "tokenizer_config__json": {"additional_special_tokens": beside},
+        },
+    }[shape]  # fmt: skip
+    path = llama_directory(tmp_path, tokenizer__json=text, **{k: json.dumps(v) for k, v in files.items()}) / "config.json"
+    config = json.loads(path.read_text()) | {"bos_token_id": first, "eos_token_id": first + 1}
+    path.write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    named = {t: first + i for i, t in enumerate(("<|begin_of_text|>", "<|end_of_text|>", *in_the_file))} | ids
+    assert {t: tokenizer.control_token_id(t) for t in named} == named
+    library = Library.from_str(text)
+    library.encode_special_tokens = True
+    for plain in [*TEXTS, *named]:
+        assert tokenizer.encode(plain, add_bos=False) == library.encode(plain, add_special_tokens=False).ids, plain
+
+
+@pytest.mark.parametrize("lstrip", [False, True])
+def test_a_word_that_is_looked_for_in_normalized_text(tmp_path: Path, lstrip: bool) -> None:
+    """As tokenizer.add_tokens(["DOG"]) writes it: the space before it belongs to it."""
+    data = json.loads(tokenizer_json())
+    word = {"id": 500, "content": "DOG", "special": False, "normalized": True, "lstrip": lstrip}
+    data["added_tokens"].append(data["added_tokens"][1] | word)
+    text = json.dumps(data)
+    tokenizer, library = load(tmp_path, {"tokenizer__json": text}), Library.from_str(text)
+    for plain in ("the DOG DOGs", "a DOG", "DOG", "xDOG", "a  DOG DOG b"):
+        ids = library.encode(plain, add_special_tokens=False).ids
+        assert tokenizer.encode(plain, add_bos=False) == ids
+        assert tokenizer.decode(ids) == library.decode(ids) == plain
+
+
 def test_bos_of_the_tokenizers_files(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:
     config = {
         "bos_token": "<|start|>",
