@@ -1,23 +1,29 @@
 """Whether two checkpoints are the same one, told in milliseconds and not by reading all of their weights."""
 
 import hashlib
-from pathlib import Path
 
-_SUFFIXES = frozenset({".bin", ".gguf", ".json", ".model", ".pth", ".safetensors"})
+from model_parallel.checkpoint.info import CheckpointInfo
+
+_SETTINGS = (
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "params.json",
+)  # fmt: skip
+"""What is read beside weights and tokenizer."""
 _END_BYTES = 1 << 20
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 """Of a larger one, beside its first and last MiB."""
 
 
-def fingerprint(source: Path) -> str:
-    """A digest (hex) of the names and sizes of a checkpoint's files, of all small ones, and of samples of the large ones.
+def fingerprint(info: CheckpointInfo) -> str:
+    """A digest (hex) of the names and sizes of the files that are used, of all small ones, and of samples of the large ones.
+    What else lies beside them decides nothing, and may be unreadable.
 
     Weights that were trained further differ in nearly every page; that a file is changed in places that are not sampled is not
     noticed. Raises OSError.
     """
     digest = hashlib.sha256()
-    files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix in _SUFFIXES)
-    for path in files:
+    named = (info.index_file, info.tokenizer_path, *(info.path / name for name in _SETTINGS))
+    for path in sorted({*info.weight_files, *(path for path in named if path is not None and path.is_file())}):
         num_bytes = path.stat().st_size
         digest.update(f"{path.name}\0{num_bytes}\0".encode())
         with path.open("rb") as file:

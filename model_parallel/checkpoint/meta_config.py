@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model_parallel.checkpoint.info import CheckpointInfo, TokenizerKind, TokenizerSettings
-from model_parallel.checkpoint.placeholders import refuse_pointers
+from model_parallel.checkpoint.placeholders import lies, refuse_pointers
 from model_parallel.checkpoint.rope_scaling import llama3_divisors
 from model_parallel.checkpoint.sentencepiece_file import read_pieces
 from model_parallel.checkpoint.settings import Settings, known_ids, read_json
@@ -34,6 +34,7 @@ _KEYS = frozenset(
         "rope_high_freq_factor",
     }
 )
+_MOST_TIMES_WIDER = 1000
 _LLAMA_2_MAX_POSITION = 4096
 _LLAMA_3_MAX_POSITION = 8192
 _LLAMA_3_1_MAX_POSITION = 131072
@@ -61,7 +62,7 @@ def describe_meta(directory: Path) -> CheckpointInfo:
         )
     # Meta's download puts the tokenizer beside the models' directories, the repositories into them.
     tokenizer = next(
-        (d / "tokenizer.model" for d in (directory, directory.parent) if (d / "tokenizer.model").is_file()), None
+        (d / "tokenizer.model" for d in (directory, directory.parent) if lies(d / "tokenizer.model")), None
     )
     files = _files(directory)
     refuse_pointers((*files, *([tokenizer] if tokenizer is not None else [])))
@@ -159,7 +160,12 @@ def _divisors(settings: Settings, head_dim: int, theta: float) -> tuple[float, .
 def _feed_forward(settings: Settings, hidden_size: int) -> int:
     """Width of the feed-forward layer as Meta's FeedForward derives it from `dim`."""
     multiple_of = settings.whole("multiple_of", 256)
-    width = int(settings.real("ffn_dim_multiplier", 1.0) * (8 * hidden_size // 3))
+    multiplier = settings.real("ffn_dim_multiplier", 1.0)
+    if not 0 < multiplier < _MOST_TIMES_WIDER:
+        raise CheckpointError(
+            f"{settings.path}: ffn_dim_multiplier is {multiplier}; a number above 0 and below {_MOST_TIMES_WIDER} is needed"
+        )
+    width = int(multiplier * (8 * hidden_size // 3))
     if multiple_of <= 0:
         raise CheckpointError(f"{settings.path}: multiple_of is {multiple_of}; it must be greater than 0")
     return -(-width // multiple_of) * multiple_of

@@ -25,6 +25,11 @@ _QUOTED_CHARS = 60
 _NOT_THE_FILE = ("is a link", "is a directory", "is a Git LFS pointer", "is a pointer", "is an HTML page", "is a text")
 
 
+def lies(path: Path) -> bool:
+    """Also a link that leads nowhere: that file is meant to be here, and whoever opens it says what is wrong."""
+    return path.exists() or path.is_symlink()
+
+
 def what_it_is(path: Path) -> str:
     """What a file is instead of what its name says, to follow its path in a sentence; "" when it looks right."""
     if path.is_symlink() and not path.exists():

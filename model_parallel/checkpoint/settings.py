@@ -1,16 +1,17 @@
 """Typed look-ups in a checkpoint's settings, with errors that name file, key and value."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from model_parallel.checkpoint.placeholders import what_it_is
+from model_parallel.checkpoint.placeholders import lies, what_it_is
 from model_parallel.config import ModelConfig
 from model_parallel.errors import CheckpointError
 
 _MAX_JSON_BYTES = 64 << 20
-_MAX_NUMBER = 1 << 31
+_MAX_WHOLE = 1 << 31
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """The same; {} where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    """The same; {} where there is no such file. One that is meant to be there, a link that leads nowhere, is refused."""
+    return read_json(path) if lies(path) else {}
 
 
 class Settings:
@@ -45,6 +46,8 @@ class Settings:
         value = self._number(key, default)
         if isinstance(value, float) and not value.is_integer():
             raise CheckpointError(f"{self.path}: {key} is {value!r}; a whole number is needed")
+        if abs(value) >= _MAX_WHOLE:
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}; a number below {_MAX_WHOLE} is needed")
         return int(value)
 
     def real(self, key: str, default: float | None = None) -> float:
@@ -59,8 +62,9 @@ class Settings:
         if value is None:
             raise CheckpointError(f"{self.path} does not give {key}")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and abs(value) < _MAX_NUMBER):
-            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}; a number below {_MAX_NUMBER} is needed")
+        if not (is_number and abs(value) <= sys.float_info.max):  # neither inf nor nan, nor beyond a float's range
+            kind = "finite number" if is_number else "number"
+            raise CheckpointError(f"{self.path}: {key} is {value!r:.80}; a {kind} is needed")
         number: int | float = value
         return number
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_parallel.checkpoint.placeholders import lies
 from model_parallel.checkpoint.settings import join, read_json
 from model_parallel.errors import CheckpointError
 
@@ -39,9 +40,9 @@ class WeightFiles:
 def find_weight_files(directory: Path) -> WeightFiles:
     """Raises CheckpointError naming everything that is missing."""
     for single, several in zip(_SINGLE_FILES, _INDEX_FILES, strict=True):
-        if _lies(directory / several):
+        if lies(directory / several):
             return _indexed(directory / several, single)
-        if _lies(directory / single):
+        if lies(directory / single):
             return WeightFiles((directory / single,), None, _stale_shards(directory / single))
         if files := _numbered(directory, Path(single).suffix):
             return WeightFiles(files)
@@ -65,18 +66,13 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _lies(path: Path) -> bool:
-    """Also a link that leads nowhere: that file is meant to be here, and whoever opens it says what is wrong."""
-    return path.exists() or path.is_symlink()
-
-
 def _indexed(index: Path, single: str) -> WeightFiles:
     directory, suffix = index.parent, Path(single).suffix
     names = sorted(set(read_weight_map(index).values()))
     for name in names:
         if Path(name).name != name or Path(name).suffix != suffix:
             raise CheckpointError(f"{index}: {name!r:.80} is not the name of a {suffix} file in the same directory")
-    if missing := [name for name in names if not _lies(directory / name)]:
+    if missing := [name for name in names if not lies(directory / name)]:
         other = [n for n in _SINGLE_FILES + _INDEX_FILES if n not in (single, index.name) and (directory / n).is_file()]
         hint = f"; to load {other[0]} instead, delete {index.name}" if other else "; download what is missing"
         verb = "is" if len(missing) == 1 else "are"

@@ -294,7 +294,7 @@ def _card(entry: ModelEntry, info: CheckpointInfo, text: ModelText, max_model_le
     return ModelCard(
         name=entry.name,
         source=str(info.path),
-        checkpoint=fingerprint(info.path),
+        checkpoint=fingerprint(info),
         architecture="llama",
         num_parameters=info.config.num_parameters,
         vocab_size=info.config.vocab_size,

@@ -348,10 +348,31 @@ def test_files_that_are_something_else(sharded: Path, content: bytes, found: str
     assert f"{third} is cut off: it has " in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX])
-def test_a_pointer_in_a_settings_file(sharded: Path, name: str) -> None:
-    (sharded / name).write_bytes(LFS)
-    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
+def link_to_nowhere(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/ffff")
+
+
+@pytest.mark.parametrize(
+    ("put", "found"),
+    [
+        (lambda path: path.write_bytes(LFS), "is a Git LFS pointer"),
+        (link_to_nowhere, "is a link to ../../blobs/ffff, which does not exist; download it again"),
+        (lambda path: (path.unlink(missing_ok=True), path.mkdir()), "is a directory, not a file"),
+    ],
+    ids=["pointer", "link", "directory"],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "chat_template.jinja", "chat_template.json", "quantize_config.json", "quant_config.json", INDEX,
+    ],
+)  # fmt: skip
+def test_a_settings_file_that_is_something_else(sharded: Path, name: str, put: Edit, found: str) -> None:
+    """It would be missing without a word, and with it the chat format or the end tokens."""
+    put(sharded / name)
+    with pytest.raises(CheckpointError, match=rf"{name} {found}"):
         describe(sharded)
 
 

@@ -99,6 +99,16 @@ def test_published_llama_2_configuration(tmp_path: Path) -> None:
     assert (config.head_dim, config.rope_theta) == (128, 10000.0)
 
 
+@pytest.mark.parametrize("theta", [3580165449.0, 45.2e9, 45200000000])
+@pytest.mark.parametrize("where", ["rope_theta", "rope_parameters"])
+def test_theta_of_a_long_context(tmp_path: Path, theta: float, where: str) -> None:
+    """Llama 3 stretched to a million tokens and more has one above 2^31."""
+    save(tmp_path)
+    given = {"rope_theta": theta} if where == "rope_theta" else {where: {"rope_type": "default", "rope_theta": theta}}
+    edit_config(tmp_path, **({"rope_parameters": None} | given))
+    assert describe(tmp_path).config.rope_theta == theta
+
+
 def test_known_buffers_are_skipped(tmp_path: Path) -> None:
     save(tmp_path)
     tensors = load_file(tmp_path / SINGLE)
@@ -159,6 +169,10 @@ def test_progress_counts_the_shard(tmp_path: Path) -> None:
         ({"num_key_value_heads": 4}, "num_kv_heads is 4"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*; a finite number"),
+        ({"max_position_embeddings": 1 << 31}, "max_position_embeddings is 2147483648; a number below 2147483648"),
+        ({"max_position_embeddings": 1e300}, "max_position_embeddings is 1e[+]300; a number below"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
         ({"bos_token_id": 101}, "special token 101"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),

@@ -139,7 +139,9 @@ def test_added_tokens_outside_the_vocabulary_keep_their_ids(
             "added_tokens__json": ids, "tokenizer_config__json": {"additional_special_tokens": beside},
         },
     }[shape]  # fmt: skip
-    path = llama_directory(tmp_path, tokenizer__json=text, **{k: json.dumps(v) for k, v in files.items()}) / "config.json"
+    path = (
+        llama_directory(tmp_path, tokenizer__json=text, **{k: json.dumps(v) for k, v in files.items()}) / "config.json"
+    )
     config = json.loads(path.read_text()) | {"bos_token_id": first, "eos_token_id": first + 1}
     path.write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
