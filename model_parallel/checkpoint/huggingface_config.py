@@ -29,6 +29,8 @@ _REQUIRED: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False, None),
 }
 _MISTRAL_KV_HEADS = 8
+_MISTRAL_WINDOW = 4096
+"""Of a file that does not give sliding_window, as transformers takes it; null is no window."""
 _DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072}
 _ROPE_KINDS = "default, linear, llama3 and dynamic"
 
@@ -44,7 +46,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     hidden_size, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     head_dim = settings.whole("head_dim", hidden_size // max(num_heads, 1))
     max_position = settings.whole("max_position_embeddings", _DEFAULT_MAX_POSITION[model_type])
-    max_position = _window(settings, max_position, warnings)
+    max_position = _window(settings, model_type, max_position, warnings)
     theta, divisors, rope_scaling = _rope(settings, head_dim, max_position)
     if rope_scaling.startswith("dynamic"):
         warnings.append(
@@ -90,7 +92,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         tokenizer_kind=kind,
         tokenizer_path=directory / kind if kind else None,
         tokenizer=read_tokenizer_settings(directory, tokenizer_values),
-        chat_template=_chat_template(directory, tokenizer_values),
+        chat_template=_chat_template(directory, tokenizer_values, warnings),
         generation=_generation(generation),
         rope_scaling=rope_scaling,
         dtype=(settings.text("dtype") or settings.text("torch_dtype")).removeprefix("torch.").replace("auto", ""),
@@ -125,17 +127,20 @@ def _architecture(settings: Settings) -> str:
     return model_type.lower()
 
 
-def _window(settings: Settings, max_position: int, warnings: list[str]) -> int:
+def _window(settings: Settings, model_type: str, max_position: int, warnings: list[str]) -> int:
     """Attention over a sliding window is the same as full attention as long as nothing is longer than the window."""
-    if settings.flag("use_sliding_window") is False or not settings.values.get("sliding_window"):
+    is_given = "sliding_window" in settings.values
+    is_none = not settings.values["sliding_window"] if is_given else model_type != "mistral"
+    if settings.flag("use_sliding_window") is False or is_none:
         return max_position
-    window = settings.whole("sliding_window")
+    window = settings.whole("sliding_window", _MISTRAL_WINDOW)
     if window < 0:
         raise CheckpointError(f"{settings.path}: sliding_window is {window}; a number of tokens or null is needed")
     if window >= max_position:
         return max_position
     warnings.append(
-        f"{settings.path}: sliding_window is {window}, which is not implemented; up to {window} tokens the model is the "
+        f"{settings.path}: sliding_window is {window}{'' if is_given else ' where a Mistral model does not give it'}, which is "
+        f"not implemented; up to {window} tokens the model is the "
         f"same without, and they are the most here (instead of {max_position})"
     )
     return window
@@ -218,7 +223,7 @@ def _scaling(
     )
 
 
-def _chat_template(directory: Path, tokenizer: dict[str, Any]) -> str:
+def _chat_template(directory: Path, tokenizer: dict[str, Any], warnings: list[str]) -> str:
     for name in ("chat_template.jinja", "chat_template.json"):
         path = directory / name
         if not lies(path):
@@ -227,18 +232,26 @@ def _chat_template(directory: Path, tokenizer: dict[str, Any]) -> str:
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the most is {_MAX_TEMPLATE_BYTES}")
         if name.endswith(".json"):
-            return _default_template(read_json(path).get("chat_template"))
+            return _default_template(path, read_json(path).get("chat_template"), warnings)
         return path.read_text(encoding="utf-8", errors="replace")
-    return _default_template(tokenizer.get("chat_template"))
+    return _default_template(directory / "tokenizer_config.json", tokenizer.get("chat_template"), warnings)
 
 
-def _default_template(template: object) -> str:
-    if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    elif isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else ""
+def _default_template(path: Path, given: object, warnings: list[str]) -> str:
+    template = given
+    if isinstance(given, list):  # several, by name
+        named = (t for t in given if isinstance(t, dict) and t.get("name") == "default")
+        template = next((t.get("template") for t in named), None)
+    elif isinstance(given, dict):
+        template = given.get("default")
+    if isinstance(template, str):
+        return template
+    if given not in (None, [], {}):
+        warnings.append(
+            f"{path}: chat_template is {given!r:.60}; a text, or several by name with one called default, can be used. The model "
+            "is served without chat unless chat.format is set"
+        )
+    return ""
 
 
 def _generation(settings: Settings) -> GenerationSettings:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import check_complete, check_tied_head, open_checkpoint
@@ -192,6 +192,24 @@ def test_a_sliding_window_bounds_the_context(single: Path) -> None:
     info = describe(single)
     assert info.config.max_position == 96
     assert "sliding_window is 96" in info.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 4096), ({"sliding_window": ...}, 32768), ({"sliding_window": 8192}, 8192), ({"sliding_window": 65536}, 32768),
+        ({"max_position_embeddings": 2048}, 2048), ({"model_type": "llama"}, 32768),
+    ],
+)  # fmt: skip
+def test_the_window_of_a_mistral_file(single: Path, changes: dict[str, Any], context: int) -> None:
+    """One that does not name it has the window that transformers' configuration has by default; null is none."""
+    write_config(single, **({"model_type": "mistral", "max_position_embeddings": 32768} | changes))
+    info = describe(single)
+    assert info.config.max_position == context
+    theirs = AutoConfig.from_pretrained(single)
+    window = getattr(theirs, "sliding_window", None) or theirs.max_position_embeddings
+    assert context == min(window, theirs.max_position_embeddings)
+    assert len(info.warnings) == (context < theirs.max_position_embeddings)
 
 
 def test_mistral_as_transformers_writes_it(tmp_path: Path) -> None:
@@ -497,6 +515,28 @@ def test_generation_settings(single: Path) -> None:
 def test_chat_template_wherever_it_stands(single: Path, name: str, content: str) -> None:
     (single / name).write_text(content)
     assert describe(single).chat_template == "T"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        [{"name": "rag", "template": "T"}], [{"template": "T"}], ["T"], [{"name": ["default"], "template": "T"}],
+        [{"name": {}, "template": "T"}], [{"name": "default"}], {"rag": "T"}, {"default": 5}, 5, True, False,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+def test_a_chat_template_that_is_none_is_told(single: Path, name: str, template: object) -> None:
+    (single / name).write_text(json.dumps({"chat_template": template}))
+    info = describe(single)
+    assert info.chat_template == ""
+    (warning,) = info.warnings
+    assert f"{name}: chat_template is {template!r:.60}; a text" in warning
+
+
+@pytest.mark.parametrize("template", [None, "", [], {}])
+def test_no_chat_template_is_no_reason_to_warn(single: Path, template: object) -> None:
+    (single / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert (describe(single).chat_template, describe(single).warnings) == ("", ())
 
 
 def test_tokenizer_settings(single: Path) -> None:
