@@ -10,6 +10,12 @@ from model_parallel.weight_format import GroupFormat
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cpu", "cuda")
+MOST_TOKENS, MOST_HEAD_DIM = 1 << 21, 1 << 14
+"""Larger numbers are mistakes of a file, and would take the memory of a machine before a weight is looked for."""
+_LARGEST_MODEL = {
+    "vocab_size": MOST_TOKENS, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_layers": 1 << 12,
+    "num_query_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": MOST_HEAD_DIM,
+}  # fmt: skip
 QUANTIZATIONS = ("", "int8", "packed")
 SPECULATIONS = ("auto", "off", "prompt_lookup")
 
@@ -59,6 +65,9 @@ class ModelConfig:
             rope_theta=self.rope_theta,
             max_position=self.max_position,
         )
+        for name, most in _LARGEST_MODEL.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; the most is {most}")
         if self.num_query_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_query_heads is {self.num_query_heads} and model.num_kv_heads is {self.num_kv_heads}; "

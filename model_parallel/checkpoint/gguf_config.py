@@ -19,7 +19,6 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 """Llama 3.1 and later: divisors of the rotary frequencies, one a pair."""
 _REQUIRED: dict[str, tuple[object, ...]] = {
     "general.architecture": ("llama",),
-    "split.count": (0, 1, None),
     "llama.expert_count": (0, None),
 }
 _END_TOKENS = ("eos", "eot", "eom")
@@ -38,6 +37,16 @@ def describe_gguf(path: Path) -> CheckpointInfo:
                 raise CheckpointError(f"{path}: {key} is {given!r:.80}; all layers must have the same")
             values[key] = given[0]
     settings = Settings(path, values)
+    if settings.text("general.type") == "adapter" or settings.text("adapter.type"):
+        raise CheckpointError(
+            f"{path} is an adapter (LoRA), not a model; merge it into its base model with llama-export-lora, or name the PEFT "
+            "directory that it was made from in the lora section of the base model"
+        )
+    if (parts := settings.whole("split.count", 1)) > 1:
+        raise CheckpointError(
+            f"{path}: split.count is {parts}: it is one of {parts} parts; join them with llama-gguf-split --merge FIRST OUT, "
+            "where FIRST is the part 00001, and serve OUT"
+        )
     settings.require(_REQUIRED)
     warnings: list[str] = []
     embedding = file.tensors.get("token_embd.weight")

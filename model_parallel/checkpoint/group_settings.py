@@ -20,6 +20,10 @@ LARGEST_GROUP = 256
 """Larger groups, and whole channels, are kept as groups of REGROUPED_SIZE with the same scale: kernels work in pieces of them."""
 REGROUPED_SIZE = 128
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
+_ADVICE = (
+    "which cannot be read; AWQ, GPTQ and compressed-tensors of 4 or 8 bits can, and GGUF files, or serve the model's "
+    "unquantised checkpoint (with quantization: int8 to save memory)"
+)
 _NAMES = {"awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
 
 
@@ -81,6 +85,8 @@ class GroupSettings:
 def read_group_settings(directory: Path, settings: Settings) -> GroupSettings | None:
     """None where the weights are not quantised. Raises CheckpointError naming a method or a setting that cannot be read."""
     given = settings.values.get("quantization_config") or settings.values.get("compression_config")
+    if not given and isinstance(own := settings.values.get("quantization"), dict):  # MLX's
+        given = own
     if not given:
         for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
             if values := read_optional_json(directory / name):
@@ -94,11 +100,15 @@ def read_group_settings(directory: Path, settings: Settings) -> GroupSettings | 
 def _read(given: Settings) -> GroupSettings:
     method = given.text("quant_method").lower()
     readers = {"awq": _read_awq, "gptq": _read_gptq, "compressed-tensors": _read_compressed_tensors}
+    if not method:
+        raise CheckpointError(
+            f"{given.path}: quantization_config has no quant_method ({given.values!r:.80}), as those of MLX and of older "
+            f"bitsandbytes, {_ADVICE}"
+        )
     if method not in readers:
         raise CheckpointError(
             f"{given.path}: quantization_config says that the weights are quantised ({given.values.get('quant_method')!s:.40}), "
-            f"which cannot be read; AWQ, GPTQ and compressed-tensors of 4 or 8 bits can, and GGUF files, or serve the model's "
-            "unquantised checkpoint (with quantization: int8 to save memory)"
+            f"{_ADVICE}"
         )
     return readers[method](given)
 

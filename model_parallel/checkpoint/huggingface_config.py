@@ -55,7 +55,8 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     generation = Settings(
         directory / "generation_config.json", read_optional_json(directory / "generation_config.json")
     )
-    eos = (*settings.token_ids("eos_token_id"), *generation.token_ids("eos_token_id"))
+    own_eos, generation_eos = settings.token_ids("eos_token_id"), generation.token_ids("eos_token_id")
+    named_in = {i: generation.path for i in generation_eos if i not in own_eos}
     kv_default = num_heads if model_type == "llama" or "num_key_value_heads" in values else _MISTRAL_KV_HEADS
     sizes: dict[str, Any] = {
         "vocab_size": settings.whole("vocab_size"),
@@ -73,9 +74,10 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         "bos_token_id": next(iter(settings.token_ids("bos_token_id")), None),
     }
     try:
-        config = ModelConfig(**sizes, eos_token_ids=tuple(dict.fromkeys(eos)))
+        config = ModelConfig(**sizes, eos_token_ids=tuple(dict.fromkeys((*own_eos, *generation_eos))))
         formats = formats_of(groups, config)
-        config = ModelConfig(**sizes, eos_token_ids=known_ids(settings.path, config, warnings), weight_formats=formats)
+        eos = known_ids(settings.path, config, warnings, named_in=named_in)
+        config = ModelConfig(**sizes, eos_token_ids=eos, weight_formats=formats)
     except ConfigError as error:
         raise CheckpointError(f"{settings.path}: {error}") from error
     tokenizer_values = read_optional_json(directory / "tokenizer_config.json")

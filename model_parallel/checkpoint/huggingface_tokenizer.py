@@ -5,10 +5,10 @@ from typing import Any
 
 from model_parallel.checkpoint.info import AddedToken, TokenizerSettings
 from model_parallel.checkpoint.settings import Settings, read_optional_json
+from model_parallel.config import MOST_TOKENS
 from model_parallel.errors import CheckpointError
 
 _MAX_ADDED_TOKENS = 1 << 17
-_MAX_TOKEN_ID = 1 << 24
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -88,6 +88,8 @@ def _added_tokens_decoder(path: Path, decoder: object) -> dict[int, AddedToken]:
 
 
 def _checked_id(path: Path, text: str, token_id: object) -> int:
-    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < _MAX_TOKEN_ID:
-        raise CheckpointError(f"{path}: the token {text!r:.40} has the id {token_id!r:.20}; a whole number is needed")
+    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < MOST_TOKENS:
+        raise CheckpointError(
+            f"{path}: the token {text!r:.40} has the id {token_id!r:.20}; a whole number below {MOST_TOKENS} is needed"
+        )
     return token_id

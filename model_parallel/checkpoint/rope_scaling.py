@@ -8,6 +8,7 @@ Meta's `apply_scaling`). GGUF files of Llama 3 carry the same numbers as the ten
 import math
 from collections.abc import Sequence
 
+from model_parallel.config import MOST_HEAD_DIM
 from model_parallel.errors import ConfigError
 
 
@@ -15,6 +16,7 @@ def linear_divisors(head_dim: int, factor: float) -> tuple[float, ...]:
     """Every frequency by `factor`; () when that is 1. Raises ConfigError."""
     if not 0 < factor < math.inf:
         raise ConfigError(f"the factor of linear RoPE scaling is {factor}; it must be greater than 0")
+    _check_head_dim(head_dim)
     return plain_if_ones((float(factor),) * (head_dim // 2))
 
 
@@ -30,6 +32,7 @@ def llama3_divisors(
             f"{high_freq_factor} and original_max_position_embeddings {original_max}; all must be greater than 0, and "
             "low_freq_factor less than high_freq_factor"
         )
+    _check_head_dim(head_dim)
     divisors = []
     for index in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (index / head_dim)
@@ -37,6 +40,12 @@ def llama3_divisors(
         smooth = min(1.0, max(0.0, smooth))
         divisors.append(1 / ((1 - smooth) / factor + smooth))
     return plain_if_ones(divisors)
+
+
+def _check_head_dim(head_dim: int) -> None:
+    """Before as many numbers are made."""
+    if head_dim > MOST_HEAD_DIM:
+        raise ConfigError(f"head_dim is {head_dim}; the most is {MOST_HEAD_DIM}")
 
 
 def plain_if_ones(divisors: Sequence[float]) -> tuple[float, ...]:

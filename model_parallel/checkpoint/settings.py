@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,18 @@ class Settings:
                 )
 
 
-def known_ids(path: Path, config: ModelConfig, warnings: list[str]) -> tuple[int, ...]:
-    """The end tokens that the model's vocabulary has. Raises CheckpointError when BOS, or every end token, is outside of it."""
+def known_ids(
+    path: Path, config: ModelConfig, warnings: list[str], *, named_in: Mapping[int, Path] | None = None
+) -> tuple[int, ...]:
+    """The end tokens that the model's vocabulary has. Raises CheckpointError when BOS, or every end token, is outside of it.
+    `named_in`: end tokens that another file than `path` names.
+    """
     if config.bos_token_id is not None and config.bos_token_id >= config.vocab_size:
         raise CheckpointError(_outside(path, config.bos_token_id, config.vocab_size))
     kept = tuple(i for i in config.eos_token_ids if i < config.vocab_size)
     for token_id in config.eos_token_ids:
         if token_id >= config.vocab_size:
-            problem = _outside(path, token_id, config.vocab_size)
+            problem = _outside((named_in or {}).get(token_id, path), token_id, config.vocab_size)
             if not kept:
                 raise CheckpointError(f"{problem}; no answer would ever end")
             warnings.append(f"{problem}; answers end at {join(map(str, kept))}")

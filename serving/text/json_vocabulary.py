@@ -10,6 +10,7 @@ import tokenizers
 
 from model_parallel.checkpoint.detect import CheckpointInfo, read_json
 from model_parallel.checkpoint.info import AddedToken
+from model_parallel.config import MOST_TOKENS
 from model_parallel.errors import CheckpointError
 from serving.text.token_bytes import byte_level_bytes, piece_bytes
 from serving.text.vocabulary import ControlToken, Vocabulary, is_markup, special_ids
@@ -31,7 +32,10 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
             )
     to_bytes, strips_leading_space = _decoder(data, path)
     ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
-    token_bytes = [b""] * (max(ids.values(), default=-1) + 1)
+    last = max(ids.values(), default=-1)
+    if last >= MOST_TOKENS:
+        raise CheckpointError(f"{path}: a token has the id {last}; the most is {MOST_TOKENS - 1}")
+    token_bytes = [b""] * (last + 1)
     for text, token_id in ids.items():
         if token_id not in added:
             token_bytes[token_id] = to_bytes(text)

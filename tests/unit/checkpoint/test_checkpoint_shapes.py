@@ -483,6 +483,27 @@ def test_end_tokens_beyond_the_vocabulary(single: Path) -> None:
         describe(single)
 
 
+@pytest.mark.parametrize(
+    ("own", "generation", "blamed", "not_blamed"),
+    [
+        ([2], [2, 101], "generation_config.json", "/config.json"),
+        ([2, 101], [2], "/config.json", "generation_config.json"),
+        ([2, 101], [101], "/config.json", "generation_config.json"),
+        ([], [101], "generation_config.json", "/config.json"),
+    ],
+)
+def test_the_file_that_names_an_end_token_beyond_the_vocabulary(
+    single: Path, own: list[int], generation: list[int], blamed: str, not_blamed: str
+) -> None:
+    write_config(single, eos_token_id=own)
+    (single / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    try:
+        (problem,) = describe(single).warnings
+    except CheckpointError as error:
+        problem = str(error)
+    assert blamed in problem and not_blamed not in problem
+
+
 def test_generation_settings(single: Path) -> None:
     values = {
         "do_sample": True,
@@ -563,6 +584,11 @@ def test_tokenizer_settings(single: Path) -> None:
     [
         ("added_tokens.json", '{"<pad>": "x"}', "the token '<pad>' has the id 'x'"),
         ("added_tokens.json", '{"<pad>": -1}', "the token '<pad>' has the id -1"),
+        (
+            "added_tokens.json",
+            '{"<pad>": 2097152}',
+            "the token '<pad>' has the id 2097152; a whole number below 2097152",
+        ),
         ("added_tokens.json", "[]", "must hold a JSON object"),
         ("tokenizer_config.json", '{"added_tokens_decoder": []}', ""),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder is"),

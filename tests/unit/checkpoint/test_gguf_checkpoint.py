@@ -252,7 +252,9 @@ def test_run_dtype_and_progress(tmp_path: Path) -> None:
         ("llama.attention.head_count_kv", 3, "num_kv_heads is 3"),
         ("llama.attention.head_count", 0, "the head dimension 256"),
         ("llama.embedding_length", "256", "llama.embedding_length is '256'"),
-        ("split.count", 2, "split.count is 2"),
+        ("split.count", 2, "split.count is 2: it is one of 2 parts; join them with llama-gguf-split --merge FIRST OUT"),
+        ("general.type", "adapter", "tiny.gguf is an adapter .LoRA., not a model; merge it"),
+        ("adapter.type", "lora", "tiny.gguf is an adapter .LoRA., not a model; merge it"),
         ("tokenizer.ggml.eos_token_id", VOCAB, "special token 40"),
     ],
 )

@@ -153,6 +153,17 @@ def test_added_tokens_outside_the_vocabulary_keep_their_ids(
         assert tokenizer.encode(plain, add_bos=False) == library.encode(plain, add_special_tokens=False).ids, plain
 
 
+@pytest.mark.parametrize("place", ["vocabulary", "added tokens"])
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path, place: str) -> None:
+    """Before a list as long is made."""
+    data = json.loads(tokenizer_json())
+    data["model"]["vocab"]["far"] = 1_000_000_000
+    if place == "added tokens":
+        data["added_tokens"].append(data["added_tokens"][1] | {"id": 1_000_000_000, "content": "far"})
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: a token has the id 1000000000; the most is 2097151"):
+        load(tmp_path, {"tokenizer__json": json.dumps(data)})
+
+
 @pytest.mark.parametrize("lstrip", [False, True])
 def test_a_word_that_is_looked_for_in_normalized_text(tmp_path: Path, lstrip: bool) -> None:
     """As tokenizer.add_tokens(["DOG"]) writes it: the space before it belongs to it."""
