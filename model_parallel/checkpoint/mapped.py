@@ -6,6 +6,7 @@ view of the file and only what is copied is read.
 
 import json
 import mmap
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -30,6 +31,8 @@ _ZIP_HEADER_BYTES = 30
 _ZIP_LENGTHS_OFFSET = 26
 _ZIP_LENGTHS = struct.Struct("<HH")
 _ZIP_DESCRIPTOR_BYTES = 24
+_UNKNOWN_GLOBAL = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
+"""In what torch says of a pickle that holds more than tensors."""
 _CHUNK_BYTES = 16 << 20
 """Copied at a time: so much of a file is in this process's memory at once."""
 
@@ -69,6 +72,11 @@ def open_torch_file(path: Path) -> dict[str, StoredTensor]:
     except (
         Exception
     ) as error:  # a broken pickle can raise anything; the first line says what, the rest is torch's advice
+        if found := _UNKNOWN_GLOBAL.search(str(error)):
+            raise CheckpointError(
+                f"{path} holds objects ({found[1]:.80}), which are code and not made here; save the weights alone: "
+                "torch.save(model.state_dict(), FILE)"
+            ) from error
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"{path} cannot be read as weights alone: {type(error).__name__}: {reason:.200}"
@@ -111,7 +119,10 @@ def _checked(path: Path, name: object, value: object) -> StoredTensor:
     tensor = value.detach()
     kind = str(tensor.dtype).removeprefix("torch.")
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.is_contiguous():
-        raise CheckpointError(f"{path}: {name} is not stored as one plain array ({tensor.device}, {tensor.layout})")
+        raise CheckpointError(
+            f"{path}: {name} is not stored as one plain array ({tensor.device}, {tensor.layout}), or not in its order; save the "
+            "file anew with tensor.cpu().contiguous() in its place"
+        )
     if tensor.data_ptr() % tensor.element_size():
         raise CheckpointError(f"{path}: {name} does not lie at a multiple of its {tensor.element_size()} bytes")
     return StoredTensor(

@@ -19,6 +19,9 @@ _LFS_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body|\?xml|!--)", re.IGNORECASE)
 _TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
 _BINARY_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+_GGUF, _ZIP, _GZIP = b"GGUF", b"PK\x03\x04", b"\x1f\x8b"
+_OLD_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+"""torch.save's before 1.6: a pickle of the number 0x1950a86a20f9469cfc6c."""
 _LENGTH_BYTES = 8
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the library's own bound
 _QUOTED_CHARS = 60
@@ -54,6 +57,8 @@ def what_it_is(path: Path) -> str:
         return "is an HTML page, which a download got instead of the file; download it again, signed in if need be"
     if path.suffix in _BINARY_SUFFIXES and size <= _HEAD_BYTES and _TEXT.fullmatch(head):
         return f"is a text, {head.decode().strip()[:_QUOTED_CHARS]!r}, not a file of weights; download it again"
+    if path.suffix in _BINARY_SUFFIXES and (other := _other_format(path, head)):
+        return other
     if path.suffix == ".safetensors":
         return _cut_safetensors(path, size, head)
     if path.suffix in (".bin", ".pth", ".pt"):
@@ -75,6 +80,24 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
         refuse(files)
 
 
+def _other_format(path: Path, head: bytes) -> str:
+    """What a file of weights is, of the formats that people have, where its name says another."""
+    header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    is_safetensors = head[_LENGTH_BYTES:].startswith(b"{") and header_bytes <= _MAX_SAFETENSORS_HEADER
+    if is_safetensors and path.suffix != ".safetensors":
+        return "is a safetensors file; give it the name model.safetensors"
+    if head.startswith(_GGUF) and path.suffix != ".gguf":
+        return "is a GGUF file; give it a name that ends in .gguf, and serve it by that"
+    if head.startswith(_ZIP) and path.suffix in (".safetensors", ".gguf"):
+        return "is a zip archive, as torch writes; give it the name pytorch_model.bin"
+    if head.startswith(_OLD_TORCH):
+        return (
+            "is of the form that torch wrote before 1.6, which cannot be mapped; write it anew: torch.save(torch.load(FILE, "
+            "weights_only=True), FILE)"
+        )
+    return "is compressed with gzip; unpack it" if head.startswith(_GZIP) else ""
+
+
 def _cut_safetensors(path: Path, size: int, head: bytes) -> str:
     """Whether a file is shorter or longer than its own header says; what is wrong inside it is the library's to say."""
     header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
@@ -94,6 +117,6 @@ def _cut_safetensors(path: Path, size: int, head: bytes) -> str:
 
 
 def _cut_archive(path: Path, head: bytes) -> str:
-    if not head.startswith(b"PK\x03\x04") or zipfile.is_zipfile(path):
+    if not head.startswith(_ZIP) or zipfile.is_zipfile(path):
         return ""
     return "is cut off: the end of its archive is missing; download it again"

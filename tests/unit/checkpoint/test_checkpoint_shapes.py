@@ -3,6 +3,7 @@
 Each test is a row of docs/models.md.
 """
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -423,6 +424,58 @@ def test_cut_files(tmp_path: Path, name: str, content: bytes, found: str) -> Non
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name} {found}"):
         open_checkpoint(describe(tmp_path))
+
+
+SAFETENSORS, OLD_TORCH = b"\2\0\0\0\0\0\0\0{}", io.BytesIO()
+torch.save({}, OLD_TORCH, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("pytorch_model.bin", SAFETENSORS, "is a safetensors file; give it the name model.safetensors"),
+        ("pytorch_model.bin", b"GGUF" + b"\0" * 64, "is a GGUF file; give it a name that ends in .gguf"),
+        ("pytorch_model.bin", b"\x1f\x8b\x08" + b"\0" * 64, "is compressed with gzip; unpack it"),
+        (
+            "pytorch_model.bin",
+            OLD_TORCH.getvalue(),
+            "is of the form that torch wrote before 1.6, which .* write it anew",
+        ),
+        (
+            "model.safetensors",
+            b"PK\x03\x04" + b"\0" * 64,
+            "is a zip archive, as torch writes; give it the name pytorch_model",
+        ),
+        ("model.safetensors", b"GGUF" + b"\0" * 64, "is a GGUF file"),
+        ("model.safetensors", OLD_TORCH.getvalue(), "is of the form that torch wrote before 1.6"),
+        ("model.safetensors", b"\x1f\x8b\x08" + b"\0" * 64, "is compressed with gzip"),
+    ],
+)
+def test_weights_of_another_format_than_their_name_says(tmp_path: Path, name: str, content: bytes, found: str) -> None:
+    write_config(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} {found}"):
+        open_checkpoint(describe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (torch.nn.Linear(2, 2), r"holds objects \(torch.nn.modules.linear.Linear\), .*: torch.save\(model.state_dict"),
+        (
+            {"a": torch.ones(4, 6).t()},
+            r"a is not stored as one plain array \(cpu, torch.strided\), or not in its order; save",
+        ),
+        ([torch.ones(2)], "holds a list; tensors by name are needed"),
+        ({"state_dict": {}, "epoch": 3}, "holds dict 'state_dict'; only tensors by name can be read"),
+    ],
+)
+def test_torch_files_that_hold_something_else(tmp_path: Path, content: object, found: str) -> None:
+    write_config(tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=found) as error:
+        open_checkpoint(describe(tmp_path))
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
 def test_a_pointer_instead_of_a_gguf_file(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], N
             f"{SINGLE}: model.norm.weight is of type I32",
         ),
         (lambda directory: (directory / SINGLE).unlink(), "holds none of model.safetensors"),
-        (lambda directory: (directory / SINGLE).rename(directory / "pytorch_model.bin"), "pytorch_model.bin cannot be"),
+        (lambda directory: (directory / SINGLE).rename(directory / "pytorch_model.bin"), "pytorch_model.bin is a safe"),
         (lambda directory: (directory / "config.json").unlink(), "holds neither config.json"),
     ],
 )  # fmt: skip

@@ -90,7 +90,7 @@ class Touch:
         (tensors(0, lambda t: t.update({3: t[WQ]})), r"consolidated\.00\.pth holds Tensor 3"),
         (
             lambda d: torch.save({}, d / "consolidated.00.pth", _use_new_zipfile_serialization=False),
-            r"consolidated\.00\.pth cannot be read as weights alone",
+            r"consolidated\.00\.pth is of the form that torch wrote before 1\.6",
         ),
     ],
 )  # fmt: skip
