@@ -32,7 +32,7 @@ class TokenizerSettings:
     class_name: str = ""
     legacy: bool | None = None
     """Of Llama's sentencepiece tokenizer: whether every part between control tokens begins with a space of its own, or only the
-    first; None where the checkpoint does not say."""
+    first; None where the checkpoint does not say, which transformers 5 takes for the latter."""
     add_prefix_space: bool | None = None
     added: tuple[AddedToken, ...] = ()
     named: tuple[tuple[str, str], ...] = ()
@@ -42,6 +42,11 @@ class TokenizerSettings:
     bos_text: str = ""
     eos_texts: tuple[str, ...] = ()
     """Texts of the end tokens."""
+
+    @property
+    def is_llamas(self) -> bool:
+        """Of the class for which `legacy` counts in transformers; with others tokenizer.json decides alone."""
+        return self.class_name in ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ def resolve_text(info: CheckpointInfo, chat: ChatConfig | None = None) -> ModelT
     for a tokenizer that cannot be used.
     """
     tokenizer = make_tokenizer(info, markup=_markup(chat))
-    warnings: list[str] = []
+    warnings = [*tokenizer.warnings]
     try:
         chat_format = _chat_format(info, chat, tokenizer, warnings)
         if chat_format is not None:
@@ -95,10 +95,11 @@ def _chat_format(
         f"{info.path}: its chat template {said}; here messages stay as they are sent" for said in derived.differences
     ]
     chat_format = derived.chat_format
-    if chat_format.every_part_is_first and info.tokenizer.legacy is False:
+    has_rule = info.tokenizer.is_llamas or info.tokenizer_kind == "tokenizer.model"
+    if chat_format.every_part_is_first and has_rule and info.tokenizer.legacy is not True:
         warnings.append(
             f"{info.path}: as in Meta's reference, every turn after <s> begins with a space piece; transformers writes none "
-            "there, since tokenizer_config.json says legacy: false"
+            "there unless tokenizer_config.json says legacy: true"
         )
     return chat_format
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
         if token_id not in added:
             token_bytes[token_id] = to_bytes(text)
         elif not added[token_id]["special"]:
-            found = library.id_to_token(token_id)  # of one that is looked for in normalized text, that: "▁word"
+            found = library.id_to_token(token_id) or text  # of one that is looked for in normalized text, that: "▁word"
             token_bytes[token_id] = text.encode() if found == text else to_bytes(found)
     bos_id = ids.get(info.tokenizer.bos_text)
     bos = info.config.bos_token_id if bos_id is None else bos_id
+    first = _first_id(info, library, added)
     later = _library_for_later_parts(info, data) or library
     return Vocabulary(
         encode=lambda text: library.encode(text, add_special_tokens=False).ids,
@@ -55,10 +56,35 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
             if token["special"]
         },
         token_id=ids.get,
-        add_bos=bos in library.encode("").ids if info.add_bos is None else info.add_bos,
+        add_bos=first is not None,
+        first_id=first,
         strips_leading_space=strips_leading_space,
         bos_token_id=bos_id,
+        warnings=tuple(_differences(info, path, library, first, bos)),
     )
+
+
+def _first_id(info: CheckpointInfo, library: tokenizers.Tokenizer, added: dict[int, dict[str, Any]]) -> int | None:
+    """The control token that the file's post_processor puts before a text. It decides whatever add_bos_token says, as in
+    transformers 5."""
+    first = next(iter(library.encode("a").ids), None)
+    is_control = first in library.encode("").ids and first in added and added[first]["special"]
+    return first if first is not None and is_control and first < info.config.vocab_size else None
+
+
+def _differences(
+    info: CheckpointInfo, path: Path, library: tokenizers.Tokenizer, first: int | None, bos: int | None
+) -> Iterator[str]:
+    """What is told of the tokens around a text."""
+    ours = [] if first is None else [library.id_to_token(first)]
+    if info.add_bos not in (None, first is not None) or (first is not None and first != bos):
+        yield (
+            f"{path}: texts begin with {ours[0] if ours else 'no token'!s:.40}, as its post_processor says; add_bos_token "
+            f"({info.add_bos}) and bos_token ({info.tokenizer.bos_text!r:.40}) of tokenizer_config.json say otherwise, and "
+            "transformers 5 ignores them there too"
+        )
+    if (theirs := library.encode("").tokens) != ours:
+        yield f"{path}: its post_processor puts {theirs!r:.80} around a text; here a text has {ours!r:.80}"
 
 
 def _library(data: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -139,20 +165,22 @@ def _scheme(metaspace: dict[str, Any]) -> str:
 def _library_for_later_parts(info: CheckpointInfo, data: dict[str, Any]) -> tokenizers.Tokenizer | None:
     """For parts after a control token, where they are cut by another rule: without the space that the first part begins with.
 
-    `legacy` in tokenizer_config.json says it, or the scheme "first" of the file's Metaspace step.
+    As transformers 5: with the class LlamaTokenizer that is so unless tokenizer_config.json says legacy: true; with any other
+    where the file's Metaspace step has the scheme "first".
     """
+    drops = info.tokenizer.is_llamas and info.tokenizer.legacy is not True
     data = copy.deepcopy(data)
     changed = False
     for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") != "Metaspace":
             continue
         scheme = _scheme(step)
-        first = scheme == "first" if info.tokenizer.legacy is None else not info.tokenizer.legacy
+        first = drops if info.tokenizer.is_llamas else scheme == "first"
         if scheme != "never" and first:
             step.update(prepend_scheme="never", add_prefix_space=False)
             changed = True
     normalizer = data.get("normalizer")
-    if info.tokenizer.legacy is False and isinstance(normalizer, dict):
+    if drops and isinstance(normalizer, dict):
         steps = _steps(normalizer, "normalizers")
         kept = [step for step in steps if step.get("type") != "Prepend"]
         if len(kept) != len(steps):

@@ -34,6 +34,7 @@ class Tokenizer:
     def __init__(self, info: CheckpointInfo, vocabulary: Vocabulary) -> None:
         """`vocabulary` was made for `info`."""
         self._vocabulary = vocabulary
+        self.warnings = vocabulary.warnings
         self._token_bytes = vocabulary.token_bytes
         vocab_size = info.config.vocab_size
         self._control = {text: token for text, token in vocabulary.control.items() if token.id < vocab_size}
@@ -41,6 +42,7 @@ class Tokenizer:
         self._marks = _any_of(self._control)
         named_bos = vocabulary.bos_token_id
         self.bos_token_id = info.config.bos_token_id if named_bos is None or named_bos >= vocab_size else named_bos
+        self._first_id = self.bos_token_id if vocabulary.first_id is None else vocabulary.first_id
         self.eos_token_ids = _end_tokens(info, vocabulary)
         self.strips_leading_space = vocabulary.strips_leading_space
         """The first token of a text carries a space that the text does not have (sentencepiece's dummy prefix)."""
@@ -89,14 +91,14 @@ class Tokenizer:
         become a control token, which no known tokenizer does.
         """
         if parse_special:
-            bos_text = self.control_token_text(self.bos_token_id) or ""
+            bos_text = self.control_token_text(self._first_id) or ""
             begins_with_bos = bool(bos_text) and text.startswith(bos_text)
             ids = self.encode_parts([Part(text.removeprefix(bos_text), is_markup=True)])
         else:
             begins_with_bos = False
             ids = self._encode(text, is_first=True)
-        if (begins_with_bos or (add_bos and self._vocabulary.add_bos)) and self.bos_token_id is not None:
-            ids.insert(0, self.bos_token_id)
+        if (begins_with_bos or (add_bos and self._vocabulary.add_bos)) and self._first_id is not None:
+            ids.insert(0, self._first_id)
         return ids
 
     def encode_parts(self, parts: Iterable[Part], *, every_part_is_first: bool = False) -> list[int]:

@@ -1,7 +1,7 @@
 """What a tokenizer is made of, whatever files it came in."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from model_parallel.checkpoint.detect import CheckpointInfo
 
@@ -35,7 +35,10 @@ class Vocabulary:
     """The first token of a text carries a space that the text does not have (sentencepiece's dummy prefix)."""
     bos_token_id: int | None = None
     """As the tokenizer's files name it; None where they do not."""
-    warnings: tuple[str, ...] = field(default=())
+    first_id: int | None = None
+    """What texts begin with where `add_bos`; BOS when None."""
+    warnings: tuple[str, ...] = ()
+    """Where ids differ from what the files seem to say, as sentences."""
 
 
 def is_markup(info: CheckpointInfo, text: str, markup: str) -> bool:

@@ -10,11 +10,12 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from model_parallel.errors import CheckpointError, ConfigError, RequestError
-from serving.text.tokenizer import Tokenizer, load_tokenizer
+from serving.text.tokenizer import Part, Tokenizer, load_tokenizer
 from tests.support.converted import converted
 from tests.support.llama_tokenizers import (
     CONTROL_TEXTS,
@@ -22,6 +23,7 @@ from tests.support.llama_tokenizers import (
     llama_directory,
     sentencepiece_model,
     tokenizer_json,
+    tokenizer_json_with,
     write_gguf,
 )
 
@@ -188,11 +190,51 @@ def test_guard_against_a_tokenizer_that_would(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stated", [True, False])
 def test_bos_as_the_checkpoint_says(tmp_path: Path, stated: bool) -> None:
     config = json.dumps({"add_bos_token": stated})
-    for files in ({"tokenizer__json": tokenizer_json()}, {"tokenizer__model": sentencepiece_model()}):
-        directory = tmp_path / str(len(list(tmp_path.iterdir())))
-        directory.mkdir()
-        tokenizer = load_tokenizer(llama_directory(directory, tokenizer_config__json=config, **files))
-        assert (tokenizer.encode("a")[0] == 1) == stated
+    directory = llama_directory(tmp_path, tokenizer_config__json=config, tokenizer__model=sentencepiece_model())
+    assert (load_tokenizer(directory).encode("a")[0] == 1) == stated
+
+
+@pytest.mark.parametrize("class_name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("stated", [True, False, None])
+@pytest.mark.parametrize("bos", ["<s>", "<unk>"])
+@pytest.mark.parametrize("template", ["<s> $A", "$A", "<s> $A </s>", ""])
+def test_what_a_text_begins_with_is_what_transformers_writes(
+    tmp_path: Path, class_name: str, stated: bool | None, bos: str, template: str
+) -> None:
+    """Where there is a tokenizer.json, its post_processor decides, whatever add_bos_token says; what differs is told."""
+    library = Library.from_str(tokenizer_json())
+    ids = [("<s>", 1), ("</s>", 2)]
+    library.post_processor = processors.TemplateProcessing(single=template or "$A", special_tokens=ids)
+    data = json.loads(library.to_str())
+    if not template:
+        data["post_processor"] = None
+    config = {"tokenizer_class": class_name, "add_bos_token": stated, "bos_token": bos, "eos_token": "</s>"}
+    config = {key: value for key, value in config.items() if value is not None}
+    llama_directory(tmp_path, tokenizer__json=json.dumps(data), tokenizer_config__json=json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("hello")
+    ours = tokenizer.encode("hello")
+    ends = template.endswith("</s>")
+    assert ours == (theirs[:-1] if ends else theirs)
+    begins = "<s>" in template
+    is_odd = stated not in (None, begins) or (begins and bos != "<s>")
+    assert len(tokenizer.warnings) == is_odd + ends
+
+
+@pytest.mark.parametrize("class_name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("scheme", ["", "always", "first"])
+def test_the_space_after_a_control_token_is_that_of_transformers(
+    tmp_path: Path, class_name: str | None, legacy: bool | None, scheme: str
+) -> None:
+    """`legacy` counts with Llama's class alone, where none means false."""
+    config = {"tokenizer_class": class_name, "legacy": legacy, "bos_token": "<s>", "eos_token": "</s>"}
+    config = {key: value for key, value in config.items() if value is not None}
+    text = tokenizer_json_with(["<|im_start|>"], scheme=scheme)
+    llama_directory(tmp_path, tokenizer__json=text, tokenizer_config__json=json.dumps(config))
+    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("<|im_start|>user", add_special_tokens=False)
+    tokenizer = load_tokenizer(tmp_path, markup="<|im_start|>")
+    assert tokenizer.encode_parts([Part("<|im_start|>user", is_markup=True)]) == theirs
 
 
 def test_threads(tokenizer: Tokenizer) -> None:
