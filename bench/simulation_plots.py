@@ -45,7 +45,7 @@ def curve(data: Mapping[str, Any]) -> Figure:
             name for name in (rows[0] if rows else {}) if name.startswith(("ttft", "tpot")) and name.endswith("_s")
         ]
         for axis, name in zip(axes, names, strict=False):
-            kept = [row for row in rows if row[name] != float("inf")]
+            kept = [row for row in rows if row[name] is not None]  # null: too many did not get so far
             axis.plot([row["num_gpus"] for row in kept], [row[name] for row in kept], marker="o", label=found["shape"])
             axis.set_ylabel(f"{name.removesuffix('_s')} (s)")
             axis.set_xlabel("GPUs")

@@ -22,11 +22,14 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _BOUND = re.compile(r"(ttft|tpot|e2el)_(median|p50|p90|p95|p99)=([0-9]+(?:\.[0-9]+)?)(s|ms|us)")
 CURVE = (0.8, 0.9, 1.0, 1.1, 1.25)
 """Numbers of groups around the best one, as parts of it."""
+_WHATEVER_GROUPS_THERE_ARE = (Status.NOT_SENT, Status.REFUSED_QUOTA, Status.REFUSED_INVALID)
+"""Requests of which this becomes say nothing of how many groups are enough: their tenant's limit or their own length decides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A latency that a percentile of all requests must keep. One that was refused or failed counts as endless."""
+    """A latency that a percentile of all requests must keep. One that was refused for lack of room, or failed, counts as endless;
+    one that is over its tenant's quota, or can never fit, does not count."""
 
     metric: Literal["ttft", "tpot", "e2el"]
     statistic: str
@@ -93,6 +96,8 @@ class _Trial:
         self.plan: Plan = resolve(groups)
         self.requests: Requests = make_requests(self.scenario, max_model_len=self.plan.max_model_len)
         self.tried: dict[int, dict[str, Any]] = {}
+        self._reached: dict[int, tuple[float, ...]] = {}
+        """By groups: what the bounds are about, and requests that were lost."""
 
     def with_groups(self, num_groups: int) -> dict[str, Any]:
         """Figures, and whether they keep the service level."""
@@ -106,8 +111,10 @@ class _Trial:
                     "capacity needs at least 1"
                 )
             columns = Columns(fleet)
-            chosen = (columns.arrived_s >= scenario.warmup_s) & (columns.status != Status.NOT_SENT)
+            chosen = (columns.arrived_s >= scenario.warmup_s) & ~np.isin(columns.status, _WHATEVER_GROUPS_THERE_ARE)
             reached = {bound.name: reached_s(columns, chosen, bound) for bound in self._question.slo}
+            num_lost = float((chosen & (columns.status != Status.FINISHED)).sum())
+            self._reached[num_groups] = (*reached.values(), num_lost)
             self.tried[num_groups] = self._row(summary, reached, num_groups)
         return self.tried[num_groups]
 
@@ -133,10 +140,11 @@ class _Trial:
         }
 
     def fewest(self) -> int | None:
-        """By doubling and halving, since more groups never make it worse. None when max_groups do not suffice."""
+        """By doubling and halving, since more groups never make it worse. None when max_groups do not suffice, or more do not
+        help."""
         low, high = 0, min(self._least(), self._question.max_groups)  # low does not hold, high will
         while not self.with_groups(high)["holds"]:
-            if high == self._question.max_groups:
+            if high == self._question.max_groups or (low and not self._helps(low, high)):
                 return None
             low, high = high, min(max(high + 1, math.ceil(high * 1.5)), self._question.max_groups)
         while high - low > 1 and not low:  # the first guess holds: look below it
@@ -146,6 +154,13 @@ class _Trial:
             middle = (low + high) // 2
             low, high = (low, middle) if self.with_groups(middle)["holds"] else (middle, high)
         return high
+
+    def _helps(self, few: int, many: int) -> bool:
+        """Whether anything is better with many groups by more than a hundredth."""
+        return any(
+            after < before and not after >= 0.99 * before
+            for before, after in zip(self._reached[few], self._reached[many], strict=True)
+        )
 
     def _least(self) -> int:
         """Groups that are busy all the time with full batches, by the cost of prompts and of decoding alone."""
@@ -157,7 +172,7 @@ class _Trial:
 
 
 def reached_s(columns: Columns, chosen: "np.ndarray[Any, np.dtype[np.bool_]]", bound: Bound) -> float:
-    """The percentile over all requests that were sent; inf when too many did not finish."""
+    """The percentile over the requests that are chosen; inf when too many of them did not finish."""
     done = chosen & (columns.status == Status.FINISHED)
     num_lost = int(chosen.sum() - done.sum())
     match bound.metric:
@@ -172,6 +187,16 @@ def reached_s(columns: Columns, chosen: "np.ndarray[Any, np.dtype[np.bool_]]", b
         return 0.0
     rank = math.ceil(STATISTICS[bound.statistic] / 100 * total) - 1
     return float(np.sort(values)[rank]) if rank < len(values) else math.inf
+
+
+def _told(row: Mapping[str, Any], slo: Sequence[Bound]) -> str:
+    """What the bounds are about, with that many groups."""
+    return ", ".join(
+        f"{bound.name} is {row[f'{bound.name}_s']:.3g} s"
+        if math.isfinite(row[f"{bound.name}_s"])
+        else f"too many requests are lost for {bound.name}"
+        for bound in slo
+    )
 
 
 def answer(question: Question) -> dict[str, Any]:
@@ -196,7 +221,7 @@ def answer(question: Question) -> dict[str, Any]:
         last = trial.tried[max(trial.tried)]
         return found | {
             "curve": [trial.tried[num] for num in sorted(trial.tried)],
-            "problem": f"with {last['num_groups']} groups the service level is still not kept",
+            "problem": f"with {last['num_groups']} groups the service level is still not kept: {_told(last, question.slo)}",
         }
     for num_groups in sorted({max(1, round(fewest * part)) for part in CURVE} | {fewest}):
         trial.with_groups(num_groups)

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from bench.simulation.capacity import Bound, Question, Shape, answer, cheapest, 
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
 from bench.simulation.run import simulate
-from bench.simulation.scenario import SimulationScenario, parse_scenario
+from bench.simulation.scenario import SimulationScenario, TenantLimits, parse_scenario
 from model_parallel.errors import ConfigError
 
 
@@ -66,6 +67,23 @@ def test_what_cannot_be_kept_is_said() -> None:
     assert found["best"] is None
     assert "4 groups" in found["problem"]
     assert cheapest([found]) is None
+
+
+def test_more_groups_are_not_tried_where_they_do_not_help() -> None:
+    found = answer(question("tpot_p99=1ms", max_groups=2000))
+    assert len(found["curve"]) < 12 and max(row["num_groups"] for row in found["curve"]) < 100
+    assert re.search(r"with \d+ groups the service level is still not kept: tpot_p99 is 0\.\d+ s", found["problem"])
+
+
+def test_what_a_quota_refuses_needs_no_groups() -> None:
+    asked = question("ttft_p99=1s,tpot_p99=100ms")
+    greedy = asked.scenario.tenants[0].model_copy(
+        update={"name": "greedy", "limits": TenantLimits(requests_per_minute=60)}
+    )
+    both = asked.scenario.model_copy(update={"tenants": [*asked.scenario.tenants, greedy]})
+    best = answer(replace(asked, scenario=both))["best"]
+    assert best is not None and best["holds"]
+    assert best["refused"] > best["sent"] / 4
 
 
 def test_what_does_not_fit_is_said() -> None:
