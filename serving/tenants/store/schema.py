@@ -94,6 +94,9 @@ class KeyRow(LimitColumns, Base):
     is_admin: Mapped[bool]
     created_unix_s: Mapped[float] = mapped_column(Double)
     expires_unix_s: Mapped[float | None] = mapped_column(Double)
+    lifetime_s: Mapped[float | None] = mapped_column(Double)
+    """What it was made for, kept when a rotation brings its end forward; infinite without an end. Null before that: until
+    `expires_unix_s`."""
     revoked_unix_s: Mapped[float | None] = mapped_column(Double)
 
 

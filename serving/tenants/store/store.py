@@ -4,6 +4,7 @@ Any process that can reach the database may use it: the server, the command line
 """
 
 import hmac
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import AlreadyExistsError, NotFoundError, ValidationError
 from serving.tenants.directory import KeyEntry, Snapshot, TenantEntry
 from serving.tenants.keys import new_key
-from serving.tenants.records import LIMITS, IssuedKey, Key, KeyGrant, Limits, Plan, Tenant, UsageFilter, iso_time
+from serving.tenants.records import LIMITS, MAX_UNIX_S, IssuedKey, Key, KeyGrant, Limits, Plan, Tenant, UsageFilter, iso_time
 from serving.tenants.store.database import Database
 from serving.tenants.store.schema import Base, DeploymentRow, KeyRow, PlanRow, TenantRow
 from serving.tenants.store.usage import Position, list_usage
@@ -147,8 +148,12 @@ class Store:
                     "id", f"id must name a key that is still good, and {key_id!r} is revoked or expired"
                 )
             grant = KeyGrant(**{field.name: getattr(old, field.name) for field in fields(KeyGrant)})
-            if old.expires_unix_s is not None:
-                grant = replace(grant, expires_unix_s=now_unix_s + old.expires_unix_s - old.created_unix_s)
+            if row.lifetime_s is None:
+                row.lifetime_s = (
+                    math.inf if old.expires_unix_s is None else old.expires_unix_s - old.created_unix_s
+                )
+            ends_unix_s = None if math.isinf(row.lifetime_s) else min(now_unix_s + row.lifetime_s, MAX_UNIX_S)
+            grant = replace(grant, expires_unix_s=ends_unix_s)
             row.expires_unix_s = min(now_unix_s + overlap_s, old.expires_unix_s or float("inf"))
             return self._issue(session, old.tenant_id, grant, quota_id=old.quota_id)
 

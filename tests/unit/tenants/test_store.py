@@ -10,7 +10,7 @@ from sqlalchemy import make_url, text
 from model_parallel.errors import ConfigError
 from serving.config import TenancyConfig
 from serving.contracts.errors import AlreadyExistsError, NotFoundError, StoreUnavailableError, ValidationError
-from serving.tenants.records import KeyGrant, Plan, Tenant
+from serving.tenants.records import MAX_UNIX_S, KeyGrant, Plan, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import MAX_OVERLAP_S, Store, database_url
 from tests.support.waiting import PATIENCE_S
@@ -129,6 +129,33 @@ def test_a_rotated_key_allows_the_same_for_as_long(gold: Store, clock: Clock) ->
     for ended in (old.id, new.id, late.key.id):
         with pytest.raises(ValidationError, match="still good"):
             gold.rotate_key(ended, overlap_s=10)
+
+
+@pytest.mark.parametrize("lifetime_s", [None, 90 * 86400.0])
+def test_a_key_that_is_rotated_again_in_its_overlap_gives_one_for_as_long(
+    gold: Store, clock: Clock, url: str, lifetime_s: float | None
+) -> None:
+    def expected() -> float | None:
+        return None if lifetime_s is None else clock.unix_s + lifetime_s
+
+    old = gold.create_key("acme", KeyGrant(expires_unix_s=expected())).key
+    other = Store(Database(url), wall_clock=clock)
+    for store in (gold, other, gold):  # another process knows it, too
+        clock.unix_s += 60
+        new = store.rotate_key(old.id, overlap_s=3600).key
+        assert (new.expires_unix_s, new.quota_id) == (expected(), old.id)
+        assert ends(store, old.id) == NOON_UNIX_S + 60 + 3600, "the overlap does not begin anew"
+    clock.unix_s += 60
+    assert gold.rotate_key(new.id, overlap_s=0).key.expires_unix_s == expected()
+    other.database.close()
+
+
+def test_a_key_that_ends_with_the_year_9999_can_be_rotated(gold: Store, clock: Clock) -> None:
+    key = gold.create_key("acme", KeyGrant(expires_unix_s=MAX_UNIX_S - 30)).key
+    for _ in range(3):
+        clock.unix_s += 60
+        key = gold.rotate_key(key.id, overlap_s=0).key
+        assert key.expires_unix_s == MAX_UNIX_S
 
 
 @pytest.mark.parametrize("overlap_s", [-1.0, float("nan"), MAX_OVERLAP_S + 1])
