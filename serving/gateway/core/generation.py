@@ -285,7 +285,7 @@ class Generator:
             visible = self.visible_models(call.principal)
             candidates = [card for card in visible if not card.parent] or visible
             name = candidates[0].name if len(candidates) == 1 else ""
-        card = find_model(self.models, name, call.principal.tenant_id)
+        card = find_model(self.models, name, call.principal)
         call.principal.check_model(name)
         call.observer.resolved(name, card.base)
         return card

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from serving.config import LimitsConfig
+from serving.contracts.accounts import Principal
 from serving.contracts.chat import ASSISTANT, SYSTEM, USER
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.contracts.models import ModelCard
@@ -107,13 +108,18 @@ _MAX_LISTED = 20
 """Names of models in an error."""
 
 
-def find_model(models: Mapping[str, ModelCard], name: str, tenant_id: str) -> ModelCard:
-    """A model that exists to the tenant. Raises UnknownModelError, which lists these; ValidationError when no name is given."""
-    if (card := models.get(name)) is not None and card.is_visible_to(tenant_id):
+def find_model(models: Mapping[str, ModelCard], name: str, sender: Principal) -> ModelCard:
+    """A model that exists to the sender's tenant. Raises UnknownModelError, and ValidationError when no name is given; both list
+    what the sender's key allows."""
+    if (card := models.get(name)) is not None and card.is_visible_to(sender.tenant_id):
         return card
-    names = sorted(card.name for card in models.values() if card.is_visible_to(tenant_id))
+    names = sorted(
+        name
+        for name, card in models.items()
+        if (sender.models is None or name in sender.models) and card.is_visible_to(sender.tenant_id)
+    )
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    served = f"served: {', '.join(names[:_MAX_LISTED])}{more}"
+    served = f"served: {', '.join(names[:_MAX_LISTED]) or 'nothing that you may use'}{more}"
     if not name:
         raise ValidationError("model", f"model is missing; {served}")
     raise UnknownModelError(f"model {_quote(name)} is not served; {served}")

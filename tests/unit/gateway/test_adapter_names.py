@@ -1,6 +1,6 @@
 """An adapter is a model of its own name: to those who see it, to keys, to the ledger; and served by its model's groups."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -108,6 +108,38 @@ async def test_an_adapter_exists_to_its_tenants_alone() -> None:
                 await stub.Generate(request, timeout=PATIENCE_S)
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
             assert caught.value.details() == f"model {request.model!r} is not served; served: tiny, tiny-sql"
+
+
+@pytest.mark.parametrize(
+    ("models", "listed"),
+    [
+        (frozenset({"tiny", "tiny-sql"}), "served: tiny, tiny-sql"),
+        (frozenset({"tiny-sql"}), "served: tiny-sql"),
+        (frozenset({"gone"}), "served: nothing that you may use"),
+        (frozenset(), "served: nothing that you may use"),
+    ],
+)
+async def test_errors_list_what_the_key_allows(models: frozenset[str], listed: str) -> None:
+    async with keyed(Tenant("acme", models), backend()) as gateway, client(gateway) as http:
+        async with grpc.aio.insecure_channel(gateway.target) as channel:
+            stub: Any = inference_pb2_grpc.InferenceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Generate(ask("unknown"), timeout=PATIENCE_S)
+        assert caught.value.details() == f"model 'unknown' is not served; {listed}"
+        answer = await http.get("/v1/models/unknown")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (404, caught.value.details())
+
+
+@pytest.mark.parametrize(
+    ("models", "listed"),
+    [({"tiny-sql", "acme/secret"}, "acme/secret, tiny-sql"), ({"gone"}, "nothing that you may use"), ((), "nothing that you may use")],
+)
+async def test_without_a_name_the_error_lists_what_the_key_allows(models: Iterable[str], listed: str) -> None:
+    async with keyed(Tenant("acme", frozenset(models)), backend()) as gateway, client(gateway) as http:
+        for path in ("/v1/completions", "/tokenize"):
+            answer = await http.post(path, json={"prompt": "hi"})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"] == f"model is missing; served: {listed}"
 
 
 async def test_a_key_for_the_model_is_none_for_its_adapters() -> None:

@@ -16,6 +16,7 @@ from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, say
 from model_parallel.engine.request import EngineOutput, EngineRequest
 from protos import inference_pb2 as pb
 from serving.config import LimitsConfig
+from serving.contracts.accounts import OPEN
 from serving.contracts.errors import UnknownModelError, ValidationError
 from serving.gateway.core.call import Call
 from serving.gateway.core.error_responses import error_response
@@ -231,7 +232,7 @@ def test_what_only_json_can_spell_is_refused() -> None:
 
 def test_find_model_and_output_budget() -> None:
     with pytest.raises(UnknownModelError):
-        find_model({"tiny": card()}, "huge", "")
+        find_model({"tiny": card()}, "huge", OPEN)
     assert output_budget(10, None, card(), LimitsConfig()) == 90
     assert output_budget(10, 90, card(), LimitsConfig()) == 90
 
