@@ -10,9 +10,14 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from serving.contracts.errors import ValidationError
+
 MAX_HEADER_LENGTH = 4096
+ID_LENGTH = 16
 
 _KEY = re.compile(r"pt_([0-9a-f]{16})_[A-Za-z0-9_-]{43}", re.ASCII)
+_WHOLE = re.compile(r"((?:pt_)?([0-9a-f]{16}))_\S*", re.ASCII | re.IGNORECASE)
+"""Also what was cut off, and what begins with the id."""
 _BEARER = re.compile(r"bearer +(\S+) *", re.ASCII | re.IGNORECASE)
 
 
@@ -32,6 +37,22 @@ def new_key() -> KeyText:
     """A random key with a random id."""
     key_id = secrets.token_hex(8)
     return KeyText(key_id, f"pt_{key_id}_{secrets.token_urlsafe(32)}")
+
+
+def without_secrets(text: str) -> str:
+    """What a user gave, for an error that is printed and logged: where it looks like a whole key, without what is secret."""
+    return _WHOLE.sub(r"\1_…", text)
+
+
+def check_key_id(field: str, text: str) -> None:
+    """Raises ValidationError for what is longer than an id, and does not repeat it: it may be a whole key, or its secret."""
+    if len(text) <= ID_LENGTH:
+        return
+    found = _WHOLE.search(text)
+    said = f"{found[2]!r} of the whole key that was given" if found else f"and not {len(text)} characters"
+    raise ValidationError(
+        field, f"{field} must be a key's id, the {ID_LENGTH} characters between the underscores of the key: {said}"
+    )
 
 
 def read_credentials(credentials: Sequence[str]) -> KeyText | None:

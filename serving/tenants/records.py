@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from serving.contracts.errors import ValidationError
+from serving.tenants.keys import check_key_id, without_secrets
 
 MAX_NAME_LENGTH = 64
 MAX_LABEL_LENGTH = 200
@@ -116,7 +117,7 @@ class KeyGrant(Limits):
             raise ValidationError("models", f"models must be at most {MAX_SCOPED_MODELS} names, not {len(self.models)}")
         for model in self.models:
             if len(model) > 2 * MAX_NAME_LENGTH or not _MODEL.fullmatch(model):
-                raise ValidationError("models", f"models must be names of models, not {model[:MAX_NAME_LENGTH]!r}")
+                raise ValidationError("models", f"models must be names of models, not {_shown(model)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +154,7 @@ class UsageFilter:
     """Started before."""
 
     def __post_init__(self) -> None:
+        check_key_id("key_id", self.key_id)
         since, until = self.since_unix_s, self.until_unix_s
         if since is not None and until is not None and since >= until:
             raise ValidationError("until", f"until must be after since, which is {since} in UNIX time, not {until}")
@@ -163,19 +165,24 @@ def iso_time(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
 
 
+def _shown(text: str) -> str:
+    """For an error."""
+    return repr(without_secrets(text)[:MAX_NAME_LENGTH])
+
+
 def _check_slug(name: str, value: str) -> None:
     if len(value) > MAX_NAME_LENGTH or not _SLUG.fullmatch(value):
         raise ValidationError(
             name,
             f"{name} must be 1 to {MAX_NAME_LENGTH} lower-case letters, digits and inner hyphens, "
-            f"not {value[:MAX_NAME_LENGTH]!r}",
+            f"not {_shown(value)}",
         )
 
 
 def _check_label(name: str, value: str) -> None:
     if len(value) > MAX_LABEL_LENGTH or not value.isprintable():
         raise ValidationError(
-            name, f"{name} must be at most {MAX_LABEL_LENGTH} printable characters, not {value[:MAX_NAME_LENGTH]!r}"
+            name, f"{name} must be at most {MAX_LABEL_LENGTH} printable characters, not {_shown(value)}"
         )
 
 

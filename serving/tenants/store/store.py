@@ -19,7 +19,7 @@ from serving.config import TenancyConfig
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import AlreadyExistsError, NotFoundError, ValidationError
 from serving.tenants.directory import KeyEntry, Snapshot, TenantEntry
-from serving.tenants.keys import new_key
+from serving.tenants.keys import check_key_id, new_key, without_secrets
 from serving.tenants.records import LIMITS, MAX_UNIX_S, IssuedKey, Key, KeyGrant, Limits, Plan, Tenant, UsageFilter, iso_time
 from serving.tenants.store.database import Database
 from serving.tenants.store.schema import Base, DeploymentRow, KeyRow, PlanRow, TenantRow
@@ -134,8 +134,9 @@ class Store:
     def rotate_key(self, key_id: str, *, overlap_s: float) -> IssuedKey:
         """A new key that allows the same, for as long as the old one was made for; the old one ends after `overlap_s`.
 
-        Both spend one quota. Raises NotFoundError, and ValidationError for a key that has ended.
+        Both spend one quota. Raises NotFoundError, and ValidationError for a key that has ended and for what cannot be an id.
         """
+        check_key_id("id", key_id)
         if not 0 <= overlap_s <= MAX_OVERLAP_S:
             raise ValidationError(
                 "overlap", f"overlap must be from 0 to {MAX_OVERLAP_S} seconds (a year), not {overlap_s}"
@@ -158,7 +159,8 @@ class Store:
             return self._issue(session, old.tenant_id, grant, quota_id=old.quota_id)
 
     def revoke_key(self, key_id: str) -> Key:
-        """For good; again changes nothing. Raises NotFoundError."""
+        """For good; again changes nothing. Raises NotFoundError, and ValidationError for what cannot be an id."""
+        check_key_id("id", key_id)
         with self._change() as session:
             row = _found(session, KeyRow, key_id, "key")
             if row.revoked_unix_s is None:
@@ -240,7 +242,7 @@ def _key(row: KeyRow) -> Key:
 def _found(session: Session, table: type[_Row], name: str, kind: str) -> _Row:
     row = session.get(table, name)
     if row is None:
-        raise NotFoundError(f"there is no {kind} {name[:80]!r}")
+        raise NotFoundError(f"there is no {kind} {without_secrets(name)[:80]!r}")
     return row
 
 

@@ -1,11 +1,14 @@
 import base64
 import hashlib
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.tenants.keys import MAX_HEADER_LENGTH, new_key, read_credentials
+from serving.contracts.errors import ValidationError
+from serving.tenants.keys import MAX_HEADER_LENGTH, check_key_id, new_key, read_credentials, without_secrets
+from serving.tenants.records import KeyGrant, Plan, Tenant, UsageFilter
 
 KEY = "pt_0123456789abcdef_" + "A" * 43
 
@@ -67,3 +70,47 @@ def test_what_is_not_one_key_is_none(credentials: list[str]) -> None:
 @given(st.lists(st.text(max_size=100), max_size=3))
 def test_any_text_is_read_without_error(credentials: list[str]) -> None:
     assert read_credentials(credentials) is None
+
+
+SECRET = KEY[20:]
+TYPED = [KEY, f"Bearer {KEY}", KEY.upper(), KEY[3:], KEY[:40], f"{KEY}\n", f"{KEY} {KEY}"]
+"""Whole keys, and what of them people copy."""
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_what_was_typed_is_shown_without_its_secret(text: str) -> None:
+    shown = without_secrets(text)
+    assert "0123456789abcdef_…" in shown.lower()
+    assert "AAAA" not in shown
+
+
+@pytest.mark.parametrize("text", ["", "acme", "llama-2-7b", "0123456789abcdef", "tenant_0123_x", "a" * 200])
+def test_what_is_no_key_is_shown_as_it_is(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+@pytest.mark.parametrize("text", [*TYPED, SECRET])
+def test_a_whole_key_in_place_of_its_id_is_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(ValidationError, match="between the underscores") as caught:
+        check_key_id("id", text)
+    assert caught.value.field == "id" and "AAAA" not in str(caught.value)
+    assert ("'0123456789abcdef'" in str(caught.value).lower()) is (text != SECRET)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda text: Plan(name=text),
+        lambda text: Tenant(id=text, plan="gold"),
+        lambda text: Tenant(id="acme", plan=text),
+        lambda text: Tenant(id="acme", plan="gold", name=f"{text}\n"),
+        lambda text: KeyGrant(models=(f"{text} ",)),
+        lambda text: KeyGrant(label=f"{text}\n"),
+        lambda text: UsageFilter(key_id=text),
+    ],
+)
+def test_a_whole_key_in_any_field_is_not_repeated(make: Callable[[str], object]) -> None:
+    for text in TYPED:
+        with pytest.raises(ValidationError) as caught:
+            make(text)
+        assert "AAAA" not in str(caught.value)

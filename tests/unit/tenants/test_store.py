@@ -65,6 +65,24 @@ def test_names_are_taken_once_and_must_exist(gold: Store) -> None:
             unknown()
 
 
+def test_a_whole_key_is_not_repeated_by_errors(gold: Store) -> None:
+    issued = gold.create_key("acme", KeyGrant())
+    for refused in (
+        lambda: gold.rotate_key(issued.text, overlap_s=0),
+        lambda: gold.revoke_key(issued.text),
+        lambda: gold.list_keys(tenant_id=issued.text),
+        lambda: gold.create_key(issued.text, KeyGrant()),
+        lambda: gold.get_tenant(issued.text),
+        lambda: gold.set_tenant_disabled(issued.text, True),
+        lambda: gold.update_tenant(issued.text, {"name": ""}),
+        lambda: gold.update_plan(issued.text, {"weight": 2.0}),
+    ):
+        with pytest.raises((NotFoundError, ValidationError), match=issued.key.id) as caught:
+            refused()
+        assert issued.text[20:30] not in str(caught.value)
+    assert gold.list_keys() == [issued.key], "it was not revoked"
+
+
 def test_an_update_changes_what_it_names(gold: Store) -> None:
     assert gold.update_plan("gold", {"weight": 3.0, "tokens_per_minute": None}) == Plan(name="gold", weight=3.0)
     changed = gold.update_tenant("acme", {"token_budget": 5, "priority": 2})

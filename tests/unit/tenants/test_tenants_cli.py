@@ -88,6 +88,17 @@ def test_keys_are_rotated_and_revoked(run: Run) -> None:
     assert "revoked or expired" in run("keys", "rotate", first["id"], "--overlap", "0s", status=1).stderr
 
 
+def test_a_whole_key_in_place_of_its_id_is_not_printed(run: Run) -> None:
+    run("tenants", "create", "acme")
+    key = run("keys", "create", "acme").stdout.strip()
+    for command in (["keys", "revoke", key], ["keys", "rotate", key, "--overlap", "0s"], ["usage", "--key", key]):
+        said = run(*command, status=1)
+        assert f"between the underscores of the key: '{key[3:19]}'" in said.stderr
+        assert key[20:] not in said.stderr + said.stdout
+    [listed] = rows(run("keys", "list", "--format", "csv"))
+    assert listed["state"] == "live"
+
+
 def test_updates_change_what_is_given_and_none_takes_away(run: Run) -> None:
     run("plans", "create", "gold", "--token-budget", "5")
     run("plans", "update", "gold", "--token-budget", "none", "--priority", "-2")
