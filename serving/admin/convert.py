@@ -24,6 +24,7 @@ MAX_PAGE_SIZE = 1000
 
 _SHARE = ("weight", "priority")
 _NANOS = 10**9
+_MICROS = 10**6
 # What FieldMasks may name: all but what identifies the record, and what the server sets.
 _PLAN_FIELDS = (*_SHARE, *LIMITS)
 _TENANT_FIELDS = ("name", "plan", *_SHARE, *LIMITS)
@@ -248,10 +249,14 @@ def _masked(message: Any, mask: FieldMask, allowed: Sequence[str]) -> dict[str, 
 
 
 def _timestamp(unix_s: float | None) -> Timestamp | None:
+    """The last microsecond that is not after it, as `_unix_s` reads it: what began then is found from its own time on."""
     if unix_s is None:
         return None
+    microseconds = round(unix_s * _MICROS)
+    if microseconds / _MICROS > unix_s:
+        microseconds -= 1
     timestamp = Timestamp()
-    timestamp.FromMicroseconds(round(unix_s * 1e6))
+    timestamp.FromMicroseconds(microseconds)
     return timestamp
 
 
@@ -263,4 +268,4 @@ def _unix_s(message: Any, field: str) -> float | None:
         raise ValidationError(
             field, f"{field} must be a time from 1970 to 9999, not {timestamp.seconds} s {timestamp.nanos} ns"
         )
-    return timestamp.seconds + timestamp.nanos / _NANOS
+    return (timestamp.seconds * _NANOS + timestamp.nanos) / _NANOS  # rounded once

@@ -10,6 +10,7 @@ from model_parallel.directories import cache_directory
 from model_parallel.errors import ConfigError
 from serving.contracts.accounts import OPEN, OpenAccounts, Principal
 from serving.contracts.errors import UnauthenticatedError
+from serving.tenants.keys import read_bearer
 
 _NAME = "operator.key"
 
@@ -58,11 +59,12 @@ class KeyHolder(OpenAccounts):
     """Lets in who shows the operator's key."""
 
     def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}".encode()
+        self._expected = key.encode()
 
     def authenticate(self, credentials: Sequence[str]) -> Principal:
         """Raises UnauthenticatedError."""
-        if len(credentials) != 1 or not hmac.compare_digest(credentials[0].encode(), self._expected):
+        given = read_bearer(credentials) or ""
+        if not hmac.compare_digest(given.encode(), self._expected):
             raise UnauthenticatedError(
                 "this server has no tenancy, and lets in who shows the operator's key of the user who runs it"
             )

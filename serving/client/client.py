@@ -1,5 +1,6 @@
 """A small blocking gRPC client, for the command line and for load tests. Its streams go on when their gateway is lost."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from serving.client.probe import Port, look_at_port
 from serving.client.resuming import Patience, Received, is_lost, pushback_s
 from serving.client.tls import ClientTls
+from serving.config import plain_key
 from serving.contracts.addresses import DEFAULT_GRPC_PORT, parse_target
 
 CONNECT_TIMEOUT_S = 10.0
@@ -98,12 +100,15 @@ class Client:
     """Connections to the gateways of one deployment, of which one is used until it is lost. Use it as a context manager."""
 
     def __init__(self, *addresses: str, api_key: str = "", tls: ClientTls | None = None) -> None:
-        """`addresses` of one gateway or several; `api_key` for a server that has tenants. Raises ConfigError."""
+        """`addresses` of one gateway or several; `api_key` for a server that has tenants. Raises ConfigError, also for a key
+        that no header can carry."""
         if not addresses:
             raise ConfigError("no address of a gateway is given")
+        api_key = plain_key(api_key, "api_key")
         self._tls = tls
         self._gateways = [_Gateway(address, api_key, tls) for address in addresses]
         self._current = 0
+        self._lock = threading.Lock()
 
     @property
     def address(self) -> str:
@@ -194,31 +199,32 @@ class Client:
         times = StreamTimes(started_s=clock())
         patience = Patience(time.monotonic() + timeout_s)
         received = Received(request)
-        first = self.stub.GenerateStream(request, timeout=timeout_s)
+        asked = self._gateways[self._current]
+        first = asked.stub.GenerateStream(request, timeout=timeout_s)
 
         def chunks() -> Iterator[pb.GenerateStreamResponse]:
-            call = first
+            call, gateway = first, asked
             while True:
                 try:
                     for chunk in call:
-                        self._gateways[self._current].has_answered = True
+                        gateway.has_answered = True
                         patience.restore()
                         received.take(chunk)
                         times.count(len(chunk.token_ids), clock())
                         yield chunk
                     return
                 except grpc.RpcError as error:
-                    self._wait_after(error, received, patience)
+                    self._wait_after(error, gateway, received, patience)
                     times.num_resumed += received.can_be_resumed
                 finally:
                     call.cancel()  # of a reader that leaves
-                call = self.stub.GenerateStream(received.rest(), timeout=max(0.0, patience.left_s))
+                gateway = self._gateways[self._current]
+                call = gateway.stub.GenerateStream(received.rest(), timeout=max(0.0, patience.left_s))
 
         return chunks(), times
 
-    def _wait_after(self, error: grpc.RpcError, received: Received, patience: Patience) -> None:
+    def _wait_after(self, error: grpc.RpcError, lost: _Gateway, received: Received, patience: Patience) -> None:
         """Until another try, at the next address. Raises the error where none makes sense."""
-        lost = self._gateways[self._current]
         said_s = pushback_s(error)
         # What nobody has begun to answer is tried again only where a connection was there and broke.
         was_cut = said_s is None and (lost.has_answered or len(self._gateways) > 1)
@@ -226,7 +232,9 @@ class Client:
         pause_s = patience.pause_s(said_s) if is_lost(error) and may_help else None
         if pause_s is None:
             raise error
-        self._current = (self._current + 1) % len(self._gateways)
+        with self._lock:
+            if self._gateways[self._current] is lost:  # another stream may have left it already
+                self._current = (self._current + 1) % len(self._gateways)
         time.sleep(pause_s)
 
 

@@ -55,10 +55,16 @@ def check_key_id(field: str, text: str) -> None:
     )
 
 
-def read_credentials(credentials: Sequence[str]) -> KeyText | None:
-    """The key in the values of all `authorization` headers; None unless there is exactly one, `Bearer KEY`, of that form."""
+def read_bearer(credentials: Sequence[str]) -> str | None:
+    """What stands after `Bearer` in the values of all `authorization` headers; None unless there is exactly one of that form."""
     if len(credentials) != 1 or len(credentials[0]) > MAX_HEADER_LENGTH:
         return None
     bearer = _BEARER.fullmatch(credentials[0])
-    key = _KEY.fullmatch(bearer[1]) if bearer else None
+    return bearer[1] if bearer else None
+
+
+def read_credentials(credentials: Sequence[str]) -> KeyText | None:
+    """The key in these; None unless there is one that is well formed."""
+    bearer = read_bearer(credentials)
+    key = _KEY.fullmatch(bearer) if bearer else None
     return KeyText(key[1], key[0]) if key else None

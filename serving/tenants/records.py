@@ -1,5 +1,6 @@
 """Plans, tenants and keys as plain data, checked when made. Knows neither the database nor the wire."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -161,8 +162,8 @@ class UsageFilter:
 
 
 def iso_time(unix_s: float) -> str:
-    """ISO 8601 in UTC, to the second."""
-    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
+    """ISO 8601 in UTC, the second in which it lies."""
+    return datetime.fromtimestamp(math.floor(unix_s), UTC).isoformat(timespec="seconds")
 
 
 def _shown(text: str) -> str:

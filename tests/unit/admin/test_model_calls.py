@@ -12,14 +12,15 @@ import pytest
 from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from protos import admin_pb2_grpc
-from serving.admin.operator_key import make_operator_key, operator_key_file, read_operator_key
+from serving.admin.operator_key import KeyHolder, make_operator_key, operator_key_file, read_operator_key
 from serving.admin.service import AdminServer
 from serving.config import AdminConfig
-from serving.contracts.errors import ChangeError, ValidationError
+from serving.contracts.accounts import OPEN
+from serving.contracts.errors import ChangeError, UnauthenticatedError, ValidationError
 from serving.contracts.operations import ModelStatus, Progress, Report
 from tests.support.waiting import PATIENCE_S
 
-KEY = "the operator's"
+KEY = "the-operators"
 
 
 class Operations:
@@ -166,7 +167,7 @@ async def test_what_is_served_is_listed(admin: Admin) -> None:
 
 
 async def test_nobody_else_is_let_in(admin: Admin, operations: Operations) -> None:
-    for key in ("", "wrong", KEY + " "):
+    for key in ("", "wrong", KEY + " x"):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await admin.call("UndeployModel", pb.UndeployModelRequest(name="m"), key).read()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -182,6 +183,24 @@ async def test_there_are_no_tenants_without_tenancy(admin: Admin) -> None:
 async def test_a_negative_number_is_named(admin: Admin) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="max_unavailable must be 1 or more"):
         await admin.texts("RestartModel", pb.RestartModelRequest(name="m", max_unavailable=-1))
+
+
+@pytest.mark.parametrize("header", [f"Bearer {KEY}", f"bearer {KEY}", f"BEARER   {KEY} "])
+def test_the_operators_key_is_sent_as_those_of_tenants(header: str) -> None:
+    assert KeyHolder(KEY).authenticate([header]) == OPEN
+
+
+@pytest.mark.parametrize(
+    "credentials",
+    [
+        *([], [""], ["Bearer "], [KEY], [f"Basic {KEY}"], [f"Bearer {KEY}x"], [f"Bearer {KEY.upper()}"], [f"Bearer\t{KEY}"]),
+        *([f"Bearer {KEY}"] * 2, [f"Bearer {KEY} {KEY}"], [f"Bearer{KEY}"], ["Bearer \xff"], ["Bearer " + "k" * 5000]),
+    ],
+    ids=range(13),
+)
+def test_nothing_else_is_the_operators_key(credentials: list[str]) -> None:
+    with pytest.raises(UnauthenticatedError):
+        KeyHolder(KEY).authenticate(credentials)
 
 
 def test_the_operators_key_is_made_once_for_its_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.client.client import Client
@@ -31,7 +32,9 @@ class Recorder(inference_pb2_grpc.InferenceServicer):
         self.seen.append([str(value) for key, value in context.invocation_metadata() if key == "authorization"])
 
 
-@pytest.mark.parametrize(("api_key", "expected"), [("pt_1_2", ["Bearer pt_1_2"]), ("", [])])
+@pytest.mark.parametrize(
+    ("api_key", "expected"), [("pt_1_2", ["Bearer pt_1_2"]), (" pt_1_2\n", ["Bearer pt_1_2"]), ("", []), ("\n", [])]
+)
 def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list[str]) -> None:
     recorder = Recorder()
     server = grpc.server(ThreadPoolExecutor(2))
@@ -46,3 +49,10 @@ def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list
     finally:
         server.stop(0).wait(PATIENCE_S)
     assert recorder.seen == [expected, expected]
+
+
+@pytest.mark.parametrize("api_key", ["a b", "a\nb", "a\0b", "ключ-secret", "a\x7f"])
+def test_a_key_that_can_never_be_sent_is_refused_at_once(api_key: str) -> None:
+    with pytest.raises(ConfigError, match="^api_key holds a space, or a character that is not ASCII") as caught:
+        Client("127.0.0.1:1", "127.0.0.1:2", api_key=api_key)
+    assert api_key not in str(caught.value)

@@ -57,7 +57,7 @@ def served(*gateways: Scripted) -> Iterator[list[str]]:
     with ExitStack() as stack:
         addresses = []
         for gateway in gateways:
-            server = grpc.server(ThreadPoolExecutor(2))
+            server = grpc.server(ThreadPoolExecutor(4))
             inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)
             addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
             server.start()
@@ -103,6 +103,20 @@ def test_it_asks_the_next_gateway_for_what_has_not_come(end: Part) -> None:
     assert again.resume_from.num_prompt_logprobs == 2
     (last,) = third.requests
     assert (last.resume_token, list(last.resume_from.num_tokens)) == (b"t3", [4, 0, 3])
+
+
+@pytest.mark.parametrize("num_streams", [2, 3, 4])
+def test_streams_that_are_lost_together_go_to_the_next_gateway_together(num_streams: int) -> None:
+    """Each told the client to go on, and the second brought it back to the gateway that was lost."""
+    first = Scripted(*([message(1, token=b"t"), (UNAVAILABLE, None)] for _ in range(num_streams)))
+    second = Scripted(*([message(2)] for _ in range(num_streams)))
+    with served(first, second) as addresses, Client(*addresses) as client:
+        client.wait_until_connected(PATIENCE_S)
+        streams = [client.stream(pb.GenerateRequest(model="m"), timeout_s=PATIENCE_S)[0] for _ in range(num_streams)]
+        assert [list(next(stream).token_ids) for stream in streams] == [[1]] * num_streams
+        assert [[list(chunk.token_ids) for chunk in stream] for stream in streams] == [[[2]]] * num_streams
+        assert client.address == addresses[1]
+    assert (len(first.requests), len(second.requests)) == (num_streams, num_streams)
 
 
 def test_the_only_gateway_is_asked_again(pauses_s: list[float]) -> None:
