@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -229,6 +230,14 @@ class AutoscalingConfig(_Section):
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
 """Of models and adapters."""
 MAX_MODEL_NAME_LENGTH = 128
+TENANT_ID = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+"""Of tenants, and of plans."""
+MAX_TENANT_ID_LENGTH = 64
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first that stands there more than once."""
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 class AdapterEntry(_Section):
@@ -236,9 +245,16 @@ class AdapterEntry(_Section):
 
     name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH, pattern=MODEL_NAME)
     source: Path = Field(description="A directory in PEFT's format, readable on every node that hosts a rank.")
-    tenants: tuple[str, ...] | None = Field(
+    tenants: tuple[Annotated[str, Field(max_length=MAX_TENANT_ID_LENGTH, pattern=TENANT_ID)], ...] | None = Field(
         None, min_length=1, description="Ids of the tenants to whom it exists. Unset: all."
     )
+
+    @field_validator("tenants")
+    @classmethod
+    def _are_different(cls, tenants: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if tenants is not None and (twice := repeated(tenants)) is not None:
+            raise ValueError(f"{twice!r} stands in it more than once")
+        return tenants
 
 
 class LoraConfig(_Section):

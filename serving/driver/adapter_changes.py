@@ -11,11 +11,19 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serving.config import MAX_MODEL_NAME_LENGTH, MODEL_NAME, AdapterEntry
+from serving.config import (
+    MAX_MODEL_NAME_LENGTH,
+    MAX_TENANT_ID_LENGTH,
+    MODEL_NAME,
+    TENANT_ID,
+    AdapterEntry,
+    repeated,
+)
 from serving.contracts.errors import AlreadyExistsError, ChangeError, NotFoundError, ValidationError
 from serving.contracts.models import AdapterCard
 from serving.contracts.served import Served
 from serving.contracts.start_failure import plain_reason
+from serving.tenants.keys import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +47,15 @@ def checked_entry(name: str, source: str, tenants: tuple[str, ...] | None) -> Ad
         raise ValidationError("source", f"source must be the absolute path of a directory, not {source[:80]!r}")
     if tenants is not None and not 1 <= len(tenants) <= MAX_TENANTS:
         raise ValidationError("tenants", f"tenants must be 1 to {MAX_TENANTS} ids, or unset, not {len(tenants)}")
+    for tenant in tenants or ():
+        if len(tenant) > MAX_TENANT_ID_LENGTH or not re.fullmatch(TENANT_ID, tenant):
+            raise ValidationError(
+                "tenants",
+                f"tenants must be ids of 1 to {MAX_TENANT_ID_LENGTH} lower-case letters, digits and inner hyphens, not "
+                f"{without_secrets(tenant)[:80]!r}",
+            )
+    if tenants is not None and (twice := repeated(tenants)) is not None:
+        raise ValidationError("tenants", f"tenants must be different, and {twice!r} is there more than once")
     return AdapterEntry(name=name, source=Path(source), tenants=tenants)
 
 

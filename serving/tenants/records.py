@@ -5,10 +5,11 @@ import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from serving.config import MAX_TENANT_ID_LENGTH, TENANT_ID
 from serving.contracts.errors import ValidationError
 from serving.tenants.keys import check_key_id, without_secrets
 
-MAX_NAME_LENGTH = 64
+MAX_NAME_LENGTH = MAX_TENANT_ID_LENGTH
 MAX_LABEL_LENGTH = 200
 MAX_LIMIT = 10**15
 MAX_SCOPED_MODELS = 64
@@ -21,7 +22,7 @@ MAX_UNIX_S = 253402300799.0
 LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrent_requests", "token_budget")
 """Names of the four limits, as quota errors and the database call them."""
 
-_SLUG = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.ASCII)
+_SLUG = re.compile(TENANT_ID, re.ASCII)
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*", re.ASCII)
 
 
@@ -175,8 +176,7 @@ def _check_slug(name: str, value: str) -> None:
     if len(value) > MAX_NAME_LENGTH or not _SLUG.fullmatch(value):
         raise ValidationError(
             name,
-            f"{name} must be 1 to {MAX_NAME_LENGTH} lower-case letters, digits and inner hyphens, "
-            f"not {_shown(value)}",
+            f"{name} must be 1 to {MAX_NAME_LENGTH} lower-case letters, digits and inner hyphens, not {_shown(value)}",
         )
 
 

@@ -20,7 +20,18 @@ from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import AlreadyExistsError, NotFoundError, ValidationError
 from serving.tenants.directory import KeyEntry, Snapshot, TenantEntry
 from serving.tenants.keys import check_key_id, new_key, without_secrets
-from serving.tenants.records import LIMITS, MAX_UNIX_S, IssuedKey, Key, KeyGrant, Limits, Plan, Tenant, UsageFilter, iso_time
+from serving.tenants.records import (
+    LIMITS,
+    MAX_UNIX_S,
+    IssuedKey,
+    Key,
+    KeyGrant,
+    Limits,
+    Plan,
+    Tenant,
+    UsageFilter,
+    iso_time,
+)
 from serving.tenants.store.database import Database
 from serving.tenants.store.schema import Base, DeploymentRow, KeyRow, PlanRow, TenantRow
 from serving.tenants.store.usage import Position, list_usage
@@ -150,9 +161,7 @@ class Store:
                 )
             grant = KeyGrant(**{field.name: getattr(old, field.name) for field in fields(KeyGrant)})
             if row.lifetime_s is None:
-                row.lifetime_s = (
-                    math.inf if old.expires_unix_s is None else old.expires_unix_s - old.created_unix_s
-                )
+                row.lifetime_s = math.inf if old.expires_unix_s is None else old.expires_unix_s - old.created_unix_s
             ends_unix_s = None if math.isinf(row.lifetime_s) else min(now_unix_s + row.lifetime_s, MAX_UNIX_S)
             grant = replace(grant, expires_unix_s=ends_unix_s)
             row.expires_unix_s = min(now_unix_s + overlap_s, old.expires_unix_s or float("inf"))

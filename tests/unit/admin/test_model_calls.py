@@ -193,7 +193,16 @@ def test_the_operators_key_is_sent_as_those_of_tenants(header: str) -> None:
 @pytest.mark.parametrize(
     "credentials",
     [
-        *([], [""], ["Bearer "], [KEY], [f"Basic {KEY}"], [f"Bearer {KEY}x"], [f"Bearer {KEY.upper()}"], [f"Bearer\t{KEY}"]),
+        *(
+            [],
+            [""],
+            ["Bearer "],
+            [KEY],
+            [f"Basic {KEY}"],
+            [f"Bearer {KEY}x"],
+            [f"Bearer {KEY.upper()}"],
+            [f"Bearer\t{KEY}"],
+        ),
         *([f"Bearer {KEY}"] * 2, [f"Bearer {KEY} {KEY}"], [f"Bearer{KEY}"], ["Bearer \xff"], ["Bearer " + "k" * 5000]),
     ],
     ids=range(13),

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.support.random_adapter import save_random_adapter
+from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from protos import admin_pb2_grpc
 from serving.admin.service import AdminServer
@@ -26,9 +27,27 @@ from serving.driver.operations import ClusterOperations
 from serving.driver.record import first_served, served_model
 from serving.models.group_spec import GroupSpec, resolve_models
 from serving.models.sizes import this_host
+from serving.tenants.records import Tenant
 from tests.unit.tenants.test_admin import Running, refused, wrong_field
 
 KEY = "operators-key"
+WRONG_TENANTS = [
+    *(
+        [""],
+        ["ACME"],
+        ["a*"],
+        ["\u0430cme"],
+        ["a" * 65],
+        ["acme", "acme"],
+        ["acme", "-a"],
+        ["a-"],
+        ["a_b"],
+        ["a b"],
+        ["acme\n"],
+    ),
+    ["acme", "b", "acme"],
+]
+"""The fourth begins with a Cyrillic letter."""
 
 
 @dataclass
@@ -154,6 +173,7 @@ async def test_names_are_taken_once_and_files_may_have_two(admin: Running, stack
         ({"source": "relative/path"}, "adapter.source"),
         ({"source": "/nowhere"}, "adapter.source"),
         ({"tenants": pb.TenantIds()}, "adapter.tenants"),
+        *(({"tenants": pb.TenantIds(ids=ids)}, "adapter.tenants") for ids in WRONG_TENANTS),
         ({"rank": 8}, "adapter.rank"),
         ({"digest": "ab"}, "adapter.digest"),
     ],
@@ -161,6 +181,22 @@ async def test_names_are_taken_once_and_files_may_have_two(admin: Running, stack
 async def test_wrong_fields(admin: Running, fields: dict[str, Any], wrong: str, directory: Path) -> None:
     error = await refused(admin.call("AddAdapter", _add("small-sql", directory, **fields)))
     assert (error.code(), wrong_field(error)) == (grpc.StatusCode.INVALID_ARGUMENT, wrong)
+
+
+@pytest.mark.parametrize("ids", WRONG_TENANTS)
+def test_tenants_in_a_file_have_the_same_rule(ids: list[str]) -> None:
+    entry = {"name": "small", "source": "/m", "lora": {"adapters": [{"name": "a", "source": "/a", "tenants": ids}]}}
+    with pytest.raises(ConfigError, match=r"models\.0\.lora\.adapters\.0\.tenants"):
+        parse_config({"models": [entry]}, origin="test")
+
+
+@pytest.mark.parametrize("ids", [["a"], ["default"], ["acme-2", "0"], ["a" * 64]])
+def test_what_can_be_the_id_of_a_tenant(ids: list[str]) -> None:
+    entry = {"name": "small", "source": "/m", "lora": {"adapters": [{"name": "a", "source": "/a", "tenants": ids}]}}
+    (model,) = parse_config({"models": [entry]}, origin="test").models
+    assert model.lora is not None and model.lora.adapters[0].tenants == tuple(ids)
+    assert adapter_changes.checked_entry("a", "/a", tuple(ids)) == model.lora.adapters[0]
+    assert all(Tenant(id=tenant, plan="unlimited") for tenant in ids)
 
 
 async def test_a_model_that_is_not_served(admin: Running, directory: Path) -> None:

@@ -132,7 +132,11 @@ async def test_errors_list_what_the_key_allows(models: frozenset[str], listed: s
 
 @pytest.mark.parametrize(
     ("models", "listed"),
-    [({"tiny-sql", "acme/secret"}, "acme/secret, tiny-sql"), ({"gone"}, "nothing that you may use"), ((), "nothing that you may use")],
+    [
+        ({"tiny-sql", "acme/secret"}, "acme/secret, tiny-sql"),
+        ({"gone"}, "nothing that you may use"),
+        ((), "nothing that you may use"),
+    ],
 )
 async def test_without_a_name_the_error_lists_what_the_key_allows(models: Iterable[str], listed: str) -> None:
     async with keyed(Tenant("acme", frozenset(models)), backend()) as gateway, client(gateway) as http:
