@@ -53,6 +53,6 @@ def test_the_key_goes_with_unary_and_streamed_calls(api_key: str, expected: list
 
 @pytest.mark.parametrize("api_key", ["a b", "a\nb", "a\0b", "ключ-secret", "a\x7f"])
 def test_a_key_that_can_never_be_sent_is_refused_at_once(api_key: str) -> None:
-    with pytest.raises(ConfigError, match="^api_key holds a space, or a character that is not ASCII") as caught:
+    with pytest.raises(ConfigError, match="api_key holds a space, or a character that is not ASCII") as caught:
         Client("127.0.0.1:1", "127.0.0.1:2", api_key=api_key)
     assert api_key not in str(caught.value)
