@@ -42,6 +42,7 @@ class Meter:
         self._started_unix_s = wall_clock() - (clock() - call.arrived_s)
         self._submitted_s: float | None = None
         self._engine = ""
+        self._was_taken = False
         self._is_settled = False
         self.num_completion_tokens = 0
 
@@ -52,18 +53,16 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if not self._is_settled:
-            outcome = _outcome(error)
-            if outcome == "rejected":
-                self._num_prompt_tokens = 0
-            self._settle(self._summary(()), outcome)
+            self._settle(self._summary(()), _outcome(error))
 
     def submit(self) -> Mapping[str, str]:
-        """The request goes to a group now, with the returned trace context."""
+        """The request is offered to groups from now on, with the returned trace context."""
         self._submitted_s = self._clock()
         return self._call.observer.submitted()
 
     def received(self, step: GroupOutputs) -> None:
         """A group has accepted the request, or has made outputs of it."""
+        self._was_taken = True
         if step.engine != self._engine:
             self._engine = step.engine
             self._call.observer.accepted(step.engine)
@@ -86,12 +85,14 @@ class Meter:
     def _settle(self, summary: Summary, outcome: str) -> None:
         self._is_settled = True
         group = summary.group or Timings()
+        # What has been written of a stream that is resumed was written by a group that had read the prompt.
+        was_read = self._was_taken or summary.num_completion_tokens > 0
         record = UsageRecord(
             request_id=self._billed_id,
             tenant_id=self._call.principal.tenant_id,
             key_id=self._call.principal.key_id,
             model=self._model,
-            num_prompt_tokens=summary.num_prompt_tokens if self._submitted_s is not None else 0,
+            num_prompt_tokens=summary.num_prompt_tokens if was_read else 0,
             num_cached_tokens=summary.num_cached_tokens,
             num_completion_tokens=summary.num_completion_tokens,
             outcome=outcome,

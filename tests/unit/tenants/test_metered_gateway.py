@@ -1,6 +1,7 @@
 """A gateway of both front ends with keys, quotas and records on a real SQLite file, and OpenAI's client in front of it."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from grpc_status import rpc_status
 from sqlalchemy import select
 
 from bench.support.fake_backend import ByteTokenizer, FakeBackend
-from model_parallel.engine.request import EngineRequest, SamplingParams
+from model_parallel.engine.request import EngineOutput, EngineRequest, SamplingParams
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.client.resuming import Received
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.accounts import UsageRecord
+from serving.contracts.errors import GroupRefusedError, GroupUnavailableError
+from serving.contracts.group_link import GroupOutputs
 from serving.gateway.core import generation
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.resume_tokens import ResumeTokens
@@ -55,16 +58,17 @@ class Link:
 
 
 @asynccontextmanager
-async def gateway(url: str) -> AsyncIterator[tuple[Ports, Link]]:
+async def gateway(url: str, backend: FakeBackend | None = None) -> AsyncIterator[tuple[Ports, Link]]:
     link = Link(AuthorityService(url, refresh_s=0.05))
     accounts = TenantAccounts(link, refresh_s=0.05)
     await accounts.start()
-    backend = FakeBackend()
+    backend = backend or FakeBackend()
     tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
     server = GatewayServer(GatewayConfig(port=0, http_port=0), LimitsConfig(), backend, tokenizers, accounts)
     try:
         yield await server.start(), link
     finally:
+        await server.drain()  # so that what was cut is settled
         await server.stop(0)
         await accounts.stop()
         await link.service.close()
@@ -144,6 +148,61 @@ async def test_an_answer_whose_record_is_late_is_withheld_and_recorded_once(
         link.is_cut = False
     records = list(all_usage(store.database, UsageFilter()))
     assert [record.num_completion_tokens for record in records] == [6, 6]
+
+
+class Taken(FakeBackend):
+    """A group takes the request before its script begins."""
+
+    async def generate(
+        self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
+    ) -> AsyncIterator[GroupOutputs]:
+        yield GroupOutputs("group-1", ())
+        async for step in super().generate(model, requests, trace_context):
+            yield step
+
+
+@pytest.mark.parametrize(
+    ("error", "is_taken", "outcome"),
+    [
+        (GroupUnavailableError("no group", may_have_run=False), False, "unavailable"),
+        (GroupRefusedError("too long", kind="invalid"), False, "rejected"),
+        (GroupRefusedError("too long", kind="invalid"), True, "rejected"),
+        (None, False, "cancelled"),
+        (None, True, "cancelled"),
+    ],
+    ids=["no-group", "refused", "refused-later", "left", "left-later"],
+)
+async def test_a_prompt_is_charged_when_a_group_has_taken_it(
+    store: Store, url: str, error: Exception | None, is_taken: bool, outcome: str
+) -> None:
+    offered = asyncio.Event()
+
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        offered.set()
+        if error is not None:
+            raise error
+        await asyncio.Event().wait()
+        yield ()
+
+    key = new_key(store)
+    async with (
+        gateway(url, (Taken if is_taken else FakeBackend)(script)) as (ports, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel,
+    ):
+        stub: Any = InferenceStub(channel)
+        call = stub.Generate(
+            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi")),
+            metadata=(("authorization", f"Bearer {key}"),),
+            timeout=PATIENCE_S,
+        )
+        async with asyncio.timeout(PATIENCE_S):
+            await offered.wait()
+        if error is None:
+            call.cancel()
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+            await call
+    (record,) = all_usage(store.database, UsageFilter())
+    assert (record.num_prompt_tokens, record.outcome) == (3 if is_taken else 0, outcome)
 
 
 settle, resume = Meter._settle, ResumeTokens.resume
