@@ -98,7 +98,14 @@ class GatewayServer:
         if config.resume_key_file is not None:
             resume_key = load_key(config.resume_key_file)
         tokens = ResumeTokens(resume_key) if resume_key else None
-        self._generator = Generator(backend, tokenizers, limits, accounts=self._accounts, resume_tokens=tokens)
+        self._generator = Generator(
+            backend,
+            tokenizers,
+            limits,
+            accounts=self._accounts,
+            resume_tokens=tokens,
+            max_concurrent_requests=config.max_concurrent_requests,
+        )
         self._observe = observe
         self._limits = limits
         self._tls = None if config.tls is None else load_tls(config.tls)

@@ -5,10 +5,12 @@ import asyncio
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from model_parallel.engine.overload import SHARE_OF_ROOM
 from model_parallel.engine.request import EngineRequest
 from serving.contracts.errors import DrainingError, GroupRefusedError, OverloadedError
 
@@ -71,6 +73,28 @@ class Admission:
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._idle.wait()
+
+
+class SharedRoom:
+    """Places that no tenant can fill: one may have SHARE_OF_ROOM times as many as there is room left, as in a group's queue."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_taken: Counter[str] = Counter()
+
+    def take(self, tenant: str) -> bool:
+        """Whether there is a place for it. One that is taken is given back."""
+        room = self._limit - self._num_taken.total()
+        if room < 1 or self._num_taken[tenant] + 1 > SHARE_OF_ROOM * room:
+            return False
+        self._num_taken[tenant] += 1
+        return True
+
+    def give_back(self, tenant: str) -> None:
+        """One place."""
+        self._num_taken[tenant] -= 1
+        if not self._num_taken[tenant]:
+            del self._num_taken[tenant]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,11 +32,11 @@ from serving.contracts.errors import (
 )
 from serving.contracts.group_link import GroupOutputs
 from serving.contracts.models import ModelCard
-from serving.gateway.core.admission import RecentRefusals
+from serving.gateway.core.admission import RecentRefusals, SharedRoom
 from serving.gateway.core.backend import Backend
 from serving.gateway.core.call import Call
 from serving.gateway.core.choices import Choice, Chunk, Summary
-from serving.gateway.core.constraints import grammar_of
+from serving.gateway.core.constraints import GrammarText, grammar_of
 from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
 from serving.gateway.core.grammars import GrammarChecker
@@ -104,9 +104,12 @@ class Generator:
         accounts: Accounts | None = None,
         resume_tokens: ResumeTokens | None = None,
         clock: Callable[[], float] = time.monotonic,
+        max_concurrent_requests: int = 1024,
     ) -> None:
-        """`resume_tokens` are those of the deployment; unset, streams are resumed by this gateway alone."""
+        """`resume_tokens` are those of the deployment; unset, streams are resumed by this gateway alone. Of the
+        `max_concurrent_requests` no tenant fills all with requests that wait for a grammar's trial."""
         self.clock = clock
+        self._room_for_trials = SharedRoom(max_concurrent_requests)
         self._tokens = resume_tokens or ResumeTokens(secrets.token_bytes(KEY_BYTES))
         self.models: Mapping[str, ModelCard] = backend.models
         self.tokenizers = dict(tokenizers)
@@ -124,7 +127,9 @@ class Generator:
 
     def _checker(self, card: ModelCard, tokenizer: Tokenizer) -> GrammarChecker:
         return GrammarChecker(
-            lambda: token_table(tokenizer, card.vocab_size, card.eos_token_ids), self._limits.max_grammar_compile_s
+            lambda: token_table(tokenizer, card.vocab_size, card.eos_token_ids),
+            self._limits.max_grammar_compile_s,
+            self._room_for_trials,
         )
 
     def close(self) -> None:
@@ -195,7 +200,7 @@ class Generator:
             sampling = _sampling_params(query, card, seed=stream.seed, max_tokens=max_tokens)
             sequences += [(token_ids, sampling)] * num_choices
         check_delivered(stream.delivered, [sampling.max_tokens for _, sampling in sequences])
-        grammar = await _grammar(query, tokenizer, checker)
+        grammar = _grammar(query, tokenizer)
         call.observer.generates(
             "chat" if isinstance(query.prompt, ChatPrompt) else "text_completion", num_choices, sequences[0][1]
         )
@@ -205,7 +210,9 @@ class Generator:
         with meter:
             # What the client has was made for it, even if this call ends before it has made it again.
             meter.num_completion_tokens = sum(stream.delivered)
-            requests = self._requests(card, call, sequences, grammar)
+            if grammar is not None:  # after the quota, so that nobody has trials without any
+                await checker.check(grammar, call.principal.tenant_id)
+            requests = self._requests(card, call, sequences, "" if grammar is None else grammar.text)
             last: Chunk | None = None
             async with aclosing(self._run(card, requests, call, meter)) as outputs:
                 async for output in outputs:
@@ -423,17 +430,14 @@ def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple
     ]
 
 
-async def _grammar(query: GenerateQuery, tokenizer: Tokenizer, checker: GrammarChecker) -> str:
-    """What the answers must follow, which can be compiled; "" for nothing. Raises ValidationError, OverloadedError."""
+def _grammar(query: GenerateQuery, tokenizer: Tokenizer) -> GrammarText | None:
+    """What the answers must follow, which nobody has tried to compile; None for nothing. Raises ValidationError."""
     strips_space = tokenizer.strips_leading_space and not _continues_text(query)
     if query.tools is not None and query.tools.is_used:
-        grammar = tool_grammar(query.tools, query.constraint, strips_space=strips_space)
-    elif query.constraint is not None:
-        grammar = grammar_of(query.constraint, strips_space=strips_space)
-    else:
-        return ""
-    await checker.check(grammar)
-    return grammar.text
+        return tool_grammar(query.tools, query.constraint, strips_space=strips_space)
+    if query.constraint is not None:
+        return grammar_of(query.constraint, strips_space=strips_space)
+    return None
 
 
 def _continues_text(query: GenerateQuery) -> bool:

@@ -24,6 +24,7 @@ from model_parallel.config import TokenTable
 from model_parallel.python_process import module_command
 from model_parallel.transport.frames import FrameReader, LinkError, encode_frame
 from serving.contracts.errors import OverloadedError, ValidationError
+from serving.gateway.core.admission import SharedRoom
 from serving.gateway.core.constraints import GrammarText
 from serving.gateway.core.grammar_worker import Setup, Trial, Verdict
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_REMEMBERED = 1024
 """Grammars of a model whose verdict is kept; of each a hash, and of a wrong one what is wrong."""
 MAX_WAITING = 32
-"""Requests that may wait for a grammar to be tried out, of one model."""
+"""Grammars that may wait to be tried out, of one model."""
 PATIENCE = 10.0
 """A trial may take so many times its bound in processor time, on a machine that is busy otherwise."""
 TOO_SLOW_FOR_S = 60.0
@@ -47,14 +48,21 @@ class GrammarChecker:
     """Tries out grammars for one model."""
 
     def __init__(
-        self, table: Callable[[], TokenTable], max_compile_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        table: Callable[[], TokenTable],
+        max_compile_s: float,
+        requests: SharedRoom,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`table` is asked for when the first grammar comes; the process starts then too."""
+        """`table` is asked for when the first grammar comes; the process starts then too. `requests` has places for those that
+        wait for a trial, the same for all models of a gateway."""
         self._table = table
         self._max_compile_s = max_compile_s
         self._clock = clock
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         """By hash."""
+        self._requests = requests
+        self._trials = SharedRoom(MAX_WAITING)
         self._waiting: dict[bytes, asyncio.Future[_Known]] = {}
         self._worker: _Worker | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packtrain-grammar-trials")
@@ -62,8 +70,8 @@ class GrammarChecker:
         self.num_hits = 0
         self.num_tried = 0
 
-    async def check(self, grammar: GrammarText) -> None:
-        """Raises ValidationError, and OverloadedError when too many others are being tried out."""
+    async def check(self, grammar: GrammarText, tenant: str) -> None:
+        """Raises ValidationError, and OverloadedError when too many others are being tried out, or the tenant has its share."""
         key = hashlib.sha256(grammar.text.encode()).digest()
         known = self._known.get(key)
         if known is not None and self._clock() < known[1]:
@@ -71,8 +79,7 @@ class GrammarChecker:
             self.num_hits += 1
             verdict = known[0]
         else:
-            # Others may wait for the same one: it goes on when this request does not.
-            verdict, _ = await asyncio.shield(self._waiting.get(key) or self._begin(key, grammar))
+            verdict = await self._wait(key, grammar, tenant)
         if verdict.error:
             place = grammar.field if verdict.schema is None else grammar.schemas[verdict.schema][0] + verdict.place
             raise ValidationError(place, f"{place}: {verdict.error}")
@@ -85,17 +92,28 @@ class GrammarChecker:
             self._thread.submit(worker.kill)
         self._thread.shutdown(wait=False)
 
-    def _begin(self, key: bytes, grammar: GrammarText) -> "asyncio.Future[_Known]":
-        if self._is_closed or len(self._waiting) >= MAX_WAITING:
+    async def _wait(self, key: bytes, grammar: GrammarText, tenant: str) -> Verdict:
+        if not self._requests.take(tenant):
+            raise OverloadedError("too many requests wait for new grammars that are being tried out")
+        try:
+            # Others may wait for the same one: it goes on when this request does not.
+            verdict, _ = await asyncio.shield(self._waiting.get(key) or self._begin(key, grammar, tenant))
+        finally:
+            self._requests.give_back(tenant)
+        return verdict
+
+    def _begin(self, key: bytes, grammar: GrammarText, tenant: str) -> "asyncio.Future[_Known]":
+        if self._is_closed or not self._trials.take(tenant):
             raise OverloadedError("too many new grammars are being tried out")
         self.num_tried += 1
         trial = asyncio.get_running_loop().run_in_executor(self._thread, self._try_out, grammar)
         self._waiting[key] = trial
-        trial.add_done_callback(partial(self._remember, key))
+        trial.add_done_callback(partial(self._remember, key, tenant))
         return trial
 
-    def _remember(self, key: bytes, trial: "asyncio.Future[_Known]") -> None:
+    def _remember(self, key: bytes, tenant: str, trial: "asyncio.Future[_Known]") -> None:
         del self._waiting[key]
+        self._trials.give_back(tenant)
         if not trial.cancelled() and trial.exception() is None:
             self._known[key] = trial.result()
             if len(self._known) > MAX_REMEMBERED:

@@ -12,6 +12,8 @@ from serving.contracts.errors import (
     DeadlineExceededError,
     GroupRefusedError,
     GroupUnavailableError,
+    OverloadedError,
+    ValidationError,
 )
 from serving.contracts.group_link import GroupOutputs
 from serving.gateway.core.call import Call
@@ -139,7 +141,7 @@ def _outcome(error: BaseException | None) -> str:
             return "deadline"
         case GroupUnavailableError():
             return "unavailable"
-        case GroupRefusedError():
+        case GroupRefusedError() | OverloadedError() | ValidationError():
             return "rejected"
         case _:
             return "error"

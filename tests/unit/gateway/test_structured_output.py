@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import math
 import os
 import re
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -20,9 +22,11 @@ from model_parallel.engine.matching import GrammarCompiler, Matcher, allowed_bit
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
-from serving.contracts.errors import ValidationError
+from serving.contracts.errors import OverloadedError, ValidationError
+from serving.gateway.core import grammars
+from serving.gateway.core.admission import SharedRoom
 from serving.gateway.core.constraints import GrammarText, JsonSchema, OneOf, grammar_of
-from serving.gateway.core.grammar_worker import Trial, try_out
+from serving.gateway.core.grammar_worker import Trial, Verdict, try_out
 from serving.gateway.core.grammars import GrammarChecker
 from serving.gateway.server import GatewayServer
 from serving.text.token_table import token_table
@@ -336,14 +340,14 @@ def grammar(schema: Any) -> GrammarText:
 
 
 async def test_a_grammar_is_tried_once() -> None:
-    checker = GrammarChecker(lambda: TABLE, 2.0)
+    checker = GrammarChecker(lambda: TABLE, 2.0, SharedRoom(100))
     try:
         good, bad = grammar(SCHEMA), grammar({"type": "objekt"})
-        await asyncio.gather(*(checker.check(good) for _ in range(5)))
+        await asyncio.gather(*(checker.check(good, "t") for _ in range(5)))
         for _ in range(2):
             with pytest.raises(ValidationError, match="objekt"):
-                await checker.check(bad)
-        await checker.check(good)
+                await checker.check(bad, "t")
+        await checker.check(good, "t")
         assert (checker.num_tried, checker.num_hits) == (2, 2)
     finally:
         checker.close()
@@ -351,14 +355,14 @@ async def test_a_grammar_is_tried_once() -> None:
 
 async def test_a_grammar_that_takes_too_long_ends_its_trial_and_no_other() -> None:
     """The library's own limits do not bound it: some six seconds on an idle machine."""
-    checker = GrammarChecker(lambda: TABLE, 1.0)
+    checker = GrammarChecker(lambda: TABLE, 1.0, SharedRoom(100))
     try:
         slow = grammar({"type": "integer", "multipleOf": 1000003})
         with pytest.raises(ValidationError, match="schema: takes more than 1 s"):
-            await checker.check(slow)
-        await checker.check(grammar(SCHEMA))
+            await checker.check(slow, "t")
+        await checker.check(grammar(SCHEMA), "t")
         with pytest.raises(ValidationError, match="takes more than"):
-            await checker.check(slow)
+            await checker.check(slow, "t")
         assert checker.num_tried == 2, "it is remembered"
         assert checker._worker is not None
         pid = checker._worker._process.pid
@@ -370,14 +374,64 @@ async def test_a_grammar_that_takes_too_long_ends_its_trial_and_no_other() -> No
 
 
 async def test_a_request_that_goes_away_leaves_the_trial_to_others() -> None:
-    checker = GrammarChecker(lambda: TABLE, 2.0)
+    checker = GrammarChecker(lambda: TABLE, 2.0, SharedRoom(100))
     try:
-        first = asyncio.create_task(checker.check(grammar(SCHEMA)))
+        first = asyncio.create_task(checker.check(grammar(SCHEMA), "t"))
         await asyncio.sleep(0)
-        second = asyncio.create_task(checker.check(grammar(SCHEMA)))
+        second = asyncio.create_task(checker.check(grammar(SCHEMA), "t"))
         await asyncio.sleep(0)
         first.cancel()
         await second
         assert first.cancelled() and checker.num_tried == 1
     finally:
         checker.close()
+
+
+async def test_a_tenant_fills_neither_the_trials_nor_the_places_of_those_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests that have gone leave their trials, and those for one grammar count as well as those for many."""
+    may_end = threading.Event()
+
+    def try_out(self: GrammarChecker, grammar: GrammarText) -> tuple[Verdict, float]:
+        may_end.wait(PATIENCE_S)
+        return Verdict(), math.inf
+
+    monkeypatch.setattr(GrammarChecker, "_try_out", try_out)
+    monkeypatch.setattr(grammars, "MAX_WAITING", 10)
+    requests = SharedRoom(20)
+    checkers = [GrammarChecker(lambda: TABLE, 2.0, requests) for _ in range(2)]
+    tasks: list[asyncio.Task[None]] = []
+
+    async def num_let_in(checker: GrammarChecker, tenant: str, schemas: list[Any]) -> int:
+        """Of so many requests."""
+        asked = [asyncio.create_task(checker.check(grammar(schema), tenant)) for schema in schemas]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        refused = [task for task in asked if task.done()]
+        assert all(isinstance(task.exception(), OverloadedError) for task in refused)
+        tasks.extend(set(asked).difference(refused))
+        return len(asked) - len(refused)
+
+    try:
+        many = [{"const": value} for value in range(10)]
+        assert await num_let_in(checkers[0], "greedy", many) == 8
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert await num_let_in(checkers[0], "greedy", many[8:]) == 0, "the trials are still there"
+        assert await num_let_in(checkers[0], "other", many[9:]) == 1
+        assert await num_let_in(checkers[0], "greedy", [many[0]] * 20) == 16, "four times as many as there is room"
+        assert await num_let_in(checkers[1], "greedy", many) == 0, "the room is that of the whole gateway"
+        assert await num_let_in(checkers[1], "other", many[:1]) == 1
+        may_end.set()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*tasks, return_exceptions=True)
+        assert await num_let_in(checkers[1], "greedy", [{"const": -value} for value in range(1, 11)]) == 8, (
+            "all places are back"
+        )
+    finally:
+        may_end.set()
+        for checker in checkers:
+            checker.close()
+        await asyncio.gather(*tasks, return_exceptions=True)

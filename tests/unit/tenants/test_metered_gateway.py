@@ -205,6 +205,32 @@ async def test_a_prompt_is_charged_when_a_group_has_taken_it(
     assert (record.num_prompt_tokens, record.outcome) == (3 if is_taken else 0, outcome)
 
 
+def with_schema(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+async def test_a_grammar_is_tried_for_those_that_have_quota_and_costs_no_tokens_when_it_is_wrong(
+    store: Store, url: str
+) -> None:
+    key = new_key(store, token_budget=100, requests_per_minute=2)
+    async with gateway(url) as (ports, _), client(ports, key) as api:
+
+        async def ask(schema: Any) -> None:
+            await api.chat.completions.create(
+                model="tiny", messages=MESSAGES, max_tokens=79, response_format=with_schema(schema)
+            )
+
+        for _ in range(2):  # with all of the budget each: nothing of it is used
+            with pytest.raises(openai.BadRequestError, match="multipleOf"):
+                await ask({"type": "integer", "multipleOf": "x"})
+        with pytest.raises(openai.RateLimitError):
+            await ask({"type": "integer", "multipleOf": "y"})
+    records = list(all_usage(store.database, UsageFilter()))
+    assert [(each.num_prompt_tokens, each.num_completion_tokens, each.outcome) for each in records] == [
+        (0, 0, "rejected")
+    ] * 2
+
+
 settle, resume = Meter._settle, ResumeTokens.resume
 TAKEN = 7
 """Messages of a stream before its client leaves it."""
