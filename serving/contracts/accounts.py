@@ -93,8 +93,11 @@ class Accounts(Protocol):
         """The sender, from the values of all `authorization` headers. Makes no remote call. Raises UnauthenticatedError."""
         ...
 
-    async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
-        """Set aside the most that a request can use. Raises QuotaExceededError, AccountsUnavailableError."""
+    async def reserve(
+        self, principal: Principal, *, request_id: str, model: str, num_tokens: int, billed_id: str = ""
+    ) -> Reservation:
+        """Set aside the most that a request can use; of one that goes on with the stream of another, `billed_id`, what no record
+        of that has counted. Raises QuotaExceededError, AccountsUnavailableError."""
         ...
 
     def rate_limits(self, principal: Principal) -> RateLimits:
@@ -111,7 +114,9 @@ class OpenAccounts:
     def authenticate(self, credentials: Sequence[str]) -> Principal:
         return OPEN
 
-    async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
+    async def reserve(
+        self, principal: Principal, *, request_id: str, model: str, num_tokens: int, billed_id: str = ""
+    ) -> Reservation:
         return _Unlimited()
 
     def rate_limits(self, principal: Principal) -> RateLimits:

@@ -44,6 +44,10 @@ class Amounts(msgspec.Struct, frozen=True, array_like=True):
     def __bool__(self) -> bool:
         return any(self)
 
+    def without_budget(self, num_tokens: int) -> "Amounts":
+        """Of the budget so much less, and nothing at the least."""
+        return Amounts(self.requests, self.tokens, self.slots, max(0, self.budget - num_tokens))
+
     def covers(self, cost: "Amounts") -> bool:
         return (
             cost.requests <= self.requests
@@ -57,6 +61,11 @@ NOTHING = Amounts()
 
 Costs = tuple[tuple[str, Amounts], ...]
 """What a request takes from each subject that has limits."""
+
+
+def uncounted(costs: Costs, num_counted: int) -> Costs:
+    """What is left to be taken when a record has counted so many tokens of the request."""
+    return tuple((subject, cost.without_budget(num_counted)) for subject, cost in costs) if num_counted else costs
 
 
 class Settlement(msgspec.Struct, frozen=True, array_like=True):
@@ -83,6 +92,8 @@ class LeaseRequest(msgspec.Struct, frozen=True, array_like=True):
 
     costs: Costs
     waited_s: float
+    begun_id: str = ""
+    """The request goes on with the stream of this one, of which a record may have counted a part. No lease serves it."""
 
 
 class Exchange(msgspec.Struct, frozen=True, array_like=True):
@@ -106,6 +117,8 @@ class Decision(msgspec.Struct, frozen=True, array_like=True):
     """Of a refusal: whose limit, and which. No limit is named when the tenant or the key is no longer there."""
     retry_after_s: float | None = None
     """None when waiting does not help."""
+    num_counted: int = 0
+    """So many tokens of the budget were not set aside for a granted request, as a record has counted them already."""
 
 
 GRANTED = Decision(kind="granted")

@@ -310,6 +310,7 @@ class Generator:
             request_id=call.request_id,
             model=card.name,
             num_tokens=num_prompt_tokens + num_output_tokens,
+            billed_id=billed_id,
         )
         return Meter(call, card.name, num_prompt_tokens, reservation, self.clock, billed_id=billed_id)
 

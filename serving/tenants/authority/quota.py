@@ -20,7 +20,6 @@ import msgspec
 from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.buckets import Bucket
 from serving.tenants.messages import (
-    GRANTED,
     NOTHING,
     WAIT,
     Amounts,
@@ -32,6 +31,7 @@ from serving.tenants.messages import (
     Reply,
     Report,
     Settlement,
+    uncounted,
 )
 from serving.tenants.records import LIMITS, Limits
 
@@ -189,8 +189,8 @@ class QuotaAuthority:
             account.limits = limits.get(subject, account.limits)
 
     def exchange(self, message: Exchange, recorded: Mapping[str, UsageRecord]) -> Reply:
-        """Charge, take back, give. `recorded` has those records, by id, that are in the ledger already. Raises
-        StaleExchangeError."""
+        """Charge, take back, give. `recorded` has those records, by id, that are in the ledger already, of what the message is
+        about. Raises StaleExchangeError."""
         gateway = self.gateways.setdefault(message.gateway_id, Gateway())
         gateway.is_silent = False
         if message.number == gateway.number and gateway.reply is not None:
@@ -201,7 +201,7 @@ class QuotaAuthority:
             self._charge(settlement, recorded)
         for report in message.reports:
             self._take_report(message.gateway_id, report)
-        decisions = tuple(self._decide(message.gateway_id, request) for request in message.lease_requests)
+        decisions = tuple(self._decide(message.gateway_id, request, recorded) for request in message.lease_requests)
         leases = self._give_ahead(message.gateway_id, message.lease_requests, decisions)
         gateway.number = message.number
         gateway.reply = Reply(
@@ -248,17 +248,23 @@ class QuotaAuthority:
         """Of a stream that was resumed, each gateway that had a part in it sends a record under the same id, of all that it knows
         to be used: only what no record before has counted is charged."""
         record, request_id = settlement.record, settlement.record.request_id
-        changed = self._changes.settlements.get(request_id)
-        before = recorded.get(request_id) if changed is None else changed.record
-        num_charged = 0
+        before, num_charged = self._record(request_id, recorded), self._num_counted(request_id, recorded)
         if before is not None:
-            num_charged = before.num_prompt_tokens + before.num_completion_tokens
             record = _joined(before, record)
             if record == before:
                 return
         for subject in settlement.subjects:
             self._account(subject).charged += record.num_prompt_tokens + record.num_completion_tokens - num_charged
         self._changes.settlements[request_id] = Settlement(record, settlement.subjects)
+
+    def _record(self, request_id: str, recorded: Mapping[str, UsageRecord]) -> UsageRecord | None:
+        changed = self._changes.settlements.get(request_id)
+        return recorded.get(request_id) if changed is None else changed.record
+
+    def _num_counted(self, request_id: str, recorded: Mapping[str, UsageRecord]) -> int:
+        """Tokens of a request that are charged already."""
+        record = self._record(request_id, recorded)
+        return 0 if record is None else record.num_prompt_tokens + record.num_completion_tokens
 
     def _take_report(self, gateway_id: str, report: Report) -> None:
         account = self._account(report.subject)
@@ -275,14 +281,16 @@ class QuotaAuthority:
             holdings.pop(gateway_id, None)
         self._changes.holdings.add((gateway_id, subject))
 
-    def _decide(self, gateway_id: str, request: LeaseRequest) -> Decision:
+    def _decide(self, gateway_id: str, request: LeaseRequest, recorded: Mapping[str, UsageRecord]) -> Decision:
         if gone := [subject for subject, _ in request.costs if subject not in self._limits]:
             return Decision(kind="refused", subject=gone[0])
-        accounts = [(subject, self._account(subject), cost) for subject, cost in request.costs]
+        num_counted = self._num_counted(request.begun_id, recorded) if request.begun_id else 0
+        costs = uncounted(request.costs, num_counted)
+        accounts = [(subject, self._account(subject), cost) for subject, cost in costs]
         short = [(subject, account, s) for subject, account, cost in accounts for s in account.shortages(cost)]
         if not short:
-            self._give(gateway_id, request.costs, is_ahead=False)
-            return GRANTED
+            self._give(gateway_id, costs, is_ahead=False)
+            return Decision(kind="granted", num_counted=num_counted)
         if request.waited_s < RECALL_TIMEOUT_S and all(
             self._can_recall(gateway_id, account, s) for _, account, s in short
         ):

@@ -51,6 +51,7 @@ class _Core:
         happened, and all may come again."""
         authority, ledger = self._opened()
         ids = [settlement.record.request_id for message in messages for settlement in message.settlements]
+        ids += [request.begun_id for message in messages for request in message.lease_requests if request.begun_id]
         try:
             recorded = ledger.recorded(ids)
             replies = [_answer(authority, message, recorded) for message in messages]

@@ -98,7 +98,9 @@ class TenantAccounts:
     def authenticate(self, credentials: Sequence[str]) -> Principal:
         return self._directory.authenticate(credentials)
 
-    async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
+    async def reserve(
+        self, principal: Principal, *, request_id: str, model: str, num_tokens: int, billed_id: str = ""
+    ) -> Reservation:
         try:
             quotas = self._directory.quotas(principal.key_id)
         except KeyError as error:  # revoked since the request came in
@@ -107,9 +109,11 @@ class TenantAccounts:
             raise AccountsUnavailableError("usage cannot be recorded now")
         all_costs = ((quota.subject, reservation_cost(quota.limits, num_tokens)) for quota in quotas)
         costs = tuple((subject, cost) for subject, cost in all_costs if cost)
-        if costs and not self._book.take(costs):
+        is_resumed = billed_id not in ("", request_id) and any(cost.budget for _, cost in costs)
+        if costs and (is_resumed or not self._book.take(costs)):
             self.num_asked += 1
-            self._raise_quota_error(await self._ask(costs), quotas, num_tokens)
+            decision, costs = await self._ask(costs, billed_id if is_resumed else "")
+            self._raise_quota_error(decision, quotas, num_tokens)
         return _Reservation(self, costs, (quotas[0].subject, quotas[1].subject), asyncio.Event())
 
     def rate_limits(self, principal: Principal) -> RateLimits:
@@ -142,9 +146,10 @@ class TenantAccounts:
         except TimeoutError:
             raise AccountsUnavailableError("the answer is ready, but its usage cannot be recorded now") from None
 
-    async def _ask(self, costs: Costs) -> Decision:
+    async def _ask(self, costs: Costs, begun_id: str) -> tuple[Decision, Costs]:
+        """What is decided, and what is set aside if it is granted."""
         answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        request = self._book.ask(costs, self._clock(), answer.set_result)
+        request = self._book.ask(costs, self._clock(), answer.set_result, begun_id=begun_id)
         self._urgent.set()
         try:
             await asyncio.wait([answer], timeout=ASK_TIMEOUT_S)
@@ -154,7 +159,7 @@ class TenantAccounts:
         if not answer.done():
             self._book.withdraw(request)
             raise AccountsUnavailableError("quotas cannot be checked now")
-        return answer.result()
+        return answer.result(), request.costs
 
     def _raise_quota_error(self, decision: Decision, quotas: tuple[Quota, Quota], num_tokens: int) -> None:
         if decision.kind == "granted":

@@ -18,6 +18,7 @@ from serving.tenants.messages import (
     Reply,
     Report,
     Settlement,
+    uncounted,
 )
 from serving.tenants.records import Limits
 
@@ -44,9 +45,12 @@ class WaitingRequest:
     """A request that the leases do not cover."""
 
     costs: Costs
+    """What was set aside, once it is granted."""
     asked_s: float
     on_decision: Callable[[Decision], None]
     """Called once, unless withdrawn before: with "granted" or "refused"."""
+    begun_id: str = ""
+    """See LeaseRequest."""
     is_granted: bool = False
     is_withdrawn: bool = False
 
@@ -107,9 +111,11 @@ class LeaseBook:
             self._standings.take(subject, cost)
         return True
 
-    def ask(self, costs: Costs, now_s: float, on_decision: Callable[[Decision], None]) -> WaitingRequest:
+    def ask(
+        self, costs: Costs, now_s: float, on_decision: Callable[[Decision], None], *, begun_id: str = ""
+    ) -> WaitingRequest:
         """Have the authority decide."""
-        request = WaitingRequest(costs, now_s, on_decision)
+        request = WaitingRequest(costs, now_s, on_decision, begun_id)
         self._waiting.append(request)
         return request
 
@@ -175,7 +181,9 @@ class LeaseBook:
             number=self._number,
             settlements=tuple(item.settlement for item in settled),
             reports=reports,
-            lease_requests=tuple(LeaseRequest(request.costs, now_s - request.asked_s) for request in waiting),
+            lease_requests=tuple(
+                LeaseRequest(request.costs, now_s - request.asked_s, request.begun_id) for request in waiting
+            ),
         )
         self._sent = _Sent(exchange, settled, waiting)
         return exchange
@@ -196,6 +204,7 @@ class LeaseBook:
                 again.append(request)
                 continue
             if decision.kind == "granted":
+                request.costs = uncounted(request.costs, decision.num_counted)
                 for subject, cost in request.costs:
                     self._lease(subject).reserved += cost
                     self._lease(subject).is_tight = subject not in with_leases
@@ -232,7 +241,7 @@ class LeaseBook:
             self._waiting.popleft()
             if request.is_withdrawn:
                 continue
-            if self.take(request.costs):
+            if not request.begun_id and self.take(request.costs):
                 _tell(request, GRANTED)
             else:
                 waiting.append(request)

@@ -34,7 +34,9 @@ class FakeAccounts:
             raise UnauthenticatedError("a valid key is needed: authorization: Bearer KEY")
         return Principal(tenant_id="acme", models=frozenset({"tiny"}), cache_salt=b"s", weight=2.0)
 
-    async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
+    async def reserve(
+        self, principal: Principal, *, request_id: str, model: str, num_tokens: int, billed_id: str = ""
+    ) -> Reservation:
         if self.refusal is not None:
             raise self.refusal
         return self

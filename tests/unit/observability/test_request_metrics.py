@@ -188,7 +188,9 @@ class NoBudget(OpenAccounts):
     def authenticate(self, credentials: Sequence[str]) -> Principal:
         return Principal(tenant_id="acme")
 
-    async def reserve(self, principal: Principal, *, request_id: str, model: str, num_tokens: int) -> Reservation:
+    async def reserve(
+        self, principal: Principal, *, request_id: str, model: str, num_tokens: int, billed_id: str = ""
+    ) -> Reservation:
         raise QuotaExceededError("none left", quota="tokens_per_minute", retry_after_s=1.0)
 
 

@@ -2,6 +2,7 @@
 
 from serving.tenants.client.leases import LeaseBook
 from serving.tenants.messages import GRANTED, NOTHING, Amounts, Costs, Decision, Lease, Reply, Report
+from tests.support.usage import usage_record
 
 COSTS: Costs = (("tenant:t", Amounts(requests=1, tokens=50, slots=1, budget=50)),)
 
@@ -26,6 +27,25 @@ def test_a_grant_that_comes_too_late_goes_back_whole() -> None:
     exchange = book.next_exchange(0.0)
     assert exchange is not None
     assert exchange.reports == (Report("tenant:t", NOTHING, NOTHING, Amounts(requests=1, tokens=50)),)
+
+
+def test_of_a_stream_that_goes_on_what_is_counted_is_neither_set_aside_nor_given_back() -> None:
+    """Also where a lease would serve it."""
+    book, decisions = granted_book(Lease("tenant:t", COSTS[0][1]))
+    request = book.ask(COSTS, 0.0, decisions.append, begun_id="r")
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None and [each.begun_id for each in exchange.lease_requests] == ["r"]
+    book.take_reply(Reply(2, (Decision(kind="granted", num_counted=45),), ()), 0.0)
+    rest = Amounts(requests=1, tokens=50, slots=1, budget=5)
+    assert request.costs == (("tenant:t", rest),)
+    book.settle(
+        request.costs, usage_record("r", num_prompt_tokens=10, num_completion_tokens=38), ("tenant:t",), lambda: None
+    )
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None
+    assert exchange.reports == (Report("tenant:t", COSTS[0][1], NOTHING, Amounts(tokens=2)),), (
+        "the other one still runs"
+    )
 
 
 def test_a_request_that_was_withdrawn_is_not_asked_for() -> None:

@@ -236,10 +236,12 @@ TAKEN = 7
 """Messages of a stream before its client leaves it."""
 
 
-async def resumed_elsewhere(store: Store, url: str, tmp_path: Path) -> tuple[list[UsageRecord], list[int], int]:
+async def resumed_elsewhere(
+    store: Store, url: str, tmp_path: Path, token_budget: int = 10**6
+) -> tuple[list[UsageRecord], list[int], int]:
     """A stream is left and resumed at another gateway while the first one lives, which counts what it has sent: all records, the
     tokens that came, and what the tenant is charged."""
-    key, path = new_key(store, token_budget=10**6), tmp_path / "key"
+    key, path = new_key(store, token_budget=token_budget), tmp_path / "key"
     path.write_text("k" * 32)
     link, token_ids = Link(AuthorityService(url, refresh_s=0.05)), list[int]()
     request = pb.GenerateRequest(
@@ -274,8 +276,11 @@ async def resumed_elsewhere(store: Store, url: str, tmp_path: Path) -> tuple[lis
     return list(all_usage(store.database, UsageFilter())), token_ids, charged
 
 
-async def test_a_stream_that_is_resumed_is_billed_once(store: Store, url: str, tmp_path: Path) -> None:
-    records, token_ids, charged = await resumed_elsewhere(store, url, tmp_path)
+@pytest.mark.parametrize("token_budget", [10**6, 38], ids=["budget", "no more than it needs"])
+async def test_a_stream_that_is_resumed_is_billed_once(
+    store: Store, url: str, tmp_path: Path, token_budget: int
+) -> None:
+    records, token_ids, charged = await resumed_elsewhere(store, url, tmp_path, token_budget)
     ((record),) = records
     assert (record.num_prompt_tokens, record.num_completion_tokens, record.outcome) == (8, 30, "length")
     assert len(token_ids) == 30

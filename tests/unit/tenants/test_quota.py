@@ -182,6 +182,28 @@ def test_of_a_stream_that_was_resumed_nothing_is_charged_twice(is_durable: bool)
     assert recorded["r"] == usage_record("r", num_prompt_tokens=5, num_completion_tokens=25, outcome="length")
 
 
+@pytest.mark.parametrize("is_durable", [True, False], ids=["in another transaction", "in one"])
+def test_of_a_stream_that_goes_on_only_what_is_not_counted_is_set_aside(is_durable: bool) -> None:
+    world, record = World(token_budget=100, max_concurrent_requests=9), settlement("r", 60).record
+    world.exchange("a", settlements=(Settlement(record, (T,)),))
+    recorded = {}
+    if is_durable:
+        world.authority.take_changes()
+        recorded = {"r": record}
+
+    def ask(number: int, begun_id: str, budget: int) -> Decision:
+        request = LeaseRequest(((T, Amounts(slots=1, budget=budget)),), RECALL_TIMEOUT_S, begun_id)
+        return world.authority.exchange(Exchange("b", number, (), (), (request,)), recorded).decisions[0]
+
+    assert outcome(ask(1, "", 90)) == outcome(ask(2, "another", 90)) == ("refused", "token_budget", None)
+    assert outcome(ask(3, "r", 101)) == ("refused", "token_budget", None)
+    decision = ask(4, "r", 90)
+    assert (decision.kind, decision.num_counted) == ("granted", 60)
+    assert world.authority.accounts[T].holdings["b"].held == Amounts(slots=1, budget=30)
+    assert ask(5, "r", 60).kind == "granted", "all is counted"
+    assert world.authority.accounts[T].holdings["b"].held == Amounts(slots=2, budget=30)
+
+
 def test_a_dead_gateways_places_are_free_and_its_budget_stays_withheld() -> None:
     world = World(token_budget=100, max_concurrent_requests=1)
     assert world.ask("dead", Amounts(slots=1, budget=60)).kind == "granted"
