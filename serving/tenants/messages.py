@@ -107,6 +107,10 @@ class Exchange(msgspec.Struct, frozen=True, array_like=True):
     lease_requests: tuple[LeaseRequest, ...]
 
 
+RESUMPTIONS = "resumptions"
+"""Named as the limit of a stream that counts against a budget and has gone on too often."""
+
+
 class Decision(msgspec.Struct, frozen=True, array_like=True):
     """The answer to a LeaseRequest."""
 

@@ -12,6 +12,7 @@ message may be lost or repeated anywhere. What a gateway holds it says absolutel
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from serving.contracts.accounts import UsageRecord
 from serving.tenants.authority.buckets import Bucket
 from serving.tenants.messages import (
     NOTHING,
+    RESUMPTIONS,
     WAIT,
     Amounts,
     Balance,
@@ -42,6 +44,11 @@ BUSY_RETRY_S = 1.0
 _SHARE = 4
 """Of what is left, a gateway gets at most 1 / (_SHARE · number of gateways) ahead of its need."""
 _MAX_LEASED_REQUESTS = 64
+MAX_RESUMPTIONS = 32
+"""How often a stream may go on that counts against a budget: what its client has is computed again each time, and not charged."""
+_RESUMPTIONS_KEPT_S = 86_400.0
+_MAX_RESUMED_KEPT = 100_000
+"""Streams of which it is known how often they went on."""
 
 NO_LIMITS = Limits()
 
@@ -181,6 +188,8 @@ class QuotaAuthority:
         self._limits: Mapping[str, Limits] = {}
         self._changes = Changes()
         self._recalls: dict[str, set[str]] = {}
+        self._resumed: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        """How often, and when last. Not durable: after a restart of the authority streams count anew."""
 
     def set_limits(self, limits: Mapping[str, Limits]) -> None:
         """By subject. A subject that is no longer there keeps its last limits for what it still runs."""
@@ -286,10 +295,15 @@ class QuotaAuthority:
             return Decision(kind="refused", subject=gone[0])
         num_counted = self._num_counted(request.begun_id, recorded) if request.begun_id else 0
         costs = uncounted(request.costs, num_counted)
+        if request.begun_id and self._num_resumed(request.begun_id) >= MAX_RESUMPTIONS:
+            subject = next((subject for subject, cost in request.costs if cost.budget), "")
+            return Decision(kind="refused", subject=subject, limit=RESUMPTIONS)
         accounts = [(subject, self._account(subject), cost) for subject, cost in costs]
         short = [(subject, account, s) for subject, account, cost in accounts for s in account.shortages(cost)]
         if not short:
             self._give(gateway_id, costs, is_ahead=False)
+            if request.begun_id:
+                self._count_resumption(request.begun_id)
             return Decision(kind="granted", num_counted=num_counted)
         if request.waited_s < RECALL_TIMEOUT_S and all(
             self._can_recall(gateway_id, account, s) for _, account, s in short
@@ -302,6 +316,19 @@ class QuotaAuthority:
             short, key=lambda item: math.inf if item[2].retry_after_s is None else item[2].retry_after_s
         )
         return Decision(kind="refused", subject=subject, limit=worst.limit, retry_after_s=worst.retry_after_s)
+
+    def _num_resumed(self, begun_id: str) -> int:
+        return self._resumed.get(begun_id, (0, 0.0))[0]
+
+    def _count_resumption(self, begun_id: str) -> None:
+        now_s = self._clock()
+        self._resumed[begun_id] = self._num_resumed(begun_id) + 1, now_s
+        self._resumed.move_to_end(begun_id)
+        while (
+            len(self._resumed) > _MAX_RESUMED_KEPT
+            or next(iter(self._resumed.values()))[1] < now_s - _RESUMPTIONS_KEPT_S
+        ):
+            self._resumed.popitem(last=False)
 
     def _can_recall(self, gateway_id: str, account: Account, short: _Shortage) -> bool:
         """Whether it would be enough if all others gave back what they do not use."""

@@ -21,7 +21,7 @@ from serving.contracts.errors import AccountsUnavailableError, QuotaExceededErro
 from serving.tenants.client.balances import tighter
 from serving.tenants.client.leases import LeaseBook
 from serving.tenants.directory import INVALID_KEY_MESSAGE, KeyDirectory, Quota, Snapshot
-from serving.tenants.messages import Amounts, Costs, Decision, Exchange, Reply, SyncReply, SyncRequest
+from serving.tenants.messages import RESUMPTIONS, Amounts, Costs, Decision, Exchange, Reply, SyncReply, SyncRequest
 from serving.tenants.records import Limits
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,8 @@ class TenantAccounts:
             raise UnauthenticatedError(INVALID_KEY_MESSAGE)
         quota = next(quota for quota in quotas if quota.subject == decision.subject)
         message = _refusal(quota, decision, num_tokens)
-        raise QuotaExceededError(message, quota=decision.limit, retry_after_s=decision.retry_after_s)
+        limit = "token_budget" if decision.limit == RESUMPTIONS else decision.limit
+        raise QuotaExceededError(message, quota=limit, retry_after_s=decision.retry_after_s)
 
     async def _talk(self) -> None:
         while True:
@@ -248,6 +249,8 @@ def reservation_cost(limits: Limits, num_tokens: int) -> Amounts:
 def _refusal(quota: Quota, decision: Decision, num_tokens: int) -> str:
     """For the client to read."""
     owner = "this tenant" if quota.subject.startswith("tenant:") else "this key"
+    if decision.limit == RESUMPTIONS:
+        return f"{owner} has a token budget, and this stream has gone on as often as it may: send the request anew"
     limit = getattr(quota.limits, decision.limit)
     needed = f"this request may need {num_tokens}"
     match decision.limit:

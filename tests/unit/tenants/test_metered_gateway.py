@@ -27,6 +27,7 @@ from serving.gateway.core import generation
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.resume_tokens import ResumeTokens
 from serving.gateway.server import GatewayServer, Ports
+from serving.tenants.authority.quota import MAX_RESUMPTIONS
 from serving.tenants.authority.service import AuthorityService
 from serving.tenants.client import accounts as accounts_module
 from serving.tenants.client.accounts import AuthorityUnreachableError, TenantAccounts
@@ -285,6 +286,35 @@ async def test_a_stream_that_is_resumed_is_billed_once(
     assert (record.num_prompt_tokens, record.num_completion_tokens, record.outcome) == (8, 30, "length")
     assert len(token_ids) == 30
     assert charged == 38
+
+
+async def test_a_finished_stream_is_computed_again_only_so_often_under_a_budget(store: Store, url: str) -> None:
+    """Its client may have lost the end of it. It is charged once, and the token of the last one is the newest."""
+    key, groups = new_key(store, token_budget=38), DrawnGroups()
+    request = pb.GenerateRequest(
+        model="tiny", prompt=pb.Prompt(text="tell me"), sampling=pb.Sampling(max_tokens=30, ignore_eos=True)
+    )
+    async with (
+        gateway(url, groups) as (ports, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel,
+    ):
+        stub: Any = InferenceStub(channel)
+
+        async def num_tokens() -> int:
+            found = 0
+            call = stub.GenerateStream(request, metadata=(("authorization", f"Bearer {key}"),), timeout=PATIENCE_S)
+            async for chunk in call:
+                found += len(chunk.token_ids)
+                request.resume_token = chunk.resume_token or request.resume_token
+            return found
+
+        assert [await num_tokens() for _ in range(1 + MAX_RESUMPTIONS)] == [30] * (1 + MAX_RESUMPTIONS)
+        with pytest.raises(grpc.aio.AioRpcError, match="send the request anew") as refused:
+            await num_tokens()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert groups.num_started == 1 + MAX_RESUMPTIONS
+    (record,) = all_usage(store.database, UsageFilter())
+    assert (record.num_prompt_tokens, record.num_completion_tokens, record.outcome) == (8, 30, "length")
 
 
 @pytest.mark.parametrize(

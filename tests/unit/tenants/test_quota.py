@@ -3,8 +3,14 @@
 import pytest
 
 from serving.contracts.accounts import UsageRecord
-from serving.tenants.authority.quota import BUSY_RETRY_S, RECALL_TIMEOUT_S, QuotaAuthority, StaleExchangeError
-from serving.tenants.messages import Amounts, Decision, Exchange, LeaseRequest, Reply, Report, Settlement
+from serving.tenants.authority.quota import (
+    BUSY_RETRY_S,
+    MAX_RESUMPTIONS,
+    RECALL_TIMEOUT_S,
+    QuotaAuthority,
+    StaleExchangeError,
+)
+from serving.tenants.messages import RESUMPTIONS, Amounts, Decision, Exchange, LeaseRequest, Reply, Report, Settlement
 from serving.tenants.records import Limits
 from tests.support.usage import usage_record
 
@@ -202,6 +208,27 @@ def test_of_a_stream_that_goes_on_only_what_is_not_counted_is_set_aside(is_durab
     assert world.authority.accounts[T].holdings["b"].held == Amounts(slots=1, budget=30)
     assert ask(5, "r", 60).kind == "granted", "all is counted"
     assert world.authority.accounts[T].holdings["b"].held == Amounts(slots=2, budget=30)
+
+
+def test_a_stream_goes_on_only_so_often_under_a_budget() -> None:
+    """Whatever it has been charged: what is computed again is not. Requests of its tenant and other streams are let in."""
+    world = World(token_budget=10**6)
+    number = 0
+
+    def ask(begun_id: str) -> Decision:
+        nonlocal number
+        number += 1
+        request = LeaseRequest(((T, Amounts(budget=1)),), RECALL_TIMEOUT_S, begun_id)
+        return world.authority.exchange(Exchange("g", number, (), (), (request,)), {}).decisions[0]
+
+    for _ in range(MAX_RESUMPTIONS):
+        assert ask("r").kind == "granted"
+    for _ in range(2):
+        assert outcome(ask("r")) == ("refused", RESUMPTIONS, None)
+    assert ask("").kind == ask("another").kind == "granted"
+    world.now_s += 2 * 86_400
+    assert ask("another").kind == "granted"
+    assert ask("r").kind == "granted", "nobody has a token that is so old"
 
 
 def test_a_dead_gateways_places_are_free_and_its_budget_stays_withheld() -> None:
