@@ -223,6 +223,7 @@ class Scheduler:
             was_waiting = sequence.started_s is None
             self._end(sequence, FinishReason.ERROR, error=error, error_kind="unavailable", was_waiting=was_waiting)
         self._finished.clear()
+        self._deadlines = Deadlines()  # of a lost group no step would take them, and it would have work for ever
         self.adapters.lose()
 
     def schedule(self) -> StepPlan | None:

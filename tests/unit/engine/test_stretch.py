@@ -166,6 +166,18 @@ def test_a_jump_that_forgets_a_block_is_found() -> None:
     assert state(jumping) != state(stepping)
 
 
+def test_a_lost_group_has_no_work_when_a_deadline_passes() -> None:
+    group = VirtualGroup(
+        "group", COSTS, SchedulerConfig(), CacheConfig(num_blocks=100), end_of=lambda seed: sys.maxsize
+    )
+    sampling = SamplingParams(max_tokens=50, seed=1)
+    group.add(0, EngineRequest(request_id="1", prompt_token_ids=(1, 2, 3), sampling=sampling, deadline_s=30.0))
+    assert [output.finish_reason for output in group.fail(to_ticks(0.01), "rank 1 died")] == [FinishReason.ERROR]
+    assert not group.engine.has_work
+    group.clock.move_to(to_ticks(31.0))
+    assert not group.engine.has_work
+
+
 def test_more_steps_than_lie_ahead_are_refused() -> None:
     group = VirtualGroup(
         "group", COSTS, SchedulerConfig(), CacheConfig(num_blocks=100), end_of=lambda seed: sys.maxsize, jumps=False
