@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from model_parallel.checkpoint.placeholders import lies, what_it_is
+from model_parallel.checkpoint.placeholders import is_present, what_it_is
 from model_parallel.checkpoint.settings import Settings, join, read_json
 from model_parallel.config import DTYPE_BYTES, ModelConfig
 from model_parallel.errors import CheckpointError
@@ -226,7 +226,7 @@ def _check_tensors(path: Path, rank: int, modules: tuple[str, ...], table: dict[
 
 def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:
     """(type, shape) by name. Raises CheckpointError: the library checks lengths, offsets, types and overlaps."""
-    if not lies(path):
+    if not is_present(path):
         others = [p.name for p in path.parent.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         hint = f"; {join(others)} cannot be read: save the adapter as safetensors" if others else ""
         raise CheckpointError(f"{path.parent} holds no {WEIGHTS_FILE}{hint}")

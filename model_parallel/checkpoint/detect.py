@@ -7,7 +7,7 @@ from model_parallel.checkpoint.gguf_file import MAGIC
 from model_parallel.checkpoint.huggingface_config import describe_huggingface
 from model_parallel.checkpoint.info import CheckpointInfo, TokenizerKind
 from model_parallel.checkpoint.meta_config import describe_meta, directory_name
-from model_parallel.checkpoint.placeholders import lies, what_it_is
+from model_parallel.checkpoint.placeholders import is_present, what_it_is
 from model_parallel.checkpoint.settings import join, read_json
 from model_parallel.errors import CheckpointError
 
@@ -28,9 +28,9 @@ def describe(source: Path) -> CheckpointInfo:
         raise CheckpointError(
             f"{source} does not exist; a directory in Hugging Face's or Meta's format or a GGUF file is needed"
         )
-    if lies(source / "config.json"):
+    if is_present(source / "config.json"):
         return describe_huggingface(source)
-    if lies(source / "params.json"):
+    if is_present(source / "params.json"):
         return describe_meta(source)
     raise CheckpointError(
         f"{source} holds neither config.json (Hugging Face's format) nor params.json (Meta's){_instead(source)}"
@@ -57,7 +57,7 @@ def _instead(directory: Path) -> str:
     if files := [path.name for path in entries if path.suffix == ".gguf"]:
         return f"; to serve a GGUF file in it, name the file: {join(files)}"
     holds = ("config.json", "params.json")
-    if inner := [path.name for path in entries if any(lies(path / name) for name in holds)]:
+    if inner := [path.name for path in entries if any(is_present(path / name) for name in holds)]:
         return f"; did you mean a directory in it: {join(inner)}"
     if snapshots := sorted(directory.glob("snapshots/*/config.json")):
         return f"; did you mean {snapshots[-1].parent}"

@@ -7,7 +7,7 @@ from typing import Any
 from model_parallel.checkpoint.group_settings import formats_of, read_group_settings
 from model_parallel.checkpoint.huggingface_tokenizer import read_tokenizer_settings
 from model_parallel.checkpoint.info import CheckpointInfo, GenerationSettings, TokenizerKind
-from model_parallel.checkpoint.placeholders import lies, refuse_pointers
+from model_parallel.checkpoint.placeholders import is_present, refuse_pointers
 from model_parallel.checkpoint.rope_scaling import linear_divisors, llama3_divisors
 from model_parallel.checkpoint.settings import Settings, known_ids, read_json, read_optional_json
 from model_parallel.checkpoint.weight_files import find_weight_files
@@ -82,7 +82,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         raise CheckpointError(f"{settings.path}: {error}") from error
     tokenizer_values = read_optional_json(directory / "tokenizer_config.json")
     kinds: tuple[TokenizerKind, ...] = ("tokenizer.json", "tokenizer.model")
-    kind: TokenizerKind = next((k for k in kinds if lies(directory / k)), "")
+    kind: TokenizerKind = next((k for k in kinds if is_present(directory / k)), "")
     weights = find_weight_files(directory)
     refuse_pointers((*weights.files, *([directory / kind] if kind else [])))
     return CheckpointInfo(
@@ -228,7 +228,7 @@ def _scaling(
 def _chat_template(directory: Path, tokenizer: dict[str, Any], warnings: list[str]) -> str:
     for name in ("chat_template.jinja", "chat_template.json"):
         path = directory / name
-        if not lies(path):
+        if not is_present(path):
             continue
         refuse_pointers([path])
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model_parallel.checkpoint.info import CheckpointInfo, TokenizerKind, TokenizerSettings
-from model_parallel.checkpoint.placeholders import lies, refuse_pointers
+from model_parallel.checkpoint.placeholders import is_present, refuse_pointers
 from model_parallel.checkpoint.rope_scaling import llama3_divisors
 from model_parallel.checkpoint.sentencepiece_file import read_pieces
 from model_parallel.checkpoint.settings import Settings, known_ids, read_json
@@ -62,7 +62,7 @@ def describe_meta(directory: Path) -> CheckpointInfo:
         )
     # Meta's download puts the tokenizer beside the models' directories, the repositories into them.
     tokenizer = next(
-        (d / "tokenizer.model" for d in (directory, directory.parent) if lies(d / "tokenizer.model")), None
+        (d / "tokenizer.model" for d in (directory, directory.parent) if is_present(d / "tokenizer.model")), None
     )
     files = _files(directory)
     refuse_pointers((*files, *([tokenizer] if tokenizer is not None else [])))

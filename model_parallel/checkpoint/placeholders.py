@@ -28,8 +28,9 @@ _QUOTED_CHARS = 60
 _NOT_THE_FILE = ("is a link", "is a directory", "is a Git LFS pointer", "is a pointer", "is an HTML page", "is a text")
 
 
-def lies(path: Path) -> bool:
-    """Also a link that leads nowhere: that file is meant to be here, and whoever opens it says what is wrong."""
+def is_present(path: Path) -> bool:
+    """Whether the directory has an entry of this name. A link to a file that does not exist counts too: the file is meant to be
+    there, and opening it raises an error that says what is wrong."""
     return path.exists() or path.is_symlink()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model_parallel.checkpoint.placeholders import lies, what_it_is
+from model_parallel.checkpoint.placeholders import is_present, what_it_is
 from model_parallel.config import ModelConfig
 from model_parallel.errors import CheckpointError
 
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """The same; {} where there is no such file. One that is meant to be there, a link that leads nowhere, is refused."""
-    return read_json(path) if lies(path) else {}
+    return read_json(path) if is_present(path) else {}
 
 
 class Settings:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_parallel.checkpoint.placeholders import lies
+from model_parallel.checkpoint.placeholders import is_present
 from model_parallel.checkpoint.settings import join, read_json
 from model_parallel.errors import CheckpointError
 
@@ -40,9 +40,9 @@ class WeightFiles:
 def find_weight_files(directory: Path) -> WeightFiles:
     """Raises CheckpointError naming everything that is missing."""
     for single, several in zip(_SINGLE_FILES, _INDEX_FILES, strict=True):
-        if lies(directory / several):
+        if is_present(directory / several):
             return _indexed(directory / several, single)
-        if lies(directory / single):
+        if is_present(directory / single):
             return WeightFiles((directory / single,), None, _stale_shards(directory / single))
         if files := _numbered(directory, Path(single).suffix):
             return WeightFiles(files)
@@ -72,7 +72,7 @@ def _indexed(index: Path, single: str) -> WeightFiles:
     for name in names:
         if Path(name).name != name or Path(name).suffix != suffix:
             raise CheckpointError(f"{index}: {name!r:.80} is not the name of a {suffix} file in the same directory")
-    if missing := [name for name in names if not lies(directory / name)]:
+    if missing := [name for name in names if not is_present(directory / name)]:
         other = [n for n in _SINGLE_FILES + _INDEX_FILES if n not in (single, index.name) and (directory / n).is_file()]
         hint = f"; to load {other[0]} instead, delete {index.name}" if other else "; download what is missing"
         verb = "is" if len(missing) == 1 else "are"
