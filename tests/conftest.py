@@ -1,5 +1,6 @@
 """What every suite may use."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,6 +19,13 @@ _ANY_SPEED = {
 settings.register_profile(DAY, max_examples=15, derandomize=True, **_ANY_SPEED)
 settings.register_profile(NIGHT, max_examples=300, print_blob=True, **_ANY_SPEED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", DAY))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected lives as long as the process, so the garbage collector need not go through it again:
+    each full collection took half a second otherwise, a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

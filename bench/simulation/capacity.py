@@ -2,10 +2,14 @@
 
 import math
 import multiprocessing
+import queue
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -79,11 +83,34 @@ class Question:
     max_groups: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far the simulation of one number of groups has come."""
+
+    shape: str
+    num_groups: int
+    share: float
+    """Of the simulated time."""
+    outcome: str = ""
+    """What the bounds are about, when it has ended."""
+
+
+Report = Callable[[Progress], None]
+
+
+REPORT_PERIOD_S = 0.2
+
+
+def _ignore(_: Progress) -> None:
+    """Of who does not want to know."""
+
+
 class _Trial:
     """One shape under the load, with any number of groups."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, report: Report) -> None:
         self._question = question
+        self._report = report
         groups = question.scenario.groups.model_copy(
             update={
                 "profile": question.shape.profile,
@@ -104,7 +131,14 @@ class _Trial:
         if num_groups not in self.tried:
             groups = self.scenario.groups.model_copy(update={"num_groups": num_groups})
             scenario = self.scenario.model_copy(update={"groups": groups})
-            summary, fleet = simulate(scenario, plan=self.plan, requests=self.requests)
+            until_s = scenario.duration_s + scenario.drain_s
+
+            def show(at_s: float, _num_open: int) -> None:
+                self._report(
+                    Progress(shape=str(self._question.shape), num_groups=num_groups, share=min(1.0, at_s / until_s))
+                )
+
+            summary, fleet = simulate(scenario, plan=self.plan, requests=self.requests, on_progress=show)
             if not summary["sent"]:
                 raise ConfigError(
                     f"the load is of no request from warmup_s, {scenario.warmup_s:g}, to duration_s, {scenario.duration_s:g}; "
@@ -115,7 +149,9 @@ class _Trial:
             reached = {bound.name: reached_s(columns, chosen, bound) for bound in self._question.slo}
             num_lost = float((chosen & (columns.status != Status.FINISHED)).sum())
             self._reached[num_groups] = (*reached.values(), num_lost)
-            self.tried[num_groups] = self._row(summary, reached, num_groups)
+            row = self.tried[num_groups] = self._row(summary, reached, num_groups)
+            outcome = f"{'holds' if row['holds'] else 'does not hold'}: {_told(row, self._question.slo)}"
+            self._report(Progress(shape=str(self._question.shape), num_groups=num_groups, share=1.0, outcome=outcome))
         return self.tried[num_groups]
 
     def _row(self, summary: Mapping[str, Any], reached: Mapping[str, float], num_groups: int) -> dict[str, Any]:
@@ -199,7 +235,7 @@ def _told(row: Mapping[str, Any], slo: Sequence[Bound]) -> str:
     )
 
 
-def answer(question: Question) -> dict[str, Any]:
+def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
     """For one shape: the fewest groups and the curve around them; what is in the way when there are none."""
     found: dict[str, Any] = {
         "shape": str(question.shape),
@@ -212,7 +248,7 @@ def answer(question: Question) -> dict[str, Any]:
         "notes": [],
     }
     try:
-        trial = _Trial(question)
+        trial = _Trial(question, report)
     except ConfigError as error:  # the weights do not fit, or TP is more than there are heads
         return found | {"problem": str(error)}
     found["notes"] = list(trial.requests.notes)
@@ -234,22 +270,57 @@ def answer(question: Question) -> dict[str, Any]:
     }
 
 
-def answer_all(
-    questions: Sequence[Question], num_processes: int, report: Callable[[dict[str, Any]], None]
-) -> list[dict[str, Any]]:
-    """Several shapes, side by side in processes of their own. `report` is told of each as it is there."""
+def answer_all(questions: Sequence[Question], num_processes: int, report: Report) -> list[dict[str, Any]]:
+    """Several shapes, side by side in processes of their own. `report` is told how far each has come."""
     if num_processes == 1 or len(questions) == 1:
-        answers = []
-        for question in questions:
-            answers.append(answer(question))
-            report(answers[-1])
-        return answers
-    answers = []
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(answer, questions):
-            report(found)
-            answers.append(found)
-    return answers
+        return [answer(question, report) for question in questions]
+    context = multiprocessing.get_context("spawn")
+    news: Queue[Progress] = context.Queue()
+    stop = context.Event()
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin, initargs=(news, stop)) as pool:
+        try:
+            answers = [pool.submit(_answer_elsewhere, question) for question in questions]
+            while wait(answers, timeout=REPORT_PERIOD_S).not_done:
+                _pass_on(news, report)
+            _pass_on(news, report)
+            return [found.result() for found in answers]
+        finally:
+            stop.set()  # after Ctrl-C; otherwise nobody is left who looks
+            pool.shutdown(cancel_futures=True)
+
+
+_news: "Queue[Progress] | None" = None
+_stop: Event | None = None
+
+
+def _begin(news: "Queue[Progress]", stop: Event) -> None:
+    """In a process that answers: where its progress goes to, and what ends it. Ctrl-C reaches it from the terminal too."""
+    global _news, _stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    news.cancel_join_thread()  # nobody may be reading any more
+    _news, _stop = news, stop
+
+
+def _answer_elsewhere(question: Question) -> dict[str, Any]:
+    def tell(progress: Progress) -> None:
+        assert _news is not None and _stop is not None
+        if _stop.is_set():
+            raise _StoppedError
+        _news.put(progress)
+
+    return answer(question, tell)
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def _pass_on(news: "Queue[Progress]", report: Report) -> None:
+    while True:
+        try:
+            report(news.get_nowait())
+        except queue.Empty:
+            return
 
 
 def cheapest(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

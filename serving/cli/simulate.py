@@ -2,16 +2,20 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
+
+if TYPE_CHECKING:
+    from bench.simulation.run import OnProgress
+    from bench.simulation.scenario import SimulationScenario
 
 EXIT_NOT_POSSIBLE = 1
 TP_SIZES = (1, 2, 4, 8)
@@ -32,15 +36,8 @@ def run(scenario: ScenarioFile, json_file: JsonFile = None) -> None:
 
     check_can_be_written(json_file, "--json")
     loaded = load_scenario(scenario)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
-        task = progress.add_task("simulating", total=loaded.duration_s + loaded.drain_s)
-
-        def show(at_s: float, num_open: int) -> None:
-            progress.update(task, completed=at_s, description=f"{at_s:,.0f} s simulated, {num_open:,} requests open")
-
-        summary, _ = simulate(loaded, on_progress=show)
+    with _bars() as progress:
+        summary, _ = simulate(loaded, on_progress=_bar_of(progress, loaded))
     print_summary(summary, Console(highlight=False))
     if json_file is not None:
         write_json(summary, json_file)
@@ -63,11 +60,11 @@ def compare(
     check_can_be_written(json_file, "--json")
     made = read_variants(read_scenario(scenario), variants)
     parsed = [(name, parse_scenario(changed, origin=f"{scenario}, {name}")) for name, changed in made.items()]
-    console = Console(stderr=True, highlight=False)
     found: dict[str, Any] = {}
-    for name, changed_scenario in parsed:
-        console.print(f"simulating {name}", markup=False)
-        found[name], _ = simulate(changed_scenario)
+    with _bars() as progress:
+        for name, changed_scenario in parsed:
+            progress.console.print(f"simulating {name}", markup=False, highlight=False)
+            found[name], _ = simulate(changed_scenario, on_progress=_bar_of(progress, changed_scenario))
     table = Table("", *map(escape, found))
     for key in COMPARED:
         table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
@@ -106,6 +103,7 @@ def capacity(
     Ends with status 1 when no shape does.
     """
     from bench.json_files import check_can_be_written, write_json
+    from bench.simulation.capacity import Progress as Trying
     from bench.simulation.capacity import Question, Shape, answer_all, cheapest, parse_slo
     from bench.simulation.scenario import load_scenario, scenario_of_trace
 
@@ -118,7 +116,7 @@ def capacity(
     else:
         assert scenario is not None
         loaded = load_scenario(scenario)
-    kinds = [None if kind == "none" else kind for kind in quantization or ["none"]]
+    kinds = [None if kind == "none" else kind for kind in dict.fromkeys(quantization or ["none"])]
     if unknown := [kind for kind in kinds if kind not in (None, "int8")]:
         raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8")
     groups = loaded.groups.model_copy(
@@ -137,12 +135,20 @@ def capacity(
             max_groups=max_groups,
         )
         for kind in kinds
-        for size in tp or TP_SIZES
+        for size in dict.fromkeys(tp or TP_SIZES)
     ]
-    progress = Console(stderr=True, highlight=False)
-    answers = answer_all(
-        questions, min(processes, read_machine().num_cpus), lambda found: progress.print(f"tried {found['shape']}")
-    )
+    with _bars() as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(trying: Trying) -> None:
+            if trying.shape not in tasks:
+                tasks[trying.shape] = progress.add_task("", total=1.0)
+            what = f"{escape(trying.shape)}, {trying.num_groups} groups"
+            progress.update(tasks[trying.shape], description=what, completed=trying.share)
+            if trying.outcome:
+                progress.console.print(f"{what}: {trying.outcome}", highlight=False, soft_wrap=True)
+
+        answers = answer_all(questions, min(processes, read_machine().num_cpus), show)
     best = cheapest(answers)
     print_capacity(answers, best, slo, Console(highlight=False))
     if json_file is not None:
@@ -190,6 +196,22 @@ def profiles() -> None:
         file = read_profile(name)
         table.add_row(escape(name), str(type(file).__struct_config__.tag), escape(file.origin))
     Console(highlight=False).print(table)
+
+
+def _bars() -> Progress:
+    """On a terminal's last lines; of a pipe only what is printed beside them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _bar_of(progress: Progress, scenario: "SimulationScenario") -> "OnProgress":
+    """A bar for one simulation."""
+    task = progress.add_task("simulating", total=scenario.duration_s + scenario.drain_s)
+
+    def show(at_s: float, num_open: int) -> None:
+        progress.update(task, completed=at_s, description=f"{at_s:,.0f} s simulated, {num_open:,} requests open")
+
+    return show
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:

@@ -1,11 +1,12 @@
 import math
+import multiprocessing
 import re
 from dataclasses import replace
 
 import pytest
 
 from bench.loadtest.scenario import OpenLoop
-from bench.simulation.capacity import Bound, Question, Shape, answer, cheapest, parse_slo, reached_s
+from bench.simulation.capacity import Bound, Progress, Question, Shape, answer, answer_all, cheapest, parse_slo, reached_s
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
 from bench.simulation.run import simulate
@@ -123,3 +124,28 @@ def test_a_refused_request_counts_as_endless() -> None:
     assert math.isinf(reached_s(columns, everything, Bound("ttft", "p99", 1.0)))
     none = columns.status == Status.NOT_SENT
     assert reached_s(columns, none, Bound("ttft", "p99", 1.0)) == 0.0
+
+
+def test_progress_of_shapes_side_by_side_is_told() -> None:
+    told = list[Progress]()
+    questions = [question("ttft_p99=1s", tp_size=size) for size in (1, 2)]
+    answers = answer_all(questions, 2, told.append)
+    assert answers == [answer(each) for each in questions]
+    for found in answers:
+        of_shape = [each for each in told if each.shape == found["shape"]]
+        outcomes = sorted((each.num_groups, each.outcome.split(":")[0]) for each in of_shape if each.outcome)
+        assert outcomes == [(r["num_groups"], "holds" if r["holds"] else "does not hold") for r in found["curve"]]
+        for num_groups in {each.num_groups for each in of_shape}:
+            shares = [each.share for each in of_shape if each.num_groups == num_groups]
+            assert len(shares) > 10
+            assert shares == sorted(shares)
+            assert shares[-1] == 1.0
+
+
+def test_an_interrupt_ends_the_processes_of_all_shapes() -> None:
+    def interrupt(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_all([question("ttft_p99=1s", tp_size=size) for size in (1, 2, 4)], 2, interrupt)
+    assert not multiprocessing.active_children()
