@@ -12,9 +12,10 @@ import os
 import select
 import subprocess
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +45,16 @@ _Known = tuple[Verdict, float]
 """A verdict, and until when it counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A grammar whose trial has not begun."""
+
+    grammar: GrammarText
+    known: "asyncio.Future[_Known]"
+
+
 class GrammarChecker:
-    """Tries out grammars for one model."""
+    """Tries out grammars for one model, one at a time. Tenants take turns, so that nobody waits behind all of another's."""
 
     def __init__(
         self,
@@ -63,7 +72,10 @@ class GrammarChecker:
         """By hash."""
         self._requests = requests
         self._trials = SharedRoom(MAX_WAITING)
-        self._waiting: dict[bytes, asyncio.Future[_Known]] = {}
+        self._futures: dict[bytes, asyncio.Future[_Known]] = {}
+        self._turns: OrderedDict[str, deque[_Waiting]] = OrderedDict()
+        """By tenant; the first is the next."""
+        self._is_trying = False
         self._worker: _Worker | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packtrain-grammar-trials")
         self._is_closed = False
@@ -87,6 +99,9 @@ class GrammarChecker:
     def close(self) -> None:
         """End the process; requests that wait for it are refused, and may come again."""
         self._is_closed = True
+        for waiting in [each for of_tenant in self._turns.values() for each in of_tenant]:
+            waiting.known.set_exception(OverloadedError("the model is being changed"))
+        self._turns.clear()
         if (worker := self._worker) is not None:
             worker.end()  # the thread may be reading from it, and closes it
             self._thread.submit(worker.kill)
@@ -97,7 +112,7 @@ class GrammarChecker:
             raise OverloadedError("too many requests wait for new grammars that are being tried out")
         try:
             # Others may wait for the same one: it goes on when this request does not.
-            verdict, _ = await asyncio.shield(self._waiting.get(key) or self._begin(key, grammar, tenant))
+            verdict, _ = await asyncio.shield(self._futures.get(key) or self._begin(key, grammar, tenant))
         finally:
             self._requests.give_back(tenant)
         return verdict
@@ -105,17 +120,40 @@ class GrammarChecker:
     def _begin(self, key: bytes, grammar: GrammarText, tenant: str) -> "asyncio.Future[_Known]":
         if self._is_closed or not self._trials.take(tenant):
             raise OverloadedError("too many new grammars are being tried out")
-        self.num_tried += 1
-        trial = asyncio.get_running_loop().run_in_executor(self._thread, self._try_out, grammar)
-        self._waiting[key] = trial
-        trial.add_done_callback(partial(self._remember, key, tenant))
-        return trial
+        known: asyncio.Future[_Known] = asyncio.get_running_loop().create_future()
+        known.add_done_callback(partial(self._end, key, tenant))
+        self._futures[key] = known
+        self._turns.setdefault(tenant, deque()).append(_Waiting(grammar, known))
+        self._try_next()
+        return known
 
-    def _remember(self, key: bytes, tenant: str, trial: "asyncio.Future[_Known]") -> None:
-        del self._waiting[key]
+    def _try_next(self) -> None:
+        if self._is_trying or not self._turns:
+            return
+        tenant, of_tenant = self._turns.popitem(last=False)
+        waiting = of_tenant.popleft()
+        if of_tenant:
+            self._turns[tenant] = of_tenant
+        self._is_trying = True
+        self.num_tried += 1
+        trial = asyncio.get_running_loop().run_in_executor(self._thread, self._try_out, waiting.grammar)
+        trial.add_done_callback(partial(self._pass_on, waiting.known))
+
+    def _pass_on(self, known: "asyncio.Future[_Known]", trial: "asyncio.Future[_Known]") -> None:
+        self._is_trying = False
+        if trial.cancelled():
+            known.cancel()
+        elif (error := trial.exception()) is not None:
+            known.set_exception(error)
+        else:
+            known.set_result(trial.result())
+        self._try_next()
+
+    def _end(self, key: bytes, tenant: str, known: "asyncio.Future[_Known]") -> None:
+        del self._futures[key]
         self._trials.give_back(tenant)
-        if not trial.cancelled() and trial.exception() is None:
-            self._known[key] = trial.result()
+        if not known.cancelled() and known.exception() is None:
+            self._known[key] = known.result()
             if len(self._known) > MAX_REMEMBERED:
                 self._known.popitem(last=False)
 

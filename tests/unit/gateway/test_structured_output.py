@@ -387,6 +387,57 @@ async def test_a_request_that_goes_away_leaves_the_trial_to_others() -> None:
         checker.close()
 
 
+async def test_tenants_take_turns_with_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has one new grammar does not wait behind all of another's."""
+    order = list[str]()
+    may_go_on = threading.Event()
+
+    def try_out(self: GrammarChecker, grammar: GrammarText) -> tuple[Verdict, float]:
+        may_go_on.wait(PATIENCE_S)
+        order.append(grammar.text)
+        return Verdict(), math.inf
+
+    monkeypatch.setattr(GrammarChecker, "_try_out", try_out)
+    checker = GrammarChecker(lambda: TABLE, 2.0, SharedRoom(100))
+    grammars_of = {
+        name: [grammar({"const": f"{name}{index}"}) for index in range(count)]
+        for name, count in {"greedy": 6, "small": 1, "middle": 2}.items()
+    }
+    try:
+        tasks = list[asyncio.Task[None]]()
+        for tenant, mine in grammars_of.items():
+            tasks += [asyncio.create_task(checker.check(each, tenant)) for each in mine]
+            await asyncio.sleep(0)
+        may_go_on.set()
+        await asyncio.gather(*tasks)
+    finally:
+        checker.close()
+    names = {each.text: f"{name}{index}" for name, mine in grammars_of.items() for index, each in enumerate(mine)}
+    assert [names[text] for text in order] == [
+        "greedy0", "greedy1", "small0", "middle0", "greedy2", "middle1", "greedy3", "greedy4", "greedy5",
+    ]  # fmt: skip
+
+
+async def test_what_waits_for_a_trial_is_refused_when_the_model_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+
+    def try_out(self: GrammarChecker, grammar: GrammarText) -> tuple[Verdict, float]:
+        may_end.wait(PATIENCE_S)
+        return Verdict(), math.inf
+
+    monkeypatch.setattr(GrammarChecker, "_try_out", try_out)
+    checker = GrammarChecker(lambda: TABLE, 2.0, SharedRoom(100))
+    tasks = [asyncio.create_task(checker.check(grammar({"const": value}), "t")) for value in range(3)]
+    await asyncio.sleep(0)
+    checker.close()
+    may_end.set()
+    first, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    assert first is None
+    assert [str(each) for each in others] == ["the model is being changed"] * 2
+    with pytest.raises(OverloadedError):
+        await checker.check(grammar({"const": "new"}), "t")
+
+
 async def test_a_tenant_fills_neither_the_trials_nor_the_places_of_those_that_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
