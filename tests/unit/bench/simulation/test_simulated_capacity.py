@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 
 from bench.loadtest.scenario import OpenLoop
-from bench.simulation.capacity import Bound, Progress, Question, Shape, answer, answer_all, cheapest, parse_slo, reached_s
+from bench.simulation.capacity import (
+    Bound,
+    Progress,
+    Question,
+    Shape,
+    answer,
+    answer_all,
+    cheapest,
+    parse_slo,
+    reached_s,
+)
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
 from bench.simulation.run import simulate
