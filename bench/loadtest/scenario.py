@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from bench.loadtest.targets import Target, parse_target
 from model_parallel.errors import ConfigError
-from serving.config import explain_errors, read_mapping
+from serving.contracts.yaml_files import explain_errors, read_mapping
 
 MAX_DURATION_S = 7 * 24 * 3600.0
 MAX_REQUESTS = 2_000_000

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model_parallel.errors import ConfigError
-from serving.config import parse_yaml
+from serving.contracts.yaml_files import parse_yaml
 
 COMPARED = (
     "sent", "finished", "refused", "failed", "cancelled", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",

@@ -19,7 +19,7 @@ from bench.loadtest.scenario import (
 )
 from bench.simulation.clock import MAX_S
 from model_parallel.errors import ConfigError
-from serving.config import explain_errors, read_mapping
+from serving.contracts.yaml_files import explain_errors, read_mapping
 
 MAX_GROUPS = 100_000
 MAX_SIMULATED_S = min(MAX_DURATION_S, 0.9 * MAX_S)

@@ -13,7 +13,8 @@ from rich.console import Console
 from model_parallel.errors import ConfigError
 from model_parallel.memory import DEVICES, GIB
 from serving.cli.plan import choose_device
-from serving.config import load_config, ray_address, read_yaml
+from serving.config import load_config, ray_address
+from serving.contracts.yaml_files import read_yaml
 from serving.driver import kubernetes
 from serving.driver.kubernetes import Machine
 

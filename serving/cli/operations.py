@@ -30,7 +30,8 @@ from serving.cli.serve import (
 from serving.cli.terminal import say
 from serving.client.client import Client
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
-from serving.config import api_key, load_config, read_mapping
+from serving.config import api_key, load_config
+from serving.contracts.yaml_files import read_mapping
 from serving.models.fetch import KNOWN_MODELS
 
 DEFAULT_ADMIN_ADDRESS = "127.0.0.1:50052"

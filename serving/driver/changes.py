@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_parallel.errors import ConfigError
-from serving.config import ModelEntry, ServingConfig, parse_config, parse_yaml
+from serving.config import ModelEntry, ServingConfig, parse_config
 from serving.contracts.models import ModelCard
+from serving.contracts.yaml_files import parse_yaml
 
 NUMBER_FIELDS = frozenset({"num_groups", "autoscaling"})
 """How many groups there are; those that run stay."""

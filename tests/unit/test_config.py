@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from model_parallel.errors import ConfigError
 from serving import config as config_module
-from serving.config import ServingConfig, load_config, parse_config, parse_yaml
+from serving.config import ServingConfig, load_config, parse_config
+from serving.contracts.yaml_files import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"name": "m", "source": "s"}

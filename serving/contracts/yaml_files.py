@@ -1,0 +1,157 @@
+"""YAML that people wrote: read as plain data, and what is wrong with it told by place and field.
+
+Of the server's configuration, and of the scenarios of load tests and simulations.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from model_parallel.errors import ConfigError
+
+MAX_NODES = 1_000_000
+"""Of a YAML text, those of its aliases counted each time."""
+
+
+def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, as plain data. Raises ConfigError; `main_key` is what it says such a mapping has."""
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        held = "and is empty" if data is None else f"not {type(data).__name__}"
+        raise ConfigError(f"{path} must hold a mapping with `{main_key}:`, {held}")
+    if main_key not in data and ("architectures" in data or "model_type" in data):
+        raise ConfigError(f"{path} is the configuration of a checkpoint; give its directory, {path.absolute().parent}")
+    return data
+
+
+def read_yaml(path: Path) -> Any:
+    """A file as plain data; None when it is empty. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: byte {error.start} is not UTF-8") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Plain data. A key that stands twice in a mapping is an error. Raises ConfigError of one line that begins with `origin`."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        told = ": ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{origin} is not valid YAML: {place}{told}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{origin} is not valid YAML: it is nested too deeply") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Says where a value is that PyYAML's own constructors do not take, takes no key twice, and no more by aliases than anybody
+    writes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_nodes: dict[yaml.Node, int] = {}
+        """Of each finished node: itself and all below it, those of aliases as often as they stand for something."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        is_alias = self.check_event(yaml.events.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and node not in self._num_nodes:
+            raise yaml.composer.ComposerError(None, None, "this alias stands for something that it is a part of", mark)
+        if node is not None and not is_alias:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+            self._num_nodes[node] = 1 + sum(self._num_nodes[part] for part in inner)
+            if self._num_nodes[node] > MAX_NODES:
+                raise yaml.composer.ComposerError(None, None, f"there are more than {MAX_NODES} values in it", mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # of a date, or of a number
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{getattr(node, 'value', '')!r:.40}: {error}", node.start_mark
+            ) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set[tuple[str, str]]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in keys:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands here for the second time", key.start_mark
+                    )
+                keys.add((key.tag, key.value))
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def explain_errors(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """One line for the user: each wrong field of `root` by its path, and the nearest known key for an unknown one."""
+    problems = error.errors()
+    # A list with a wrong item is also said to be too short; the item is what matters.
+    inner = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] != q["loc"] for q in problems)]
+    lines = [_explain(root, problem["loc"], problem["type"], problem["msg"], problem["input"]) for problem in inner]
+    return f"{origin}: " + "; ".join(lines)
+
+
+def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    where = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        hint = _meant(str(value), message) if kind == "literal_error" else ""
+        told = ": ".join(part for part in (where, message.removeprefix("Value error, ")) if part)
+        # A check of ours that looks at a whole section names what it means.
+        is_told = kind == "missing" or (kind == "value_error" and isinstance(value, dict))
+        return told + ("" if is_told else f" (got {value!r:.80}){hint}")
+    known = _fields_at(root, location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {where!r}; {hint}"
+
+
+_OTHER_WORDS = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
+    "float": "float32", "gpu": "cuda", "nvidia": "cuda", "w8a16": "int8", "8bit": "int8", "llama2": "llama-2",
+}  # fmt: skip
+"""What other systems call the values of ours."""
+
+
+def _meant(value: str, message: str) -> str:
+    """A hint at the allowed value that was probably meant; `message` quotes those that are allowed."""
+    allowed = message.split("'")[1::2]
+    word = _OTHER_WORDS.get(value.lower().removeprefix("torch."), value.lower())
+    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _fields_at(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at a path of pydantic's: field names, places in lists, and the tags of unions."""
+    sections = {root}
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if fields := [section.model_fields[part] for section in sections if part in section.model_fields]:
+            sections = set().union(
+                *(_sections_in(annotated) for found in fields for annotated in (found.annotation, *found.metadata))
+            )
+        else:  # a tag: of a union's members, the one that has it
+            sections = {s for s in sections if any(part in get_args(f.annotation) for f in s.model_fields.values())}
+    return sorted(set().union(*(section.model_fields for section in sections)))
+
+
+def _sections_in(annotation: Any) -> set[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return set().union(*(_sections_in(part) for part in get_args(annotation)))
