@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench.simulation.cost import CostTable
@@ -15,11 +14,10 @@ from bench.simulation.requests import Requests
 from bench.simulation.scaling import make_controller
 from bench.simulation.scenario import Groups, SimulationScenario
 from bench.simulation.workload import make_requests
-from model_parallel.checkpoint.detect import describe
-from model_parallel.config import CacheConfig, ModelConfig, SchedulerConfig
+from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.errors import ConfigError
 from model_parallel.memory import Workload, kv_cache_tokens, plan_group
-from serving.models.known_llama import known_config
+from serving.models.known_llama import config_of
 from serving.tenants.records import LIMITS, Limits
 
 OnProgress = Callable[[float, int], None]
@@ -38,11 +36,6 @@ class Plan:
     kv_cache_tokens: int
 
 
-def model_config(name: str) -> ModelConfig:
-    """Of a checkpoint's path, or of a known model. Raises ConfigError, CheckpointError."""
-    return describe(Path(name)).config if Path(name).exists() else known_config(name)
-
-
 def resolve(groups: Groups) -> Plan:
     """The cost of a step, and what of the KV cache fits. Raises ConfigError."""
     file, quantization = read_profile(groups.profile), groups.quantization or ""
@@ -58,7 +51,7 @@ def resolve(groups: Groups) -> Plan:
             quantization=quantization,
         )
     else:
-        model = model_config(groups.model)
+        model = config_of(groups.model)
         max_position = model.max_position
         machine = machine_for(
             groups.profile,

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from model_parallel.checkpoint.detect import CheckpointInfo, describe
 from model_parallel.errors import CheckpointError, ConfigError
 from serving.cli.terminal import standard_output
 from serving.models.chat import resolve_text
+from serving.models.fetch import existing_source
 from serving.models.generation_defaults import RULES, default_sampling
 from serving.models.known_llama import llama_2_size
 from serving.models.licence import licence_of
@@ -132,11 +132,13 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(help="Directory in Hugging Face's or Meta's format, or GGUF file.")],
+    source: Annotated[
+        str, typer.Argument(help="Directory in Hugging Face's or Meta's format, GGUF file, or a fetched model's name.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is, and check all that `serve` checks of it: files, tensors, tokenizer, control tokens."""
-    info = describe(source)
+    info = describe(existing_source(source))
     if problems := verify(info):
         raise CheckpointError("\n".join(problems))
     found = inspect_checkpoint(info)

@@ -2,14 +2,12 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from model_parallel.checkpoint.detect import describe
 from model_parallel.config import DTYPE_BYTES, QUANTIZATIONS, ModelConfig
 from model_parallel.errors import ConfigError
 from model_parallel.memory import (
@@ -24,14 +22,9 @@ from model_parallel.memory import (
     smallest_tp_size,
 )
 from serving.cli.terminal import standard_output
-from serving.models.known_llama import known_config
+from serving.models.known_llama import config_of
 
 EXIT_DOES_NOT_FIT = 1
-
-
-def model_config(model: str) -> ModelConfig:
-    """Of a path to a checkpoint, or of a known model's name. Raises ConfigError, CheckpointError."""
-    return describe(Path(model)).config if Path(model).exists() else known_config(model)
 
 
 def choose_device(gpu: str | None, *, memory_gib: float | None, bandwidth_gb_per_s: float | None) -> Device:
@@ -163,8 +156,9 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     quantization: Annotated[
-        str, typer.Option(help="int8: weight matrices in eight bits; packed: as the checkpoint has quantised them.")
-    ] = "",
+        str,
+        typer.Option(help="int8: weight matrices in eight bits; packed: as the checkpoint has quantised them; none."),
+    ] = "none",
     draft_model: Annotated[
         str | None, typer.Option(help="A draft model, which rank 0 holds besides: a known name, or a checkpoint.")
     ] = None,
@@ -182,13 +176,12 @@ def plan(
 
     Ends with status 1 when it does not fit.
     """
-    config = model_config(model)
+    config = config_of(model)
+    quantization = "" if quantization == "none" else quantization
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
     if quantization not in QUANTIZATIONS:
-        raise ConfigError(
-            f'quantization is {quantization!r}; allowed: {", ".join(filter(None, QUANTIZATIONS))}, or "" for none'
-        )
+        raise ConfigError(f"quantization is {quantization!r}; allowed: {', '.join(filter(None, QUANTIZATIONS))}, none")
     if quantization == "packed" and not config.weight_formats:
         raise ConfigError(f"quantization is 'packed', and {model} holds no weights that are quantised in groups")
     if context is not None and context > config.max_position:
@@ -202,7 +195,7 @@ def plan(
     numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
     draft = None
     if draft_model is not None:
-        guessing = model_config(draft_model)
+        guessing = config_of(draft_model)
         kept = "packed" if guessing.weight_formats else ""
         draft = draft_memory(guessing, dtype=dtype, quantization=kept, max_num_seqs=max_num_seqs)
     rest: dict[str, Any] = numbers | {

@@ -82,6 +82,17 @@ def resolve_source(source: str) -> Path:
     raise ConfigError(f"source {source!r} is neither a known model nor an existing directory or GGUF file{hint}")
 
 
+def existing_source(source: str) -> Path:
+    """A `source` as a path, for commands that look at it and fetch nothing: a known model must have been fetched. Raises
+    ConfigError."""
+    model = KNOWN_MODELS.get(source)
+    if model is None:
+        return Path(source).expanduser()
+    if not _is_there(model):
+        raise ConfigError(f"{source} has not been fetched; run: packtrain fetch {source}")
+    return model.path
+
+
 def fetch_model(name: str, progress: Callable[[int, int], None] | None = None, *, timeout_s: float = 1800.0) -> Path:
     """The model's GGUF file in the cache, downloaded if it is not there; safe to call from several processes at once.
 

@@ -4,8 +4,10 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from model_parallel.checkpoint.detect import describe
 from model_parallel.config import ModelConfig
 from model_parallel.errors import ConfigError
+from serving.models.fetch import existing_source
 
 
 def _llama_2(
@@ -42,6 +44,12 @@ KNOWN_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
         for form in ("", "-hf")
     }
 )
+
+
+def config_of(model: str) -> ModelConfig:
+    """Of a checkpoint's path, a fetched model's name, or a name of Llama 2. Raises ConfigError, CheckpointError."""
+    path = existing_source(model)
+    return describe(path).config if path.exists() else known_config(model)
 
 
 def known_config(name: str) -> ModelConfig:

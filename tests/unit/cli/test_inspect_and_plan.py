@@ -75,6 +75,7 @@ def test_plan_for_given_numbers_and_a_directory(tmp_path: Path) -> None:
         (["--model", "llama-2-7b", "--memory-gib", 10], "--gpu, or both"),
         (["--model", "llama-2-7b", "--gpu", "v100"], "gpu is 'v100'; known: a100-40g"),
         (["--model", "llama-2-7b", "--gpu", "h100", "--dtype", "int8"], "dtype is 'int8'"),
+        (["--model", "llama-2-7b", "--gpu", "h100", "--quantization", "int4"], "is 'int4'; allowed: int8, packed, none"),
         (["--model", "llama-2-7b", "--gpu", "h100", "--context", 5000], "context is 5000"),
         (["--model", "llama-2-7b", "--gpu", "h100", "--tp", 33], "33 and the model has 32 query heads"),
     ],
@@ -122,6 +123,25 @@ def test_packed_weights_are_told_and_planned(smollm2_path: Path) -> None:
     assert dense["weight_bytes"] == 2 * dense["parameters"] and dense["kv_tokens"] < plan_["kv_tokens"]
     with pytest.raises(ConfigError, match="llama-2-7b holds no weights that are quantised in groups"):
         run("plan", "--model", "llama-2-7b", "--gpu", "h100", "--quantization", "packed")
+
+
+def test_a_fetched_model_goes_by_its_name(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_json("inspect", "smollm2-135m-instruct")[1]["path"] == str(smollm2_path)
+    of_name = run_json("plan", "--model", "smollm2-135m-instruct", "--gpu", "h100", "--quantization", "none")
+    assert of_name[1] | {"model": ""} == run_json("plan", "--model", smollm2_path, "--gpu", "h100")[1] | {"model": ""}
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path))
+    for command in (["inspect"], ["plan", "--gpu", "h100", "--model"]):
+        with pytest.raises(ConfigError, match="has not been fetched; run: packtrain fetch smollm2-135m-instruct"):
+            run(*command, "smollm2-135m-instruct")
+
+
+def test_a_home_directory_is_understood_within_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin("7b").write(tmp_path / "model", "hf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_json("inspect", "~/model")[1]["path"] == str(tmp_path / "model")
+    assert run_json("plan", "--gpu", "h100", "--model", "~/model")[0] == 0
 
 
 def test_a_draft_model_is_planned_on_the_first_rank() -> None:
