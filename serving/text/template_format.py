@@ -20,6 +20,8 @@ from serving.text.chat_formats import NAMED_FORMATS, TEMPLATE, with_tokens
 
 _RUNNER = Path(__file__).with_name("template_runner.py")
 _TIMEOUT_S = 120.0
+MAX_CPU_S = 10
+"""Of the processor, for all conversations."""
 _LEFT, _RIGHT = " \n\t ", "\t \n "
 """Spaces around a probe's messages: those that are gone in the text were trimmed."""
 _KINDS = {"s": SYSTEM, "u": USER, "a": ASSISTANT}
@@ -101,6 +103,7 @@ def run_template(
             {"messages": [{"role": m.role, "content": m.content} for m in messages]} for messages in conversations
         ],
         "tokens": dict(tokens),
+        "max_cpu_s": MAX_CPU_S,
     }
     try:
         done = subprocess.run(

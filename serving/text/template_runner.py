@@ -19,7 +19,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _MAX_MEMORY_BYTES = 1 << 30
-_MAX_CPU_S = 10
 _MAX_FILES = 16
 _MAX_TEXT_CHARS = 1 << 18
 
@@ -69,7 +68,7 @@ def main() -> None:
     """See above."""
     request = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (_MAX_CPU_S, _MAX_CPU_S))
+    resource.setrlimit(resource.RLIMIT_CPU, (request["max_cpu_s"], request["max_cpu_s"]))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES, _MAX_FILES))
     try:
