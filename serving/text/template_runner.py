@@ -67,8 +67,9 @@ def render_all(template: str, conversations: list[dict[str, Any]], tokens: dict[
 def main() -> None:
     """See above."""
     request = json.load(sys.stdin)
+    max_cpu_s = request.pop("max_cpu_s")
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (request["max_cpu_s"], request["max_cpu_s"]))
+    resource.setrlimit(resource.RLIMIT_CPU, (max_cpu_s, max_cpu_s))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES, _MAX_FILES))
     try:

@@ -222,7 +222,7 @@ async def test_strangers_names_add_no_series(watched: Watch) -> None:
         assert gateway.samples() == before
 
 
-def test_a_hundred_thousand_names_leave_the_number_of_series_as_it_is() -> None:
+def test_ten_thousand_names_leave_the_number_of_series_as_it_is() -> None:
     watch = GatewayWatch([card()], METHODS, Tracing())
 
     def requests(prefix: str, number: int) -> int:
@@ -236,7 +236,7 @@ def test_a_hundred_thousand_names_leave_the_number_of_series_as_it_is() -> None:
         return sum(len(family.samples) for family in watch.metrics.registry.collect())
 
     before = requests("first", 2 * MAX_TENANTS)
-    assert requests("second", 100_000) == before
+    assert requests("second", 10_000) == before
     assert watch.metrics.tenant_label("first-0") == "first-0"
     assert watch.metrics.tenant_label("second-0") == "other"
 
