@@ -126,13 +126,17 @@ def test_closing_a_stream_frees_its_memory(api: openai.OpenAI) -> None:
     )
 
 
-COMMAND_LINES = """
+EVALUATE = """
 import json, sys
-from lm_eval.__main__ import cli_evaluate
-for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+directory, runs, out = json.loads(sys.argv[1])
+manager = TaskManager(include_path=directory, include_defaults=False)
+samples = [simple_evaluate(**run, task_manager=manager)["samples"] for run in runs]
+with open(out, "w") as file:
+    json.dump(samples, file, default=str)
 """
+"""By lm-eval's own interface for programs: its command line reads some ten thousand files of tasks at each start."""
 
 
 @dataclass(frozen=True)
@@ -140,39 +144,41 @@ class Harness:
     """lm-eval with two tasks on data of ours; nothing of it looks for a network."""
 
     directory: Path
-    key: str
+    completions: dict[str, list[Any]]
+    """Samples by task."""
+    chats: dict[str, list[Any]]
 
-    def run(self, http_url: str) -> None:
-        """Both models, one after the other in one process, which takes many seconds to load."""
-        tokenizer = self.directory / "tokenizer"
-        commands = [
-            self._arguments("local-completions", f"{http_url}/v1/completions", f"tokenizer={tokenizer}", "choose,say"),
-            [
-                *self._arguments("local-chat-completions", f"{http_url}/v1/chat/completions", "", "say"),
-                "--apply_chat_template",
-            ],
-        ]
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(self.directory)}
-        ended = subprocess.run(
-            [sys.executable, "-c", COMMAND_LINES, json.dumps(commands)],
-            check=False,
-            env=os.environ | offline | {"OPENAI_API_KEY": self.key},
-            capture_output=True,
-            text=True,
-            timeout=4 * PATIENCE_S,
-        )
-        assert ended.returncode == 0, ended.stderr[-3000:]
 
-    def _arguments(self, model: str, url: str, more: str, tasks: str) -> list[str]:
-        listed = f"model={MODEL},base_url={url},num_concurrent=2,max_retries=1,{more}".rstrip(",")
-        return [
-            "run", "--model", model, "--model_args", listed, "--tasks", tasks, "--include_path", str(self.directory),
-            "--output_path", str(self.directory / model), "--log_samples",
-        ]  # fmt: skip
-
-    def samples(self, model: str, task: str) -> list[Any]:
-        (path,) = (self.directory / model).rglob(f"samples_{task}_*.jsonl")
-        return [json.loads(line) for line in path.read_text().splitlines()]
+def run_harness(directory: Path, http_url: str, key: str) -> Harness:
+    """Both models, one after the other in one process, which takes many seconds to load."""
+    common = {"model": MODEL, "num_concurrent": 2, "max_retries": 1}
+    runs = [
+        {
+            "model": "local-completions",
+            "model_args": common
+            | {"base_url": f"{http_url}/v1/completions", "tokenizer": str(directory / "tokenizer")},
+            "tasks": ["choose", "say"],
+        },
+        {
+            "model": "local-chat-completions",
+            "model_args": common | {"base_url": f"{http_url}/v1/chat/completions"},
+            "tasks": ["say"],
+            "apply_chat_template": True,
+        },
+    ]
+    out = directory / "samples.json"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(directory)}
+    ended = subprocess.run(
+        [sys.executable, "-c", EVALUATE, json.dumps([str(directory), runs, str(out)])],
+        check=False,
+        env=os.environ | offline | {"OPENAI_API_KEY": key},
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE_S,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    completions, chats = json.loads(out.read_text())
+    return Harness(directory=directory, completions=completions, chats=chats)
 
 
 @pytest.fixture(scope="module")
@@ -198,26 +204,26 @@ def harness(app: RunningApp, tmp_path_factory: pytest.TempPathFactory, smollm2_p
     for name, task in tasks.items():
         (directory / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | common | task))
     (directory / "tokenizer").symlink_to(converted(smollm2_path))
-    harness = Harness(directory, key)
-    harness.run(str(app.http_url))
-    return harness
+    return run_harness(directory, str(app.http_url), key)
 
 
-def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Harness, smollm2_path: Path) -> None:
-    said, chosen = (harness.samples("local-completions", task) for task in ("say", "choose"))
+def test_lm_eval_scores_as_grpc_and_transformers_do(
+    app: RunningApp, harness: Harness, smollm2_path: Path, key: str
+) -> None:
+    said, chosen = harness.completions["say"], harness.completions["choose"]
     assert all(isinstance(sample["resps"][0][0], str) for sample in said)
     assert said[0]["resps"][0][0] == " Paris"
 
     model = reference_model(smollm2_path)
     tokenizer = AutoTokenizer.from_pretrained(harness.directory / "tokenizer")
-    with Client(app.address, api_key=harness.key) as client:
+    with Client(app.address, api_key=key) as client:
         for sample in sorted(chosen, key=lambda each: each["doc_id"]):
             context, choices = sample["doc"]["context"], sample["doc"]["choices"]
             request = pb.ScoreRequest(model=MODEL, context=pb.Prompt(text=context))
             request.continuations.extend(pb.Continuation(text=text) for text in choices)
             scores = client.stub.Score(request, timeout=60).scores
             for text, score, answer in zip(choices, scores, sample["resps"], strict=True):
-                over_http, is_greedy = float(answer[0][0]), answer[0][1] == "True"
+                over_http, is_greedy = answer[0]
                 ids, start = tokenizer(context + text)["input_ids"], len(tokenizer(context)["input_ids"])
                 with torch.no_grad():
                     logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -228,6 +234,6 @@ def test_lm_eval_scores_as_grpc_and_transformers_do(app: RunningApp, harness: Ha
 
 
 def test_lm_eval_chats(harness: Harness) -> None:
-    said = harness.samples("local-chat-completions", "say")
+    said = harness.chats["say"]
     assert len(said) == len(CASES)
     assert all(sample["resps"][0][0] for sample in said)

@@ -75,7 +75,10 @@ def test_plan_for_given_numbers_and_a_directory(tmp_path: Path) -> None:
         (["--model", "llama-2-7b", "--memory-gib", 10], "--gpu, or both"),
         (["--model", "llama-2-7b", "--gpu", "v100"], "gpu is 'v100'; known: a100-40g"),
         (["--model", "llama-2-7b", "--gpu", "h100", "--dtype", "int8"], "dtype is 'int8'"),
-        (["--model", "llama-2-7b", "--gpu", "h100", "--quantization", "int4"], "is 'int4'; allowed: int8, packed, none"),
+        (
+            ["--model", "llama-2-7b", "--gpu", "h100", "--quantization", "int4"],
+            "is 'int4'; allowed: int8, packed, none",
+        ),
         (["--model", "llama-2-7b", "--gpu", "h100", "--context", 5000], "context is 5000"),
         (["--model", "llama-2-7b", "--gpu", "h100", "--tp", 33], "33 and the model has 32 query heads"),
     ],
@@ -125,9 +128,7 @@ def test_packed_weights_are_told_and_planned(smollm2_path: Path) -> None:
         run("plan", "--model", "llama-2-7b", "--gpu", "h100", "--quantization", "packed")
 
 
-def test_a_fetched_model_goes_by_its_name(
-    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetched_model_goes_by_its_name(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_json("inspect", "smollm2-135m-instruct")[1]["path"] == str(smollm2_path)
     of_name = run_json("plan", "--model", "smollm2-135m-instruct", "--gpu", "h100", "--quantization", "none")
     assert of_name[1] | {"model": ""} == run_json("plan", "--model", smollm2_path, "--gpu", "h100")[1] | {"model": ""}
