@@ -93,7 +93,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         index_file=weights.index,
         tokenizer_kind=kind,
         tokenizer_path=directory / kind if kind else None,
-        tokenizer=read_tokenizer_settings(directory, tokenizer_values),
+        tokenizer=read_tokenizer_settings(directory, tokenizer_values, settings),
         chat_template=_chat_template(directory, tokenizer_values, warnings),
         generation=_generation(generation),
         rope_scaling=rope_scaling,

@@ -12,8 +12,8 @@ _MAX_ADDED_TOKENS = 1 << 17
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
-def read_tokenizer_settings(directory: Path, config: dict[str, Any]) -> TokenizerSettings:
-    """`config` is the content of tokenizer_config.json. Raises CheckpointError naming the file."""
+def read_tokenizer_settings(directory: Path, config: dict[str, Any], model: Settings) -> TokenizerSettings:
+    """`config` is the content of tokenizer_config.json, `model` that of config.json. Raises CheckpointError naming the file."""
     path = directory / "tokenizer_config.json"
     settings = Settings(path, config)
     special_map = read_optional_json(directory / "special_tokens_map.json")
@@ -23,7 +23,7 @@ def read_tokenizer_settings(directory: Path, config: dict[str, Any]) -> Tokenize
     named = {key: text for source in (special_map, config) for key, text in _roles(source).items()}
     return TokenizerSettings(
         add_bos=settings.flag("add_bos_token"),
-        class_name=settings.text("tokenizer_class"),
+        class_name=_class_name(settings, model),
         legacy=settings.flag("legacy"),
         add_prefix_space=settings.flag("add_prefix_space"),
         added=tuple(added[token_id] for token_id in sorted(added)),
@@ -32,6 +32,12 @@ def read_tokenizer_settings(directory: Path, config: dict[str, Any]) -> Tokenize
         bos_text=next((text for s in (config, special_map) if (text := token_text(s.get("bos_token")))), ""),
         eos_texts=tuple(dict.fromkeys(text for s in (config, special_map) if (text := token_text(s.get("eos_token"))))),
     )
+
+
+def _class_name(settings: Settings, model: Settings) -> str:
+    if str(model.values.get("model_type")).lower() == "mistral":
+        return ""  # transformers takes its general class for every Mistral model
+    return (settings.text("tokenizer_class") or model.text("tokenizer_class")).removesuffix("Fast")
 
 
 def token_text(token: object) -> str:

@@ -30,6 +30,7 @@ class TokenizerSettings:
     add_bos: bool | None = None
     """Whether the tokenizer begins a text with BOS; None where the checkpoint does not say."""
     class_name: str = ""
+    """Of the tokenizer, without "Fast"; "" where there is none, or where transformers heeds none (a Mistral model's)."""
     legacy: bool | None = None
     """Of Llama's sentencepiece tokenizer: whether every part between control tokens begins with a space of its own, or only the
     first; None where the checkpoint does not say, which transformers 5 takes for the latter."""
@@ -45,8 +46,14 @@ class TokenizerSettings:
 
     @property
     def is_llamas(self) -> bool:
-        """Of the class for which `legacy` counts in transformers; with others tokenizer.json decides alone."""
-        return self.class_name in ("LlamaTokenizer", "LlamaTokenizerFast")
+        """Of a class that makes the space before a text by its own settings in transformers; with others tokenizer.json decides
+        alone."""
+        return self.class_name in ("LlamaTokenizer", "CodeLlamaTokenizer")
+
+    @property
+    def only_first_has_space(self) -> bool:
+        """Of Llama's tokenizers: whether only the first part between control tokens begins with a space of its own."""
+        return self.legacy is not True or self.class_name == "CodeLlamaTokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -96,7 +96,7 @@ def _chat_format(
     ]
     chat_format = derived.chat_format
     has_rule = info.tokenizer.is_llamas or info.tokenizer_kind == "tokenizer.model"
-    if chat_format.every_part_is_first and has_rule and info.tokenizer.legacy is not True:
+    if chat_format.every_part_is_first and has_rule and info.tokenizer.only_first_has_space:
         warnings.append(
             f"{info.path}: as in Meta's reference, every turn after <s> begins with a space piece; transformers writes none "
             "there unless tokenizer_config.json says legacy: true"

@@ -12,13 +12,17 @@ from model_parallel.checkpoint.detect import CheckpointInfo, read_json
 from model_parallel.checkpoint.info import AddedToken
 from model_parallel.config import MOST_TOKENS
 from model_parallel.errors import CheckpointError
-from serving.text.token_bytes import byte_level_bytes, piece_bytes
+from serving.text.token_bytes import SPACE, byte_level_bytes, piece_bytes
 from serving.text.vocabulary import ControlToken, Vocabulary, is_markup, special_ids
+
+_BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer")
+"""Their pre-tokenizer is one ByteLevel step, which transformers builds anew from add_prefix_space."""
 
 
 def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabulary:
     """Raises CheckpointError for a file that is broken, or whose decoder is not known here."""
     data = read_json(path)
+    cuts_otherwise = _set_prefix(info, data)
     try:
         added = _added_tokens(info, data, markup)
         library = _library(data)
@@ -60,7 +64,7 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
         first_id=first,
         strips_leading_space=strips_leading_space,
         bos_token_id=bos_id,
-        warnings=tuple(_differences(info, path, library, first, bos)),
+        warnings=tuple(_differences(info, path, library, first, bos, cuts_otherwise=cuts_otherwise)),
     )
 
 
@@ -73,9 +77,20 @@ def _first_id(info: CheckpointInfo, library: tokenizers.Tokenizer, added: dict[i
 
 
 def _differences(
-    info: CheckpointInfo, path: Path, library: tokenizers.Tokenizer, first: int | None, bos: int | None
+    info: CheckpointInfo,
+    path: Path,
+    library: tokenizers.Tokenizer,
+    first: int | None,
+    bos: int | None,
+    *,
+    cuts_otherwise: bool,
 ) -> Iterator[str]:
-    """What is told of the tokens around a text."""
+    """What is told of the tokens around a text, and of how it is cut."""
+    if cuts_otherwise:
+        yield (
+            f"{path}: text is cut by its pre_tokenizer; transformers 5 cuts by the rule of the class "
+            f"{info.tokenizer.class_name}, which tokenizer_config.json names, and ignores the file's"
+        )
     ours = [] if first is None else [library.id_to_token(first)]
     if info.add_bos not in (None, first is not None) or (first is not None and first != bos):
         yield (
@@ -133,6 +148,52 @@ def _added(token: AddedToken) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _set_prefix(info: CheckpointInfo, data: dict[str, Any]) -> bool:
+    """Give or take the space that a text begins with, as tokenizer_config.json says, where the class is one for which
+    transformers 5 does so. Whether it cuts text by another rule than the file's, which stays."""
+    steps = _steps(data.get("pre_tokenizer"), "pretokenizers")
+    byte_levels = [step for step in steps if step.get("type") == "ByteLevel"]
+    wanted = info.tokenizer.add_prefix_space
+    if info.tokenizer.class_name in _BYTE_LEVEL_CLASSES:
+        if byte_levels:
+            _set_prefix_of_bytes(data, byte_levels, wanted is True)
+        return steps != byte_levels or len(steps) != 1
+    if not info.tokenizer.is_llamas:
+        return False
+    if byte_levels:  # transformers knows LlamaTokenizer to be named where it is not meant, and reads the file
+        return info.tokenizer.class_name != "LlamaTokenizer"
+    _set_prefix_of_pieces(data, [step for step in steps if step.get("type") == "Metaspace"], wanted is not False)
+    return False
+
+
+def _set_prefix_of_bytes(data: dict[str, Any], byte_levels: list[dict[str, Any]], wanted: bool) -> None:
+    for step in byte_levels:
+        step["add_prefix_space"] = False  # after other steps it would give every word a space
+    if wanted:
+        before = _steps(data.get("normalizer"), "normalizers")
+        space = {"type": "Prepend", "prepend": " "}
+        one = {
+            "type": "Replace",
+            "pattern": {"Regex": r"\A  "},
+            "content": " ",
+        }  # a text that has a space gets no other
+        data["normalizer"] = {"type": "Sequence", "normalizers": [*before, space, one]}
+
+
+def _set_prefix_of_pieces(data: dict[str, Any], metaspaces: list[dict[str, Any]], wanted: bool) -> None:
+    before = _steps(data.get("normalizer"), "normalizers")
+    others = [step for step in before if step.get("type") != "Prepend"]
+    if wanted == (others != before or any(_scheme(step) != "never" for step in metaspaces)):
+        return
+    after = [step for step in _steps(data.get("decoder"), "decoders") if step.get("type") != "Strip"]
+    for step in [*metaspaces, *(step for step in after if step.get("type") == "Metaspace")]:
+        step.update(prepend_scheme="always" if wanted else "never", add_prefix_space=wanted)
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if wanted and not metaspaces else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if wanted else []
+    data["normalizer"] = {"type": "Sequence", "normalizers": [*prepend, *others]}
+    data["decoder"] = {"type": "Sequence", "decoders": [*after, *strip]}
+
+
 def _decoder(data: dict[str, Any], path: Path) -> tuple[Callable[[str], bytes], bool]:
     """What a token's text stands for, and whether the first one carries a space that the text does not have."""
     decoders = _steps(data.get("decoder"), "decoders")
@@ -168,7 +229,7 @@ def _library_for_later_parts(info: CheckpointInfo, data: dict[str, Any]) -> toke
     As transformers 5: with the class LlamaTokenizer that is so unless tokenizer_config.json says legacy: true; with any other
     where the file's Metaspace step has the scheme "first".
     """
-    drops = info.tokenizer.is_llamas and info.tokenizer.legacy is not True
+    drops = info.tokenizer.is_llamas and info.tokenizer.only_first_has_space
     data = copy.deepcopy(data)
     changed = False
     for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):

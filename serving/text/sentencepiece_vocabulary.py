@@ -27,8 +27,10 @@ def from_tokenizer_model(info: CheckpointInfo, path: Path, markup: str) -> Vocab
     except Exception as error:  # protobuf's and the library's
         raise CheckpointError(f"{path} is not a sentencepiece model: {error}") from error
     added = _add_tokens(proto, info, path, markup)
+    if info.tokenizer.is_llamas and info.tokenizer.add_prefix_space is not None:
+        proto.normalizer_spec.add_dummy_prefix = info.tokenizer.add_prefix_space
     # As transformers 5 takes a file that does not say: no space of its own for a part after a control token.
-    return _vocabulary(info, path, proto, added, markup, later_prefix=info.tokenizer.legacy is True)
+    return _vocabulary(info, path, proto, added, markup, later_prefix=not info.tokenizer.only_first_has_space)
 
 
 def from_gguf_pieces(info: CheckpointInfo, file: GgufFile, markup: str) -> Vocabulary:

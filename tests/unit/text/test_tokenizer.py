@@ -20,6 +20,7 @@ from tests.support.converted import converted
 from tests.support.llama_tokenizers import (
     CONTROL_TEXTS,
     TEXTS,
+    byte_level_json,
     llama_directory,
     sentencepiece_model,
     tokenizer_json,
@@ -235,6 +236,85 @@ def test_the_space_after_a_control_token_is_that_of_transformers(
     theirs = AutoTokenizer.from_pretrained(tmp_path).encode("<|im_start|>user", add_special_tokens=False)
     tokenizer = load_tokenizer(tmp_path, markup="<|im_start|>")
     assert tokenizer.encode_parts([Part("<|im_start|>user", is_markup=True)]) == theirs
+
+
+def without_prefix_steps() -> str:
+    """As converters write a sentencepiece model without a dummy prefix."""
+    data = json.loads(tokenizer_json())
+    data["normalizer"] = data["normalizer"]["normalizers"][1]
+    data["decoder"]["decoders"].pop()
+    return json.dumps(data)
+
+
+def one_byte_level_step(prefix: bool) -> str:
+    data = json.loads(byte_level_json([]))
+    data["pre_tokenizer"] = data["pre_tokenizer"]["pretokenizers"][1] | {"add_prefix_space": prefix, "use_regex": True}
+    return json.dumps(data)
+
+
+PREFIX_FILES = {
+    "prepend": tokenizer_json(),
+    "none": without_prefix_steps(),
+    **{scheme: tokenizer_json_with([], scheme=scheme) for scheme in ("always", "first", "never")},
+    "bytes": one_byte_level_step(False),
+    "bytes with a space": one_byte_level_step(True),
+    "bytes after a split": byte_level_json([]),
+}
+BYTE_LEVEL_CLASSES = ("GPT2TokenizerFast", "GPTNeoXTokenizer")
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "CodeLlamaTokenizer",
+        "PreTrainedTokenizerFast",
+        None,
+        *BYTE_LEVEL_CLASSES,
+    ],
+)
+@pytest.mark.parametrize("stated", [True, False, None])
+@pytest.mark.parametrize("file", PREFIX_FILES)
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_space_before_a_text_is_that_of_transformers(
+    tmp_path: Path, class_name: str | None, stated: bool | None, file: str, model_type: str
+) -> None:
+    """Some classes make it anew from add_prefix_space, whatever tokenizer.json says; where they cut text by another rule than
+    the file's besides, that is told."""
+    config = {"tokenizer_class": class_name, "add_prefix_space": stated, "bos_token": "<s>", "eos_token": "</s>"}
+    config = {key: value for key, value in config.items() if value is not None} | {"unk_token": "<unk>"}
+    llama_directory(tmp_path, tokenizer__json=PREFIX_FILES[file], tokenizer_config__json=json.dumps(config))
+    model = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    tokenizer = load_tokenizer(tmp_path)
+    is_bytes = file.startswith("bytes")
+    counts = model_type == "llama"
+    other_kind = (class_name in BYTE_LEVEL_CLASSES and not is_bytes) or (
+        class_name == "CodeLlamaTokenizer" and is_bytes
+    )
+    other_rule = class_name in BYTE_LEVEL_CLASSES and file == "bytes after a split"
+    said = [
+        warning
+        for warning in tokenizer.warnings
+        if f"the rule of the class {str(class_name).removesuffix('Fast')}," in warning
+    ]
+    assert len(said) == len(tokenizer.warnings) == (counts and (other_kind or other_rule))
+    if counts and other_kind:
+        return
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("", "a", "The capital of France", "It's\nwe'll", "x" * 30, "🙂", "日本語", "\n a"):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text, add_bos=False) == ids, repr(text)
+        assert tokenizer.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("stated", [{}, {"add_prefix_space": True}, {"add_prefix_space": False}])
+def test_the_space_before_a_text_of_a_sentencepiece_model(tmp_path: Path, stated: dict[str, bool]) -> None:
+    config = json.dumps({"tokenizer_class": "LlamaTokenizer"} | stated)
+    llama_directory(tmp_path, tokenizer__model=sentencepiece_model(), tokenizer_config__json=config)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("The capital", add_special_tokens=False)
+    assert load_tokenizer(tmp_path).encode("The capital", add_bos=False) == theirs
 
 
 def test_threads(tokenizer: Tokenizer) -> None:
