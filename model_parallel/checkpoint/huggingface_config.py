@@ -133,7 +133,8 @@ def _window(settings: Settings, model_type: str, max_position: int, warnings: li
     """Attention over a sliding window is the same as full attention as long as nothing is longer than the window."""
     is_given = "sliding_window" in settings.values
     is_none = not settings.values["sliding_window"] if is_given else model_type != "mistral"
-    if settings.flag("use_sliding_window") is False or is_none:
+    is_off = settings.flag("use_sliding_window") is False and model_type != "mistral"  # no field of Mistral's
+    if is_off or is_none:
         return max_position
     window = settings.whole("sliding_window", _MISTRAL_WINDOW)
     if window < 0:
@@ -202,8 +203,12 @@ def _scaling(
             return divisors, f"linear, factor {factor:g}" if divisors else ""
         if kind == "llama3":
             factor = rope.real("factor")
-            original = settings.whole("original_max_position_embeddings", max_position)
-            original = rope.whole("original_max_position_embeddings", original)
+            outer = settings.whole("original_max_position_embeddings", max_position)
+            original = rope.whole("original_max_position_embeddings", outer)
+            if original != outer and settings.values.get("original_max_position_embeddings") is not None:
+                raise CheckpointError(
+                    f"{settings.path} says original_max_position_embeddings {outer}, and within {key} {original}; one is needed"
+                )
             divisors = llama3_divisors(
                 head_dim,
                 theta,

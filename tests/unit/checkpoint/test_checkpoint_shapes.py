@@ -168,6 +168,7 @@ def test_llama_3_scaling_in_every_spelling(single: Path) -> None:
         {"rope_scaling": LLAMA_3_SCALING, "rope_theta": 5e5},
         {"rope_parameters": LLAMA_3_SCALING | {"rope_theta": 5e5}},
         {"rope_parameters": LLAMA_3_SCALING, "rope_scaling": LLAMA_3_SCALING, "rope_theta": 5e5},
+        {"rope_scaling": LLAMA_3_SCALING, "original_max_position_embeddings": 64, "rope_theta": 5e5},
         {"rope_scaling": {k: v for k, v in LLAMA_3_SCALING.items() if k != "original_max_position_embeddings"},
          "original_max_position_embeddings": 64, "rope_theta": 5e5},
     ]  # fmt: skip
@@ -200,6 +201,7 @@ def test_a_sliding_window_bounds_the_context(single: Path) -> None:
     [
         ({}, 4096), ({"sliding_window": ...}, 32768), ({"sliding_window": 8192}, 8192), ({"sliding_window": 65536}, 32768),
         ({"max_position_embeddings": 2048}, 2048), ({"model_type": "llama"}, 32768),
+        ({"sliding_window": 8192, "use_sliding_window": False}, 8192), ({"use_sliding_window": False}, 4096),
     ],
 )  # fmt: skip
 def test_the_window_of_a_mistral_file(single: Path, changes: dict[str, Any], context: int) -> None:

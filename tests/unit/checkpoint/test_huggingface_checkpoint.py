@@ -150,6 +150,14 @@ def test_progress_counts_the_shard(tmp_path: Path) -> None:
             "different things",
         ),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "one rope_theta is needed"),
+        (
+            {"rope_scaling": LLAMA_3_SCALING, "original_max_position_embeddings": 32},
+            "original_max_position_embeddings 32, and within rope_scaling 64; one is needed",
+        ),
+        (
+            {"rope_parameters": LLAMA_3_SCALING, "original_max_position_embeddings": 128},
+            "original_max_position_embeddings 128, and within rope_parameters 64; one is needed",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters is {'rope_type': 'yarn'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"rope_parameters has \['full_attention'\]"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters is"),
