@@ -2,20 +2,50 @@
 
 import os
 import sys
+from io import TextIOWrapper
+
+_EXIT_CONFIG = 78
 
 
 def main() -> None:
     """Entry point."""
-    if sys.stdout is None:  # closed by who has started us
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    _open_closed_streams()
+    _escape_what_has_no_character()
+    try:
+        os.getcwd()
+    except OSError as error:
+        sys.stderr.write(
+            f"error: the current directory is gone ({error.strerror}); change to another, as with `cd ~`\n"
+        )
+        sys.exit(_EXIT_CONFIG)
     try:
         from serving.cli.main import main as command
 
         command()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that who started us has closed leads nowhere. Its number would be the next socket's otherwise, into
+    which a library or a child then prints."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _escape_what_has_no_character() -> None:
+    """Characters that the terminal's encoding lacks are written as "\\u20ac", instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        keeps_bytes = stream.errors == "surrogateescape" and stream.encoding.lower() == "utf-8"
+        if stream.errors in ("strict", "surrogateescape") and not keeps_bytes:
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from model_parallel.gpus import torch_has_cuda, visible_gpus
 from model_parallel.machine import Machine, read_machine
 from model_parallel.memory import GIB
 from model_parallel.native import is_ready
-from serving.cli.serve import default_config, is_model, model_config
+from serving.cli.serve import configured, default_config
 from serving.cli.terminal import EXIT_CONFIG, standard_output
-from serving.config import ServingConfig, load_config
+from serving.config import ServingConfig
 from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_ports
 from serving.driver.environment import cluster_parent
 from serving.models.fetch import FetchError
@@ -87,7 +87,7 @@ def _directories() -> Iterator[Finding]:
         return
     wanted = os.environ.get("TMPDIR")
     if wanted and Path(wanted) != parent:
-        text = f"{parent}; TMPDIR ({wanted}) is missing, full, read-only or has too long a path"
+        text = f"{parent}; TMPDIR ({wanted}) is missing, full, read-only, or its path is too long or not ASCII"
         yield Finding(Level.WARNING, "temporary files", text)
     else:
         yield Finding(Level.OK, "temporary files", str(parent))
@@ -198,13 +198,11 @@ def doctor(
 
 
 def _checked(config: Path | None, source: str | None) -> Iterator[Finding]:
-    if config is not None and is_model(config):
-        source, config = str(config), None
     if config is None and source is None:
         yield from _default_ports()
         return
     try:
-        loaded = load_config(config) if config is not None else model_config(source or "")
+        loaded = configured(config, source)
     except ConfigError as error:
         yield Finding(Level.PROBLEM, "configuration", str(error))
         return

@@ -85,6 +85,10 @@ def _account(error: Exception) -> tuple[str, int]:
         return explain(error), 1
     if isinstance(error, ConnectionError | TimeoutError | StartError):
         return str(error), 1
+    if isinstance(error, UnicodeEncodeError) and error.encoding not in ("utf-8", "utf-16-le"):
+        return (
+            f"{error.encoding}, the encoding of the output, has no {error.object[error.start]!r}; set PYTHONIOENCODING=utf-8"
+        ), EXIT_CONFIG
     if isinstance(error, UnicodeError):
         return "text that was given is not UTF-8, or has half of a character", EXIT_CONFIG
     if isinstance(error, OSError):

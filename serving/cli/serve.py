@@ -78,14 +78,7 @@ def serve(
     """Serve until Ctrl-C or SIGTERM, then drain and stop."""
     if config is not None and config_file is not None:
         raise ConfigError(f"{config} is given, and --config {config_file} too; give one of the two")
-    config = config or config_file
-    if config is not None and is_model(config):
-        if source is not None:
-            raise ConfigError(f"{config} is a model, and --model names another one; give one of the two")
-        say(f"{config} is a model: taken as --model {config}")
-        config, source = None, str(config)
     model_flags: dict[str, Any] = {
-        "source": source,
         "name": name,
         "tensor_parallel_size": tp,
         "num_groups": groups,
@@ -96,18 +89,9 @@ def serve(
         "kv_cache_tokens": kv_cache_tokens,
         "generation_config": generation_config,
     }
-    if config is not None:
-        if not config.exists() and config.suffix.lower() not in (".yaml", ".yml", ".json"):
-            raise ConfigError(missing_source(str(config), "config"))
-        loaded = load_config(config)
-    elif source is not None:
-        loaded = model_config(source)
-    else:
-        loaded = default_config()
-    if source is not None and name is None:
-        model_flags["name"] = served_name(source)
-    final = overridden(
-        loaded,
+    final = configured(
+        config or config_file,
+        source,
         models=model_flags,
         gateway={"host": host, "port": port, "http_port": http_port, "insecure": insecure or None},
         ray={"address": ray_address},
@@ -148,6 +132,25 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(serve)
     app.command()(demo)
+
+
+def configured(config: Path | None, source: str | None, **sections: dict[str, Any]) -> ServingConfig:
+    """What a file, a model or neither of them says, with the flags of each section in place. Raises ConfigError."""
+    if config is not None and is_model(config):
+        if source is not None:
+            raise ConfigError(f"{config} is a model, and --model names another one; give one of the two")
+        say(f"{config} is a model: taken as --model {config}")
+        config, source = None, str(config)
+    if config is not None:
+        if not config.exists() and config.suffix.lower() not in (".yaml", ".yml", ".json"):
+            raise ConfigError(missing_source(str(config), "config"))
+        loaded = load_config(config)
+    else:
+        loaded = default_config() if source is None else model_config(source)
+    models = sections.pop("models", {})
+    if source is not None:
+        models = models | {"source": source, "name": models.get("name") or served_name(source)}
+    return overridden(loaded, models=models, **sections)
 
 
 def is_model(path: Path) -> bool:

@@ -32,6 +32,10 @@ def standard_output() -> Console:
     return Console(highlight=False, width=width_of(sys.stdout.isatty()), soft_wrap=not sys.stdout.isatty())
 
 
+for _name in ("COLUMNS", "LINES"):
+    if not (os.environ.get(_name) or "0").isdecimal():
+        del os.environ[_name]  # Rich fails at "²", which it takes for a number
+
 console = Console(stderr=True, highlight=False, width=width_of(sys.stderr.isatty()), soft_wrap=not sys.stderr.isatty())
 """For everything else that a command has to say."""
 

@@ -6,6 +6,7 @@
 import os
 import pwd
 import secrets
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -84,7 +85,18 @@ def prepare_environment(*, joins: bool = False, environment: MutableMapping[str,
     if joins:
         environment.update(_OF_WHO_JOINS)
     environment.update(without_proxy(environment))
-    return removed
+    return sorted([*removed, *_remove_what_breaks_imports(environment)])
+
+
+def _remove_what_breaks_imports(environment: MutableMapping[str, str]) -> list[str]:
+    """Warnings of libraries as errors, and log settings that torch may not know, end whoever imports Ray Serve or torch."""
+    broken = {"TORCH_LOGS"} & environment.keys()
+    if "error" in environment.get("PYTHONWARNINGS", ""):
+        broken.add("PYTHONWARNINGS")
+        warnings.filters[:] = [entry for entry in warnings.filters if entry[0] != "error"]  # type: ignore[index]
+    for name in broken:
+        del environment[name]
+    return sorted(broken)
 
 
 def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
@@ -146,7 +158,8 @@ def token_file(directory: Path) -> Path:
 
 
 def cluster_parent(environment: Mapping[str, str] = os.environ, candidates: Iterable[Path] | None = None) -> Path:
-    """Where a private cluster's directory is made: the first temporary directory with room and a short enough path.
+    """Where a private cluster's directory is made: the first temporary directory with room and a short enough path
+    in ASCII.
 
     Raises ConfigError that says why each was not taken.
     """
@@ -157,6 +170,8 @@ def cluster_parent(environment: Mapping[str, str] = os.environ, candidates: Iter
             reasons.append(
                 f"the path {parent} has more than {MAX_PARENT_BYTES} bytes, which is too long for Ray's sockets"
             )
+        elif not str(parent).isascii():
+            reasons.append(f"the path {parent} has characters beyond ASCII, with which Ray does not start")
         elif (free := os.statvfs(parent)).f_bavail * free.f_frsize < _MIN_FREE_BYTES:
             reasons.append(f"{parent} has less than {_MIN_FREE_BYTES >> 20} MiB free")
         else:
@@ -164,5 +179,5 @@ def cluster_parent(environment: Mapping[str, str] = os.environ, candidates: Iter
     raise ConfigError(
         "TMPDIR: no temporary directory can be used ("
         + ("; ".join(reasons) or "TMPDIR, /tmp, /var/tmp and /dev/shm cannot be written")
-        + "); set TMPDIR to a writable directory with a short path"
+        + "); set TMPDIR to a writable directory with a short path in ASCII"
     )

@@ -1,5 +1,6 @@
 """The command line where it needs no server."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from typer.testing import CliRunner
 from model_parallel.errors import ConfigError
 from model_parallel.python_process import module_command
 from serving import __version__
+from serving.cli.doctor import Level, _checked
 from serving.cli.main import _account, app, main
 from serving.cli.serve import default_config, model_config, overridden, served_name
 from serving.cli.terminal import width_of
-from serving.config import api_key, load_config, parse_config
+from serving.config import ServingConfig, api_key, load_config, parse_config
 from serving.driver.preflight import check_environment
 
 COMMANDS = ["serve", "demo", "generate", "chat", "models", "fetch", "version", "doctor", "status"]
@@ -73,6 +75,27 @@ def test_a_model_that_is_not_there_is_told_as_such(source: str, parts: list[str]
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
+@pytest.mark.parametrize("with_file", [True, False])
+def test_doctor_checks_what_serve_would_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_file: bool) -> None:
+    (tmp_path / "m").mkdir()
+    file = tmp_path / "packtrain.yaml"
+    file.write_text(f"models: [{{name: a, source: {tmp_path}/other, dtype: float32}}]\n")
+    looked_at: list[ServingConfig] = []
+    monkeypatch.setattr("serving.cli.doctor.look_at_config", lambda config: looked_at.append(config) or [])
+    assert list(_checked(file if with_file else None, str(tmp_path / "m"))) == []
+    (entry,) = looked_at[0].models
+    assert (entry.source, entry.name) == (str(tmp_path / "m"), "m")
+    assert entry.dtype == ("float32" if with_file else "auto")
+
+
+@pytest.mark.parametrize("file", ["m", "nothing"])
+def test_doctor_refuses_what_serve_refuses(tmp_path: Path, file: str) -> None:
+    (tmp_path / "m").mkdir()
+    (finding,) = _checked(tmp_path / file, str(tmp_path / "m"))
+    assert finding.level is Level.PROBLEM
+    assert ("give one of the two" if file == "m" else "nothing does not exist") in finding.text
+
+
 def test_what_no_flag_sets_stays_unset() -> None:
     config = overridden(default_config(), models={"dtype": None}, gateway={"port": 0}, admin={"metrics_port": None})
     assert "metrics_port" not in config.admin.model_fields_set, "so that it may move"
@@ -126,10 +149,72 @@ def test_ctrl_c_while_modules_are_imported_ends_quietly() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-def test_a_closed_output_is_no_error() -> None:
-    closed = 'exec "$@" >&- 2>&-'
-    command = ["sh", "-c", closed, "sh", *module_command("serving.cli", "--version")]
+def _run_with(redirection: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *module_command("serving.cli", *arguments)]
+    variables = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(closed: str) -> None:
+    ended = _run_with(closed, "--version")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == ("" if " >&-" in f" {closed}" else f"{__version__}\n")
+    ended = _run_with(closed, "models", "--address", "127.0.0.1:9")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ("nothing listens" in ended.stderr) == ("2>&-" not in closed)
+
+
+def test_no_other_file_gets_the_number_of_a_closed_stream() -> None:
+    code = (
+        "import os, socket, sys\n"
+        "from serving.cli.__main__ import _open_closed_streams\n"
+        "_open_closed_streams()\n"
+        "with socket.socket() as sock: number = sock.fileno()\n"
+        "found = [os.readlink(f'/proc/self/fd/{i}') for i in range(3)]\n"
+        "ok = number > 2 and found == ['/dev/null'] * 3 and all(map(os.get_inheritable, range(3)))\n"
+        "print('lost'); input_is_empty = sys.stdin.read() == ''\n"
+        "os._exit(0 if ok and input_is_empty else 3)\n"
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
     assert subprocess.run(command, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:surrogateescape"])
+def test_what_the_encoding_of_the_output_lacks_is_escaped(encoding: str, tmp_path: Path) -> None:
+    ended = _run_with("", "inspect", str(tmp_path / "5 € 日本"), PYTHONIOENCODING=encoding)
+    assert ended.returncode == 78
+    assert "5 \\u20ac \\u65e5\\u672c does not exist" in ended.stderr
+    code = "from serving.cli.__main__ import _escape_what_has_no_character as f; f(); print('5 €')"
+    variables = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=variables)
+    assert printed.stdout == "5 \\u20ac\n"
+
+
+def test_a_character_that_another_encoding_lacks_is_not_laid_to_the_user() -> None:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "5 €".encode("latin-1")
+    assert _account(caught.value) == (
+        "latin-1, the encoding of the output, has no '€'; set PYTHONIOENCODING=utf-8",
+        78,
+    )
+
+
+def test_a_current_directory_that_is_gone_is_told(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = ["sh", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(gone), *module_command("serving.cli", "--version")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 78
+    assert ended.stderr.startswith("error: the current directory is gone") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["COLUMNS", "LINES"])
+def test_a_size_of_the_terminal_that_is_no_number_is_ignored(name: str) -> None:
+    ended = _run_with("", "inspect", "/no/such", **{name: "²"})
+    assert (ended.returncode, ended.stderr.count("\n")) == (78, 1)
+    assert "does not exist" in ended.stderr
 
 
 @pytest.mark.parametrize("text", ["lat\udce9in", "half \ud83d"])

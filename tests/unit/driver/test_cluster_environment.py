@@ -1,6 +1,7 @@
 """What the environment may not decide."""
 
 import stat
+import warnings
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_ray_variables_do_not_reach_a_private_cluster(address: str) -> None:
     assert environment["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1" and environment["RAY_ENABLE_AUTO_CONNECT"] == "0"
     assert environment["RAYON_NUM_THREADS"] == "1", "not one of Ray's"
     assert "RAY_ADDRESS" not in environment
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_what_breaks_the_imports_of_libraries_reaches_no_process(joins: bool) -> None:
+    environment = {"PYTHONWARNINGS": "ignore,error::FutureWarning", "TORCH_LOGS": "foo"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert prepare_environment(joins=joins, environment=environment) == ["PYTHONWARNINGS", "TORCH_LOGS"]
+        warnings.warn("Ray Serve's", FutureWarning, stacklevel=1)
+    assert not environment.keys() & {"PYTHONWARNINGS", "TORCH_LOGS"}
+    kept = {"PYTHONWARNINGS": "ignore"}
+    assert prepare_environment(joins=joins, environment=kept) == [] and kept["PYTHONWARNINGS"] == "ignore"
 
 
 def test_a_cluster_that_is_joined_keeps_its_variables() -> None:
@@ -102,6 +115,13 @@ def test_a_directory_with_a_long_path_is_passed_over(tmp_path: Path) -> None:
     long = tmp_path / ("x" * MAX_PARENT_BYTES)
     long.mkdir()
     assert cluster_parent({"TMPDIR": str(long)}) in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
+
+
+def test_a_directory_whose_path_is_not_ascii_is_passed_over() -> None:
+    other = Path("/tmp/tëmp")
+    with pytest.raises(ConfigError, match=rf"{other} has characters beyond ASCII.*set TMPDIR"):
+        cluster_parent({}, [other])
+    assert cluster_parent({}, [other, Path("/tmp")]) == Path("/tmp")
 
 
 def test_why_no_directory_can_be_used_is_told(tmp_path: Path) -> None:
