@@ -15,7 +15,7 @@ from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
 from model_parallel.checkpoint.weight_files import read_weight_map
 from model_parallel.errors import CheckpointError
 from model_parallel.kernels.interface import GroupMatrix
-from model_parallel.model.partition import LM_HEAD, Shard
+from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard
 from model_parallel.weight_format import GroupFormat
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -36,6 +36,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             self._take_indexed(files, info.index_file, is_tied=info.config.tie_word_embeddings)
         else:
             self._take_all(files)
+        if info.config.tie_word_embeddings and EMBEDDING not in self.tensors and LM_HEAD in self.tensors:
+            self.tensors[EMBEDDING] = self.tensors.pop(LM_HEAD)  # safetensors' save_model keeps one name of the two
         if info.groups is not None:
             self._take_grouped(info.groups)
 
@@ -83,11 +85,13 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _take_indexed(self, files: dict[Path, dict[str, StoredTensor]], index: Path, *, is_tied: bool) -> None:
         """Each tensor from the file that the index says; others that the files hold are stale and reported."""
         weight_map = read_weight_map(index)
+        tied = {EMBEDDING, LM_HEAD} if is_tied else set()
+        stored_names = {name for name, file_name in weight_map.items() if name in files[index.parent / file_name]}
         for name, file_name in weight_map.items():
             stored = files[index.parent / file_name].get(name)
             if stored is not None:
                 self.tensors[name] = stored
-            elif not (is_known_buffer(name) or (is_tied and name == LM_HEAD)):
+            elif not (is_known_buffer(name) or (name in tied and tied & stored_names)):
                 raise CheckpointError(
                     f"{index} says that {name} is in {file_name}, and it is not there; download both again"
                 )

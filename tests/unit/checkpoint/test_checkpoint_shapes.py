@@ -331,6 +331,41 @@ def test_a_tied_index_may_promise_the_head(sharded: Path) -> None:
         load(sharded)
 
 
+@pytest.mark.parametrize("kept", [EMBEDDING, LM_HEAD])
+@pytest.mark.parametrize("form", ["single", "sharded", "sharded, and the index names both"])
+def test_a_tied_checkpoint_may_store_its_table_under_either_name(
+    saved: Path, tmp_path: Path, kept: str, form: str
+) -> None:
+    """safetensors' save_model keeps one of two names that share a tensor, by their order. Untied, that is refused."""
+    directory = Path(shutil.copytree(saved / form.split(",", maxsplit=1)[0], tmp_path / "tied"))
+    table = load(directory)[EMBEDDING]
+    for path in describe(directory).weight_files:
+        weights = {n: t for n, t in load_file(path).items() if n not in (EMBEDDING, LM_HEAD)}
+        if path == describe(directory).weight_files[0]:
+            weights[kept] = table
+        save_file(weights, path)
+    if form != "single":
+        names = [kept] if form == "sharded" else [EMBEDDING, LM_HEAD]
+        first = describe(directory).weight_files[0].name
+        edit_index(lambda m: [m.pop(EMBEDDING), m.pop(LM_HEAD), m.update(dict.fromkeys(names, first))])(directory)
+    write_config(directory, tie_word_embeddings=True)
+    found = load(directory)
+    assert torch.equal(found[EMBEDDING], table) and LM_HEAD not in found
+    theirs = LlamaForCausalLM.from_pretrained(directory).state_dict()
+    assert torch.equal(theirs[EMBEDDING], table)
+    write_config(directory, tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"holds no|lacks|it is not there"):
+        load(directory)
+
+
+def test_a_tied_index_without_a_table_is_refused(sharded: Path) -> None:
+    write_config(sharded, tie_word_embeddings=True)
+    for path in describe(sharded).weight_files:
+        save_file({n: t for n, t in load_file(path).items() if n not in (EMBEDDING, LM_HEAD)}, path)
+    with pytest.raises(CheckpointError, match=f"says that ({LM_HEAD}|{EMBEDDING}) is in .*, and it is not there"):
+        load(sharded)
+
+
 def test_a_tied_configuration_with_another_head(single: Path) -> None:
     write_config(single, tie_word_embeddings=True)
     info = describe(single)
