@@ -9,7 +9,7 @@ from model_parallel.checkpoint.huggingface_tokenizer import read_tokenizer_setti
 from model_parallel.checkpoint.info import CheckpointInfo, GenerationSettings, TokenizerKind
 from model_parallel.checkpoint.placeholders import is_present, refuse_pointers
 from model_parallel.checkpoint.rope_scaling import linear_divisors, llama3_divisors
-from model_parallel.checkpoint.settings import Settings, known_ids, read_json, read_optional_json
+from model_parallel.checkpoint.settings import Settings, join, known_ids, read_json, read_optional_json
 from model_parallel.checkpoint.weight_files import find_weight_files
 from model_parallel.config import ModelConfig
 from model_parallel.errors import CheckpointError, ConfigError
@@ -32,6 +32,21 @@ _MISTRAL_KV_HEADS = 8
 _MISTRAL_WINDOW = 4096
 """Of a file that does not give sliding_window, as transformers takes it; null is no window."""
 _DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072}
+_UNUSED_GENERATION: dict[str, float | None] = {
+    **dict.fromkeys((
+        "bad_words_ids", "begin_suppress_tokens", "constraints", "exponential_decay_length_penalty", "force_words_ids",
+        "forced_bos_token_id", "forced_eos_token_id", "max_time", "sequence_bias", "stop_strings", "suppress_tokens",
+        "top_h", "watermarking_config",
+    )),
+    **dict.fromkeys((
+        "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "frequency_penalty", "min_length",
+        "min_new_tokens", "no_repeat_ngram_size", "penalty_alpha", "presence_penalty", "token_healing",
+    ), 0),
+    **dict.fromkeys((
+        "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "typical_p",
+    ), 1),
+}  # fmt: skip
+"""Fields of generation_config.json that change transformers' answers and not ours, with the values that change nothing."""
 _ROPE_KINDS = "default, linear, llama3 and dynamic"
 
 
@@ -95,7 +110,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         tokenizer_path=directory / kind if kind else None,
         tokenizer=read_tokenizer_settings(directory, tokenizer_values, settings),
         chat_template=_chat_template(directory, tokenizer_values, warnings),
-        generation=_generation(generation),
+        generation=_generation(generation, warnings),
         rope_scaling=rope_scaling,
         dtype=(settings.text("dtype") or settings.text("torch_dtype")).removeprefix("torch.").replace("auto", ""),
         groups=groups,
@@ -261,7 +276,14 @@ def _default_template(path: Path, given: object, warnings: list[str]) -> str:
     return ""
 
 
-def _generation(settings: Settings) -> GenerationSettings:
+def _generation(settings: Settings, warnings: list[str]) -> GenerationSettings:
+    unused = [
+        f"{name} ({settings.values[name]!r:.40})"
+        for name, neutral in _UNUSED_GENERATION.items()
+        if settings.values.get(name) not in (None, [], {}, "", neutral)
+    ]
+    if unused:
+        warnings.append(f"{settings.path}: not used here, though answers of transformers depend on it: {join(unused)}")
     top_k, longest = settings.values.get("top_k"), settings.values.get("max_new_tokens")
     return GenerationSettings(
         do_sample=settings.flag("do_sample"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import check_complete, check_tied_head, open_checkpoint
@@ -648,6 +648,31 @@ def test_a_chat_template_that_is_none_is_told(single: Path, name: str, template:
 def test_no_chat_template_is_no_reason_to_warn(single: Path, template: object) -> None:
     (single / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert (describe(single).chat_template, describe(single).warnings) == ("", ())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"suppress_tokens": [5, 7]}, "suppress_tokens ([5, 7])"),
+        ({"stop_strings": ["x"], "num_beams": 4}, "stop_strings (['x']), num_beams (4)"),
+        ({"typical_p": 0.9, "no_repeat_ngram_size": 3}, "no_repeat_ngram_size (3), typical_p (0.9)"),
+        ({"bad_words_ids": [[1]], "min_new_tokens": 2}, "bad_words_ids ([[1]]), min_new_tokens (2)"),
+        ({"presence_penalty": 0.5, "frequency_penalty": -0.5}, "frequency_penalty (-0.5), presence_penalty (0.5)"),
+        ({"begin_suppress_tokens": [3]}, "begin_suppress_tokens ([3])"),
+    ],
+)
+def test_fields_of_generation_that_nothing_uses_are_told(single: Path, values: dict[str, Any], told: str) -> None:
+    (single / "generation_config.json").write_text(json.dumps(values))
+    (warning,) = describe(single).warnings
+    assert warning == (
+        f"{single}/generation_config.json: not used here, though answers of transformers depend on it: {told}"
+    )
+
+
+def test_a_generation_file_as_transformers_writes_it_is_no_reason_to_warn(single: Path) -> None:
+    defaults = GenerationConfig._get_default_generation_params()
+    (single / "generation_config.json").write_text(json.dumps(defaults | {"min_new_tokens": None, "stop_strings": []}))
+    assert describe(single).warnings == ()
 
 
 def test_tokenizer_settings(single: Path) -> None:
