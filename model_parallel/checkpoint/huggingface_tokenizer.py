@@ -87,6 +87,8 @@ def _added_tokens_decoder(path: Path, decoder: object) -> dict[int, AddedToken]:
             special=bool(flags["special"]) if "special" in flags else None,
             lstrip=bool(flags.get("lstrip")),
             rstrip=bool(flags.get("rstrip")),
+            single_word=bool(flags.get("single_word")),
+            normalized=bool(flags.get("normalized", flags.get("special") is False)),
         )
     if len(tokens) > _MAX_ADDED_TOKENS:
         raise CheckpointError(f"{path}: added_tokens_decoder has {len(tokens)} tokens; {_MAX_ADDED_TOKENS} is the most")

@@ -21,6 +21,10 @@ class AddedToken:
     lstrip: bool = False
     """Takes the spaces before it with it; `rstrip` those after it."""
     rstrip: bool = False
+    single_word: bool = False
+    """Found only where no letter or digit stands beside it."""
+    normalized: bool = False
+    """Looked for in the text as the tokenizer has normalized it, rather than as it was sent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

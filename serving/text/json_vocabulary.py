@@ -64,7 +64,10 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
         first_id=first,
         strips_leading_space=strips_leading_space,
         bos_token_id=bos_id,
-        warnings=tuple(_differences(info, path, library, first, bos, cuts_otherwise=cuts_otherwise)),
+        warnings=(
+            *_differences(info, path, library, first, bos, cuts_otherwise=cuts_otherwise),
+            *_dropout(path, data["model"].get("dropout")),
+        ),
     )
 
 
@@ -102,8 +105,14 @@ def _differences(
         yield f"{path}: its post_processor puts {theirs!r:.80} around a text; here a text has {ours!r:.80}"
 
 
+def _dropout(path: Path, given: object) -> Iterator[str]:
+    if given:
+        yield f"{path}: model.dropout is {given!r:.20}, which is for training; it is not used here"
+
+
 def _library(data: dict[str, Any]) -> tokenizers.Tokenizer:
-    library = tokenizers.Tokenizer.from_str(json.dumps(data))
+    model = data["model"] | ({"dropout": None} if "dropout" in data["model"] else {})
+    library = tokenizers.Tokenizer.from_str(json.dumps(data | {"model": model}))
     library.encode_special_tokens = True
     library.no_truncation()
     library.no_padding()
@@ -143,8 +152,8 @@ def _added_tokens(info: CheckpointInfo, data: dict[str, Any], markup: str) -> di
 
 def _added(token: AddedToken) -> dict[str, Any]:
     return {
-        "id": token.id, "content": token.text, "single_word": False, "lstrip": token.lstrip, "rstrip": token.rstrip,
-        "normalized": False, "special": bool(token.special),
+        "id": token.id, "content": token.text, "single_word": token.single_word, "lstrip": token.lstrip,
+        "rstrip": token.rstrip, "normalized": token.normalized, "special": bool(token.special),
     }  # fmt: skip
 
 

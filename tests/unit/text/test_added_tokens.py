@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.tiktoken_file import llama3_special_tokens
@@ -70,6 +71,29 @@ def test_words_that_are_added(tmp_path: Path, vocabulary: dict[str, str | bytes]
     ids = tokenizer.encode("in Zürich!", add_bos=False)
     assert 500 in ids
     assert tokenizer.decode(ids).replace(" ", "") == "inZürich!"
+
+
+@pytest.mark.parametrize("vocabulary_json", [tokenizer_json(), byte_level_json([])])
+@pytest.mark.parametrize("content", ["Zürich", "<tool>"])
+@pytest.mark.parametrize("flags", [
+    {}, {"single_word": True}, {"normalized": True}, {"single_word": True, "normalized": True}, {"normalized": None},
+])  # fmt: skip
+def test_words_are_found_where_transformers_finds_them(
+    tmp_path: Path, vocabulary_json: str, content: str, flags: dict[str, Any]
+) -> None:
+    data = json.loads(vocabulary_json)
+    data["normalizer"] = data["normalizer"] or {"type": "NFC"}
+    word = IM_END | {"content": content, "special": False} | flags
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            str(len(data["model"]["vocab"])): {key: value for key, value in word.items() if value is not None}
+        },
+    }
+    tokenizer = load(tmp_path, {"tokenizer__json": json.dumps(data)}, tokenizer_config__json=config)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (f"in {content}!", f"in{content}er", f"a {content} {content}", f"{content}", f" {content} "):
+        assert tokenizer.encode(text, add_bos=False) == theirs.encode(text, add_special_tokens=False), repr(text)
 
 
 def test_padding_at_vocab_size(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:

@@ -238,6 +238,19 @@ def test_the_space_after_a_control_token_is_that_of_transformers(
     assert tokenizer.encode_parts([Part("<|im_start|>user", is_markup=True)]) == theirs
 
 
+@pytest.mark.parametrize("text", [tokenizer_json(), byte_level_json([])])
+def test_dropout_of_merges_is_not_used_and_told(tmp_path: Path, text: str) -> None:
+    plain = load_tokenizer(llama_directory(tmp_path, tokenizer__json=text))
+    data = json.loads(text)
+    data["model"]["dropout"] = 0.5
+    tokenizer = load_tokenizer(llama_directory(tmp_path, tokenizer__json=json.dumps(data)))
+    for sample in TEXTS:
+        assert tokenizer.encode(sample) == plain.encode(sample)
+    assert plain.warnings == ()
+    (warning,) = tokenizer.warnings
+    assert warning.startswith(f"{tmp_path}/tokenizer.json: model.dropout is 0.5")
+
+
 def without_prefix_steps() -> str:
     """As converters write a sentencepiece model without a dummy prefix."""
     data = json.loads(tokenizer_json())
