@@ -248,7 +248,8 @@ def _ask() -> str:
 
 
 def _client(address: str, tls: bool, ca: Path | None, cert: Path | None, key: Path | None) -> Client:
-    targets = [parse_target(each) for each in address.split(",")]
+    # A comma at the end separates nothing; where there is nothing besides, that is told.
+    targets = [parse_target(each) for each in address.split(",") if each.strip()] or [parse_target("")]
     uses_tls = tls or any(target.uses_tls for target in targets)
     return Client(*(target.address for target in targets), api_key=api_key(), tls=client_tls(uses_tls, ca, cert, key))
 

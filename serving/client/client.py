@@ -1,5 +1,6 @@
 """A small blocking gRPC client, for the command line and for load tests. Its streams go on when their gateway is lost."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,11 @@ from serving.client.probe import Port, look_at_port
 from serving.client.resuming import Patience, Received, is_lost, pushback_s
 from serving.client.tls import ClientTls
 from serving.config import plain_key
-from serving.contracts.addresses import DEFAULT_GRPC_PORT, parse_target
+from serving.contracts.addresses import DEFAULT_GRPC_PORT, parse_target, resolve
 
 CONNECT_TIMEOUT_S = 10.0
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Variables that gRPC heeds."""
 _EXPLAIN_AFTER_S = 1.0
 """A TLS connection that takes longer is looked into."""
 
@@ -154,6 +157,7 @@ class Client:
         try:
             ready.result(timeout=timeout_s)
         except grpc.FutureTimeoutError as error:
+            ready.cancel()  # gRPC's thread would look at the channel after it is closed, and print a traceback
             hint = " If it speaks TLS, give --tls." if self._tls is None else ""
             raise ConnectionError(
                 f"nothing answers at {gateway.address}; is `packtrain serve` running there?{hint}"
@@ -163,8 +167,16 @@ class Client:
     def _problem(self, gateway: _Gateway) -> str:
         """What one look at the port tells at once; "" when gRPC may have more luck."""
         parts = gateway.target.host_and_port
-        if parts is None or not gateway.target.is_on_this_machine:
-            return ""  # there may be a proxy, or a name that resolves for gRPC alone
+        if parts is None:
+            return ""
+        if not gateway.target.is_on_this_machine:
+            if any(os.environ.get(name) for name in _PROXIES):
+                return ""  # which may know more names
+            try:
+                resolve(parts[0])
+            except ConfigError as error:
+                return f"{gateway.address}: {error}"
+            return ""
         match look_at_port(*parts, tls=self._tls is not None):
             case Port.CLOSED:
                 return f"nothing listens at {gateway.address}; is `packtrain serve` running there?"

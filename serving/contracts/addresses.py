@@ -5,6 +5,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -27,8 +28,20 @@ def without_brackets(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
+def plain_host(host: str) -> str:
+    """An address as everybody reads it: 127.1 is 127.0.0.1, which gRPC's resolver does not know. A name as it is."""
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(host))
+    if any(character.isspace() for character in host):
+        return host  # inet_aton ignores what follows a space
+    with suppress(OSError, UnicodeError):
+        return socket.inet_ntoa(socket.inet_aton(host))
+    return host
+
+
 def to_connect_to(host: str) -> str:
     """Where a client on this machine finds a server that listens on `host`."""
+    host = plain_host(host)
     return _WILDCARDS.get(host, host)
 
 
@@ -51,7 +64,7 @@ class Target:
     def is_on_this_machine(self) -> bool:
         """Loopback: no proxy can be meant to stand in between."""
         parts = self.host_and_port
-        return parts is not None and is_loopback(parts[0])
+        return parts is not None and is_loopback(to_connect_to(parts[0]))
 
 
 def parse_target(text: str, default_port: int = DEFAULT_GRPC_PORT) -> Target:
@@ -66,17 +79,19 @@ def parse_target(text: str, default_port: int = DEFAULT_GRPC_PORT) -> Target:
             raise ConfigError(f"--address: the scheme {scheme!r} is not known; give HOST:PORT or http://HOST:PORT")
         uses_tls = _SCHEMES[scheme.lower()]
         text = urlsplit(f"//{rest}").netloc.rpartition("@")[2]
+    if not text:
+        raise ConfigError("--address: no address is given; give HOST:PORT")
     if text.isdigit():
         return Target(host_port("127.0.0.1", _port(text)), uses_tls)
     if _is_ip(without_brackets(text)):
-        return Target(host_port(without_brackets(text), default_port), uses_tls)
+        return Target(host_port(plain_host(without_brackets(text)), default_port), uses_tls)
     host, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
     if not colon:
         host, port = text, str(default_port)
     host = without_brackets(host) or "127.0.0.1"
     if "/" in host or " " in host or (":" in host and not _is_ip(host)):
         raise ConfigError(f"--address: {text!r} is not HOST:PORT")
-    return Target(host_port(host, _port(port)), uses_tls)
+    return Target(host_port(plain_host(host), _port(port)), uses_tls)
 
 
 def _port(text: str) -> int:
@@ -108,6 +123,7 @@ def is_loopback(host: str) -> bool:
 
 def resolve(host: str, look_up: Callable[..., Sequence[tuple[object, ...]]] = socket.getaddrinfo) -> list[str]:
     """The IP addresses that a host stands for, each once, in the system's order. Raises ConfigError."""
+    host = plain_host(host)
     if _is_ip(host):
         return [host]
     try:

@@ -78,19 +78,22 @@ def check_ports(config: ServingConfig, probe: Probe = why_not_listening) -> tupl
     """(the configuration with ports moved that may be, what was moved, problems)."""
     problems, moved = [], []
     admin: dict[str, int] = {}
-    taken: dict[int, Listener] = {}
+    taken: dict[int, list[tuple[Listener, set[str]]]] = {}
     for listener in listeners(config):
+        addresses: set[str] = set()
         try:
+            addresses.update(listening_addresses(listener.host))
             problem = listener.problem(probe)
         except ConfigError as error:
             problem = f"{listener.setting.partition('.')[0]}.host (--host): {error}"
-        other = taken.get(listener.port) if listener.port else None
-        if not problem and other is not None and _overlap(other.host, listener.host):
+        others = taken.setdefault(listener.port, []) if listener.port else []
+        other = next((each for each, its in others if _overlap(its, addresses)), None)
+        if not problem and other is not None:
             problem = (
                 f"{listener.setting} ({listener.flag}): {listener.port} is {other.setting} ({other.flag}) already; "
                 "choose another port, or 0 for a free one"
             )
-        taken.setdefault(listener.port, listener)
+        others.append((listener, addresses))
         if problem and listener.can_move and "in use" in problem:
             admin[listener.setting.partition(".")[2]] = 0
             moved.append(
@@ -103,9 +106,9 @@ def check_ports(config: ServingConfig, probe: Probe = why_not_listening) -> tupl
     return config, moved, problems
 
 
-def _overlap(one: str, other: str) -> bool:
-    wildcards = ("0.0.0.0", "::")
-    return one == other or one in wildcards or other in wildcards or (is_loopback(one) and is_loopback(other))
+def _overlap(some: set[str], others: set[str]) -> bool:
+    """Whether listening on both cannot go with one port. `::` takes IPv4 as well."""
+    return bool(some & others or {"0.0.0.0", "::"} & (some | others))
 
 
 def port_owner(port: int, root: Path = Path("/")) -> str:

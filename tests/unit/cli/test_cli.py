@@ -12,7 +12,7 @@ from model_parallel.errors import ConfigError
 from model_parallel.python_process import module_command
 from serving import __version__
 from serving.cli.doctor import Level, _checked
-from serving.cli.main import _account, app, main
+from serving.cli.main import _account, _client, app, main
 from serving.cli.serve import default_config, model_config, overridden, served_name
 from serving.cli.terminal import width_of
 from serving.config import ServingConfig, api_key, load_config, parse_config
@@ -332,6 +332,18 @@ def test_what_is_not_there_to_serve(
     assert ended.value.code == 78
     said = capsys.readouterr().err
     assert part in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9,", ",127.0.0.1:9", "127.0.0.1:9, ,"])
+def test_a_comma_too_many_between_addresses_is_ignored(address: str) -> None:
+    with _client(address, False, None, None, None) as client:
+        assert [gateway.address for gateway in client._gateways] == ["127.0.0.1:9"]
+
+
+@pytest.mark.parametrize("address", ["", ",", " , ", "http://"])
+def test_no_address_at_all_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"--address: no address is given; give HOST:PORT"):
+        _client(address, False, None, None, None)
 
 
 def test_no_server_is_said_plainly() -> None:

@@ -4,12 +4,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 import pytest
 
 from serving.client.client import Client
 from serving.client.probe import Port, look_at_port
+from serving.contracts.addresses import resolve
 
 
 @pytest.fixture
@@ -51,10 +53,27 @@ def test_what_a_port_is(grpc_port: int, http_port: int) -> None:
     assert look_at_port("127.0.0.1", grpc_port, tls=True) is Port.OPEN
 
 
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}", "{}", ":{}"])
+@pytest.mark.parametrize("form", ["0.0.0.0:{}", "127.1:{}", "127.0.0.1:{}", "http://127.0.0.1:{}", "{}", ":{}"])
 def test_a_closed_port_is_told_without_waiting_for_grpc(form: str) -> None:
     with Client(form.format(closed_port())) as client, pytest.raises(ConnectionError, match="nothing listens at"):
         client.wait_until_connected(timeout_s=0.0)  # must expire
+
+
+def test_a_host_that_does_not_resolve_is_told_without_waiting_for_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("serving.client.client.resolve", partial(resolve, look_up=look_up))
+    with Client("nowhere.invalid:1") as client, pytest.raises(ConnectionError) as caught:
+        client.wait_until_connected(timeout_s=0.0)  # must expire
+    assert str(caught.value) == (
+        "nowhere.invalid:1: the host 'nowhere.invalid' cannot be resolved: Name or service not known"
+    )
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # a proxy resolves names by itself
+    with Client("nowhere.invalid:1") as client:
+        assert client._problem(client._gateways[0]) == ""
 
 
 def test_the_port_of_http_is_told_apart(http_port: int) -> None:

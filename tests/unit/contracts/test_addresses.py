@@ -15,6 +15,7 @@ from serving.contracts.addresses import (
     listening_addresses,
     open_listener,
     parse_target,
+    plain_host,
     resolve,
     to_connect_to,
     why_not_listening,
@@ -44,6 +45,10 @@ from tests.support.waiting import PATIENCE_S
         ("http://[::1]:8/v1", "[::1]:8", False),
         ("fe80::1%eth0", "[fe80::1%eth0]:50051", False),
         ("  127.0.0.1:9 ", "127.0.0.1:9", False),
+        ("127.1:9", "127.0.0.1:9", False),
+        ("127.1", "127.0.0.1:50051", False),
+        ("http://0x7f000001:9", "127.0.0.1:9", False),
+        ("[0:0:0:0:0:0:0:1]:9", "[::1]:9", False),
         ("dns:///gateway:50051", "dns:///gateway:50051", False),
         ("unix:/run/x.sock", "unix:/run/x.sock", False),
     ],
@@ -52,7 +57,9 @@ def test_a_target_is_understood(text: str, address: str, uses_tls: bool) -> None
     assert parse_target(text) == Target(address, uses_tls)
 
 
-@pytest.mark.parametrize("text", ["ftp://h:1", "h:0", "h:65536", "h:x", "70000", "a/b:1", "1:2:3", "h:", "h:²"])
+@pytest.mark.parametrize(
+    "text", ["ftp://h:1", "h:0", "h:65536", "h:x", "70000", "a/b:1", "1:2:3", "h:", "h:²", "", "http://", "https:///v1"]
+)
 def test_what_is_no_target_is_refused_by_the_flags_name(text: str) -> None:
     with pytest.raises(ConfigError, match="--address"):
         parse_target(text)
@@ -73,6 +80,36 @@ def test_loopback(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])
 def test_not_loopback(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "at"),
+    [
+        ("127.1", "127.0.0.1", "127.0.0.1"),
+        ("0x7f000001", "127.0.0.1", "127.0.0.1"),
+        ("2130706433", "127.0.0.1", "127.0.0.1"),
+        ("0177.0.0.2", "127.0.0.2", "127.0.0.2"),
+        ("0", "0.0.0.0", "127.0.0.1"),
+        ("0:0::0", "::", "::1"),
+        ("2001:DB8::1", "2001:db8::1", "2001:db8::1"),
+    ],
+)
+def test_another_form_of_an_address_is_printed_so_that_it_can_be_pasted(host: str, address: str, at: str) -> None:
+    assert resolve(host) == [address]
+    assert to_connect_to(host) == at
+    assert plain_host(host) == address
+
+
+@pytest.mark.parametrize(
+    "host", ["h", "localhost", "127.0.0.1 h", "256.1", "1.2.3.4.5", "fe80::1%eth0", "ü.example", ""]
+)
+def test_what_is_no_other_form_of_an_address_stays(host: str) -> None:
+    assert plain_host(host) == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "0"])
+def test_a_client_of_a_wildcard_means_this_machine(host: str) -> None:
+    assert parse_target(f"{host}:1").is_on_this_machine
 
 
 def test_a_name_stands_for_each_of_its_addresses_once() -> None:

@@ -77,6 +77,31 @@ def test_two_listeners_with_one_port_are_told_by_both_names() -> None:
     assert check_ports(free, taken())[2] == []
 
 
+@pytest.mark.parametrize(
+    ("gateway", "admin", "is_one"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "127.1", True),
+        ("127.0.0.1", "localhost", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("0.0.0.0", "127.0.0.2", True),
+        ("::", "127.0.0.1", True),
+    ],
+)
+def test_two_addresses_of_one_machine_may_have_the_same_port(gateway: str, admin: str, is_one: bool) -> None:
+    hosts = config(gateway={"host": gateway, "port": 7000, "insecure": True}, admin={"host": admin, "port": 7000})
+    _, _, problems = check_ports(hosts, taken())
+    assert [problem.partition(";")[0] for problem in problems] == (
+        ["admin.port (--admin-port): 7000 is gateway.port (--port) already"] if is_one else []
+    )
+
+
+def test_each_of_several_listeners_with_one_port_is_told() -> None:
+    ports = config(gateway={"port": 7000, "http_port": 7001}, admin={"port": 7001, "metrics_port": 7001})
+    _, _, problems = check_ports(ports, taken())
+    assert [problem.partition(" ")[0] for problem in problems] == ["admin.metrics_port", "admin.port"]
+
+
 def test_other_reasons_have_other_ways_out() -> None:
     _, _, problems = check_ports(config(gateway={"port": 80}), taken(80, number=errno.EACCES))
     assert "below 1024" in problems[0]

@@ -37,7 +37,7 @@ def test_ray_variables_do_not_reach_a_private_cluster(address: str) -> None:
 @pytest.mark.parametrize("joins", [True, False])
 def test_what_breaks_the_imports_of_libraries_reaches_no_process(joins: bool) -> None:
     environment = {"PYTHONWARNINGS": "ignore,error::FutureWarning", "TORCH_LOGS": "foo"}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True):
         warnings.simplefilter("error", FutureWarning)
         assert prepare_environment(joins=joins, environment=environment) == ["PYTHONWARNINGS", "TORCH_LOGS"]
         warnings.warn("Ray Serve's", FutureWarning, stacklevel=1)
