@@ -14,7 +14,7 @@ import typer
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from serving.cli.asking import print_speed, print_stream
-from serving.cli.terminal import console, fetch_progress, raise_on_sigterm, say, stage, warn
+from serving.cli.terminal import console, fetch_progress, leave_on_signals, say, stage, warn
 from serving.client.client import Client, chat_prompt
 from serving.config import ServingConfig, load_config, parse_config
 from serving.driver.environment import prepare_environment
@@ -75,7 +75,7 @@ def serve(
         Path | None, typer.Option("--config", help="The YAML file, as other commands take it.")
     ] = None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM, then drain and stop."""
+    """Serve until Ctrl-C, SIGTERM or SIGHUP, then drain and stop."""
     if config is not None and config_file is not None:
         raise ConfigError(f"{config} is given, and --config {config_file} too; give one of the two")
     model_flags: dict[str, Any] = {
@@ -224,8 +224,8 @@ def overridden(config: ServingConfig, **sections: dict[str, Any]) -> ServingConf
 
 @contextmanager
 def running(config: ServingConfig) -> "Iterator[RunningApp]":
-    """The whole stack, stopped when the block is left, also by SIGTERM and Ctrl-C."""
-    raise_on_sigterm()
+    """The whole stack, stopped when the block is left, also by SIGTERM, SIGHUP and Ctrl-C."""
+    leave_on_signals()
     for entry in config.models:
         if entry.source in KNOWN_MODELS:
             with fetch_progress(entry.source) as progress:
@@ -249,7 +249,7 @@ def running(config: ServingConfig) -> "Iterator[RunningApp]":
             app = start(preflight.config, shown.report, shown.on_load, preflight)
         finally:
             preflight.close()
-    raise_on_sigterm()
+    leave_on_signals()
     try:
         yield app
     finally:

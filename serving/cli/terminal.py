@@ -64,17 +64,25 @@ def warn(message: str) -> None:
     say(message)
 
 
-def raise_on_sigterm() -> None:
-    """Leave in good order on SIGTERM.
+def leave_on_signals() -> None:
+    """Leave in good order on SIGTERM, and on SIGHUP, which comes when the terminal is closed, unless nohup has it ignored.
 
     To be called again after Ray has started, which puts a handler in front: that one aborts the process three seconds later.
     """
+    terminals = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
 
     def leave(signum: int, frame: FrameType | None) -> None:
         signal.alarm(0)
+        if signum == signal.SIGHUP:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # both the shell and the system send one
+            for descriptor in terminals:
+                if not os.isatty(descriptor):  # it is gone: what we say while we stop would fail
+                    os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, leave)
 
 
 @dataclass(frozen=True, slots=True)

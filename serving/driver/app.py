@@ -6,6 +6,7 @@
 import logging
 import math
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -266,6 +267,7 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
         _environment(cluster_environment(guard.directory)),
         only_needed_processes(),
         patient_start(PROCESS_TIMEOUT_S),
+        _no_hang_up(),
     ):
         ray.init(
             address="local",
@@ -288,6 +290,17 @@ def _host_of_cluster() -> Host:
     node = max(nodes, key=lambda node: (node.num_gpus, node.num_cpus))
     machine, gpus = run_on_node(look_at_node, node.node_id, STOP_TIMEOUT_S)
     return Host(machine=machine, gpus=gpus, num_gpus=int(sum(node.num_gpus for node in nodes)))
+
+
+@contextmanager
+def _no_hang_up() -> Iterator[None]:
+    """What is started within the block never gets SIGHUP, which a terminal that is closed sends to all that was started from it:
+    Ray's processes are needed until this one has drained. Here it waits for the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Ray or torch.
 """
 
 import errno
+import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from model_parallel.machine import Machine
 from model_parallel.native import is_ready
 from serving.config import AdminConfig, ServingConfig
 from serving.contracts.addresses import explain_listening, is_loopback, listening_addresses, why_not_listening
+
+MIN_FILE_BYTES = 256 << 20
+"""Ray's object store is a file of some 80 MiB, and logs grow."""
 
 Probe = Callable[[str, int], int]
 """(address, port) to the errno of listening there; 0 when it works."""
@@ -109,6 +113,19 @@ def check_ports(config: ServingConfig, probe: Probe = why_not_listening) -> tupl
 def _overlap(some: set[str], others: set[str]) -> bool:
     """Whether listening on both cannot go with one port. `::` takes IPv4 as well."""
     return bool(some & others or {"0.0.0.0", "::"} & (some | others))
+
+
+def check_file_size() -> None:
+    """Let this process and what it starts write files as large as Ray's object store. Raises ConfigError when the system forbids
+    it; who writes beyond the limit is killed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft == resource.RLIM_INFINITY or soft >= MIN_FILE_BYTES:
+        return
+    if hard != resource.RLIM_INFINITY and hard < MIN_FILE_BYTES:
+        raise ConfigError(
+            f"files may have {hard} bytes at most, and files of {MIN_FILE_BYTES} bytes are needed; raise the limit (ulimit -Hf)"
+        )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def port_owner(port: int, root: Path = Path("/")) -> str:

@@ -9,7 +9,14 @@ from pathlib import Path
 from model_parallel.native import check_wanted_instruction_set, is_ready
 from model_parallel.python_process import module_command
 from serving.config import ModelEntry, ServingConfig, log_format, log_level, tracing_is_on
-from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_cpus, check_ports
+from serving.driver.checks import (
+    StartRefusedError,
+    check_cache,
+    check_compiler,
+    check_cpus,
+    check_file_size,
+    check_ports,
+)
 from serving.driver.environment import cluster_parent
 from serving.gateway.core.resume_tokens import load_key
 from serving.gateway.http.listener import make_room
@@ -103,6 +110,7 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     notes: list[str] = []
     if not joins:  # the gateways of another cluster listen on other machines
         make_room(config.gateway)
+        check_file_size()
         config, notes, problems = check_ports(config)
         if problems:
             raise StartRefusedError(problems)

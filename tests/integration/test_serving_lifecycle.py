@@ -1,5 +1,6 @@
 """`packtrain serve` as a process: how it drains, dies, and refuses to start; each leaves nothing behind."""
 
+import os
 import re
 import signal
 import socket
@@ -37,7 +38,11 @@ class Served:
     def __init__(self, config: Path, directory: Path) -> None:
         """It is started in `directory`."""
         self.process = subprocess.Popen(
-            module_command("serving.cli.main", "serve", str(config)), cwd=directory, stderr=subprocess.PIPE, text=True
+            module_command("serving.cli.main", "serve", str(config)),
+            cwd=directory,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self.output = ""
         assert self.process.stderr is not None
@@ -85,7 +90,9 @@ def test_kill_9_of_the_driver_leaves_nothing(served: Served) -> None:
     )
 
 
-def test_sigterm_drains(served: Served) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_drain(served: Served, number: signal.Signals) -> None:
+    """A terminal that is closed sends SIGHUP to all that was started from it, and its shell sends another."""
     with Client(served.address) as client, grpc.insecure_channel(served.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         chunks, _ = client.stream(
@@ -93,7 +100,9 @@ def test_sigterm_drains(served: Served) -> None:
             timeout_s=100,
         )
         num_tokens = len(next(chunks).token_ids)
-        served.process.send_signal(signal.SIGTERM)
+        if number is signal.SIGHUP:
+            os.killpg(served.process.pid, number)
+        served.process.send_signal(number)
 
         def is_draining() -> bool:
             answer = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)

@@ -2,18 +2,22 @@
 
 import errno
 import json
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
+from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from serving.config import ServingConfig, parse_config
 from serving.driver import checks
 from serving.driver.checks import (
+    MIN_FILE_BYTES,
     check_cache,
     check_compiler,
     check_cpus,
+    check_file_size,
     check_ports,
     check_space,
     listeners,
@@ -150,6 +154,34 @@ def test_a_missing_compiler(compiler: str | None, compiled: bool, warns: bool, m
     monkeypatch.setattr("shutil.which", lambda name: compiler)
     monkeypatch.setattr(checks, "is_ready", lambda: compiled)
     assert ("install g++" in check_compiler()) == warns
+
+
+@pytest.mark.parametrize("limits", [(0, 1 << 20), (1 << 20, MIN_FILE_BYTES - 1)])
+def test_a_limit_of_file_sizes_that_is_too_low_is_told(
+    limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: limits)
+    with pytest.raises(ConfigError, match=f"files may have {limits[1]} bytes at most.*ulimit -Hf"):
+        check_file_size()
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ((0, MIN_FILE_BYTES), (MIN_FILE_BYTES, MIN_FILE_BYTES)),
+        ((1 << 20, resource.RLIM_INFINITY), (resource.RLIM_INFINITY, resource.RLIM_INFINITY)),
+        ((MIN_FILE_BYTES, MIN_FILE_BYTES), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_a_limit_of_file_sizes_that_may_be_raised_is(
+    limits: tuple[int, int], wanted: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda kind: limits)
+    monkeypatch.setattr("resource.setrlimit", lambda kind, new: changes.append(new))
+    check_file_size()
+    assert changes == ([wanted] if wanted else [])
 
 
 def test_more_threads_than_cpus() -> None:
