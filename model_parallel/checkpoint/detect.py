@@ -25,8 +25,9 @@ def describe(source: Path) -> CheckpointInfo:
     if source.is_symlink() and not source.exists():
         raise CheckpointError(f"{source} {what_it_is(source)}")
     if not source.is_dir():
+        problem = "is neither a file nor a directory" if source.exists() else "does not exist"
         raise CheckpointError(
-            f"{source} does not exist; a directory in Hugging Face's or Meta's format or a GGUF file is needed"
+            f"{source} {problem}; a directory in Hugging Face's or Meta's format or a GGUF file is needed"
         )
     if is_present(source / "config.json"):
         return describe_huggingface(source)

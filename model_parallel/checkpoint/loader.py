@@ -130,10 +130,12 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
                 f"{stored.file}: {name} has shape {list(stored.shape)}; the model needs {list(shard.full_shape)}"
             )
         if not stored.readable:
-            raise CheckpointError(
-                f"{stored.file}: {name} is of type {stored.type}, which cannot be read; floating-point weights of 16, 32 or "
-                "64 bits can, and quantised ones of GGUF, AWQ, GPTQ and compressed-tensors"
+            readable = (
+                "F32, F16, BF16 and quantised types can"
+                if info.format == "gguf"
+                else "floating-point weights of 16, 32 or 64 bits can, and quantised ones of AWQ, GPTQ and compressed-tensors"
             )
+            raise CheckpointError(f"{stored.file}: {name} is of type {stored.type}, which cannot be read; {readable}")
 
 
 def check_tied_head(checkpoint: Checkpoint, table: dict[str, Shard]) -> None:

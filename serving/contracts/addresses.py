@@ -168,6 +168,8 @@ def why_not_listening(address: str, port: int) -> int:
     try:
         with open_listener(address, port) as sock:
             sock.listen(1)
+    except socket.gaierror:
+        return errno.EADDRNOTAVAIL  # an IPv6 address of an interface that it cannot have
     except OSError as error:
         return _NO_SUCH_FAMILY.get(error.errno or errno.EIO, error.errno or errno.EIO)
     return 0

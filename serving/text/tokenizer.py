@@ -184,7 +184,12 @@ def make_tokenizer(info: CheckpointInfo, *, markup: str = "") -> Tokenizer:
 def _vocabulary(info: CheckpointInfo, markup: str) -> Vocabulary:
     path = info.tokenizer_path
     if path is None:
-        raise CheckpointError(f"{info.path} has no tokenizer: tokenizer.json or tokenizer.model is needed")
+        needed = {
+            "huggingface": "tokenizer.json or tokenizer.model is needed",
+            "meta": "tokenizer.model is needed",
+            "gguf": "it has no tokenizer.ggml.tokens; convert the model with its tokenizer beside it",
+        }
+        raise CheckpointError(f"{info.path} has no tokenizer: {needed[info.format]}")
     if (found := what_it_is(path)) and info.tokenizer_kind != "tokenizer.model":
         raise CheckpointError(f"{path} {found}")
     if info.tokenizer_kind == "tokenizer.json":

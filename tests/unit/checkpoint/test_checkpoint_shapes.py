@@ -644,6 +644,11 @@ def test_a_chat_template_that_is_none_is_told(single: Path, name: str, template:
     assert f"{name}: chat_template is {template!r:.60}; a text" in warning
 
 
+def test_a_device_is_no_checkpoint() -> None:
+    with pytest.raises(CheckpointError, match=r"^/dev/null is neither a file nor a directory; a directory in"):
+        describe(Path("/dev/null"))
+
+
 @pytest.mark.parametrize("template", [None, "", [], {}])
 def test_no_chat_template_is_no_reason_to_warn(single: Path, template: object) -> None:
     (single / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))

@@ -18,6 +18,7 @@ from model_parallel.checkpoint.loader import load_shard, open_checkpoint
 from model_parallel.checkpoint.names import from_gguf
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import FINAL_NORM, Shard, shard_table
+from serving.text.tokenizer import load_tokenizer
 from tests.support.converted import converted
 from tests.support.effort import by_day, rest_by_night
 from tests.support.llama_tokenizers import write_gguf
@@ -363,6 +364,23 @@ def test_tensors_that_do_not_fit(tmp_path: Path, spoil: Callable[[TinyGguf], obj
     spoil(tiny)
     with pytest.raises(CheckpointError, match=message):
         load(tiny.write(tmp_path / "tiny.gguf"), 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_a_type_that_cannot_be_read_is_told_with_those_that_can(tmp_path: Path, dtype: type) -> None:
+    tiny = TinyGguf()
+    tiny.tensors["output_norm.weight"] = tiny.tensors["output_norm.weight"].astype(dtype)
+    with pytest.raises(CheckpointError) as caught:
+        load(tiny.write(tmp_path / "tiny.gguf"), 1, 0)
+    kind = "F64" if dtype is np.float64 else "I32"
+    assert str(caught.value).endswith(
+        f"{FINAL_NORM} is of type {kind}, which cannot be read; F32, F16, BF16 and quantised types can"
+    )
+
+
+def test_a_file_without_a_vocabulary_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf has no tokenizer: it has no tokenizer\.ggml\.tokens"):
+        load_tokenizer(TinyGguf().write(tmp_path / "tiny.gguf"))
 
 
 @pytest.mark.parametrize("name", rest_by_night(["vocabulary", "smollm2"], by_day=["vocabulary"]))

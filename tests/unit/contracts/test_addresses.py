@@ -135,6 +135,7 @@ def test_why_an_address_cannot_be_had() -> None:
         assert explain_listening(errno.EADDRINUSE, "127.0.0.1", port) == f"127.0.0.1:{port} is in use"
     assert why_not_listening("127.0.0.1", port) == 0
     assert why_not_listening("192.0.2.7", 0) == errno.EADDRNOTAVAIL
+    assert why_not_listening("::1%lo", 0) == why_not_listening("fe80::1%no-such0", 0) == errno.EADDRNOTAVAIL
     assert "not an address of this machine" in explain_listening(errno.EADDRNOTAVAIL, "192.0.2.7", 0)
     assert "below 1024" in explain_listening(errno.EACCES, "127.0.0.1", 80)
 
