@@ -158,8 +158,7 @@ def token_file(directory: Path) -> Path:
 
 
 def cluster_parent(environment: Mapping[str, str] = os.environ, candidates: Iterable[Path] | None = None) -> Path:
-    """Where a private cluster's directory is made: the first temporary directory with room and a short enough path
-    in ASCII.
+    """Where a private cluster's directory is made: the first temporary directory with room and a short path in ASCII.
 
     Raises ConfigError that says why each was not taken.
     """
