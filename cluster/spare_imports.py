@@ -2,13 +2,18 @@
 
 In no hurry: the thread that does so has the lowest priority, and ends. (A process that had lowered its own could not raise it
 again. SCHED_IDLE would be too low: who uses the process in the middle waits for what is being imported.)
+
+No other thread imports anything meanwhile. Python has a lock for each module, and where two threads import modules that import
+each other, it gives one of them a module that is not complete. So an actor could fail for good that came into the process.
 """
 
+import _imp
 import importlib
 import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 LOOK_PERIOD_S = 1.0
@@ -38,6 +43,20 @@ def import_when_noted(note: Path) -> None:
         if not is_unused():
             return
     for module in note.read_text().split():
-        if not is_unused():
-            return
-        importlib.import_module(module)
+        while is_unused() and not _import_alone(module):
+            time.sleep(LOOK_PERIOD_S)
+
+
+def _import_alone(module: str) -> bool:
+    """Import it while no other thread of the process begins to import anything. False, and nothing is imported, when another
+    thread is at it already: each of the two could wait for what the other holds."""
+    _imp.acquire_lock()  # every thread takes it for a moment before it takes the lock of a module
+    try:
+        locks: dict[str, Callable[[], object]] = importlib._bootstrap._module_locks  # type: ignore[attr-defined]
+        if any(lock() is not None for lock in locks.copy().values()):
+            return False
+        if is_unused():
+            importlib.import_module(module)
+        return True
+    finally:
+        _imp.release_lock()

@@ -1,6 +1,7 @@
 """Spare processes: imported without haste, and started by one leader at a time."""
 
 import asyncio
+import importlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from cluster import ray_api, spare_imports, spares
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 
 async def test_an_unused_process_imports_what_is_noted_at_the_lowest_priority(
@@ -50,6 +51,69 @@ async def test_a_process_that_is_used_imports_nothing_more(tmp_path: Path, monke
     threads[1].start()
     await until(lambda: not threads[1].is_alive())
     assert "spare_test_module" not in sys.modules
+
+
+GATE = """
+import threading
+begun, goes_on = threading.Event(), threading.Event()
+"""
+WAITS = """
+import spare_test_gate
+spare_test_gate.begun.set()
+assert spare_test_gate.goes_on.wait({patience_s})
+import {other}
+"""
+
+
+def _import_noted(note: Path) -> threading.Thread:
+    thread = threading.Thread(target=spare_imports.import_when_noted, args=(note,))
+    thread.start()
+    return thread
+
+
+async def test_nobody_else_imports_while_a_spare_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spare_test_gate.py").write_text(GATE)
+    (tmp_path / "spare_test_one.py").write_text(WAITS.format(patience_s=PATIENCE_S, other="spare_test_two"))
+    (tmp_path / "spare_test_two.py").write_text("import spare_test_one\nsaw = dir(spare_test_one)\n")
+    (tmp_path / "note").write_text("spare_test_one")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
+    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
+    gate = importlib.import_module("spare_test_gate")
+    spare = _import_noted(tmp_path / "note")
+    await until(gate.begun.is_set)
+    user = threading.Thread(target=importlib.import_module, args=("spare_test_two",))
+    user.start()
+    await asyncio.sleep(0.1)
+    assert "spare_test_two" not in sys.modules, "the user's import has begun beside the spare's"
+    gate.goes_on.set()
+    await until(lambda: not spare.is_alive() and not user.is_alive())
+    assert sys.modules.pop("spare_test_one").spare_test_two is sys.modules.pop("spare_test_two")
+    del sys.modules["spare_test_gate"]
+
+
+async def test_a_spare_process_imports_nothing_in_the_middle_of_another_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two would wait for each other: the spare's module is imported by what is imported already."""
+    (tmp_path / "spare_test_gate.py").write_text(GATE)
+    (tmp_path / "spare_test_one.py").write_text(WAITS.format(patience_s=PATIENCE_S, other="spare_test_two"))
+    (tmp_path / "spare_test_two.py").write_text("import spare_test_one\n")
+    (tmp_path / "note").write_text("spare_test_two")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
+    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
+    gate = importlib.import_module("spare_test_gate")
+    user = threading.Thread(target=importlib.import_module, args=("spare_test_one",))
+    user.start()
+    await until(gate.begun.is_set)
+    spare = _import_noted(tmp_path / "note")
+    await asyncio.sleep(0.1)
+    assert "spare_test_two" not in sys.modules
+    gate.goes_on.set()
+    await until(lambda: not spare.is_alive() and not user.is_alive())
+    assert sys.modules.pop("spare_test_one").spare_test_two is sys.modules.pop("spare_test_two")
+    del sys.modules["spare_test_gate"]
 
 
 class Cluster:
