@@ -174,6 +174,22 @@ def environment_by_node(names: tuple[str, ...], timeout_s: float) -> dict[str, d
     return dict(zip([node.ip for node in nodes], get(references, timeout_s), strict=True))
 
 
+def has_actor(name: str, namespace: str) -> bool:
+    """Whether there is an actor of this name, or Ray will start it: not one that has ended for good. Raises RayError."""
+    require_cluster()
+    try:
+        ray.get_actor(name, namespace)
+    except ValueError:
+        return False
+    return True
+
+
+def require_cluster() -> None:
+    """Raises RayError once this process has left its cluster. Whoever asks Serve then would start another one."""
+    if not ray.is_initialized():
+        raise RayError("Ray has been shut down")
+
+
 def has_resource(name: str) -> bool:
     """Whether some node has this custom resource."""
     return float(ray.cluster_resources().get(name, 0.0)) > 0

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.autoscaler import Autoscaler, ScalingError
 from cluster.autoscaler_store import RayRecords, RecordStore
 from cluster.placement import DRIVER_RESOURCE
-from cluster.ray_api import has_resource, this_node
+from cluster.ray_api import has_actor, has_resource, this_node
 from serving.autoscaling.fleet import ServeFleet
 from serving.autoscaling.retirement import Control
 from serving.autoscaling.serve_control import ServeControl
@@ -115,6 +115,11 @@ def start_autoscaler(
             if time.monotonic() > deadline_s:
                 raise
             time.sleep(RETRY_S)
+
+
+def has_autoscaler() -> bool:
+    """Whether there is one, or Ray will start it. Raises RayError."""
+    return has_actor(NAME, NAMESPACE)
 
 
 def stop_autoscaler(timeout_s: float) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +98,7 @@ def serve(
     )
     with running(final) as app:
         _tell(app)
-        _wait_for_signal()
+        _wait_for_signal(app)
 
 
 def demo(
@@ -281,8 +280,8 @@ def _tell(app: "RunningApp") -> None:
     say(f'try: {key}packtrain generate {tls}--address {app.address} "{DEMO_QUESTION}"')
 
 
-def _wait_for_signal() -> None:
+def _wait_for_signal(app: "RunningApp") -> None:
     try:
-        threading.Event().wait()
+        app.wait()
     except KeyboardInterrupt:
         say("stopping: no new requests, running ones may finish")

@@ -11,18 +11,21 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from model_parallel.errors import ConfigError, EngineError
 from serving.config import (
     MAX_MODEL_NAME_LENGTH,
     MAX_TENANT_ID_LENGTH,
     MODEL_NAME,
     TENANT_ID,
     AdapterEntry,
+    ModelEntry,
     repeated,
 )
 from serving.contracts.errors import AlreadyExistsError, ChangeError, NotFoundError, ValidationError
 from serving.contracts.models import AdapterCard
-from serving.contracts.served import Served
+from serving.contracts.served import Served, ServedModel
 from serving.contracts.start_failure import plain_reason
+from serving.models.group_spec import GroupSpec, describe_card
 from serving.tenants.keys import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,29 @@ def check_name(name: str, served: Served) -> None:
         raise AlreadyExistsError(f"there is a model or adapter {name!r} already")
     if len(taken) >= MAX_ADAPTERS:
         raise ValidationError("name", f"there are {MAX_ADAPTERS} adapters already, which is the most; remove one")
+
+
+def check_names(given: ModelEntry, served: Served) -> None:
+    """Of a model that comes or changes, and of its adapters. That they differ from those of the configuration, the configuration
+    says itself; its own adapters may take the place of those that were added to it. Raises AlreadyExistsError."""
+    own = {adapter.name for adapter in given.lora.adapters} if given.lora is not None else set()
+    for card in all_adapters(served):
+        if not card.is_configured and (card.name == given.name or (card.name in own and card.parent != given.name)):
+            raise AlreadyExistsError(f"there is an adapter {card.name!r} of {card.parent} already; remove it first")
+
+
+def check_still_fit(before: ServedModel, spec: GroupSpec) -> None:
+    """Adapters that were added to a model must fit its groups as they are to be. Raises ConfigError, CheckpointError."""
+    own = {card.name for card in spec.adapters}
+    for card in before.adapters:
+        if not card.is_configured and card.name not in own:
+            entry = AdapterEntry(name=card.name, source=Path(card.ref.path), tenants=card.tenants)
+            try:
+                describe_card(entry, card.parent, spec.model, spec.parallel, spec.adapter_config, is_configured=False)
+            except EngineError as error:
+                raise ConfigError(
+                    f"adapter {card.name!r}, which was added, does not fit; remove it first: {error}"
+                ) from error
 
 
 def find_added(name: str, served: Served) -> AdapterCard:

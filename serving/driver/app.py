@@ -40,6 +40,7 @@ from serving.contracts.served import APP_NAME, Served, app_name
 from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import applications, joined
 from serving.driver.applications import STOP_TIMEOUT_S
+from serving.driver.caretaker import Caretaker
 from serving.driver.environment import CLUSTER_VARIABLES, PROCESS_TIMEOUT_S, cluster_environment
 from serving.driver.nodes import NodeFollower
 from serving.driver.operations import ClusterOperations, finish_interrupted, run_autoscaler
@@ -75,6 +76,7 @@ class RunningApp:
     """Of a private cluster."""
     admin: AdminThread | None
     operations: ClusterOperations
+    caretaker: Caretaker
     nodes: NodeFollower | None = None
     """Of a cluster that was joined."""
     metrics_port: int | None = None
@@ -107,8 +109,16 @@ class RunningApp:
             return None
         return host_port(to_connect_to(self.config.admin.host), self.admin.port)
 
+    def wait(self) -> None:
+        """Until it cannot go on. Raises StartError, which says why."""
+        self.caretaker.is_over.wait()
+        raise StartError(
+            "Serve's controller has ended for good, and no group that is lost would come back: start again"
+        )
+
     def stop(self) -> None:
         """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
+        self.caretaker.close()
         self.operations.close()
         if self.nodes is not None:
             self.nodes.close()
@@ -145,6 +155,8 @@ def shut_down(guard: Guard | None) -> None:
             stop_authority(STOP_TIMEOUT_S)
             if not serve.status().applications:
                 serve.shutdown()
+    except RayServeException as error:
+        logger.error("groups and gateways cannot be ended: %s", error)
     finally:
         ray.shutdown()
         if guard is not None:
@@ -212,6 +224,7 @@ def _start(
         guard=guard,
         admin=admin,
         operations=operations,
+        caretaker=Caretaker(operations.revive_autoscaler),
         # From none on: a command that takes over does not know how many there are.
         nodes=NodeFollower(0 if config.ray.num_gateways is None else None) if guard is None else None,
         metrics_port=metrics_port,

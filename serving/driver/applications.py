@@ -22,12 +22,13 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.autoscaler import ScalingError
 from cluster.placement import GATEWAY_RESOURCE, GroupPlacement
-from cluster.ray_api import alive_nodes
+from cluster.ray_api import alive_nodes, require_cluster
 from serving.autoscaling.retirement import Retirements
 from serving.autoscaling.serve_control import ServeControl
 from serving.config import ServingConfig
 from serving.contracts.served import APP_NAME, app_name, deployment_name, is_ours
 from serving.contracts.start_failure import StartError, plain_reason
+from serving.driver.changes import GONE
 from serving.driver.joined import GATEWAY_SHARE, resume_key
 from serving.gateway.deployment import Gateway
 from serving.models.group_spec import GroupSpec
@@ -58,6 +59,11 @@ class Deployed:
     def running(self) -> frozenset[str]:
         """Ids of the groups that take requests."""
         return frozenset(group for group, state in self.replicas.items() if state in ("RUNNING", "PENDING_MIGRATION"))
+
+    @property
+    def present(self) -> frozenset[str]:
+        """Ids of all groups that are not being stopped."""
+        return frozenset(group for group, state in self.replicas.items() if state not in GONE)
 
     @property
     def failure(self) -> str:
@@ -124,6 +130,7 @@ def rollout_share(max_unavailable: int, num_groups: int) -> float:
 def run(targets: Sequence[serve.RunTarget], *, wait: bool) -> list[DeploymentHandle[Any]]:
     """Deploy applications on Serve, which has started; with `wait`, until all of their replicas run. Raises RuntimeError with
     Serve's reason, RayError."""
+    require_cluster()
     handles = list(serve.run_many(list(targets), wait_for_applications_running=False))
     for target in targets if wait else ():
         _wait_until_running(target.name)
@@ -133,6 +140,7 @@ def run(targets: Sequence[serve.RunTarget], *, wait: bool) -> list[DeploymentHan
 def _wait_until_running(app: str) -> None:
     """Serve's own wait looks once a second. The groups' start_timeout_s bounds it."""
     while True:
+        require_cluster()
         found = serve.status().applications.get(app)
         if found is None:
             raise RuntimeError(f"the application {app} is gone")
@@ -181,12 +189,14 @@ def deployed(model: str) -> Deployed | None:
 
 def our_applications() -> set[str]:
     """Names of those that are deployed, those that are being deleted included. Raises RayError, RayServeException."""
+    require_cluster()
     return {name for name in serve.status().applications if is_ours(name)}
 
 
 def delete(apps: Iterable[str], timeout_s: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """End applications, all at once, and wait until they are gone. Raises TimeoutError, RayError."""
     names = set(apps)
+    require_cluster()
     for name in names:
         serve.delete(name, _blocking=False)
     deadline_s = time.monotonic() + timeout_s
@@ -225,6 +235,7 @@ def _lifecycle(config: ServingConfig) -> dict[str, Any]:
 
 def _ask_controller(method: str, *arguments: object) -> Any:
     try:
+        require_cluster()
         client = _get_global_client()
         if client is None:
             raise StartError("Serve does not run")

@@ -16,6 +16,8 @@ GATEWAY_FIELDS = frozenset({"chat", "generation_config", "allow_parse_special", 
 """What gateways alone go by; no group is replaced. Another source is only another name of the same files."""
 SIZE_FIELDS = ("device", "dtype", "threads_per_rank", "kv_cache_tokens", "max_num_seqs", "max_num_batched_tokens")
 """What may be left to us. A model that runs keeps what was chosen."""
+GONE = ("STOPPING", "STOPPED")
+"""Serve's names of the states of a group that is being stopped."""
 _AUTO = (None, "auto")
 
 
@@ -164,8 +166,7 @@ class Rollout:
 
 def rollout(old: frozenset[str], states: Mapping[str, str], target: int) -> Rollout:
     """`old` are the ids of the groups that ran before, `states` those of all groups now (Serve's names) by id."""
-    gone = ("STOPPING", "STOPPED")
-    alive = {group: state for group, state in states.items() if state not in gone}
+    alive = {group: state for group, state in states.items() if state not in GONE}
     return Rollout(
         num_new=sum(state == "RUNNING" and group not in old for group, state in alive.items()),
         num_left=sum(group in old for group in alive),

@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.placement import GroupPlacement, GroupRequest
+from cluster.ray_api import require_cluster
 from model_parallel.errors import EngineError
-from serving.autoscaling.actor import start_autoscaler, stop_autoscaler
-from serving.autoscaling.settings import settings_of
+from serving.autoscaling.actor import has_autoscaler, start_autoscaler, stop_autoscaler
+from serving.autoscaling.settings import AutoscalerSettings, settings_of
 from serving.config import ModelEntry, ServingConfig
 from serving.contracts.errors import ChangeError, NotFoundError, UnknownModelError, ValidationError
 from serving.contracts.models import AdapterCard
@@ -38,6 +39,9 @@ from serving.models.sizes import STACK_BYTES, Host
 
 logger = logging.getLogger(__name__)
 
+CLOSE_TIMEOUT_S = 10.0
+"""For a change that is under way to end: what cannot be interrupted goes on by itself."""
+
 
 class ClusterOperations:
     """Implements contracts.operations.Operations on Ray Serve."""
@@ -49,6 +53,7 @@ class ClusterOperations:
         self._look_at_host = look_at_host
         self._is_private = config.ray.address is None
         self._lock = threading.Lock()
+        self._autoscaler_lock = threading.Lock()
         self._waits = Waits()
         self._changing = ""
         """The model that is being changed."""
@@ -60,8 +65,12 @@ class ClusterOperations:
         return [changes.entry_of(model.given) for model in self._served.models.values()]
 
     def close(self) -> None:
-        """Changes that are under way end at their next look, with a ChangeError."""
+        """A change that is under way ends at its next look, with a ChangeError. Returns when it has, and no other one begins."""
         self._waits.stop()
+        if self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+            self._lock.release()
+        else:
+            logger.warning("the change of %s has not ended in time", self._changing)
 
     def status(self) -> Sequence[ModelStatus]:
         """Raises ChangeError when Serve does not answer."""
@@ -85,10 +94,11 @@ class ClusterOperations:
         with _explained():
             given = changes.parse_entry(entry, self._running_config(), "the model")
         with self._change(given.name, report) as tell, _explained():
+            adapter_changes.check_names(given, self._served)
             if (before := self._served.models.get(given.name)) is None:
                 self._add(given, tell, only_check=only_check)
             else:
-                self._alter(before, given, max_unavailable, tell, only_check=only_check)
+                self._alter(self._find_whole(before.card.name), given, max_unavailable, tell, only_check=only_check)
 
     def undeploy(self, model: str, report: Report) -> None:
         with self._change(model, report) as tell:
@@ -98,15 +108,15 @@ class ClusterOperations:
                     f"{model} is the only model that is served; deploy another one first, or stop the server"
                 )
             self._write(model, msgspec.structs.replace(served, state="removing"))
+            # From here on it goes: whatever does not answer any more does not keep it.
             tell("draining", "new requests are refused; those that run may finish")
-            self._waits.gateways(self._served.generation)
+            self._tell_gateways()
             if not self._waits.unused(model, tell, self._config.gateway.drain_timeout_s):
-                for group in self._deployed(model).running:
-                    self._begin_drain(model, group, 0.0)
+                self._drain_all(model)
             tell("stopping", "its groups end")
             self._delete(model)
             self._write(model, None)
-            self._waits.gateways(self._served.generation)
+            self._tell_gateways()
             self._restart_autoscaler(served)
             tell("done", f"{model} is not served any more")
 
@@ -114,7 +124,7 @@ class ClusterOperations:
         self, model: str, report: Report, *, num_groups: int | None, min_groups: int | None, max_groups: int | None
     ) -> None:
         with self._change(model, report) as tell, _explained():
-            served = self._find(model)
+            served = self._find_whole(model)
             data = changes.scaled(
                 changes.entry_of(served.given), num_groups=num_groups, min_groups=min_groups, max_groups=max_groups
             )
@@ -123,7 +133,7 @@ class ClusterOperations:
 
     def restart(self, model: str, max_unavailable: int, report: Report) -> None:
         with self._change(model, report) as tell, _explained():
-            served = self._find(model)
+            served = self._find_whole(model)
             target = self._deployed(model).target
             changes.check_max_unavailable(max_unavailable, target)
             self._replace(served, self._spec_of(served), served.given, target, max_unavailable, tell)
@@ -140,17 +150,17 @@ class ClusterOperations:
             name = self._model_of(group)
             served = self._served.models[name]
             target = self._deployed(name).target
-            if target == 1:
-                tell("draining", f"{name} has one group: what comes meanwhile waits for the next one")
-                self._write(name, msgspec.structs.replace(served, state="replacing"))
-                self._waits.gateways(self._served.generation)
             try:
+                if target == 1:
+                    tell("draining", f"{name} has one group: what comes meanwhile waits for the next one")
+                    self._write(name, msgspec.structs.replace(served, state="replacing"))
+                    self._waits.gateways(self._served.generation)
                 self._begin_drain(name, group, grace_s)
-                self._waits.rollout(name, frozenset((group,)), tell, self._start_timeout_s(served), what="run")
+                self._waits.rollout(name, frozenset((group,)), 0, tell, self._start_timeout_s(served), what="run")
             finally:
                 if target == 1:
                     self._write(name, served)
-                    self._waits.gateways(self._served.generation)
+                    self._tell_gateways()
             tell("done", f"{group} is replaced", target, target)
 
     def adapters(self) -> Sequence[AdapterCard]:
@@ -159,22 +169,25 @@ class ClusterOperations:
     def add_adapter(self, name: str, model: str, source: str, tenants: tuple[str, ...] | None) -> AdapterCard:
         wanted = adapter_changes.checked_entry(name, source, tenants)
         with self._change(model, lambda _: None) as tell:
-            served = self._find(model)
+            served = self._find_whole(model)
             adapter_changes.check_name(name, self._served)
             tell("checking", f"adapter {name} of {model}")
             with _explained("source"):
                 spec = self._spec_of(served)
                 card = describe_card(wanted, model, spec.model, spec.parallel, spec.adapter_config, is_configured=False)
             is_known = adapter_changes.is_served(card, self._served)
-            groups = adapter_changes.Groups(self._handle(model))
-            tell("starting", f"all groups of {model} load adapter {name}")
-            try:
-                groups.load(card)
+            if self._deployed(model).running:
+                tell("starting", f"all groups of {model} load adapter {name}")
+                groups = adapter_changes.Groups(self._handle(model))
+                try:
+                    groups.load(card)
+                    self._write_adapters(served, (*served.adapters, card))
+                except BaseException:
+                    if not is_known:
+                        groups.unload(card)
+                    raise
+            else:  # the next group loads it for the first request that names it
                 self._write_adapters(served, (*served.adapters, card))
-            except BaseException:
-                if not is_known:
-                    groups.unload(card)
-                raise
             self._waits.gateways(self._served.generation, model)
         return card
 
@@ -204,7 +217,8 @@ class ClusterOperations:
         self._write(name, served_model(spec, text, revision, "starting"))
         try:
             self._run(spec, spec.card.num_groups, revision, 1, tell)
-            self._waits.rollout(name, frozenset(), tell, self._start_timeout_s(self._served.models[name]), what="run")
+            timeout_s = self._start_timeout_s(self._served.models[name])
+            self._waits.rollout(name, frozenset(), spec.card.num_groups, tell, timeout_s, what="run")
             self._write(name, served_model(spec, text, revision, "serving"))
             tell("telling", "gateways learn of it")
             self._waits.gateways(self._served.generation, name)
@@ -212,7 +226,7 @@ class ClusterOperations:
             tell("stopping", "it did not start, and is taken away")
             self._write(name, None)
             self._delete(name)
-            self._waits.gateways(self._served.generation)
+            self._tell_gateways()
             raise ChangeError(f"{name} was not deployed: {plain_reason(str(error))}") from error
         self._restart_autoscaler(self._served.models[name])
         tell("done", f"{name} is served", spec.card.num_groups, spec.card.num_groups)
@@ -233,6 +247,8 @@ class ClusterOperations:
             changes.check_max_unavailable(max_unavailable, target)
         spec = self._checked(changes.with_sizes_kept(given, old, changes.entry_of(before.chosen)), before, tell)
         changes.check_same_files(before.card, spec.card)
+        if differs.replaces_groups:
+            adapter_changes.check_still_fit(before, spec)
         if only_check:
             tell("done", f"{name} can be changed: {differs}")
             return
@@ -275,19 +291,19 @@ class ClusterOperations:
         # Until all groups are new, no request may be longer than the shortest of them allows.
         shortest = min(before.card.max_model_len, spec.card.max_model_len)
         during = msgspec.structs.replace(spec.card, max_model_len=shortest)
-        self._write(name, msgspec.structs.replace(before, card=during, state="replacing"))
-        self._waits.gateways(self._served.generation, name)
-        revision = self._served.generation
         old = self._deployed(name)
-        num_rounds = -(-max(1, target) // max_unavailable)
-        timeout_s = num_rounds * self._start_timeout_s(before)
+        num_groups = max(1, target)
+        timeout_s = -(-num_groups // max_unavailable) * self._start_timeout_s(before)
+        self._write(name, msgspec.structs.replace(before, card=during, state="replacing"))
+        revision = self._served.generation
         try:
-            self._run(spec, max(1, target), revision, max_unavailable, tell)
-            self._waits.rollout(name, old.running, tell, timeout_s, what="replaced", stale=old.message)
+            self._waits.gateways(self._served.generation, name)
+            self._run(spec, num_groups, revision, max_unavailable, tell)
+            self._waits.rollout(name, old.present, num_groups, tell, timeout_s, what="replaced", stale=old.message)
         except (StartError, EngineError, *SERVE_ERRORS) as error:
             reason = plain_reason(str(error))
             tell("replacing", f"taken back, since a new group did not start: {reason}")
-            self._take_back(before, max(1, target), max_unavailable, timeout_s, tell)
+            self._take_back(before, num_groups, max_unavailable, timeout_s, tell)
             raise ChangeError(f"{name} is served as before; a new group did not start: {reason}") from error
         self._write(name, served_model(spec, given, revision, "serving"))
         self._waits.gateways(self._served.generation, name)
@@ -301,7 +317,7 @@ class ClusterOperations:
         except (StartError, *SERVE_ERRORS, EngineError) as error:
             logger.error("%s could not be brought back whole: %s", name, error)
         self._write(name, before)
-        self._waits.gateways(self._served.generation, name)
+        self._tell_gateways()
 
     def _checked(self, entry: ModelEntry, before: ServedModel | None, tell: Tell) -> GroupSpec:
         """Everything that `serve` checks before it starts a model. Raises ConfigError, CheckpointError, FetchError,
@@ -321,10 +337,8 @@ class ClusterOperations:
         for line in (*checked.notes, *checked.warnings):
             tell("checking", line)
         spec = checked.specs[0]
-        others = [model for name, model in self._served.models.items() if name != entry.name]
-        self._wait_for_places(
-            _requests(spec), tell, others=[request for other in others for request in _requests(self._spec_of(other))]
-        )
+        others = [changes.entry_of(model.chosen) for name, model in self._served.models.items() if name != entry.name]
+        self._wait_for_places(_requests(spec), tell, others=joined.requests_of(others))
         return spec
 
     def _wait_for_places(
@@ -354,6 +368,14 @@ class ClusterOperations:
             )
         return found
 
+    def _find_whole(self, name: str) -> ServedModel:
+        """The same for what needs a model that clients may ask for. Raises ChangeError for one whose coming or going has stopped
+        halfway."""
+        found = self._find(name)
+        if not found.is_shown:
+            raise ChangeError(f"{name} is {found.state}, and that has not ended; undeploy it, which ends what is left")
+        return found
+
     def _model_of(self, group: str) -> str:
         known = []
         for name in self._served.models:
@@ -378,7 +400,9 @@ class ClusterOperations:
     def _delete(self, name: str) -> None:
         try:
             applications.delete(
-                [app_name(name)], self._config.gateway.drain_timeout_s + 2 * applications.STOP_TIMEOUT_S
+                [app_name(name)],
+                self._config.gateway.drain_timeout_s + 2 * applications.STOP_TIMEOUT_S,
+                sleep=self._waits.sleep,
             )
         except SERVE_ERRORS as error:
             logger.error("the groups of %s did not end in time: %s", name, error)
@@ -398,16 +422,35 @@ class ClusterOperations:
         return self._config.gateway.drain_timeout_s + entry.start_timeout_s + 2 * applications.STOP_TIMEOUT_S
 
     def _handle(self, name: str) -> DeploymentHandle[Any]:
+        """Raises RayError."""
+        require_cluster()
         return serve.get_deployment_handle(deployment_name(name), app_name(name))
 
     def _begin_drain(self, name: str, group: str, grace_s: float) -> None:
         """Raises ChangeError."""
         arguments: list[Any] = [group, grace_s]
         try:
-            handle = self._handle(name)
-            handle.broadcast("begin_drain", *arguments).results(timeout_s=TELL_TIMEOUT_S)
+            answers = self._handle(name).broadcast("begin_drain", *arguments)
+            is_told = True in answers.results(timeout_s=TELL_TIMEOUT_S, return_exceptions=True)
         except SERVE_ERRORS as error:
             raise ChangeError(f"the group cannot be told to drain: {plain_reason(str(error))}") from error
+        if not is_told:
+            raise ChangeError(f"{group} cannot be told to drain: it does not run any more")
+
+    def _drain_all(self, name: str) -> None:
+        """What the groups of a model run ends at once. A group that cannot be told is lost, or will be ended all the same."""
+        try:
+            for group in self._deployed(name).running:
+                self._begin_drain(name, group, 0.0)
+        except ChangeError as error:
+            logger.warning("not every group of %s drains: %s", name, error)
+
+    def _tell_gateways(self) -> None:
+        """A gateway that is not reached looks by itself."""
+        try:
+            self._waits.gateways(self._served.generation)
+        except StartError as error:
+            logger.warning("%s", error)
 
     def _write(self, name: str, model: ServedModel | None, *, keeps_adapters: bool = True) -> None:
         """The record, with `model` in place of what it had under this name; None takes it away. Adapters that were added stay,
@@ -426,7 +469,18 @@ class ClusterOperations:
         """The autoscaler learns of the models as they are now, when one of these is, or was, any concern of its. It goes on with
         what the last one has learned."""
         if any(changes.entry_of(model.given).autoscaling is not None for model in concerned):
-            run_autoscaler(self._config, self._served)
+            with self._autoscaler_lock:
+                try:
+                    run_autoscaler(self._config, self._served)
+                except SERVE_ERRORS as error:  # `revive_autoscaler` tries again
+                    logger.error("the autoscaler does not start: %s", plain_reason(str(error)))
+
+    def revive_autoscaler(self) -> None:
+        """Begin it anew where it should be and has ended for good. Raises RayError, RuntimeError, TimeoutError."""
+        with self._autoscaler_lock:
+            if autoscaler_settings(self._config, self._served) is not None and not has_autoscaler():
+                logger.error("the autoscaler has ended for good, and is begun anew")
+                run_autoscaler(self._config, self._served)
 
     @contextmanager
     def _change(self, name: str, report: Report) -> Iterator[Tell]:
@@ -434,6 +488,7 @@ class ClusterOperations:
         if not self._lock.acquire(blocking=False):
             raise ChangeError(f"{self._changing} is being changed ({self._progress}); one change is made at a time")
         try:
+            self._waits.sleep(0)  # raises when the server stops
             self._changing, self._progress = name, ""
 
             def tell(stage: str, text: str, num_done: int = 0, num_total: int = 0) -> None:
@@ -451,12 +506,17 @@ class ClusterOperations:
 
 def run_autoscaler(config: ServingConfig, served: Served) -> None:
     """The one for these models, in place of any other; none where no model needs it."""
-    entries = [changes.entry_of(model.chosen) for model in served.models.values()]
-    settings = settings_of(entries, config.autoscaler, Gateway.__name__)
+    settings = autoscaler_settings(config, served)
     if settings is None:
         stop_autoscaler(applications.STOP_TIMEOUT_S)
     else:
         start_autoscaler(settings, applications.STOP_TIMEOUT_S)
+
+
+def autoscaler_settings(config: ServingConfig, served: Served) -> AutoscalerSettings | None:
+    """None where no model needs one."""
+    entries = [changes.entry_of(model.chosen) for model in served.models.values()]
+    return settings_of(entries, config.autoscaler, Gateway.__name__)
 
 
 def finish_interrupted(served: Served, report: Callable[[str], None]) -> Served:

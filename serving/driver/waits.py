@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.ray_api import require_cluster
 from serving.contracts.errors import ChangeError
 from serving.contracts.served import APP_NAME, GatewayModels
 from serving.contracts.start_failure import StartError
@@ -74,15 +75,26 @@ class Waits:
                 raise StartError(f"{name} has gone")
 
     def rollout(
-        self, name: str, old: frozenset[str], tell: Tell, timeout_s: float, *, what: str, stale: str | None = None
+        self,
+        name: str,
+        old: frozenset[str],
+        num_wanted: int,
+        tell: Tell,
+        timeout_s: float,
+        *,
+        what: str,
+        stale: str | None = None,
     ) -> None:
-        """Until none of the `old` groups is left and as many run as there are to be; those that do `what`, is told. A failure
-        with the message `stale` may be that of a change before. Raises StartError."""
+        """Until none of the `old` groups is left and as many run as there are to be; those that do `what`, is told. Until a new
+        one has run, Serve may not have taken up that `num_wanted` are to be. A failure with the message `stale` may be that of
+        a change before. Raises StartError."""
         told = ""
+        has_run = False
         for since_s, found in self._seen(name, timeout_s, "not all groups were running"):
             if found.failure and (found.message != stale or since_s > STALE_S):
                 raise StartError(found.failure)
-            state = changes.rollout(old, found.replicas, found.target)
+            state = changes.rollout(old, found.replicas, found.target if has_run else max(found.target, num_wanted))
+            has_run = has_run or state.num_new > 0
             if (text := state.told(what)) != told:
                 told = text
                 tell("replacing" if old else "starting", told, state.num_new, state.num_target)
@@ -131,6 +143,7 @@ class Waits:
     def _ask_gateways(self) -> list[GatewayModels]:
         """Those that answer."""
         try:
+            require_cluster()
             if self._gateways is None:
                 self._gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
             asked = self._gateways.broadcast("take_models")

@@ -61,6 +61,8 @@ class Stack:
     told: list[tuple[str, str]] = field(default_factory=list)
     """(method, name of the adapter)."""
     written: list[Served] = field(default_factory=list)
+    running: frozenset[str] = frozenset({"g1", "g2"})
+    """Ids of the groups."""
 
     @property
     def names(self) -> list[str]:
@@ -89,6 +91,7 @@ def stack(spec: GroupSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     made = Stack(operations, spec)
     monkeypatch.setattr("serving.driver.operations.write_served", made.written.append)
     monkeypatch.setattr(operations, "_handle", lambda name: made)
+    monkeypatch.setattr(operations, "_deployed", lambda name: made)
     monkeypatch.setattr(operations, "_spec_of", lambda served: spec)  # reading the model anew takes a while
     monkeypatch.setattr(operations._waits, "gateways", lambda *_: None)
     yield made
@@ -150,6 +153,13 @@ async def test_one_that_a_group_cannot_load_is_unloaded_everywhere(
     assert (error.details() or "").startswith("1 of 2 groups could not load the adapter: ")
     assert stack.told == [("load_adapter", "small-sql"), ("unload_adapter", "small-sql")]
     assert (stack.written, stack.names) == ([], ["small-own"])
+
+
+async def test_one_of_a_model_that_sleeps_is_written_down(admin: Running, stack: Stack, directory: Path) -> None:
+    """No group is there to load it; the next one does for the first request that names it."""
+    stack.running = frozenset()
+    await admin.call("AddAdapter", _add("small-sql", directory))
+    assert (stack.told, stack.names) == ([], ["small-own", "small-sql"])
 
 
 async def test_names_are_taken_once_and_files_may_have_two(admin: Running, stack: Stack, directory: Path) -> None:

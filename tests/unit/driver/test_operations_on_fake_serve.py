@@ -1,20 +1,24 @@
 """Changes of what is served, on a Serve that does what the test says: what is written down, ordered and taken back."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import ray
+from ray.exceptions import RayError
 
 from bench.support.fake_backend import card
 from cluster.placement import GroupPlacement
+from model_parallel.engine.request import AdapterRef
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from serving.config import ModelEntry, parse_config
-from serving.contracts.errors import ChangeError, NotFoundError, UnknownModelError, ValidationError
+from serving.contracts.errors import AlreadyExistsError, ChangeError, NotFoundError, UnknownModelError, ValidationError
+from serving.contracts.models import AdapterCard
 from serving.contracts.operations import Progress
 from serving.contracts.served import GatewayModels, Served, app_name, deployment_name, is_ours
 from serving.contracts.start_failure import StartError
@@ -38,6 +42,8 @@ def spec_of(entry: ModelEntry) -> Any:
         entry=entry.model_copy(update={"device": "cuda", "kv_cache_tokens": entry.kv_cache_tokens or 4096}),
         parallel=SimpleNamespace(tp_size=1, device="cuda"),
         cpus_per_rank=0.0,
+        model=None,
+        adapter_config=None,
         adapters=(),
     )
 
@@ -60,10 +66,17 @@ class FakeServe:
     num_open: dict[str, int] = field(default_factory=dict)
     is_down: bool = False
     blocked: threading.Event | None = None
+    late: int = 0
+    """Looks at which Serve still tells what was before an order."""
+    silent_gateways: bool = False
+    before: Deployed | None = None
 
     def deployed(self, model: str) -> Deployed | None:
         if self.is_down:
             raise StartError("Serve's controller does not answer")
+        if self.before is not None and self.late:
+            self.late -= 1
+            return self.before
         return self.models.get(model)
 
     def model_target(self, config: object, spec: Any, placement: object, **about: int) -> Any:
@@ -76,7 +89,7 @@ class FakeServe:
         name, number = target.spec.card.name, target.about["num_groups"]
         revision = target.about["revision"]
         self.runs.append((name, number, revision))
-        before = self.models.get(name)
+        self.before = before = self.models.get(name)
         old = dict(before.replicas) if before else {}
         if self.failing and self.failing in entry_text(target.spec.entry):
             kept = dict(list(old.items())[1:])
@@ -96,7 +109,7 @@ class FakeServe:
         self.set_num_groups(model, number)
         self.shrunk.append((model, number))
 
-    def delete(self, apps: Any, timeout_s: float) -> None:
+    def delete(self, apps: Any, timeout_s: float, *, sleep: object = None) -> None:
         for app in list(apps):
             self.models = {name: found for name, found in self.models.items() if app_name(name) != app}
 
@@ -104,6 +117,8 @@ class FakeServe:
         self.records.append(msgspec.msgpack.decode(msgspec.msgpack.encode(served), type=Served))
 
     def ask_gateways(self) -> list[GatewayModels]:
+        if self.silent_gateways:
+            return []
         generation = self.records[-1].generation
         return [
             GatewayModels(gateway="g", generation=generation, num_open=self.num_open, problems=self.gateway_problems)
@@ -329,6 +344,181 @@ def test_a_model_goes_when_its_requests_have_ended(
     assert set(serve.models) == {"a"}
     with pytest.raises(UnknownModelError, match="served: a"):
         cluster.undeploy("b", log)
+
+
+SLEEPY: dict[str, object] = {**FIRST, "num_groups": 1, "autoscaling": {"mode": "on", "min_groups": 0, "max_groups": 2}}
+
+
+@pytest.fixture
+def asleep(cluster: ClusterOperations, serve: FakeServe, log: Log) -> ClusterOperations:
+    """The model has an autoscaler, which has ended its last group."""
+    cluster.deploy(text(**SLEEPY), 1, log, only_check=False)
+    serve.models["a"] = Deployed(status="HEALTHY", message="", target=0, replicas={})
+    return cluster
+
+
+@pytest.mark.parametrize("late", [0, 1, 5])
+def test_a_change_of_a_model_that_sleeps_is_tried(
+    asleep: ClusterOperations, serve: FakeServe, log: Log, late: int
+) -> None:
+    serve.late = late
+    asleep.deploy(text(**SLEEPY, max_num_seqs=8), 1, log, only_check=False)
+    assert serve.runs[-1][:2] == ("a", 1)
+    assert serve.late == 0, "the change was over before Serve had taken it up"
+    assert "1 of 1 groups replaced" in log.texts and "0 of 0" not in log.texts
+
+
+@pytest.mark.parametrize("late", [0, 1, 5])
+def test_a_change_of_a_model_that_sleeps_is_taken_back_when_no_group_starts(
+    asleep: ClusterOperations, serve: FakeServe, log: Log, late: int
+) -> None:
+    before = serve.records[-1].models["a"]
+    serve.failing, serve.late = '"max_num_seqs":8', late
+    with pytest.raises(ChangeError, match="a is served as before; a new group did not start: no memory"):
+        asleep.deploy(text(**SLEEPY, max_num_seqs=8), 1, log, only_check=False)
+    assert serve.records[-1].models["a"] == before
+
+
+def test_a_group_that_cannot_be_told_to_drain_does_not_keep_a_model(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    serve.num_open["b"] = 3
+
+    def begin_drain(*asked: object) -> None:
+        raise ChangeError("the group cannot be told to drain: TimeoutError")
+
+    monkeypatch.setattr(cluster, "_begin_drain", begin_drain)
+    cluster.undeploy("b", log)
+    assert serve.states[-1] == {"a": "serving"}
+    assert set(serve.models) == {"a"}
+
+
+@pytest.mark.parametrize("is_down", [False, True], ids=["gateways", "controller"])
+def test_who_does_not_answer_does_not_keep_a_model(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch, is_down: bool
+) -> None:
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    monkeypatch.setattr(waits, "TELL_TIMEOUT_S", 0.01)
+    serve.silent_gateways, serve.is_down = True, is_down
+    cluster.undeploy("b", log)
+    assert serve.states[-1] == {"a": "serving"}
+    assert set(serve.models) == {"a"}
+
+
+def test_a_replacement_that_gateways_do_not_learn_of_is_taken_back(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.scale("a", log, num_groups=1, min_groups=None, max_groups=None)
+    before = serve.records[-1].models["a"]
+    monkeypatch.setattr(waits, "TELL_TIMEOUT_S", 0.01)
+    serve.silent_gateways = True
+    with pytest.raises(ChangeError, match="not every gateway has learned"):
+        cluster.restart("a", 1, log)
+    assert serve.records[-1].models["a"] == before
+    with pytest.raises(ChangeError, match="not every gateway has learned"):
+        cluster.drain(next(iter(serve.models["a"].running)), 0.0, log)
+    assert serve.records[-1].models["a"] == before
+
+
+def test_what_is_half_gone_is_not_served(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    cluster._write("b", msgspec.structs.replace(serve.records[-1].models["b"], state="removing"))
+    for change in (
+        lambda: cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False),
+        lambda: cluster.scale("b", log, num_groups=2, min_groups=None, max_groups=None),
+        lambda: cluster.restart("b", 1, log),
+    ):
+        with pytest.raises(ChangeError, match="b is removing, and that has not ended; undeploy it"):
+            change()
+    cluster.undeploy("b", log)
+    assert serve.states[-1] == {"a": "serving"}
+
+
+def test_places_of_other_models_are_counted_by_what_is_written_down(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files may be gone."""
+
+    def resolve(entries: list[ModelEntry], host: Host) -> list[Any]:
+        if any(entry.name == "a" for entry in entries):
+            raise ConfigError("/a does not exist")
+        return [spec_of(entry) for entry in entries]
+
+    monkeypatch.setattr(operations, "resolve_models", resolve)
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    serve.places = 3
+    with pytest.raises(ValidationError, match="need 4 GPUs and the cluster has 3"):
+        cluster.deploy(text(name="c", source="/c"), 1, log, only_check=False)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        text(name="x", source="/x"),
+        text(name="b", source="/b", lora={"adapters": [{"name": "x", "source": "/y"}]}),
+    ],
+    ids=["model", "configured adapter"],
+)
+def test_no_model_takes_the_name_of_an_adapter_that_was_added(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, entry: str
+) -> None:
+    added = AdapterCard(name="x", parent="a", ref=AdapterRef("digest", "/x"), num_bytes=1, rank=1)
+    cluster._write("a", msgspec.structs.replace(serve.records[-1].models["a"], adapters=(added,)), keeps_adapters=False)
+    num_records = len(serve.records)
+    with pytest.raises(AlreadyExistsError, match="there is an adapter 'x' of a already"):
+        cluster.deploy(entry, 1, log, only_check=False)
+    assert (serve.runs, len(serve.records)) == ([], num_records)
+
+
+def test_an_added_adapter_must_fit_the_changed_model(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    added = AdapterCard(name="x", parent="a", ref=AdapterRef("digest", "/x"), num_bytes=1, rank=1)
+    cluster._write("a", msgspec.structs.replace(serve.records[-1].models["a"], adapters=(added,)), keeps_adapters=False)
+    with pytest.raises(ValidationError, match=r"adapter 'x', which was added, does not fit; remove it first.*lora"):
+        cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=False)
+    assert serve.runs == []
+    cluster.deploy(changed(allow_parse_special=True), 1, log, only_check=False)
+
+
+def test_a_change_has_ended_when_the_server_has_stopped(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    """What it goes on with afterwards would find no cluster, and start one."""
+    cluster.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    serve.num_open["b"] = 1
+    cluster._config = cluster._config.model_copy(
+        update={"gateway": cluster._config.gateway.model_copy(update={"drain_timeout_s": PATIENCE_S})}
+    )
+    ended = threading.Event()
+
+    def undeploy() -> None:
+        with pytest.raises(ChangeError, match="the server stops"):
+            cluster.undeploy("b", log)
+        ended.set()
+
+    thread = threading.Thread(target=undeploy)
+    thread.start()
+    assert wait_until(lambda: "1 requests are open" in log.texts)
+    cluster.close()
+    assert not cluster._lock.locked()
+    assert ended.wait(PATIENCE_S)
+    thread.join(PATIENCE_S)
+    with pytest.raises(ChangeError, match="the server stops"):
+        cluster.restart("a", 1, log)
+
+
+async def test_without_a_cluster_nothing_asks_serve() -> None:
+    """Serve would start another cluster, which nobody ends."""
+    asked: list[Callable[[], object]] = [
+        lambda: applications.deployed("a"),
+        lambda: applications.set_num_gateways(1),
+        lambda: applications.delete(["packtrain-model-a"], 1.0),
+        applications.our_applications,
+        lambda: applications.run([], wait=True),
+    ]
+    for ask in asked:
+        with pytest.raises((RayError, StartError), match="Ray has been shut down"):
+            ask()
+    assert waits.Waits()._ask_gateways() == []
+    assert not ray.is_initialized()
 
 
 def test_one_change_at_a_time(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:

@@ -1,0 +1,64 @@
+"""Actors that Ray restarts whenever they end, and that may end for good all the same: where their process fails before they are
+made, Ray takes them for broken and gives them up."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from ray.exceptions import RayError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+from cluster.ray_api import has_actor
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 5.0
+NUM_LOOKS = 3
+"""At which Serve's controller must be missing, one after the other."""
+CLOSE_TIMEOUT_S = 10.0
+
+
+def has_controller() -> bool:
+    """Whether there is one, or Ray will start it. Raises RayError."""
+    return has_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+
+
+class Caretaker:
+    """Looks whether they are there. The autoscaler is begun anew. Without Serve's controller it is over: no group that is lost
+    comes back, and gateways that run would not hear another controller."""
+
+    def __init__(
+        self,
+        revive_autoscaler: Callable[[], None],
+        *,
+        has_controller: Callable[[], bool] = has_controller,
+        period_s: float = PERIOD_S,
+    ) -> None:
+        """Looks from now on, until `close`."""
+        self._revive_autoscaler, self._has_controller, self._period_s = revive_autoscaler, has_controller, period_s
+        self._stop = threading.Event()
+        self._num_missing = 0
+        self.is_over = threading.Event()
+        """Serve's controller has ended for good."""
+        self._thread = threading.Thread(target=self._run, name="caretaker", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Begin nothing any more."""
+        self._stop.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s) and not self.is_over.is_set():
+            try:
+                self._look()
+            except (RayError, RuntimeError, ValueError, OSError) as error:  # OSError: TimeoutError too
+                logger.warning("it cannot be told whether all actors are there: %s: %s", type(error).__name__, error)
+
+    def _look(self) -> None:
+        self._num_missing = 0 if self._has_controller() else self._num_missing + 1
+        if self._num_missing == NUM_LOOKS:
+            logger.error("Serve's controller has ended for good: no group that is lost would come back")
+            self.is_over.set()
+        elif not self._num_missing:
+            self._revive_autoscaler()
