@@ -268,6 +268,8 @@ class GroupConfig:
     """A directory of Hugging Face format, or a GGUF file; readable on every node that hosts a rank."""
     parallel: ParallelConfig
     cache: CacheConfig
+    weights: str = ""
+    """`weights_fingerprint` of what must lie at checkpoint_path; "" for whatever does."""
     epoch: int
     """Incarnation of the group; on every message, and anything from another epoch is dropped."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -1,6 +1,8 @@
 """Whether two checkpoints are the same one, told in milliseconds and not by reading all of their weights."""
 
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 
 from model_parallel.checkpoint.info import CheckpointInfo
 
@@ -9,6 +11,8 @@ _SETTINGS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "params.json",
 )  # fmt: skip
 """What is read beside weights and tokenizer."""
+_SETTINGS_OF_RANKS = ("config.json", "quantize_config.json", "quant_config.json", "params.json")
+"""What decides beside the weights what they mean."""
 _END_BYTES = 1 << 20
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 """Of a larger one, beside its first and last MiB."""
@@ -21,9 +25,19 @@ def fingerprint(info: CheckpointInfo) -> str:
     Weights that were trained further differ in nearly every page; that a file is changed in places that are not sampled is not
     noticed. Raises OSError.
     """
+    return _digest(info, (info.index_file, info.tokenizer_path, *(info.path / name for name in _SETTINGS)))
+
+
+def weights_fingerprint(info: CheckpointInfo) -> str:
+    """The same of what ranks load alone: a model may get another chat template, or other settings of sampling, and stays the
+    same one. Raises OSError."""
+    return _digest(info, (info.index_file, *(info.path / name for name in _SETTINGS_OF_RANKS)))
+
+
+def _digest(info: CheckpointInfo, others: Iterable[Path | None]) -> str:
+    """Of the weights, and of those of the `others` that are there."""
     digest = hashlib.sha256()
-    named = (info.index_file, info.tokenizer_path, *(info.path / name for name in _SETTINGS))
-    for path in sorted({*info.weight_files, *(path for path in named if path is not None and path.is_file())}):
+    for path in sorted({*info.weight_files, *(path for path in others if path is not None and path.is_file())}):
         num_bytes = path.stat().st_size
         digest.update(f"{path.name}\0{num_bytes}\0".encode())
         with path.open("rb") as file:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from model_parallel.checkpoint.detect import describe
+from model_parallel.checkpoint.fingerprint import weights_fingerprint
 from model_parallel.checkpoint.loader import load_shard
 from model_parallel.collectives.interface import Collectives, SoloCollectives
 from model_parallel.collectives.shared_memory.segment import SharedMemoryCollectives
 from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import TokenLogprobs
-from model_parallel.errors import ConfigError, EngineError
+from model_parallel.errors import CheckpointError, ConfigError, EngineError
 from model_parallel.host_memory import reserve_heap
 from model_parallel.kernels.cpu import CpuKernels
 from model_parallel.kernels.interface import AdaptedRun, LayerCache
@@ -55,6 +56,11 @@ class Rank:
         Raises ConfigError, CheckpointError.
         """
         info = describe(Path(config.checkpoint_path))
+        if config.weights and weights_fingerprint(info) != config.weights:
+            raise CheckpointError(
+                f"{info.path} is not what the model was deployed from: its weights have changed, or differ on this node; put "
+                "back what was there, or undeploy the model and deploy it again"
+            )
         model_config, tp_size = info.config, config.parallel.tp_size
         config.parallel.check_fits(model_config)
         self.config = config

@@ -40,6 +40,8 @@ class GroupCall(msgspec.Struct, frozen=True, array_like=True):
     trace_context: dict[str, str]
     """Of the gateway's span."""
     return_address: ReturnAddress
+    weights: str = ""
+    """Digest of those that the gateway takes the group to have (ModelCard.weights)."""
 
 
 class GroupReply(msgspec.Struct, frozen=True, array_like=True):

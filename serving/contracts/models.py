@@ -39,6 +39,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """Where its weights and tokenizer lie: a directory or a GGUF file."""
     checkpoint: str = ""
     """Fingerprint of those files: another one when the weights are others."""
+    weights: str = ""
+    """The same of what its ranks load alone, which is the same for as long as the model is served."""
     architecture: str
     num_parameters: int
     vocab_size: int

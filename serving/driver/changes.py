@@ -18,6 +18,10 @@ SIZE_FIELDS = ("device", "dtype", "threads_per_rank", "kv_cache_tokens", "max_nu
 """What may be left to us. A model that runs keeps what was chosen."""
 GONE = ("STOPPING", "STOPPED")
 """Serve's names of the states of a group that is being stopped."""
+_KEEPS_FILES = (
+    "a running model keeps its files, since its answers go on in the groups that replace others. Deploy the other one under "
+    "another name, or undeploy this one first"
+)
 _AUTO = (None, "auto")
 
 
@@ -81,9 +85,11 @@ def check_same_files(before: ModelCard, after: ModelCard) -> None:
     """Raises ConfigError for what a running model cannot become: its answers would go on in other words."""
     if before.source != after.source:
         raise ConfigError(
-            f"models.{after.name}.source is {after.source} and the model that is served is {before.source}; a running model "
-            "keeps its files, since its answers go on in the groups that replace others. Deploy the other one under another "
-            "name, or undeploy this one first"
+            f"models.{after.name}.source is {after.source} and the model that is served is {before.source}; {_KEEPS_FILES}"
+        )
+    if before.weights and before.weights != after.weights:
+        raise ConfigError(
+            f"models.{after.name}.source: the weights at {after.source} are not those that are served; {_KEEPS_FILES}"
         )
 
 

@@ -356,7 +356,9 @@ class ClusterOperations:
     def _spec_of(self, served: ServedModel) -> GroupSpec:
         """Raises ConfigError, CheckpointError: its files may have changed."""
         host = Host(machine=self._look_at_host().machine)
-        return resolve_models([changes.entry_of(served.chosen)], host)[0]
+        (spec,) = resolve_models([changes.entry_of(served.chosen)], host)
+        changes.check_same_files(served.card, spec.card)
+        return spec
 
     def _running_config(self) -> ServingConfig:
         return changes.with_models(self._config, self.entries, "what is served")

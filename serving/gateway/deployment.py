@@ -164,6 +164,7 @@ class Gateway:
         for name in self._backend.models.bases.keys() - shown.keys():
             self._backend.forget_model(name)
             self._server.forget_model(name)
+        self._backend.keep_waiting({name: model.card.weights for name, model in served.models.items()})
         problems, self._problems = self._problems, {}
         for name, model in shown.items():
             card = model.card

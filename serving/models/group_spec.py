@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from model_parallel.checkpoint.adapter_files import adapter_bytes, describe_adapter
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
-from model_parallel.checkpoint.fingerprint import fingerprint
+from model_parallel.checkpoint.fingerprint import fingerprint, weights_fingerprint
 from model_parallel.config import (
     AdapterConfig,
     CacheConfig,
@@ -295,6 +295,7 @@ def _card(entry: ModelEntry, info: CheckpointInfo, text: ModelText, max_model_le
         name=entry.name,
         source=str(info.path),
         checkpoint=fingerprint(info),
+        weights=weights_fingerprint(info),
         architecture="llama",
         num_parameters=info.config.num_parameters,
         vocab_size=info.config.vocab_size,

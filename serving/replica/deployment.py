@@ -67,6 +67,10 @@ class _DrainingError(Exception):
     """The group takes nothing new."""
 
 
+class _OtherModelError(Exception):
+    """The call has waited since another model was served under this name."""
+
+
 class ReplicaGroup:
     """The leader of one replica group: the engine's thread and the sockets to its ranks."""
 
@@ -92,7 +96,7 @@ class ReplicaGroup:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._tracing = open_tracing()
         self._reader = ReaderLease()
-        self._model = spec.card.name
+        self._model, self._weights = spec.card.name, spec.card.weights
         self._cache = spec.cache
         self._shape = GroupShape(
             group=self._engine_id,
@@ -106,6 +110,7 @@ class ReplicaGroup:
         epoch = time.time_ns()
         config = GroupConfig(
             checkpoint_path=spec.card.source,
+            weights=spec.card.weights,
             parallel=spec.parallel,
             cache=spec.cache,
             scheduler=spec.scheduler,
@@ -159,6 +164,8 @@ class ReplicaGroup:
         try:
             if self._drain is not None:
                 raise _DrainingError
+            if call.weights != self._weights:
+                raise _OtherModelError
             engine = self._running_engine()
             await self._adapters.know(call.requests[0].adapter)
             sink = await self._senders.to(call.return_address)
@@ -167,6 +174,8 @@ class ReplicaGroup:
             reply = GroupReply(self._engine_id, error.kind, str(error), error.retry_after_s)
         except _DrainingError:
             reply = GroupReply(self._engine_id, "draining", "the replica group drains")
+        except _OtherModelError:
+            reply = GroupReply(self._engine_id, "unavailable", "the model that was asked is not served any more")
         except GroupFailedError as lost:
             logger.warning("a request reached a lost group: %s", lost)
             reply = GroupReply(self._engine_id, "unavailable", "the replica group was lost")

@@ -350,7 +350,7 @@ class Generator:
                 may_wait = is_begun or isinstance(error, GroupSilentError | GroupDrainingError | GroupCallLostError)
                 if not may_wait or self.clock() >= recover_until_s:
                     raise
-                if card.base not in self.models:  # it was removed, and no group of it will come
+                if not self._is_served(card):  # it was removed, and no group of it will come
                     raise
                 if isinstance(error, GroupRefusedError) and error.kind != "overloaded":
                     raise
@@ -364,6 +364,8 @@ class Generator:
     ) -> AsyncGenerator[GroupOutputs, None]:
         """Offers the request to one group after another until one accepts it."""
         for num_others in reversed(range(max(1, card.num_groups))):
+            if not self._is_served(card):
+                raise GroupUnavailableError(f"model {card.base!r} is not served any more", may_have_run=False)
             try:
                 async with aclosing(self._backend.generate(card.base, requests, trace_context)) as steps:
                     async for step in steps:
@@ -379,6 +381,11 @@ class Generator:
             except GroupUnavailableError as error:
                 if error.may_have_run or not num_others:
                     raise
+
+    def _is_served(self, card: ModelCard) -> bool:
+        """Still, and not another model by its name."""
+        served = self.models.get(card.base)
+        return served is not None and served.weights == card.weights
 
     def _time_left(self, call: Call) -> float | None:
         """Of the client's deadline; None without one. Raises DeadlineExceededError."""

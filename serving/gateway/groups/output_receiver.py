@@ -114,6 +114,11 @@ class Inbox:
         num_looks = self._receiver.num_looks - self._first_look
         return self._state is _State.SUBMITTED and num_looks * HEARTBEAT_S >= UNANSWERED_AFTER_S
 
+    @property
+    def is_waiting(self) -> bool:
+        """No group has accepted the request yet."""
+        return self._state is _State.SUBMITTED
+
     def fail(self, error: Exception) -> None:
         """Nothing more will come."""
         self._error = error

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from ray.exceptions import RayActorError, RayError
@@ -44,6 +44,17 @@ STALE_AFTER_S = 10.0
 Handle = DeploymentHandle[Any]
 
 
+class _Submission(NamedTuple):
+    """A call of Serve that no group has answered yet."""
+
+    model: str
+    weights: str
+    """Of the model when it was asked for: what has the name later may be another one."""
+    num_sequences: int
+    num_prompt_tokens: int
+    inbox: Inbox
+
+
 class ServeBackend:
     """The gateway's Backend on Serve handles. See serving/gateway/core/backend.py."""
 
@@ -67,8 +78,7 @@ class ServeBackend:
         self._clock = clock
         self._told_asleep_s: dict[str, float] = {}
         """When (monotonic) the autoscaler last said that the model has no group until it is asked for."""
-        self._submissions: dict[asyncio.Task[bytes], tuple[str, int, int]] = {}
-        """Calls of Serve that no group has answered yet: (model, sequences, prompt tokens)."""
+        self._submissions: dict[asyncio.Task[bytes], _Submission] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(GroupReply).decode
         self._decode_report = msgspec.msgpack.Decoder(GroupReport).decode
@@ -87,12 +97,24 @@ class ServeBackend:
         (self._held.add if is_held else self._held.discard)(card.name)
 
     def forget_model(self, name: str) -> None:
-        """Serve it no more. What groups have taken in goes on."""
+        """Serve it no more. What groups have taken in goes on, and what is on its way to one."""
+        if self.is_asleep(name):  # nobody would wake it
+            self._end_waiting(lambda submission: submission.model == name)
         self._models.forget_base(name)
         del self._groups[name]
         self._held.discard(name)
         self._told_asleep_s.pop(name, None)
         self._could_serve_s.pop(name, None)
+
+    def keep_waiting(self, weights: Mapping[str, str]) -> None:
+        """There are these models (the digest of the weights of each, by name). Requests of others that no group has taken in end:
+        what gets one of their names later is another model."""
+        self._end_waiting(lambda submission: weights.get(submission.model) != submission.weights)
+
+    def _end_waiting(self, ends: Callable[[_Submission], bool]) -> None:
+        for submission in self._submissions.values():
+            if submission.inbox.is_waiting and ends(submission):
+                submission.inbox.fail(_not_served(submission.model))
 
     @property
     def num_open(self) -> dict[str, int]:
@@ -124,23 +146,27 @@ class ServeBackend:
         """What waits for the first group of a model that is asleep."""
         if not self.is_asleep(model):
             return ModelDemand(0, 0)
-        waiting = [asked for asked in self._submissions.values() if asked[0] == model]
-        return ModelDemand(sum(asked[1] for asked in waiting), sum(asked[2] for asked in waiting))
+        waiting = [asked for asked in self._submissions.values() if asked.model == model]
+        return ModelDemand(
+            sum(asked.num_sequences for asked in waiting), sum(asked.num_prompt_tokens for asked in waiting)
+        )
 
     async def generate(
         self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
     ) -> AsyncGenerator[GroupOutputs, None]:
         if (handle := self._groups.get(model)) is None:
-            raise GroupUnavailableError(f"model {model!r} is not served any more", may_have_run=False)
+            raise _not_served(model)
         num_open = len(requests)
         num_prompt_tokens = len(requests[0].prompt_token_ids) + len(requests[0].output_token_ids)
         inbox = self._receiver.open([request.request_id for request in requests], num_prompt_tokens)
-        call = GroupCall(tuple(requests), dict(trace_context), self._receiver.address)
+        card = self._models.get(model)
+        weights = "" if card is None else card.weights
+        call = GroupCall(tuple(requests), dict(trace_context), self._receiver.address, weights)
         # Serve's response is not held here: with it, an answer that waits for its client would take 30 KiB more.
         submission = asyncio.create_task(_value(handle.generate.remote(self._encode(call))))
         del call
         num_tokens = sum(len(request.prompt_token_ids) for request in requests)
-        self._submissions[submission] = model, len(requests), num_tokens
+        self._submissions[submission] = _Submission(model, weights, len(requests), num_tokens, inbox)
         submission.add_done_callback(partial(self._take_reply, model, inbox))
         self._num_open[model] += 1
         try:
@@ -235,6 +261,10 @@ class ServeBackend:
 
     async def _reports(self, handle: Handle, reader: str) -> list[GroupReport]:
         return [self._decode_report(item) for item in await _ask_all(handle, "report", reader)]
+
+
+def _not_served(model: str) -> GroupUnavailableError:
+    return GroupUnavailableError(f"model {model!r} is not served any more", may_have_run=False)
 
 
 async def _ask_all(handle: Handle, method: str, *arguments: str) -> list[bytes]:

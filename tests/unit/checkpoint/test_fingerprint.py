@@ -1,11 +1,13 @@
 """The digest of a checkpoint changes with what is read of it, and with nothing else."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from model_parallel.checkpoint.detect import describe
-from model_parallel.checkpoint.fingerprint import fingerprint
+from model_parallel.checkpoint.fingerprint import fingerprint, weights_fingerprint
 from tests.support.llama_tokenizers import llama_directory, tokenizer_json, write_gguf
 
 
@@ -59,3 +61,28 @@ def test_a_single_file(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert digest(path) != before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_what_ranks_load_counts_for_them(directory: Path, name: str) -> None:
+    before = weights_fingerprint(describe(directory))
+    path = directory / name
+    path.write_bytes(path.read_bytes() + (b"\n" if path.suffix == ".json" else b"\0"))
+    assert weights_fingerprint(describe(directory)) != before
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_what_gateways_go_by_does_not_count_for_ranks(directory: Path, name: str) -> None:
+    """A group that is lost after such a change comes back."""
+    before = weights_fingerprint(describe(directory))
+    (directory / name).write_text('{"temperature": 0.5}')
+    assert weights_fingerprint(describe(directory)) == before
+
+
+def test_it_is_the_same_wherever_the_files_lie(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """And whenever they were written."""
+    copy = tmp_path_factory.mktemp("other node") / "model"
+    shutil.copytree(directory, copy)
+    os.utime(copy / "model.safetensors", (1, 1))
+    assert weights_fingerprint(describe(copy)) == weights_fingerprint(describe(directory))
+    assert digest(copy) == digest(directory)

@@ -435,6 +435,21 @@ def test_what_is_half_gone_is_not_served(cluster: ClusterOperations, serve: Fake
     assert serve.states[-1] == {"a": "serving"}
 
 
+@pytest.mark.parametrize("only_check", [False, True])
+def test_weights_that_were_replaced_at_their_place_are_another_model(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch, only_check: bool
+) -> None:
+    """Groups that are started anew would answer in other words than those that run."""
+    before = serve.records[-1]
+    cluster._write("a", msgspec.structs.replace(before.models["a"], card=card("a", source="/a", weights="old")))
+    num_records = len(serve.records)
+    with pytest.raises(ValidationError, match="the weights at /a are not those that are served"):
+        cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=only_check)
+    with pytest.raises(ValidationError, match="the weights at /a are not those that are served"):
+        cluster.restart("a", 1, log)
+    assert (serve.runs, len(serve.records)) == ([], num_records)
+
+
 def test_places_of_other_models_are_counted_by_what_is_written_down(
     cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """A gateway goes by the record of what is served: models come, change and go while it answers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Backend(FakeBackend):
         super().__init__(self._answer)
         self.models: Catalogue = Catalogue(list(self.models.values()))
         self.held: set[str] = set()
+        self.kept: list[Mapping[str, str]] = []
         self.go_on = asyncio.Event()
 
     async def _answer(self, requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
@@ -42,6 +43,9 @@ class Backend(FakeBackend):
 
     def forget_model(self, name: str) -> None:
         self.models.forget_base(name)
+
+    def keep_waiting(self, weights: Mapping[str, str]) -> None:
+        self.kept.append(weights)
 
     def set_adapters(self, adapters: Sequence[AdapterCard]) -> None:
         self.models.set_adapters(adapters)
@@ -176,6 +180,18 @@ async def test_models_that_are_not_shown_are_not_served(serve: Serve, record: Re
         record.served = Served(generation=2, models=hidden | served(2, card("tiny")).models)
         await gateway._look()
         assert await names(running) == ["tiny"]
+
+
+async def test_what_waits_is_told_which_models_there_are(serve: Serve, record: Record) -> None:
+    """One that is going is there until its groups have ended."""
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        going = served(2, card("plain", weights="p"), state="removing").models
+        record.served = Served(generation=2, models=going | served(2, card("tiny", weights="t")).models)
+        await gateway._look()
+        record.served = served(3, card("tiny", weights="other"))
+        await gateway._look()
+        assert running.backend.kept == [{"plain": "p", "tiny": "t"}, {"tiny": "other"}]  # type: ignore[attr-defined]
 
 
 async def test_a_record_that_cannot_be_read_changes_nothing(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -238,17 +239,26 @@ async def test_without_a_group_that_goes_on_the_wait_ends(serve: Serve, monkeypa
         assert await gateway.stub.Generate(query(12, 1), timeout=60).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_a_request_of_a_model_that_was_removed_does_not_wait_for_a_group(serve: Serve) -> None:
+@pytest.mark.parametrize("is_another", [False, True])
+async def test_a_request_of_a_model_that_was_removed_does_not_wait_for_a_group(serve: Serve, is_another: bool) -> None:
+    """Nor is it for another model that has its name meanwhile."""
+    offered: list[str] = []
+
     class RemovedBackend(MortalBackend):
         async def generate(
             self, model: str, requests: Sequence[EngineRequest], trace_context: Mapping[str, str]
         ) -> AsyncIterator[GroupOutputs]:
+            offered.append(self.models[model].weights)
             async for step in super().generate(model, requests, trace_context):
                 yield step
-                self.models.pop(model, None)
+                if is_another:
+                    self.models[model] = msgspec.structs.replace(self.models[model], weights="other")
+                else:
+                    self.models.pop(model, None)
 
     async with serve(RemovedBackend([4], refusals=10**9)) as gateway:
         assert await gateway.stub.Generate(query(12, 1), timeout=60).code() is grpc.StatusCode.UNAVAILABLE
+    assert offered == [""]
 
 
 @given(

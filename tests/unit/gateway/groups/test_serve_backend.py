@@ -56,6 +56,7 @@ class Group:
         self.leader.__dict__.update(
             _engine_id="g1",
             _model=MODEL,
+            _weights="",
             _engine=self.harness.engine,
             _adapters=GroupAdapters(self.harness.engine, MODEL_CONFIG, ParallelConfig()),
             _executor=SimpleNamespace(
@@ -403,6 +404,74 @@ async def test_models_come_and_go(receiver: OutputReceiver, group: Group) -> Non
     async for step in steps:
         outputs += step.outputs
     assert backend.num_open == {}
+
+
+def submitted(backend: ServeBackend, handle: Any) -> "asyncio.Task[list[EngineOutput]]":
+    backend._groups = {MODEL: handle}
+    return asyncio.create_task(outputs_of(backend, request("a")))
+
+
+def held_until(woken: asyncio.Event, group: Group) -> Any:
+    """A handle of Serve that finds no group until then: the router knows the deployment by its name, and by no more."""
+
+    class Held(Response):
+        async def _reply(self) -> bytes:
+            await woken.wait()
+            return await super()._reply()
+
+    return SimpleNamespace(generate=SimpleNamespace(remote=lambda encoded: Held(group, encoded)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "ends"),
+    [({}, True), ({MODEL: "other"}, True), ({MODEL: "old"}, False), ({MODEL: "old", "x": ""}, False)],
+)
+async def test_what_waits_for_a_model_that_has_gone_ends(
+    receiver: OutputReceiver, group: Group, weights: dict[str, str], ends: bool
+) -> None:
+    backend = ServeBackend([card(MODEL, weights="old")], {}, receiver)
+    group.leader._weights = "old"
+    woken = asyncio.Event()
+    waiting = submitted(backend, held_until(woken, group))
+    await until(lambda: backend._submissions)
+    backend.keep_waiting(weights)
+    if ends:
+        with pytest.raises(GroupUnavailableError, match="not served any more"):
+            await waiting
+        assert group.num_cancelled == 1
+        assert not group.harness.engine.has_work
+    else:
+        woken.set()
+        assert [token for output in await waiting for token in output.token_ids] == solo_output(request("a"))
+    assert backend.num_open == {}
+
+
+async def test_what_runs_goes_on_when_its_model_has_gone(backend: ServeBackend, group: Group) -> None:
+    running = asyncio.create_task(outputs_of(backend, request("a")))
+    await until(lambda: group.harness.engine.stats.num_running)
+    backend.keep_waiting({})
+    assert [token for output in await running for token in output.token_ids] == solo_output(request("a"))
+
+
+async def test_nobody_waits_for_a_model_that_sleeps_and_goes(receiver: OutputReceiver, group: Group) -> None:
+    backend = ServeBackend([card(MODEL)], {}, receiver)
+    waiting = submitted(backend, held_until(asyncio.Event(), group))
+    await until(lambda: backend._submissions)
+    backend.set_groups(MODEL, 0, is_asleep=True)
+    backend.forget_model(MODEL)
+    with pytest.raises(GroupUnavailableError, match="not served any more"):
+        await waiting
+
+
+async def test_a_group_answers_for_its_own_weights_alone(receiver: OutputReceiver, group: Group) -> None:
+    """A gateway that has heard of nothing has the call sent to whatever has the name now."""
+    handle: Any = group
+    backend = ServeBackend([card(MODEL, weights="old")], {MODEL: handle}, receiver)
+    group.leader._weights = "new"
+    with pytest.raises(GroupUnavailableError, match="not served any more") as refused:
+        await outputs_of(backend, request("a"))
+    assert not refused.value.may_have_run
+    assert group.leader._async_engine is None or not group.harness.engine.has_work
 
 
 async def test_a_model_whose_groups_are_replaced_can_serve_meanwhile(receiver: OutputReceiver) -> None:
