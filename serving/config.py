@@ -193,6 +193,10 @@ class ChatConfig(_Section):
         return self
 
 
+MAX_GROUPS = 4096
+"""Of a model. A number with a digit too many is told at once, and not by what has no room for it."""
+
+
 class AutoscalingConfig(_Section):
     """How the number of a model's groups follows what is asked of it."""
 
@@ -201,7 +205,7 @@ class AutoscalingConfig(_Section):
         BeforeValidator(_off_or_on, json_schema_input_type=Literal["off", "advise", "on", False, True]),
     ] = Field("on", description="on: groups are started and stopped. advise: what would be done is told. off: neither.")
     min_groups: int = Field(1, ge=0, description="0: a model that nobody asks for has no group until somebody does.")
-    max_groups: int = Field(ge=1)
+    max_groups: int = Field(ge=1, le=MAX_GROUPS)
     ttft_p99_s: float = Field(2.0, gt=0, description="99 of 100 requests have their first token within this.")
     tpot_p99_s: float = Field(
         0.1, gt=0, description="99 of 100 requests have each further token within this, on average over the request."
@@ -276,7 +280,7 @@ class ModelEntry(_Section):
     name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH, pattern=MODEL_NAME)
     source: str = Field(min_length=1, description="A name that `packtrain fetch` knows, a directory, or a GGUF file.")
     tensor_parallel_size: int = Field(1, ge=1)
-    num_groups: int = Field(1, ge=1, description="With autoscaling: to begin with.")
+    num_groups: int = Field(1, ge=1, le=MAX_GROUPS, description="With autoscaling: to begin with.")
     autoscaling: AutoscalingConfig | None = Field(None, description="Unset: there are num_groups.")
     device: Literal["auto", "cpu", "cuda"] = Field(AUTO, description="auto: cuda where there is a GPU for every rank.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -44,7 +44,7 @@ def _describe_file(source: Path) -> CheckpointInfo:
     if magic == MAGIC:
         return describe_gguf(source)
     found = what_it_is(source)
-    reason = f": it {found}" if found else f": it begins with {magic!r}"
+    reason = f": it {found}" if found else ""
     if source.name in ("config.json", "params.json") or source.suffix in (".safetensors", ".bin", ".pth", ".model"):
         reason += f"; to serve the checkpoint around it, give its directory, {source.parent}"
     raise CheckpointError(f"{source} is not a GGUF file{reason}")

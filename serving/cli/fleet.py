@@ -15,7 +15,7 @@ from rich.text import Text
 
 from serving.cli.durations import duration_s
 from serving.cli.terminal import standard_output
-from serving.contracts.addresses import parse_target
+from serving.contracts.addresses import Target, parse_target
 from serving.contracts.fleet import Fleet, FleetDecision, FleetModel
 
 DEFAULT_METRICS_PORT = 9464
@@ -54,11 +54,14 @@ def explain(
 ) -> None:
     """Say what the autoscaler has decided, and why. Decisions that say the same are one line."""
     from_s = time.time() - duration_s(since)
-    decisions = [
-        made
-        for made in read_fleet(address).decisions
-        if made.last_s >= from_s and (model is None or made.model == model)
-    ]
+    fleet = read_fleet(address)
+    known = {*fleet.models, *(made.model for made in fleet.decisions)}
+    if model is not None and model not in known:
+        raise typer.BadParameter(
+            f"no model {model[:128]!r} is served; served: {', '.join(sorted(fleet.models)) or 'none'}",
+            param_hint="--model",
+        )
+    decisions = [made for made in fleet.decisions if made.last_s >= from_s and (model is None or made.model == model)]
     if not decisions:
         typer.echo(f"no decision since {_moment(from_s)}: no model has autoscaling, or nothing was seen")
     for made in decisions:
@@ -69,7 +72,7 @@ def read_fleet(address: str) -> Fleet:
     """Raises ConnectionError, which says what to do, and BadParameter."""
     target = parse_target(address, DEFAULT_METRICS_PORT)
     try:
-        with urllib.request.urlopen(f"http://{target.address}/fleet", timeout=TIMEOUT_S) as answer:
+        with _opener(target).open(f"http://{target.address}/fleet", timeout=TIMEOUT_S) as answer:
             return msgspec.json.decode(answer.read(MAX_BYTES), type=Fleet)
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", None) or error
@@ -78,6 +81,12 @@ def read_fleet(address: str) -> Fleet:
         ) from error
     except msgspec.DecodeError as error:
         raise ConnectionError(f"what answers at {target.address} is no gateway: {error}") from error
+
+
+def _opener(target: Target) -> urllib.request.OpenerDirector:
+    """No proxy of the environment stands between this machine and itself."""
+    proxies = urllib.request.ProxyHandler({} if target.is_on_this_machine else None)
+    return urllib.request.build_opener(proxies)
 
 
 def render(fleet: Fleet, now_s: float) -> Group:

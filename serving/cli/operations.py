@@ -30,7 +30,7 @@ from serving.cli.serve import (
 from serving.cli.terminal import say
 from serving.client.client import Client
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
-from serving.config import api_key, load_config
+from serving.config import MAX_GROUPS, api_key, load_config
 from serving.contracts.yaml_files import read_mapping
 from serving.models.fetch import KNOWN_MODELS
 
@@ -41,7 +41,10 @@ AdminAddress = Annotated[
 ]
 Model = Annotated[str, typer.Argument(help="Name of the model, as clients call it.")]
 MaxUnavailable = Annotated[
-    int, typer.Option(min=1, help="Groups that may be away at a time while they are replaced; at most all but one.")
+    int,
+    typer.Option(
+        min=1, max=MAX_GROUPS, help="Groups that may be away at a time while they are replaced; at most all but one."
+    ),
 ]
 
 
@@ -55,7 +58,7 @@ def deploy(
     source: Source = None,
     name: ModelName = None,
     tp: Ranks = None,
-    groups: Annotated[int | None, typer.Option(min=1, help="Replica groups.")] = None,
+    groups: Annotated[int | None, typer.Option(min=1, max=MAX_GROUPS, help="Replica groups.")] = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
     device: DeviceName = None,
@@ -102,12 +105,14 @@ def undeploy(
 
 def scale(
     model: Model,
-    groups: Annotated[int | None, typer.Option(min=1, help="Replica groups that there are to be.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=1, max=MAX_GROUPS, help="Replica groups that there are to be.")
+    ] = None,
     min_groups: Annotated[
-        int | None, typer.Option("--min", min=0, help="Fewest groups that the autoscaler may leave.")
+        int | None, typer.Option("--min", min=0, max=MAX_GROUPS, help="Fewest groups that the autoscaler may leave.")
     ] = None,
     max_groups: Annotated[
-        int | None, typer.Option("--max", min=1, help="Most groups that the autoscaler may start.")
+        int | None, typer.Option("--max", min=1, max=MAX_GROUPS, help="Most groups that the autoscaler may start.")
     ] = None,
     address: AdminAddress = DEFAULT_ADMIN_ADDRESS,
     tls: UseTls = False,

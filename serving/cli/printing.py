@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from serving.cli.terminal import standard_output
+from serving.tenants.records import iso_time
 
 Row = Mapping[str, Any]
 
@@ -48,11 +49,11 @@ def _print_table(rows: list[list[Any]], columns: Sequence[str]) -> None:
     for index in kept:
         table.add_column(columns[index], overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_shown(row[index])) for index in kept))  # Text: names are not markup
+        table.add_row(*(Text(_shown(columns[index], row[index])) for index in kept))  # Text: names are not markup
     standard_output().print(table)
 
 
-def _shown(value: Any) -> str:
+def _shown(column: str, value: Any) -> str:
     match value:
         case None | "":
             return "-"
@@ -60,6 +61,8 @@ def _shown(value: Any) -> str:
             return "yes" if value else "no"
         case list():
             return ", ".join(value) or "none"
+        case float() if column.endswith("_unix_s"):
+            return iso_time(value)
         case float():
             return f"{value:g}"
         case _:

@@ -15,7 +15,7 @@ from protos import inference_pb2 as pb
 from serving.cli.asking import print_speed, print_stream
 from serving.cli.terminal import console, fetch_progress, leave_on_signals, say, stage, warn
 from serving.client.client import Client, chat_prompt
-from serving.config import ServingConfig, load_config, parse_config
+from serving.config import MAX_GROUPS, ServingConfig, load_config, parse_config
 from serving.driver.environment import prepare_environment
 from serving.models.fetch import KNOWN_MODELS, fetch_model
 
@@ -51,7 +51,7 @@ def serve(
     source: Source = None,
     name: ModelName = None,
     tp: Ranks = None,
-    groups: Annotated[int | None, typer.Option(min=1, help="Replica groups of each model.")] = None,
+    groups: Annotated[int | None, typer.Option(min=1, max=MAX_GROUPS, help="Replica groups of each model.")] = None,
     dtype: Dtype = None,
     quantization: Quantization = None,
     device: DeviceName = None,

@@ -14,6 +14,11 @@ _MARK = "packtrain-start-failure:"
 _MARKED = re.compile(re.escape(_MARK) + r'("(?:[^"\\]|\\.)*")')
 
 
+_TRACEBACKS = ("Traceback", "ray::")
+"""How Python's begins, and Ray's of an error on the other side of a call."""
+_NOT_FOR_PEOPLE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]| at 0x[0-9a-fA-F]+")
+
+
 class StartError(Exception):
     """The stack did not come up. The message is for the person who started it."""
 
@@ -38,10 +43,11 @@ def start_failures(text: str) -> list[str]:
 
 def plain_reason(text: str) -> str:
     """The shortest true account of an error's text: our own messages in it, else the last line of a traceback, else its first
-    line."""
+    line; without colours of a terminal and addresses of objects."""
+    text = _NOT_FOR_PEOPLE.sub("", text)
     if failures := start_failures(text):
         return "\n".join(failures)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return "no reason was given"
-    return lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
+    return lines[-1] if any(line.startswith(_TRACEBACKS) for line in lines) else lines[0]

@@ -554,3 +554,7 @@ def _explained(field: str = "config") -> Iterator[None]:
         yield
     except (EngineError, FetchError) as error:
         raise ValidationError(field, str(error)) from error
+    except OSError as error:
+        if error.filename is None:  # no file is meant
+            raise
+        raise ValidationError(field, f"{error.filename!s:.200}: {error.strerror}") from error

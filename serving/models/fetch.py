@@ -75,7 +75,11 @@ def resolve_source(source: str) -> Path:
     if source in KNOWN_MODELS:
         return fetch_model(source)
     path = Path(source).expanduser()
-    if path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise ConfigError(f"source {source:.200} cannot be looked at: {error.strerror}") from error
+    if is_there:
         return path
     near = difflib.get_close_matches(source, KNOWN_MODELS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known models: {', '.join(KNOWN_MODELS)}"

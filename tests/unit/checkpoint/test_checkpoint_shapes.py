@@ -515,6 +515,16 @@ def test_torch_files_that_hold_something_else(tmp_path: Path, content: object, f
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"root:secret", b"", b"\x7fELF"])
+def test_what_is_no_gguf_file_is_not_shown(tmp_path: Path, content: bytes) -> None:
+    """Whoever may deploy a model may not read every file of the host."""
+    (tmp_path / "shadow").write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        describe(tmp_path / "shadow")
+    instead = "" if content else ": it is empty; download it again"
+    assert str(error.value) == f"{tmp_path / 'shadow'} is not a GGUF file{instead}"
+
+
 def test_a_pointer_instead_of_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(LFS)
     with pytest.raises(CheckpointError, match=r"x.gguf is not a GGUF file: it is a Git LFS pointer"):

@@ -84,7 +84,7 @@ def test_explain_goes_back_as_far_as_it_is_asked_to(address: str) -> None:
 
 
 def test_no_decision_is_said_to_be_none(address: str) -> None:
-    nothing = ["autoscaler", "explain", "--address", address, "--model", "nobody"]
+    nothing = ["autoscaler", "explain", "--address", address, "--model", "fixed"]
     assert "no decision since" in CliRunner().invoke(app, nothing).output
 
 
@@ -103,3 +103,31 @@ def test_what_is_no_gateway_is_told_from_one(monkeypatch: pytest.MonkeyPatch, ad
     monkeypatch.setattr(msgspec.json, "encode", lambda fleet: json.dumps({"at_s": "soon"}).encode())
     with pytest.raises(ConnectionError, match="is no gateway"):
         read_fleet(address)
+
+
+def test_no_proxy_stands_between_this_machine_and_itself(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert read_fleet(address).models.keys() == FLEET.models.keys()
+    assert read_fleet(address.replace("127.0.0.1", "localhost")).models.keys() == FLEET.models.keys()
+    with pytest.raises(ConnectionError, match=r"192\.0\.2\.1:9464"):  # through the proxy, which is not there
+        read_fleet("192.0.2.1")
+
+
+def test_a_model_that_nobody_knows_is_told_with_those_that_are_served(address: str) -> None:
+    unknown = CliRunner().invoke(app, ["autoscaler", "explain", "--address", address, "--model", "nope"])
+    assert unknown.exit_code == 2
+    said = " ".join(unknown.output.replace("│", " ").split())
+    assert "no model 'nope' is served; served: chat, fixed" in said
+    for known in ("chat", "fixed", "other"):
+        assert CliRunner().invoke(app, ["autoscaler", "explain", "--address", address, "--model", known]).exit_code == 0
+
+
+@pytest.mark.parametrize("since", ["999999999d", "36501d", "876001h"])
+def test_no_length_of_time_is_out_of_the_calendar(address: str, since: str) -> None:
+    refused = CliRunner().invoke(app, ["autoscaler", "explain", "--address", address, "--since", since])
+    assert refused.exit_code == 2
+    assert f"at most 36500d; not '{since}'" in " ".join(refused.output.replace("│", " ").split())
+    assert CliRunner().invoke(app, ["autoscaler", "explain", "--address", address, "--since", "36500d"]).exit_code == 0

@@ -172,3 +172,20 @@ def test_another_users_key_is_explained(address: str, monkeypatch: pytest.Monkey
     result = run(address, "restart", "m")
     assert isinstance(result.exception, ConnectionError)
     assert "operator.key has the key" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scale", "a", "--groups", "99999999999"],
+        ["scale", "a", "--min", "99999999999", "--max", "2"],
+        ["scale", "a", "--max", "4097"],
+        ["restart", "a", "--max-unavailable", "99999999999"],
+        ["deploy", "/m", "--groups", "99999999999"],
+        ["deploy", "/m", "--max-unavailable", "99999999999"],
+    ],
+)
+def test_numbers_have_bounds(arguments: list[str]) -> None:
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "less than or equal to 4096" in refused.output

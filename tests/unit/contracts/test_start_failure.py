@@ -44,3 +44,20 @@ def test_a_bug_is_told_by_its_last_line() -> None:
 )
 def test_other_texts(text: str, reason: str) -> None:
     assert plain_reason(text) == reason
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "\x1b[36mray::ServeController.update()\x1b[39m (pid=1, ip=::1, repr=<ray.serve.Controller object at 0x7f3a>)\n"
+            '  File "controller.py", line 3, in update\n    raise ValueError(1)\nValueError: no such deployment',
+            "ValueError: no such deployment",
+        ),
+        ("\x1b[1;31mred\x1b[0m words", "red words"),
+        ("<Group object at 0xDEADbeef> is gone", "<Group object> is gone"),
+        ("look at 0 x", "look at 0 x"),
+    ],
+)
+def test_what_is_for_terminals_and_debuggers_is_left_out(text: str, reason: str) -> None:
+    assert plain_reason(text) == reason

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -433,6 +434,19 @@ def test_what_is_half_gone_is_not_served(cluster: ClusterOperations, serve: Fake
             change()
     cluster.undeploy("b", log)
     assert serve.states[-1] == {"a": "serving"}
+
+
+def test_a_file_that_the_system_refuses_is_the_callers_to_correct(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(entry: ModelEntry, host: Host, *, is_private: bool) -> Any:
+        Path(entry.source).stat()
+
+    monkeypatch.setattr(operations, "check_model", check)
+    for source in ("/" + "x" * 300, "/" + "x/" * 3000):
+        with pytest.raises(ValidationError, match=rf"{source[:100]}.*: File name too long"):
+            cluster.deploy(text(name="b", source=source), 1, log, only_check=False)
+    assert (serve.runs, len(serve.records)) == ([], 1)
 
 
 @pytest.mark.parametrize("only_check", [False, True])

@@ -185,3 +185,9 @@ def test_the_model_of_the_demo(smollm2_path: Path) -> None:
         assert hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
     assert smollm2_path.stat().st_size == model.num_bytes
     assert smollm2_path == model.path
+
+
+@pytest.mark.parametrize("source", ["/" + "x" * 300, "/" + "x/" * 3000], ids=["name", "path"])
+def test_a_source_that_no_file_system_has_is_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match=rf"source {source[:100]}.* cannot be looked at: File name too long"):
+        resolve_source(source)

@@ -151,6 +151,8 @@ def test_usage_is_summed_and_exported(run: Run, store: Store) -> None:
     late = rows(run("usage", "--records", "--since", "1970-01-01T00:16:41", "--until", "1s", "--format", "csv"))
     assert [each["request_id"] for each in late] == ["r002", "r003"]
     assert "acme" in run("usage").stdout
+    table = re.sub(r"\s|│", "", run("usage", "--records").stdout)
+    assert "e+0" not in table
 
 
 def test_the_configuration_names_the_database(run: Run, url: str, tmp_path: Path) -> None:
