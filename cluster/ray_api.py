@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 from ray.exceptions import GetTimeoutError, RayError
 from ray.job_config import JobConfig
+from ray.util import list_named_actors
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
@@ -177,11 +178,8 @@ def environment_by_node(names: tuple[str, ...], timeout_s: float) -> dict[str, d
 def has_actor(name: str, namespace: str) -> bool:
     """Whether there is an actor of this name, or Ray will start it: not one that has ended for good. Raises RayError."""
     require_cluster()
-    try:
-        ray.get_actor(name, namespace)
-    except ValueError:
-        return False
-    return True
+    # Not `ray.get_actor`, which says the same of an actor that is not there and of a control store that does not answer.
+    return {"name": name, "namespace": namespace} in list_named_actors(all_namespaces=True)
 
 
 def require_cluster() -> None:
