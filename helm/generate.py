@@ -29,29 +29,54 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _QUANTITY: Schema = {
     "type": ["string", "number"],
     "minimum": 0,
-    "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$",
+    "pattern": r"^\+?([0-9]+\.?[0-9]*|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?[0-9]+)?$",
+}
+_WHOLE: Schema = {"type": ["string", "integer"], "minimum": 0, "pattern": "^[0-9]+$"}
+_AMOUNTS: Schema = {
+    "type": "object",
+    "patternProperties": {"/": _WHOLE},  # devices: nvidia.com/gpu
+    "additionalProperties": _QUANTITY,
 }
 _RESOURCES: Schema = {
     "type": "object",
     "additionalProperties": False,
-    "properties": {kind: {"type": "object", "additionalProperties": _QUANTITY} for kind in ("requests", "limits")},
+    "properties": {"requests": _AMOUNTS, "limits": _AMOUNTS, "claims": {"type": "array", "items": {"type": "object"}}},
 }
-_START_PARAMETERS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_NUMBER: Schema = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$"}
+_START_PARAMETERS: Schema = {
+    "type": "object",
+    "properties": {"num-cpus": _NUMBER, "num-gpus": {"type": "string", "pattern": "^[0-9]+$"}},
+    "additionalProperties": {"type": "string"},
+}
 _ENVIRONMENT: Schema = {
     "type": "array",
     "items": {
         "type": "object",
         "additionalProperties": False,
         "required": ["name"],
-        "properties": {"name": {"type": "string"}, "value": {"type": "string"}, "valueFrom": {"type": "object"}},
+        "properties": {
+            "name": {"type": "string", "pattern": "^[A-Za-z_.-][A-Za-z0-9_.-]*$"},
+            "value": {"type": "string"},
+            "valueFrom": {"type": "object"},
+        },
     },
 }
-_STRINGS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
+_KEYS: Schema = {
+    "pattern": r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
+}
+_STRINGS: Schema = {"type": "object", "propertyNames": _KEYS, "additionalProperties": {"type": "string"}}
 _LABEL_VALUE: Schema = {"type": "string", "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"}
-_LABELS: Schema = {"type": "object", "additionalProperties": _LABEL_VALUE}
+_LABELS: Schema = {"type": "object", "propertyNames": _KEYS, "additionalProperties": _LABEL_VALUE}
+_OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
+_NOT_EMPTY: Schema = {"type": "object", "minProperties": 1}
+_PEERS: Schema = {"type": "array", "items": _NOT_EMPTY}
 
-# A pod's ports are known before it runs: none is picked (0), and null, which helm takes for the default, turns none off.
-PORTS = {"GatewayConfig": ["port", "http_port"], "AdminConfig": ["port", "metrics_port"]}
+# A pod's ports are known before it runs, so that none is picked (0). null, which helm takes for the default, turns none off; false does.
+_PORT_OR_OFF: Schema = {"anyOf": [_PORT, {"const": False}]}
+PORTS = {
+    "GatewayConfig": {"port": _PORT, "http_port": _PORT_OR_OFF},
+    "AdminConfig": {"port": _PORT_OR_OFF, "metrics_port": _PORT_OR_OFF},
+}
 
 # By path or, beginning with "*.", by the last part of it.
 RULES: Mapping[str, Schema] = {
@@ -70,7 +95,21 @@ RULES: Mapping[str, Schema] = {
     "*.minReplicas": _COUNT,
     "*.maxReplicas": _COUNT,
     "*.numOfHosts": {"type": "integer", "minimum": 1},
-    "*.maxUnavailable": {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+%$"},
+    "*.maxUnavailable": {"type": ["integer", "string"], "minimum": 0, "pattern": "^([0-9]{1,2}|100)%$"},
+    "*.tolerations": _OBJECTS,
+    "*.topologySpreadConstraints": _OBJECTS,
+    "*.affinity": {"type": "object"},
+    "*.volumes": _OBJECTS,
+    "*.volumeMounts": _OBJECTS,
+    "weights.initContainers": _OBJECTS,
+    "networkPolicy.clients": _PEERS,
+    "networkPolicy.adminClients": _PEERS,
+    "networkPolicy.monitoring": _PEERS,
+    "networkPolicy.dns": _PEERS,
+    "networkPolicy.apiServer": _PEERS,
+    "networkPolicy.extraEgress": _PEERS,
+    "database.egress.to": _PEERS,
+    "weights.s3.egress": _PEERS,
     "*.existingClaim": _NAME,
     "*.existingSecret": _NAME,
     "*.credentialsSecret": _NAME,
@@ -103,7 +142,7 @@ RULES: Mapping[str, Schema] = {
     "weights.s3.uri": {"type": "string", "pattern": "^(s3://.+)?$"},
     "weights.s3.endpoint": {"type": "string", "pattern": "^(https?://.+)?$"},
     "service.type": {"enum": ["ClusterIP", "LoadBalancer", "NodePort"]},
-    "networkPolicy.apiServerPorts": {"type": "array", "items": _PORT},
+    "networkPolicy.apiServerPorts": {"type": "array", "items": _PORT, "minItems": 1},
     "ingress.hosts": {
         "type": "array",
         "items": {
@@ -124,7 +163,9 @@ def values_schema(values: Mapping[str, Any], serving: Schema) -> Schema:
     """The chart's schema, of its default values and the JSON schema of ServingConfig."""
     properties = {name: _schema_of(name, value) for name, value in values.items() if name != "config"}
     properties["config"] = {"$ref": "#/$defs/ServingConfig"}
+    # Helm's own: values of a parent chart, and the condition under which it takes this one.
     properties["global"] = {"type": "object"}
+    properties["enabled"] = {"type": "boolean"}
     properties["additionalWorkerGroups"] = {
         "type": "object",
         "additionalProperties": _without_required(properties["worker"]),
@@ -177,9 +218,12 @@ def _configuration(serving: Schema) -> Schema:
     for name, keys in CHARTS_OWN.items():
         for key in keys:
             del definitions[name]["properties"][key]
-    for name, keys in PORTS.items():
-        for key in keys:
-            definitions[name]["properties"][key] = _PORT
+    for name, ports in PORTS.items():
+        definitions[name]["properties"] |= ports
+    definitions["TenancyConfig"]["properties"]["database"] = {
+        "type": "string",
+        "pattern": "^((sqlite|postgresql)[+:].*)?$",
+    }
     used = set(_references(definitions["ServingConfig"], definitions))
     return {name: _plain(definitions[name]) for name in sorted(used | {"ServingConfig"})}
 

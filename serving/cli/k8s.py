@@ -116,18 +116,17 @@ def drain(
 @k8s.command("wait-for-weights")
 def wait_for_weights(
     directory: Annotated[Path, typer.Argument(help="Where the weights come to lie.")],
+    marker: Annotated[str, typer.Argument(help="File there that the copy of these weights ends with.")],
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to wait.")] = 4 * 3600.0,
     every_s: Annotated[float, typer.Option(min=0.1, help="How often to tell how far it is.")] = 10.0,
 ) -> None:
     """Wait until the copy of the weights is complete, and tell how many bytes there are and how fast they come."""
     deadline_s = time.monotonic() + timeout_s
     before, told_s = 0, time.monotonic()
-    while not (directory / kubernetes.COMPLETE).exists():
+    while not (directory / marker).exists():
         now_s = time.monotonic()
         if now_s > deadline_s:
-            raise ConfigError(
-                f"{directory} has no {kubernetes.COMPLETE} after {timeout_s:g} s: see the log of the weights Job"
-            )
+            raise ConfigError(f"{directory} has no {marker} after {timeout_s:g} s: see the log of the weights Job")
         if now_s - told_s >= every_s:
             there = kubernetes.bytes_below(directory)
             rate = max(0, there - before) / (now_s - told_s)

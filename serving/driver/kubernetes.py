@@ -32,8 +32,6 @@ from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
 from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES, with_step_sizes, workload_of
 
-COMPLETE = ".packtrain-complete"
-"""File that the chart's copy of the weights ends with."""
 STOP_MARGIN_S = 45
 """Between the end of the drain and the end of the pod: leaders end (30 s at most), and Ray (15 s)."""
 _MARGIN = 1.25

@@ -453,6 +453,8 @@ def test_a_group_replaces_what_it_gives() -> None:
         "labels": {"team": "a"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
         "podDisruptionBudget": {"maxUnavailable": 2},
+        "replicas": 3,
+        "maxReplicas": 3,
     }
     resources = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"cpu": "8", "memory": "16Gi"}}
     own = {
@@ -462,15 +464,15 @@ def test_a_group_replaces_what_it_gives() -> None:
         "minReplicas": 0,
         "podDisruptionBudget": {"enabled": False},
     }
-    manifests = render(values={"worker": worker, "additionalWorkerGroups": {"cpu": own, "more": {"maxReplicas": 3}}})
+    manifests = render(values={"worker": worker, "additionalWorkerGroups": {"cpu": own, "more": {"maxReplicas": 4}}})
     _, first, cpu, more = only(manifests, "RayCluster")["spec"]["workerGroupSpecs"]
     assert (cpu["groupName"], cpu["replicas"], cpu["rayStartParams"]["num-gpus"]) == ("cpu", 0, "0")
     assert cpu["template"]["spec"]["containers"][0]["resources"] == resources
     assert "nodeSelector" not in cpu["template"]["spec"]
     assert cpu["template"]["metadata"]["labels"]["team"] == "a"
     assert more["template"]["spec"] == first["template"]["spec"]
-    budgets = {m["metadata"]["name"]: m["spec"]["maxUnavailable"] for m in of_kind(manifests, "PodDisruptionBudget")}
-    assert budgets == {f"{NAME}-gateway": 1, f"{NAME}-workers": 2, f"{NAME}-more": 2}
+    budgets = {m["metadata"]["name"]: m["spec"]["minAvailable"] for m in of_kind(manifests, "PodDisruptionBudget")}
+    assert budgets == {f"{NAME}-gateway": 0, f"{NAME}-workers": 1, f"{NAME}-more": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ HELPERS, CLUSTER, DRIVER, PODS = (
     f"templates/{name}" for name in ("_helpers.tpl", "raycluster.yaml", "driver.yaml", "_pods.tpl")
 )
 SERVICES, POLICIES = "templates/services.yaml", "templates/networkpolicies.yaml"
+WORKERS_STAY = 'minAvailable: {{ include "packtrain.minAvailable" (list $pods .podDisruptionBudget.maxUnavailable) }}'
 
 # A template that breaks the rule: which rule, with which values, what is replaced in which file by what.
 MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
@@ -29,7 +30,7 @@ MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
     (rules.no_secret_in_values, "minimal-cpu", {DRIVER: ("- --block\n", "- --block\n            - --redis-password=hunter2\n")}),
     (rules.no_secret_in_values, "minimal-cpu", {HELPERS: ("sqlite:////var/lib/packtrain/tenants.db", "postgresql://packtrain:hunter2@db/packtrain")}),
     (rules.ray_asks_for_a_token, "minimal-cpu", {CLUSTER: ("mode: token", "mode: disabled")}),
-    (rules.ray_asks_for_a_token, "minimal-cpu", {DRIVER: ('{{- include "packtrain.authEnvironment" . | nindent 12 }}', "")}),
+    (rules.ray_asks_for_a_token, "minimal-cpu", {DRIVER: ('include "packtrain.authEnvironment" . | fromYamlArray', "list")}),
     (rules.rays_ports_are_in_no_service, "minimal-cpu", {SERVICES: ("targetPort: grpc}\n{{- $admin", "targetPort: grpc}\n    - {name: dashboard, port: 8265}\n{{- $admin")}),
     (rules.rays_ports_are_in_no_service, "minimal-cpu", {CLUSTER: ('"dashboard-host" "127.0.0.1"', '"dashboard-host" "0.0.0.0"')}),
     (rules.rays_ports_are_in_no_service, "minimal-cpu", {CLUSTER: ("            lifecycle: {{- include \"packtrain.lifecycle\" . | nindent 14 }}", "              - {name: client, containerPort: 10001}\n            lifecycle: {{- include \"packtrain.lifecycle\" . | nindent 14 }}")}),
@@ -40,7 +41,7 @@ MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
     (rules.exposed_with_tls, "minimal-cpu", {SERVICES: ("spec:\n  type: {{ .Values.service.type }}", "spec:\n  type: NodePort")}),
     (rules.exposed_with_tls, "air-gapped", {"templates/ingress.yaml": ("{{- with .Values.ingress.tls }}", "{{- with list }}")}),
     (rules.exposed_with_tls, "many-models", {"templates/gatewayapi.yaml": ("{{- toYaml .Values.gatewayApi.parentRefs | nindent 4 }}", "[{name: public}]")}),
-    (rules.images_are_pinned, "minimal-cpu", {CLUSTER: ("- name: ray-head\n            image: {{ include \"packtrain.image\" . }}", "- name: ray-head\n            image: packtrain")}),
+    (rules.images_are_pinned, "minimal-cpu", {CLUSTER: ("- name: ray-head\n            image: {{ include \"packtrain.image\" . | quote }}", "- name: ray-head\n            image: packtrain")}),
     (rules.grace_is_longer_than_the_drain, "minimal-cpu", {CLUSTER: ("terminationGracePeriodSeconds: {{ $grace }}", "terminationGracePeriodSeconds: 30")}),
     (rules.grace_is_longer_than_the_drain, "llama-2-70b-tp8", {HELPERS: ("{{ add (include \"packtrain.drainSeconds\" . | float64 | ceil | int) 30 | quote }}", '"60"')}),
     (rules.grace_is_longer_than_the_drain, "minimal-cpu", {HELPERS: ("command: [packtrain, k8s, drain,", "command: [sleep,")}),
@@ -56,10 +57,18 @@ MUTANTS: list[tuple[rules.Rule, str, Mapping[str, tuple[str, str]]]] = [
     (rules.nothing_passes_but_the_listed_flows, "minimal-cpu", {POLICIES: ("  ingress:\n    - from:\n        - podSelector: *ray", "  ingress:\n    - {}")}),
     (rules.nothing_passes_but_the_listed_flows, "minimal-cpu", {POLICIES: ("(list (dict \"podSelector\" dict))", "(list dict)")}),
     (rules.nothing_passes_but_the_listed_flows, "minimal-cpu", {POLICIES: ("- {protocol: TCP, port: grpc}", "- {protocol: TCP, port: 6379}")}),
-    (rules.nothing_passes_but_the_listed_flows, "minimal-cpu", {CLUSTER: ('{{- include "packtrain.podLabels" (list $root "worker") | nindent 12 }}', "app: worker")}),
-    (rules.disruptions_are_bounded, "llama-2-70b-tp8", {"templates/poddisruptionbudgets.yaml": ("maxUnavailable: {{ .podDisruptionBudget.maxUnavailable }}", "maxUnavailable: 100%")}),
+    (rules.nothing_passes_but_the_listed_flows, "minimal-cpu", {CLUSTER: ('{{- include "packtrain.podLabels" (list $root "worker" $own) | nindent 12 }}', " {app: worker}")}),
+    (rules.nothing_passes_but_the_listed_flows, "llama-2-70b-tp8", {POLICIES: ("{{- range $policy.apiServerPorts }}", "{{- range list }}")}),
+    (rules.nothing_passes_but_the_listed_flows, "minimal-cpu", {POLICIES: ("- to: {{- toYaml . | nindent 8 }}", "- to: []")}),
+    (rules.disruptions_are_bounded, "llama-2-70b-tp8", {"templates/poddisruptionbudgets.yaml": (WORKERS_STAY, "maxUnavailable: 1")}),
+    (rules.disruptions_are_bounded, "llama-2-70b-tp8", {"templates/poddisruptionbudgets.yaml": (WORKERS_STAY, "minAvailable: 50%")}),
+    (rules.disruptions_are_bounded, "llama-2-70b-tp8", {"templates/poddisruptionbudgets.yaml": ("ternary .minReplicas .replicas", "ternary .replicas .replicas")}),
+    (rules.disruptions_are_bounded, "llama-2-70b-tp16", {"templates/poddisruptionbudgets.yaml": (" .numOfHosts }}", " 1 }}")}),
+    (rules.nothing_stands_twice, "minimal-cpu", {HELPERS: ("- {name: home, mountPath: /home/packtrain}\n{{- if include", "- {name: home, mountPath: /tmp}\n{{- if include")}),
+    (rules.nothing_stands_twice, "minimal-cpu", {HELPERS: ("{{- range $names | uniq -}}", "{{- range concat $names $names -}}")}),
+    (rules.nothing_stands_twice, "minimal-cpu", {HELPERS: ("- name: tmp\n", "- name: home\n  emptyDir: {}\n- name: tmp\n")}),
     (rules.disruptions_are_bounded, "minimal-cpu", {"templates/poddisruptionbudgets.yaml": ("app.kubernetes.io/component: gateway", "app.kubernetes.io/component: gateways")}),
-    (rules.shared_memory_is_sized, "minimal-cpu", {HELPERS: ("emptyDir: {medium: Memory, sizeLimit: {{ index . 1 }}}", "emptyDir: {medium: Memory}")}),
+    (rules.shared_memory_is_sized, "minimal-cpu", {HELPERS: ("emptyDir: {medium: Memory, sizeLimit: {{ index . 1 | quote }}}", "emptyDir: {medium: Memory}")}),
     (rules.scaling_is_ours_alone, "minimal-cpu", {"templates/serviceaccount.yaml": ("apiVersion: v1", "apiVersion: autoscaling/v2\nkind: HorizontalPodAutoscaler\nmetadata: {name: x}\n---\napiVersion: v1")}),
 ]  # fmt: skip
 

@@ -122,5 +122,5 @@ def test_names_are_unique_and_short_enough(file: Path) -> None:
 def test_the_server_takes_the_configuration(file: Path) -> None:
     """The driver's own reader of configuration, which refuses unknown keys and wrong values."""
     config = parse_config(serve_config(rendered(file)), origin=file.name)
-    assert config.ray.address == "rel-packtrain-head-svc.llm.svc.cluster.local:6379"
+    assert config.ray.address == "rel-packtrain-head-svc.llm.svc:6379"
     assert config.gateway.host == "0.0.0.0"

@@ -290,6 +290,9 @@ def nothing_passes_but_the_listed_flows(manifests: list[Manifest]) -> list[str]:
         for rule in spec.get("egress", []):
             if not rule.get("to") and not rule.get("ports"):
                 found.append(f"policy {name} lets everything out")
+        for rule in [*spec.get("ingress", []), *spec.get("egress", [])]:
+            # Kubernetes takes an empty list, and one that is null, for "all".
+            found += [f"policy {name} has {key} without any" for key, given in rule.items() if not given]
     components = policies.get("ray", {}).get("podSelector", {}).get("matchExpressions", [{}])[0].get("values")
     if components != ["head", "gateway", "worker", "driver"]:
         found.append("pods of the Ray cluster cannot reach each other, or others can")
@@ -314,13 +317,35 @@ def nothing_passes_but_the_listed_flows(manifests: list[Manifest]) -> list[str]:
 
 
 def disruptions_are_bounded(manifests: list[Manifest]) -> list[str]:
+    """By whole numbers of pods that stay: a RayCluster has no scale subresource, and without it Kubernetes counts neither
+    `maxUnavailable` nor shares, and lets no pod go."""
     budgets = [p["spec"] for p in of_kind(manifests, "PodDisruptionBudget")]
-    found = []
-    for group in only(manifests, "RayCluster")["spec"]["workerGroupSpecs"]:
+    found = [
+        f"Kubernetes cannot count {budget}"
+        for budget in budgets
+        if "maxUnavailable" in budget or type(budget.get("minAvailable")) is not int
+    ]
+    cluster = only(manifests, "RayCluster")["spec"]
+    for group in cluster["workerGroupSpecs"]:
         labels = group["template"]["metadata"]["labels"]
+        replicas = group["minReplicas"] if cluster["enableInTreeAutoscaling"] else group["replicas"]
+        pods = replicas * group.get("numOfHosts", 1)
         matching = [b for b in budgets if b["selector"]["matchLabels"].items() <= labels.items()]
-        if [b.get("maxUnavailable") for b in matching] != [1]:
-            found.append(f"{group['groupName']}: {len(matching)} budgets, or more than one node at a time")
+        if [b.get("minAvailable") for b in matching] != [pods - 1]:
+            found.append(f"{group['groupName']}: {len(matching)} budgets, or not one node at a time")
+    return found
+
+
+def nothing_stands_twice(manifests: list[Manifest]) -> list[str]:
+    """Server-side apply, Helm's own way since version 4, takes no list in which a key stands twice."""
+    found = []
+    for pod, template in pod_templates(manifests):
+        volumes = [volume["name"] for volume in template["spec"].get("volumes", [])]
+        found += [f"{pod}: volume {name} twice" for name in {n for n in volumes if volumes.count(n) > 1}]
+    for name, container in _each_container(manifests):
+        for list_key, key in (("env", "name"), ("volumeMounts", "mountPath"), ("ports", "containerPort")):
+            keys = [item[key] for item in container.get(list_key, [])]
+            found += [f"{name}: {list_key} has {key} twice" for key in {k for k in keys if keys.count(k) > 1}]
     return found
 
 
@@ -360,6 +385,7 @@ RULES: tuple[Rule, ...] = (
     state_outlives_the_head,
     nothing_passes_but_the_listed_flows,
     disruptions_are_bounded,
+    nothing_stands_twice,
     shared_memory_is_sized,
     scaling_is_ours_alone,
 )

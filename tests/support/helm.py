@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,22 @@ def render(*files: Path, values: Values | None = None, chart: Path = CHART) -> l
     """The manifests. Fails with helm's own words when it refuses."""
     done = template(*files, values=values, chart=chart)
     assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    return [document for document in yaml.load_all(done.stdout, Loader=KubernetesLoader) if document]
+
+
+class KubernetesLoader(yaml.SafeLoader):
+    """Reads what Kubernetes and helm read: a number needs no point before its exponent, and no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        twice = {key for key in keys if keys.count(key) > 1}
+        assert not twice, f"{sorted(twice)} stand twice, at {node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
+KubernetesLoader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 @functools.cache

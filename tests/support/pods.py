@@ -426,7 +426,7 @@ def pods_of(
         directory=directory,
         config_maps={m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"},
         secrets={name: {"auth_token": TOKEN}},
-        hosts={head_name: f"{SUBNET}.2"},
+        hosts=dict.fromkeys((head_name, head_name.removesuffix(".cluster.local")), f"{SUBNET}.2"),
         image=image,
         image_environment=environment,
     )

@@ -1,4 +1,4 @@
-{{/* Names and labels. */}}
+{{/* Names, labels, environment, volumes. */}}
 
 {{- define "packtrain.name" -}}
 {{- .Values.nameOverride | default .Chart.Name -}}
@@ -11,25 +11,31 @@
 {{- end -}}
 
 {{- define "packtrain.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "packtrain.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "packtrain.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "packtrain.labels" -}}
-{{ include "packtrain.selectorLabels" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- with .Values.common.labels }}
-{{ toYaml . }}
-{{- end }}
+{{- include "packtrain.labelsWith" (list . dict) -}}
 {{- end -}}
 
-{{/* What NetworkPolicies select all Ray pods by: (list root component). */}}
-{{- define "packtrain.podLabels" -}}
+{{/* A resource's labels with some of its own, each key once: (list root own). */}}
+{{- define "packtrain.labelsWith" -}}
 {{- $root := index . 0 -}}
-{{ include "packtrain.labels" $root }}
-app.kubernetes.io/component: {{ index . 1 }}
+{{- $chart := printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" -}}
+{{- $release := dict "app.kubernetes.io/version" $root.Chart.AppVersion "app.kubernetes.io/managed-by" $root.Release.Service "helm.sh/chart" $chart -}}
+{{- merge (include "packtrain.selectorLabels" $root | fromYaml) $release (deepCopy (index . 1 | default dict)) (deepCopy ($root.Values.common.labels | default dict)) | toYaml -}}
+{{- end -}}
+
+{{/* What NetworkPolicies select all Ray pods by: (list root component own). */}}
+{{- define "packtrain.podLabels" -}}
+{{- $component := dict "app.kubernetes.io/component" (index . 1) -}}
+{{- include "packtrain.labelsWith" (list (index . 0) (merge $component (deepCopy (index . 2 | default dict)))) -}}
+{{- end -}}
+
+{{/* Annotations of a pod, each key once: (list root section). */}}
+{{- define "packtrain.podAnnotations" -}}
+{{- merge (dict) ((index . 1).annotations | default dict) ((index . 0).Values.common.podAnnotations | default dict) | toYaml -}}
 {{- end -}}
 
 {{- define "packtrain.image" -}}
@@ -41,7 +47,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
 {{- define "packtrain.headService" -}}
-{{ include "packtrain.fullname" . }}-head-svc.{{ .Release.Namespace }}.svc.cluster.local
+{{ include "packtrain.fullname" . }}-head-svc.{{ .Release.Namespace }}.svc
 {{- end -}}
 
 {{- define "packtrain.gcsPort" -}}
@@ -66,21 +72,50 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- regexFind ":[0-9]+$" $authority | trimPrefix ":" | default (index . 1) -}}
 {{- end -}}
 
-{{- define "packtrain.databasePort" -}}
-{{- $url := dig "database" "" (.Values.config.tenancy | default dict) -}}
-{{- $parameter := regexFind "[?&]port=[0-9]+" $url | regexFind "[0-9]+$" -}}
-{{- .Values.database.egress.port | default (include "packtrain.urlPort" (list $url ($parameter | default "5432"))) -}}
+{{/* PostgreSQL's ports, a text with spaces between them: of `database.egress.port`, else of the URL's address and parameters. libpq takes
+several hosts and ports there. */}}
+{{- define "packtrain.databasePorts" -}}
+{{- if .Values.database.egress.port -}}
+{{ .Values.database.egress.port | int64 }}
+{{- else -}}
+{{- $url := .Values.config.tenancy.database | replace "%3A" ":" | replace "%2C" "," -}}
+{{- $ports := list -}}
+{{- range regexFindAll "[?&]port=[0-9,]+" $url -1 -}}
+{{- $ports = concat $ports (regexFindAll "[0-9]+" . -1) -}}
+{{- end -}}
+{{- range regexFindAll "[?&]host=[^&#]+" $url -1 -}}
+{{- range regexFindAll ":[0-9]+(,|$)" . -1 -}}
+{{- $ports = append $ports (regexFind "[0-9]+" .) -}}
+{{- end -}}
+{{- end -}}
+{{- with include "packtrain.urlPort" (list $url "") -}}
+{{- $ports = append $ports . -}}
+{{- end -}}
+{{- $ports | default (list "5432") | uniq | join " " -}}
+{{- end -}}
+{{- end -}}
+
+{{/* "true", or "" where everybody is served without keys. `tenancy: null` says that, by which helm removes the key; a section without
+keys of its own is tenancy as by default. */}}
+{{- define "packtrain.tenancy" -}}
+{{- if kindIs "map" .Values.config.tenancy -}}true{{- end -}}
 {{- end -}}
 
 {{/* "sqlite", "postgresql" or "" without tenancy. */}}
 {{- define "packtrain.database" -}}
-{{- with .Values.config.tenancy -}}
-{{- if or (not .database) (hasPrefix "sqlite" .database) -}}sqlite{{- else -}}postgresql{{- end -}}
+{{- if include "packtrain.tenancy" . -}}
+{{- $url := .Values.config.tenancy.database -}}
+{{- if or (not $url) (hasPrefix "sqlite" $url) -}}sqlite{{- else -}}postgresql{{- end -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "packtrain.weightsClaim" -}}
 {{ .Values.weights.pvc.existingClaim | default (printf "%s-weights" (include "packtrain.fullname" .)) }}
+{{- end -}}
+
+{{/* The file that says that everything of this source has been copied. */}}
+{{- define "packtrain.weightsMarker" -}}
+.packtrain-complete-{{ printf "%s %s" .Values.weights.s3.uri .Values.weights.s3.endpoint | sha256sum | trunc 8 }}
 {{- end -}}
 
 {{/* Groups of worker nodes as JSON, each whole: what one leaves out is as in `worker`, what it gives replaces that. */}}
@@ -121,10 +156,16 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 {{- $_ := set $config "gateway" (merge $gateway (default dict $config.gateway)) -}}
 {{- $_ := set $config "admin" (merge (dict "host" "0.0.0.0") (default dict $config.admin)) -}}
-{{- $tenancy := $config.tenancy -}}
+{{- /* A port that is off: helm's null would bring its default back. */}}
+{{- range list (list $config.gateway "http_port") (list $config.admin "port") (list $config.admin "metrics_port") -}}
+{{- if and (hasKey (index . 0) (index . 1)) (not (get (index . 0) (index . 1))) -}}
+{{- $_ := set (index . 0) (index . 1) nil -}}
+{{- end -}}
+{{- end -}}
+{{- $tenancy := include "packtrain.tenancy" . -}}
 {{- if $tenancy -}}
-{{- if not $tenancy.database -}}
-{{- $_ := set $tenancy "database" "sqlite:////var/lib/packtrain/tenants.db" -}}
+{{- if not $config.tenancy.database -}}
+{{- $_ := set $config.tenancy "database" "sqlite:////var/lib/packtrain/tenants.db" -}}
 {{- end -}}
 {{- else -}}
 {{- $_ := unset $config "tenancy" -}}
@@ -134,9 +175,31 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* Environment of every container that runs Ray or the driver. The settings are those of a private cluster (serving/driver), and the
-driver refuses a cluster whose nodes lack one. */}}
+{{/* Environment of a container that runs Ray or the driver, each name once, later lists over earlier ones: (list root more…). */}}
 {{- define "packtrain.environment" -}}
+{{- $root := first . -}}
+{{- $byName := dict -}}
+{{- $names := list -}}
+{{- range prepend (prepend (rest .) $root.Values.common.containerEnv) (include "packtrain.ownEnvironment" $root | fromYamlArray) -}}
+{{- range . -}}
+{{- $_ := set $byName .name . -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- end -}}
+{{- $variables := list -}}
+{{- range $names | uniq -}}
+{{- $variables = append $variables (get $byName .) -}}
+{{- end -}}
+{{- $variables | toYaml -}}
+{{- end -}}
+
+{{/* What values may not set: what Ray's token, its state, keys and draining depend on. */}}
+{{- define "packtrain.reservedVariables" -}}
+^(RAY_SERVE_.*|RAY_AUTH_.*|RAY_gcs_.*|RAY_ADDRESS|RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S|RAY_enable_metrics_collection|RAY_task_events_report_interval_ms|RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO|PGPASSWORD)$
+{{- end -}}
+
+{{/* The settings are those of a private cluster (serving/driver), and the driver refuses a cluster whose nodes lack one. */}}
+{{- define "packtrain.ownEnvironment" -}}
 - {name: HOME, value: /home/packtrain}
 - {name: PACKTRAIN_LOG_LEVEL, value: {{ .Values.common.logLevel | quote }}}
 - {name: PACKTRAIN_LOG_FORMAT, value: {{ .Values.common.logFormat | quote }}}
@@ -169,21 +232,18 @@ driver refuses a cluster whose nodes lack one. */}}
 # Every node may come to run the quota authority. A Ray cluster is one domain of trust in any case.
 - name: PGPASSWORD
   valueFrom:
-    secretKeyRef: {name: {{ . }}, key: {{ $.Values.database.passwordSecret.key }}}
+    secretKeyRef: {name: {{ . | quote }}, key: {{ $.Values.database.passwordSecret.key | quote }}}
 {{- end }}
-{{- end }}
-{{- with .Values.common.containerEnv }}
-{{ toYaml . }}
 {{- end }}
 {{- end -}}
 
 {{/* For pods that KubeRay does not make, which sets these itself in its own. */}}
 {{- define "packtrain.authEnvironment" -}}
-{{- if .Values.ray.auth.enabled }}
+{{- if .Values.ray.auth.enabled -}}
 - {name: RAY_AUTH_MODE, value: token}
 - name: RAY_AUTH_TOKEN
   valueFrom:
-    secretKeyRef: {name: {{ include "packtrain.authSecret" . }}, key: auth_token}
+    secretKeyRef: {name: {{ include "packtrain.authSecret" . | quote }}, key: auth_token}
 {{- end }}
 {{- end -}}
 
@@ -211,7 +271,7 @@ seccompProfile:
 {{- define "packtrain.volumes" -}}
 {{- $root := index . 0 -}}
 - name: shared-mem
-  emptyDir: {medium: Memory, sizeLimit: {{ index . 1 }}}
+  emptyDir: {medium: Memory, sizeLimit: {{ index . 1 | quote }}}
 - name: tmp
   emptyDir: {sizeLimit: 4Gi}
 - name: ray-logs
@@ -220,14 +280,14 @@ seccompProfile:
   emptyDir: {sizeLimit: 1Gi}
 {{- if include "packtrain.tlsSecret" $root }}
 - name: tls
-  secret: {secretName: {{ include "packtrain.tlsSecret" $root }}, defaultMode: 0440}
+  secret: {secretName: {{ include "packtrain.tlsSecret" $root | quote }}, defaultMode: 0440}
 {{- end }}
 {{- if has $root.Values.weights.source (list "pvc" "s3") }}
 - name: models
-  persistentVolumeClaim: {claimName: {{ include "packtrain.weightsClaim" $root }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ include "packtrain.weightsClaim" $root | quote }}, readOnly: true}
 {{- else if eq $root.Values.weights.source "init" }}
 - name: models
-  emptyDir: {sizeLimit: {{ $root.Values.weights.init.sizeLimit }}}
+  emptyDir: {sizeLimit: {{ $root.Values.weights.init.sizeLimit | quote }}}
 {{- end }}
 {{- end -}}
 
@@ -244,7 +304,7 @@ seccompProfile:
   mountPath: /models
   readOnly: true
   {{- with .Values.weights.pvc.subPath }}
-  subPath: {{ . }}
+  subPath: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end -}}
@@ -253,10 +313,10 @@ seccompProfile:
 {{- define "packtrain.initContainers" -}}
 {{- if eq .Values.weights.source "s3" }}
 - name: wait-for-weights
-  image: {{ include "packtrain.image" . }}
+  image: {{ include "packtrain.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy }}
   # Tells every ten seconds how many bytes have come.
-  command: [packtrain, k8s, wait-for-weights, /models]
+  command: [packtrain, k8s, wait-for-weights, /models, {{ include "packtrain.weightsMarker" . }}]
   securityContext: {{- include "packtrain.securityContext" . | nindent 4 }}
   resources:
     requests: {cpu: 50m, memory: 128Mi}
@@ -266,7 +326,7 @@ seccompProfile:
       mountPath: /models
       readOnly: true
       {{- with .Values.weights.pvc.subPath }}
-      subPath: {{ . }}
+      subPath: {{ . | quote }}
       {{- end }}
     - {name: home, mountPath: /home/packtrain}
 {{- end }}

@@ -1,13 +1,25 @@
-{{/* A port of the configuration: (list root section key default). Empty when it is turned off (null). */}}
+{{/* A port of the configuration: (list root section key default). Empty when it is turned off (false). */}}
 {{- define "packtrain.port" -}}
 {{- $root := index . 0 -}}
 {{- $section := index $root.Values.config (index . 1) | default dict -}}
 {{- $key := index . 2 -}}
 {{- if hasKey $section $key -}}
-{{- with index $section $key -}}{{ . | int }}{{- end -}}
+{{- with index $section $key -}}{{ . | int64 }}{{- end -}}
 {{- else -}}
 {{ index . 3 }}
 {{- end -}}
+{{- end -}}
+
+{{/* How many of a RayCluster's pods must stay: (list pods maxUnavailable). A whole number always: a RayCluster has no scale
+subresource, and without it Kubernetes counts nothing of `maxUnavailable` or of shares, and lets no pod go at all. */}}
+{{- define "packtrain.minAvailable" -}}
+{{- $pods := index . 0 | int64 -}}
+{{- $most := index . 1 -}}
+{{- if kindIs "string" $most -}}
+{{- /* Rounded up, as Kubernetes rounds shares of a Deployment. */}}
+{{- $most = div (add (mul $pods (trimSuffix "%" $most | int64)) 99) 100 -}}
+{{- end -}}
+{{ max 0 (sub $pods ($most | int64)) }}
 {{- end -}}
 
 {{/* (list root section component): where a pod may lie. */}}
@@ -17,7 +29,7 @@
 {{- with $root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with $section.nodeSelector }}
@@ -42,7 +54,7 @@ topologySpreadConstraints:
         app.kubernetes.io/component: gateway
 {{- end }}
 {{- with $section.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 

@@ -1,14 +1,21 @@
 {{/* What cannot work or would be insecure is refused here, with the value's name and what to do. Schemas refuse wrong types and names. */}}
 
+{{/* GPUs that Ray counts on a node: `num-gpus`, else the limit. */}}
 {{- define "packtrain.gpus" -}}
-{{ dig "resources" "limits" "nvidia.com/gpu" 0 . | int }}
+{{- $params := .rayStartParams | default dict -}}
+{{- if hasKey $params "num-gpus" -}}
+{{ index $params "num-gpus" }}
+{{- else -}}
+{{ include "packtrain.quantity" (dig "resources" "limits" "nvidia.com/gpu" 0 . | default 0) | float64 | int64 }}
+{{- end -}}
 {{- end -}}
 
 {{/* A quantity of Kubernetes as a number. */}}
 {{- define "packtrain.quantity" -}}
 {{- $text := toString . -}}
 {{- $unit := regexFind "[A-Za-z]*$" $text -}}
-{{- $units := dict "" 1.0 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $units := dict "" 1.0 "n" 1e-9 "u" 1e-6 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 -}}
+{{- $units = merge $units (dict "Ki" 0x1p10 "Mi" 0x1p20 "Gi" 0x1p30 "Ti" 0x1p40 "Pi" 0x1p50 "Ei" 0x1p60) -}}
 {{ mulf (trimSuffix $unit $text | float64) (index $units $unit) }}
 {{- end -}}
 
@@ -49,7 +56,7 @@
 {{- define "packtrain.validate.security" -}}
 {{- $v := .Values -}}
 {{- if not $v.insecure -}}
-{{- if not $v.config.tenancy -}}
+{{- if not (include "packtrain.tenancy" .) -}}
 {{- fail "config.tenancy is null: everybody who reaches the Service could use it without a key. Configure tenancy, or say `insecure: true`" -}}
 {{- end -}}
 {{- if not $v.ray.auth.enabled -}}
@@ -70,12 +77,12 @@
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- $database := dig "database" "" ($v.config.tenancy | default dict) -}}
-{{- if regexMatch "://[^/@]*:[^/@]*@" $database -}}
+{{- $database := ($v.config.tenancy | default dict).database | default "" -}}
+{{- if or (regexMatch "://[^:/]*:[^@]*@" $database) (contains "password=" $database) -}}
 {{- fail "config.tenancy.database has a password in it, which everybody who reads the ConfigMap would see: leave it out, and name its Secret in database.passwordSecret" -}}
 {{- end -}}
-{{- if contains "password=" $database -}}
-{{- fail "config.tenancy.database has a password in it, which everybody who reads the ConfigMap would see: leave it out, and name its Secret in database.passwordSecret" -}}
+{{- if regexMatch ":[^@]*@" ($v.gcsFaultTolerance.redis.address | default "") -}}
+{{- fail "gcsFaultTolerance.redis.address has a password in it, which everybody who reads the RayCluster would see: leave it out, and name its Secret in gcsFaultTolerance.redis.passwordSecret" -}}
 {{- end -}}
 {{- $places := dict "common" $v.common "head" $v.head "gateway" $v.gateway "driver" $v.driver -}}
 {{- range include "packtrain.workerGroups" . | fromJsonArray -}}
@@ -85,6 +92,9 @@
 {{- range $section.containerEnv -}}
 {{- if and (hasKey . "value") (regexMatch "(?i)(password|passwd|secret|token|credential|api_?key|access_?key)" .name) -}}
 {{- fail (printf "%s.containerEnv: %s has its value in the values. Keep it in a Secret, and name that with valueFrom.secretKeyRef" $place .name) -}}
+{{- end -}}
+{{- if regexMatch (include "packtrain.reservedVariables" $) .name -}}
+{{- fail (printf "%s.containerEnv: %s is the chart's own. Leave it out" $place .name) -}}
 {{- end -}}
 {{- end -}}
 {{- range $name, $_ := $section.rayStartParams -}}
@@ -118,9 +128,36 @@
 {{- $names = append $names .groupName -}}
 {{- $_ := set $labelled (printf "worker group %s" .groupName) . -}}
 {{- end -}}
+{{- $volumes := list -}}
+{{- $paths := list -}}
+{{- range include "packtrain.volumes" (list $ "1Gi") | fromYamlArray -}}
+{{- $volumes = append $volumes .name -}}
+{{- end -}}
+{{- range include "packtrain.volumeMounts" . | fromYamlArray -}}
+{{- $paths = append $paths .mountPath -}}
+{{- end -}}
+{{- range $group := include "packtrain.workerGroups" . | fromJsonArray -}}
+{{- $seen := $volumes -}}
+{{- range .volumes -}}
+{{- if has .name $seen -}}
+{{- fail (printf "worker group %s.volumes: the name %q stands twice; %s are the chart's own" $group.groupName .name (join ", " $volumes)) -}}
+{{- end -}}
+{{- $seen = append $seen .name -}}
+{{- end -}}
+{{- $seen = $paths -}}
+{{- range .volumeMounts -}}
+{{- if has .mountPath $seen -}}
+{{- fail (printf "worker group %s.volumeMounts: %s is mounted twice; %s are the chart's own" $group.groupName .mountPath (join ", " $paths)) -}}
+{{- end -}}
+{{- $seen = append $seen .mountPath -}}
+{{- end -}}
+{{- end -}}
 {{- $own := list "helm.sh/chart" "packtrain.io/worker-group" -}}
 {{- range list "name" "instance" "component" "version" "managed-by" -}}
 {{- $own = append $own (printf "app.kubernetes.io/%s" .) -}}
+{{- end -}}
+{{- range $name, $section := $.Values.monitoring -}}
+{{- $_ := set $labelled (printf "monitoring.%s" $name) $section -}}
 {{- end -}}
 {{- range $place, $section := $labelled -}}
 {{- range $label, $_ := $section.labels -}}
@@ -137,10 +174,20 @@
 {{- range list (list "gateway" "port" 50051) (list "gateway" "http_port" 8000) (list "admin" "port" 50052) (list "admin" "metrics_port" 9464) -}}
 {{- $field := printf "config.%s.%s" (index . 0) (index . 1) -}}
 {{- $port := include "packtrain.port" (prepend . $) -}}
-{{- if hasKey $ports $port -}}
+{{- if and $port (hasKey $ports $port) -}}
 {{- fail (printf "%s and %s are both %s; each needs a port of its own" (index $ports $port) $field $port) -}}
 {{- end -}}
 {{- $_ := set $ports $port $field -}}
+{{- end -}}
+{{- if not (include "packtrain.port" (list $ "gateway" "http_port" 8000)) -}}
+{{- if or $v.ingress.enabled (and $v.gatewayApi.enabled $v.gatewayApi.http) -}}
+{{- fail (printf "config.gateway.http_port is off, and %s needs it" (ternary "ingress.enabled" "gatewayApi.http" $v.ingress.enabled)) -}}
+{{- end -}}
+{{- end -}}
+{{- if not (include "packtrain.port" (list $ "admin" "metrics_port" 9464)) -}}
+{{- if or (include "packtrain.tlsSecret" .) $v.monitoring.podMonitor.enabled -}}
+{{- fail (printf "config.admin.metrics_port is off, and %s needs it" (ternary "monitoring.podMonitor" "TLS, with which kubelet asks /readyz there," $v.monitoring.podMonitor.enabled)) -}}
+{{- end -}}
 {{- end -}}
 {{- if and $v.networkPolicy.enabled (not $v.networkPolicy.clients) -}}
 {{- $open := list -}}
@@ -201,6 +248,12 @@
 {{- $autoscaling := .Values.ray.autoscaling.enabled -}}
 {{- $neededGpus := 0 -}}
 {{- $neededCpus := 0.0 -}}
+{{- /* What models that are scaled may take together is bounded by autoscaler.max_ranks. */}}
+{{- $maxRanks := ($.Values.config.autoscaler | default dict).max_ranks -}}
+{{- $scaledGpus := 0 -}}
+{{- $scaledCpus := 0.0 -}}
+{{- $scaledCpusPerRank := 0.0 -}}
+{{- $names := list -}}
 {{- $totalGpus := 0 -}}
 {{- $totalCpus := 0.0 -}}
 {{- range $groups -}}
@@ -210,19 +263,44 @@
 {{- end -}}
 {{- range .Values.config.models -}}
 {{- $model := . -}}
-{{- if and (regexMatch "(?i)llama[-_ ]?2" (printf "%s %s" .name .source)) (not $.Values.license.accept) -}}
+{{- $own := list .name -}}
+{{- range (.lora | default dict).adapters -}}
+{{- $own = append $own .name -}}
+{{- end -}}
+{{- range $own -}}
+{{- if has . $names -}}
+{{- fail (printf "config.models: the name %q stands twice; each model and adapter needs its own" .) -}}
+{{- end -}}
+{{- $names = append $names . -}}
+{{- end -}}
+{{- if and (regexMatch "(?i)llama[-_ ]?2(\\.?[^0-9.]|\\.?$)" (printf "%s %s" .name .source)) (not $.Values.license.accept) -}}
 {{- fail (printf "config.models: %s is Llama 2. Read the LLAMA 2 Community License and its Acceptable Use Policy (https://ai.meta.com/llama), and set license.accept: true" .name) -}}
 {{- end -}}
-{{- if and (hasPrefix "/models" .source) (eq $.Values.weights.source "none") -}}
-{{- fail (printf "config.models: the source of %s is %s, and weights.source is none: nothing is mounted at /models" .name .source) -}}
+{{- if eq $.Values.weights.source "none" -}}
+{{- $sources := list (list "source" .source) (list "draft_model" (.draft_model | default "")) -}}
+{{- range (.lora | default dict).adapters -}}
+{{- $sources = append $sources (list (printf "adapter %s" .name) .source) -}}
+{{- end -}}
+{{- range $sources -}}
+{{- if regexMatch "^/models(/|$)" (index . 1) -}}
+{{- fail (printf "config.models: the %s of %s is %s, and weights.source is none: nothing is mounted at /models" (index . 0) $model.name (index . 1)) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- $tp := .tensor_parallel_size | default 1 | int -}}
 {{- $numGroups := .num_groups | default 1 | int -}}
 {{- $bound := "num_groups" -}}
+{{- $isScaled := false -}}
 {{- with .autoscaling -}}
 {{- if has (ternary (toString .mode) "on" (hasKey . "mode")) (list "on" "true") -}}
-{{- $numGroups = int .max_groups -}}
+{{- $isScaled = true -}}
 {{- $bound = "autoscaling.max_groups" -}}
+{{- $most := int .max_groups -}}
+{{- if and $maxRanks (lt (div $maxRanks $tp | int) $most) -}}
+{{- $most = div $maxRanks $tp | int -}}
+{{- $bound = "autoscaling.max_groups, bounded by autoscaler.max_ranks," -}}
+{{- end -}}
+{{- $numGroups = max $numGroups $most | int -}}
 {{- end -}}
 {{- end -}}
 {{- /* `auto` is a GPU where there are any. */}}
@@ -255,11 +333,23 @@
 {{- if gt $numGroups $places -}}
 {{- fail (printf "config.models: %s has %s %d of %d ranks of %s each, and there are nodes for %d. Raise replicas%s of a worker group" $model.name $bound $numGroups $tp $each $places (ternary " (maxReplicas)" "" $autoscaling)) -}}
 {{- end -}}
-{{- if $onGpu -}}
-{{- $neededGpus = add $neededGpus (mul $tp $numGroups) -}}
+{{- $gpus := ternary (mul $tp $numGroups) 0 $onGpu -}}
+{{- $cpus := mulf $tp $numGroups $cpusPerRank -}}
+{{- if $isScaled -}}
+{{- $scaledGpus = add $scaledGpus $gpus -}}
+{{- $scaledCpus = addf $scaledCpus $cpus -}}
+{{- $scaledCpusPerRank = maxf $scaledCpusPerRank $cpusPerRank -}}
+{{- else -}}
+{{- $neededGpus = add $neededGpus $gpus -}}
+{{- $neededCpus = addf $neededCpus $cpus -}}
 {{- end -}}
-{{- $neededCpus = addf $neededCpus (mulf $tp $numGroups $cpusPerRank) -}}
 {{- end -}}
+{{- if $maxRanks -}}
+{{- $scaledGpus = min $scaledGpus $maxRanks -}}
+{{- $scaledCpus = minf $scaledCpus (mulf $maxRanks $scaledCpusPerRank) -}}
+{{- end -}}
+{{- $neededGpus = add $neededGpus $scaledGpus -}}
+{{- $neededCpus = addf $neededCpus $scaledCpus -}}
 {{- if gt $neededGpus $totalGpus -}}
 {{- fail (printf "config.models: all groups together need %d GPUs, and the worker groups have %d" $neededGpus $totalGpus) -}}
 {{- end -}}
@@ -278,9 +368,14 @@
 {{- fail (printf "gateway.replicas is %d and config.tenancy.database is SQLite, which only one machine can use: set config.tenancy.database to postgresql://USER@HOST/NAME" ($v.gateway.replicas | int)) -}}
 {{- end -}}
 {{- range $place := list "head" "gateway" "driver" -}}
-{{- $cpus := dig "rayStartParams" "num-cpus" "0" (index $v $place) -}}
-{{- if ne $cpus "0" -}}
-{{- fail (printf "%s.rayStartParams.num-cpus is %q: replica groups would be placed there. It stays \"0\"" $place $cpus) -}}
+{{- range $name := list "num-cpus" "num-gpus" -}}
+{{- $given := dig "rayStartParams" $name "0" (index $v $place) -}}
+{{- if ne $given "0" -}}
+{{- fail (printf "%s.rayStartParams.%s is %q: replica groups would be placed there. It stays \"0\"" $place $name $given) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (ne $place "head") (hasKey ((index $v $place).rayStartParams | default dict) "resources") -}}
+{{- fail (printf "%s.rayStartParams.resources is the chart's own, by which Ray finds these pods. Leave it out" $place) -}}
 {{- end -}}
 {{- end -}}
 {{- if and $v.gcsFaultTolerance.enabled (eq $v.gcsFaultTolerance.backend "redis") (not $v.gcsFaultTolerance.redis.address) -}}

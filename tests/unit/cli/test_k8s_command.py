@@ -78,17 +78,18 @@ def test_a_drain_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weights_are_waited_for_and_their_progress_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(1 << 20))
+    (tmp_path / ".packtrain-complete-old").touch()  # of another source
     sleeps = []
 
     def sleep(seconds: float) -> None:
         """A second goes by; at the third the copy is complete."""
         sleeps.append(seconds)
         if len(sleeps) == 3:
-            (tmp_path / ".packtrain-complete").touch()
+            (tmp_path / ".packtrain-complete-new").touch()
 
     monkeypatch.setattr("serving.cli.k8s.time.monotonic", lambda: float(len(sleeps)))
     monkeypatch.setattr("serving.cli.k8s.time.sleep", sleep)
-    status, output = k8s("wait-for-weights", tmp_path, "--every-s", "1")
+    status, output = k8s("wait-for-weights", tmp_path, ".packtrain-complete-new", "--every-s", "1")
     assert status == 0
     lines = output.splitlines()
     assert [line.endswith("MB/s") for line in lines] == [True, True, False]
@@ -96,8 +97,8 @@ def test_weights_are_waited_for_and_their_progress_told(tmp_path: Path, monkeypa
 
 
 def test_weights_that_never_come(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no \.packtrain-complete after 1 s"):
-        k8s("wait-for-weights", tmp_path, "--timeout-s", "1")
+    with pytest.raises(ConfigError, match=r"no \.packtrain-complete-1 after 1 s"):
+        k8s("wait-for-weights", tmp_path, ".packtrain-complete-1", "--timeout-s", "1")
 
 
 def test_replicas_are_told_from_other_processes(tmp_path: Path) -> None:
