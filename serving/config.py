@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_parallel.errors import ConfigError
+from serving.contracts.addresses import is_loopback
 from serving.contracts.yaml_files import explain_errors, read_mapping
 
 AUTO: Literal["auto"] = "auto"
@@ -450,6 +451,11 @@ class ServingConfig(_Section):
     admin: AdminConfig = AdminConfig()
     ray: RayConfig = RayConfig()
     autoscaler: AutoscalerConfig = AutoscalerConfig()
+
+    @property
+    def serves_admin(self) -> bool:
+        """Whether there is a packtrain.v1.Admin. Without tenancy it serves this machine alone."""
+        return self.admin.port is not None and (self.tenancy is not None or is_loopback(self.admin.host))
 
     @model_validator(mode="after")
     def _groups_fit_into_max_ranks(self) -> "ServingConfig":

@@ -3,10 +3,10 @@
 import hmac
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from model_parallel.directories import cache_directory
+from model_parallel.directories import cache_directory, private_directories, why_not_writable
 from model_parallel.errors import ConfigError
 from serving.contracts.accounts import OPEN, OpenAccounts, Principal
 from serving.contracts.errors import UnauthenticatedError
@@ -16,15 +16,37 @@ _NAME = "operator.key"
 
 
 def operator_key_file() -> Path:
-    """Where it lies: in the cache, with fetched models."""
-    return cache_directory() / _NAME
+    """Where it lies: in the cache, with fetched models; where that cannot be written, as in a read-only image, in a temporary
+    directory of this user's. A key that is there already counts, wherever it is, so that server and commands find the same."""
+    if (there := _key_that_is_there()) is not None:
+        return there
+    writable = (path for path in _places(create=True) if not why_not_writable(path.parent))
+    return next(writable, cache_directory() / _NAME)
+
+
+def _key_that_is_there() -> Path | None:
+    return next((path for path in _places(create=False) if os.path.exists(path)), None)
+
+
+def _places(*, create: bool) -> Iterator[Path]:
+    yield cache_directory() / _NAME
+    for directory in private_directories(create=create):
+        yield directory / _NAME
+
+
+def check_operator_key() -> None:
+    """Raises ConfigError when `make_operator_key` would."""
+    path = operator_key_file()
+    if os.path.exists(path):
+        _read(path)
+    elif reason := why_not_writable(path.parent):
+        raise ConfigError(f"admin.port: the operator's key cannot be kept: {path.parent} {reason}, nor elsewhere")
 
 
 def make_operator_key() -> str:
     """The key, which is made when there is none. Raises ConfigError when it cannot be kept, or others could have read it."""
     path = operator_key_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -39,7 +61,8 @@ def make_operator_key() -> str:
 def read_operator_key() -> str:
     """ "" when there is none that this user can read."""
     try:
-        return operator_key_file().read_text(encoding="ascii").strip()
+        path = _key_that_is_there()
+        return "" if path is None else path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return ""
 

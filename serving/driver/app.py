@@ -34,7 +34,7 @@ from model_parallel.machine import read_machine
 from serving.admin.thread import AdminThread
 from serving.autoscaling.actor import stop_autoscaler
 from serving.config import ServingConfig, TenancyConfig
-from serving.contracts.addresses import host_port, is_loopback, to_connect_to
+from serving.contracts.addresses import host_port, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
 from serving.contracts.served import APP_NAME, Served, app_name
 from serving.contracts.start_failure import StartError, plain_reason
@@ -207,7 +207,7 @@ def _start(
             ports, metrics_port, served = _deploy(config, specs, report)
         operations = ClusterOperations(config, served, this_host if guard else _host_of_cluster)
         admin = None
-        if config.admin.port is not None and (config.tenancy is not None or is_loopback(config.admin.host)):
+        if config.serves_admin:
             admin = AdminThread(config, operations)
     except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, OSError) as error:
         message = plain_reason(f"{applications.messages()}\n{error}")

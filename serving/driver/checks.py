@@ -68,7 +68,7 @@ def listeners(config: ServingConfig) -> list[Listener]:
         )
     if admin.metrics_port is not None:
         found.append(_operators(admin, "metrics_port", "--metrics-port", admin.metrics_port))
-    if admin.port is not None and (config.tenancy is not None or is_loopback(admin.host)):
+    if admin.port is not None and config.serves_admin:
         found.append(_operators(admin, "port", "--admin-port", admin.port))
     return found
 

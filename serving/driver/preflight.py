@@ -8,7 +8,8 @@ from pathlib import Path
 
 from model_parallel.native import check_wanted_instruction_set, is_ready
 from model_parallel.python_process import module_command
-from serving.config import ModelEntry, ServingConfig, log_format, log_level, tracing_is_on
+from serving.admin.operator_key import check_operator_key
+from serving.config import ModelEntry, ServingConfig, TenancyConfig, log_format, log_level, tracing_is_on
 from serving.driver.checks import (
     StartRefusedError,
     check_cache,
@@ -103,6 +104,10 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     check_listening(config.gateway, has_keys=has_keys)
     check_admin_listening(config.admin, has_keys=has_keys, insecure=config.gateway.insecure)
     check_environment()
+    if config.tenancy is not None:
+        _check_database_url(config.tenancy)
+    elif config.serves_admin:
+        check_operator_key()
     if config.gateway.tls is not None:
         load_tls(config.gateway.tls)
     if config.gateway.resume_key_file is not None:
@@ -135,6 +140,13 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
         _checks=checks,
         _compilation=_begin_compilation() if any(spec.parallel.device == "cpu" for spec in specs) else None,
     )
+
+
+def _check_database_url(tenancy: TenancyConfig) -> None:
+    from serving.tenants.store.database import check_url  # noqa: PLC0415  # sqlalchemy is imported where there are tenants
+    from serving.tenants.store.store import database_url  # noqa: PLC0415
+
+    check_url(database_url(tenancy))
 
 
 def check_model(entry: ModelEntry, host: Host, *, is_private: bool) -> Preflight:

@@ -1,4 +1,4 @@
-"""What the chart makes of values that are unusual and right: names like numbers, what is said twice, what is off, what changes."""
+"""What the chart makes of values that are unusual and right: names like numbers, what is said twice or off, what changes."""
 
 import os
 import subprocess

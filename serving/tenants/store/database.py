@@ -109,6 +109,11 @@ def _schema_of(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
+def check_url(url: str) -> None:
+    """Raises ConfigError for a URL that can never work."""
+    _checked(url)
+
+
 def has_password(url: str) -> bool:
     """Whether a URL must not be shown. Raises ConfigError for what is not one."""
     return _checked(url).password is not None
@@ -118,12 +123,24 @@ def _checked(url: str) -> URL:
     """With the driver that we use. Raises ConfigError, which never holds the URL's password."""
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (
+        ArgumentError,
+        ValueError,
+    ) as error:  # ValueError: of a port that is no number, or of several hosts before the name
         raise ConfigError(
-            "database is not a URL; write sqlite:////directory/file.db or postgresql://user@host/name"
+            "database is not a URL; write sqlite:////directory/file.db or postgresql://user@host:port/name; several hosts of "
+            "PostgreSQL are postgresql://user@/name?host=one:5432&host=two:5432"
         ) from error
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
-        return parsed.set(drivername="postgresql+psycopg")
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        try:
+            _, arguments = parsed.get_dialect()().create_connect_args(parsed)
+        except (ArgumentError, ValueError) as error:
+            raise ConfigError(f"database: hosts and ports of the URL are not right: {error}") from error
+        for port in str(arguments.get("port") or "").split(","):
+            if port and not 1 <= int(port) <= 65535:
+                raise ConfigError(f"database: the URL has the port {port}, and ports are from 1 to 65535")
+        return parsed
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ConfigError(f"database must be a sqlite:// or postgresql:// URL, not {parsed.drivername}://")
     if parsed.database in (None, "", ":memory:"):

@@ -12,7 +12,13 @@ import pytest
 from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from protos import admin_pb2_grpc
-from serving.admin.operator_key import KeyHolder, make_operator_key, operator_key_file, read_operator_key
+from serving.admin.operator_key import (
+    KeyHolder,
+    check_operator_key,
+    make_operator_key,
+    operator_key_file,
+    read_operator_key,
+)
 from serving.admin.service import AdminServer
 from serving.config import AdminConfig
 from serving.contracts.accounts import OPEN
@@ -210,6 +216,43 @@ def test_the_operators_key_is_sent_as_those_of_tenants(header: str) -> None:
 def test_nothing_else_is_the_operators_key(credentials: list[str]) -> None:
     with pytest.raises(UnauthenticatedError):
         KeyHolder(KEY).authenticate(credentials)
+
+
+def test_where_the_cache_is_read_only_the_key_lies_in_a_private_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The image's cache can be read and not written, and without tenancy no server started there."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("model_parallel.directories._TEMPORARY_PARENTS", ())
+    assert read_operator_key() == ""
+    assert list(temporary.iterdir()) == []  # a command that looks for a key makes nothing
+    check_operator_key()
+    key = make_operator_key()
+    assert make_operator_key() == read_operator_key() == key
+    assert operator_key_file().parent.parent == temporary
+    assert operator_key_file().stat().st_mode & 0o777 == 0o600
+    # Found again when the cache can be written by then.
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "cache"))
+    assert make_operator_key() == read_operator_key() == key
+    operator_key_file().unlink()
+    assert make_operator_key() == read_operator_key() != key
+    assert operator_key_file().parent == tmp_path / "cache"
+
+
+def test_a_key_that_can_be_kept_nowhere_is_told_before_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    monkeypatch.setattr("model_parallel.directories._TEMPORARY_PARENTS", ())
+    with pytest.raises(ConfigError, match="the operator's key cannot be kept"):
+        check_operator_key()
+    with pytest.raises(ConfigError, match="the operator's key cannot be kept"):
+        make_operator_key()
 
 
 def test_the_operators_key_is_made_once_for_its_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from serving.driver.checks import (
     listeners,
     port_owner,
 )
-from serving.driver.preflight import _problems
+from serving.driver.preflight import _problems, begin
 
 GIB = 1 << 30
 
@@ -203,3 +203,21 @@ def test_what_a_check_of_a_checkpoint_prints() -> None:
     assert _problems(0, json.dumps(["a", "b"])) == ["a", "b"]
     assert _problems(0, "[]\n") == []
     assert "status -9" in _problems(-9, "")[0]
+
+
+def test_a_key_that_can_be_kept_nowhere_is_told_before_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was told after everything had loaded, and doctor said that all was well."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("serving.admin.operator_key.private_directories", lambda create: iter(()))
+    with pytest.raises(ConfigError, match="the operator's key cannot be kept"):
+        begin(config(ray={"address": "auto"}))
+    # Where nobody needs one, that is no matter.
+    begin(config(ray={"address": "auto"}, admin={"port": None})).close()
+
+
+def test_a_database_that_can_never_work_is_told_before_the_start() -> None:
+    with pytest.raises(ConfigError, match="database is not a URL"):
+        begin(config(ray={"address": "auto"}, tenancy={"database": "postgresql://u@one:1,two:2/db"}))

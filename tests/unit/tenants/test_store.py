@@ -248,6 +248,13 @@ def test_a_name_is_taken_once_however_many_ask(gold: Store) -> None:
     ("url", "expected"),
     [
         ("nonsense", "is not a URL"),
+        ("postgresql://u@one:5432,two:5432/db", "is not a URL"),
+        ("postgresql://u@db:abc/db", "is not a URL"),
+        ("postgresql://u@[::1/db", "is not a URL"),
+        ("postgresql://u@db:65536/db", "the URL has the port 65536"),
+        ("postgresql://u@/db?host=one:5432&host=two:65536", "the URL has the port 65536"),
+        ("postgresql://u@/db?port=abc", "hosts and ports of the URL are not right"),
+        ("postgresql://u@/db?host=one,two&port=1,2,3", "hosts and ports of the URL are not right"),
         ("mysql://u:hunter2@host/db", "not mysql://"),
         ("sqlite://", "must name a file"),
         ("sqlite:///:memory:", "must name a file"),
