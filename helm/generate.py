@@ -1,4 +1,5 @@
-"""Makes what the chart repeats of other files: values.schema.json, README.md, the dashboard. `python helm/generate.py [--check]`.
+"""Makes what the chart repeats of other files: values.schema.json, README.md, the dashboard; and what `packtrain k8s` repeats of the
+chart, serving/driver/chart.json. `python helm/generate.py [--check]`.
 
 The schema's types are those of values.yaml, with the limits of `RULES`; what is under `config` is the server's own configuration
 (serving/config.py), less what the chart decides. README.md's table is made of the comments in values.yaml that begin with "# --".
@@ -20,8 +21,10 @@ CHART = ROOT / "helm" / "packtrain"
 
 Schema = dict[str, Any]
 
-# Set by the chart: addresses, TLS, and the cluster to join.
-CHARTS_OWN = {"ServingConfig": ["ray"], "GatewayConfig": ["host", "insecure", "tls"], "AdminConfig": ["host"]}
+# Set by the chart: TLS, and the cluster to join. No file of another machine is in a pod.
+CHARTS_OWN = {"ServingConfig": ["ray"], "GatewayConfig": ["insecure", "tls", "resume_key_file"]}
+# All of a pod's addresses: of IPv4, or with :: of IPv6 too.
+HOSTS: Schema = {"enum": ["0.0.0.0", "::"]}
 
 _NAME: Schema = {"type": "string", "maxLength": 253, "pattern": "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"}
 _PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
@@ -61,12 +64,11 @@ _ENVIRONMENT: Schema = {
         },
     },
 }
-_KEYS: Schema = {
-    "pattern": r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$",
-}
-_STRINGS: Schema = {"type": "object", "propertyNames": _KEYS, "additionalProperties": {"type": "string"}}
+_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+# Not by propertyNames, for which helm tells a place that has nothing to do with it.
+_STRINGS: Schema = {"type": "object", "patternProperties": {_KEY: {"type": "string"}}, "additionalProperties": False}
 _LABEL_VALUE: Schema = {"type": "string", "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"}
-_LABELS: Schema = {"type": "object", "propertyNames": _KEYS, "additionalProperties": _LABEL_VALUE}
+_LABELS: Schema = {"type": "object", "patternProperties": {_KEY: _LABEL_VALUE}, "additionalProperties": False}
 _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _NOT_EMPTY: Schema = {"type": "object", "minProperties": 1}
 _PEERS: Schema = {"type": "array", "items": _NOT_EMPTY}
@@ -220,6 +222,8 @@ def _configuration(serving: Schema) -> Schema:
             del definitions[name]["properties"][key]
     for name, ports in PORTS.items():
         definitions[name]["properties"] |= ports
+    for name in ("GatewayConfig", "AdminConfig"):
+        definitions[name]["properties"]["host"] = HOSTS
     definitions["TenancyConfig"]["properties"]["database"] = {
         "type": "string",
         "pattern": "^((sqlite|postgresql)[+:].*)?$",
@@ -340,10 +344,12 @@ def generated() -> dict[Path, str]:
 
     text = (CHART / "values.yaml").read_text(encoding="utf-8")
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
-    schema = values_schema(yaml.safe_load(text), ServingConfig.model_json_schema())
+    values = yaml.safe_load(text)
+    schema = values_schema(values, ServingConfig.model_json_schema())
     dashboard = (ROOT / "docs" / "dashboards" / "packtrain.json").read_text(encoding="utf-8")
     return {
         CHART / "values.schema.json": json.dumps(schema, indent=2) + "\n",
+        ROOT / "serving" / "driver" / "chart.json": json.dumps({"values": values, "schema": schema}) + "\n",
         CHART / "README.md": readme(documented_values(text), chart),
         CHART / "dashboards" / "packtrain.json": dashboard,
     }

@@ -16,6 +16,7 @@ from serving.cli.plan import choose_device
 from serving.config import load_config, ray_address
 from serving.contracts.yaml_files import read_yaml
 from serving.driver import kubernetes
+from serving.driver.chart_values import merged
 from serving.driver.kubernetes import Machine
 
 EXIT_DOES_NOT_FIT = 1
@@ -45,11 +46,15 @@ def render(
     accept_license: Annotated[
         bool, typer.Option("--accept-license", help="You have accepted the LLAMA 2 Community License.")
     ] = False,
+    tls_secret: Annotated[str | None, typer.Option(help="Secret with the certificate of gateway.tls.")] = None,
+    database_secret: Annotated[
+        str | None, typer.Option(help="Secret with the password of tenancy.database, under `password`.")
+    ] = None,
     same_as: SameAs = None,
 ) -> None:
     """Print values of the Helm chart for a configuration, with machines, memory and timeouts worked out.
 
-    Ends with status 1 and the numbers when such machines cannot hold it.
+    Ends with status 1 and the numbers when such machines cannot hold it, or the values would not pass `check`.
     """
     serving = load_config(config)
     machine = Machine(
@@ -60,11 +65,21 @@ def render(
         num_cpus=cpus_per_node,
         memory_bytes=None if memory_per_node_gib is None else memory_per_node_gib * GIB,
     )
-    plan = kubernetes.plan(serving, machine, kubernetes.model_configs(serving, _pairs(same_as)))
+    pairs = _pairs(same_as)
+    plan = kubernetes.plan(serving, machine, kubernetes.model_configs(serving, pairs))
     if plan.problems:
         _refuse(plan.problems)
-    values = kubernetes.values(serving, plan, claim=claim, accepts_licence=accept_license)
-    for line in kubernetes.explained(plan):
+    values = kubernetes.values(
+        serving,
+        plan,
+        claim=claim,
+        accepts_licence=accept_license,
+        tls_secret=tls_secret,
+        database_secret=database_secret,
+    )
+    if problems := kubernetes.check(values, machine.gpu, pairs).problems:
+        _refuse(problems)
+    for line in kubernetes.explained(serving, plan):
         typer.echo(f"# {line}")
     typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
 
@@ -76,17 +91,17 @@ def check(
     gpu_memory_gib: MemoryGib = None,
     same_as: SameAs = None,
 ) -> None:
-    """Say whether the chart with these values can work: weights, KV cache, GPUs, machines, memory, timeouts.
+    """Say whether the chart with these values can work: its schema, weights, KV cache, GPUs, machines, memory, timeouts.
 
-    Ends with status 1 when not.
+    Ends with status 1 when not. What would be insecure `helm template` tells, which has the chart's other rules.
     """
-    merged: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for path in values:
-        merged = kubernetes.merged(merged, _read_values(path))
+        given = merged(given, _read_values(path))
     device = None
     if gpu is not None or gpu_memory_gib is not None:
         device = choose_device(gpu, memory_gib=gpu_memory_gib, bandwidth_gb_per_s=1.0 if gpu_memory_gib else None)
-    verdict = kubernetes.check(merged, device, _pairs(same_as))
+    verdict = kubernetes.check(given, device, _pairs(same_as))
     for line in verdict.lines:
         typer.echo(line)
     if verdict.problems:

@@ -6,7 +6,7 @@ Pure: from a configuration and a kind of machine to values of the chart helm/pac
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from model_parallel.memory import (
     plan_group,
 )
 from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
+from serving.driver.chart_values import chart_defaults, charts_own, schema_problems, with_defaults
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
 from serving.models.sizes import LEADER_BYTES, RANK_BYTES, STACK_BYTES, with_step_sizes, workload_of
@@ -45,19 +46,10 @@ _CPU_CACHE_TOKENS = 16384
 """Planned for a group on CPUs whose cache is left to be chosen."""
 IMAGE_MODELS = "/opt/packtrain/models"
 """Where the image has the models that `packtrain fetch` knows."""
-_LLAMA_2 = re.compile(r"llama[-_ ]?2", re.IGNORECASE)
-
-# What a group of worker nodes is without a word in the values; as in helm/packtrain/values.yaml.
-WORKER_DEFAULTS: Mapping[str, Any] = {
-    "groupName": "workers",
-    "replicas": 1,
-    "minReplicas": 1,
-    "maxReplicas": 1,
-    "numOfHosts": 1,
-    "resources": {"requests": {"cpu": "2", "memory": "8Gi"}, "limits": {"cpu": "2", "memory": "8Gi"}},
-    "shmSize": "1Gi",
-}
-GRACE_DEFAULT_S = 90
+MOUNTED_MODELS = "/models"
+"""Where the chart mounts weights."""
+# As helm/packtrain/templates/_validate.tpl has it.
+_LLAMA_2 = re.compile(r"llama[-_ ]?2(\.?[^0-9.]|\.?$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,11 +157,14 @@ def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConf
         )
     spans = [math.ceil(model.entry.tensor_parallel_size / machine.num_gpus) for model in on_gpu]
     num_hosts = max(spans, default=1)
-    cpus = machine.num_cpus or _cpus_needed(plans, machine)
+    mixes = list(_mixes(entries, config.autoscaler.max_ranks))
+    cpus = machine.num_cpus or max(_cpus_needed(plans, machine, mix) for mix in mixes)
     whole = replace(machine, num_cpus=cpus)
-    num_machines = _machines_needed(plans, whole, problems)
+    needs = [_machines_needed(plans, whole, mix) for mix in mixes]
+    problems += needs[0][1]  # each is of one group alone
+    num_machines = max(number for number, _ in needs)
     shm_bytes = max(GIB, _SHM_PER_GPU_BYTES * machine.num_gpus)
-    needed = _host_bytes(plans, machine) + shm_bytes
+    needed = max(_host_bytes(plans, machine, mix) for mix in mixes) + shm_bytes
     memory_bytes = machine.memory_bytes or math.ceil(needed / GIB) * GIB
     if memory_bytes < needed:
         problems.append(
@@ -239,14 +234,37 @@ def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:
         )
 
 
-def _cpus_needed(plans: Iterable[ModelPlan], machine: Machine) -> int:
+Mix = Mapping[str, int]
+"""How many groups there are of each model at a time."""
+
+
+def _mixes(entries: Sequence[ModelEntry], max_ranks: int | None) -> Iterator[Mix]:
+    """All that there may be of each; where models share autoscaler.max_ranks, one for each model that grows first."""
+    most = {entry.name: entry.most_groups for entry in entries}
+    scaled = [entry for entry in entries if entry.autoscaling is not None and entry.autoscaling.mode == "on"]
+    if max_ranks is None or sum(most[e.name] * e.tensor_parallel_size for e in scaled) <= max_ranks:
+        yield most
+        return
+    begun = {entry.name: entry.num_groups for entry in scaled}
+    rest = max_ranks - sum(begun[entry.name] * entry.tensor_parallel_size for entry in scaled)
+    for first in scaled:
+        mix, free = most | begun, rest
+        for entry in (first, *(other for other in scaled if other is not first)):
+            more = max(0, min(most[entry.name] - begun[entry.name], free // entry.tensor_parallel_size))
+            mix[entry.name] += more
+            free -= more * entry.tensor_parallel_size
+        yield mix
+
+
+def _cpus_needed(plans: Iterable[ModelPlan], machine: Machine, mix: Mix) -> int:
     if machine.num_gpus:
         return _CPUS_PER_GPU * machine.num_gpus
-    return math.ceil(sum(m.entry.cpus_per_rank * m.entry.tensor_parallel_size * m.entry.most_groups for m in plans))
+    return math.ceil(sum(m.entry.cpus_per_rank * m.entry.tensor_parallel_size * mix[m.entry.name] for m in plans))
 
 
-def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: list[str]) -> int:
-    """First fit, largest groups first. A group that spans machines takes whole ones."""
+def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, mix: Mix) -> tuple[int, list[str]]:
+    """And groups that no machine holds. First fit, largest groups first. A group that spans machines takes whole ones."""
+    problems = []
     free: list[tuple[float, float]] = []  # GPUs and CPUs
     size = (float(machine.num_gpus), float(machine.num_cpus or 0))
     whole = 0
@@ -255,7 +273,7 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
         tp = entry.tensor_parallel_size
         takes = (float(tp), tp * entry.cpus_per_rank) if entry.device == "cuda" else (0.0, tp * entry.cpus_per_rank)
         if entry.device == "cuda" and tp > machine.num_gpus:
-            whole += entry.most_groups * math.ceil(tp / machine.num_gpus)
+            whole += mix[entry.name] * math.ceil(tp / machine.num_gpus)
             continue
         if any(need > has for need, has in zip(takes, size, strict=True)):
             problems.append(
@@ -263,34 +281,44 @@ def _machines_needed(plans: Iterable[ModelPlan], machine: Machine, problems: lis
                 f"and a machine has {size[0]:g} and {size[1]:g}"
             )
             continue
-        for _ in range(entry.most_groups):
+        for _ in range(mix[entry.name]):
             place = next((i for i, has in enumerate(free) if has[0] >= takes[0] and has[1] >= takes[1]), None)
             if place is None:
                 free.append(size)
                 place = len(free) - 1
             free[place] = (free[place][0] - takes[0], free[place][1] - takes[1])
-    return whole + len(free)
+    return whole + len(free), problems
 
 
-def _host_bytes(plans: Iterable[ModelPlan], machine: Machine) -> int:
+def _host_bytes(plans: Iterable[ModelPlan], machine: Machine, mix: Mix) -> int:
     """Memory of a machine that is full: of ranks on CPUs all they hold, of ranks on GPUs what is left on the host."""
     on_cpu = [m for m in plans if m.entry.device == "cpu"]
-    ranks = sum(m.entry.most_groups * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
+    ranks = sum(mix[m.entry.name] * (m.group_bytes + len(m.memory.ranks) * RANK_BYTES + LEADER_BYTES) for m in on_cpu)
     gpus = machine.num_gpus * (_GPU_RANK_HOST_BYTES + RANK_BYTES)
     return math.ceil(_MARGIN * ranks) + gpus + _NODE_BYTES
 
 
-def values(config: ServingConfig, plan: ClusterPlan, *, claim: str | None, accepts_licence: bool) -> dict[str, Any]:
-    """Values of the chart. `claim` is the volume claim with the weights; sources that are not in the image must lie in it."""
+def values(
+    config: ServingConfig,
+    plan: ClusterPlan,
+    *,
+    claim: str | None,
+    accepts_licence: bool,
+    tls_secret: str | None = None,
+    database_secret: str | None = None,
+) -> dict[str, Any]:
+    """Values of the chart. `claim` is the volume claim with the weights; sources that are not in the image must lie in it.
+    The Secrets hold what the configuration has in files and URLs. Raises ConfigError for what the chart has no place for."""
     machine = plan.machine
     drain_s = config.gateway.drain_timeout_s
     is_llama_2 = any(_LLAMA_2.search(f"{entry.name} {entry.source}") for entry in config.models)
     gpus = {"nvidia.com/gpu": machine.num_gpus} if machine.num_gpus else {}
     resources = {"cpu": str(machine.num_cpus), "memory": f"{(machine.memory_bytes or 0) // GIB}Gi"} | gpus
-    keeps_keys = config.tenancy is not None
     made: dict[str, Any] = {
         "config": _chart_config(config),
-        "terminationGracePeriodSeconds": max(GRACE_DEFAULT_S, math.ceil(drain_s) + STOP_MARGIN_S),
+        "terminationGracePeriodSeconds": max(
+            chart_defaults()["terminationGracePeriodSeconds"], math.ceil(drain_s) + STOP_MARGIN_S
+        ),
         "worker": {
             "groupName": "gpu" if machine.num_gpus else "cpu",
             "replicas": plan.num_replicas,
@@ -303,8 +331,24 @@ def values(config: ServingConfig, plan: ClusterPlan, *, claim: str | None, accep
     }
     if config.tenancy is not None and config.tenancy.database.startswith("postgresql"):
         made["gateway"] = {"replicas": 2}
-    if not keeps_keys:
-        made["insecure"] = config.gateway.insecure
+        if database_secret is not None:
+            made["database"] = {"passwordSecret": {"name": database_secret}}
+        made["config"]["tenancy"]["database"] = _url_without_password(config.tenancy.database, database_secret)
+    if config.tenancy is None and config.gateway.insecure:
+        made["insecure"] = True
+    if config.ray.num_gateways is not None:
+        made["gateway"] = {"replicas": config.ray.num_gateways}
+    if config.ray.wait_for_nodes_s:
+        made["driver"] = {"waitForNodesSeconds": math.ceil(config.ray.wait_for_nodes_s)}
+    if config.gateway.tls is not None:
+        if tls_secret is None:
+            raise ConfigError(
+                "gateway.tls: the chart takes certificates from a Secret with tls.crt and tls.key; name it with --tls-secret"
+            )
+        made["tls"] = {
+            "existingSecret": tls_secret,
+            "requireClientCertificate": config.gateway.tls.client_ca is not None,
+        }
     if is_llama_2:
         made["license"] = {"accept": accepts_licence}
     if claim is not None:
@@ -313,26 +357,59 @@ def values(config: ServingConfig, plan: ClusterPlan, *, claim: str | None, accep
 
 
 def _chart_config(config: ServingConfig) -> dict[str, Any]:
-    """The configuration without what is as usual and without what the chart decides."""
+    """The configuration without what is as usual and without what the chart decides. Raises ConfigError."""
+    if config.gateway.resume_key_file is not None:
+        raise ConfigError(
+            f"gateway.resume_key_file is {config.gateway.resume_key_file}, and no file of this machine is in the pods; leave it "
+            "out: a key is drawn that lives as long as the Ray cluster"
+        )
     data: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    data.pop("ray", None)
-    for section, keys in (("gateway", ("host", "insecure", "tls")), ("admin", ("host",))):
-        for key in keys:
-            data.get(section, {}).pop(key, None)
+    for section, key in charts_own():
+        (data.get(section, {}) if section else data).pop(key, None)
+    for section in ("gateway", "admin"):
+        settings = data.get(section, {})
+        if settings.get("host") != "::":  # the chart's is 0.0.0.0
+            settings.pop("host", None)
+        for key in _PORTS_THAT_MAY_BE_OFF & settings.keys():
+            if settings[key] is None:
+                settings[key] = False
         if not data.get(section, True):
             del data[section]
     for entry in data["models"]:
         if known := KNOWN_MODELS.get(entry["source"]):
-            # Pods fetch nothing: the NetworkPolicy would not let them, and the image has it.
-            entry["source"] = f"{IMAGE_MODELS}/{known.name}/{known.path.name}"
             chat = {"format": known.chat_format, "default_system": known.chat_default_system}
             entry.setdefault("chat", chat)
-    data.setdefault("tenancy", None)
+        for key in ("source", "draft_model"):
+            if known := KNOWN_MODELS.get(entry.get(key) or ""):
+                # Pods fetch nothing: the NetworkPolicy would not let them, and the image has it.
+                entry[key] = f"{IMAGE_MODELS}/{known.name}/{known.path.name}"
+    if config.tenancy is None and config.gateway.insecure:
+        data["tenancy"] = None  # else the chart keeps keys in SQLite
     return data
 
 
-def explained(plan: ClusterPlan) -> Iterator[str]:
-    """The numbers that the plan was made of, a line each."""
+_PORTS_THAT_MAY_BE_OFF = frozenset(("http_port", "port", "metrics_port"))
+
+
+def _url_without_password(url: str, secret: str | None) -> str:
+    from serving.tenants.store.database import has_password, without_password  # noqa: PLC0415  # brings sqlalchemy
+
+    if not has_password(url):
+        return url
+    if secret is None:
+        raise ConfigError(
+            "tenancy.database has a password in it, which everybody who reads the ConfigMap would see; name a Secret that has it "
+            "under the key `password` with --database-secret"
+        )
+    return without_password(url)
+
+
+def explained(config: ServingConfig, plan: ClusterPlan) -> Iterator[str]:
+    """The numbers that the plan was made of, a line each, and what the chart adds of its own."""
+    if config.tenancy is None and not config.gateway.insecure:
+        yield "the configuration has no tenancy, and the chart keeps keys in SQLite: requests need one"
+    for model in plan.models:
+        yield from _elsewhere(model.entry)
     for model in plan.models:
         entry, ranks = model.entry, model.memory.ranks
         weights = max(rank.weight_bytes for rank in ranks)
@@ -351,20 +428,12 @@ def explained(plan: ClusterPlan) -> Iterator[str]:
     )
 
 
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """As helm merges values: mappings by key, everything else is replaced, null removes."""
-    result = dict(first)
-    for key, value in second.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
-
-
-def worker_groups(chart_values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The chart's groups of nodes, each whole: what one leaves out is as in `worker`, what it gives replaces that."""
-    first = merged(WORKER_DEFAULTS, chart_values.get("worker") or {})
-    more = chart_values.get("additionalWorkerGroups") or {}
-    return [first, *(first | {"groupName": name} | (own or {}) for name, own in sorted(more.items()))]
+def worker_groups(whole: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chart's groups of nodes, each whole: what one leaves out is as in `worker`, what it gives replaces that. `whole` has
+    the chart's own values too."""
+    first = whole["worker"]
+    more = whole.get("additionalWorkerGroups") or {}
+    return [first, *(first | {"groupName": name} | own for name, own in sorted(more.items()))]
 
 
 _PRODUCTS = (
@@ -382,20 +451,30 @@ def group_device(group: Mapping[str, Any]) -> Device | None:
     return DEVICES[name] if name else None
 
 
-def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[str, str]) -> Verdict:
-    """Whether these values can work. `gpu` where node selectors do not tell. Raises ConfigError for a wrong configuration."""
-    config = _config_of(chart_values)
-    groups = worker_groups(chart_values)
+def check(given: Mapping[str, Any], gpu: Device | None, same_as: Mapping[str, str]) -> Verdict:
+    """Whether these values can work, over the chart's own. `gpu` where node selectors do not tell. Raises ConfigError for a wrong
+    configuration."""
+    whole = with_defaults(given)
+    told = schema_problems(whole)
+    if problems := [f"{path}: {text}" for path, text in told if not path.startswith("config.")]:
+        return Verdict(lines=(), problems=tuple(problems))
+    config = _config_of(whole["config"])
+    groups = worker_groups(whole)
     lines: list[str] = []
-    problems = [*_timing_problems(chart_values, config), *_rule_problems(chart_values, config)]
+    problems = [*_timing_problems(whole, config), *_rule_problems(whole, config)]
+    # Of what the server takes and the chart does not, in the schema's words where there are no better ones.
+    problems = problems or [f"{path}: {text}" for path, text in told]
     for group in groups:
         lines.append(_group_line(group))
+        problems += _count_problems(group)
         problems += _resource_problems(group)
     has_gpus = any(_gpus_of(group) for group in groups)
-    autoscaling = bool(((chart_values.get("ray") or {}).get("autoscaling") or {}).get("enabled"))
     entries = [_decided(entry, has_gpus=has_gpus) for entry in config.models]
-    problems += _placement_problems(entries, groups, autoscaling)
+    problems += _placement_problems(
+        entries, groups, whole["ray"]["autoscaling"]["enabled"], config.autoscaler.max_ranks
+    )
     for entry in entries:
+        lines += _elsewhere(entry)
         known = _model_config(entry, same_as.get(entry.name))
         if known is None:
             lines.append(
@@ -415,29 +494,31 @@ def check(chart_values: Mapping[str, Any], gpu: Device | None, same_as: Mapping[
     return Verdict(lines=tuple(lines), problems=tuple(problems))
 
 
-def _config_of(chart_values: Mapping[str, Any]) -> ServingConfig:
-    data = dict(chart_values.get("config") or {})
-    if data.get("tenancy", {}) == {}:
-        data["tenancy"] = {"database": ""}  # the chart's default
-    for section, keys in (("gateway", ("host", "insecure", "tls")), ("admin", ("host",)), ("", ("ray",))):
-        for key in keys:
-            if key in (data if not section else data.get(section) or {}):
-                raise ConfigError(f"config.{section + '.' if section else ''}{key} is the chart's to set; leave it out")
-    return parse_config(data, origin="config")
+def _config_of(data: Mapping[str, Any]) -> ServingConfig:
+    """What the server reads of the chart's `config`. Raises ConfigError."""
+    read = dict(data)
+    for section, key in charts_own():
+        settings = data.get(section) if section else data
+        if isinstance(settings, dict) and key in settings:
+            raise ConfigError(f"config.{section + '.' if section else ''}{key} is the chart's to set; leave it out")
+    for section in ("gateway", "admin"):
+        if isinstance(settings := data.get(section), dict):
+            off = {key: None for key in _PORTS_THAT_MAY_BE_OFF & settings.keys() if settings[key] is False}
+            read[section] = settings | off
+    return parse_config(read, origin="config")
 
 
-def _timing_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> Iterator[str]:
-    grace_s = chart_values.get("terminationGracePeriodSeconds", GRACE_DEFAULT_S)
+def _timing_problems(whole: Mapping[str, Any], config: ServingConfig) -> Iterator[str]:
+    grace_s = whole["terminationGracePeriodSeconds"]
     needed_s = math.ceil(config.gateway.drain_timeout_s) + STOP_MARGIN_S
     if grace_s < needed_s:
         yield f"terminationGracePeriodSeconds is {grace_s}, and draining needs {needed_s}"
 
 
-def _rule_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> Iterator[str]:
-    insecure = bool(chart_values.get("insecure"))
-    if config.tenancy is None and not insecure:
+def _rule_problems(whole: Mapping[str, Any], config: ServingConfig) -> Iterator[str]:
+    if config.tenancy is None and not whole["insecure"]:
         yield "config.tenancy is null, so there are no keys, and insecure is not true"
-    gateways = (chart_values.get("gateway") or {}).get("replicas", 1)
+    gateways = whole["gateway"]["replicas"]
     if config.tenancy is not None and gateways > 1 and not config.tenancy.database.startswith("postgresql"):
         yield f"gateway.replicas is {gateways}, and SQLite serves one machine: config.tenancy.database must be PostgreSQL"
     fields: dict[int, str] = {}
@@ -447,17 +528,60 @@ def _rule_problems(chart_values: Mapping[str, Any], config: ServingConfig) -> It
             yield f"{name} is 0; the ports of pods must be known, from 1 to 65535"
         elif port is not None and fields.setdefault(port, name) != name:
             yield f"{fields[port]} and {name} are both {port}; each needs a port of its own"
-    accepted = bool((chart_values.get("license") or {}).get("accept"))
     for entry in config.models:
-        if _LLAMA_2.search(f"{entry.name} {entry.source}") and not accepted:
-            yield f"{entry.name} is Llama 2, and license.accept is not true"
+        if _LLAMA_2.search(f"{entry.name} {entry.source}") and not whole["license"]["accept"]:
+            yield (
+                f"{entry.name} is Llama 2, and license.accept is not true: read its licence, and say so "
+                "(`packtrain k8s render --accept-license`)"
+            )
+        for what, source in _sources(entry):
+            if whole["weights"]["source"] == "none" and _is_below(source, MOUNTED_MODELS):
+                yield (
+                    f"{entry.name}: {what} is {source}, and weights.source is none: nothing is mounted at {MOUNTED_MODELS} "
+                    "(`packtrain k8s render --claim` names the claim with it)"
+                )
 
 
-def _placement_problems(entries: Iterable[ModelEntry], groups: list[dict[str, Any]], autoscaling: bool) -> list[str]:
+def _sources(entry: ModelEntry) -> Iterator[tuple[str, str]]:
+    yield "source", entry.source
+    if entry.draft_model is not None:
+        yield "draft_model", entry.draft_model
+    for adapter in entry.lora.adapters if entry.lora else ():
+        yield f"the source of the adapter {adapter.name}", str(adapter.source)
+
+
+def _elsewhere(entry: ModelEntry) -> Iterator[str]:
+    """Sources that neither the image nor the chart's volume has."""
+    for what, source in _sources(entry):
+        if not (_is_below(source, IMAGE_MODELS) or _is_below(source, MOUNTED_MODELS)):
+            yield f"{entry.name}: {what}, {source}, must be in the pods"
+
+
+def _is_below(source: str, directory: str) -> bool:
+    return Path(source).is_relative_to(directory)
+
+
+def _count_problems(group: Mapping[str, Any]) -> Iterator[str]:
+    fewest, number, most = (group[key] for key in ("minReplicas", "replicas", "maxReplicas"))
+    if not fewest <= number <= most:
+        yield f"{group['groupName']}: replicas is {number}, and must be from minReplicas, {fewest}, to maxReplicas, {most}"
+
+
+def _placement_problems(
+    entries: Sequence[ModelEntry], groups: list[dict[str, Any]], autoscaling: bool, max_ranks: int | None
+) -> list[str]:
     """Groups that have no place each, else what the driver would say of all of them together."""
     count = "maxReplicas" if autoscaling else "replicas"
-    if problems := [problem for entry in entries for problem in _group_problems(entry, groups, count)]:
+    mixes = list(_mixes(entries, max_ranks))
+    most = {entry.name: max(mix[entry.name] for mix in mixes) for entry in entries}
+    if problems := [
+        problem for entry in entries for problem in _group_problems(entry, most[entry.name], groups, count)
+    ]:
         return problems
+    return list(dict.fromkeys(problem for mix in mixes for problem in _mix_problems(entries, mix, groups, count)))
+
+
+def _mix_problems(entries: Sequence[ModelEntry], mix: Mix, groups: list[dict[str, Any]], count: str) -> list[str]:
     requests = [
         GroupRequest(
             name=entry.name,
@@ -466,12 +590,12 @@ def _placement_problems(entries: Iterable[ModelEntry], groups: list[dict[str, An
             cpus_per_rank=entry.cpus_per_rank,
         )
         for entry in entries
-        for _ in range(entry.most_groups)
+        for _ in range(mix[entry.name])
     ]
     nodes = [
         NodeResources(node_id="", ip="", num_cpus=_cpus_of(group), num_gpus=_gpus_of(group))
         for group in groups
-        for _ in range(group[count] * group["numOfHosts"])
+        for _ in range(int(group[count] * group["numOfHosts"]))
     ]
     try:
         plan_groups(requests, nodes)
@@ -496,7 +620,8 @@ def _resource_problems(group: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _group_problems(entry: ModelEntry, groups: list[dict[str, Any]], count: str) -> Iterator[str]:
+def _group_problems(entry: ModelEntry, num_groups: int, groups: list[dict[str, Any]], count: str) -> Iterator[str]:
+    """`num_groups` is how many there may be of it."""
     tp = entry.tensor_parallel_size
     each = f"{'1 GPU and ' if entry.device == 'cuda' else ''}{entry.cpus_per_rank:g} CPU"
     sizes = [(group[count], group["numOfHosts"], _ranks_of(group, entry)) for group in groups]
@@ -511,9 +636,11 @@ def _group_problems(entry: ModelEntry, groups: list[dict[str, Any]], count: str)
             f"{entry.name}: tensor_parallel_size is {tp}, and the largest worker group has room for {widest} "
             f"ranks of {each} each"
         )
-    elif entry.most_groups > places:
+    elif num_groups > places:
+        if num_groups < entry.most_groups:
+            bound += " within autoscaler.max_ranks"
         yield (
-            f"{entry.name}: {bound} is {entry.most_groups}, and the worker groups have room for {places} "
+            f"{entry.name}: {bound} is {num_groups}, and the worker groups have room for {places} "
             f"of {tp} ranks of {each} each"
         )
 
@@ -527,7 +654,10 @@ def _ranks_of(group: Mapping[str, Any], entry: ModelEntry) -> int:
 
 
 def _gpus_of(group: Mapping[str, Any]) -> int:
-    return int((group["resources"].get("limits") or {}).get("nvidia.com/gpu") or 0)
+    """What Ray counts on a machine: `num-gpus`, else the limit."""
+    if given := (group.get("rayStartParams") or {}).get("num-gpus"):
+        return int(given)
+    return int(quantity(str((group["resources"].get("limits") or {}).get("nvidia.com/gpu") or 0)))
 
 
 def _cpus_of(group: Mapping[str, Any]) -> float:
@@ -571,23 +701,13 @@ def _model_line(model: ModelPlan, device: Device | None) -> str:
     )
 
 
-_UNITS = {
-    "": 1.0,
-    "m": 1e-3,
-    "k": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-    "T": 1e12,
-    "Ki": 2.0**10,
-    "Mi": 2.0**20,
-    "Gi": 2.0**30,
-    "Ti": 2.0**40,
-}
+_UNITS = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_UNITS |= {f"{letter}i": 2.0 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)}
 
 
 def quantity(text: str) -> float:
     """A Kubernetes quantity as a number. Raises ConfigError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", text)
+    found = re.fullmatch(r"(\+?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)([A-Za-z]*)", text)
     if found is None or found[2] not in _UNITS:
         raise ConfigError(f"{text!r} is not a quantity such as 8, 500m or 64Gi")
     return float(found[1]) * _UNITS[found[2]]

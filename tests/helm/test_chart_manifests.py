@@ -355,6 +355,25 @@ def test_ports_that_are_off() -> None:
     assert rule["ports"] == [{"protocol": "TCP", "port": "grpc"}]
 
 
+def test_addresses_of_ipv6() -> None:
+    config = serve_config(render(values={"config": {"gateway": {"host": "::"}, "admin": {"host": "::"}}}))
+    assert (config["gateway"]["host"], config["admin"]["host"]) == ("::", "::")
+
+
+@pytest.mark.parametrize("memory", ["8.", "+8Gi", "8e9", "8E-3", 8e9, "1Pi", "8000000000000m", "9000000000u"])
+def test_quantities_as_kubernetes_has_them(memory: str | float) -> None:
+    resources = {"requests": {"memory": memory, "cpu": ".5"}, "limits": {"memory": memory, "cpu": "2"}}
+    manifests = render(values={"worker": {"resources": resources | {"claims": [{"name": "gpu"}]}}})
+    assert [e.message for e in raycluster_validator().iter_errors(only(manifests, "RayCluster"))] == []
+
+
+def test_gpus_of_rays_own_parameter_count() -> None:
+    given = {"name": "m", "source": "/opt/x", "device": "cuda", "tensor_parallel_size": 2}
+    values = {"config": {"models": [given]}, "worker": {"rayStartParams": {"num-gpus": "2"}}}
+    group = only(render(values=values), "RayCluster")["spec"]["workerGroupSpecs"][1]
+    assert group["rayStartParams"]["num-gpus"] == "2"
+
+
 def test_names_that_no_pod_may_ask_for() -> None:
     manifests = render(values={"networkPolicy": {"dns": []}})
     assert f"{NAME}-dns" not in {policy["metadata"]["name"] for policy in of_kind(manifests, "NetworkPolicy")}

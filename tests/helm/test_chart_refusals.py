@@ -75,6 +75,21 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         "has a password in it",
         {"config": POSTGRESQL},
     ),
+    "a password with a slash in it": (
+        {"config": {"tenancy": {"database": "postgresql://packtrain:a/b@db/packtrain"}}},
+        "has a password in it",
+        {"config": POSTGRESQL},
+    ),
+    "a password in Redis' address": (
+        {"gcsFaultTolerance": {"backend": "redis", "redis": {"address": "redis://:hunter2@redis:6379"}}},
+        "gcsFaultTolerance.redis.address has a password in it",
+        {"gcsFaultTolerance": {"redis": {"address": "redis://redis:6379"}}},
+    ),
+    "a variable that is the chart's": (
+        {"worker": {"containerEnv": [{"name": "RAY_SERVE_USE_GRPC_BY_DEFAULT", "value": "0"}]}},
+        "worker group workers.containerEnv: RAY_SERVE_USE_GRPC_BY_DEFAULT is the chart's own",
+        {"worker": {"containerEnv": [{"name": "MALLOC_ARENA_MAX", "value": "8"}]}},
+    ),
     "a secret in the environment": (
         {"common": {"containerEnv": [{"name": "HF_TOKEN", "value": "hf_1"}]}},
         "common.containerEnv: HF_TOKEN has its value in the values",
@@ -93,6 +108,72 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"head": {"rayStartParams": {"redis-password": "x"}}},
         "would stand in the process list",
         None,
+    ),
+    **{
+        f"{name} of {place}": (
+            {place: {"rayStartParams": {name: value}}},
+            f"{place}.rayStartParams.{name} is",
+            None,
+        )
+        for place, name, value in (
+            ("head", "num-gpus", "1"),
+            ("driver", "num-gpus", "1"),
+            ("gateway", "resources", "{}"),
+            ("driver", "resources", "{}"),
+        )
+    },
+    "a volume twice": (
+        {"worker": {"volumes": [{"name": "tmp", "emptyDir": {}}]}},
+        'worker group workers.volumes: the name "tmp" stands twice',
+        {"worker": {"volumes": [{"name": "mine", "emptyDir": {}}]}},
+    ),
+    "a mount twice": (
+        {"worker": {"volumeMounts": [{"name": "tmp", "mountPath": "/dev/shm"}]}},
+        "worker group workers.volumeMounts: /dev/shm is mounted twice",
+        {"worker": {"volumeMounts": [{"name": "tmp", "mountPath": "/scratch"}]}},
+    ),
+    "HTTP that an ingress needs": (
+        {"config": {"gateway": {"http_port": False}}, "ingress": A_HOST, **CLIENTS, **IN_CLEAR},
+        "config.gateway.http_port is off, and ingress.enabled needs it",
+        {"ingress": {"enabled": False}},
+    ),
+    "metrics that TLS needs": (
+        {"config": {"admin": {"metrics_port": False}}, "tls": {"existingSecret": "tls"}},
+        "config.admin.metrics_port is off, and TLS",
+        {"tls": {"existingSecret": ""}},
+    ),
+    "metrics that a PodMonitor needs": (
+        {"config": {"admin": {"metrics_port": False}}, "monitoring": {"podMonitor": {"enabled": True}}},
+        "config.admin.metrics_port is off, and monitoring.podMonitor needs it",
+        {"monitoring": {"podMonitor": {"enabled": False}}},
+    ),
+    "one model twice": (
+        {"config": models(SMALL | {"cpus_per_rank": 0.5}, SMALL | {"cpus_per_rank": 0.5})},
+        'config.models: the name "small" stands twice',
+        {"config": models(SMALL)},
+    ),
+    "an adapter called like its model": (
+        {"config": models(SMALL | {"lora": {"adapters": [{"name": "small", "source": "/opt/a"}]}})},
+        'config.models: the name "small" stands twice',
+        {"config": models(SMALL | {"lora": {"adapters": [{"name": "other", "source": "/opt/a"}]}})},
+    ),
+    "a draft model that is not mounted": (
+        {"config": models(SMALL | {"draft_model": "/models/tiny"})},
+        "the draft_model of small is /models/tiny, and weights.source is none",
+        {"config": models(SMALL | {"draft_model": "/models-local/tiny"})},
+    ),
+    "an adapter that is not mounted": (
+        {"config": models(SMALL | {"lora": {"adapters": [{"name": "one", "source": "/models/one"}]}})},
+        "the adapter one of small is /models/one, and weights.source is none",
+        {"weights": ONE_CLAIM},
+    ),
+    "all groups within max_ranks": (
+        {
+            "config": models(ON_GPU | {"autoscaling": {"max_groups": 4}}) | {"autoscaler": {"max_ranks": 3}},
+            "worker": gpus(2),
+        },
+        "autoscaling.max_groups, bounded by autoscaler.max_ranks, 3 of 1 ranks",
+        {"config": {"autoscaler": {"max_ranks": 2}}},
     ),
     "client certificates without any": (
         {"tls": {"requireClientCertificate": True}},
@@ -321,7 +402,23 @@ BY_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown value inside": ({"gateway": {"replica": 2}}, "replica"),
     "an unknown key of the server": ({"config": {"gateway": {"prot": 1}}}, "prot"),
     "an unknown key of a model": ({"config": models(SMALL | {"tensor_parallel": 2})}, "tensor_parallel"),
-    "an address, which is the chart's": ({"config": {"gateway": {"host": "0.0.0.0"}}}, "host"),
+    "an address that nobody reaches": ({"config": {"gateway": {"host": "127.0.0.1"}}}, "/config/gateway/host"),
+    "a file that is not in the pods": ({"config": {"gateway": {"resume_key_file": "/key"}}}, "resume_key_file"),
+    "another database": ({"config": {"tenancy": {"database": "mysql://db/x"}}}, "/config/tenancy"),
+    "a key that no label has": ({"common": {"labels": {"a b": "c"}}}, "/common/labels"),
+    "a key that no annotation has": ({"head": {"annotations": {"a/b/c": "d"}}}, "/head/annotations"),
+    "a name that no variable has": (
+        {"common": {"containerEnv": [{"name": "a b", "value": "c"}]}},
+        "containerEnv/0/name",
+    ),
+    "more than all nodes": ({"worker": {"podDisruptionBudget": {"maxUnavailable": "101%"}}}, "maxUnavailable"),
+    "tolerations that are a text": ({"worker": {"tolerations": "all"}}, "/worker/tolerations"),
+    "affinity that is a text": ({"gateway": {"affinity": "near"}}, "/gateway/affinity"),
+    "clients that are a text": ({"networkPolicy": {"clients": "all"}}, "/networkPolicy/clients"),
+    "a client that is everybody": ({"networkPolicy": {"clients": [{}]}}, "/networkPolicy/clients/0"),
+    "no port of the API": ({"networkPolicy": {"apiServerPorts": []}}, "/networkPolicy/apiServerPorts"),
+    "a number of CPUs that is none": ({"worker": {"rayStartParams": {"num-cpus": "abc"}}}, "num-cpus"),
+    "a part of a GPU": ({"worker": {"resources": {"limits": {"nvidia.com/gpu": "1.5"}}}}, "nvidia.com~1gpu"),
     "a cluster, which is the chart's": ({"config": {"ray": {"address": "auto"}}}, "ray"),
     "insecure by the server's configuration": ({"config": {"gateway": {"insecure": True}}}, "insecure"),
     "no model": ({"config": {"models": []}}, "models"),

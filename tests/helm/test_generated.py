@@ -43,7 +43,7 @@ def test_a_new_key_of_the_server_gets_into_the_schema(generate: ModuleType) -> N
     serving["$defs"]["ModelEntry"]["properties"]["new_key"] = {"type": "integer"}
     schema = generate.values_schema(yaml.safe_load((CHART / "values.yaml").read_text()), serving)
     assert schema["$defs"]["ModelEntry"]["properties"]["new_key"] == {"type": "integer"}
-    assert "host" not in schema["$defs"]["GatewayConfig"]["properties"]
+    assert "tls" not in schema["$defs"]["GatewayConfig"]["properties"]
     assert "RayConfig" not in schema["$defs"]
 
 

@@ -20,7 +20,7 @@ from serving import __version__
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bench", "cluster", "model_parallel", "protos", "serving")
 SUFFIXES = {".py", ".pyi", ".proto", ".cpp", ".h", ".typed"}
-DATA = ("bench/simulation/profiles/*.json", "bench/simulation/scenarios/*.yaml")
+DATA = ("bench/simulation/profiles/*.json", "bench/simulation/scenarios/*.yaml", "serving/driver/chart.json")
 DIST_INFO = f"packtrain-{__version__}.dist-info"
 
 

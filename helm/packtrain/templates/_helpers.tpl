@@ -146,7 +146,7 @@ keys of its own is tenancy as by default. */}}
 {{/* The configuration that `packtrain serve` reads: the user's, and what the chart decides. */}}
 {{- define "packtrain.config" -}}
 {{- $config := deepCopy .Values.config -}}
-{{- $gateway := dict "host" "0.0.0.0" "insecure" .Values.insecure -}}
+{{- $gateway := dict "insecure" .Values.insecure -}}
 {{- if include "packtrain.tlsSecret" . -}}
 {{- $tls := dict "certificate" "/etc/packtrain/tls/tls.crt" "private_key" "/etc/packtrain/tls/tls.key" -}}
 {{- if .Values.tls.requireClientCertificate -}}
@@ -154,8 +154,9 @@ keys of its own is tenancy as by default. */}}
 {{- end -}}
 {{- $_ := set $gateway "tls" $tls -}}
 {{- end -}}
-{{- $_ := set $config "gateway" (merge $gateway (default dict $config.gateway)) -}}
-{{- $_ := set $config "admin" (merge (dict "host" "0.0.0.0") (default dict $config.admin)) -}}
+{{- $host := dict "host" "0.0.0.0" -}}
+{{- $_ := set $config "gateway" (merge $gateway (default dict $config.gateway) $host) -}}
+{{- $_ := set $config "admin" (merge dict (default dict $config.admin) $host) -}}
 {{- /* A port that is off: helm's null would bring its default back. */}}
 {{- range list (list $config.gateway "http_port") (list $config.admin "port") (list $config.admin "metrics_port") -}}
 {{- if and (hasKey (index . 0) (index . 1)) (not (get (index . 0) (index . 1))) -}}

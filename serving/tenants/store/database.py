@@ -42,7 +42,7 @@ class Database:
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a URL, or a database, that can never work; StoreUnavailableError for one that may later."""
         self._url = _checked(url)
-        self.shown_url = self._url.render_as_string(hide_password=True)
+        self.shown_url = _without_password(self._url).render_as_string(hide_password=True)
         self._is_sqlite = self._url.get_backend_name() == "sqlite"
         self._engine = _sqlite(self._url) if self._is_sqlite else _postgresql(self._url)
         self._writer = self._engine.execution_options(**{_IS_WRITE: True})
@@ -116,7 +116,18 @@ def check_url(url: str) -> None:
 
 def has_password(url: str) -> bool:
     """Whether a URL must not be shown. Raises ConfigError for what is not one."""
-    return _checked(url).password is not None
+    parsed = _checked(url)
+    return parsed.password is not None or "password" in parsed.query
+
+
+def without_password(url: str) -> str:
+    """The URL that may be shown. Raises ConfigError for what is not one."""
+    shown = _without_password(_checked(url))
+    return shown.set(drivername=url.partition(":")[0]).render_as_string(hide_password=False)
+
+
+def _without_password(url: URL) -> URL:
+    return url._replace(password=None).difference_update_query(["password"])
 
 
 def _checked(url: str) -> URL:
