@@ -93,7 +93,7 @@ def schema_problems(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     from jsonschema import Draft202012Validator  # noqa: PLC0415  # for this alone
     from jsonschema.exceptions import best_match  # noqa: PLC0415
 
-    found = []
+    found: list[tuple[str, str]] = []
     for outer in Draft202012Validator(_chart()["schema"]).iter_errors(values):
         error = best_match([outer])  # of several kinds that a value may be of, the one that it is closest to
         path = ".".join(map(str, error.absolute_path))

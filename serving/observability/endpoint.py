@@ -114,4 +114,13 @@ def _application(
         samples: Iterable[bytes] = metrics(environ, start_response)
         return samples
 
-    return answer
+    def answer_head_too(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] != "HEAD":
+            return answer(environ, start_response)
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        page = answer(environ | {"REQUEST_METHOD": "GET"}, lambda status, headers: started.append((status, headers)))
+        ((status, headers),) = started
+        start_response(status, [*headers, ("Content-Length", str(sum(map(len, page))))])
+        return []
+
+    return answer_head_too

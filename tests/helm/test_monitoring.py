@@ -10,7 +10,7 @@ import promql_parser
 import pytest
 import yaml
 
-from tests.support.helm import CHART, CI_VALUES, NAMESPACE, ROOT, changed_chart, of_kind, only, render, rendered
+from tests.support.helm import CHART, CI_VALUES, NAME, NAMESPACE, ROOT, changed_chart, of_kind, only, render, rendered
 from tests.support.metric_labels import labels_by_sample
 
 MANY = next(path for path in CI_VALUES if path.name.startswith("many"))
@@ -63,10 +63,15 @@ def test_alert_asks_for_what_exists(name: str, labels_of: dict[str, set[str]]) -
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_alert_is_of_this_installation(name: str) -> None:
-    """Another release's series must not raise it."""
+    """Another release's series must not raise it, of the same namespace either: a PodMonitor's job is its namespace and name."""
     for _, matched in selectors(promql_parser.parse(ALERTS[name]["expr"])):
         assert "namespace" in matched
-    assert f'namespace="{NAMESPACE}"' in ALERTS[name]["expr"]
+    assert f'namespace="{NAMESPACE}", job="{NAMESPACE}/{NAME}"' in ALERTS[name]["expr"]
+
+
+def test_alerts_without_the_charts_own_scraping_know_no_job() -> None:
+    for rule in alerts(render(values={"monitoring": {"prometheusRule": {"enabled": True}}})):
+        assert f'namespace="{NAMESPACE}"' in rule["expr"] and "job=" not in rule["expr"]
 
 
 @pytest.mark.parametrize(

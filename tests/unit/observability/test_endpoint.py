@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from http.client import HTTPConnection
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -34,6 +35,25 @@ def test_metrics_are_at_their_path_and_nowhere_else(host: str) -> None:
         with pytest.raises(HTTPError, match="404") as caught:
             urlopen(f"{base}/", timeout=PATIENCE_S)
         caught.value.close()
+    finally:
+        endpoint.close()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/fleet", "/nowhere"])
+def test_head_is_get_without_its_page(path: str) -> None:
+    registry = CollectorRegistry()
+    Counter("things", "Some.", registry=registry).inc(3)
+    endpoint = MetricsEndpoint(registry, "127.0.0.1", 0)
+    try:
+        answers = []
+        for method in ("GET", "HEAD"):
+            connection = HTTPConnection("127.0.0.1", endpoint.port or 0, timeout=PATIENCE_S)
+            connection.request(method, path)
+            response = connection.getresponse()
+            answers.append((response.status, response.headers["Content-Type"], response.headers["Content-Length"]))
+            assert (response.read() == b"") == (method == "HEAD" or answers[-1][2] == "0")
+            connection.close()
+        assert answers[0] == answers[1]
     finally:
         endpoint.close()
 
