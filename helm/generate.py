@@ -222,6 +222,7 @@ def _configuration(serving: Schema) -> Schema:
             del definitions[name]["properties"][key]
     for name, ports in PORTS.items():
         definitions[name]["properties"] |= ports
+        definitions[name]["required"] = list(ports)  # who writes null wants the port off, and would have it open
     for name in ("GatewayConfig", "AdminConfig"):
         definitions[name]["properties"]["host"] = HOSTS
     definitions["TenancyConfig"]["properties"]["database"] = {

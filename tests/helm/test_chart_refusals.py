@@ -523,11 +523,20 @@ def test_nothing_that_null_would_take_away_may_be_missing() -> None:
     assert [document for document in yaml.safe_load_all(done.stdout) if document] == render()
 
 
-@pytest.mark.parametrize("path", ["networkPolicy", "worker.podDisruptionBudget", "head.shmSize"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "networkPolicy",
+        "worker.podDisruptionBudget",
+        "head.shmSize",
+        "config.gateway.http_port",
+        "config.admin.metrics_port",
+    ],
+)
 def test_null_is_told_by_its_name(path: str) -> None:
     done = template(arguments=("--set", f"{path}=null"))
     section, _, name = path.rpartition(".")
-    assert f"at '{'/' + section if section else ''}': missing property '{name}'" in done.stderr
+    assert f"at '{'/' + section.replace('.', '/') if section else ''}': missing property '{name}'" in done.stderr
 
 
 @pytest.mark.parametrize(("written", "mode"), [("on", True), ("off", False), ("advise", "advise"), ('"on"', "on")])
