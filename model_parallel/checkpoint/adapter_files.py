@@ -6,14 +6,12 @@ anything else, or in any other way, is refused by name: what would be left out w
 
 import hashlib
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from model_parallel.checkpoint.patterns import PatternError, matching
 from model_parallel.checkpoint.placeholders import is_present, what_it_is
 from model_parallel.checkpoint.settings import Settings, join, read_json
 from model_parallel.config import DTYPE_BYTES, ModelConfig
@@ -29,10 +27,10 @@ COLUMN_PADDING = 16
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B")
 _READABLE = ("F64", "F32", "F16", "BF16")
-_MAX_PATTERN_LENGTH = 1000
 _CHUNK_BYTES = 1 << 20
-# Where the base model's weights were changed when training began, so that the adapter is none of the model that is served.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Ways to make the first A and B that leave the base model's weights as they are, so that the adapter is one of the model that is
+# served. Every other way that PEFT knows changes these weights, and what PEFT does not know yet may.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _READ = frozenset({
     "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "bias", "init_lora_weights",
 })  # fmt: skip
@@ -73,7 +71,7 @@ def describe_adapter(path: Path, model: ModelConfig) -> AdapterInfo:
     settings = Settings(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
     scale = _scale(settings)
     table = {name: shard for name, shard in shard_table(model, 1, 0).items() if len(shard.full_shape) == 2}
-    modules = tuple(sorted(_targets(settings, model, table)))
+    modules = tuple(sorted(_targets(settings, model)))
     _check_tensors(path / WEIGHTS_FILE, settings.whole("r"), modules, table)
     return AdapterInfo(
         path=path,
@@ -146,10 +144,11 @@ def _scale(settings: Settings) -> float:
                 f"{settings.path}: {key} is {value!r:.80}, which is not supported; it must not be set"
             )
     made = settings.values.get("init_lora_weights")
-    if isinstance(made, str) and made.startswith(_CHANGED_BASE):
+    if (made.lower() if isinstance(made, str) else made) not in _INITIALISATIONS:
         raise CheckpointError(
-            f"{settings.path}: init_lora_weights is {made!r:.80}, which changed the base model's weights when training began; "
-            "save the adapter converted for the original model (PEFT's path_initial_model_for_weight_conversion)"
+            f"{settings.path}: init_lora_weights is {made!r:.80}; allowed: true, false, gaussian, eva, orthogonal and mica. "
+            "Others change the base model's weights when training begins: save such an adapter converted for the original model (PEFT's "
+            "path_initial_model_for_weight_conversion)"
         )
     rank, alpha = settings.whole("r"), settings.real("lora_alpha")
     if not 1 <= rank <= MAX_RANK:
@@ -157,28 +156,25 @@ def _scale(settings: Settings) -> float:
     return alpha / (math.sqrt(rank) if settings.flag("use_rslora") else rank)
 
 
-def _targets(settings: Settings, model: ModelConfig, table: dict[str, Shard]) -> Iterator[str]:
+def _targets(settings: Settings, model: ModelConfig) -> frozenset[str]:
     """Modules that the settings name. Raises CheckpointError for those that cannot be adapted, and for none."""
-    targets, excluded = settings.values.get("target_modules"), settings.values.get("exclude_modules")
     known = [f"model.layers.{layer}.{module}" for layer in range(model.num_layers) for module in _layer_modules()]
-    found = False
-    for module in (*known, "model.embed_tokens", "lm_head"):
-        is_all = targets == "all-linear"
-        is_target = module in known if is_all else _matches(settings, "target_modules", targets, module)
-        if not is_target or (excluded and _matches(settings, "exclude_modules", excluded, module)):
-            continue
-        if module not in known:
-            raise CheckpointError(
-                f"{settings.path}: target_modules names {module}, which cannot be adapted; "
-                f"allowed: {', '.join((*ATTENTION_MODULES, *FEED_FORWARD_MODULES))}"
-            )
-        found = True
-        yield module
+    others = ["model.embed_tokens", "lm_head"]
+    targets = settings.values.get("target_modules")
+    found = frozenset(known) if targets == "all-linear" else _named(settings, "target_modules", [*known, *others])
+    if settings.values.get("exclude_modules"):
+        found -= _named(settings, "exclude_modules", [*known, *others])
+    if wrong := next((module for module in others if module in found), ""):
+        raise CheckpointError(
+            f"{settings.path}: target_modules names {wrong}, which cannot be adapted; "
+            f"allowed: {', '.join((*ATTENTION_MODULES, *FEED_FORWARD_MODULES))}"
+        )
     if not found:
         raise CheckpointError(
             f"{settings.path}: target_modules is {targets!r:.200}, which names no matrix of the model; "
             f"allowed: {', '.join((*ATTENTION_MODULES, *FEED_FORWARD_MODULES))}, a pattern for these, or all-linear"
         )
+    return found
 
 
 def _layer_modules() -> tuple[str, ...]:
@@ -188,16 +184,18 @@ def _layer_modules() -> tuple[str, ...]:
     )
 
 
-def _matches(settings: Settings, key: str, targets: Any, module: str) -> bool:
-    """As PEFT does: a text is a pattern for whole names, in a list are names or their ends."""
-    if isinstance(targets, str) and len(targets) <= _MAX_PATTERN_LENGTH:
+def _named(settings: Settings, key: str, modules: list[str]) -> frozenset[str]:
+    """The modules that a setting names. As in PEFT, a text is a pattern for whole names, in a list are names or their ends."""
+    value = settings.values.get(key)
+    if isinstance(value, str):
         try:
-            return re.fullmatch(targets, module) is not None
-        except re.error as error:
-            raise CheckpointError(f"{settings.path}: {key} is {targets!r:.80}, which is no pattern: {error}") from error
-    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        return any(module == target or module.endswith(f".{target}") for target in targets)
-    raise CheckpointError(f"{settings.path}: {key} is {targets!r:.80}; names, or one pattern, are needed")
+            return matching([value], modules, whole=True)
+        except PatternError as error:
+            raise CheckpointError(f"{settings.path}: {key} is {value!r:.80}, which {error}") from error
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        ends = tuple(f".{name}" for name in value)
+        return frozenset(module for module in modules if f".{module}".endswith(ends))
+    raise CheckpointError(f"{settings.path}: {key} is {value!r:.80}; names, or one pattern, are needed")
 
 
 def _check_tensors(path: Path, rank: int, modules: tuple[str, ...], table: dict[str, Shard]) -> None:

@@ -5,11 +5,12 @@ pack-quantized.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from model_parallel.checkpoint.patterns import PatternError, matching
 from model_parallel.checkpoint.settings import Settings, read_optional_json
 from model_parallel.config import ModelConfig
 from model_parallel.errors import CheckpointError
@@ -20,6 +21,8 @@ LARGEST_GROUP = 256
 """Larger groups, and whole channels, are kept as groups of REGROUPED_SIZE with the same scale: kernels work in pieces of them."""
 REGROUPED_SIZE = 128
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
+_PATTERN = "re:"
+"""Before a regular expression, in a list of names."""
 _ADVICE = (
     "which cannot be read; AWQ, GPTQ and compressed-tensors of 4 or 8 bits can, and GGUF files, or serve the model's "
     "unquantised checkpoint (with quantization: int8 to save memory)"
@@ -62,24 +65,21 @@ class GroupSettings:
             group_size=self.kept_group_size,
         )
 
-    def converts(self, name: str) -> bool:
-        """Whether the parameter `name` should be quantised."""
-        module = name.removesuffix(".weight")
-        if name == LM_HEAD:
-            return self.head_converted and not self._left_out(module)
-        return _LINEAR.fullmatch(name) is not None and not self._left_out(module)
+    def converted(self, names: Iterable[str]) -> list[str]:
+        """Those of the parameters that should be quantised. Raises PatternError."""
+        linear = [name for name in names if _LINEAR.fullmatch(name) or (self.head_converted and name == LM_HEAD)]
+        left_out = self._left_out([name.removesuffix(".weight") for name in linear])
+        return [name for name in linear if name.removesuffix(".weight") not in left_out]
 
-    def _left_out(self, module: str) -> bool:
-        for entry in self.unconverted:
-            if entry.startswith("re:"):
-                if re.match(entry.removeprefix("re:"), module):
-                    return True
-            elif self.method == "compressed-tensors":
-                if module == entry or module.endswith(f".{entry}"):
-                    return True
-            elif entry in module:
-                return True
-        return False
+    def _left_out(self, modules: list[str]) -> frozenset[str]:
+        patterns = [entry.removeprefix(_PATTERN) for entry in self.unconverted if entry.startswith(_PATTERN)]
+        names = [entry for entry in self.unconverted if not entry.startswith(_PATTERN)]
+        if self.method == "compressed-tensors":
+            ends = tuple(f".{name}" for name in names)
+            named = frozenset(module for module in modules if f".{module}".endswith(ends))
+        else:
+            named = frozenset(module for module in modules if any(name in module for name in names))
+        return named | matching(patterns, modules, whole=False)
 
 
 def read_group_settings(directory: Path, settings: Settings) -> GroupSettings | None:
@@ -212,20 +212,22 @@ def _modules(given: Settings, key: str) -> tuple[str, ...]:
     value = given.values.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(f"{given.path}: {key} is {value!r:.80}; a list of names is needed")
-    for name in value:
-        if name.startswith("re:"):
-            try:
-                re.compile(name.removeprefix("re:"))
-            except re.error as error:
-                raise CheckpointError(
-                    f"{given.path}: {key} has {name!r:.80}, which is no expression: {error}"
-                ) from error
     return tuple(value)
 
 
-def formats_of(settings: GroupSettings | None, config: ModelConfig) -> Mapping[str, GroupFormat]:
-    """By parameter, as its settings say; the files may hold scales of another type, or leave out more."""
+def formats_of(settings: GroupSettings | None, config: ModelConfig, path: Path) -> Mapping[str, GroupFormat]:
+    """By parameter, as its settings (in the file `path`) say; the files may hold scales of another type, or leave out more.
+
+    Raises CheckpointError for an expression that cannot be used.
+    """
     if settings is None:
         return {}
     kept = settings.group_format()
-    return {name: kept for name in shard_table(config, 1, 0) if settings.converts(name)}
+    try:
+        return dict.fromkeys(settings.converted(shard_table(config, 1, 0)), kept)
+    except PatternError as error:
+        key, entry = (
+            "ignore" if settings.method == "compressed-tensors" else "modules_to_not_convert",
+            _PATTERN + error.pattern,
+        )
+        raise CheckpointError(f"{path}: {key} has {entry!r:.80}, which {error}") from error

@@ -90,7 +90,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     }
     try:
         config = ModelConfig(**sizes, eos_token_ids=tuple(dict.fromkeys((*own_eos, *generation_eos))))
-        formats = formats_of(groups, config)
+        formats = formats_of(groups, config, settings.path)
         eos = known_ids(settings.path, config, warnings, named_in=named_in)
         config = ModelConfig(**sizes, eos_token_ids=eos, weight_formats=formats)
     except ConfigError as error:

@@ -12,6 +12,9 @@ from serving.client.tls import CaFile, CertFile, KeyFile, UseTls
 
 _COLUMNS = ("name", "model", "rank", "num_bytes", "tenants", "from", "source", "digest")
 
+_TIMEOUT_S = 600.0
+"""Adding reads and hashes the files, and loads them on every group. A server that takes longer than this hangs."""
+
 adapters = typer.Typer(help="LoRA adapters of a running server.", no_args_is_help=True)
 AdapterName = Annotated[str, typer.Argument(help="What clients ask for.")]
 
@@ -40,7 +43,7 @@ def add_adapter(
     if tenant:
         wanted.tenants.ids.extend(tenant)
     with admin_client(address, tls, ca, cert, key) as client:
-        added = client.admin.AddAdapter(pb.AddAdapterRequest(adapter=wanted)).adapter
+        added = client.admin.AddAdapter(pb.AddAdapterRequest(adapter=wanted), timeout=_TIMEOUT_S).adapter
     typer.echo(f"{added.name} is served: rank {added.rank}, {added.num_bytes / 1e6:.1f} MB on a rank")
 
 
@@ -55,7 +58,7 @@ def remove_adapter(
 ) -> None:
     """Serve an adapter no more. Requests that run may finish."""
     with admin_client(address, tls, ca, cert, key) as client:
-        client.admin.RemoveAdapter(pb.RemoveAdapterRequest(name=name))
+        client.admin.RemoveAdapter(pb.RemoveAdapterRequest(name=name), timeout=_TIMEOUT_S)
     typer.echo(f"{name} is served no more")
 
 
@@ -70,7 +73,7 @@ def list_adapters(
 ) -> None:
     """List the adapters that are served."""
     with admin_client(address, tls, ca, cert, key) as client:
-        found = client.admin.ListAdapters(pb.ListAdaptersRequest()).adapters
+        found = client.admin.ListAdapters(pb.ListAdaptersRequest(), timeout=_TIMEOUT_S).adapters
     rows = [
         {
             "name": each.name,

@@ -1,5 +1,6 @@
 """Directories with adapters: what fits a model, and by what name everything else is refused."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def test_excluded_modules(tmp_path: Path) -> None:
     assert describe_adapter(tmp_path, MODEL).modules == tuple(sorted(modules))
 
 
+@pytest.mark.parametrize("made", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica", "MiCA"])
+def test_initialisations_that_leave_the_base_model_alone(tmp_path: Path, made: Any) -> None:
+    save_adapter(tmp_path, adapter_tensors(MODULES), init_lora_weights=made)
+    assert describe_adapter(tmp_path, MODEL).modules == tuple(sorted(MODULES))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -61,7 +68,24 @@ def test_excluded_modules(tmp_path: Path) -> None:
         ({"layers_to_transform": [0]}, r"layers_to_transform is \[0\]"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"something_new": 3}, "something_new is 3, which is not supported; it must not be set"),
-        ({"init_lora_weights": "pissa_niter_16"}, "which changed the base model's weights"),
+        *(
+            (
+                {"init_lora_weights": made},
+                f"init_lora_weights is {re.escape(repr(made))}; allowed: true, false, gaussian, eva",
+            )
+            for made in (
+                "pissa_niter_16",
+                "olora",
+                "OLoRA",
+                "corda",
+                "loftq",
+                "lora_ga",
+                "something_new",
+                "",
+                3,
+                ["eva"],
+            )
+        ),
         ({"r": 0}, "r is 0; allowed: from 1 to 128"),
         ({"r": 256}, "r is 256; allowed: from 1 to 128"),
         ({"r": None}, "does not give r"),
@@ -72,6 +96,9 @@ def test_excluded_modules(tmp_path: Path) -> None:
         ({"target_modules": ["embed_tokens"]}, "target_modules names model.embed_tokens, which cannot be adapted"),
         ({"target_modules": ["c_attn"]}, "names no matrix of the model"),
         ({"target_modules": "("}, "which is no pattern"),
+        ({"target_modules": "(.*.*)*(.*.*)*(.*.*)*Z"}, r"which takes more than 3 s, or more memory than it may"),
+        ({"exclude_modules": "(.*.*)*(.*.*)*(.*.*)*Z"}, r"exclude_modules is .*, which takes more than 3 s"),
+        ({"target_modules": "a" * 1001}, r"which has 1001 characters; allowed: 1000"),
         ({"target_modules": None}, "target_modules is None; names, or one pattern, are needed"),
         ({"target_modules": [1]}, r"target_modules is \[1\]"),
     ],
