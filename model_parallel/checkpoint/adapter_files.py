@@ -147,8 +147,8 @@ def _scale(settings: Settings) -> float:
     if (made.lower() if isinstance(made, str) else made) not in _INITIALISATIONS:
         raise CheckpointError(
             f"{settings.path}: init_lora_weights is {made!r:.80}; allowed: true, false, gaussian, eva, orthogonal and mica. "
-            "Others change the base model's weights when training begins: save such an adapter converted for the original model (PEFT's "
-            "path_initial_model_for_weight_conversion)"
+            "Others change the base model's weights when training begins: save such an adapter converted for the original model "
+            "(PEFT's path_initial_model_for_weight_conversion)"
         )
     rank, alpha = settings.whole("r"), settings.real("lora_alpha")
     if not 1 <= rank <= MAX_RANK:
