@@ -16,6 +16,7 @@ from serving.gateway.core.json_schemas import check_depth, simplified
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between the parts of a JSON text: enough for any layout, and not without end, in which weak models get lost."""
 _UNSUPPORTED_IN_LARK = re.compile(r"^\s*[a-z_][\w-]*\s*\[[^\]\n]*\b(temperature|stop|max_tokens)\s*=", re.MULTILINE)
+_BACKUS_NAUR = re.compile(r"^\s*<?[A-Za-z_][\w-]*>?\s*::=", re.MULTILINE)
 _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
 """What JSON may write as it is, and the grammar's lexer does not take."""
 _OPTIONS_OF_SCHEMAS = "x-guidance"
@@ -68,6 +69,8 @@ class GrammarText:
     text: str
     schemas: tuple[tuple[str, str], ...] = ()
     """JSON schemas that it is made of, by what the client calls them."""
+    is_as_sent: bool = False
+    """The client wrote it, so that places in it say something."""
 
 
 def check_constraint(constraint: Constraint, limits: LimitsConfig) -> None:
@@ -81,15 +84,28 @@ def check_constraint(constraint: Constraint, limits: LimitsConfig) -> None:
                 where = f"{field}.{_OPTIONS_OF_SCHEMAS}"
                 raise ValidationError(where, f"{where} is not supported by this server; leave it out")
             check_depth(field, schema)
-            num_bytes = _num_bytes(field, json.dumps(schema, ensure_ascii=False))
+            try:
+                num_bytes = _num_bytes(field, json.dumps(schema, ensure_ascii=False, allow_nan=False))
+            except ValueError as error:
+                if isinstance(error, ValidationError):
+                    raise
+                raise ValidationError(field, f"{field} holds a number that is too large for a float64") from None
             _num_bytes(field, constraint.whitespace_pattern or "")
         case Regex(pattern=pattern):
+            if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+                raise ValidationError(field, f"{field} ends with a backslash that escapes nothing")
             num_bytes = _num_bytes(field, pattern)
         case OneOf(texts=texts):
             if not texts:
                 raise ValidationError(field, f"{field} is empty; it needs at least one text")
             num_bytes = sum(_num_bytes(f"{field}[{index}]", text) for index, text in enumerate(texts))
         case LarkGrammar(text=text):
+            if _BACKUS_NAUR.search(text):
+                raise ValidationError(
+                    field,
+                    f"{field} has rules with ::=, as GBNF and EBNF have; allowed: llguidance's variant of Lark, whose rules have "
+                    'a colon, from the rule start, as in start: "yes" | "no"',
+                )
             if found := _UNSUPPORTED_IN_LARK.search(text):
                 raise ValidationError(field, f"{field} sets {found[1]} of a rule, which this server does not support")
             num_bytes = _num_bytes(field, text)
@@ -107,20 +123,22 @@ def _num_bytes(field: str, text: str) -> int:
         raise ValidationError(field, f"{field} holds half of a surrogate pair") from None
 
 
-def without_idle(constraint: JsonSchema) -> JsonSchema:
-    """The same, without what of the schema asks for nothing."""
-    return replace(constraint, schema=simplified(constraint.schema))
+def with_compilable_schema(constraint: JsonSchema) -> JsonSchema:
+    """The same, with the schema as the compiler understands it. Raises ValidationError."""
+    return replace(constraint, schema=simplified(constraint.schema, constraint.field))
 
 
 def grammar_of(constraint: Constraint, *, strips_space: bool) -> GrammarText:
     """The grammar. With `strips_space` a space that the first token brings is not part of the answer's text, as in the answers of
-    sentencepiece's models to conversations: it may then stand before any of the texts."""
+    sentencepiece's models to conversations: it may then stand before any of the texts. Raises ValidationError."""
     schemas: tuple[tuple[str, str], ...] = ()
     if isinstance(constraint, JsonSchema):
-        constraint = without_idle(constraint)
+        constraint = with_compilable_schema(constraint)
         schemas = ((constraint.field, json.dumps(constraint.schema)),)
     rules = answer_rules(constraint, strips_space=strips_space)
-    return GrammarText(field=constraint.field, text=rules, schemas=schemas)
+    return GrammarText(
+        field=constraint.field, text=rules, schemas=schemas, is_as_sent=isinstance(constraint, LarkGrammar)
+    )
 
 
 def answer_rules(constraint: Constraint, *, strips_space: bool, start: str = "start") -> str:

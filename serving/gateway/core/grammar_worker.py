@@ -32,6 +32,16 @@ _NUM_WALKS, _WALK_TOKENS = 3, 5
 _READ_BYTES = 1 << 16
 _UNKNOWN_KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
+_IN_OUR_WORDS = {
+    "oneOf constraints are not supported": (
+        "oneOf is not supported where two of its alternatives may fit the same value; send anyOf"
+    ),
+    "Failed to generate regex for": (
+        "minimum is supported up to 10^18 where there is no maximum, and maximum down to -10^18 where there is no minimum"
+    ),
+}
+"""By how a message of the library begins that says nothing to a client."""
+
 
 class Setup(msgspec.Struct, frozen=True, array_like=True):
     """Gateway → worker, first."""
@@ -147,7 +157,7 @@ def _line(message: str) -> str:
     what = (first.partition("failed to compile JSON schema: ")[2] or first).partition(". Enable ")[0]
     if unknown := _UNKNOWN_KEYWORDS.fullmatch(what):
         return f"not supported: {unknown[1]}"
-    return what
+    return next((ours for begins, ours in _IN_OUR_WORDS.items() if what.startswith(begins)), what)
 
 
 def _limit(max_compile_s: int, most_bytes: int) -> None:

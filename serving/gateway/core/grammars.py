@@ -9,6 +9,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import select
 import subprocess
 import time
@@ -39,7 +40,8 @@ PATIENCE = 10.0
 """A trial may take so many times its bound in processor time, on a machine that is busy otherwise."""
 TOO_SLOW_FOR_S = 60.0
 """How long a grammar that took too long is not tried again."""
-
+_POSITION = re.compile(r"^(at )?\d+\(\d+\): ")
+"""Where a message of the library says that something is wrong: line and column."""
 
 _Known = tuple[Verdict, float]
 """A verdict, and until when it counts."""
@@ -94,7 +96,8 @@ class GrammarChecker:
             verdict = await self._wait(key, grammar, tenant)
         if verdict.error:
             place = grammar.field if verdict.schema is None else grammar.schemas[verdict.schema][0] + verdict.place
-            raise ValidationError(place, f"{place}: {verdict.error}")
+            error = verdict.error if grammar.is_as_sent else _POSITION.sub("", verdict.error)
+            raise ValidationError(place, f"{place}: {error}")
 
     def close(self) -> None:
         """End the process; requests that wait for it are refused, and may come again."""

@@ -1,19 +1,32 @@
-"""What of a JSON schema has to be held to.
+"""What of a JSON schema has to be held to, as the compiler of grammars understands it.
 
-The compiler of grammars refuses keywords and formats that it does not know, also where they ask for nothing: those are left out
-before it sees the schema.
+The compiler refuses keywords and formats that it does not know, also where they ask for nothing: those are left out before it
+sees the schema. Some that it knows it reads in another way than they are meant: those are written otherwise.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.schema_alternatives import are_disjoint
+from serving.gateway.core.schema_numbers import check_exact, excluded_bounds, separate_exclusions, tighten
+from serving.gateway.core.schema_patterns import IGNORES_SPACE, without_nul
+from serving.gateway.core.strict_json import read_json
 
 MAX_DEPTH = 120
 """Of objects and lists in each other. The compiler's bound is a little higher."""
 FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
 """Of texts, that the compiler knows. Any other is an annotation (JSON Schema 2020-12, Validation, 7.2.1)."""
+_DIALECTS = {
+    "json-schema.org/draft/2020-12/schema": "https://json-schema.org/draft/2020-12/schema",
+    "json-schema.org/draft/2019-09/schema": "https://json-schema.org/draft/2019-09/schema",
+    "json-schema.org/draft-07/schema": "http://json-schema.org/draft-07/schema#",
+    "json-schema.org/draft-06/schema": "http://json-schema.org/draft-06/schema#",
+    "json-schema.org/draft-04/schema": "http://json-schema.org/draft-04/schema#",
+}
+"""Versions of JSON Schema, without the parts of their names that people write in several ways."""
 _BY_NAME = frozenset({"$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"})
 """Keywords whose value has schemas by names."""
 _VALUES = frozenset({"const", "default", "enum", "example", "examples"})
@@ -26,9 +39,7 @@ _ANNOTATIONS = frozenset(
 def schema_of_text(field: str, text: str) -> Any:
     """A schema that is sent as a JSON text. Raises ValidationError."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValidationError(field, f"{field} is not JSON: {error}") from None
+        return read_json(text, field=field, title=field)
     except RecursionError:
         raise ValidationError(field, f"{field} is nested too deeply; allowed: {MAX_DEPTH} levels") from None
 
@@ -43,28 +54,64 @@ def check_depth(field: str, schema: Any) -> None:
         level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
 
 
-def simplified(schema: Any) -> Any:
-    """A schema of the same texts, without what asks for nothing."""
+def simplified(schema: Any, field: str = "schema") -> Any:
+    """A schema that the compiler understands as it is meant: without what asks for nothing, and with what the compiler would read
+    in another way written otherwise, or a little more strictly. Raises ValidationError, with the place, for what cannot be."""
     whole = json.loads(json.dumps(schema))
     # A `$ref` may point below a keyword that nobody knows, so those are followed too.
-    found: list[dict[str, Any]] = []
-    left = [whole]
+    found: list[tuple[str, dict[str, Any]]] = []
+    left = [(field, whole)]
     while left:
-        part = left.pop()
+        place, part = left.pop()
         if isinstance(part, list):
-            left += part
+            left += ((f"{place}[{index}]", inner) for index, inner in enumerate(part))
         elif isinstance(part, dict):
-            found.append(part)
+            found.append((place, part))
+            separate_exclusions(part)
             for key, value in part.items():
                 if key in _BY_NAME and isinstance(value, dict):
-                    left += value.values()
+                    left += ((f"{place}.{key}.{name:.60}", inner) for name, inner in value.items())
                 elif key not in _VALUES:
-                    left.append(value)
-    for part in reversed(found):  # the inner ones first: an outer one may ask for nothing because they do
+                    left.append((f"{place}.{key}", value))
+    excluded = excluded_bounds([part for _, part in found])
+    for place, part in reversed(found):  # the inner ones first: an outer one may ask for nothing because they do
         idle = [key for key, asks_for_nothing in _IDLE.items() if key in part and asks_for_nothing(part)]
         for key in idle:
             del part[key]
+        _rewrite(place, part)
+        tighten(place, part, excluded)
     return whole
+
+
+def _rewrite(place: str, part: dict[str, Any]) -> None:
+    """Raises ValidationError."""
+    for key in ("const", "enum"):
+        check_exact(f"{place}.{key}", part.get(key))
+    if "$schema" in part:
+        _name_dialect(f"{place}.$schema", part)
+    if isinstance(part.get("pattern"), str):
+        part["pattern"] = _pattern(f"{place}.pattern", part["pattern"])
+    if isinstance(by_pattern := part.get("patternProperties"), dict):
+        part["patternProperties"] = {
+            _pattern(f"{place}.patternProperties", pattern): inner for pattern, inner in by_pattern.items()
+        }
+    if "anyOf" not in part and isinstance(branches := part.get("oneOf"), list) and are_disjoint(branches):
+        part["anyOf"] = part.pop("oneOf")
+
+
+def _pattern(place: str, pattern: str) -> str:
+    if IGNORES_SPACE.search(pattern):
+        raise ValidationError(place, f"{place} is {pattern!r:.80}, with the flag x, which is not supported")
+    return without_nul(pattern)
+
+
+def _name_dialect(place: str, part: dict[str, Any]) -> None:
+    """As the compiler spells it."""
+    given = part["$schema"]
+    dialect = re.sub("^https?://", "", given.rstrip("#")) if isinstance(given, str) else None
+    if dialect not in _DIALECTS:
+        raise ValidationError(place, f"{place} is {given!r:.80}; allowed: {', '.join(_DIALECTS.values())}, or none")
+    part["$schema"] = _DIALECTS[dialect]
 
 
 def _allows_all(schema: Any) -> bool:
@@ -116,6 +163,6 @@ _IDLE: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "then": _is_no_condition,
     "unevaluatedItems": lambda part: _allows_all(part["unevaluatedItems"]),
     "unevaluatedProperties": lambda part: _allows_all(part["unevaluatedProperties"]),
-    "uniqueItems": lambda part: part["uniqueItems"] is False,
+    "uniqueItems": lambda part: part["uniqueItems"] is False or part.get("maxItems") in (0, 1),
 }
 """Keywords that the compiler does not know, or not with every value: whether one asks for nothing, beside those around it."""

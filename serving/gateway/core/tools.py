@@ -28,7 +28,7 @@ from serving.gateway.core.constraints import (
     check_constraint,
     literal,
     schema_rule,
-    without_idle,
+    with_compilable_schema,
 )
 from serving.text.chat import ChatMessage
 
@@ -120,7 +120,7 @@ def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: b
     """Of an answer that calls functions; with "auto", or is text instead, which follows `constraint` where there is one."""
     bodies, schemas = [], []
     for index, tool in use.callable_tools:
-        schema = without_idle(_schema_of(index, tool))
+        schema = with_compilable_schema(_schema_of(index, tool))
         head, tail = literal(f'\n{{"name": "{tool.name}", "arguments": '), literal(_TAIL)
         bodies.append(f"call_{index}: {head} {schema_rule(schema)} {tail}\n")
         schemas.append((schema.field, json.dumps(schema.schema)))
@@ -129,7 +129,7 @@ def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: b
     calls = f"calls: call {more}\ncall: {names}\n" + "".join(bodies)
     space = '" "? ' if strips_space else ""
     if isinstance(constraint, JsonSchema):
-        constraint = without_idle(constraint)
+        constraint = with_compilable_schema(constraint)
     if use.choice == "required":
         start = f"start: {space}{literal(CALL_OPENS)} calls\n"
     elif constraint is None:

@@ -347,7 +347,7 @@ def _check_integer(
 ) -> None:
     if value is not None and (value < low or (high is not None and value > high)):
         default = "" if unset is None else f", or {unset} for the default"
-        raise ValidationError(field, f"{what or f'{field} is'} {value}; allowed: from {low} to {high}{default}")
+        raise ValidationError(field, f"{what or f'{field} is'} {value!s:.40}; allowed: from {low} to {high}{default}")
 
 
 def _check_count(field: str, values: Sequence[object], limit: int) -> None:

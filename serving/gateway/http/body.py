@@ -1,24 +1,22 @@
 """Bytes of a request to checked plain data: strict JSON, right types, and no field that would change the answer unseen.
 Whatever is wrong is a ValidationError that names the field."""
 
-import json
 import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.fields import MAX_UINT64, Unsupported, asks_for_nothing
+from serving.gateway.core.fields import Unsupported, asks_for_nothing
+from serving.gateway.core.strict_json import MAX_NAME_CHARS, read_json, shown_name
 
 T = TypeVar("T", bound="Body")
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_MAX_NAME_CHARS = 100
 
 
 class Object(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +109,7 @@ def _tidied(data: dict[str, Any], schema: type[Object], path: str, names: list[s
     fields, unsupported, no_effect = _fields(schema), schema.unsupported(), schema.no_effect()
     kept = {}
     for name, value in data.items():
-        where = f"{path}.{_cut(name)}" if path else _cut(name)
+        where = f"{path}.{shown_name(name)}" if path else shown_name(name)
         if field := fields.get(name):
             if not (value is None or _is_any(value, field.nothing)):
                 kept[name] = value if field.inner is None else _tidied_inner(value, field.inner, where, names)
@@ -145,9 +143,7 @@ def _is_any(value: Any, values: tuple[Any, ...]) -> bool:
 
 def _read_json(body: bytes) -> Any:
     try:
-        data = json.loads(
-            body.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_refuse_constant
-        )
+        data = read_json(body.decode(), field="", title="the body")
         if b"\\u" in body:  # only an escape can spell half of a surrogate pair
             for path, text in _texts(data, ""):
                 if found := _SURROGATE.search(text):
@@ -156,34 +152,6 @@ def _read_json(body: bytes) -> Any:
         raise ValidationError("", f"the body is not valid UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValidationError("", "the body is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValidationError("", f"the body is not valid JSON at character {error.pos}: {error.msg}") from None
-    except ValueError as error:
-        if isinstance(error, ValidationError):
-            raise
-        raise ValidationError("", "the body holds a number of thousands of digits") from None
-    return data
-
-
-def _number(spelling: str) -> int | float:
-    """5.0 and 1e2 are the whole numbers that they are, as JSON has but one kind of number."""
-    value = float(spelling)
-    if not value:
-        return 0  # whatever its exponent, which may be more than a Decimal can have
-    return int(Decimal(spelling)) if value.is_integer() and abs(value) <= MAX_UINT64 + 1 else value
-
-
-def _refuse_constant(spelling: str) -> None:
-    """Python reads NaN, Infinity and -Infinity, which JSON does not have."""
-    raise ValidationError("", f"the body is not valid JSON: it holds {spelling}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValidationError(_cut(twice), f"{_cut(twice)} stands twice in one object")
     return data
 
 
@@ -209,7 +177,7 @@ def _explain(problem: str, schema: type[Body]) -> ValidationError:
         field = f"{path}.{missing[1]}" if path else missing[1]
         return ValidationError(field, f"{field} is missing")
     if wrong := re.fullmatch(r"Invalid enum value '?(.*?)'?", what, re.DOTALL):
-        value = wrong[1][:_MAX_NAME_CHARS]
+        value = wrong[1][:MAX_NAME_CHARS]
         allowed = ", ".join(_allowed(schema, path))
         instead = _INSTEAD.get((path.rpartition(".")[2], value))
         more = f"; instead, {instead}" if instead else ""
@@ -249,9 +217,3 @@ def _allowed(schema: type[Body], path: str) -> list[str]:
     names = [str(name) for hint in hints if get_origin(hint) is Literal for name in get_args(hint) if name is not None]
     is_object = any(isinstance(hint, type) and issubclass(hint, Object) for hint in hints)
     return list(dict.fromkeys(names)) + ["an object"] * is_object
-
-
-def _cut(name: str) -> str:
-    """A field's name from a client, fit for an error."""
-    name = name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "…"
-    return name.encode(errors="replace").decode()

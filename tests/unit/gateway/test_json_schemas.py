@@ -283,5 +283,5 @@ def test_depth_has_a_bound_that_the_compiler_does_not_meet(compiler: GrammarComp
 
 
 def test_a_text_that_is_no_json_is_told_so() -> None:
-    with pytest.raises(ValidationError, match="field is not JSON"):
+    with pytest.raises(ValidationError, match="field is not valid JSON at character 1"):
         schema_of_text("field", "{")

@@ -1,0 +1,370 @@
+"""Schemas that the compiler of grammars reads in another way than they are meant: what is written instead allows no others."""
+
+import json
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_parallel.engine.matching import Grammar, GrammarCompiler, GrammarError, Matcher, allowed_bits
+from serving.config import LimitsConfig
+from serving.contracts.errors import ValidationError
+from serving.gateway.core.constraints import JsonSchema, check_constraint, grammar_of
+from serving.gateway.core.grammar_worker import Trial, try_out
+from serving.gateway.core.json_schemas import schema_of_text, simplified
+from serving.gateway.core.schema_numbers import FARTHEST
+from serving.gateway.http.body import _read_json
+from tests.unit.gateway.test_structured_output import TABLE, ends
+
+COMPILER = GrammarCompiler(TABLE)
+
+
+def compiled(schema: Any) -> Grammar:
+    constraint = JsonSchema(field="schema", schema=schema, whitespace_pattern="")
+    check_constraint(constraint, LimitsConfig())
+    return COMPILER.compile(grammar_of(constraint, strips_space=False).text)
+
+
+def allows(grammar: Grammar, text: str) -> bool:
+    matcher = Matcher(grammar, spares_end=False)
+    mask_W = np.zeros(matcher.num_words, dtype=np.int32)
+    for byte in text.encode():
+        if not (matcher.is_open and matcher.fill(mask_W)):
+            return False
+        if not allowed_bits(mask_W[None], range(byte, byte + 1))[0, 0]:
+            return False
+        matcher.consume(byte)
+    return ends(matcher)
+
+
+def holds_raw(grammar: str, text: str) -> bool:
+    return allows(COMPILER.compile(grammar), text)
+
+
+# ---- bounds ----
+
+BOUNDS = st.one_of(
+    st.sampled_from(
+        [0, 1, -1, 10, -10, 0.5, -0.5, 0.25, 1.5, -1.5, 10.5, 1e-9, 2**53, -(2**53), 2**53 + 1, 2**60 + 1, 10**17]
+    ),
+    st.sampled_from(
+        [2**63 - 1, -(2**63), 2**64 - 1, FARTHEST, -FARTHEST, 1.7976931348623157e308, -1.7976931348623157e308]
+    ),
+    st.integers(-30, 30),
+    st.integers(-40, 40).map(lambda quarter: quarter / 4),
+    st.integers(-(2**62), 2**62),
+)
+KEYS = ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"]
+WHOLE = st.sampled_from([0, 0, 1, -1, 10, -10, 2**53, -(2**53)])
+NEAR = st.builds(
+    lambda bound, width, lower, upper: {lower: bound, upper: bound + width},
+    WHOLE | WHOLE.map(lambda bound: bound - 0.5),
+    st.sampled_from([0.25, 0.5, 1, 2]),
+    st.sampled_from(KEYS[:2]),
+    st.sampled_from(KEYS[2:]),
+)
+PARTS = st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, BOUNDS)) | NEAR
+STEPS = [Decimal(step) for step in ("0", "1e-30", "0.1", "0.25", "1", "2", "1024")]
+
+
+def near(bounds: list[int | float]) -> list[Decimal]:
+    return [Decimal(bound) + sign * step for bound in (*bounds, 0) for step in STEPS for sign in (1, -1)]
+
+
+def spelt(number: Decimal, *, whole: bool) -> str:
+    with_digits = f"{number:f}"
+    return with_digits.partition(".")[0] if whole else with_digits
+
+
+@given(st.sampled_from(["number", "integer"]), PARTS, st.just({}) | PARTS, st.booleans())
+def test_no_number_beyond_a_bound_is_allowed(
+    kind: str, part: dict[str, Any], other: dict[str, Any], is_apart: bool
+) -> None:
+    """In one part of a schema, and in two that are added up."""
+    schema = {"type": kind} | part | ({"allOf": [other]} if is_apart else other)
+    try:
+        grammar = compiled(schema)
+    except ValidationError as error:
+        assert "imum is" in str(error) and "allowed: numbers from -9223372036854774784" in str(error)
+        return
+    except GrammarError:
+        return  # no number is between them, or they are out of reach
+    judge = jsonschema.Draft202012Validator(schema)
+    for number in near([*part.values(), *other.values()]):
+        if abs(number) > 10**20:
+            continue
+        text = spelt(number, whole=kind == "integer")
+        for each in (text, f"-{text}".replace("--", "")):
+            value = Fraction(each)
+            if allows(grammar, each):
+                assert judge.is_valid(int(value) if value == int(value) else value), each
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "refused"),
+    [
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 0.5}, ["0.1", "0.0000001", "0.49"], ["0", "-0", "0.0", "0.5"]),
+        ({"exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, ["1.1", "1.01"], ["1", "1.0", "1.5"]),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, ["-0.5", "-0.001"], ["0", "-0", "-0.0"]),
+        ({"minimum": 0, "exclusiveMinimum": True, "maximum": 0.5}, ["0.1", "0.5"], ["0", "0.0"]),
+        ({"minimum": 0, "exclusiveMinimum": False, "maximum": 0.5}, ["0", "0.5"], ["-0.1"]),
+        ({"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.5}]}, ["0.5"], ["0"]),
+        ({"exclusiveMinimum": 0, "maximum": 0.9, "multipleOf": 0.1}, ["0.1", "0.9"], ["0", "0.0"]),
+        ({"exclusiveMinimum": 0}, ["0.1", "123"], ["0", "-1"]),
+        ({"minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308}, ["6.02e23", "-5", "0"], []),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["0", str(FARTHEST)], [str(2**63), str(-(2**63) - 1)]),
+        ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, ["0", str(FARTHEST)], ["-1", str(2**64)]),
+        ({"type": "integer", "exclusiveMinimum": 2**53}, [str(2**53 + 2)], [str(2**53)]),
+        ({"type": "integer", "minimum": 2**53 + 1}, [str(2**53 + 2)], [str(2**53)]),
+        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 3}, ["1", "3"], ["0", "4"]),
+    ],
+)  # fmt: skip
+def test_bounds(schema: dict[str, Any], allowed: list[str], refused: list[str]) -> None:
+    grammar = compiled({"type": "number"} | schema)
+    for text in allowed:
+        assert allows(grammar, text), text
+    for text in refused:
+        assert not allows(grammar, text), text
+
+
+def test_the_compiler_alone_would_allow_what_is_excluded() -> None:
+    """When it does not any more, schema_numbers.excluded_bounds can go."""
+    assert holds_raw('start: %json {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}', "0")
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"properties": {"a": {"type": "number", "maximum": 3.4028234663852886e38}}}, "schema.properties.a.maximum"),
+        ({"type": "integer", "minimum": 10**20}, "schema.minimum"),
+        ({"type": "number", "exclusiveMinimum": 1e20}, "schema.exclusiveMinimum"),
+        ({"anyOf": [{"type": "integer", "maximum": -(10**19)}]}, "schema.anyOf[0].maximum"),
+    ],
+)
+def test_bounds_out_of_reach_are_refused_by_name(schema: Any, place: str) -> None:
+    with pytest.raises(ValidationError, match="allowed: numbers from -9223372036854774784 to") as error:
+        simplified(schema)
+    assert error.value.field == place and str(error.value).startswith(f"{place} is ")
+
+
+def test_a_bound_that_only_the_compiler_cannot_spell_is_told_in_our_words() -> None:
+    verdict = try_out(COMPILER, Trial('start: %json {"type": "integer", "minimum": 2000000000000000000}'))
+    assert verdict.error.startswith("minimum is supported up to 10^18 where there is no maximum")
+
+
+# ---- values ----
+
+
+@given(
+    st.one_of(
+        st.integers(-(2**70), 2**70),
+        st.integers(2**53 - 4, 2**53 + 4),
+        st.integers(2**63 - 2048, 2**63 + 2048),
+        st.integers(0, 30).map(lambda zeros: 7 * 10**zeros),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.builds(lambda digits, places: digits / 10**places, st.integers(1, 10**16), st.integers(1, 16)),
+    ),
+    st.sampled_from(["const", "enum", "inner"]),
+)
+def test_a_number_is_written_as_it_was_sent_or_refused(number: int | float, how: str) -> None:
+    schema = {"const": {"const": number}, "enum": {"enum": ["a", number]}, "inner": {"const": {"a": [number]}}}[how]
+    digits = spelt(Decimal(repr(number)), whole=number == int(number))
+    try:
+        grammar = compiled(schema)
+    except ValidationError as error:
+        assert abs(number) > 2**53 or len(repr(number)) > 15
+        assert error.field in ("schema.const", "schema.enum") and str(number) in str(error)
+        return
+    inside = '{"a":[%s]}' if how == "inner" else "%s"
+    assert allows(grammar, inside % digits)
+    assert not allows(grammar, inside % f"{digits}1")
+
+
+def test_numbers_that_are_no_values_may_be_any() -> None:
+    schema = {"type": "integer", "default": 2**53 + 1, "examples": [2**70 + 1]}
+    assert simplified(schema) == schema
+
+
+def test_a_number_that_is_no_float64_is_refused() -> None:
+    for text in ('{"maximum": 1e400}', '{"enum": [-1e999]}'):
+        with pytest.raises(ValidationError, match="field holds a number that is too large for a float64"):
+            check_constraint(JsonSchema(field="field", schema=schema_of_text("field", text)), LimitsConfig())
+
+
+# ---- patterns ----
+
+CLASSES = [
+    r'[^"]', r"[^\\]", r'[^"\\]', r'[^\\/:*?"<>|]', r"[\x00-\x1f]", r"[\x00-\x21]", r"[^\x20-\x7f]", r"[^a-z]", r'[^"\n]',
+    r'[^\s"]', r'[^\d"]', r'[^]"]', r'[^-"]', r'["-]', r"[\]]", r"[\\\]a]", r"[\w.-]", r".", r"\D", r"\S", r"[\t\n]", r"\[",
+    r"\\", r"[\x01-\x08]", r'["\\]', r"[^\[\]]", "x",
+]  # fmt: skip
+CHARACTERS = ['"', "\\", "\x01", "\t", "\n", "\x1f", " ", "!", "a", "1", "x", "[", "]", "-", "&", "/", "é", "🙂"]
+
+
+@given(st.lists(st.sampled_from(CLASSES), min_size=1, max_size=3), st.text(st.sampled_from(CHARACTERS), max_size=3))
+def test_a_pattern_allows_the_texts_that_it_matches(classes: list[str], text: str) -> None:
+    """The standard library's is the judge."""
+    pattern = "^" + "".join(classes) + "$"
+    meant = re.compile(pattern.replace("$", r"\Z"), re.ASCII)
+    grammar = compiled({"type": "string", "pattern": pattern})
+    escaped = json.dumps(text, ensure_ascii=False)
+    assert allows(grammar, escaped) == (meant.match(text) is not None)
+    for each in CHARACTERS:
+        one = compiled({"type": "string", "pattern": f"^{classes[0]}$"})
+        assert allows(one, json.dumps(each, ensure_ascii=False)) == (
+            re.fullmatch(classes[0], each, re.ASCII) is not None
+        ), each
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allowed", "refused"),
+    [
+        (r"^\P{P}$", ["a", "\n"], ['"', "\\", "!"]),
+        (r"^[[:^punct:]]$", ["a", "\n"], ['"', "\\"]),
+        (r"^[[^\"]x]$", ["a", "\\"], ['"']),
+        (r"(?i)^[^a\"]$", ["b", "\\"], ["A", "a", '"']),
+        (r"^[\x00]$", ["\x00"], ["a", '"']),
+        (r'^(?:[^"\\]|\\.)*$', ["a", "\\n", '\\"'], ['"', "\\"]),
+    ],
+)
+def test_patterns_that_python_does_not_know(pattern: str, allowed: list[str], refused: list[str]) -> None:
+    grammar = compiled({"type": "string", "pattern": pattern})
+    for text in allowed:
+        assert allows(grammar, json.dumps(text)), text
+    for text in refused:
+        assert not allows(grammar, json.dumps(text)), text
+
+
+def test_names_that_match_a_pattern() -> None:
+    schema = {"type": "object", "patternProperties": {'^[^"]$': {"type": "null"}}, "additionalProperties": False}
+    grammar = compiled(schema)
+    assert allows(grammar, '{"a":null}') and not allows(grammar, '{"\\"":null}')
+
+
+def test_the_compiler_alone_would_allow_a_quotation_mark() -> None:
+    """When it does not any more, schema_patterns can go."""
+    assert holds_raw('start: %json {"type": "string", "pattern": "^[^\\"]$"}', '"\\""')
+
+
+def test_a_pattern_with_comments_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"schema\.items\.pattern is .*, with the flag x, which is not supported"):
+        simplified({"items": {"pattern": "(?ix) a # [b"}})
+
+
+# ---- alternatives ----
+
+BRANCHES = st.one_of(
+    st.sampled_from(
+        [
+            {"const": 1}, {"const": 1.0}, {"const": True}, {"const": "a"}, {"enum": [1, 2]}, {"enum": [3, "b"]}, {"enum": []},
+            {"type": "integer"}, {"type": "number"}, {"type": "string"}, {"type": ["null", "boolean"]}, {}, True, False,
+            {"const": None}, {"const": [1]}, {"const": {"a": 1}}, {"type": "array"}, {"type": "object"},
+            {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]},
+            {"type": "object", "properties": {"k": {"const": 2}}, "required": ["k"]},
+            {"type": "object", "properties": {"k": {"const": 2}}},
+        ]
+    ),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["integer", "number"])},
+        optional=dict.fromkeys(KEYS, st.sampled_from([0, 1, 1.5, 2, 3])),
+    ),
+)  # fmt: skip
+VALUES = [None, True, False, 0, 1, 1.0, 1.25, 1.5, 2, 3, 4, -1, "a", "b", [], [1], {}, {"k": 1}, {"k": 2}, {"a": 1}]
+
+
+@given(st.lists(BRANCHES, min_size=1, max_size=3))
+def test_one_of_several_becomes_any_only_where_no_two_fit(branches: list[Any]) -> None:
+    written = simplified({"oneOf": branches})
+    before, after = jsonschema.Draft202012Validator({"oneOf": branches}), jsonschema.Draft202012Validator(written)
+    if "anyOf" not in written:
+        return
+    for value in VALUES:
+        assert before.is_valid(value) == after.is_valid(value)
+
+
+@pytest.mark.parametrize(
+    ("branches", "allowed"),
+    [
+        ([{"const": 1}, {"const": 2}, {"enum": [3, 4]}], "4"),
+        ([{"type": "integer", "maximum": 3}, {"type": "integer", "exclusiveMinimum": 3}], "3"),
+        ([{"type": "number", "maximum": 0}, {"const": 1, "title": "one"}, {"type": "null"}], "1"),
+    ],
+)
+def test_alternatives_among_numbers(branches: list[Any], allowed: str) -> None:
+    assert allows(compiled({"oneOf": branches}), allowed)
+
+
+def test_alternatives_that_may_overlap_are_refused_with_what_to_send() -> None:
+    text = grammar_of(
+        JsonSchema(field="s", schema={"oneOf": [{"type": "integer"}, {"minimum": 3}]}), strips_space=False
+    )
+    assert "two of its alternatives may fit the same value; send anyOf" in try_out(COMPILER, Trial(text.text)).error
+
+
+# ---- dialects, and what asks for nothing ----
+
+DIALECTS = [
+    "http://json-schema.org/draft-04/schema#", "http://json-schema.org/draft-06/schema", "https://json-schema.org/draft-07/schema#",
+    "http://json-schema.org/draft-07/schema", "https://json-schema.org/draft/2019-09/schema#",
+    "http://json-schema.org/draft/2020-12/schema",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_however_they_are_spelt(dialect: str) -> None:
+    assert allows(compiled({"$schema": dialect, "type": "integer"}), "5")
+
+
+@pytest.mark.parametrize("dialect", ["https://example.com/my", "http://json-schema.org/schema#", "", 7, None])
+def test_other_dialects_are_refused_by_name(dialect: Any) -> None:
+    with pytest.raises(ValidationError, match=r"allowed: https://json-schema\.org/draft/2020-12/schema, ") as error:
+        simplified({"$schema": dialect, "type": "integer"})
+    assert error.value.field == "schema.$schema"
+
+
+def test_a_property_may_have_the_name_of_the_dialect() -> None:
+    schema = {"type": "object", "properties": {"$schema": {"type": "string"}}}
+    assert simplified(schema) == schema
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_items_of_which_there_is_one_at_most_are_unique(most: int) -> None:
+    schema = {"type": "array", "uniqueItems": True, "maxItems": most}
+    assert simplified(schema) == {"type": "array", "maxItems": most}
+    assert simplified(schema | {"maxItems": 2}) == schema | {"maxItems": 2}
+
+
+# ---- schemas as texts ----
+
+
+@pytest.mark.parametrize(
+    "text", ['{"minLength": 2.0, "maximum": 1e2}', '{"enum": [5.0, 0e99999999, 0.5, 1e22]}', '{"a": {"a": 1}}', "true"]
+)
+def test_a_text_is_read_as_a_body_is(text: str) -> None:
+    read = schema_of_text("field", text)
+    assert json.dumps(read) == json.dumps(_read_json(text.encode()))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"type": "null", "type": "integer"}', "field: type stands twice in one object"),
+        ('{"maximum": NaN}', "field is not valid JSON: it holds NaN"),
+        ('{"maximum": -Infinity}', "field is not valid JSON: it holds -Infinity"),
+        ('{"maximum": ' + "9" * 5000 + "}", "field holds a number of thousands of digits"),
+        ('\ufeff{"type": "null"}', "field is not valid JSON at character 0"),
+        ("", "field is not valid JSON at character 0"),
+    ],
+)
+def test_a_text_that_a_body_may_not_have_is_refused(text: str, what: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(what)) as error:
+        schema_of_text("field", text)
+    assert error.value.field == "field"
+    with pytest.raises(ValidationError):
+        _read_json(text.encode())
