@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 from serving.config import LimitsConfig
@@ -175,6 +176,70 @@ def _schema_of(index: int, tool: Tool) -> JsonSchema:
 def call_text(call: ToolCall) -> str:
     """A call as the model writes it."""
     return f'{CALL_OPENS}\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n{CALL_CLOSES}'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A message, and what says which result belongs to which call."""
+
+    message: ChatMessage
+    call_ids: tuple[str | None, ...] = ()
+    """Of the calls that it holds, as far as they have ids."""
+    result_of: str | None = None
+    """The call whose result it is, where that is said."""
+    field: str = ""
+    """Where that is said."""
+
+
+def in_order_of_calls(turns: Sequence[Turn]) -> list[ChatMessage]:
+    """The messages, with results that stand together in the order of their calls: the model is not told their ids. Results
+    without an id are those of the first calls that no other belongs to. Raises ValidationError for an id of no call."""
+    ordered: list[ChatMessage] = []
+    open_calls: list[str | None] = []
+    answered: set[str] = set()
+    newest = 0
+    for are_results, together in groupby(turns, key=lambda turn: turn.message.role == TOOL):
+        if are_results:
+            ordered += _sorted_results([*together], open_calls, newest, answered)
+            continue
+        for turn in together:
+            if turn.call_ids:
+                newest = len(open_calls)
+            open_calls += turn.call_ids
+            ordered.append(turn.message)
+    return ordered
+
+
+def _sorted_results(
+    results: list[Turn], open_calls: list[str | None], newest: int, answered: set[str]
+) -> list[ChatMessage]:
+    """Takes their calls out of `open_calls`. Of several with an id those from `newest` on come first, which were made last."""
+    free = list(range(len(open_calls)))
+    places: dict[int, int] = {}
+    for index, result in enumerate(results):
+        if result.result_of is None:
+            continue
+        found = [place for place in free if open_calls[place] == result.result_of]
+        if found:
+            place = min(found, key=lambda place: (place < newest, place))
+            free.remove(place)
+            places[index] = place
+            answered.add(result.result_of)
+        elif result.result_of in answered or not any(open_calls[place] is None for place in free):
+            ids = (
+                ", ".join(f"{open_calls[place]:.80}" for place in free)
+                or "none, as no call before it is without a result"
+            )
+            raise ValidationError(
+                result.field,
+                f"{result.field} is {result.result_of!r:.80}; allowed: the ids of calls without a result ({ids})",
+            )
+    for index in range(len(results)):
+        if index not in places:
+            places[index] = free.pop(0) if free else len(open_calls)
+    for place in sorted(set(places.values()) & set(range(len(open_calls))), reverse=True):
+        del open_calls[place]
+    return [results[index].message for index in sorted(places, key=lambda index: (places[index], index))]
 
 
 def with_results(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

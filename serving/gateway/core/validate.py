@@ -157,8 +157,8 @@ def check_generate(query: GenerateQuery, card: ModelCard, limits: LimitsConfig) 
     if query.max_tokens == 0 and query.prompt_logprobs is None:
         raise ValidationError(
             "max_tokens",
-            "max_tokens is 0, which is for requests about the prompt alone (prompt_logprobs; echo with logprobs); "
-            "allowed: 1 or more",
+            "max_tokens is 0, which is for requests about the prompt alone (gRPC with prompt_logprobs; "
+            "/v1/completions with echo and logprobs); allowed: 1 or more",
         )
     _check_parse_special(query.parse_special, card)
     if query.constraint is not None:

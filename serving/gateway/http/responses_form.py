@@ -14,7 +14,17 @@ from serving.gateway.core.choices import Chunk, Summary
 from serving.gateway.core.error_responses import ErrorResponse
 from serving.gateway.core.fields import UNSUPPORTED, Unsupported
 from serving.gateway.core.resume_tokens import Stream
-from serving.gateway.core.tools import TOOL, CallDelta, CallReader, Tool, ToolCall, ToolUse, call_text
+from serving.gateway.core.tools import (
+    TOOL,
+    CallDelta,
+    CallReader,
+    Tool,
+    ToolCall,
+    ToolUse,
+    Turn,
+    call_text,
+    in_order_of_calls,
+)
 from serving.gateway.core.validate import ChatPrompt, GenerateQuery, normalised
 from serving.gateway.http.body import Body
 from serving.gateway.http.forms import TextFormat, TextOptions
@@ -79,11 +89,8 @@ class InputItem(Message, frozen=True, kw_only=True):
     arguments: str | None = None
     output: str | list[ContentPart | str] | None = None
     """What came of a call."""
-
-    @classmethod
-    def no_effect(cls) -> frozenset[str]:
-        # Results come in the order of their calls.
-        return Message.no_effect() | {"call_id"}
+    call_id: str | None = None
+    """Of a call, or of the call whose result it is."""
 
     @classmethod
     def as_given(cls) -> frozenset[str]:
@@ -102,6 +109,13 @@ class InputItem(Message, frozen=True, kw_only=True):
         if not self.role:
             raise ValidationError(f"{where}.role", f"{where}.role is missing")
         return super().plain(where)
+
+    def turn(self, where: str) -> Turn:
+        if self.type == "function_call":
+            return Turn(message=self.plain(where), call_ids=(self.call_id,))
+        if self.type == "function_call_output":
+            return Turn(message=self.plain(where), result_of=self.call_id, field=f"{where}.call_id")
+        return super().turn(where)
 
 
 class ResponseTool(FunctionSpec, frozen=True, kw_only=True):
@@ -159,6 +173,8 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
 
     def query(self) -> GenerateQuery:
         """The request as plain data. Raises ValidationError."""
+        if self.input is None:
+            raise ValidationError("input", "input is missing; give a text, or a list of messages")
         for index, name in enumerate(self.include or ()):
             if name not in _NEVER_THERE:
                 where = f"include[{index}]"
@@ -170,7 +186,7 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
         return normalised(
             GenerateQuery(
                 model=self.model or "",
-                prompt=None if self.input is None else ChatPrompt(self._messages(self.input)),
+                prompt=ChatPrompt(self._messages(self.input)),
                 max_tokens=self.max_output_tokens,
                 constraint=self._format.constraint("text.format"),
                 tools=self._tool_use(),
@@ -221,14 +237,16 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
         if isinstance(given, str):
             messages = [ChatMessage("user", given)]
         else:
-            messages = []
+            turns: list[Turn] = []
             for index, item in enumerate(given):
-                message = item.plain(f"input[{index}]")
-                if item.type == "function_call" and messages and messages[-1].role == ASSISTANT:
+                turn = item.turn(f"input[{index}]")
+                if item.type == "function_call" and turns and turns[-1].message.role == ASSISTANT:
                     # One answer, which comes back as several items.
-                    before = messages.pop()
-                    message = replace(before, content="\n".join(filter(None, (before.content, message.content))))
-                messages.append(message)
+                    before = turns.pop()
+                    content = "\n".join(filter(None, (before.message.content, turn.message.content)))
+                    turn = Turn(message=ChatMessage(ASSISTANT, content), call_ids=before.call_ids + turn.call_ids)
+                turns.append(turn)
+            messages = in_order_of_calls(turns)
         if self.instructions and messages:
             if messages[0].role in ("system", "developer"):
                 messages[0] = replace(messages[0], content=f"{self.instructions}\n\n{messages[0].content}")

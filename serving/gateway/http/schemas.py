@@ -11,7 +11,7 @@ import msgspec
 
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.fields import NO_TOOLS, UNSUPPORTED, Unsupported
-from serving.gateway.core.tools import Tool, ToolCall, ToolUse, call_text
+from serving.gateway.core.tools import Tool, ToolCall, ToolUse, Turn, call_text, in_order_of_calls
 from serving.gateway.core.validate import (
     ChatPrompt,
     GenerateQuery,
@@ -208,6 +208,8 @@ class Message(Object, frozen=True, kw_only=True):
     content: str | list[ContentPart | str] | None = None
     refusal: str | None = None
     tool_calls: list[MessageCall] | None = None
+    tool_call_id: str | None = None
+    """Of a result: the call that it belongs to."""
     type: Literal["text", "message", None] = None
 
     @classmethod
@@ -219,8 +221,16 @@ class Message(Object, frozen=True, kw_only=True):
 
     @classmethod
     def no_effect(cls) -> frozenset[str]:
-        # An answer's message has them. Results come in the order of their calls, or say themselves whose they are.
-        return frozenset({"annotations", "id", "phase", "status", "tool_call_id", "parsed"})
+        return frozenset({"annotations", "id", "phase", "status", "parsed"})  # an answer's message has them
+
+    def turn(self, where: str) -> Turn:
+        """Raises ValidationError."""
+        return Turn(
+            message=self.plain(where),
+            call_ids=tuple([call.id for call in self.tool_calls or ()]),
+            result_of=self.tool_call_id,
+            field=f"{where}.tool_call_id",
+        )
 
     def plain(self, where: str) -> ChatMessage:
         """Raises ValidationError."""
@@ -273,7 +283,7 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
         top_logprobs = _number_of("top_logprobs", self.top_logprobs)
         if top_logprobs and not self.logprobs:
             raise ValidationError("top_logprobs", "top_logprobs is set, and logprobs is not true")
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
+        given = {self.max_tokens, self.max_completion_tokens} - {None, -1}  # −1 is the default
         if len(given) > 1:
             raise ValidationError(
                 "max_completion_tokens",
@@ -413,8 +423,8 @@ def _conversation(messages: list[Message], continues_last: bool | None, asks_for
     if asks_for_answer is False and not continues_last:
         name = "add_generation_prompt"
         raise ValidationError(name, UNSUPPORTED[name].refusal(name))
-    plain = tuple(message.plain(f"messages[{index}]") for index, message in enumerate(messages))
-    return ChatPrompt(plain, bool(continues_last))
+    turns = [message.turn(f"messages[{index}]") for index, message in enumerate(messages)]
+    return ChatPrompt(tuple(in_order_of_calls(turns)), bool(continues_last))
 
 
 def _prompts(prompt: str | list[int | str | list[int]]) -> Prompt | PromptList:

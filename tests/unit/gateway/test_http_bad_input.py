@@ -138,6 +138,8 @@ TABLE: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHATS, {"top_logprobs": 1}, "top_logprobs", ["logprobs is not true"]),
     (CHATS, {"logprobs": 1}, "logprobs", ["bool", "int"]),
     (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["0", "1 or more"]),
+    (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", ["/v1/completions with echo and logprobs"]),
+    (RESPONSES, {"input": None}, "input", ["input is missing; give a text, or a list of messages"]),
     (CHATS, {"max_completion_tokens": 90}, "max_completion_tokens", ["90", "21 tokens"]),
     (CHATS, {"max_completion_tokens": 9, "max_tokens": 8}, "max_completion_tokens", ["9", "8"]),
     (CHATS, {"tools": [{"type": "function"}]}, "tools[0].function", ["missing"]),
@@ -243,6 +245,8 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"skip_special_tokens": True, "add_special_tokens": True, "guided_json": None, "repeat_penalty": 1}),
     (COMPLETIONS, {"best_of": 1, "stream_options": {"include_usage": True}, "seed": -7, "n_predict": -1}),
     (CHATS, {"add_generation_prompt": True, "chat_template_kwargs": {}, "top_logprobs": 0, "tool_choice": "auto"}),
+    (CHATS, {"max_tokens": -1, "max_completion_tokens": 3}),
+    (CHATS, {"max_tokens": 3, "max_completion_tokens": -1}),
     (CHATS, {"max_tokens": None, "max_completion_tokens": -1, "response_format": {}, "tools": False, "audio": ""}),
     (
         CHATS,

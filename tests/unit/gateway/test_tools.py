@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 
 from bench.support.fake_backend import FakeBackend, card, obey
 from serving.config import LimitsConfig
+from serving.contracts.chat import ASSISTANT, USER
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.tools import (
+    TOOL,
     CallReader,
     Tool,
     ToolCall,
     ToolUse,
+    Turn,
     call_text,
     check_tools,
+    in_order_of_calls,
     tool_grammar,
     tools_text,
     with_results,
@@ -333,3 +337,97 @@ def test_the_space_of_sentencepiece_may_stand_before_a_call() -> None:
     use = ToolUse(tools=(Tool(name="f"),), choice="required")
     assert '" "?' in tool_grammar(use, None, strips_space=True).text
     assert '" "?' not in tool_grammar(use, None, strips_space=False).text
+
+
+# ---- results and their calls ----
+
+
+def answers(*ids: str | None) -> Turn:
+    return Turn(message=ChatMessage(ASSISTANT, "calls"), call_ids=ids)
+
+
+def result(text: str, call_id: str | None = None) -> Turn:
+    return Turn(message=ChatMessage(TOOL, text), result_of=call_id, field="here")
+
+
+SAYS = Turn(message=ChatMessage(USER, "and"))
+
+
+@given(st.data())
+def test_results_come_in_the_order_of_their_calls(data: st.DataObject) -> None:
+    """Whatever the order in which they are sent, in several answers whose calls may have the same ids."""
+    turns, wanted = [], []
+    for number in range(data.draw(st.integers(1, 3))):
+        ids = data.draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=4, unique=True))
+        named = [result(f"{number}{each}", each) for each in ids]
+        turns += [answers(*ids), *data.draw(st.permutations(named)), SAYS]
+        wanted += [f"{number}{each}" for each in ids]
+    assert [each.content for each in in_order_of_calls(turns) if each.role == TOOL] == wanted
+
+
+@pytest.mark.parametrize(
+    ("turns", "wanted"),
+    [
+        ([answers("a", "b"), result("1"), result("2")], "12"),
+        ([answers("a", "b", "c"), result("3", "c"), result("1"), result("2")], "123"),
+        ([answers("a", "b"), result("2", "b"), SAYS, result("1", "a")], "21"),
+        ([answers("a"), result("1", "a"), answers("b"), result("2", "b")], "12"),
+        ([answers("a", "a"), result("1", "a"), result("2", "a")], "12"),
+        ([answers(None, None), result("1", "x"), result("2", "y")], "12"),
+        ([result("1"), result("2")], "12"),
+        ([answers("a"), result("1", "a"), result("2")], "12"),
+        ([answers("a"), SAYS, answers("b", "a"), result("2", "a"), result("1", "b")], "12"),
+        ([answers("a"), SAYS], ""),
+    ],
+)
+def test_results_without_ids_come_as_they_were_sent(turns: list[Turn], wanted: str) -> None:
+    assert "".join(each.content for each in in_order_of_calls(turns) if each.role == TOOL) == wanted
+
+
+@pytest.mark.parametrize(
+    ("turns", "what"),
+    [
+        ([answers("a", "b"), result("1", "c")], "here is 'c'; allowed: the ids of calls without a result (a, b)"),
+        ([answers("a", "b"), result("1", "a"), result("2", "a")], "here is 'a'; allowed: .* (b)"),
+        ([answers("a"), result("1", "a"), SAYS, result("2", "a")], "here is 'a'; allowed: .* (none, "),
+        ([result("1", "a"), answers("a")], "here is 'a'; allowed: .* (none, "),
+    ],
+)
+def test_results_of_no_call_are_refused(turns: list[Turn], what: str) -> None:
+    with pytest.raises(ValidationError, match=what.replace("(", r"\(").replace(")", r"\)")) as error:
+        in_order_of_calls(turns)
+    assert error.value.field == "here"
+
+
+async def test_results_in_another_order_over_http() -> None:
+    def call(call_id: str, name: str) -> dict[str, Any]:
+        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+    chat: list[Any] = [
+        *ASK,
+        {"role": "assistant", "tool_calls": [call("x", "f"), call("y", "g")]},
+        {"role": "tool", "tool_call_id": "y", "content": "of g"},
+        {"role": "tool", "tool_call_id": "x", "content": "of f"},
+    ]
+    items: list[Any] = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "y", "name": "g", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "y", "output": "of g"},
+        {"type": "function_call_output", "call_id": "x", "output": "of f"},
+    ]
+    async with serve(says("Ok.")) as gateway:
+        for path, body in (("/v1/chat/completions", {"messages": chat}), ("/v1/responses", {"input": items})):
+            answer = await post(gateway, path, {"model": "tiny"} | body)
+            assert answer.status_code == 200, answer.text
+            ids = gateway.backend.requests[-1].prompt_token_ids
+            told = bytes(token_id for token_id in ids if token_id < 256).decode()
+            assert "<tool_response>\nof f\n</tool_response>\n<tool_response>\nof g\n</tool_response>" in told
+        chat[-1]["tool_call_id"] = items[-1]["call_id"] = "z"
+        for path, body, field in (
+            ("/v1/chat/completions", {"messages": chat}, f"messages[{len(chat) - 1}].tool_call_id"),
+            ("/tokenize", {"messages": chat}, f"messages[{len(chat) - 1}].tool_call_id"),
+            ("/v1/responses", {"input": items}, "input[4].call_id"),
+        ):
+            answer = await post(gateway, path, {"model": "tiny"} | body)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
