@@ -86,6 +86,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_bytes = 0
         """Of the request that is coming in."""
         self._num_header_bytes = 0
+        self._problem = "Invalid HTTP request received."
+        self._is_broken = False
+        """What came behind requests that are still to be answered is no request. Whatever follows is not looked at."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if refusal := self._has_no_room_for(transport.get_extra_info("peername")[0]):
@@ -119,6 +122,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_broken:
+            return
         if self._receive_timer is None:
             self._expect(self._limits.header_timeout_s)
         self._num_bytes += len(data)
@@ -129,13 +134,26 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._are_headers_too_large:
                 self._refuse_headers()
             else:
-                self.send_400_response("Invalid HTTP request received.")
-        if self.transport.is_closing():
+                self._refuse_after_answers()
+        if self._is_broken or self.transport.is_closing():
             return
         if self._in_headers and self._num_bytes > self._limits.max_header_bytes:
             self._refuse_headers()
         elif self._num_bytes > self._limits.max_header_bytes + _MAX_OVERHEAD * self._limits.max_body_bytes:
             self.transport.abort()
+
+    def _refuse_after_answers(self) -> None:
+        """To whole requests that came before, where there are such."""
+        if self._in_headers and self.cycle is not None and not self.cycle.response_complete:
+            self._is_broken = True
+            self._expect(None)
+        else:
+            self.send_400_response(self._problem)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_broken and not self.transport.is_closing() and self.cycle.response_complete:
+            self.send_400_response(self._problem)
 
     def _refuse_headers(self) -> None:
         limit = self._limits.max_header_bytes
@@ -179,6 +197,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError("too many requests before the answer to the first")
         if self.parser.should_upgrade():
             return
+        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+            self._problem = "The request needs one Host header (RFC 9112, 3.2)."
+            raise httptools.HttpParserError(self._problem)
         self._in_headers = False
         super().on_headers_complete()
         self._expect(self._limits.body_timeout_s)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -181,6 +182,33 @@ async def test_requests_that_come_at_once_are_answered_in_order_and_bounded(serv
         assert answer.count(b"HTTP/1.1 200") == 6
         assert answer.endswith(b"]}")
         assert b"HTTP/1.1 400" in await answer_to(gateway, model * 100)
+
+
+async def test_whole_requests_are_answered_before_what_is_none_is_refused(serve: Serve) -> None:
+    async with serve(http_port=0) as gateway:
+        whole, model = raw_request(BODY), raw_request(method="GET", path="/v1/models/tiny")
+        for requests in ((whole,), (whole, model), (model, whole, whole)):
+            for rest in (b"GARBAGE\r\n\r\n", b"GARBAGE\r\n\r\n" + model, b"GET / HTTP/1.1\r\n\r\n" + whole):
+                answer = await answer_to(gateway, b"".join(requests) + rest)
+                assert statuses(answer) == [200] * len(requests) + [400], answer
+                assert b"connection: close" in answer[answer.rindex(b"HTTP/1.1 ") :]
+        assert statuses(await answer_to(gateway, model, b"GARBAGE\r\n\r\n")) == [200, 400]
+
+
+@pytest.mark.parametrize("hosts", [[], ["host: x", "host: y"]])
+async def test_a_request_names_one_host(serve: Serve, hosts: list[str]) -> None:
+    def asking(version: str) -> bytes:
+        lines = [f"GET /v1/models HTTP/{version}", *hosts, "connection: close"]
+        return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+    async with serve(http_port=0) as gateway:
+        answer = await answer_to(gateway, asking("1.1"))
+        assert statuses(answer) == [400] and b"needs one Host header" in answer
+        assert statuses(await answer_to(gateway, asking("1.0"))) == [200]
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(each) for each in re.findall(rb"HTTP/1\.1 (\d+) ", answer)]
 
 
 @pytest.mark.parametrize("wish", ["h2c", "websocket"])
