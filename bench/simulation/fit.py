@@ -1,9 +1,9 @@
 """Fits the cost of a step to steps that were timed, of a file or of a running gateway's /steps."""
 
-import urllib.error
 import urllib.request
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,8 +37,9 @@ def read_samples(source: str) -> list[StepReport]:
         try:
             with urllib.request.urlopen(source, timeout=TIMEOUT_S) as answer:
                 data = answer.read(MAX_BYTES + 1)
-        except (urllib.error.URLError, TimeoutError, OSError) as error:
-            raise ConfigError(f"from: {source} cannot be read: {error}") from error
+        except (OSError, HTTPException) as error:
+            what = f"{type(error).__name__}: {error}" if isinstance(error, HTTPException) else error
+            raise ConfigError(f"from: {source} cannot be read: {what}") from error
     else:
         try:
             with Path(source).open("rb") as file:

@@ -4,6 +4,7 @@ import time
 import urllib.error
 import urllib.request
 from datetime import datetime
+from http.client import HTTPException
 from typing import Annotated
 
 import msgspec
@@ -74,6 +75,11 @@ def read_fleet(address: str) -> Fleet:
     try:
         with _opener(target).open(f"http://{target.address}/fleet", timeout=TIMEOUT_S) as answer:
             return msgspec.json.decode(answer.read(MAX_BYTES), type=Fleet)
+    except HTTPException as error:
+        raise ConnectionError(
+            f"what answers at {target.address} does not speak HTTP: give the port of the metrics (--address, admin.metrics_port) "
+            "and not that of gRPC"
+        ) from error
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise ConnectionError(

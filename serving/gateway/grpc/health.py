@@ -1,6 +1,7 @@
 """grpc.health.v1 of a gateway."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -8,11 +9,27 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 HEALTH = "grpc.health.v1.Health"
 
 
+class _Servicer(health.aio.HealthServicer):
+    """The library's, with the one method that it leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, health_pb2.HealthCheckResponse] = {}
+
+    async def set(self, service: str, status: Any) -> None:
+        self._shown[service] = health_pb2.HealthCheckResponse(status=status)
+        await super().set(service, status)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        """The status of every name."""
+        return health_pb2.HealthListResponse(statuses=self._shown)  # type: ignore[attr-defined]  # newer than the stubs
+
+
 class HealthService:
     """Keeps the status of "" (the whole gateway) and of every named service."""
 
     def __init__(self, services: Sequence[str]) -> None:
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = _Servicer()
         self._names = ("", *services)
 
     def add_to(self, server: grpc.aio.Server) -> None:

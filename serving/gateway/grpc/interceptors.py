@@ -159,6 +159,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                     watching.ended(grpc.StatusCode.DEADLINE_EXCEEDED.name)
                 raise
             except Exception as error:
+                if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    # From the code that is generated for a method which nobody has written.
+                    watching.failed(grpc.StatusCode.UNIMPLEMENTED.name, "UNIMPLEMENTED")
+                    await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not implemented by this server")
                 response = error_response(error, self._retry_delay_s)
                 if response.status.code == "INTERNAL":
                     logger.exception("request %s (%s) failed", request_id.get(), method)

@@ -1,6 +1,7 @@
 """`packtrain status` and `packtrain autoscaler explain`."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -97,6 +98,26 @@ def test_a_wrong_length_of_time_is_named(address: str) -> None:
 def test_whoever_does_not_answer_is_named() -> None:
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 "):
         read_fleet("1")
+
+
+def test_the_port_of_another_protocol_is_told_from_that_of_the_metrics() -> None:
+    """As a gRPC server's answers begin: with frames of HTTP/2."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1 << 16)
+                peer.sendall(bytes.fromhex("000018040000000000000400400000000500400000fe030000000100000003000000c8"))
+
+        thread = Thread(target=answer)
+        thread.start()
+        result = CliRunner().invoke(app, ["status", "--address", str(server.getsockname()[1])])
+        thread.join()
+    assert isinstance(result.exception, ConnectionError)
+    assert "does not speak HTTP: give the port of the metrics (--address, admin.metrics_port) and" in str(
+        result.exception
+    )
 
 
 def test_what_is_no_gateway_is_told_from_one(monkeypatch: pytest.MonkeyPatch, address: str) -> None:

@@ -13,6 +13,7 @@ from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from serving.config import GatewayConfig, LimitsConfig
+from serving.gateway.grpc import health
 from serving.gateway.server import GatewayServer
 from tests.support.waiting import PATIENCE_S, until
 from tests.unit.gateway.conftest import Serve
@@ -89,7 +90,21 @@ async def test_health_follows_the_groups(serve: Serve, monkeypatch: pytest.Monke
         backend.healthy["plain"] = True
         assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.SERVING
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == Status.SERVING
+        listed = (await stub.List(health_pb2.HealthListRequest())).statuses
+        assert {name: each.status for name, each in listed.items()} == {"": Status.SERVING, INFERENCE: Status.SERVING}
         watch.cancel()
+
+
+async def test_a_method_that_nobody_has_written_is_told_so(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(health._Servicer, "List")
+    async with serve(FakeBackend()) as gateway:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await health_pb2_grpc.HealthStub(gateway.channel).List(health_pb2.HealthListRequest())
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert error.value.details() == "/grpc.health.v1.Health/List is not implemented by this server"
+        assert "Traceback" not in caplog.text
 
 
 async def test_health_of_an_unknown_service(serve: Serve) -> None:
