@@ -46,14 +46,16 @@ class Assertion:
     """In the result's unit."""
 
     def check(self, result: Mapping[str, Any]) -> "Checked":
-        """Of a run's summary. What was not measured keeps no bound."""
+        """Of a run's summary, or that of several. What was not measured, be it in one of them, keeps no bound."""
         check_tenants([self], list(result["tenants"]))
-        value = self._value(result if self.tenant is None else result["tenants"][self.tenant])
-        return Checked(
-            assertion=self, value=value, holds=value is not None and _OPERATORS[self.comparison](value, self.bound)
-        )
+        value = self._value(result)
+        runs = result.get("runs", ())
+        unmeasured = [number for number, run in enumerate(runs, 1) if self._value(run) is None]
+        holds = value is not None and not unmeasured and _OPERATORS[self.comparison](value, self.bound)
+        return Checked(assertion=self, value=value, unmeasured_runs=unmeasured, holds=holds)
 
-    def _value(self, found: Mapping[str, Any]) -> float | None:
+    def _value(self, result: Mapping[str, Any]) -> float | None:
+        found = result if self.tenant is None else result["tenants"][self.tenant]
         if self.measure is not None and not found[f"num_{self.measure}"]:
             return None
         if self.name in SHARES:
@@ -68,10 +70,14 @@ class Checked:
 
     assertion: Assertion
     value: float | None
+    unmeasured_runs: Sequence[int]
+    """Of several runs the numbers of those that measured nothing of it."""
     holds: bool
 
     def __str__(self) -> str:
         measured = "nothing was measured" if self.value is None else f"it is {self.value:.6g}"
+        if self.value is not None and self.unmeasured_runs:
+            measured += f", and nothing was measured in run {', '.join(map(str, self.unmeasured_runs))}"
         return f"{self.assertion.text}: {'holds' if self.holds else 'does not hold'}, {measured}"
 
 

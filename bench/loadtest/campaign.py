@@ -253,9 +253,10 @@ def found_lines(found: Found, slo: Sequence[Assertion]) -> list[str]:
 
 
 def _line(result: dict[str, Any]) -> str:
+    latencies = ("TTFT p50", "median_ttft_ms"), ("TTFT p99", "p99_ttft_ms"), ("TPOT p50", "median_tpot_ms")
+    shown = (f"{title} {'-' if result[key] is None else f'{result[key]:.1f} ms'}" for title, key in latencies)
     return (
-        f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:.0f} tokens/s, TTFT p50 "
-        f"{result['median_ttft_ms']:.0f} ms, p99 {result['p99_ttft_ms']:.0f} ms, TPOT p50 {result['median_tpot_ms']:.1f} ms, "
+        f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:.0f} tokens/s, {', '.join(shown)}, "
         f"{result['refused']} refused, {result['errors']} failed" + ("" if result["valid"] else ", NOT VALID")
     )
 

@@ -61,21 +61,26 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
     """All figures that both have."""
     rows = []
     for name in (*RATES, *LATENCIES):
-        first, second = a.get(name), b.get(name)
-        if not (_is_figure(first) and _is_figure(second)):
-            continue
-        difference, how = _judge(name, a, b)
-        rows.append(Row(name, float(first), float(second), difference, how))  # type: ignore[arg-type]
+        first, second = _figure(a, name), _figure(b, name)
+        if first is not None and second is not None:
+            rows.append(Row(name, first, second, *_judge(name, a, b)))
     return rows
 
 
-def _is_figure(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _figure(result: Mapping[str, Any], name: str) -> float | None:
+    """None for what was not measured, which `vllm bench serve` writes as 0."""
+    value = result.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    if name in LATENCIES and not value:
+        measure = LATENCIES[name][0].removesuffix("_s")
+        return float(value) if result.get(f"num_{measure}") else None
+    return float(value)
 
 
 def _judge(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Difference | None, str]:
     """Repeats are judged by Welch's test; single runs by their requests, where those are in the results."""
-    runs = [[run[name] for run in result.get("runs", ()) if _is_figure(run.get(name))] for result in (a, b)]
+    runs = [[value for run in result.get("runs", ()) if (value := _figure(run, name)) is not None] for result in (a, b)]
     if min(map(len, runs)) >= MIN_REPEATS:
         return welch(*runs), f"Welch, {len(runs[0])} and {len(runs[1])} runs"
     if name not in LATENCIES:

@@ -47,7 +47,7 @@ def curve_report(
     over_rate = [
         svg.lines(
             f"{label} over {unit}", unit, y_label,
-            [svg.Series(name=key, points=[(at, run[key] or 0.0) for at, run in ordered], has_marks=True) for key in keys],
+            [svg.Series(name=key, points=_points(ordered, key), has_marks=True) for key in keys],
         )
         for label, y_label, keys in (
             ("Throughput", "requests/s", ("request_throughput", "request_goodput")),
@@ -59,7 +59,7 @@ def curve_report(
     against = [
         svg.lines(
             f"Throughput and latency: {key}", "output tokens/s", "ms",
-            [svg.Series(name="", points=[(run["output_throughput"], run[key]) for _, run in ordered], has_marks=True)],
+            [svg.Series(name="", points=_points([(run["output_throughput"], run) for _, run in ordered], key), has_marks=True)],
         )
         for key in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_e2el_ms")
     ]  # fmt: skip
@@ -69,6 +69,11 @@ def curve_report(
     rows = "".join(f"<tr>{_cells(*row)}</tr>" for row in cells)
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary)
     return _page(title, [lines, f"<table>{head}{rows}</table>", _plots("Curves", against + over_rate)])
+
+
+def _points(runs: Iterable[tuple[float, Mapping[str, Any]]], key: str) -> list[tuple[float, float]]:
+    """Without those that did not measure it."""
+    return [(at, run[key]) for at, run in runs if run[key] is not None]
 
 
 _CURVE_KEYS = (

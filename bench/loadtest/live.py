@@ -91,7 +91,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     )
     for measure, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "whole answer")):
         cells = (result.get(f"{what}_{measure}_ms") for what in ("mean", "median", "p90", "p99"))
-        table.add_row(title, *("" if cell is None else f"{cell:.2f}" for cell in cells))
+        table.add_row(title, *map(_ms, cells))
     console.print(table)
     goodput = "" if result["request_goodput"] is None else f", goodput {result['request_goodput']:.2f} requests/s"
     console.print(
@@ -123,8 +123,7 @@ def _print_tenants(result: Mapping[str, Any], console: Console) -> None:
     for name, of in result["tenants"].items():
         table.add_row(
             escape(name), *(str(of[key]) for key in ("sent", "completed", "refused", "errors", "cancelled")),
-            f"{of['output_throughput']:.1f}", f"{of['median_ttft_ms']:.1f}", f"{of['p99_ttft_ms']:.1f}",
-            f"{of['median_tpot_ms']:.2f}",
+            f"{of['output_throughput']:.1f}", *(_ms(of[key]) for key in ("median_ttft_ms", "p99_ttft_ms", "median_tpot_ms")),
         )  # fmt: skip
     console.print(table)
     jain, gap = result["jain_index"], result["max_service_gap"]
@@ -132,6 +131,11 @@ def _print_tenants(result: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"Jain's index {jain:.3f}; services were at most {gap:.0f} weighted tokens apart while both were busy"
         )
+
+
+def _ms(value: float | None) -> str:
+    """Nothing for what was not measured."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def print_comparison(rows: list[Row], names: tuple[str, str], console: Console) -> None:

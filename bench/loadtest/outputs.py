@@ -25,7 +25,10 @@ COLUMNS = (
 
 
 def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs as one: counts are summed, other figures averaged; `runs` keeps each, `between_runs` their spread."""
+    """Several runs as one: counts are summed, other figures averaged; `runs` keeps each, `between_runs` their spread.
+
+    What a run did not measure is None and no part of an average.
+    """
     first = dict(results[0])
     if len(results) == 1:
         return first
@@ -38,9 +41,9 @@ def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in ("invalid_because", "notes"):
         merged[name] = [f"run {number}: {text}" for number, result in enumerate(results, 1) for text in result[name]]
     between = {}
-    for name, value in first.items():
-        values = [result[name] for result in results]
-        if isinstance(value, float) and all(isinstance(each, float) for each in values):
+    for name in first:
+        values = [result[name] for result in results if isinstance(result[name], float)]
+        if len(values) > 1:
             interval = mean_interval(np.array(values))
             between[name] = {"std": statistics.stdev(values), "low": interval.low, "high": interval.high}
     merged["between_runs"] = between
@@ -56,14 +59,12 @@ def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
-    for name, value in parts[0].items():
-        values = [part[name] for part in parts]
+    for name in parts[0]:
+        values = [part[name] for part in parts if part[name] is not None]
         if name in ("rejects_by_reason", "errors_by_code"):
             labels = {label for each in values for label in each}
             merged[name] = {label: sum(each.get(label, 0) for each in values) for label in sorted(labels)}
-        elif name == "seed" or isinstance(value, bool) or not all(isinstance(each, int | float) for each in values):
-            continue
-        else:
+        elif values and name != "seed" and all(type(each) in (int, float) for each in values):
             merged[name] = sum(values) if name in _SUMMED else statistics.fmean(values)
     return merged
 

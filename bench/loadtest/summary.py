@@ -6,8 +6,9 @@ leave, latencies those of the requests that were due in it.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def summarise(scenario: Scenario, run: Run, percentiles: Sequence[float] = PERCE
     client = client_facts(run.healths)
     result = figures(run.records, window, slos, percentiles)
     measured = [record for record in run.records if window.has(record.intended_s)]
-    latency_ms = result["median_ttft_ms"] or result["median_e2el_ms"]
+    latency_ms = result["median_ttft_ms"] or result["median_e2el_ms"] or 0.0
     has_limit = any(tenant.max_concurrency is not None for tenant in scenario.tenants)
     verdict = judge(run, client, latency_ms / MS, has_own_limit=has_limit)
     steadiness = _steadiness(measured, window)
@@ -145,19 +146,15 @@ def samples(records: Sequence[Record], measure: str) -> Values:
     return np.array([value for value in values if value is not None], float)
 
 
-def distribution(name: str, seconds: Values, percentiles: Sequence[float]) -> dict[str, float]:
-    """Zeros where nothing was measured, as `vllm bench serve` has it."""
-    values = (seconds if len(seconds) else np.zeros(1)) * MS
-    found = {
-        f"mean_{name}_ms": float(values.mean()),
-        f"median_{name}_ms": float(np.median(values)),
-        f"std_{name}_ms": float(values.std()),
-        f"min_{name}_ms": float(values.min()),
-        f"max_{name}_ms": float(values.max()),
-    }
+def distribution(name: str, seconds: Values, percentiles: Sequence[float]) -> dict[str, float | None]:
+    """None where nothing was measured: the zeros of `vllm bench serve` would pass for very short times."""
+    figures: dict[str, Callable[[Values], Any]] = {
+        "mean": np.mean, "median": np.median, "std": np.std, "min": np.min, "max": np.max
+    }  # fmt: skip
     for percent in sorted({*percentiles, 99.0}):
-        found[f"p{percent:g}_{name}_ms"] = float(np.percentile(values, percent))
-    return found
+        figures[f"p{percent:g}"] = partial(np.percentile, q=percent)
+    values = seconds * MS
+    return {f"{what}_{name}_ms": float(of(values)) if len(values) else None for what, of in figures.items()}
 
 
 def keeps(record: Record, slo: Slo) -> bool:

@@ -1,6 +1,7 @@
 """What a run comes to."""
 
 import csv
+import io
 import json
 import math
 from array import array
@@ -8,9 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bench.json_files import write_json
+from bench.loadtest.assertions import parse_assertion
+from bench.loadtest.campaign import _line
+from bench.loadtest.compare import compare
+from bench.loadtest.html_report import curve_report
 from bench.loadtest.leader import Run
+from bench.loadtest.live import print_result
 from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.records import Health, Record
 from bench.loadtest.replies import Outcome
@@ -66,9 +73,9 @@ def test_names_and_values_are_those_of_vllm_bench_serve() -> None:
     assert result["refused"] == 1 and result["errors"] == 0
 
 
-def test_nothing_finished_gives_zeros_and_no_goodput() -> None:
+def test_nothing_finished_gives_no_throughput_no_latency_and_no_goodput() -> None:
     result = summary([record(outcome=Outcome.FAILED, code="UNAVAILABLE", first_s=None, last_s=None, output_tokens=0)])
-    assert result["request_goodput"] is None and result["p99_ttft_ms"] == result["output_throughput"] == 0
+    assert result["request_goodput"] is None and result["p99_ttft_ms"] is None and result["output_throughput"] == 0
     assert result["num_ttft"] == 0 and result["errors_by_code"] == {"UNAVAILABLE": 1}
     assert summary([])["sent"] == 0
 
@@ -180,6 +187,29 @@ def test_repeats_are_summed_and_averaged() -> None:
     assert len(both["runs"]) == 2 and len(both["requests"]["ttft_s"]) == 200
     assert both["between_runs"]["median_ttft_ms"]["std"] == pytest.approx(70.71, rel=1e-3)
     assert both["tenants"]["default"]["completed"] == 200
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_repeat_that_measured_nothing_is_no_part_of_an_average(place: int) -> None:
+    measured = [summary(records_at(list(np.arange(0, 10, 0.1)), took_s=took)) for took in (0.2, 0.4)]
+    refused = record(outcome=Outcome.REFUSED, code="HTTP_429", first_s=None, last_s=None, output_tokens=0)
+    results = [*measured[:place], summary([refused]), *measured[place:]]
+    merged = of_repeats(results)
+    for of in (merged, merged["tenants"]["default"]):
+        assert of["median_ttft_ms"] == pytest.approx(150) and of["num_ttft"] == 200 and of["sent"] == 201
+    assert merged["between_runs"]["median_ttft_ms"]["std"] == pytest.approx(70.71, rel=1e-3)
+    told = f"nothing was measured in run {place + 1}"
+    for bound in ("ttft_median<10s", "ttft_median>1ms", "default:ttft_median<10s"):
+        checked = parse_assertion(bound).check(merged)
+        assert not checked.holds and told in str(checked)
+    assert parse_assertion("refused==1").check(merged).holds
+    nothing = of_repeats([summary([refused])] * 3)
+    assert nothing["p99_ttft_ms"] is None and nothing["between_runs"].get("p99_ttft_ms") is None
+    assert "median_ttft_ms" not in {row.name for row in compare(merged, nothing)}
+    for shown in (merged, nothing):
+        print_result(shown, Console(file=io.StringIO()))
+        curve_report("sweep", [], [(1.0, shown)], "requests/s")
+        assert "requests/s" in _line(shown)
 
 
 def test_files_are_written(tmp_path: Any) -> None:

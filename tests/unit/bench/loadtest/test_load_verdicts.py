@@ -178,6 +178,13 @@ def test_results_of_vllm_bench_serve_can_be_compared(tmp_path: Path) -> None:
     assert all(row.difference is None for row in rows)
 
 
+def test_a_zero_is_a_latency_only_where_one_was_measured() -> None:
+    nothing = {"request_throughput": 0.0, "mean_tpot_ms": 0.0, "median_tpot_ms": 0.0}  # as vLLM writes it
+    assert {row.name for row in compare(nothing, nothing)} == {"request_throughput"}
+    all_at_once = nothing | {"num_tpot": 5}
+    assert {row.name for row in compare(all_at_once, all_at_once)} == {*nothing}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"request_throughput": "fast"}'])
 def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
