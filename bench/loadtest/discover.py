@@ -14,6 +14,7 @@ import msgspec
 
 from bench.loadtest.files import load_entries
 from bench.loadtest.grpc_transport import channel_to
+from bench.loadtest.http_transport import read_body
 from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Scenario, Tenant
 from bench.loadtest.sender import key_of
@@ -25,6 +26,7 @@ from protos.inference_pb2_grpc import InferenceStub
 from serving.client.tls import ClientTls
 
 TIMEOUT_S = 10.0
+MAX_BODY_BYTES = 4 << 20
 UNKNOWN_VOCABULARY = 30_000
 """Of a server that does not tell: below the width of every vocabulary in wide use."""
 _MAX_PROBE_WORDS = 400
@@ -110,7 +112,7 @@ async def _ask_http(tenant: Tenant, tls: ClientTls | None) -> Facts:
             connector=aiohttp.TCPConnector(ssl=context), headers=headers, timeout=timeout, trust_env=False
         ) as session:
             async with session.get(f"{base}/v1/models", allow_redirects=False) as response:
-                body = await response.content.read(1 << 20)
+                body = await read_body(response, MAX_BODY_BYTES)
                 if response.status == 404 and tenant.model is not None:
                     contexts: dict[str, int | None] = {tenant.model: None}
                 elif response.status != 200:
@@ -142,7 +144,7 @@ async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str
         if response.status != 200:
             return 1.0
         try:
-            count = int(json.loads(await response.content.read(4 << 20))["count"])
+            count = int(json.loads(await read_body(response, MAX_BODY_BYTES))["count"])
         except (ValueError, KeyError, TypeError):
             return 1.0
     return max(0.1, count / len(words))

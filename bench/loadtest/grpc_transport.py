@@ -10,7 +10,7 @@ import grpc.aio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from bench.loadtest.replies import TRUNCATED, Reply, Stages
+from bench.loadtest.replies import TRUNCATED, Reply, Stages, told_wait
 from bench.loadtest.scenario import Tenant
 from bench.loadtest.targets import Target
 from bench.loadtest.work import Content
@@ -184,9 +184,9 @@ def _explanation(error: grpc.aio.AioRpcError) -> tuple[str, float | None]:
         if detail.Unpack(info):
             reason = info.reason
         elif detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+            retry_after_s = told_wait(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9)
     if retry_after_s is None:
         for key, value in error.trailing_metadata() or ():
-            if key == "grpc-retry-pushback-ms" and str(value).isdigit():
-                retry_after_s = int(value) / 1e3
+            if key == "grpc-retry-pushback-ms" and isinstance(value, str) and value.isascii() and value.isdigit():
+                retry_after_s = told_wait(float(value) / 1e3)
     return reason, retry_after_s

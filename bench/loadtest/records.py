@@ -31,6 +31,11 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     gaps: bytes
     """Seconds between the arrivals of chunks, as float32."""
     stages: Stages | None
+    seen_tokens: int = 0
+    """Of output_tokens, what chunks told of; of a server that does not tell, the number of chunks."""
+    seen_chunks: int = 0
+    hidden_tokens: int = 0
+    """Of output_tokens, what the server says it thought and no chunk showed."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -39,10 +44,11 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first; None of an answer of one token."""
-        if self.first_s is None or self.last_s is None or self.output_tokens < 2:
+        """Time per output token after the first; None of an answer of one token, and of one that came in one piece."""
+        num_paced = self.output_tokens - self.hidden_tokens
+        if self.first_s is None or self.last_s is None or num_paced < 2 or self.seen_chunks == 1:
             return None
-        return (self.last_s - self.first_s) / (self.output_tokens - 1)
+        return (self.last_s - self.first_s) / (num_paced - 1)
 
     @property
     def e2el_s(self) -> float:

@@ -1,5 +1,6 @@
 """What came of one request, whichever way it went."""
 
+import math
 import time
 from array import array
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class Reply:
     usage_prompt: int | None = None
     usage_output: int | None = None
     """As the server counts."""
+    hidden_tokens: int = 0
+    """Of usage_output, what the server says it thought and no chunk showed."""
     outcome: Outcome = Outcome.CANCELLED
     code: str = CANCELLED_BY_US
     reason: str = ""
@@ -73,6 +76,11 @@ class Reply:
         """What had begun cannot be refused any more."""
         self.outcome = Outcome.REFUSED if is_refusal and not self.times_s else Outcome.FAILED
         self.code, self.reason, self.retry_after_s = code, reason, retry_after_s
+
+
+def told_wait(seconds: float) -> float | None:
+    """What a server told as the time to wait; None when it is no time."""
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 class Transport(Protocol):

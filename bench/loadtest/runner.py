@@ -372,6 +372,9 @@ class Runner:
             asked_tokens=asked,
             gaps=gaps.tobytes(),
             stages=reply.stages,
+            seen_tokens=reply.num_chunk_tokens,
+            seen_chunks=len(times),
+            hidden_tokens=reply.hidden_tokens if is_finished else 0,
         )
         self.records.append(record)
         source.counts.outcomes[reply.outcome] += 1

@@ -71,7 +71,7 @@ def summarise(scenario: Scenario, run: Run, percentiles: Sequence[float] = PERCE
     verdict = judge(run, client, latency_ms / MS, has_own_limit=has_limit)
     steadiness = _steadiness(measured, window)
     little = _little(run.records, window)
-    verdict.notes += _remarks(steadiness, little)
+    verdict.notes += [*_remarks(steadiness, little), *_unseen(measured)]
     tenants = {
         tenant.name: figures([r for r in run.records if r.tenant == place], window, slos, percentiles)
         for place, tenant in enumerate(scenario.tenants)
@@ -258,6 +258,21 @@ def _remarks(steadiness: Mapping[str, Any], little: Mapping[str, float] | None) 
     if little is not None and abs(little["ratio"] - 1) > MAX_LITTLE:
         notes.append(
             f"Little's law is off by {little['ratio'] - 1:+.0%}: much of the run is its beginning and end; run longer"
+        )
+    return notes
+
+
+def _unseen(measured: Sequence[Record]) -> list[str]:
+    """A note on answers with more tokens than a client could see coming."""
+    streamed = [record for record in measured if record.outcome is Outcome.FINISHED and record.seen_chunks]
+    notes = []
+    if num_whole := sum(record.seen_chunks == 1 and record.output_tokens > 1 for record in streamed):
+        notes.append(f"{num_whole} answers of several tokens came in one piece; they have no time per output token")
+    several = [record for record in streamed if record.seen_chunks > 1]
+    if num_fewer := sum(record.seen_tokens < record.output_tokens - record.hidden_tokens for record in several):
+        notes.append(
+            f"{num_fewer} answers have more tokens, as the server counts, than their chunks told of: inter-token latencies are "
+            "between chunks, and where tokens were not sent at all, the time per output token is too short"
         )
     return notes
 

@@ -1,0 +1,241 @@
+"""What servers of other makes answer over HTTP, and what a load test makes of it."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.loadtest.discover import resolve
+from bench.loadtest.http_transport import HttpTransport, _retry_after
+from bench.loadtest.leader import Run
+from bench.loadtest.replies import Outcome, Reply
+from bench.loadtest.scenario import Scenario, Tenant, parse_scenario
+from bench.loadtest.server_events import MAX_EVENT_BYTES, Event, EventReader
+from bench.loadtest.summary import summarise
+from tests.support.load import record
+
+PAUSE_S = 0.01
+"""Between the parts of an answer, so that they arrive apart."""
+JSON = {"content_type": "application/json"}
+DONE = b"data: [DONE]\n\n"
+
+
+@asynccontextmanager
+async def server(
+    parts: Sequence[bytes], content_type: str = "text/event-stream", status: str = "200 OK", head: str = ""
+) -> AsyncIterator[str]:
+    """Answers everything with these parts, one after the other. Its address."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            request = await reader.readuntil(b"\r\n\r\n")
+            length = [line for line in request.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+            await reader.readexactly(int(length[0].partition(b":")[2]) if length else 0)
+            writer.write(f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\n{head}".encode())
+            writer.write(b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n")
+            for part in parts:
+                writer.write(b"%x\r\n%s\r\n" % (len(part), part))
+                await writer.drain()
+                await asyncio.sleep(PAUSE_S)
+            writer.write(b"0\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+async def ask(parts: Sequence[bytes], *, stream: bool = True, **how: str) -> Reply:
+    async with server(parts, **how) as target:
+        transport = HttpTransport(Tenant(target=target, stream=stream), "m", "", None, keep_answers=True)
+        await transport.open(60)
+        reply = Reply()
+        await transport.ask(transport.prepare([("user", "x")], 4, "x"), 60, reply)
+        await transport.close()
+        return reply
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
+
+
+def chunk(finish_reason: str | None = None, **delta: Any) -> bytes:
+    return event({"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]})
+
+
+def usage(**counts: Any) -> bytes:
+    return event({"choices": [], "usage": counts})
+
+
+OPENING, END = chunk(role="assistant", content=""), chunk("length", content="")
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("content", "x"),
+        ("content", [{"type": "text", "text": "x"}]),
+        ("content", ""),  # a token without a text
+        ("reasoning", "x"),
+        ("reasoning_content", "x"),
+        ("refusal", "no"),
+        ("tool_calls", [{"index": 0, "function": {"arguments": "{"}}]),
+        ("function_call", {"arguments": "{"}),
+    ],
+)
+@pytest.mark.parametrize("role", [{}, {"role": "assistant"}])
+async def test_a_chunk_with_anything_new_has_a_token(name: str, token: Any, role: dict[str, str]) -> None:
+    tokens = [chunk(**role, **{name: token}) for _ in range(3)]
+    reply = await ask([OPENING, *tokens, END, usage(prompt_tokens=7, completion_tokens=3), DONE])
+    assert (reply.outcome, len(reply.times_s), reply.num_chunk_tokens) == (Outcome.FINISHED, 3, 3)
+    assert (reply.usage_prompt, reply.usage_output, reply.hidden_tokens) == (7, 3, 0)
+
+
+async def test_chunks_with_nothing_new_have_no_token() -> None:
+    empty = [event({"choices": []}), event({"choices": None, "usage": None}), chunk(content=None), chunk(tool_calls=[])]
+    reply = await ask([OPENING, *empty, chunk(content="x"), END, DONE])
+    assert (reply.outcome, len(reply.times_s), "".join(reply.text)) == (Outcome.FINISHED, 1, "x")
+
+
+async def test_thought_that_is_counted_and_not_shown_is_no_part_of_the_time_per_token() -> None:
+    told = usage(completion_tokens=50, completion_tokens_details={"reasoning_tokens": 47})
+    answer = [chunk(content="x") for _ in range(3)]
+    hidden = await ask([OPENING, *answer, END, told, DONE])
+    shown = await ask([OPENING, chunk(reasoning="x"), *answer, END, told, DONE])
+    assert (hidden.hidden_tokens, shown.hidden_tokens) == (47, 0)
+    assert record(output_tokens=50, hidden_tokens=47, first_s=1.1, last_s=1.2).tpot_s == pytest.approx(0.05)
+
+
+def test_an_answer_in_one_piece_has_no_time_per_token_and_others_are_told() -> None:
+    whole = record(output_tokens=8, seen_tokens=1, seen_chunks=1, first_s=1.1, last_s=1.1)
+    assert whole.tpot_s is None and record(output_tokens=1, seen_tokens=1, seen_chunks=1).tpot_s is None
+    fewer = record(output_tokens=8, seen_tokens=4, seen_chunks=4)
+    all_seen = record(output_tokens=8, seen_tokens=8, seen_chunks=4)
+    thought = record(output_tokens=8, seen_tokens=4, seen_chunks=4, hidden_tokens=4)
+    notes = summarise(Scenario(), Run(records=[whole, fewer, fewer, all_seen, thought]))["notes"]
+    assert [note for note in notes if note.startswith("1 answers of several tokens came in one piece")]
+    assert [note for note in notes if note.startswith("2 answers have more tokens")]
+    assert not any("answers" in note for note in summarise(Scenario(), Run(records=[all_seen, thought]))["notes"])
+
+
+@pytest.mark.parametrize("last", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\r\n\r\n", b"data: [DONE]\r\r"])
+async def test_an_answer_may_end_with_its_body(last: bytes) -> None:
+    reply = await ask([chunk(content="x"), END, last])
+    assert (reply.outcome, reply.code) == (Outcome.FINISHED, "OK")
+
+
+LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
+NAMES = st.sampled_from([b"", b"error", b"a:b"])
+LINES = st.lists(st.sampled_from([b"", b"{", b"a b", b" :", b"x"]), min_size=1, max_size=3)
+EVENTS = st.lists(st.tuples(NAMES, LINES), max_size=4)
+
+
+@given(EVENTS, LINE_ENDS, st.sampled_from([b": ", b":"]), st.lists(st.integers(0, 200), max_size=8), st.booleans())
+def test_events_are_the_same_however_they_are_cut(
+    events: list[tuple[bytes, list[bytes]]], end: bytes, colon: bytes, cuts: list[int], is_closed: bool
+) -> None:
+    expected, text = [], b""
+    for name, drawn in events:
+        lines = [line.lstrip(b" ") for line in drawn] if colon == b":" else drawn
+        expected.append(Event(name, b"\n".join(lines)))
+        text += b": a comment" + end + b"id: 1" + end + (b"event: " + name + end if name else b"")
+        text += b"".join(b"data" + colon + line + end for line in lines) + end
+    if not is_closed:
+        text = text.rstrip(b"\r\n")
+    places = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
+    reader, found = EventReader(), []
+    for begin, until in pairwise(places):
+        found += list(reader.feed(text[begin:until]))
+    if is_closed:
+        assert found == expected  # at once, and not only when the body ends
+    assert found + list(reader.end()) == expected
+
+
+def test_an_event_that_is_too_long_is_refused() -> None:
+    for part in (b"data: x", b"data: x\n"):
+        reader = EventReader()
+        with pytest.raises(ValueError, match="more than"):
+            for _ in range(MAX_EVENT_BYTES):
+                list(reader.feed(part * 200_000))
+
+
+@pytest.mark.parametrize(
+    ("parts", "how", "code", "reason"),
+    [
+        ([json.dumps({"error": {"code": "boom", "message": "x"}}).encode()], JSON, "ERROR_IN_ANSWER", "boom"),
+        ([b'{"object":"error",', b'"type":"boom"}'], JSON, "ERROR_IN_ANSWER", "boom"),
+        ([b"<html>"], {"content_type": "text/html"}, "UNREADABLE_ANSWER", "text/html is no stream of events"),
+        ([b'{"choices":[]}'], JSON, "UNREADABLE_ANSWER", "application/json is no stream of events"),
+        ([chunk(content="x"), event({"error": {"type": "boom"}}), DONE], {}, "ERROR_IN_STREAM", "boom"),
+        ([chunk(content="x"), event({"error": "boom"}), DONE], {}, "ERROR_IN_STREAM", "boom"),
+        ([chunk(content="x"), event({"object": "error", "code": 500}), DONE], {}, "ERROR_IN_STREAM", "500"),
+        ([chunk(content="x"), b'event: error\ndata: {"code":"boom"}\n\n'], {}, "ERROR_IN_STREAM", "boom"),
+        ([chunk(content="x"), b"event: error\ndata: it broke\n\n"], {}, "ERROR_IN_STREAM", ""),
+        ([chunk(content=7)], {}, "UNREADABLE_ANSWER",
+         "Expected `str | array | null`, got `int` - at `$.choices[0].delta.content`"),
+        ([chunk(content="x"), usage(completion_tokens="8")], {}, "UNREADABLE_ANSWER", None),
+        ([chunk(content="x"), usage(completion_tokens=10**19)], {}, "UNREADABLE_ANSWER", None),
+        ([chunk(content="x"), usage(completion_tokens=-1)], {}, "UNREADABLE_ANSWER", None),
+        ([b"data: {\n\n"], {}, "UNREADABLE_ANSWER", None),
+        ([b'data: {"error": ' + b"[" * 100_000], {}, "UNREADABLE_ANSWER", None),
+        ([chunk(content="x"), DONE], {}, "TRUNCATED", "no finish_reason"),
+        ([chunk(content="x"), END], {}, "TRUNCATED", "no [DONE]"),
+        ([b'{"error":{"code":', b'"busy"}}'], JSON | {"status": "429 X"}, "HTTP_429", "busy"),
+        ([b'{"object":"error","code":400}'], JSON | {"status": "400 X"}, "HTTP_400", "400"),
+        ([b"<html>"], {"status": "500 X", "content_type": "text/html"}, "HTTP_500", ""),
+    ],
+)  # fmt: skip
+async def test_what_a_server_says_is_kept(
+    parts: list[bytes], how: dict[str, str], code: str, reason: str | None
+) -> None:
+    reply = await ask(parts, **how)
+    assert reply.code == code
+    assert reason is None or reply.reason == reason
+    assert reply.outcome is (Outcome.REFUSED if code == "HTTP_429" else Outcome.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("parts", "outcome", "code"),
+    [
+        ([b'{"choices":[{"message":{"content":"x"}}],', b'"usage":{"completion_tokens":1}}'], Outcome.FINISHED, "OK"),
+        ([b'{"error":{"code":"boom"}}'], Outcome.FAILED, "ERROR_IN_ANSWER"),
+        ([b"<html>"], Outcome.FAILED, "UNREADABLE_ANSWER"),
+        ([b'{"choices":[]}'], Outcome.FAILED, "TRUNCATED"),
+    ],
+)
+async def test_whole_answers(parts: list[bytes], outcome: Outcome, code: str) -> None:
+    reply = await ask(parts, stream=False, content_type="application/json")
+    assert (reply.outcome, reply.code) == (outcome, code)
+    assert reply.text == (["x"] if outcome is Outcome.FINISHED else [])
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("3", 3.0), ("0.5", 0.5), ("0", 0.0), ("-1", None), ("nan", None), ("inf", None), ("1e400", None), ("soon", None),
+        ("Fri, 31 Dec 99999 23:59:59 GMT", None), ("Fri, 31 Dec 99999999999999999999999 23:59:59 GMT", None),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0.0), ("", None),
+    ],
+)  # fmt: skip
+def test_a_time_to_come_back_is_a_time(header: str, seconds: float | None) -> None:
+    assert _retry_after(header) == seconds
+
+
+async def test_a_list_of_models_may_come_in_pieces() -> None:
+    listed = json.dumps({"data": [{"id": "m"}], "count": 800}).encode()
+    async with server([listed[:9], listed[9:30], listed[30:]], content_type="application/json") as target:
+        scenario = parse_scenario({"tenants": [{"target": target}]}, origin="x")
+        (found,) = await resolve(scenario, None)
+    assert found.facts.model == "m"
+    assert found.facts.tokens_per_word == pytest.approx(2)  # 800 tokens of 400 words, by the same body
