@@ -39,6 +39,8 @@ def scenario(arguments: argparse.Namespace, num_groups: int, rate: float, second
         "tensor_parallel_size": arguments.tp,
         "num_groups": num_groups,
         "prefix_caching": False,
+        "max_num_seqs": 64,  # with which the figures in docs/simulation.md were made
+        "max_num_batched_tokens": 512,
     }
     if arguments.kv_tokens:
         groups["kv_cache_tokens"] = arguments.kv_tokens

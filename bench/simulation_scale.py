@@ -41,6 +41,7 @@ def scenario(num_groups: int, seconds: float) -> SimulationScenario:
             "groups": {
                 "model": "llama-2-70b-chat", "profile": "a100-80g", "tensor_parallel_size": 8, "num_groups": num_groups,
                 "prefix_caching": False,
+                "max_num_seqs": 64, "max_num_batched_tokens": 512,  # so that sizes of today compare with those of before
             },
             "tenants": [
                 {

@@ -267,6 +267,7 @@ def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
         "is_measured": trial.plan.machine.is_measured,
         "origin": trial.plan.machine.origin,
         "kv_cache_tokens": trial.plan.kv_cache_tokens,
+        **trial.plan.step_sizes._asdict(),
     }
 
 

@@ -111,6 +111,8 @@ class StepsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="st
     """From the end of a step until a client has its token."""
     sharing: float = 0.0
     """A step takes so much longer, as a part of its time, for each other group that computes on the same machine."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """That its groups ran on; `packtrain serve` chooses the size of their steps by it."""
     start_s: float = 0.0
     idle_w: float = 0.0
     busy_w: float = 0.0

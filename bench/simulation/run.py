@@ -18,6 +18,7 @@ from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.errors import ConfigError
 from model_parallel.memory import Workload, kv_cache_tokens, plan_group
 from serving.models.known_llama import config_of
+from serving.models.sizes import StepSizes, step_sizes
 from serving.tenants.records import LIMITS, Limits
 
 OnProgress = Callable[[float, int], None]
@@ -34,6 +35,12 @@ class Plan:
     shape: GroupShape
     max_model_len: int
     kv_cache_tokens: int
+
+    @property
+    def step_sizes(self) -> StepSizes:
+        """Chosen where the scenario does not say them."""
+        scheduler = self.shape.scheduler
+        return StepSizes(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
 
 
 def resolve(groups: Groups) -> Plan:
@@ -66,6 +73,7 @@ def resolve(groups: Groups) -> Plan:
             f"groups.share_a_machine is true, and profile {groups.profile!r} does not tell what that costs; it must be fitted to "
             "several groups of one machine, of which sometimes one and sometimes several ran"
         )
+    sizes = step_sizes_of(groups)
     max_model_len = max_position if groups.max_model_len is None else groups.max_model_len
     if max_model_len > max_position:
         raise ConfigError(f"groups.max_model_len is {max_model_len}, and the model's own length is {max_position}")
@@ -74,8 +82,8 @@ def resolve(groups: Groups) -> Plan:
     else:
         workload = Workload(
             max_model_len=max_model_len,
-            max_num_seqs=groups.max_num_seqs,
-            max_num_batched_tokens=groups.max_num_batched_tokens,
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
         )
         memory = plan_group(
             model,
@@ -90,8 +98,8 @@ def resolve(groups: Groups) -> Plan:
     shape = GroupShape(
         costs=CostTable(machine.cost),
         scheduler=SchedulerConfig(
-            max_num_seqs=groups.max_num_seqs,
-            max_num_batched_tokens=groups.max_num_batched_tokens,
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
             max_prefill_tokens=groups.max_prefill_tokens,
             max_model_len=max_model_len,
             max_waiting_requests=groups.max_waiting_requests,
@@ -105,6 +113,13 @@ def resolve(groups: Groups) -> Plan:
         sharing=machine.sharing if groups.share_a_machine else 0.0,
     )
     return Plan(machine=machine, shape=shape, max_model_len=max_model_len, kv_cache_tokens=num_tokens)
+
+
+def step_sizes_of(groups: Groups) -> StepSizes:
+    """Of groups with any tensor-parallel size. Raises ConfigError."""
+    file = read_profile(groups.profile)
+    device = file.device if isinstance(file, StepsFile) else "cuda"
+    return step_sizes(device, groups.max_num_seqs, groups.max_num_batched_tokens)
 
 
 def build(
@@ -162,7 +177,7 @@ def simulate(
     return {
         "name": scenario.name,
         "seed": scenario.seed,
-        "groups": scenario.groups.model_dump(mode="json"),
+        "groups": scenario.groups.model_dump(mode="json") | plan.step_sizes._asdict(),
         "profile": {"name": machine.name, "origin": machine.origin, "is_measured": machine.is_measured},
         "kv_cache_tokens": plan.kv_cache_tokens,
         **summary,

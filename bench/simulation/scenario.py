@@ -41,8 +41,8 @@ class Groups(Part):
     memory_utilisation: float = Field(0.9, gt=0, le=1)
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
-    max_num_seqs: int = Field(64, ge=1, le=4096)
-    max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)
+    max_num_seqs: int | None = Field(None, ge=1, le=4096, description="As `packtrain serve` chooses when unset.")
+    max_num_batched_tokens: int | None = Field(None, ge=1, le=1 << 20, description="Likewise.")
     max_prefill_tokens: int | None = Field(None, ge=1)
     max_waiting_requests: int = Field(256, ge=1)
     start_s: float | None = Field(
@@ -174,8 +174,8 @@ def read_scenario(path: Path) -> dict[str, Any]:
     return data
 
 
-def scenario_of_trace(path: Path, *, model: str, profile: str, speed: float) -> SimulationScenario:
-    """One tenant who sends what a trace has. Raises ConfigError."""
+def scenario_of_trace(path: Path, groups: dict[str, Any], *, speed: float = 1.0) -> SimulationScenario:
+    """One tenant who sends what a trace has, to such groups. Raises ConfigError."""
     work = {
         "kind": "trace",
         "path": str(path),
@@ -188,7 +188,7 @@ def scenario_of_trace(path: Path, *, model: str, profile: str, speed: float) -> 
     if last_s + 1 > MAX_SIMULATED_S:
         raise ConfigError(f"trace: {path} spans {last_s:.0f} s; at most {MAX_SIMULATED_S:.0f} s are simulated")
     data = {"name": path.name, "duration_s": last_s + 1, "drain_s": 3600.0, "tenants": [tenant]}
-    return parse_scenario(data | {"groups": {"model": model, "profile": profile}}, origin=str(path))
+    return parse_scenario(data | {"groups": groups}, origin=str(path))
 
 
 def trace_format(path: Path) -> str:

@@ -23,6 +23,7 @@ from model_parallel.memory import (
 )
 from serving.cli.terminal import standard_output
 from serving.models.known_llama import config_of
+from serving.models.sizes import step_sizes
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -67,7 +68,7 @@ def smallest_that_fits(
     devices = sorted(DEVICES.values(), key=lambda d: (d.memory_bytes, d.bandwidth_bytes_per_s))
     fitting = (d.name for d in devices if plan_group(config, tp_size, device=d, **kept).fits)
     fewest = smallest_tp_size(config, device=device, **kept)
-    return {"tensor_parallel_size": fewest, "gpu": next(fitting, None)}
+    return {"smallest_tp_on_this_gpu": fewest, "smallest_gpu_at_this_tp": next(fitting, None)}
 
 
 def as_data(
@@ -89,12 +90,14 @@ def as_data(
         .weight_bytes,
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype],
         "max_model_len": group.workload.max_model_len,
+        "max_num_seqs": group.workload.max_num_seqs,
+        "max_num_batched_tokens": group.workload.max_num_batched_tokens,
         "fits": group.fits,
         "kv_tokens": group.kv_tokens,
         "largest_batch": batch,
         "decode_floor_s": group.decode_floor_s(0),
         "decode_floor_largest_batch_s": group.decode_floor_s(batch),
-        "smallest_that_fits": smallest,
+        **smallest,
         "ranks": [
             {
                 "rank": r.rank,
@@ -133,6 +136,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     group.add_row("parameters", f"{plan['parameters']:,}")
     group.add_row("weights, once", gib(plan["weight_bytes"]))
     group.add_row("KV cache of a token, once", f"{plan['kv_bytes_per_token']:,} bytes")
+    group.add_row("largest step", f"{plan['max_num_seqs']} sequences, {plan['max_num_batched_tokens']:,} tokens")
     group.add_row("may be used of a rank's memory", gib(plan["ranks"][0]["budget_bytes"]))
     if plan["fits"]:
         floor_s, batch, batch_s = plan["decode_floor_s"], plan["largest_batch"], plan["decode_floor_largest_batch_s"]
@@ -142,8 +146,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             "decode floor, one short sequence", f"{floor_s * 1e3:.2f} ms a token, {1 / floor_s:,.0f} tokens/s"
         )
         group.add_row("decode floor, largest batch", f"{batch_s * 1e3:.2f} ms a step, {batch / batch_s:,.0f} tokens/s")
-    smallest = plan["smallest_that_fits"]
-    fewest, gpu = smallest["tensor_parallel_size"], smallest["gpu"]
+    fewest, gpu = plan["smallest_tp_on_this_gpu"], plan["smallest_gpu_at_this_tp"]
     group.add_row("fits", "yes" if plan["fits"] else "[bold red]no[/]")
     group.add_row(f"smallest TP on {plan['gpu']}", str(fewest) if fewest else "none")
     group.add_row(f"smallest GPU at TP={plan['tensor_parallel_size']}", gpu or "none")
@@ -165,8 +168,12 @@ def plan(
     context: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt plus answer; the model's own if unset.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that may run at the same time.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that may run at the same time; as serve chooses if unset.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens computed in one step; as serve chooses if unset.")
+    ] = None,
     memory_gib: Annotated[float | None, typer.Option(min=0.001, help="Memory of a rank's device, in GiB.")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0.001, help="Its bandwidth, in GB/s.")] = None,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of that memory that may be used.")] = 0.9,
@@ -187,17 +194,15 @@ def plan(
     if context is not None and context > config.max_position:
         raise ConfigError(f"context is {context}, and the model's own length is {config.max_position} tokens")
     device = choose_device(gpu, memory_gib=memory_gib, bandwidth_gb_per_s=bandwidth)
-    workload = Workload(
-        max_model_len=context or config.max_position,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-    )
+    # A device that is told by its numbers alone may be a CPU, on which steps are smaller.
+    sizes = step_sizes("cpu" if gpu is None else "cuda", max_num_seqs, max_num_batched_tokens)
+    workload = Workload(max_model_len=context or config.max_position, **sizes._asdict())
     numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
     draft = None
     if draft_model is not None:
         guessing = config_of(draft_model)
         kept = "packed" if guessing.weight_formats else ""
-        draft = draft_memory(guessing, dtype=dtype, quantization=kept, max_num_seqs=max_num_seqs)
+        draft = draft_memory(guessing, dtype=dtype, quantization=kept, max_num_seqs=sizes.max_num_seqs)
     rest: dict[str, Any] = numbers | {
         "device": device, "workload": workload, "utilisation": utilisation, "draft": draft,
     }  # fmt: skip

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_NOT_POSSIBLE = 1
 TP_SIZES = (1, 2, 4, 8)
+TRACE_MODEL = "llama-2-70b-chat"
 
 app = typer.Typer(
     help="Say what a cluster would do: the real scheduler, routing and quotas on a virtual clock.", no_args_is_help=True
@@ -79,22 +80,34 @@ def compare(
 def capacity(
     slo: Annotated[str, typer.Option(help="Like ttft_p99=2s,tpot_p99=200ms.")],
     gpu: Annotated[str, typer.Option("--gpu", help="A profile: a100-80g, h100, h200, or a file.")],
-    model: Annotated[str, typer.Option(help="A known name (llama-2-70b-chat), or a checkpoint.")] = "llama-2-70b-chat",
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"A known name, or a checkpoint. The scenario's when not given; of a trace {TRACE_MODEL}."),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Requests with their times: CSV, Azure's or BurstGPT's, or Mooncake's JSON lines."),
     ] = None,
     scenario: Annotated[Path | None, typer.Option(help="Instead of a trace: the load of a scenario.")] = None,
     tp: Annotated[list[int] | None, typer.Option("--tp", min=1, help="Ranks of a group; several may be given.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    quantization: Annotated[
-        list[str] | None, typer.Option(help="none or int8; both may be given. none alone when not given.")
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float16. The scenario's when not given, else bfloat16.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences that a group runs at the same time.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed in one step.")] = 512,
+    quantization: Annotated[
+        list[str] | None,
+        typer.Option(help="none or int8; both may be given. The scenario's when not given, else none."),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences that a group runs at a time. The scenario's, or as serve chooses.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens computed in one step. The scenario's, or as serve chooses.")
+    ] = None,
     max_groups: Annotated[int, typer.Option(min=1, help="Give up beyond so many.")] = 2000,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
-    speed: Annotated[float, typer.Option(min=0.001, help="Replay the trace so many times as fast.")] = 1.0,
+    speed: Annotated[
+        float | None, typer.Option(min=0.001, help="Replay the trace so many times as fast.", show_default="1")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Shapes that are tried side by side.")] = 2,
     json_file: JsonFile = None,
 ) -> None:
@@ -105,31 +118,37 @@ def capacity(
     from bench.json_files import check_can_be_written, write_json
     from bench.simulation.capacity import Progress as Trying
     from bench.simulation.capacity import Question, Shape, answer_all, cheapest, parse_slo
-    from bench.simulation.scenario import load_scenario, scenario_of_trace
+    from bench.simulation.run import step_sizes_of
+    from bench.simulation.scenario import parse_scenario, read_scenario, scenario_of_trace
 
     check_can_be_written(json_file, "--json")
     bounds = parse_slo(slo)
     if (trace is None) == (scenario is None):
         raise ConfigError("either trace or scenario must be given")
+    if speed is not None and trace is None:
+        raise ConfigError("--speed is of a --trace; a scenario says work.speed of each")
+    flags: dict[str, Any] = {
+        "model": model, "dtype": dtype, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+    }  # fmt: skip
+    groups: dict[str, Any] = {name: value for name, value in flags.items() if value is not None} | {"profile": gpu}
     if trace is not None:
-        loaded = scenario_of_trace(trace, model=model, profile=gpu, speed=speed)
+        loaded = scenario_of_trace(trace, {"model": TRACE_MODEL} | groups, speed=1.0 if speed is None else speed)
     else:
         assert scenario is not None
-        loaded = load_scenario(scenario)
-    kinds = [None if kind == "none" else kind for kind in dict.fromkeys(quantization or ["none"])]
+        data = read_scenario(scenario)
+        if isinstance(data["groups"], dict):  # else it is refused by its name
+            data["groups"] |= groups
+        loaded = parse_scenario(data, origin=str(scenario))
+    kinds = [
+        None if kind == "none" else kind
+        for kind in dict.fromkeys(quantization or [loaded.groups.quantization or "none"])
+    ]
     if unknown := [kind for kind in kinds if kind not in (None, "int8")]:
         raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8")
-    groups = loaded.groups.model_copy(
-        update={
-            "model": model,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }
-    )
     questions = [
         Question(
-            scenario=loaded.model_copy(update={"groups": groups}),
-            shape=Shape(profile=gpu, tensor_parallel_size=size, dtype=dtype, quantization=kind),
+            scenario=loaded,
+            shape=Shape(profile=gpu, tensor_parallel_size=size, dtype=loaded.groups.dtype, quantization=kind),
             slo=bounds,
             price_per_gpu_hour=price,
             max_groups=max_groups,
@@ -150,9 +169,11 @@ def capacity(
 
         answers = answer_all(questions, min(processes, read_machine().num_cpus), show)
     best = cheapest(answers)
-    print_capacity(answers, best, slo, Console(highlight=False))
+    sizes = step_sizes_of(loaded.groups)
+    print_capacity(answers, best, f"{slo}: {loaded.groups.model}, {sizes}", Console(highlight=False))
     if json_file is not None:
-        write_json({"slo": slo, "answers": answers, "best": best and best["shape"]}, json_file)
+        asked = {"slo": slo, "model": loaded.groups.model, **sizes._asdict()}
+        write_json({**asked, "answers": answers, "best": best and best["shape"]}, json_file)
     if best is None:
         raise typer.Exit(EXIT_NOT_POSSIBLE)
 
@@ -168,6 +189,7 @@ def fit(
     out: Annotated[Path, typer.Option("--out", help="Write the profile here.")],
     request_ms: Annotated[float, typer.Option(min=0, help="From a request's arrival until the engine has it.")] = 3.0,
     output_ms: Annotated[float, typer.Option(min=0, help="From a step's end until a client has its token.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda: what the groups ran on.")] = "cpu",
 ) -> None:
     """Fit the cost of a step to the steps that a running group has timed."""
     import msgspec
@@ -177,8 +199,10 @@ def fit(
     from bench.simulation.fit import fit as fit_reports
 
     check_can_be_written(out, "--out")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device is {device!r}; allowed: cpu, cuda")
     profile = fit_reports(read_samples(source), origin=f"fitted from {source}")
-    profile = msgspec.structs.replace(profile, request_s=request_ms / 1e3, output_s=output_ms / 1e3)
+    profile = msgspec.structs.replace(profile, request_s=request_ms / 1e3, output_s=output_ms / 1e3, device=device)
     out.write_bytes(encode_profile(profile))
     typer.echo(
         f"{out}: {profile.model}, TP={profile.tensor_parallel_size}, {profile.quantization or profile.dtype}; "
@@ -218,7 +242,8 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """Figures of one simulation as tables."""
     groups, profile = summary["groups"], summary["profile"]
     shape = f"{groups['model']}, TP={groups['tensor_parallel_size']}, {groups['quantization'] or groups['dtype']}"
-    title = escape(f"{summary['name']}: {groups['num_groups']} groups of {shape}")
+    sizes = f"steps of at most {groups['max_num_seqs']} sequences and {groups['max_num_batched_tokens']:,} tokens"
+    title = escape(f"{summary['name']}: {groups['num_groups']} groups of {shape}; {sizes}")
     table = Table("", "all", *map(escape, summary["tenants"]), title=title)
     for key in (
         "sent", "finished", "refused", "failed", "cancelled", "request_throughput", "output_throughput", "median_ttft_ms",
@@ -237,10 +262,10 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     console.print(rest)
     _print_notes(summary["notes"], console)
     kind = "timed" if profile["is_measured"] else "derived"
-    console.print(f"profile {profile['name']} ({kind}): {profile['origin']}", soft_wrap=True)
+    console.print(f"profile {profile['name']} ({kind}): {profile['origin']}", soft_wrap=True, markup=False)
 
 
-def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None, slo: str, console: Console) -> None:
+def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None, asked: str, console: Console) -> None:
     """A row for each shape, and the curve around the best."""
     table = Table(
         "shape",
@@ -250,15 +275,15 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
         "busy",
         "cost / 1M tokens",
         "kWh / 1M tokens",
-        title=f"fewest GPUs, {slo}",
+        title=escape(f"fewest GPUs, {asked}"),
     )
     for found in answers:
         row = found["best"]
         if row is None:
-            table.add_row(found["shape"], "none", escape(found["problem"]), "", "", "", "")
+            table.add_row(escape(found["shape"]), "none", escape(found["problem"]), "", "", "", "")
             continue
         table.add_row(
-            found["shape"] + (" *" if found is best else ""), str(row["num_groups"]), str(row["num_gpus"]),
+            escape(found["shape"]) + (" *" if found is best else ""), str(row["num_groups"]), str(row["num_gpus"]),
             _number(row["output_tokens_per_s"]), f"{row['busy_share']:.0%}", _number(row["cost_per_million_output_tokens"]),
             _number(row["kwh_per_million_output_tokens"]),
         )  # fmt: skip
@@ -269,7 +294,7 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
         return
     names = [key for key in best["curve"][0] if key.endswith("_s") and "tokens" not in key]
     curve = Table(
-        "groups", "GPUs", "holds", *names, "lost", "busy", "cost / 1M tokens", title=f"around {best['shape']}"
+        "groups", "GPUs", "holds", *names, "lost", "busy", "cost / 1M tokens", title=escape(f"around {best['shape']}")
     )
     for row in best["curve"]:
         curve.add_row(
@@ -279,7 +304,7 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
         )  # fmt: skip
     console.print(curve)
     if not best["is_measured"]:
-        console.print(f"nothing was timed on this machine; {best['origin']}", soft_wrap=True)
+        console.print(f"nothing was timed on this machine; {best['origin']}", soft_wrap=True, markup=False)
 
 
 def _print_notes(notes: Iterable[str], console: Console) -> None:

@@ -7,7 +7,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe, read_json
 from model_parallel.checkpoint.gguf_file import GgufFile
@@ -101,18 +101,31 @@ def choose_sizes(entries: Sequence[ModelEntry], infos: Sequence[CheckpointInfo],
 
 
 def with_step_sizes(entry: ModelEntry) -> ModelEntry:
-    """An entry whose device is chosen, with the largest step chosen too: what is given bounds what is not."""
-    num_seqs, num_batched_tokens = _STEP_SIZES[entry.device]
-    if entry.max_num_seqs is not None:
-        num_batched_tokens = max(num_batched_tokens, entry.max_num_seqs)
-    if entry.max_num_batched_tokens is not None:
-        num_seqs = min(num_seqs, entry.max_num_batched_tokens)
+    """An entry whose device is chosen, with the largest step chosen too."""
+    sizes = step_sizes(entry.device, entry.max_num_seqs, entry.max_num_batched_tokens)
     return entry.model_copy(
-        update={
-            "max_num_seqs": entry.max_num_seqs or num_seqs,
-            "max_num_batched_tokens": entry.max_num_batched_tokens or num_batched_tokens,
-        }
+        update={"max_num_seqs": sizes.max_num_seqs, "max_num_batched_tokens": sizes.max_num_batched_tokens}
     )
+
+
+class StepSizes(NamedTuple):
+    """The largest step of a group."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def __str__(self) -> str:
+        return f"steps of at most {_count(self.max_num_seqs, 'sequence')} and {self.max_num_batched_tokens:,} tokens"
+
+
+def step_sizes(device: str, max_num_seqs: int | None, max_num_batched_tokens: int | None) -> StepSizes:
+    """By kind of device ("cpu", "cuda"), where they are not given: what is given bounds what is not."""
+    num_seqs, num_batched_tokens = _STEP_SIZES[device]
+    if max_num_seqs is not None:
+        num_batched_tokens = max(num_batched_tokens, max_num_seqs)
+    if max_num_batched_tokens is not None:
+        num_seqs = min(num_seqs, max_num_batched_tokens)
+    return StepSizes(max_num_seqs or num_seqs, max_num_batched_tokens or num_batched_tokens)
 
 
 def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
@@ -130,7 +143,7 @@ def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
     return (
         f"{entry.name}: {groups}{_count(entry.tensor_parallel_size, 'rank')} on {entry.device}, {weights} "
         f"({weight_bytes / GIB:.2f} GiB){draft}{threads}, KV cache of {tokens:,} tokens ({tokens * per_token / GIB:.2f} GiB), "
-        f"steps of at most {_count(workload.max_num_seqs, 'sequence')} and {workload.max_num_batched_tokens:,} tokens"
+        f"{StepSizes(workload.max_num_seqs, workload.max_num_batched_tokens)}"
     )
 
 

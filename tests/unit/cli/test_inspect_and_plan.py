@@ -43,14 +43,26 @@ def test_plan_for_70b_without_weights() -> None:
     assert data["kv_bytes_per_token"] == 327_680
     assert [rank["kv_heads"] for rank in data["ranks"]] == [[i, i] for i in range(8)]
     assert data["ranks"][7]["query_heads"] == [56, 63]
-    assert data["smallest_that_fits"] == {"tensor_parallel_size": 2, "gpu": "a100-40g"}
+    assert (data["smallest_tp_on_this_gpu"], data["smallest_gpu_at_this_tp"]) == (2, "a100-40g")
     assert 0 < data["decode_floor_s"] < data["decode_floor_largest_batch_s"]
+
+
+def test_plan_takes_steps_as_large_as_serve_makes_them() -> None:
+    numbers = ("--memory-gib", 80, "--bandwidth", 2000)
+    for flags, sizes in (
+        (("--gpu", "a100-80g"), (256, 2048)),
+        (("--gpu", "a100-80g", "--max-num-batched-tokens", 100), (100, 100)),
+        (numbers, (64, 512)),
+    ):
+        _, data = run_json("plan", "--model", "llama-2-7b", *flags)
+        assert (data["max_num_seqs"], data["max_num_batched_tokens"]) == sizes
+        assert f"{sizes[0]} sequences, {sizes[1]:,} tokens" in run("plan", "--model", "llama-2-7b", *flags)[1]
 
 
 def test_plan_says_what_would_fit() -> None:
     status, data = run_json("plan", "--model", "meta-llama/Llama-2-70b-hf", "--gpu", "H100")
     assert (status, data["fits"], data["kv_tokens"]) == (1, False, 0)
-    assert data["smallest_that_fits"] == {"tensor_parallel_size": 2, "gpu": None}
+    assert (data["smallest_tp_on_this_gpu"], data["smallest_gpu_at_this_tp"]) == (2, None)
     status, text = run("plan", "--model", "llama-2-70b", "--gpu", "h100")
     assert status == 1
     assert "smallest TP on h100" in text

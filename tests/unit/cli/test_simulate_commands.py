@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from model_parallel.errors import ConfigError
 from serving.cli.main import app
+from serving.config import ModelEntry
+from serving.models.sizes import with_step_sizes
 
 
 @pytest.fixture
@@ -78,6 +80,78 @@ def test_requests_that_are_cut_are_told(tmp_path: Path) -> None:
     told = "1 of 2 requests were cut to the model's length, 4096 tokens of prompt and answer; a server refuses such requests"
     assert f"note: {told}" in result.stdout
     assert json.loads((tmp_path / "r.json").read_text())["answers"][0]["notes"] == [told]
+
+
+def test_capacity_keeps_what_the_scenario_says_unless_a_flag_says_otherwise(overloaded: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    command = ["simulate", "capacity", "--slo", "ttft_p99=100s", "--gpu", "h100", "--tp", "1", "--max-groups", "1"]
+    none: list[str] = []
+    for flags, model, sizes in (
+        (none, "llama-2-7b", (2, 2048)),
+        (["--max-num-seqs", "3000"], "llama-2-7b", (3000, 3000)),
+        (["--model", "llama-2-13b", "--max-num-batched-tokens", "64"], "llama-2-13b", (2, 64)),
+    ):
+        shown = CliRunner().invoke(app, [*command, "--scenario", str(overloaded), "--json", str(path), *flags])
+        result = json.loads(path.read_text())
+        assert (result["model"], result["max_num_seqs"], result["max_num_batched_tokens"]) == (model, *sizes)
+        title = f"fewest GPUs, ttft_p99=100s: {model}, steps of at most {sizes[0]} sequences and {sizes[1]:,} tokens"
+        assert title in " ".join(shown.stdout.split())
+        assert result["answers"][0]["shape"] == "h100 TP=1 bfloat16"
+    data = yaml.safe_load(overloaded.read_text())
+    data["groups"]["quantization"] = "int8"
+    data["groups"]["profile"] = "h200"
+    overloaded.write_text(yaml.safe_dump(data))
+    CliRunner().invoke(app, [*command, "--gpu", "h200", "--scenario", str(overloaded), "--json", str(path)])
+    assert [answer["shape"] for answer in json.loads(path.read_text())["answers"]] == ["h200 TP=1 int8"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--speed", "2"], "--speed is of a --trace"),
+        (["--max-num-seqs", "0"], "groups.max_num_seqs: Input should be greater than or equal to 1 (got 0)"),
+        (["--dtype", "bf16"], "groups.dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'bf16')"),
+    ],
+)
+def test_flags_of_capacity_that_are_wrong_are_refused(overloaded: Path, flags: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, [*capacity(overloaded), *flags])
+    assert isinstance(result.exception, ConfigError)
+    assert told in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("is_gpu", "given", "expected"),
+    [
+        (True, {}, (256, 2048)),
+        (True, {"max_num_seqs": 3000}, (3000, 3000)),
+        (False, {}, (64, 512)),
+        (False, {"max_num_batched_tokens": 16}, (16, 16)),
+    ],
+)
+def test_steps_are_as_large_as_serve_makes_them(
+    is_gpu: bool, given: dict[str, int], expected: tuple[int, int], overloaded: Path, tmp_path: Path
+) -> None:
+    fitted = {
+        "kind": "steps", "origin": "a test", "model": "llama-2-7b", "tensor_parallel_size": 1, "dtype": "bfloat16",
+        "quantization": "", "max_position": 2048, "knots": [[1, 0.01], [512, 0.1]], "row_s": 0.001, "context_s": 0,
+        "pair_s": 0, "empty_s": 0, "num_steps": 100, "median_error": 0, "p90_error": 0,
+    }  # fmt: skip
+    profile, path = tmp_path / "fitted.json", tmp_path / "r.json"
+    profile.write_text(json.dumps(fitted))
+    data = yaml.safe_load(overloaded.read_text())
+    data["groups"] = {
+        "model": "llama-2-7b",
+        "profile": "h200" if is_gpu else str(profile),
+        "kv_cache_tokens": 4096,
+    } | given
+    overloaded.write_text(yaml.safe_dump(data))
+    result = CliRunner().invoke(app, ["simulate", "run", str(overloaded), "--json", str(path)])
+    groups = json.loads(path.read_text())["groups"]
+    assert (groups["max_num_seqs"], groups["max_num_batched_tokens"]) == expected
+    assert f"steps of at most {expected[0]} sequences and {expected[1]:,} tokens" in " ".join(result.stdout.split())
+    device: dict[str, Any] = {"device": "cuda" if is_gpu else "cpu"}
+    served = with_step_sizes(ModelEntry(name="m", source="x", **device, **given))
+    assert (served.max_num_seqs, served.max_num_batched_tokens) == expected
 
 
 def test_variants_of_one_name_are_refused(overloaded: Path) -> None:

@@ -64,7 +64,7 @@ def test_traces_are_told_by_their_first_line(tmp_path: Path) -> None:
         assert trace_format(path) == form
         path.write_text(text)
         assert trace_format(path) == form
-        scenario = scenario_of_trace(path, model="llama-2-7b", profile="h200", speed=1.0)
+        scenario = scenario_of_trace(path, {"model": "llama-2-7b", "profile": "h200"})
         requests = make_requests(scenario, max_model_len=1024)
         assert len(requests) == 1
         assert requests.prompt_tokens[0] + requests.output_tokens[0] <= 1024
@@ -104,7 +104,7 @@ def test_shared_blocks_of_a_trace_are_shared_tokens(tmp_path: Path) -> None:
         for at, ids in [(0, [7, 8, 9]), (1, [7, 8, 5])]
     )
     path.write_text("\n".join(lines))
-    scenario = scenario_of_trace(path, model="llama-2-7b", profile="h200", speed=1.0)
+    scenario = scenario_of_trace(path, {"model": "llama-2-7b", "profile": "h200"})
     requests = make_requests(scenario, max_model_len=4096)
     one, other = (requests.prompt(index, (), with_content=True) for index in range(2))
     assert len(one) == len(other) == 1100
