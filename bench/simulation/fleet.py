@@ -2,6 +2,7 @@
 there are."""
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -17,6 +18,7 @@ from model_parallel.engine.request import EngineOutput, EngineRequest, FinishRea
 from model_parallel.errors import RequestError
 from serving.contracts.errors import GroupRefusedError
 from serving.contracts.group_link import HEARTBEAT_S
+from serving.gateway.core.resumption import MAX_RECOVERY_PAUSE_S, MIN_RECOVERY_PAUSE_S, RECOVERY_TIMEOUT_S
 from serving.gateway.groups.loads import prompt_load
 from serving.tenants.messages import Decision
 from serving.tenants.records import Limits
@@ -175,13 +177,14 @@ class Fleet:
         """Send it to the group that the gateway's rule prefers."""
         gateway = job.gateway
         try:
-            gateway.refusals.check(MODEL, max(1, len(gateway.balance)), (job.request,))
+            if not job.is_resumed:
+                gateway.refusals.check(MODEL, max(1, len(gateway.balance)), (job.request,))
         except GroupRefusedError:
             self._settle(job, Status.REFUSED_OVERLOADED)
             return
         engine = gateway.balance.choose()
         if engine is None:
-            self._settle(job, Status.FAILED_LOST)
+            self._not_taken(job, Status.FAILED_LOST)
             return
         job.num_tries += 1
         job.member = self.members[engine]
@@ -202,6 +205,7 @@ class Fleet:
         if self.outcomes.status[job.index] != Status.OPEN:
             return  # its client has gone meanwhile
         if member.name not in self.members:
+            job.is_resumed = job.is_resumed or self.spec.migration
             self._try_again(job)
             return
         try:
@@ -219,8 +223,9 @@ class Fleet:
             if job.num_tries < len(self.members):
                 self._dispatch(job)
             else:
-                self._settle(job, Status.REFUSED_OVERLOADED)
+                self._not_taken(job, Status.REFUSED_OVERLOADED)
             return
+        job.recover_until_s, job.pause_s = math.inf, MIN_RECOVERY_PAUSE_S
         member.jobs[job.request.request_id] = job
         gateway.loads.begin(member.name, 1)
         job.prompt_load = prompt_load(len(job.request.prompt_token_ids))
@@ -233,8 +238,45 @@ class Fleet:
         gateway.refresh(engine)
 
     def _try_again(self, job: Job) -> None:
-        job.run = job.member = None
+        job.member = None
         self._dispatch(job)
+
+    def _not_taken(self, job: Job, status: Status) -> None:
+        """By any group now. One whose group was lost waits for another as long as a gateway lets it; others end."""
+        now_s, deadline_s = self.clock.now_s, self._deadline_s(job)
+        job.recover_until_s = min(job.recover_until_s, now_s + RECOVERY_TIMEOUT_S)
+        if not job.is_resumed or now_s >= job.recover_until_s:
+            self._settle(job, status)
+            return
+        pause_s, job.pause_s = min(job.pause_s, deadline_s - now_s), min(2 * job.pause_s, MAX_RECOVERY_PAUSE_S)
+        self._at(self.clock.tick + to_ticks(pause_s), self._resume, job, job.request.output_token_ids)
+
+    def _deadline_s(self, job: Job) -> float:
+        """Of its client; inf without one."""
+        deadline_s = self.requests.tenants[self.requests.tenant[job.index]].deadline_s
+        return math.inf if deadline_s is None else self.outcomes.arrived_s[job.index] + deadline_s
+
+    def _resume(self, job: Job, delivered: tuple[int, ...]) -> None:
+        """What was delivered counts as output, and the answer goes on after it."""
+        if self.outcomes.status[job.index] != Status.OPEN:
+            return
+        left_s = self._deadline_s(job) - self.clock.now_s
+        if left_s <= 0:
+            self._settle(job, Status.FAILED_DEADLINE)
+            return
+        job.request = EngineRequest(
+            request_id=job.request.request_id,
+            prompt_token_ids=job.request.prompt_token_ids,
+            sampling=job.request.sampling,
+            output_token_ids=delivered,
+            eos_token_ids=job.request.eos_token_ids,
+            tenant=job.request.tenant,
+            weight=job.request.weight,
+            priority=job.request.priority,
+            deadline_s=None if math.isinf(left_s) else left_s,
+        )
+        job.num_tries = 0
+        self._try_again(job)
 
     def _load_changed(self, member: Member, gateway: VirtualGateway, change: int) -> None:
         member.num_open += change
@@ -360,12 +402,9 @@ class Fleet:
         """The client goes if it has no token yet."""
         if self.outcomes.status[job.index] != Status.OPEN or job.first_token_s is not None:
             return
-        if job.run is None:  # on its way, or it waits for a quota
-            self._settle(job, Status.CANCELLED)
-            return
         member = job.member
-        if member is None or member.name not in self.members:  # its group is lost, and no other one has it yet
-            self._settle(job, Status.CANCELLED)
+        if member is None or job.run is None or member.jobs.get(job.request.request_id) is not job:
+            self._settle(job, Status.CANCELLED)  # no group has it: it waits for a quota or a group, or is on its way
             return
         member.group.come_to(self.clock.tick)
         if job.run.first_token_s is None:
@@ -456,31 +495,13 @@ class Fleet:
         self._start_member(tick)
 
     def _migrate(self, job: Job) -> None:
-        """What was delivered counts as output, and the answer goes on after it."""
+        """The gateway knows that its group is lost."""
         if self.outcomes.status[job.index] != Status.OPEN or job.run is None:
             return
-        prompt, deadline_s = job.request.prompt_token_ids, job.request.deadline_s
-        delivered = tuple(job.run.token_ids[len(prompt) :])
-        if deadline_s is not None:
-            left_s = self.outcomes.arrived_s[job.index] + deadline_s - self.clock.now_s
-            if left_s <= 0:
-                self._settle(job, Status.FAILED_DEADLINE)
-                return
-            deadline_s = left_s
-        job.request = EngineRequest(
-            request_id=job.request.request_id,
-            prompt_token_ids=prompt,
-            sampling=job.request.sampling,
-            output_token_ids=delivered,
-            eos_token_ids=job.request.eos_token_ids,
-            tenant=job.request.tenant,
-            weight=job.request.weight,
-            priority=job.request.priority,
-            deadline_s=deadline_s,
-        )
-        job.num_migrations += 1
-        job.num_tries = 0
-        self._try_again(job)
+        job.is_resumed = True
+        if self._deadline_s(job) > self.clock.now_s:
+            job.num_migrations += 1
+        self._resume(job, tuple(job.run.token_ids[len(job.request.prompt_token_ids) :]))
 
     # The fleet as a whole.
 

@@ -1,5 +1,6 @@
 """What a fleet is made of: groups, gateways, requests on their way, and what befalls them."""
 
+import math
 import random
 from array import array
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from model_parallel.config import CacheConfig, SchedulerConfig
 from model_parallel.engine.request import EngineRequest
 from model_parallel.engine.sequence import Sequence as Run
 from serving.gateway.core.admission import RecentRefusals
+from serving.gateway.core.resumption import MIN_RECOVERY_PAUSE_S
 from serving.gateway.groups.loads import GroupLoads
 
 MODEL = "simulated"
@@ -90,6 +92,11 @@ class Job:
     run: Run | None = None
     member: Member | None = None
     num_tries: int = 0
+    is_resumed: bool = False
+    """Its group was lost, and it may wait for another."""
+    recover_until_s: float = math.inf
+    pause_s: float = MIN_RECOVERY_PAUSE_S
+    """Until it is offered again."""
     first_token_s: float | None = None
     grant: Grant | None = None
     num_migrations: int = 0

@@ -43,7 +43,7 @@ from serving.gateway.core.grammars import GrammarChecker
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
 from serving.gateway.core.resume_tokens import KEY_BYTES, AskedStream, ResumeTokens, Stream
-from serving.gateway.core.resumption import Resumption
+from serving.gateway.core.resumption import MAX_RECOVERY_PAUSE_S, MIN_RECOVERY_PAUSE_S, RECOVERY_TIMEOUT_S, Resumption
 from serving.gateway.core.tools import tool_grammar
 from serving.gateway.core.validate import (
     ChatPrompt,
@@ -64,11 +64,6 @@ from serving.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-RECOVERY_TIMEOUT_S = 300.0
-"""How long a request whose group is lost waits for a group that can go on, where its deadline is not sooner: as long as a group
-may take to load."""
-MIN_RECOVERY_PAUSE_S, MAX_RECOVERY_PAUSE_S = 0.1, 1.0
-"""Between two offers of a request that no group has accepted meanwhile; each is twice as long as the one before."""
 _SAME_NAME = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "ignore_eos", "logprobs", "prompt_logprobs",

@@ -17,6 +17,11 @@ from serving.contracts.errors import GroupUnavailableError, PoisonedRequestError
 
 ALONE_AFTER = 2
 """Groups that may be lost while they run a request together with others."""
+RECOVERY_TIMEOUT_S = 300.0
+"""How long a request whose group is lost waits for a group that can go on, where its deadline is not sooner: as long as a group
+may take to load."""
+MIN_RECOVERY_PAUSE_S, MAX_RECOVERY_PAUSE_S = 0.1, 1.0
+"""Between two offers of a request that no group has accepted meanwhile; each is twice as long as the one before."""
 MAX_LOSSES = 2
 """Groups that may be lost while they run a request; with one more it is taken to be the cause."""
 

@@ -15,6 +15,7 @@ from bench.simulation.requests import Status
 from bench.simulation.run import build, resolve, simulate
 from bench.simulation.scenario import SimulationScenario, parse_scenario
 from model_parallel.errors import ConfigError
+from serving.gateway.core.resumption import MAX_RECOVERY_PAUSE_S, RECOVERY_TIMEOUT_S
 
 PROFILE = "a100-80g"
 
@@ -267,3 +268,66 @@ def test_without_a_prefix_cache_tokens_have_no_content_and_take_no_memory() -> N
     with_it = build(scenario(groups={"prefix_caching": True}))
     with_it.run()
     assert vars(fleet.outcomes) == vars(with_it.outcomes)  # nobody shares a beginning here
+
+
+def lost_alone(start_s: float, *, migration: bool = True, **of_tenant: Any) -> tuple[Fleet, Columns]:
+    """The only group is lost at 3 s; requests come from 0 to 5 s, of two seconds and more each."""
+    long = tenant("one", rate=12, **of_tenant)
+    long["work"] |= {"output_tokens": 200}
+    data = scenario(
+        duration_s=5,
+        drain_s=1000,
+        tenants=[long],
+        groups={"num_groups": 1, "start_s": start_s, "max_num_seqs": 64, "kv_cache_tokens": 65536},
+        failures={"at_s": [3.0], "detect_s": 0.5, "migration": migration},
+        gateways={"request_s": 0.01},
+    )
+    fleet = build(data)
+    fleet.run(5 + data.drain_s)
+    check_conservation(fleet)
+    return fleet, Columns(fleet)
+
+
+@pytest.mark.parametrize("start_s", [0.2, 7.0, 250.0])
+def test_what_the_only_group_ran_goes_on_when_it_is_back(start_s: float) -> None:
+    fleet, found = lost_alone(start_s)
+    back_s = 3.0 + start_s
+    had = (found.arrived_s < 3.0) & (found.arrived_s + found.e2e_s > 3.0)
+    assert had.sum() > 5
+    assert (found.status[had] == Status.FINISHED).all() and (found.num_output[had] == 200).all()
+    assert (found.arrived_s + found.e2e_s)[had].min() > max(back_s, 3.5)
+    assert found.num_migrations[had].sum() == found.num_migrations.sum() > 5
+    came_meanwhile = (found.arrived_s > 3.0) & (found.arrived_s < back_s)
+    assert (found.status[came_meanwhile] == Status.FAILED_LOST).all()  # as a gateway ends them: UNAVAILABLE, NO_GROUP
+    assert (found.status[~came_meanwhile] != Status.FAILED_LOST).all()
+    assert fleet.num_failures == 1
+
+
+@pytest.mark.parametrize(
+    ("start_s", "migration", "of_tenant", "status", "after_s"),
+    [
+        (400.0, True, {}, Status.FAILED_LOST, 3.5 + RECOVERY_TIMEOUT_S),
+        (7.0, False, {}, Status.FAILED_LOST, 3.0),
+        (7.0, True, {"deadline_s": 4.0}, Status.FAILED_DEADLINE, None),
+    ],
+)
+def test_how_long_the_lost_wait_for_a_group(
+    start_s: float, migration: bool, of_tenant: dict[str, Any], status: Status, after_s: float | None
+) -> None:
+    _, found = lost_alone(start_s, migration=migration, **of_tenant)
+    had = (found.arrived_s < 2.98) & (found.arrived_s + found.e2e_s > 3.01 - (not migration) * 0.02)
+    assert had.sum() > 5 and (found.status[had] == status).all()
+    ended_s = (found.arrived_s + found.e2e_s)[had]
+    if after_s is None:  # at the deadline of each
+        assert found.e2e_s[had] == pytest.approx(4.0, abs=0.01)
+    else:
+        assert after_s <= ended_s.min() and ended_s.max() <= after_s + MAX_RECOVERY_PAUSE_S + 0.01
+
+
+def test_who_waits_for_a_group_may_lose_patience() -> None:
+    """Those that have no token yet."""
+    _, found = lost_alone(7.0, patience_s=1.0)
+    waited = (found.arrived_s < 3.0) & (found.arrived_s + found.e2e_s > 3.0)
+    for index in np.flatnonzero(waited & (found.status == Status.CANCELLED)):
+        assert found.num_output[index] == 0 and found.e2e_s[index] == pytest.approx(1.0, abs=0.01)
+    assert (found.status[waited] == Status.FINISHED).any()
