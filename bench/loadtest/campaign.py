@@ -21,7 +21,7 @@ from bench.loadtest.leader import Crew, Interrupt, Run, Senders, crew
 from bench.loadtest.live import Board, print_result, watched
 from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.runner import Resolved
-from bench.loadtest.scenario import Closed, Scenario, Trace, with_rate, with_users
+from bench.loadtest.scenario import Closed, Scenario, Trace, with_rate, with_seed, with_users
 from bench.loadtest.search import ClientLimitError, Found, Probe, search
 from bench.loadtest.summary import PERCENTILES, summarise
 from bench.loadtest.targets import check_allowed
@@ -106,8 +106,7 @@ class Campaign:
         for number in range(self._wanted.repeats):
             if self._stop.is_set():
                 break
-            scenario = self._scenario.model_copy(update={"seed": self._scenario.seed + number})
-            run, result = await self._once(scenario)
+            run, result = await self._once(with_seed(self._scenario, number))
             runs.append(run)
             results.append(result)
         if not results:
@@ -134,19 +133,15 @@ class Campaign:
 
     async def sweep(self) -> Exit:
         """One point for each rate, or number of users where the load is a closed loop."""
-        is_closed = all(isinstance(tenant.arrivals, Closed) for tenant in self._scenario.tenants)
-        scenarios = [
-            with_users(self._scenario, _whole(at)) if is_closed else with_rate(self._scenario, at)
-            for at in self._wanted.sweep
-        ]
-        unit = "users" if is_closed else "requests/s sent"
+        scenarios = _swept(self._scenario, self._wanted.sweep)
+        unit = "users" if _is_closed(self._scenario) else "requests/s sent"
         points: list[tuple[float, dict[str, Any]]] = []
         for at, scenario in zip(self._wanted.sweep, scenarios, strict=True):
             results = []
             for number in range(self._wanted.repeats):
                 if self._stop.is_set():
                     break
-                _, result = await self._once(scenario.model_copy(update={"seed": scenario.seed + number}))
+                _, result = await self._once(with_seed(scenario, number))
                 results.append(result)
             if results:
                 points.append((at, of_repeats(results)))
@@ -156,14 +151,13 @@ class Campaign:
 
     async def search(self, bounds: Search) -> Exit:
         """The highest rate that keeps the SLO."""
-        with_rate(self._scenario, bounds.start)  # refused before anything is sent
         number = 0
 
         async def measure(rate: float) -> Probe:
             nonlocal number
             number += 1
             scenario = with_rate(self._scenario, rate)
-            run, result = await self._once(scenario.model_copy(update={"seed": scenario.seed + number}))
+            run, result = await self._once(with_seed(scenario, number))
             probe = probed(rate, result, bounds.slo)
             verdict = "keeps" if probe.passed else f"does not keep ({probe.why})"
             self._console.print(f"{rate:g} requests/s {verdict} the SLO: {_line(result)}", highlight=False)
@@ -261,6 +255,17 @@ def _line(result: dict[str, Any]) -> str:
     )
 
 
+def _is_closed(scenario: Scenario) -> bool:
+    return all(isinstance(tenant.arrivals, Closed) for tenant in scenario.tenants)
+
+
+def _swept(scenario: Scenario, points: Sequence[float]) -> list[Scenario]:
+    """At each rate, or number of users. Raises ConfigError."""
+    if _is_closed(scenario):
+        return [with_users(scenario, _whole(at)) for at in points]
+    return [with_rate(scenario, at) for at in points]
+
+
 def _whole(number: float) -> int:
     if number < 1 or number != math.floor(number):
         raise ConfigError(f"--sweep holds {number:g}; of a closed loop it must hold whole numbers of users")
@@ -286,6 +291,9 @@ async def run_campaign(
     """Everything that `packtrain load` does. Raises ConfigError, ConnectionError."""
     check_allowed([tenant.parsed_target for tenant in scenario.tenants], senders.owns_targets)
     check_tenants(wanted.bounds, [tenant.name for tenant in scenario.tenants])
+    _swept(scenario, wanted.sweep)
+    for rate in (wanted.search.start, wanted.search.highest) if wanted.search else ():
+        with_rate(scenario, rate)
     async with _signals() as interrupt:
         try:
             resolved = await resolve(scenario, tls)

@@ -194,9 +194,7 @@ def _moment(value: Any, field: str) -> float:
         return _number(value, field)
     except ValueError:
         try:
-            # Azure writes seven digits of a second; the standard library takes six.
-            head, dot, fraction = str(value).strip().partition(".")
-            parsed = datetime.fromisoformat(head + dot + fraction[:6] if dot else head)
+            parsed = datetime.fromisoformat(str(value).strip())  # Azure's seven digits of a second too
         except ValueError:
             raise ValueError(f"{field} is {value!r}; it must be seconds, or a date and time") from None
         return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()

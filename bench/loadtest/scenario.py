@@ -13,6 +13,9 @@ from serving.contracts.yaml_files import explain_errors, read_mapping
 MAX_DURATION_S = 7 * 24 * 3600.0
 MAX_REQUESTS = 2_000_000
 MAX_LENGTH = 1 << 20
+MAX_PERIODS = 20_000
+"""Bursts, or swings of a rate, within a run."""
+MAX_SEED = 2**63 - 1
 SHAREGPT_MEANS = {"input": 161.0, "output": 338.0}
 """Mean tokens of prompts and answers in ShareGPT (Kwon et al., PagedAttention, SOSP 2023, figure 11)."""
 
@@ -21,9 +24,9 @@ HTTP_APIS = ("chat", "completions")
 
 
 class Part(BaseModel):
-    """Every section: frozen, and an unknown key is an error."""
+    """Every section: frozen; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Fixed(Part):
@@ -202,6 +205,18 @@ class OpenLoop(Part):
             raise ValueError("stages hold no rate above 0")
         return self
 
+    def check_periods(self, tenant: str, duration_s: float) -> None:
+        """Raises ValueError when there are too many within a run: the rate is made of straight pieces, some for each of them."""
+        for name, period_s in (
+            ("bursts.every_s", self.bursts and self.bursts.every_s),
+            ("diurnal.period_s", self.diurnal and self.diurnal.period_s),
+        ):
+            if period_s and duration_s / period_s > MAX_PERIODS:
+                raise ValueError(
+                    f"tenants: {tenant!r} has arrivals.{name} {period_s:g}; of a run of {duration_s:g} s it must be at least "
+                    f"{duration_s / MAX_PERIODS:g}"
+                )
+
 
 class AtOnce(Part):
     """All requests are due when the run begins; max_concurrency then decides the pace."""
@@ -353,7 +368,7 @@ class Scenario(Part):
     """A whole load test."""
 
     name: str = Field("load", max_length=128)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     duration_s: float = Field(60.0, gt=0, le=MAX_DURATION_S, description="After that nothing new is sent.")
     drain_s: float = Field(
         30.0, ge=0, le=3600, description="How long what is under way may go on; then it is cancelled."
@@ -382,6 +397,8 @@ class Scenario(Part):
         for tenant in self.tenants:
             if isinstance(tenant.arrivals, AtOnce) and tenant.max_requests is None:
                 raise ValueError(f"tenants: {tenant.name!r} sends all at once and so needs max_requests")
+            if isinstance(tenant.arrivals, OpenLoop):
+                tenant.arrivals.check_periods(tenant.name, self.duration_s)
         return self
 
     @property
@@ -415,8 +432,7 @@ def with_rate(scenario: Scenario, rate: float) -> Scenario:
     tenants = []
     for tenant in scenario.tenants:
         assert isinstance(tenant.arrivals, OpenLoop)
-        arrivals = tenant.arrivals.model_copy(update={"rate": tenant.arrivals.rate * rate / total})
-        tenants.append(tenant.model_copy(update={"arrivals": arrivals}))
+        tenants.append(_with_arrivals(tenant, rate=tenant.arrivals.rate * rate / total))
     return scenario.model_copy(update={"tenants": tenants})
 
 
@@ -427,6 +443,21 @@ def _rate_of(tenant: Tenant) -> float:
             "arrivals without stages"
         )
     return tenant.arrivals.rate
+
+
+def _with_arrivals(tenant: Tenant, **changes: float) -> Tenant:
+    """Raises ConfigError for what no scenario file may say either."""
+    kind = type(tenant.arrivals)
+    try:
+        arrivals = kind.model_validate(tenant.arrivals.model_dump(exclude_unset=True) | changes)
+    except ValidationError as error:
+        raise ConfigError(explain_errors(error, kind, f"arrivals of tenant {tenant.name!r}")) from error
+    return tenant.model_copy(update={"arrivals": arrivals})
+
+
+def with_seed(scenario: Scenario, number: int) -> Scenario:
+    """The same load with other draws, for the number-th run. After the largest seed comes 0."""
+    return scenario.model_copy(update={"seed": (scenario.seed + number) % (MAX_SEED + 1)})
 
 
 def with_users(scenario: Scenario, users: int) -> Scenario:
@@ -444,5 +475,5 @@ def with_users(scenario: Scenario, users: int) -> Scenario:
         given += share
         if share < 1:
             raise ConfigError(f"{users} users leave none for tenant {tenant.name!r}")
-        tenants.append(tenant.model_copy(update={"arrivals": arrivals.model_copy(update={"users": share})}))
+        tenants.append(_with_arrivals(tenant, users=share))
     return scenario.model_copy(update={"tenants": tenants})

@@ -5,6 +5,7 @@ It joins the process that leads, gets its part of the work, and hands over what 
 
 import asyncio
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from bench.loadtest.grpc_transport import GrpcTransport
 from bench.loadtest.http_transport import HttpTransport
 from bench.loadtest.replies import Outcome, Transport
 from bench.loadtest.runner import Runner, Share
-from bench.loadtest.scenario import Scenario, Tenant, has_turns
+from bench.loadtest.scenario import Tenant, has_turns, parse_scenario
 from bench.loadtest.targets import check_allowed
 from bench.loadtest.wire import (
     RECORDS_A_FRAME,
@@ -68,7 +69,7 @@ def transport_of(tenant: Tenant, model: str, tls: ClientTls | None) -> Transport
 async def _one_run(peer: Peer[FromLeader], plan: Plan, tls: ClientTls | None, *, owns_targets: bool) -> None:
     """This process's part of one run. Raises LinkError when the leader is gone."""
     try:
-        scenario = Scenario.model_validate_json(plan.scenario)
+        scenario = parse_scenario(json.loads(plan.scenario), origin="the leader's scenario")
         check_allowed([tenant.parsed_target for tenant in scenario.tenants], owns_targets)
         transports = [
             transport_of(tenant, known.facts.model, tls)

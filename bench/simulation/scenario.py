@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from bench.loadtest.files import load_entries
 from bench.loadtest.scenario import (
     MAX_DURATION_S,
+    MAX_LENGTH,
     MAX_REQUESTS,
     OpenLoop,
     Part,
@@ -20,9 +21,14 @@ from bench.loadtest.scenario import (
 from bench.simulation.clock import MAX_S
 from model_parallel.errors import ConfigError
 from serving.contracts.yaml_files import explain_errors, read_mapping
+from serving.tenants.records import MAX_LIMIT
 
 MAX_GROUPS = 100_000
 MAX_SIMULATED_S = min(MAX_DURATION_S, 0.9 * MAX_S)
+MAX_LOSSES = 10_000
+MAX_CACHE_TOKENS = 1 << 28
+Seconds = Annotated[float, Field(ge=0, le=MAX_SIMULATED_S)]
+SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SIMULATED_S)]
 
 
 class Groups(Part):
@@ -34,20 +40,18 @@ class Groups(Part):
     tensor_parallel_size: int = Field(1, ge=1, le=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["int8"] | None = None
-    max_model_len: int | None = Field(None, ge=1, description="The model's own when unset.")
+    max_model_len: int | None = Field(None, ge=1, le=MAX_LENGTH, description="The model's own when unset.")
     kv_cache_tokens: int | None = Field(
-        None, ge=16, description="What fits beside the weights when unset (GPUs alone)."
+        None, ge=16, le=MAX_CACHE_TOKENS, description="What fits beside the weights when unset (GPUs alone)."
     )
     memory_utilisation: float = Field(0.9, gt=0, le=1)
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
     max_num_seqs: int | None = Field(None, ge=1, le=4096, description="As `packtrain serve` chooses when unset.")
     max_num_batched_tokens: int | None = Field(None, ge=1, le=1 << 20, description="Likewise.")
-    max_prefill_tokens: int | None = Field(None, ge=1)
-    max_waiting_requests: int = Field(256, ge=1)
-    start_s: float | None = Field(
-        None, ge=0, description="From an order to a group that serves; the profile's when unset."
-    )
+    max_prefill_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    max_waiting_requests: int = Field(256, ge=1, le=MAX_REQUESTS)
+    start_s: Seconds | None = Field(None, description="From an order to a group that serves; the profile's when unset.")
     share_a_machine: bool = Field(
         False, description="All groups compute on one machine's processors; a fitted profile says what that costs."
     )
@@ -68,10 +72,10 @@ class Gateways(Part):
 class TenantLimits(Part):
     """As a plan has them (docs/tenancy.md)."""
 
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
-    max_concurrent_requests: int | None = Field(None, ge=1)
-    token_budget: int | None = Field(None, ge=0)
+    requests_per_minute: int | None = Field(None, ge=1, le=MAX_LIMIT)
+    tokens_per_minute: int | None = Field(None, ge=1, le=MAX_LIMIT)
+    max_concurrent_requests: int | None = Field(None, ge=1, le=MAX_LIMIT)
+    token_budget: int | None = Field(None, ge=0, le=MAX_LIMIT)
 
 
 class SimulatedTenant(Part):
@@ -81,9 +85,11 @@ class SimulatedTenant(Part):
     weight: float = Field(1.0, ge=0.001, le=1000)
     priority: int = Field(0, ge=-10, le=10)
     limits: TenantLimits | None = None
-    deadline_s: float | None = Field(None, gt=0)
-    patience_s: float | None = Field(None, gt=0, description="The client cancels when no token has come after so long.")
-    max_tokens: int | None = Field(None, ge=1, description="What requests ask for; unset, just what the answer has.")
+    deadline_s: SomeSeconds | None = None
+    patience_s: SomeSeconds | None = Field(None, description="The client cancels when no token has come after so long.")
+    max_tokens: int | None = Field(
+        None, ge=1, le=MAX_LENGTH, description="What requests ask for; unset, just what the answer has."
+    )
     work: Annotated[Synthetic | Trace, Field(discriminator="kind")] = Synthetic()
     arrivals: Annotated[OpenLoop | TraceTimes, Field(discriminator="process")] = OpenLoop(process="poisson", rate=1.0)
     max_requests: int = Field(MAX_REQUESTS, ge=1, le=MAX_REQUESTS)
@@ -101,7 +107,7 @@ class Failures(Part):
     every_s: float | None = Field(
         None, gt=0, description="Mean of an exponential distribution; one group of all each time."
     )
-    at_s: list[float] = Field(default=[], max_length=10_000)
+    at_s: list[Seconds] = Field(default=[], max_length=MAX_LOSSES)
     migration: bool = Field(True, description="What was lost goes on in another group.")
     detect_s: float = Field(1.0, ge=0, le=3600, description="Until gateways know of a loss.")
 
@@ -115,13 +121,13 @@ class Scaling(Part):
     )
     min_groups: int = Field(1, ge=1, le=MAX_GROUPS)
     max_groups: int = Field(ge=1, le=MAX_GROUPS)
-    ttft_p99_s: float = Field(2.0, gt=0)
-    tpot_p99_s: float = Field(0.1, gt=0)
-    period_s: float = Field(5.0, gt=0, le=600)
+    ttft_p99_s: SomeSeconds = 2.0
+    tpot_p99_s: SomeSeconds = 0.1
+    period_s: float = Field(5.0, ge=0.1, le=600)
     target_ongoing: float = Field(16.0, gt=0, description="Of policy ongoing: open requests a group.")
-    upscale_delay_s: float = Field(30.0, ge=0, description="Of policy ongoing.")
-    downscale_delay_s: float = Field(
-        600.0, ge=0, description="Of both: the past that fewer groups must have been enough for."
+    upscale_delay_s: Seconds = Field(30.0, description="Of policy ongoing.")
+    downscale_delay_s: Seconds = Field(
+        600.0, description="Of both: the past that fewer groups must have been enough for."
     )
 
     @model_validator(mode="after")
@@ -155,6 +161,15 @@ class SimulationScenario(Part):
                 raise ValueError(f"tenants: the name {name!r} stands {names.count(name)} times; each needs its own")
         if self.warmup_s >= self.duration_s:
             raise ValueError(f"warmup_s is {self.warmup_s:g} and must be below duration_s, {self.duration_s:g}")
+        for tenant in self.tenants:
+            if isinstance(tenant.arrivals, OpenLoop):
+                tenant.arrivals.check_periods(tenant.name, self.duration_s)
+        every_s = self.failures.every_s
+        if every_s is not None and self.duration_s / every_s > MAX_LOSSES:
+            raise ValueError(
+                f"failures.every_s is {every_s:g}; of {self.duration_s:g} s it must be at least "
+                f"{self.duration_s / MAX_LOSSES:g}, so that about {MAX_LOSSES} groups are lost at most"
+            )
         return self
 
 

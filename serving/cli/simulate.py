@@ -55,23 +55,26 @@ def compare(
     """Simulate variants of a scenario, which get the same requests, and print them side by side."""
     from bench.json_files import check_can_be_written, write_json
     from bench.simulation.compare import COMPARED, read_variants
-    from bench.simulation.run import simulate
+    from bench.simulation.run import resolve, simulate
     from bench.simulation.scenario import parse_scenario, read_scenario
 
     check_can_be_written(json_file, "--json")
     made = read_variants(read_scenario(scenario), variants)
     parsed = [(name, parse_scenario(changed, origin=f"{scenario}, {name}")) for name, changed in made.items()]
     found: dict[str, Any] = {}
-    with _bars() as progress:
-        for name, changed_scenario in parsed:
-            progress.console.print(f"simulating {name}", markup=False, highlight=False)
-            found[name], _ = simulate(changed_scenario, on_progress=_bar_of(progress, changed_scenario))
-    table = Table("", *map(escape, found))
-    for key in COMPARED:
-        table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
-    shown = Console(highlight=False)
-    shown.print(table)
-    _print_notes([f"{name}: {note}" for name, summary in found.items() for note in summary["notes"]], shown)
+    name = ""
+    try:
+        for name, changed_scenario in parsed:  # noqa: B007  # of the message
+            resolve(changed_scenario.groups)  # refused before anything is simulated
+        with _bars() as progress:
+            for name, changed_scenario in parsed:
+                progress.console.print(f"simulating {name}", markup=False, highlight=False)
+                found[name], _ = simulate(changed_scenario, on_progress=_bar_of(progress, changed_scenario))
+    except ConfigError as error:
+        raise ConfigError(f"variant {name!r}: {error}") from error
+    finally:
+        if found:
+            print_comparison(found, COMPARED, Console(highlight=False))
     if json_file is not None:
         write_json(found, json_file)
 
@@ -236,6 +239,15 @@ def _bar_of(progress: Progress, scenario: "SimulationScenario") -> "OnProgress":
         progress.update(task, completed=at_s, description=f"{at_s:,.0f} s simulated, {num_open:,} requests open")
 
     return show
+
+
+def print_comparison(found: Mapping[str, Mapping[str, Any]], keys: Iterable[str], console: Console) -> None:
+    """A column for each variant that was simulated."""
+    table = Table("", *map(escape, found))
+    for key in keys:
+        table.add_row(key, *(_number(summary.get(key)) for summary in found.values()))
+    console.print(table)
+    _print_notes([f"{name}: {note}" for name, summary in found.items() for note in summary["notes"]], console)
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from bench.simulation import run
+from bench.simulation.scenario import SimulationScenario
 from model_parallel.errors import ConfigError
 from serving.cli.main import app
 from serving.config import ModelEntry
@@ -152,6 +154,28 @@ def test_steps_are_as_large_as_serve_makes_them(
     device: dict[str, Any] = {"device": "cuda" if is_gpu else "cpu"}
     served = with_step_sizes(ModelEntry(name="m", source="x", **device, **given))
     assert (served.max_num_seqs, served.max_num_batched_tokens) == expected
+
+
+def test_a_variant_that_cannot_be_simulated_is_named(overloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is simulated where its groups are wrong; else what was simulated before is shown."""
+    good, wrong = "good: groups.num_groups=1", "wrong: groups.model=llama-2-70b"
+    result = CliRunner().invoke(app, ["simulate", "compare", str(overloaded), good, wrong])
+    assert str(result.exception).startswith("variant 'wrong': rank 0 of 1 needs")
+    assert "good" not in result.stdout
+    simulate = run.simulate
+
+    def limited(scenario: SimulationScenario, **how: Any) -> Any:
+        if scenario.groups.num_groups == 2:
+            raise ConfigError("there are no requests")
+        return simulate(scenario, **how)
+
+    monkeypatch.setattr(run, "simulate", limited)
+    later = "later: groups.num_groups=2"
+    result = CliRunner().invoke(
+        app, ["simulate", "compare", str(overloaded), good, later, good.replace("good", "last")]
+    )
+    assert str(result.exception) == "variant 'later': there are no requests"
+    assert "good" in result.stdout and "last" not in result.stdout and "p99_ttft_ms" in result.stdout
 
 
 def test_variants_of_one_name_are_refused(overloaded: Path) -> None:

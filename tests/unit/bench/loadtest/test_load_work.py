@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 import tempfile
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadtest.files import left_out, load_entries
+from bench.loadtest.files import _moment, left_out, load_entries
 from bench.loadtest.scenario import Fixed, LogNormal, ShareGptLike, Tenant, Trace, Uniform
 from bench.loadtest.sender import key_of
 from bench.loadtest.work import Entry, Facts, Workload, answered, extended, sample
@@ -98,6 +99,30 @@ def test_traces_are_read_in_order_from_their_start(format_: str) -> None:
     assert twice[-1].at_s == pytest.approx(entries[-1].at_s / 2)
     (turn,) = Workload(trace(format_), 0, FACTS, entries).session(7)
     assert len(turn.content) == entries[7].input_tokens and turn.output_tokens == entries[7].output_tokens
+
+
+MOMENTS = st.datetimes(datetime(2000, 1, 1), datetime(2050, 1, 1))
+ZONE_FORMS = st.sampled_from(["", "Z", "+", "-"])
+
+
+@given(MOMENTS, st.integers(0, 9), ZONE_FORMS, st.integers(0, 14 * 60), st.sampled_from(" T"))
+def test_moments_are_read_with_any_fraction_and_zone(
+    moment: datetime, digits: int, zone: str, offset: int, middle: str
+) -> None:
+    fraction = f"{moment.microsecond:06}000"[:digits]
+    text = moment.strftime(f"%Y-%m-%d{middle}%H:%M:%S") + (f".{fraction}" if fraction else "")
+    text += f"{zone}{offset // 60:02}:{offset % 60:02}" if zone in ("+", "-") else zone
+    expected = moment.replace(microsecond=int((fraction + "000000")[:6]), tzinfo=UTC).timestamp()
+    expected -= {"+": offset * 60, "-": -offset * 60}.get(zone, 0)
+    assert _moment(text, "timestamp") == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["2023-11-16 18:15:46.", "2023-11-16 18:15:46.x", "18:15", "2023-11-16 18:15:46.5+", ""]
+)
+def test_what_is_no_moment_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"timestamp is .*; it must be seconds, or a date and time"):
+        _moment(text, "timestamp")
 
 
 def test_mooncake_requests_with_the_same_block_begin_alike() -> None:

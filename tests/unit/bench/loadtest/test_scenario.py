@@ -1,12 +1,16 @@
 """Scenarios are read whole, or refused by the field that is wrong."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from bench.loadtest.campaign import Search, Wanted, run_campaign
 from bench.loadtest.flags import parse_percentiles, parse_sweep, scenario_from
+from bench.loadtest.leader import Senders
 from bench.loadtest.scenario import (
     Closed,
     OpenLoop,
@@ -15,6 +19,7 @@ from bench.loadtest.scenario import (
     parse_scenario,
     read_scenario,
     with_rate,
+    with_seed,
     with_users,
 )
 from bench.loadtest.targets import check_allowed, parse_target
@@ -103,6 +108,55 @@ def test_a_rate_is_shared_out_as_before() -> None:
     assert [tenant.arrivals.rate for tenant in scenario.tenants] == [2, 6]  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="'t0' has arrivals without one rate"):
         with_rate(tenants({"arrivals": {"process": "closed"}}), 1)
+
+
+@pytest.mark.parametrize("number", [1e7, 1e300, math.inf, math.nan, 0.0, -1.0])
+def test_rates_and_users_of_sweeps_are_checked_as_those_of_files(number: float) -> None:
+    with pytest.raises(ConfigError, match=r"arrivals of tenant 't0': rate: Input should be"):
+        with_rate(tenants({}), number)
+    if number > 1e5 and math.isfinite(number):
+        with pytest.raises(
+            ConfigError, match=r"arrivals of tenant 't0': users: Input should be less than or equal to 100000"
+        ):
+            with_users(tenants({"arrivals": {"process": "closed"}}), int(number))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        (Wanted(search=Search(slo=[], highest=1e8)), "rate: Input should be less than or equal to 1000000"),
+        (Wanted(search=Search(slo=[], start=1e8)), "rate: Input should be less than or equal to 1000000"),
+        (Wanted(sweep=[1.0, 1e7]), "rate: Input should be less than or equal to 1000000"),
+    ],
+)
+async def test_a_rate_that_nobody_may_send_is_refused_before_anybody_is_asked(wanted: Wanted, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        await run_campaign(Scenario(), Senders(), None, wanted, Console())
+
+
+def test_every_run_has_a_seed_of_its_own_and_a_good_one() -> None:
+    last = parse_scenario({"seed": 2**63 - 1}, origin="x")
+    seeds = [with_seed(last, number).seed for number in range(3)]
+    assert seeds == [2**63 - 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "told"),
+    [
+        (
+            {"bursts": {"every_s": 1e-6, "length_s": 1e-7, "times": 2}},
+            "arrivals.bursts.every_s 1e-06; of a run of 60 s it must",
+        ),
+        (
+            {"diurnal": {"period_s": 1e-6}},
+            "arrivals.diurnal.period_s 1e-06; of a run of 60 s it must be at least 0.003",
+        ),
+        ({"rate": math.inf}, "rate: Input should be .* finite"),
+    ],
+)
+def test_rates_that_would_take_for_ever_to_work_out_are_refused(arrivals: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        tenants({"arrivals": {"process": "poisson", **arrivals}})
 
 
 def test_users_are_shared_out_whole_and_all() -> None:

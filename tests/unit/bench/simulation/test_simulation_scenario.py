@@ -1,3 +1,5 @@
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,40 @@ def test_shipped_scenarios_are_good(path: Path) -> None:
 )
 def test_a_bad_scenario_is_refused_by_field(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        parse_scenario({"groups": GROUPS} | change, origin="a.yaml")
+
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"failures": {"at_s": [-5.0]}}, "failures.at_s.0"),
+        ({"failures": {"at_s": [1.0, NAN]}}, "failures.at_s.1"),
+        ({"failures": {"at_s": [INF]}}, "failures.at_s.0"),
+        ({"failures": {"at_s": [1.0] * 10_001}}, "failures.at_s"),
+        ({"failures": {"every_s": INF}}, "failures.every_s"),
+        ({"failures": {"every_s": 1e-6}}, "failures.every_s is 1e-06; of 600 s it must be at least 0.06"),
+        ({"failures": {"every_s": 1e-300}}, "failures.every_s is 1e-300"),
+        ({"groups": GROUPS | {"start_s": 1e300}}, "groups.start_s"),
+        ({"groups": GROUPS | {"kv_cache_tokens": 10**15}}, "groups.kv_cache_tokens"),
+        ({"tenants": [{"deadline_s": INF}]}, "tenants.0.deadline_s"),
+        ({"tenants": [{"patience_s": 1e300}]}, "tenants.0.patience_s"),
+        ({"tenants": [{"max_tokens": 10**12}]}, "tenants.0.max_tokens"),
+        ({"tenants": [{"limits": {"token_budget": 10**400}}]}, "tenants.0.limits.token_budget"),
+        (
+            {"tenants": [{"arrivals": {"process": "poisson", "diurnal": {"period_s": 1e-6}}}]},
+            "arrivals.diurnal.period_s 1e-06",
+        ),
+        ({"scaling": {"max_groups": 3, "upscale_delay_s": INF}}, "scaling.upscale_delay_s"),
+        ({"scaling": {"max_groups": 3, "period_s": 1e-9}}, "scaling.period_s"),
+        ({"gateways": {"request_s": NAN}}, "gateways.request_s"),
+        ({"duration_s": NAN}, "duration_s"),
+    ],
+)
+def test_numbers_that_cannot_be_simulated_are_refused_by_field(change: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(field)):
         parse_scenario({"groups": GROUPS} | change, origin="a.yaml")
 
 
