@@ -3,6 +3,7 @@
 python -m bench.report
 """
 
+import argparse
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,6 +143,7 @@ def write_page(text: str, results: Mapping[Path, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     paths = {path for _, path, _, _ in SECTIONS if path.exists()}
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
