@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.llama_tokenizers import sentencepiece_model
+from bench.support.small_tokenizer import sentencepiece_model
 
 Format = Literal["meta", "hf"]
 TWIN_HEAD_DIM = 8

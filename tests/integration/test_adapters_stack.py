@@ -12,13 +12,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from bench.support.random_adapter import save_random_adapter
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
 from protos import inference_pb2 as pb
 from serving.cli.main import app as program
 from serving.client.client import Client
 from serving.config import parse_config
 from serving.driver.app import RunningApp
-from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import SMALL, group_handle, running_stack
 from tests.support.waiting import PATIENCE_S

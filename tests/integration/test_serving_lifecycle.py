@@ -16,6 +16,7 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.exceptions import RayError
 
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.errors import ConfigError
 from model_parallel.python_process import module_command
 from serving.client.client import Client
@@ -23,7 +24,6 @@ from serving.config import parse_config
 from serving.contracts.start_failure import StartError
 from serving.driver.app import start
 from serving.driver.checks import StartRefusedError
-from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 from tests.support.waiting import PATIENCE_S

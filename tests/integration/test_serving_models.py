@@ -9,11 +9,11 @@ import grpc
 import psutil
 import pytest
 
+from bench.support.small_tokenizer import sentencepiece_model
 from protos import inference_pb2 as pb
 from serving.client.client import Client, chat_prompt
 from serving.config import parse_config
 from serving.driver.app import RunningApp
-from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import MODEL, group_handle, running_stack, story, wait_until
 from tests.support.waiting import PATIENCE_S

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.llama_tokenizers import CONTROL_TEXTS, TEXTS, sentencepiece_model
+from bench.support.small_tokenizer import sentencepiece_model
+from tests.support.llama_tokenizers import CONTROL_TEXTS, TEXTS
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.2.1", "0.2.3")

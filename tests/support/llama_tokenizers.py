@@ -3,14 +3,11 @@
 import base64
 import json
 from collections.abc import Sequence
-from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import (
     AddedToken,
@@ -24,14 +21,8 @@ from tokenizers import (
     trainers,
 )
 
+from bench.support.small_tokenizer import CORPUS, sentencepiece_model
 from serving.text.token_bytes import byte_level_bytes
-
-CORPUS = """The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.
-[INST] <<SYS>> You are a helpful, respectful and honest assistant. <</SYS>> [/INST] Hello, how are you today?
-def main(argument): return [number * 2 for number in range(10) if number % 3 == 0]  # comment
-Les élèves français étudient à l'école. Straße, größer, über. 1234567890 3.14159 2,000
-In the beginning the world was without form; the sentences that follow are there so that merges can be learnt.
-""".splitlines()
 
 # The kinds of text that tokenizers go wrong on.
 TEXTS = [
@@ -48,29 +39,6 @@ CONTROL_TEXTS = [
     "<|im_end|>\n<|im_start|>system",
     "</s></s>hello", "<<s>s>", "< /s>", "[INST]",
 ]  # fmt: skip
-
-
-@cache
-def sentencepiece_model() -> bytes:
-    """A sentencepiece BPE of 500 pieces: byte fallback, dummy prefix, ids of <unk>, <s>, </s> as in Llama 2."""
-    model = BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=500,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def pieces() -> list[Any]:

@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.support.small_tokenizer import sentencepiece_model
 from bench.support.synthetic_llama import SyntheticLlama, twin
 from model_parallel.checkpoint.detect import describe
 from model_parallel.errors import CheckpointError
-from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.shards import load_parts
 
 FORBIDDEN = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect",

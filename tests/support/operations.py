@@ -10,10 +10,10 @@ from pathlib import Path
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from bench.support.small_tokenizer import sentencepiece_model
 from protos import inference_pb2 as pb
 from serving.client.client import Client
 from serving.driver.app import RunningApp
-from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.ranks import save_random_llama
 from tests.support.stack import SMALL, group_handle, wait_until
 from tests.support.waiting import PATIENCE_S

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.support.small_tokenizer import sentencepiece_model
 from bench.support.synthetic_llama import SyntheticLlama, twin
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.sentencepiece_file import read_pieces
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import EMBEDDING
-from tests.support.llama_tokenizers import sentencepiece_model
 from tests.support.shards import load_parts
 
 WQ = "layers.0.attention.wq.weight"

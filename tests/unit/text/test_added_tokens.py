@@ -11,19 +11,13 @@ import pytest
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer
 
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.tiktoken_file import llama3_special_tokens
 from model_parallel.errors import CheckpointError
 from serving.text.token_bytes import byte_level_bytes
 from serving.text.tokenizer import Part, Tokenizer, load_tokenizer
-from tests.support.llama_tokenizers import (
-    TEXTS,
-    byte_level_json,
-    llama_directory,
-    pieces,
-    sentencepiece_model,
-    tokenizer_json,
-)
+from tests.support.llama_tokenizers import TEXTS, byte_level_json, llama_directory, pieces, tokenizer_json
 
 VOCABULARIES: dict[str, dict[str, str | bytes]] = {
     "tokenizer.json": {"tokenizer__json": tokenizer_json()},

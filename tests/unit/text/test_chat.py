@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.errors import ConfigError
 from serving.text.chat import ChatError, ChatMessage, render_chat
 from serving.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.converted import converted
-from tests.support.llama_tokenizers import CONTROL_TEXTS, llama_directory, sentencepiece_model, tokenizer_json
+from tests.support.llama_tokenizers import CONTROL_TEXTS, llama_directory, tokenizer_json
 
 LLAMA_2_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"

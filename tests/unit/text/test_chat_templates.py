@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
 from model_parallel.errors import CheckpointError, ConfigError
 from serving.config import ChatConfig
@@ -18,12 +19,7 @@ from serving.text.chat import ChatError, ChatMessage, render_chat
 from serving.text.chat_formats import CHAT_FORMATS
 from serving.text.template_format import Derived, TemplateError, derive
 from tests.support.chat_templates import CONTROL_TOKENS, PUBLISHED, VICUNA_SYSTEM
-from tests.support.llama_tokenizers import (
-    byte_level_json,
-    llama_directory,
-    sentencepiece_model,
-    tokenizer_json_with,
-)
+from tests.support.llama_tokenizers import byte_level_json, llama_directory, tokenizer_json_with
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 DIALOGUES = [

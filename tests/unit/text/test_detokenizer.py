@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bench.support.small_tokenizer import sentencepiece_model
 from serving.text.detokenizer import IncrementalDetokenizer, StopStrings
 from serving.text.tokenizer import Tokenizer, load_tokenizer
-from tests.support.llama_tokenizers import TEXTS, llama_directory, sentencepiece_model, tokenizer_json
+from tests.support.llama_tokenizers import TEXTS, llama_directory, tokenizer_json
 
 T = TypeVar("T", str, list[int])
 

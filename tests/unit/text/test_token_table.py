@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import TokenTable
 from model_parallel.engine.matching import GrammarCompiler, Matcher, allowed_bits
@@ -18,7 +19,6 @@ from tests.support.llama_tokenizers import (
     TEXTS,
     byte_level_json,
     llama_directory,
-    sentencepiece_model,
     tiktoken_directory,
     tokenizer_json,
     write_gguf,

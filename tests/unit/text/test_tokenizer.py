@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.errors import CheckpointError, ConfigError, RequestError
 from serving.text.tokenizer import Part, Tokenizer, load_tokenizer
 from tests.support.converted import converted
@@ -22,7 +23,6 @@ from tests.support.llama_tokenizers import (
     TEXTS,
     byte_level_json,
     llama_directory,
-    sentencepiece_model,
     tokenizer_json,
     tokenizer_json_with,
     write_gguf,
