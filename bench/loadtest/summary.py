@@ -272,7 +272,8 @@ def _unseen(measured: Sequence[Record]) -> list[str]:
     if num_fewer := sum(record.seen_tokens < record.output_tokens - record.hidden_tokens for record in several):
         notes.append(
             f"{num_fewer} answers have more tokens, as the server counts, than their chunks told of: inter-token latencies are "
-            "between chunks, and where tokens were not sent at all, the time per output token is too short"
+            "between chunks, and the time per output token counts also those that came with the first chunk or with none, and so "
+            "is too short"
         )
     return notes
 
