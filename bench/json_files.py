@@ -44,3 +44,12 @@ def check_can_be_written(path: Path | None, option: str) -> None:
         raise ConfigError(f"{option} is {path}; there is no directory {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{option} is {path}, which this user may not write; it must be a file that can be written")
+
+
+def check_all_can_be_written(paths: Mapping[str, Path | None]) -> None:
+    """Of several options, each of which needs a file of its own. Raises ConfigError. Nothing is written."""
+    taken: dict[Path, str] = {}
+    for option, path in paths.items():
+        check_can_be_written(path, option)
+        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+            raise ConfigError(f"{option} is {path}, and so is {other}; each needs a file of its own")

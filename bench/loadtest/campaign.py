@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.json_files import check_can_be_written, write_json, write_text
+from bench.json_files import check_all_can_be_written, write_json, write_text
 from bench.loadtest.assertions import Assertion, check_tenants, percentiles_needed
 from bench.loadtest.discover import resolve
 from bench.loadtest.files import left_out
@@ -71,8 +71,7 @@ class Wanted:
             raise ConfigError("--sweep and --search exclude each other")
         if (self.sweep or self.search) and (self.csv_file or self.assertions):
             raise ConfigError("--csv and --assert are of runs at one rate, not of a sweep or a search")
-        for option, path in (("--json", self.json_file), ("--csv", self.csv_file), ("--html", self.html_file)):
-            check_can_be_written(path, option)
+        check_all_can_be_written({"--json": self.json_file, "--csv": self.csv_file, "--html": self.html_file})
 
     @property
     def all_percentiles(self) -> list[float]:
@@ -182,7 +181,7 @@ class Campaign:
             return Exit.INTERRUPTED
         lines = found_lines(found, bounds.slo)
         for line in lines:
-            self._console.print(f"[bold]{line}[/]", highlight=False)
+            self._console.print(line, style="bold", markup=False, highlight=False)
         facts = {"rate": found.rate, "failed_at": found.failed_at, "ended_because": found.ended_because, "lines": lines}
         self._write_points("search", facts, [(probe.rate, probe.result) for probe in found.probes], lines)
         return Exit.DONE if found.rate is not None else Exit.DOES_NOT_HOLD

@@ -1,12 +1,13 @@
 """Whether two results differ by more than chance."""
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from bench.loadtest.estimates import Difference, Values, bootstrap, welch
@@ -28,6 +29,26 @@ LATENCIES: Mapping[str, tuple[str, Figure]] = {
     )
 }
 RATES = ("request_throughput", "output_throughput", "total_token_throughput", "request_goodput")
+
+
+class _Columns(msgspec.Struct):
+    ttft_s: list[float | None] = []
+    tpot_s: list[float | None] = []
+    e2el_s: list[float | None] = []
+    outcome: list[str] = []
+
+    @property
+    def other_columns(self) -> list[list[Any]]:
+        """Those that there are."""
+        return [column for column in (self.tpot_s, self.e2el_s, self.outcome) if column]
+
+
+class _Result(msgspec.Struct):
+    """What of a result must have its form; of other figures those are compared that are numbers."""
+
+    request_throughput: float
+    runs: list[dict[str, Any]] = []
+    requests: _Columns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +73,13 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("request_throughput"), int | float):
-        raise ConfigError(f"{path} is not the result of a load test: it has no request_throughput")
-    return data
+    try:
+        requests = msgspec.convert(data, _Result).requests
+        if requests is not None and any(len(column) != len(requests.ttft_s) for column in requests.other_columns):
+            raise ValueError("the columns of requests are not of one length")
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{path} is not the result of a load test: {error}") from error
+    return dict(data)
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
@@ -70,7 +95,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
 def _figure(result: Mapping[str, Any], name: str) -> float | None:
     """None for what was not measured, which `vllm bench serve` writes as 0."""
     value = result.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
     if name in LATENCIES and not value:
         measure = LATENCIES[name][0].removesuffix("_s")

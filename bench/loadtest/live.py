@@ -111,9 +111,9 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     if len(result["tenants"]) > 1:
         _print_tenants(result, console)
     for note in result["notes"]:
-        console.print(f"[yellow]note:[/] {note}")
+        console.print(f"[yellow]note:[/] {escape(note)}")
     for reason in result["invalid_because"]:
-        console.print(f"[bold red]invalid:[/] {reason}")
+        console.print(f"[bold red]invalid:[/] {escape(reason)}")
 
 
 def _print_tenants(result: Mapping[str, Any], console: Console) -> None:

@@ -202,6 +202,8 @@ def fit(
     from bench.simulation.fit import fit as fit_reports
 
     check_can_be_written(out, "--out")
+    if out.resolve() == Path(source).resolve():
+        raise ConfigError(f"--out is {out}, and so is --from; the profile needs a file of its own")
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device is {device!r}; allowed: cpu, cuda")
     profile = fit_reports(read_samples(source), origin=f"fitted from {source}")

@@ -178,6 +178,41 @@ def test_a_variant_that_cannot_be_simulated_is_named(overloaded: Path, monkeypat
     assert "good" in result.stdout and "last" not in result.stdout and "p99_ttft_ms" in result.stdout
 
 
+def test_names_with_brackets_are_shown_as_they_are(overloaded: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "g[" / "x]"  # together a closing tag of rich's
+    directory.mkdir(parents=True)
+    profile = directory / "m[red].json"
+    shipped = Path(run.__file__).parent / "profiles" / "h200.json"
+    profile.write_text(shipped.read_text())
+    command = [
+        "simulate",
+        "capacity",
+        "--slo",
+        "ttft_p99=100s",
+        "--gpu",
+        str(profile),
+        "--tp",
+        "1",
+        "--max-groups",
+        "1",
+    ]
+    result = CliRunner().invoke(app, [*command, "--scenario", str(overloaded)], env={"COLUMNS": "1000"})
+    assert not isinstance(result.exception, Exception)
+    assert result.stdout.count(str(profile)) >= 1
+    data = yaml.safe_load(overloaded.read_text())
+    data["groups"]["profile"] = str(profile)
+    overloaded.write_text(yaml.safe_dump(data))
+    result = CliRunner().invoke(app, ["simulate", "run", str(overloaded)], env={"COLUMNS": "1000"})
+    assert f"profile {profile} (timed)" in result.stdout
+
+
+def test_a_profile_is_not_written_over_the_steps_that_it_is_of(tmp_path: Path) -> None:
+    steps = tmp_path / "steps.jsonl"
+    steps.write_text("")
+    result = CliRunner().invoke(app, ["simulate", "fit", "--from", str(steps), "--out", str(steps)])
+    assert "and so is --from" in str(result.exception)
+
+
 def test_variants_of_one_name_are_refused(overloaded: Path) -> None:
     variants = ["a: groups.num_groups=1", "a: groups.num_groups=2"]
     result = CliRunner().invoke(app, ["simulate", "compare", str(overloaded), *variants])

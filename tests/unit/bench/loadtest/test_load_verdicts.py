@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench.loadtest.assertions import parse_assertion, percentiles_needed
 from bench.loadtest.campaign import Search, Wanted, found_lines, probed, run_campaign
 from bench.loadtest.compare import compare, read_result
 from bench.loadtest.leader import Senders
+from bench.loadtest.live import print_comparison
 from bench.loadtest.scenario import Scenario
 from bench.loadtest.search import ClientLimitError, Probe, search
 from model_parallel.errors import ConfigError
@@ -185,11 +187,48 @@ def test_a_zero_is_a_latency_only_where_one_was_measured() -> None:
     assert {row.name for row in compare(all_at_once, all_at_once)} == {*nothing}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"request_throughput": "fast"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "{}", '{"request_throughput": "fast"}', "null", '{"request_throughput": true}',
+        '{"request_throughput": 1, "runs": 5}', '{"request_throughput": 1, "runs": [1, 2, 3]}',
+        '{"request_throughput": 1, "requests": {"ttft_s": ["a"]}}', '{"request_throughput": 1, "requests": {"ttft_s": 5}}',
+        '{"request_throughput": 1, "requests": {"ttft_s": [[1]], "outcome": ["finished"]}}',
+        '{"request_throughput": 1, "requests": {"ttft_s": [1, 2], "outcome": ["finished"]}}',
+        '{"request_throughput": 1, "requests": {"ttft_s": [1], "outcome": [1]}}',
+        '{"request_throughput": 1, "requests": []}',
+    ],
+)  # fmt: skip
 def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ConfigError, match=r"r\.json"):
         read_result(tmp_path / "r.json")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.sampled_from(["", "finished", "1"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["ttft_s", "tpot_s", "outcome"]), inner)
+    ),
+)
+RESULTS = st.fixed_dictionaries(
+    {"request_throughput": st.floats(0, 10) | JSON_VALUES},
+    optional={name: JSON_VALUES for name in ("runs", "requests", "mean_ttft_ms", "median_tpot_ms", "num_tpot")},
+)
+
+
+@given(RESULTS, RESULTS)
+def test_whatever_a_file_holds_is_compared_or_refused(first: dict[str, Any], second: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        results = []
+        for name, data in (("a.json", first), ("b.json", second)):
+            path = Path(directory, name)
+            path.write_text(json.dumps(data))
+            try:
+                results.append(read_result(path))
+            except ConfigError:
+                return
+        print_comparison(compare(*results), ("a", "b"), Console(file=io.StringIO()))
 
 
 def test_wishes_that_contradict_are_refused(tmp_path: Path) -> None:
@@ -198,5 +237,9 @@ def test_wishes_that_contradict_are_refused(tmp_path: Path) -> None:
             Wanted(**{f"{option}_file": tmp_path / "nowhere" / "r"})  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=f"--{option} is .*, a directory; it must be a file"):
             Wanted(**{f"{option}_file": tmp_path})  # type: ignore[arg-type]
+    one = {"json_file": tmp_path / "r", "html_file": tmp_path / "x" / ".." / "r", "csv_file": tmp_path / "c"}
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ConfigError, match=r"--html is .*, and so is --json; each needs a file of its own"):
+        Wanted(**one)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--assert"):
         Wanted(sweep=[1.0], assertions=[parse_assertion("errors==0")])
