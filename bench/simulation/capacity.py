@@ -2,19 +2,21 @@
 
 import math
 import multiprocessing
-import queue
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
+from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from bench.simulation.report import Columns
+from bench.simulation.clock import TICKS_PER_S
+from bench.simulation.fleet import Fleet
+from bench.simulation.report import Array, Columns
 from bench.simulation.requests import Requests, Status
 from bench.simulation.run import Plan, resolve, simulate
 from bench.simulation.scenario import MAX_GROUPS, SimulationScenario
@@ -98,11 +100,24 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
+Chosen = npt.NDArray[np.bool_]
 REPORT_PERIOD_S = 0.2
+SAMPLES_A_LOOK = 4
+"""How often it is looked whether a trial can still hold."""
+NUM_PARTS = 20
+"""Of the load's time; the first guess is what the busiest of them needs."""
 
 
 def _ignore(_: Progress) -> None:
     """Of who does not want to know."""
+
+
+class _MissedError(Exception):
+    """A bound that cannot be kept any more."""
+
+    def __init__(self, bound: Bound, num_missed: int, at_s: float) -> None:
+        super().__init__(f"{num_missed:,} requests have missed {bound.name} after {at_s:,.0f} s, which are too many")
+        self.at_s = at_s
 
 
 class _Trial:
@@ -125,20 +140,32 @@ class _Trial:
         self.tried: dict[int, dict[str, Any]] = {}
         self._reached: dict[int, tuple[float, ...]] = {}
         """By groups: what the bounds are about, and requests that were lost."""
+        self._given_up_s: dict[int, float] = {}
+        """By groups: when so many requests had missed a bound that it could not be kept any more."""
 
-    def with_groups(self, num_groups: int) -> dict[str, Any]:
-        """Figures, and whether they keep the service level."""
+    def holds(self, num_groups: int) -> bool:
+        """Whether they keep the service level. Overload takes long to simulate, so it ends as soon as the answer is known."""
+        if num_groups not in self.tried and num_groups not in self._given_up_s:
+            try:
+                self.with_groups(num_groups, until_known=True)
+            except _MissedError as missed:
+                self._given_up_s[num_groups] = missed.at_s
+                self._tell(num_groups, 1.0, f"does not hold: {missed}")
+        return num_groups in self.tried and bool(self.tried[num_groups]["holds"])
+
+    def with_groups(self, num_groups: int, *, until_known: bool = False) -> dict[str, Any]:
+        """Figures, and whether they keep the service level. Raises _MissedError with `until_known`."""
         if num_groups not in self.tried:
             groups = self.scenario.groups.model_copy(update={"num_groups": num_groups})
             scenario = self.scenario.model_copy(update={"groups": groups})
             until_s = scenario.duration_s + scenario.drain_s
 
-            def show(at_s: float, _num_open: int) -> None:
-                self._report(
-                    Progress(shape=str(self._question.shape), num_groups=num_groups, share=min(1.0, at_s / until_s))
-                )
+            def look(fleet: Fleet) -> None:
+                self._tell(num_groups, min(1.0, fleet.clock.now_s / until_s))
+                if until_known and not len(fleet.samples.at_s) % SAMPLES_A_LOOK:
+                    self._check_missed(fleet)
 
-            summary, fleet = simulate(scenario, plan=self.plan, requests=self.requests, on_progress=show)
+            summary, fleet = simulate(scenario, plan=self.plan, requests=self.requests, on_progress=look)
             if not summary["sent"]:
                 raise ConfigError(
                     f"the load is of no request from warmup_s, {scenario.warmup_s:g}, to duration_s, {scenario.duration_s:g}; "
@@ -151,8 +178,23 @@ class _Trial:
             self._reached[num_groups] = (*reached.values(), num_lost)
             row = self.tried[num_groups] = self._row(summary, reached, num_groups)
             outcome = f"{'holds' if row['holds'] else 'does not hold'}: {_told(row, self._question.slo)}"
-            self._report(Progress(shape=str(self._question.shape), num_groups=num_groups, share=1.0, outcome=outcome))
+            self._tell(num_groups, 1.0, outcome)
         return self.tried[num_groups]
+
+    def _tell(self, num_groups: int, share: float, outcome: str = "") -> None:
+        self._report(Progress(shape=str(self._question.shape), num_groups=num_groups, share=share, outcome=outcome))
+
+    def _check_missed(self, fleet: Fleet) -> None:
+        """Raises _MissedError when more requests have missed a bound than its percentile leaves out, whatever comes after."""
+        columns = Columns(fleet)
+        not_counted = np.isin(columns.status, _WHATEVER_GROUPS_THERE_ARE)
+        sent = (columns.arrived_s >= self.scenario.warmup_s) & ~not_counted
+        num_lost = int((sent & ~np.isin(columns.status, (Status.OPEN, Status.FINISHED))).sum())
+        most = len(columns.status) - int((not_counted & (columns.status != Status.NOT_SENT)).sum())
+        for bound in self._question.slo:
+            num_late = int((values_s(columns, sent & (columns.status == Status.FINISHED), bound) > bound.seconds).sum())
+            if num_late + num_lost > most - rank_of(bound, most):
+                raise _MissedError(bound, num_late + num_lost, fleet.clock.now_s)
 
     def _row(self, summary: Mapping[str, Any], reached: Mapping[str, float], num_groups: int) -> dict[str, Any]:
         question, tp_size = self._question, self._question.shape.tensor_parallel_size
@@ -175,54 +217,85 @@ class _Trial:
             "kwh_per_million_output_tokens": summary["energy_kwh"] / tokens * 1e6 if tokens else None,
         }
 
+    @property
+    def most_tried(self) -> int:
+        return max(*self.tried, *self._given_up_s, 0)
+
     def fewest(self) -> int | None:
         """By doubling and halving, since more groups never make it worse. None when max_groups do not suffice, or more do not
         help."""
-        low, high = 0, min(self._least(), self._question.max_groups)  # low does not hold, high will
-        while not self.with_groups(high)["holds"]:
+        low, high = 0, min(self._guess(), self._question.max_groups)  # low does not hold, high will
+        while not self.holds(high):
             if high == self._question.max_groups or (low and not self._helps(low, high)):
                 return None
             low, high = high, min(max(high + 1, math.ceil(high * 1.5)), self._question.max_groups)
         while high - low > 1 and not low:  # the first guess holds: look below it
             lower = max(1, math.floor(high / 1.5))
-            low, high = (0, lower) if self.with_groups(lower)["holds"] else (lower, high)
+            low, high = (0, lower) if self.holds(lower) else (lower, high)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.with_groups(middle)["holds"] else (middle, high)
+            low, high = (low, middle) if self.holds(middle) else (middle, high)
         return high
 
     def _helps(self, few: int, many: int) -> bool:
         """Whether anything is better with many groups by more than a hundredth."""
+        if few in self._given_up_s and self._given_up_s.get(many, math.inf) > 1.01 * self._given_up_s[few]:
+            return True
+        for num_groups in (few, many):  # their figures, if they were given up at once
+            self.with_groups(num_groups)
         return any(
             after < before and not after >= 0.99 * before
             for before, after in zip(self._reached[few], self._reached[many], strict=True)
         )
 
-    def _least(self) -> int:
-        """Groups that are busy all the time with full batches, by the cost of prompts and of decoding alone."""
-        cost, scheduler = self.plan.machine.cost, self.plan.shape.scheduler
+    def _guess(self) -> int:
+        """Groups that are busy all the time with full batches while most is asked of them, by the cost of prompts and of decoding
+        alone."""
+        cost, scheduler, requests = self.plan.machine.cost, self.plan.shape.scheduler, self.requests
         batch, chunk = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-        prompt = sum(self.requests.prompt_tokens) * cost.tokens_s(chunk) / chunk
-        answer = sum(self.requests.output_tokens) * (cost.tokens_s(batch) / batch + cost.row_s)
-        return max(1, min(MAX_GROUPS, math.ceil((prompt + answer) / self.scenario.duration_s)))
+        prompt_s = np.array(requests.prompt_tokens) * (cost.tokens_s(chunk) / chunk)
+        answer_s = np.array(requests.output_tokens) * (cost.tokens_s(batch) / batch + cost.row_s)
+        parts = np.minimum(np.array(self._arrivals_s()) / self.scenario.duration_s * NUM_PARTS, NUM_PARTS - 1)
+        asked_s = np.bincount(parts.astype(int), weights=prompt_s + answer_s)
+        return max(
+            1, min(MAX_GROUPS, math.ceil(float(asked_s.max(initial=0.0)) / self.scenario.duration_s * NUM_PARTS))
+        )
+
+    def _arrivals_s(self) -> list[float]:
+        """As if answers took no time."""
+        requests = self.requests
+        at = list(requests.ticks)
+        for index in range(len(requests)):
+            if (then := requests.next_turn.get(index)) is not None:
+                at[then] += at[index]
+        return [tick / TICKS_PER_S for tick in at]
 
 
-def reached_s(columns: Columns, chosen: "np.ndarray[Any, np.dtype[np.bool_]]", bound: Bound) -> float:
+def reached_s(columns: Columns, chosen: Chosen, bound: Bound) -> float:
     """The percentile over the requests that are chosen; inf when too many of them did not finish."""
     done = chosen & (columns.status == Status.FINISHED)
-    num_lost = int(chosen.sum() - done.sum())
-    match bound.metric:
-        case "ttft":
-            values = columns.ttft_s[done]
-        case "e2el":
-            values = columns.e2e_s[done]
-        case _:
-            values = columns.tpot_s(done)
-    total = len(values) + num_lost
+    values = values_s(columns, done, bound)
+    total = len(values) + int(chosen.sum() - done.sum())
     if not total:
         return 0.0
-    rank = math.ceil(STATISTICS[bound.statistic] / 100 * total) - 1
-    return float(np.sort(values)[rank]) if rank < len(values) else math.inf
+    rank = rank_of(bound, total)
+    return float(np.sort(values)[rank - 1]) if rank <= len(values) else math.inf
+
+
+def values_s(columns: Columns, done: Chosen, bound: Bound) -> Array:
+    """What the bound is about, of finished requests."""
+    match bound.metric:
+        case "ttft":
+            return columns.ttft_s[done]
+        case "e2el":
+            return columns.e2e_s[done]
+        case _:
+            return columns.tpot_s(done)
+
+
+def rank_of(bound: Bound, total: int) -> int:
+    """Which of so many, the smallest being 1, is the percentile."""
+    return math.ceil(STATISTICS[bound.statistic] / 100 * total)
 
 
 def _told(row: Mapping[str, Any], slo: Sequence[Bound]) -> str:
@@ -254,12 +327,13 @@ def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
     found["notes"] = list(trial.requests.notes)
     fewest = trial.fewest()
     if fewest is None:
-        last = trial.tried[max(trial.tried)]
+        last = trial.with_groups(trial.most_tried)
         return found | {
             "curve": [trial.tried[num] for num in sorted(trial.tried)],
-            "problem": f"with {last['num_groups']} groups the service level is still not kept: {_told(last, question.slo)}",
+            "problem": f"with {last['num_groups']} groups the service level is still not kept: {_told(last, question.slo)}"
+            + ("" if last["num_groups"] == question.max_groups else "; more groups do not help"),
         }
-    for num_groups in sorted({max(1, round(fewest * part)) for part in CURVE} | {fewest}):
+    for num_groups in sorted({max(1, num) for num in (fewest - 1, *(round(fewest * part) for part in CURVE))}):
         trial.with_groups(num_groups)
     return found | {
         "best": trial.with_groups(fewest),
@@ -276,29 +350,31 @@ def answer_all(questions: Sequence[Question], num_processes: int, report: Report
     if num_processes == 1 or len(questions) == 1:
         return [answer(question, report) for question in questions]
     context = multiprocessing.get_context("spawn")
-    news: Queue[Progress] = context.Queue()
+    news: SimpleQueue[Progress] = context.SimpleQueue()
     stop = context.Event()
     with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin, initargs=(news, stop)) as pool:
+        answers = [pool.submit(_answer_elsewhere, question) for question in questions]
         try:
-            answers = [pool.submit(_answer_elsewhere, question) for question in questions]
             while wait(answers, timeout=REPORT_PERIOD_S).not_done:
                 _pass_on(news, report)
             _pass_on(news, report)
-            return [found.result() for found in answers]
-        finally:
-            stop.set()  # after Ctrl-C; otherwise nobody is left who looks
-            pool.shutdown(cancel_futures=True)
+            return [each.result() for each in answers]
+        finally:  # after Ctrl-C some are at it still, and end where they tell of their progress next
+            stop.set()
+            for each in answers:
+                each.cancel()
+            while wait(answers, timeout=REPORT_PERIOD_S).not_done:
+                _pass_on(news, _ignore)
 
 
-_news: "Queue[Progress] | None" = None
+_news: "SimpleQueue[Progress] | None" = None
 _stop: Event | None = None
 
 
-def _begin(news: "Queue[Progress]", stop: Event) -> None:
+def _begin(news: "SimpleQueue[Progress]", stop: Event) -> None:
     """In a process that answers: where its progress goes to, and what ends it. Ctrl-C reaches it from the terminal too."""
     global _news, _stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    news.cancel_join_thread()  # nobody may be reading any more
     _news, _stop = news, stop
 
 
@@ -316,12 +392,9 @@ class _StoppedError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def _pass_on(news: "Queue[Progress]", report: Report) -> None:
-    while True:
-        try:
-            report(news.get_nowait())
-        except queue.Empty:
-            return
+def _pass_on(news: "SimpleQueue[Progress]", report: Report) -> None:
+    while not news.empty():
+        report(news.get())
 
 
 def cheapest(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

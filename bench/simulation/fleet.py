@@ -49,7 +49,7 @@ class Fleet:
         seed: int = 0,
         limits: Mapping[str, Limits] | None = None,
         controller: Controller | None = None,
-        on_progress: Callable[[float, int], None] | None = None,
+        on_progress: Callable[["Fleet"], None] | None = None,
     ) -> None:
         self.spec = spec
         self.requests = requests
@@ -526,7 +526,7 @@ class Fleet:
         samples.num_running.append(sum(running for running, _ in loads))
         samples.num_waiting.append(sum(waiting for _, waiting in loads))
         if self._on_progress is not None:
-            self._on_progress(self.clock.now_s, self._num_unsettled)
+            self._on_progress(self)
         self._at(self.clock.tick + to_ticks(self.spec.sample_s), self._sample)
 
     def _at(self, tick: int, act: Callable[..., None], *arguments: object) -> None:

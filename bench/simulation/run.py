@@ -21,8 +21,8 @@ from serving.models.known_llama import config_of
 from serving.models.sizes import StepSizes, step_sizes
 from serving.tenants.records import LIMITS, Limits
 
-OnProgress = Callable[[float, int], None]
-"""(simulated seconds, requests in flight)."""
+OnProgress = Callable[[Fleet], None]
+"""What it raises ends the simulation."""
 DEFAULT_KV_TOKENS = 16384
 """Of a machine whose memory is not known; what `packtrain serve` takes."""
 

@@ -14,6 +14,7 @@ from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
 
 if TYPE_CHECKING:
+    from bench.simulation.fleet import Fleet
     from bench.simulation.run import OnProgress
     from bench.simulation.scenario import SimulationScenario
 
@@ -237,8 +238,10 @@ def _bar_of(progress: Progress, scenario: "SimulationScenario") -> "OnProgress":
     """A bar for one simulation."""
     task = progress.add_task("simulating", total=scenario.duration_s + scenario.drain_s)
 
-    def show(at_s: float, num_open: int) -> None:
-        progress.update(task, completed=at_s, description=f"{at_s:,.0f} s simulated, {num_open:,} requests open")
+    def show(fleet: "Fleet") -> None:
+        at_s = fleet.clock.now_s
+        what = f"{at_s:,.0f} s simulated, {fleet.num_unsettled:,} requests open"
+        progress.update(task, completed=at_s, description=what)
 
     return show
 
