@@ -16,7 +16,7 @@ from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.native import is_ready
 from serving.config import AdminConfig, ServingConfig
-from serving.contracts.addresses import explain_listening, is_loopback, listening_addresses, why_not_listening
+from serving.contracts.addresses import explain_listening, listening_addresses, why_not_listening
 
 MIN_FILE_BYTES = 256 << 20
 """Ray's object store is a file of some 80 MiB, and logs grow."""
