@@ -51,4 +51,4 @@ def test_enum_values_are_prefixed() -> None:
 
 def test_the_card_on_the_wire_has_all_but_where_the_weights_lie_and_how_chats_are_written() -> None:
     wire = {field.name for field in inference_pb2.ModelCard.DESCRIPTOR.fields}
-    assert wire == set(ModelCard.__struct_fields__) - {"source", "checkpoint", "chat", "adapter", "tenants"}
+    assert wire == set(ModelCard.__struct_fields__) - {"source", "checkpoint", "weights", "chat", "adapter", "tenants"}
