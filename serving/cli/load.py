@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from model_parallel.errors import ConfigError
+from serving.cli.terminal import standard_output
 from serving.client.tls import CaFile, CertFile, KeyFile, client_tls
 from serving.config import load_test_secret
 
@@ -137,7 +137,7 @@ def _compare(first: Path, second: Path) -> None:
     from bench.loadtest.live import print_comparison
 
     rows = compare(read_result(first), read_result(second))
-    print_comparison(rows, (first.name, second.name), Console(highlight=False))
+    print_comparison(rows, (first.name, second.name), standard_output())
 
 
 def _join(flags: dict[str, Any]) -> int:
@@ -166,9 +166,7 @@ def _run(flags: dict[str, Any], given: dict[str, Any]) -> int:
         owns_targets=flags["yes_i_own_this"],
     )
     tls = client_tls(False, flags["ca"], flags["cert"], flags["key"])
-    return int(
-        asyncio.run(run_campaign(scenario_from(given), senders, tls, _wanted(flags, given), Console(highlight=False)))
-    )
+    return int(asyncio.run(run_campaign(scenario_from(given), senders, tls, _wanted(flags, given), standard_output())))
 
 
 def _wanted(flags: dict[str, Any], given: dict[str, Any]) -> "Wanted":

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
+from serving.cli.terminal import standard_output
 
 if TYPE_CHECKING:
     from bench.simulation.fleet import Fleet
@@ -40,7 +41,7 @@ def run(scenario: ScenarioFile, json_file: JsonFile = None) -> None:
     loaded = load_scenario(scenario)
     with _bars() as progress:
         summary, _ = simulate(loaded, on_progress=_bar_of(progress, loaded))
-    print_summary(summary, Console(highlight=False))
+    print_summary(summary, standard_output())
     if json_file is not None:
         write_json(summary, json_file)
 
@@ -75,7 +76,7 @@ def compare(
         raise ConfigError(f"variant {name!r}: {error}") from error
     finally:
         if found:
-            print_comparison(found, COMPARED, Console(highlight=False))
+            print_comparison(found, COMPARED, standard_output())
     if json_file is not None:
         write_json(found, json_file)
 
@@ -174,7 +175,7 @@ def capacity(
         answers = answer_all(questions, min(processes, read_machine().num_cpus), show)
     best = cheapest(answers)
     sizes = step_sizes_of(loaded.groups)
-    print_capacity(answers, best, f"{slo}: {loaded.groups.model}, {sizes}", Console(highlight=False))
+    print_capacity(answers, best, f"{slo}: {loaded.groups.model}, {sizes}", standard_output())
     if json_file is not None:
         asked = {"slo": slo, "model": loaded.groups.model, **sizes._asdict()}
         write_json({**asked, "answers": answers, "best": best and best["shape"]}, json_file)
@@ -225,7 +226,7 @@ def profiles() -> None:
     for name in shipped_profiles():
         file = read_profile(name)
         table.add_row(escape(name), str(type(file).__struct_config__.tag), escape(file.origin))
-    Console(highlight=False).print(table)
+    standard_output().print(table)
 
 
 def _bars() -> Progress:
@@ -311,7 +312,14 @@ def print_capacity(answers: list[dict[str, Any]], best: Mapping[str, Any] | None
         return
     names = [key for key in best["curve"][0] if key.endswith("_s") and "tokens" not in key]
     curve = Table(
-        "groups", "GPUs", "holds", *names, "lost", "busy", "cost / 1M tokens", title=escape(f"around {best['shape']}")
+        "groups",
+        "GPUs",
+        "holds",
+        *names,
+        "refused, failed",
+        "busy",
+        "cost / 1M tokens",
+        title=escape(f"around {best['shape']}"),
     )
     for row in best["curve"]:
         curve.add_row(
