@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from bench.simulation.capacity import parse_slo
+
 SIZE = (7.0, 3.2)
 
 
@@ -36,20 +38,19 @@ def over_time(data: Mapping[str, Any]) -> Figure:
 
 
 def curve(data: Mapping[str, Any]) -> Figure:
-    """Latency over the number of GPUs, for each shape that was tried."""
+    """What the service level is about over the number of GPUs, for each shape that was tried."""
     figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots(1, 2)
-    for found in data["answers"]:
-        rows = [row for row in found["curve"] if row["num_gpus"]]
-        names = [
-            name for name in (rows[0] if rows else {}) if name.startswith(("ttft", "tpot")) and name.endswith("_s")
-        ]
-        for axis, name in zip(axes, names, strict=False):
-            kept = [row for row in rows if row[name] is not None]  # null: too many did not get so far
-            axis.plot([row["num_gpus"] for row in kept], [row[name] for row in kept], marker="o", label=found["shape"])
-            axis.set_ylabel(f"{name.removesuffix('_s')} (s)")
-            axis.set_xlabel("GPUs")
-            axis.set_ylim(bottom=0)
+    bounds = parse_slo(data["slo"])
+    axes = figure.subplots(1, len(bounds), squeeze=False)[0]
+    for axis, bound in zip(axes, bounds, strict=True):
+        for found in data["answers"]:
+            rows = [row for row in found["curve"] if row[f"{bound.name}_s"] is not None]  # null: too many were lost
+            reached_s = [row[f"{bound.name}_s"] for row in rows]
+            axis.plot([row["num_gpus"] for row in rows], reached_s, marker="o", label=found["shape"])
+        axis.axhline(bound.seconds, linestyle=":", color="black", label="service level")
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{bound.name} (s)")
+        axis.set_xlabel("GPUs")
     axes[0].legend(fontsize="small")
     return figure
 
