@@ -60,6 +60,8 @@ def test_without_a_compiler_and_what_it_made_ranks_exchange_through_gloo(
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("PACKTRAIN_CACHE", str(cache))
     monkeypatch.setattr("model_parallel.native.shutil.which", lambda name: None)
+    # In /tmp there may be what somebody compiled whose cache could not be written.
+    monkeypatch.setattr("model_parallel.native.private_directories", lambda *, create: iter(()))
     executor = SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
     assert [record.getMessage() for record in caplog.records] == [
         "ranks will exchange through Gloo, which is slower than shared memory: g++ is not installed, and nothing compiled "
