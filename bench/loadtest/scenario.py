@@ -4,7 +4,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bench.loadtest.targets import Target, parse_target
 from model_parallel.errors import ConfigError
@@ -153,12 +162,23 @@ class Trace(Part):
 Work = Annotated[Synthetic | JsonLines | ShareGpt | Trace, Field(discriminator="kind")]
 
 
+def _is_no_fraction_of_nothing(rate: float) -> float:
+    if 0 < rate < MIN_RATE:
+        raise ValueError(f"a rate must be 0, or {MIN_RATE:g} at least")
+    return rate
+
+
+MIN_RATE = 1e-9
+"""One request in thirty years. The square of a rate is computed with."""
+Rate = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_is_no_fraction_of_nothing)]
+
+
 class Stage(Part):
     """A stretch of time in which the rate goes straight from one value to another."""
 
     duration_s: float = Field(gt=0, le=MAX_DURATION_S)
-    start: float = Field(ge=0, le=1e6, description="Requests a second, or users, when it begins.")
-    end: float | None = Field(None, ge=0, le=1e6, description="When it ends; unset, the same.")
+    start: Rate = Field(description="Requests a second, or users, when it begins.")
+    end: Rate | None = Field(None, description="When it ends; unset, the same.")
 
 
 class Bursts(Part):
@@ -187,7 +207,7 @@ class OpenLoop(Part):
     """Requests arrive whatever becomes of those before."""
 
     process: Literal["constant", "poisson", "gamma"]
-    rate: float = Field(1.0, gt=0, le=1e6, description="Requests (sessions, with turns) a second on average.")
+    rate: float = Field(1.0, ge=MIN_RATE, le=1e6, description="Requests (sessions, with turns) a second on average.")
     burstiness: float = Field(
         1.0, ge=0.01, le=1000, description="Of gamma: 1 is Poisson; below it come bursts, above it is more even."
     )

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from scipy import integrate
 from scipy import stats as scipy_stats
 
 from bench.loadtest.curves import Curve, arrival_times, of_stages, rate_curve
-from bench.loadtest.scenario import OpenLoop, Stage
+from bench.loadtest.scenario import MIN_RATE, OpenLoop, Stage
 
-RATES = st.floats(0.0, 50.0)
+RATES = st.floats(MIN_RATE, 50.0) | st.just(0.0)
 STAGES = st.lists(st.builds(Stage, duration_s=st.floats(0.1, 30), start=RATES, end=RATES), min_size=1, max_size=6)
 
 
@@ -91,3 +92,11 @@ def test_a_day_swings_around_its_mean_and_peaks_where_asked() -> None:
 
 def test_a_rate_that_has_gone_to_nothing_brings_nothing_more() -> None:
     assert math.isinf(Curve([(0.0, 1.0), (1.0, 1.0), (1.0, 0.0)]).reaches(2.0))
+
+
+@pytest.mark.parametrize("rate", [1e-10, 1.5e-253, 5e-324])
+def test_a_rate_that_is_next_to_nothing_is_refused(rate: float) -> None:
+    with pytest.raises(ValidationError, match="a rate must be 0, or 1e-09 at least"):
+        Stage(duration_s=1.0, start=rate)
+    with pytest.raises(ValidationError, match="greater than or equal to 0.000000001"):
+        arrivals(rate=rate)
