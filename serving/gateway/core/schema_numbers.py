@@ -74,7 +74,7 @@ def excluded_bounds(parts: Sequence[dict[str, Any]]) -> frozenset[tuple[str, flo
 def tighten(field: str, part: dict[str, Any], excluded: frozenset[tuple[str, float]]) -> None:
     """Change the bounds of a part into those that the compiler can hold to. `excluded`: excluded_bounds of the whole schema.
 
-    None allows what the schema does not. Of what it does they leave out only what lies between a bound and the next float64, or
+    None allows what the schema does not. Of what it does they leave out only what lies between a bound and the next float64s, or
     within 15 digits of one that is excluded; and whole numbers beyond an int64. Raises ValidationError for bounds out of reach.
     """
     for sign, (inclusive, exclusive) in ((1, _LOWER), (-1, _UPPER)):
@@ -105,6 +105,10 @@ def _tighten(field: str, part: dict[str, Any], key: str, inclusive: str, sign: i
         nearest = _just_above(int(bound))
     if not nearest.is_integer() and sign * _as_read(sign * nearest) < nearest:
         nearest = math.nextafter(nearest, math.inf)
+    if abs(bound) >= _MOST_EXACT and not _is_whole(part):
+        # Of a number that may have a fraction the compiler writes the shortest digits, and zeros after them.
+        while (written := Decimal(repr(nearest))) < bound or (written == bound and key != inclusive):
+            nearest = math.nextafter(nearest, math.inf)
     tightest = sign * nearest
     if tightest != given:
         del part[key]

@@ -82,6 +82,23 @@ def spelt(number: Decimal, *, whole: bool) -> str:
     return with_digits.partition(".")[0] if whole else with_digits
 
 
+@pytest.mark.parametrize("bound", [2**53, 2**55, 2**60, 2**60 + 1, 2**61 + 512, 4142516628211395584, 10**17, 10**18])
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bounds_of_many_digits_are_not_rounded_outwards(bound: int, key: str, sign: int) -> None:
+    """The compiler writes 1152921504606847000 for 2^60 where fractions are allowed."""
+    given = sign * bound
+    try:
+        grammar = compiled({"type": "number", key: given})
+    except GrammarError:
+        return  # numbers beyond what it can spell
+    judge = jsonschema.Draft202012Validator({"type": "number", key: given})
+    steps = [Decimal(step) for step in ("0", "0.1", "1.1", "2", "5", "23", "100", "511", "513", "5000")]
+    for number in [given + each * step for step in steps for each in (1, -1)]:
+        if allows(grammar, f"{number:f}"):
+            assert judge.is_valid(Fraction(number)), number
+
+
 @given(st.sampled_from(["number", "integer"]), PARTS, st.just({}) | PARTS, st.booleans())
 def test_no_number_beyond_a_bound_is_allowed(
     kind: str, part: dict[str, Any], other: dict[str, Any], is_apart: bool

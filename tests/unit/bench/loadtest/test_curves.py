@@ -98,5 +98,5 @@ def test_a_rate_that_has_gone_to_nothing_brings_nothing_more() -> None:
 def test_a_rate_that_is_next_to_nothing_is_refused(rate: float) -> None:
     with pytest.raises(ValidationError, match="a rate must be 0, or 1e-09 at least"):
         Stage(duration_s=1.0, start=rate)
-    with pytest.raises(ValidationError, match="greater than or equal to 0.000000001"):
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0\.000000001"):
         arrivals(rate=rate)
