@@ -36,19 +36,19 @@ def check_exact(field: str, value: Any) -> None:
 
 def _is_kept(number: float) -> bool:
     """Whether the compiler writes these digits: of an int64 all, where it is a float64 as well, else the float64's shortest."""
-    if isinstance(number, float) and not number.is_integer():
+    if isinstance(number, float) and abs(number) < 2**63:
         return _as_read(number) == number
     if abs(number) >= 2**63:
         return abs(number) <= sys.float_info.max and int(Decimal(repr(float(number)))) == number
     return float(number) == number
 
 
-def _as_read(fraction: float) -> float:
+def _as_read(number: float) -> float:
     """By the compiler, which is exact up to 15 digits, and otherwise may err in the last."""
-    _, digits, exponent = Decimal(repr(fraction)).as_tuple()
-    assert isinstance(exponent, int)  # a fraction is finite
+    _, digits, exponent = Decimal(repr(number)).as_tuple()
+    assert isinstance(exponent, int)  # it is finite
     whole, power = float("".join(map(str, digits))), float(f"1e{abs(exponent)}")
-    return math.copysign(whole * power if exponent >= 0 else whole / power, fraction)
+    return math.copysign(whole * power if exponent >= 0 else whole / power, number)
 
 
 def separate_exclusions(part: dict[str, Any]) -> None:
