@@ -29,18 +29,24 @@ def chart_defaults() -> dict[str, Any]:
     return values
 
 
-def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Value files as helm merges them, the second over the first: mappings by key, everything else is replaced."""
+def merged(first: Mapping[str, Any], second: Mapping[str, Any], *, null_removes: bool = False) -> dict[str, Any]:
+    """Values as helm merges them, the second over the first: mappings by key, everything else is replaced. A null of a file stays
+    until the files meet the chart's own values, of which it takes one away (`null_removes`)."""
     result = dict(first)
     for key, value in second.items():
         old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if null_removes and value is None and old is not None:
+            del result[key]
+        elif isinstance(old, dict) and isinstance(value, dict):
+            result[key] = merged(old, value, null_removes=null_removes)
+        else:
+            result[key] = value
     return result
 
 
 def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chart's templates see. null takes a value of the chart's away."""
-    return _over(chart_defaults(), _with_text_keys(given))
+    """What the chart's templates see."""
+    return merged(chart_defaults(), _with_text_keys(given), null_removes=True)
 
 
 def _with_text_keys(value: Any) -> Any:
@@ -53,16 +59,6 @@ def _with_text_keys(value: Any) -> Any:
             for key, item in value.items()
         }
     return value
-
-
-def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    result = {key: value for key, value in defaults.items() if key not in given}
-    for key, value in given.items():
-        old = defaults.get(key)
-        if value is None and old is not None:
-            continue
-        result[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def charts_own() -> Iterator[tuple[str, str]]:

@@ -89,7 +89,7 @@ def prepare_environment(*, joins: bool = False, environment: MutableMapping[str,
 
 
 def _remove_what_breaks_imports(environment: MutableMapping[str, str]) -> list[str]:
-    """Warnings of libraries as errors, and log settings that torch may not know, end whoever imports Ray Serve or torch."""
+    """Ray Serve cannot be imported while warnings are errors, nor torch with log settings that it does not know."""
     broken = {"TORCH_LOGS"} & environment.keys()
     if "error" in environment.get("PYTHONWARNINGS", ""):
         broken.add("PYTHONWARNINGS")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
@@ -65,6 +65,18 @@ import {other}
 """
 
 
+def _write_modules(directory: Path, monkeypatch: pytest.MonkeyPatch, *, noted: str) -> ModuleType:
+    """Two modules that import each other, of which `noted` is in the note. Returns the gate at which the first one waits."""
+    (directory / "spare_test_gate.py").write_text(GATE)
+    (directory / "spare_test_one.py").write_text(WAITS.format(patience_s=PATIENCE_S, other="spare_test_two"))
+    (directory / "spare_test_two.py").write_text("import spare_test_one\nsaw = dir(spare_test_one)\n")
+    (directory / "note").write_text(noted)
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
+    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
+    return importlib.import_module("spare_test_gate")
+
+
 def _import_noted(note: Path) -> threading.Thread:
     thread = threading.Thread(target=spare_imports.import_when_noted, args=(note,))
     thread.start()
@@ -72,14 +84,7 @@ def _import_noted(note: Path) -> threading.Thread:
 
 
 async def test_nobody_else_imports_while_a_spare_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "spare_test_gate.py").write_text(GATE)
-    (tmp_path / "spare_test_one.py").write_text(WAITS.format(patience_s=PATIENCE_S, other="spare_test_two"))
-    (tmp_path / "spare_test_two.py").write_text("import spare_test_one\nsaw = dir(spare_test_one)\n")
-    (tmp_path / "note").write_text("spare_test_one")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
-    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
-    gate = importlib.import_module("spare_test_gate")
+    gate = _write_modules(tmp_path, monkeypatch, noted="spare_test_one")
     spare = _import_noted(tmp_path / "note")
     await until(gate.begun.is_set)
     user = threading.Thread(target=importlib.import_module, args=("spare_test_two",))
@@ -96,14 +101,7 @@ async def test_a_spare_process_imports_nothing_in_the_middle_of_another_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two would wait for each other: the spare's module is imported by what is imported already."""
-    (tmp_path / "spare_test_gate.py").write_text(GATE)
-    (tmp_path / "spare_test_one.py").write_text(WAITS.format(patience_s=PATIENCE_S, other="spare_test_two"))
-    (tmp_path / "spare_test_two.py").write_text("import spare_test_one\n")
-    (tmp_path / "note").write_text("spare_test_two")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(spare_imports, "is_unused", lambda: True)
-    monkeypatch.setattr(spare_imports, "LOOK_PERIOD_S", 0.01)
-    gate = importlib.import_module("spare_test_gate")
+    gate = _write_modules(tmp_path, monkeypatch, noted="spare_test_two")
     user = threading.Thread(target=importlib.import_module, args=("spare_test_one",))
     user.start()
     await until(gate.begun.is_set)
