@@ -157,9 +157,7 @@ class AdminConfig(_Section):
     """What operators reach: packtrain.v1.Admin and /metrics, on ports of their own."""
 
     host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
-    port: int | None = Field(
-        50052, ge=0, le=65535, description="Of packtrain.v1.Admin; needs tenancy. null turns it off."
-    )
+    port: int | None = Field(50052, ge=0, le=65535, description="Of packtrain.v1.Admin. null turns it off.")
     metrics_port: int | None = Field(9464, ge=0, le=65535, description="Of Prometheus metrics. null turns them off.")
 
 

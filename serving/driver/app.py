@@ -42,6 +42,7 @@ from serving.driver import applications, joined
 from serving.driver.applications import STOP_TIMEOUT_S
 from serving.driver.caretaker import Caretaker
 from serving.driver.environment import CLUSTER_VARIABLES, PROCESS_TIMEOUT_S, cluster_environment
+from serving.driver.held_ports import HeldPorts
 from serving.driver.nodes import NodeFollower
 from serving.driver.operations import ClusterOperations, finish_interrupted, run_autoscaler
 from serving.driver.preflight import Preflight, begin
@@ -77,6 +78,7 @@ class RunningApp:
     admin: AdminThread | None
     operations: ClusterOperations
     caretaker: Caretaker
+    ports: HeldPorts
     nodes: NodeFollower | None = None
     """Of a cluster that was joined."""
     metrics_port: int | None = None
@@ -118,6 +120,12 @@ class RunningApp:
 
     def stop(self) -> None:
         """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
+        try:
+            self._stop()
+        finally:
+            self.ports.close()
+
+    def _stop(self) -> None:
         self.caretaker.close()
         self.operations.close()
         if self.nodes is not None:
@@ -225,6 +233,7 @@ def _start(
         admin=admin,
         operations=operations,
         caretaker=Caretaker(operations.revive_autoscaler),
+        ports=preflight.take_ports(),
         # From none on: a command that takes over does not know how many there are.
         nodes=NodeFollower(0 if config.ray.num_gateways is None else None) if guard is None else None,
         metrics_port=metrics_port,

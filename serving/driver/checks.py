@@ -59,15 +59,18 @@ class Listener:
 
 
 def listeners(config: ServingConfig) -> list[Listener]:
-    """Every port that this configuration opens, in the order in which they are told."""
+    """Every port that this configuration opens on this machine, in the order in which they are told. The gateways of a cluster
+    that is joined run on other machines."""
     gateway, admin = config.gateway, config.admin
-    found = [Listener(setting="gateway.port", flag="--port", host=gateway.host, port=gateway.port)]
-    if gateway.http_port is not None:
-        found.append(
-            Listener(setting="gateway.http_port", flag="--http-port", host=gateway.host, port=gateway.http_port)
-        )
-    if admin.metrics_port is not None:
-        found.append(_operators(admin, "metrics_port", "--metrics-port", admin.metrics_port))
+    found = []
+    if config.ray.address is None:
+        found.append(Listener(setting="gateway.port", flag="--port", host=gateway.host, port=gateway.port))
+        if gateway.http_port is not None:
+            found.append(
+                Listener(setting="gateway.http_port", flag="--http-port", host=gateway.host, port=gateway.http_port)
+            )
+        if admin.metrics_port is not None:
+            found.append(_operators(admin, "metrics_port", "--metrics-port", admin.metrics_port))
     if admin.port is not None and config.serves_admin:
         found.append(_operators(admin, "port", "--admin-port", admin.port))
     return found

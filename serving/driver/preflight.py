@@ -19,6 +19,7 @@ from serving.driver.checks import (
     check_ports,
 )
 from serving.driver.environment import cluster_parent
+from serving.driver.held_ports import HeldPorts
 from serving.gateway.core.resume_tokens import load_key
 from serving.gateway.http.listener import make_room
 from serving.gateway.server import check_admin_listening, check_listening, check_protobuf
@@ -44,6 +45,7 @@ class Preflight:
     notes: list[str] = field(default_factory=list)
     """What was chosen, for the terminal."""
     warnings: list[str] = field(default_factory=list)
+    ports: HeldPorts = field(default_factory=HeldPorts)
     _checks: "list[subprocess.Popen[str]]" = field(default_factory=list)
     _compilation: "subprocess.Popen[bytes] | None" = None
 
@@ -62,8 +64,14 @@ class Preflight:
             self.close()
             raise StartRefusedError(problems)
 
+    def take_ports(self) -> HeldPorts:
+        """For a stack that has started, which closes them when it has stopped."""
+        taken, self.ports = self.ports, HeldPorts()
+        return taken
+
     def close(self) -> None:
-        """End what runs beside. Compilation that nobody waits for is ended too; ranks would begin anew."""
+        """Free the ports; end what runs beside. Compilation that nobody waits for is ended too; ranks would begin anew."""
+        self.ports.close()
         self._end_checks()
         if self._compilation is not None:
             self._compilation.terminate()
@@ -112,13 +120,23 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
         load_tls(config.gateway.tls)
     if config.gateway.resume_key_file is not None:
         load_key(config.gateway.resume_key_file)
-    notes: list[str] = []
-    if not joins:  # the gateways of another cluster listen on other machines
+    if not joins:  # the gateways of another cluster run on other machines
         make_room(config.gateway)
         check_file_size()
-        config, notes, problems = check_ports(config)
-        if problems:
-            raise StartRefusedError(problems)
+    ports = HeldPorts()
+    try:
+        return _begin_holding(ports, config, host)
+    except BaseException:
+        ports.close()
+        raise
+
+
+def _begin_holding(ports: HeldPorts, config: ServingConfig, host: Host | None) -> Preflight:
+    """What follows when all that the configuration names is well."""
+    joins = config.ray.address is not None
+    config, notes, problems = check_ports(config, ports.hold)
+    if problems:
+        raise StartRefusedError(problems)
     parent = None if joins else cluster_parent()
     warnings = [warning for warning in (check_cache(),) if warning]
     specs: list[GroupSpec] = []
@@ -137,6 +155,7 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
         parent=parent,
         notes=notes,
         warnings=warnings,
+        ports=ports,
         _checks=checks,
         _compilation=_begin_compilation() if any(spec.parallel.device == "cpu" for spec in specs) else None,
     )

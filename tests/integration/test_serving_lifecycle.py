@@ -51,6 +51,7 @@ class Served:
             if found := re.search(r"at (127\.0\.0\.1:\d+)", line):
                 self.address = found[1]
                 return
+        self.process.communicate(timeout=PATIENCE_S)  # or the tests that follow are told of it
         raise AssertionError(f"packtrain serve ended:\n{self.output}")
 
     @property
