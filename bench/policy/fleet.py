@@ -9,15 +9,14 @@ import heapq
 import itertools
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.policy import GroupLoad, GroupObservation, Phase, StepLine
+from model_parallel.engine.answer_lengths import AnswerLengths
 
 MAX_CHUNK = 512
 """Prompt tokens of one step."""
-MEMORY_OF_ENDED = 0.99
-"""What the last ended sequence counts less than the next."""
-
 
 _LINE = StepLine(base_s=0.040, sequence_s=0.0004, prompt_token_s=0.00012)
 
@@ -78,7 +77,7 @@ class Group:
     prefilling: Request | None = None
     prompt_left: float = 0.0
     kv_tokens: float = 0.0
-    mean_output: float | None = None
+    lengths: AnswerLengths = field(default_factory=AnswerLengths)
     num_open: int = 0
     """Requests that it has and that have not ended."""
     step_s: float = 0.0
@@ -112,16 +111,17 @@ class Group:
         """End and begin what is due now."""
         decoding = self.decoding
         while decoding and decoding[0][0] <= self.tokens + 1e-6:
-            request = heapq.heappop(decoding)[2]
+            _, number, request = heapq.heappop(decoding)
             request.ended_s = self.now_s
             self.kv_tokens -= _held(request)
             self.num_open -= 1
-            mean = request.num_output if self.mean_output is None else self.mean_output
-            self.mean_output = MEMORY_OF_ENDED * mean + (1 - MEMORY_OF_ENDED) * request.num_output
+            self.lengths.end(number, request.num_output, is_whole=True)
         if self.prefilling and self.prompt_left <= 1e-3:
             request = self.prefilling
             request.first_s = self.now_s + self.step_s / 2  # its last chunk shares a step with others
-            heapq.heappush(decoding, (self.tokens + request.num_output, next(_number), request))
+            number = next(_number)
+            heapq.heappush(decoding, (self.tokens + request.num_output, number, request))
+            self.lengths.begin(number, self._tokens_since(self.tokens))
             self.prefilling = None
         if self.prefilling is None and self.waiting and len(decoding) < self.model.max_num_seqs:
             request = self.waiting[0]
@@ -158,6 +158,9 @@ class Group:
         self.num_open = 0
         self.prefilling = None
 
+    def _tokens_since(self, began: float) -> Callable[[], int]:
+        return lambda: int(self.tokens - began)
+
     def observe(self) -> GroupObservation:
         """As an autoscaler sees it."""
         load = None
@@ -171,7 +174,8 @@ class Group:
                 max_num_seqs=self.model.max_num_seqs + 1,  # one more is in prefill
                 kv_cache_tokens=self.model.kv_cache_tokens,
                 line=self.model.line,
-                mean_output_tokens=self.mean_output,
+                mean_output_tokens=self.lengths.mean(),
+                num_ended_answers=self.lengths.num_ended,
             )
         is_up = self.phase is not Phase.STARTING
         return GroupObservation(

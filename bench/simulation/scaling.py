@@ -94,9 +94,9 @@ class PolicyController:
         if phase is Phase.STARTING:
             return GroupObservation(group=member.name, phase=phase, since_s=since_s)
         stats = member.group.engine.stats
-        num_ended = stats.num_finished_stop + stats.num_finished_length
-        mean_output = stats.num_generation_tokens / num_ended if num_ended else None
-        prompts = max(1, num_ended + stats.num_running)
+        lengths = member.group.engine.answer_lengths
+        mean_output = lengths.mean()
+        prompts = max(1, stats.num_finished_stop + stats.num_finished_length + stats.num_running)
         context = stats.num_prompt_tokens / prompts + (mean_output or 0.0) / 2
         load = GroupLoad(
             measured_s=fleet.clock.now_s,
@@ -106,8 +106,9 @@ class PolicyController:
             kv_usage=stats.kv_usage,
             max_num_seqs=shape.scheduler.max_num_seqs,
             kv_cache_tokens=shape.cache.num_tokens,
-            line=step_line(shape, context) if num_ended else None,
+            line=None if mean_output is None else step_line(shape, context),
             mean_output_tokens=mean_output,
+            num_ended_answers=lengths.num_ended,
             cached_share=stats.num_prefix_hit_tokens / max(1, stats.num_prefix_query_tokens),
         )
         start_s = None if member.start_ticks is None else member.start_ticks * TICK_S

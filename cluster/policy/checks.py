@@ -24,6 +24,8 @@ def group_problem(group: GroupObservation, now_s: float, stale_after_s: float) -
     for name, share in shares.items():
         if not 0 <= share <= 1:
             return f"group {group.group}: {name} is {share}"
+    if load.num_ended_answers < 0:
+        return f"group {group.group}: num_ended_answers is {load.num_ended_answers}"
     if load.mean_output_tokens is not None and not 0 <= load.mean_output_tokens < math.inf:
         return f"group {group.group}: mean_output_tokens is {load.mean_output_tokens}"
     if load.line is not None and not is_line(load.line):

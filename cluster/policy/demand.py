@@ -13,6 +13,8 @@ from cluster.policy.state import Block, GroupTraits, ModelState, Sample, Seen
 
 MAX_SAMPLES = 240
 MAX_START_TIMES = 5
+ENOUGH_ANSWERS = 100
+"""Whose mean length is as good as any."""
 LEAST_SHRINK_AFTER_S = 30.0
 PROOF = 2.5
 """Standard errors by which something must stand out before it counts. It is looked for at every tick, in several windows, and by
@@ -100,19 +102,36 @@ def _merged(one: Sample, other: Sample) -> Sample:
 
 def traits_of(groups: Sequence[GroupLoad], before: GroupTraits | None) -> GroupTraits | None:
     """The median group of those that have measured something; what was known before when none has."""
-    measured = [load for load in groups if load.line is not None and load.mean_output_tokens is not None]
+    measured = [
+        load
+        for load in groups
+        if load.line is not None and load.mean_output_tokens is not None and load.num_ended_answers > 0
+    ]
     if not measured:
         return before
     middle = sorted(measured, key=_nominal_step_s)[len(measured) // 2]
-    if middle.line is None or middle.mean_output_tokens is None:
+    if middle.line is None:
         raise AssertionError("only measured groups were chosen")
+    mean_output, num_ended = _mean_answer(measured, before)
     return GroupTraits(
         line=middle.line,
-        mean_output_tokens=math.fsum(load.mean_output_tokens or 0.0 for load in measured) / len(measured),
+        mean_output_tokens=mean_output,
+        num_ended_answers=num_ended,
         cached_share=math.fsum(load.cached_share for load in measured) / len(measured),
         max_num_seqs=middle.max_num_seqs,
         kv_cache_tokens=middle.kv_cache_tokens,
     )
+
+
+def _mean_answer(measured: Sequence[GroupLoad], before: GroupTraits | None) -> tuple[float, int]:
+    """(tokens, the number of answers that this is known from). Each group counts by what it has seen. While that is little, as
+    when the first group has just started again, what was known before makes up the rest."""
+    num_seen = sum(load.num_ended_answers for load in measured)
+    num_tokens = math.fsum((load.mean_output_tokens or 0.0) * load.num_ended_answers for load in measured)
+    num_before = 0 if before is None else max(0, min(before.num_ended_answers, ENOUGH_ANSWERS) - num_seen)
+    if before is not None:
+        num_tokens += num_before * before.mean_output_tokens
+    return num_tokens / (num_seen + num_before), num_seen + num_before
 
 
 def _nominal_step_s(load: GroupLoad) -> float:

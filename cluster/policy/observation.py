@@ -45,7 +45,9 @@ class GroupLoad(msgspec.Struct, frozen=True, kw_only=True):
     line: StepLine | None = None
     """None before enough was measured."""
     mean_output_tokens: float | None = None
-    """Of sequences that ended lately; None before one has."""
+    """Of a whole answer; None before one has ended."""
+    num_ended_answers: int = 1
+    """That the mean is known from: so much it counts beside those of other groups."""
     cached_share: float = 0.0
     """Share of prompt tokens that the prefix cache holds, 0 to 1. Those cost nothing."""
 

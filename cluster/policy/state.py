@@ -52,6 +52,8 @@ class GroupTraits(msgspec.Struct, frozen=True, kw_only=True):
 
     line: StepLine
     mean_output_tokens: float
+    num_ended_answers: int = 0
+    """That the mean is known from."""
     cached_share: float
     max_num_seqs: int
     kv_cache_tokens: int

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from model_parallel.engine.adapters import AdapterState
+from model_parallel.engine.answer_lengths import AnswerLengths
 from model_parallel.engine.executor import Executor
 from model_parallel.engine.messages import StepPlan
 from model_parallel.engine.request import AdapterRef, EngineOutput, EngineRequest, FinishReason
@@ -73,6 +74,10 @@ class Engine:
     @property
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats
+
+    @property
+    def answer_lengths(self) -> AnswerLengths:
+        return self._scheduler.answer_lengths
 
     def add(self, *requests: EngineRequest) -> None:
         """Accept the choices of one client request, all or none. Raises RequestError when they are refused, GroupFailedError

@@ -10,6 +10,7 @@ import msgspec
 
 from model_parallel.config import AdapterConfig, CacheConfig, DraftConfig, SchedulerConfig
 from model_parallel.engine.adapters import AdapterPool
+from model_parallel.engine.answer_lengths import AnswerLengths
 from model_parallel.engine.drafting import Drafting, make_drafter
 from model_parallel.engine.fair_queue import FairQueue
 from model_parallel.engine.grammars import GrammarTable
@@ -125,6 +126,7 @@ class Scheduler:
         self._deadlines = Deadlines()
         self._pace = Pace()
         self._totals = Totals()
+        self.answer_lengths = AnswerLengths()
         drafter = drafter or make_drafter(config.speculation, draft)
         self._drafting = Drafting(drafter, self._kv, self._totals, max_num_seqs=config.max_num_seqs)
 
@@ -500,6 +502,8 @@ class Scheduler:
         if not sequence.was_admitted:
             sequence.was_admitted = True
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            if not sequence.request.output_token_ids:  # one that another group began is one of the longer ones
+                self.answer_lengths.begin(sequence.seq_id, lambda: sequence.num_output_tokens)
             self._totals.num_prompt_tokens += sequence.num_prompt_tokens
             self._totals.num_prefix_query_tokens += sequence.num_tokens
             self._totals.num_prefix_hit_tokens += num_cached
@@ -594,8 +598,7 @@ class Scheduler:
 
     def _update_sequence(self, sequence: Sequence, row: Row, result: RowResult, *, step_id: int, now_s: float) -> None:
         if result.error_kind == "constraint_error":
-            num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
-            error = f"after {num_output} tokens the grammar allows no token, or is too complex to tell"
+            error = f"after {sequence.num_output_tokens} tokens the grammar allows no token, or is too complex to tell"
             self._end(sequence, FinishReason.ERROR, error=error, error_kind=result.error_kind)
             return
         if result.error_kind:
@@ -708,8 +711,10 @@ class Scheduler:
         self._totals.count_finished(reason)
         now_s = self._clock()
         if sequence.started_s is not None and reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
-            num_output = len(sequence.token_ids) - sequence.num_prompt_tokens - len(sequence.request.output_token_ids)
-            self._pace.record_end(num_output)
+            self._pace.record_end(sequence.num_output_tokens - len(sequence.request.output_token_ids))
+        # Who cancels has what he wanted, or has found a stop text.
+        is_whole = reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED)
+        self.answer_lengths.end(sequence.seq_id, sequence.num_output_tokens, is_whole=is_whole)
         timings = sequence.timings(now_s)
         last = msgspec.structs.replace(
             output,

@@ -68,6 +68,11 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
+    def num_output_tokens(self) -> int:
+        """Known ones, of this group and of those that had the request before."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens still to be planned. Never counts a pending last token: nothing follows it."""
         return 0 if self.num_pending and self.has_all_output else self.num_tokens - self.num_computed

@@ -228,7 +228,9 @@ class ReplicaGroup:
         """(the group's id, GroupLoad, its Departure) for the autoscaler (msgpack); without the load when the group is lost."""
         load = None
         if self._executor.health.problem() is None:
-            load = self._load_meter.load(self._engine.stats, list(self._timed.samples.copy()))
+            load = self._load_meter.load(
+                self._engine.stats, self._engine.answer_lengths, list(self._timed.samples.copy())
+            )
         return self._encode((self._engine_id, load, self._departure()))
 
     async def steps(self) -> bytes:

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from cluster.policy import GroupLoad
 from cluster.policy.step_line import fit_step_line
 from model_parallel.config import CacheConfig, SchedulerConfig
+from model_parallel.engine.answer_lengths import ENOUGH_ENDED, AnswerLengths
 from model_parallel.engine.stats import SchedulerStats
 from model_parallel.engine.step_times import StepSample
 
 MAX_STEPS = 512
 """The last ones, which the line of step times is fitted to."""
-ENOUGH_ENDED = 100
-"""Sequences, whose mean length says what the next ones will be like."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Totals:
     num_ended: int
-    num_generated: int
     num_looked_up: int
     num_found: int
 
@@ -31,14 +29,13 @@ class LoadMeter:
     def __init__(self, scheduler: SchedulerConfig, cache: CacheConfig, clock: Callable[[], float] = time.time) -> None:
         self._max_num_seqs, self._kv_cache_tokens = scheduler.max_num_seqs, cache.num_tokens
         self._clock = clock
-        self._totals: deque[_Totals] = deque([_Totals(0, 0, 0, 0)])
+        self._totals: deque[_Totals] = deque([_Totals(0, 0, 0)])
         """Oldest first: the last ENOUGH_ENDED sequences have ended since the first, or all there were."""
 
-    def load(self, stats: SchedulerStats, samples: Sequence[StepSample]) -> GroupLoad:
-        """From the scheduler's numbers and the last steps."""
+    def load(self, stats: SchedulerStats, lengths: AnswerLengths, samples: Sequence[StepSample]) -> GroupLoad:
+        """From the scheduler's numbers, its answers and the last steps."""
         now = _Totals(
             num_ended=stats.num_finished_stop + stats.num_finished_length,
-            num_generated=stats.num_generation_tokens,
             num_looked_up=stats.num_prefix_query_tokens,
             num_found=stats.num_prefix_hit_tokens,
         )
@@ -47,7 +44,7 @@ class LoadMeter:
         first = self._totals[0]
         if now.num_ended > self._totals[-1].num_ended:
             self._totals.append(now)
-        num_ended, num_looked_up = now.num_ended - first.num_ended, now.num_looked_up - first.num_looked_up
+        num_looked_up = now.num_looked_up - first.num_looked_up
         steps = [(s.work.num_decodes, s.work.num_tokens - s.work.num_decodes, s.seconds) for s in samples[-MAX_STEPS:]]
         return GroupLoad(
             measured_s=self._clock(),
@@ -58,6 +55,7 @@ class LoadMeter:
             max_num_seqs=self._max_num_seqs,
             kv_cache_tokens=self._kv_cache_tokens,
             line=fit_step_line(steps),
-            mean_output_tokens=(now.num_generated - first.num_generated) / num_ended if num_ended else None,
+            mean_output_tokens=lengths.mean(),
+            num_ended_answers=lengths.num_ended,
             cached_share=(now.num_found - first.num_found) / num_looked_up if num_looked_up else 0.0,
         )

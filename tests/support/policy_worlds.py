@@ -243,6 +243,7 @@ BAD_LOADS: tuple[dict[str, object], ...] = (
     {"num_running": 10**9},
     {"num_waiting_tokens": -3},
     {"mean_output_tokens": math.inf},
+    {"num_ended_answers": -1},
     {"line": StepLine(base_s=math.nan, sequence_s=0.0, prompt_token_s=0.0)},
     {"line": StepLine(base_s=0.0, sequence_s=0.0, prompt_token_s=0.0)},
     {"line": StepLine(base_s=-1.0, sequence_s=0.1, prompt_token_s=0.0)},

@@ -8,9 +8,10 @@ import pytest
 
 from cluster.policy.capacity import Capacity, capacity_of
 from cluster.policy.config import ModelPolicy
-from cluster.policy.demand import MAX_BLOCKS, MAX_WANDER, forecast, remember, remember_block
-from cluster.policy.observation import StepLine
+from cluster.policy.demand import ENOUGH_ANSWERS, MAX_BLOCKS, MAX_WANDER, forecast, remember, remember_block, traits_of
+from cluster.policy.observation import GroupLoad, StepLine
 from cluster.policy.state import Block, GroupTraits, Sample
+from tests.support.policy_worlds import group_load
 
 PERIOD_S, START_S = 5.0, 90.0
 HOUR_S = 3600.0
@@ -101,3 +102,29 @@ def test_a_fall_is_seen_while_the_high_demand_is_still_remembered(seed: int) -> 
     demand = forecast(samples, blocks, START_S, capacity(), fell_s + 90)
     price_s = capacity().service_s
     assert 0.7 * 8 * price_s <= demand.now <= 1.5 * 8 * price_s
+
+
+def _group(mean: float, num_ended: int) -> GroupLoad:
+    return group_load(0.0, mean_output_tokens=mean, num_ended_answers=num_ended)
+
+
+def test_a_group_counts_by_the_answers_that_it_has_seen() -> None:
+    """A group that has just started has seen the short answers end, and lowered the mean of all."""
+    traits = traits_of([_group(600, 90), _group(100, 10)], None)
+    assert traits is not None
+    assert (traits.mean_output_tokens, traits.num_ended_answers) == (550, 100)
+
+
+def test_what_was_known_makes_up_for_what_has_not_been_seen() -> None:
+    """A model that slept wakes up, and its first answer to end is a short one."""
+    before = traits_of([_group(600, 400)], None)
+    first = traits_of([_group(100, 1)], before)
+    assert first is not None and first.mean_output_tokens == pytest.approx(595)
+    later = traits_of([_group(100, ENOUGH_ANSWERS)], first)
+    assert later is not None and later.mean_output_tokens == 100
+
+
+def test_what_little_was_known_at_first_does_not_outweigh_what_is_known_later() -> None:
+    first = traits_of([_group(200, 2)], None)
+    later = traits_of([_group(300, 4)], first)
+    assert later is not None and (later.mean_output_tokens, later.num_ended_answers) == (300, 4)
