@@ -213,8 +213,8 @@ class AutoscalingConfig(_Section):
     shrink_after_s: float | None = Field(
         None,
         gt=0,
-        description="How long fewer groups must have been enough before some are stopped; the measured start time, and 30 s at "
-        "least, when unset.",
+        description="How long fewer groups must have been enough before some are stopped; half of the measured start time, and "
+        "30 s at least, when unset.",
     )
     cooldown_s: float = Field(30.0, gt=0, description="The number changes its direction at most once in this time.")
     idle_s: float = Field(

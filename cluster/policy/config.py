@@ -29,7 +29,7 @@ class ModelPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """A start that takes longer is not expected to end any more."""
     shrink_after_s: float | None = None
     """How long fewer groups must have been enough before some are stopped, and how long after growing nothing is. None is
-    the measured start time."""
+    half of the measured start time."""
     cooldown_s: float = 30.0
     """The direction changes at most once in this time; waking a sleeping model alone is exempt."""
     idle_s: float = 600.0

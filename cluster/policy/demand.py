@@ -15,14 +15,15 @@ MAX_SAMPLES = 240
 MAX_START_TIMES = 5
 ENOUGH_ANSWERS = 100
 """Whose mean length is as good as any."""
+SHRINK_AFTER_STARTS = 0.5
 LEAST_SHRINK_AFTER_S = 30.0
 PROOF = 2.5
 """Standard errors by which something must stand out before it counts. It is looked for at every tick, in several windows, and by
 chance it should not be found every few minutes."""
 CHANGE = 3.0
 """Standard errors by which two windows differ when the demand has changed between them."""
-MEASURABLE = 200
-"""Requests in a window that make its mean a measure: its standard error is a fourteenth then."""
+MEASURABLE = 50
+"""Requests in a window that make its mean a measure: its standard error is a seventh then."""
 FEWEST_FOR_A_LINE = 8
 """Samples. A line through fewer proves nothing."""
 MAX_DISPERSION = 25.0
@@ -37,6 +38,10 @@ LAG = 3
 """Blocks between two that are compared: the time that a start takes, and the age of what is known of the demand."""
 FEWEST_DIFFERENCES = 16
 """With fewer, one step would be in too large a part of them."""
+UNKNOWN_WANDER = 0.15
+"""Taken until there are so many: nobody knows yet whether the demand is steady."""
+FARTHER = 1.2
+"""Times what the blocks differ by. A started group is needed until the requests of then have ended, which is later than LAG."""
 MAX_WANDER = 1.0
 MEDIAN_OF_SQUARE = 0.4549
 """Of the square of a standard normal variable (chi-squared of one degree of freedom)."""
@@ -189,10 +194,12 @@ def _wander(blocks: Sequence[Block], capacity: Capacity, dispersion: float) -> f
         change = (works[first + LAG] / other.length_s - works[first] / one.length_s) / level
         squares.append(change**2)
         noises.append(dispersion * capacity.service_s / level * (1 / one.length_s + 1 / other.length_s))
-    if len(squares) < FEWEST_DIFFERENCES:
+    if len(blocks) - LAG < FEWEST_DIFFERENCES:
+        return UNKNOWN_WANDER
+    if len(squares) < FEWEST_DIFFERENCES:  # nothing was asked for in most
         return 0.0
     variance = median(squares) / MEDIAN_OF_SQUARE - median(noises)
-    return min(math.sqrt(max(0.0, variance)), MAX_WANDER)
+    return min(FARTHER * math.sqrt(max(0.0, variance)), MAX_WANDER)
 
 
 def forecast(
@@ -317,7 +324,8 @@ def start_time_s(state: ModelState, policy: ModelPolicy) -> float:
 def shrink_after_s(state: ModelState, policy: ModelPolicy) -> float:
     """How long fewer groups must have been enough before some are stopped.
 
-    As in the ski-rental problem: keeping a group that is not needed for as long as a start takes costs what starting it again
-    would, so waiting for just that long costs at most twice the best in hindsight.
+    Keeping a group that is not needed for as long as a start takes costs what starting it again would, so who knows nothing of
+    what comes waits that long (the ski-rental problem). Here the demand has fallen beyond chance, and half of that is
+    best on the traces of bench.policy.
     """
-    return policy.shrink_after_s or max(start_time_s(state, policy), LEAST_SHRINK_AFTER_S)
+    return policy.shrink_after_s or max(SHRINK_AFTER_STARTS * start_time_s(state, policy), LEAST_SHRINK_AFTER_S)
