@@ -12,14 +12,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from bench.support.random_adapter import save_random_adapter
-from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
 from protos import inference_pb2 as pb
 from serving.cli.main import app as program
 from serving.client.client import Client
 from serving.config import parse_config
 from serving.driver.app import RunningApp
-from tests.support.ranks import save_random_llama
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import SMALL, group_handle, running_stack
 from tests.support.waiting import PATIENCE_S
 
@@ -31,8 +30,7 @@ NUM_TOKENS = 400
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a model and two adapters."""
     path = tmp_path_factory.mktemp("models")
-    save_random_llama(path / BASE, vocab_size=640)
-    (path / BASE / "tokenizer.model").write_bytes(sentencepiece_model())
+    save_small_llama(path / BASE)
     for seed, name in enumerate(("own", "added")):
         save_random_adapter(path / name, describe(path / BASE).config, rank=4, seed=seed, size=0.5)
     return path

@@ -15,7 +15,8 @@ from serving.cli.main import app as program
 from serving.client.client import Client
 from serving.config import parse_config
 from serving.driver.app import RunningApp
-from tests.support.operations import Load, ask, entry, groups, names, tiny_model
+from tests.support.operations import Load, ask, entry, groups, names
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import group_handle, running_stack
 from tests.support.waiting import PATIENCE_S
 
@@ -24,7 +25,7 @@ FIRST, SECOND = "first", "org/second"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
+    return save_small_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from serving.client.client import Client
 from serving.config import parse_config
 from serving.driver.app import RunningApp
 from tests.support.effort import rest_by_night
-from tests.support.operations import entry, tiny_model
+from tests.support.operations import entry
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import MODEL, group_handle, group_stats, running_stack, story, wait_until
 from tests.support.waiting import PATIENCE_S
 
@@ -32,7 +33,7 @@ DAY_FAULTS = [("leader", "SIGKILL"), ("leader", "SIGSTOP"), ("rank 1", "SIGSTOP"
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """On a small model, which starts anew soon."""
-    model = entry(MODEL, tiny_model(tmp_path_factory.mktemp("tiny")), tensor_parallel_size=2)
+    model = entry(MODEL, save_small_llama(tmp_path_factory.mktemp("models") / "tiny"), tensor_parallel_size=2)
     data = {
         "models": [model],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 10},

@@ -16,7 +16,6 @@ import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.exceptions import RayError
 
-from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.errors import ConfigError
 from model_parallel.python_process import module_command
 from serving.client.client import Client
@@ -24,7 +23,7 @@ from serving.config import parse_config
 from serving.contracts.start_failure import StartError
 from serving.driver.app import start
 from serving.driver.checks import StartRefusedError
-from tests.support.ranks import save_random_llama
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 from tests.support.waiting import PATIENCE_S
 
@@ -138,13 +137,12 @@ def test_a_group_that_cannot_be_placed_is_refused_with_both_numbers() -> None:
 
 
 def test_a_checkpoint_that_does_not_load_is_reported_before_anything_starts(tmp_path: Path) -> None:
-    save_random_llama(tmp_path, vocab_size=640)
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
-    weights = tmp_path / "model.safetensors"
+    model = save_small_llama(tmp_path / "broken")
+    weights = model / "model-00002.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    data = {"models": [{"name": "broken", "source": str(tmp_path)}], "gateway": {"port": 0, "http_port": 0}}
+    data = {"models": [{"name": "broken", "source": str(model)}], "gateway": {"port": 0, "http_port": 0}}
     stages: list[str] = []
-    with pytest.raises(StartRefusedError, match=r"model\.safetensors"):
+    with pytest.raises(StartRefusedError, match=r"model-00002\.safetensors"):
         start(parse_config(data, origin="test"), stages.append)
     assert not any("Ray" in stage for stage in stages)
 

@@ -9,21 +9,18 @@ import grpc
 import psutil
 import pytest
 
-from bench.support.small_tokenizer import sentencepiece_model
 from protos import inference_pb2 as pb
 from serving.client.client import Client, chat_prompt
 from serving.config import parse_config
 from serving.driver.app import RunningApp
-from tests.support.ranks import save_random_llama
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import MODEL, group_handle, running_stack, story, wait_until
 from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
-    tiny = tmp_path_factory.mktemp("tiny")
-    save_random_llama(tiny, vocab_size=640, num_attention_heads=5, num_key_value_heads=5, head_dim=14, hidden_size=70)
-    (tiny / "tokenizer.model").write_bytes(sentencepiece_model())
+    tiny = save_small_llama(tmp_path_factory.mktemp("models") / "tiny", dim=70, num_heads=5)
     models = [
         {"name": MODEL, "source": MODEL, "num_groups": 2, "cpus_per_rank": 0.5, "kv_cache_tokens": 2048},
         {

@@ -28,7 +28,8 @@ from serving.driver.app import RunningApp, start
 from serving.driver.environment import token_file
 from serving.gateway.deployment import Gateway
 from tests.support.growing_cluster import GangWatch, growing_cluster, lose_node, nodes_of_ranks, workers
-from tests.support.operations import Load, ask, entry, groups, tiny_model
+from tests.support.operations import Load, ask, entry, groups
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import ray_processes, wait_until
 from tests.support.switched_autoscaler import CLOCK_NOTE, SILENCE_NOTE, SwitchedAutoscaler
 from tests.support.waiting import PATIENCE_S
@@ -68,7 +69,7 @@ def config(address: str, source: Path, directory: Path) -> ServingConfig:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp]:
     """On a cluster that has no node for a group when it starts, and at most three."""
-    source = tiny_model(tmp_path_factory.mktemp("tiny"))
+    source = save_small_llama(tmp_path_factory.mktemp("models") / "tiny")
     with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp") as name, pytest.MonkeyPatch.context() as patch:
         directory = Path(name)
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token_file(directory)))

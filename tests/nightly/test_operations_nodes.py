@@ -17,7 +17,8 @@ from serving.config import ServingConfig, parse_config
 from serving.contracts.operations import Progress
 from serving.driver.app import RunningApp, start
 from serving.driver.environment import CLUSTER_VARIABLES, token_file
-from tests.support.operations import Load, ask, entry, groups, names, tiny_model
+from tests.support.operations import Load, ask, entry, groups, names
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import wait_until
 from tests.support.waiting import PATIENCE_S
 
@@ -28,7 +29,7 @@ FIRST, SECOND = "first", "second"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
+    return save_small_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from serving.config import parse_config
 from serving.contracts.errors import ChangeError
 from serving.contracts.operations import Progress
 from serving.driver.app import RunningApp
-from tests.support.operations import Load, ask, entry, groups, names, tiny_model
+from tests.support.operations import Load, ask, entry, groups, names
+from tests.support.small_llama import save_small_llama
 from tests.support.stack import group_handle, running_stack
 from tests.support.waiting import PATIENCE_S
 
@@ -30,7 +31,7 @@ NUM_CLIENTS = 4
 def app(tmp_path: Path) -> Iterator[RunningApp]:
     """Groups that drain have half a second, so that many answers move."""
     data = {
-        "models": [entry(MODEL, tiny_model(tmp_path), num_groups=2)],
+        "models": [entry(MODEL, save_small_llama(tmp_path / "tiny"), num_groups=2)],
         "gateway": {"port": 0, "http_port": 0, "drain_timeout_s": 0.5},
         "admin": {"metrics_port": 0, "port": 0},
     }

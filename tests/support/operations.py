@@ -1,4 +1,4 @@
-"""For tests that change what is served: a small model, and clients that notice everything."""
+"""For tests that change what is served: what a model's entry is, and clients that notice everything."""
 
 import json
 import threading
@@ -10,22 +10,13 @@ from pathlib import Path
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from bench.support.small_tokenizer import sentencepiece_model
 from protos import inference_pb2 as pb
 from serving.client.client import Client
 from serving.driver.app import RunningApp
-from tests.support.ranks import save_random_llama
 from tests.support.stack import SMALL, group_handle, wait_until
 from tests.support.waiting import PATIENCE_S
 
 NUM_TOKENS = 300
-
-
-def tiny_model(directory: Path) -> Path:
-    """A Llama that decodes a thousand tokens a second."""
-    save_random_llama(directory, vocab_size=640)
-    (directory / "tokenizer.model").write_bytes(sentencepiece_model())
-    return directory
 
 
 def entry(name: str, source: Path, **changes: object) -> dict[str, object]:
