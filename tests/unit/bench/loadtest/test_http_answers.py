@@ -163,11 +163,12 @@ def test_events_are_the_same_however_they_are_cut(
 
 
 def test_an_event_that_is_too_long_is_refused() -> None:
-    for part in (b"data: x", b"data: x\n"):
+    for end in (b"", b"\n"):
         reader = EventReader()
+        part = b"data: " + b"x" * 1000 + end
         with pytest.raises(ValueError, match="more than"):
             for _ in range(MAX_EVENT_BYTES):
-                list(reader.feed(part * 200_000))
+                list(reader.feed(part * 1000))
 
 
 @pytest.mark.parametrize(
