@@ -99,11 +99,18 @@ def test_smollm2_logits_match_transformers(smollm2: LlamaForCausalLM, smollm2_pa
     assert (ours - _reference(smollm2, ids)).abs().max() <= MAX_LOGIT_ERROR
 
 
-@pytest.mark.parametrize(
-    "backend", [*BACKENDS, *rest_by_night([f"cpu-{each}" for each in INSTRUCTION_SETS], by_day=[])]
+CHUNK_CASES = list(
+    itertools.product((1, 2, 3), ("float32", "bfloat16"), (*BACKENDS, *(f"cpu-{each}" for each in INSTRUCTION_SETS)))
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tp_size", [1, 2, 3])
+CHUNK_CASES_BY_DAY = [case for case in CHUNK_CASES if case[2] == "cpu"] + [
+    (1, "float32", "reference"),
+    (2, "bfloat16", "reference"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "dtype", "backend"), rest_by_night(CHUNK_CASES, by_day=CHUNK_CASES_BY_DAY, has_names=True)
+)
 def test_logits_do_not_depend_on_chunks(tp_size: int, dtype: str, tmp_path: Path) -> None:
     save_random_llama(tmp_path, **CONFIGS["gqa_3_to_1"])
     # More than a tile of the attention kernels, which is 128 positions.

@@ -38,7 +38,7 @@ DAILY = [
     ("cpu", 1, "bfloat16", ""),
     ("cpu", 2, "float32", ""),
     ("cpu", 3, "bfloat16", "int8"),
-    ("reference", 2, "float32", ""),
+    ("reference", 1, "float32", ""),
 ]
 
 
