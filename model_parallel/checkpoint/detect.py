@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from model_parallel.checkpoint.gguf_config import describe_gguf
-from model_parallel.checkpoint.gguf_file import MAGIC
 from model_parallel.checkpoint.huggingface_config import describe_huggingface
 from model_parallel.checkpoint.info import CheckpointInfo, TokenizerKind
 from model_parallel.checkpoint.meta_config import describe_meta, directory_name
-from model_parallel.checkpoint.placeholders import is_present, what_it_is
+from model_parallel.checkpoint.placeholders import GGUF_MAGIC, is_present, what_it_is
 from model_parallel.checkpoint.settings import join, read_json
 from model_parallel.errors import CheckpointError
 
@@ -40,8 +38,10 @@ def describe(source: Path) -> CheckpointInfo:
 
 def _describe_file(source: Path) -> CheckpointInfo:
     with source.open("rb") as file:
-        magic = file.read(len(MAGIC))
-    if magic == MAGIC:
+        magic = file.read(len(GGUF_MAGIC))
+    if magic == GGUF_MAGIC:
+        from model_parallel.checkpoint.gguf_config import describe_gguf  # noqa: PLC0415 - needs NumPy, a quarter of what a command loads
+
         return describe_gguf(source)
     found = what_it_is(source)
     reason = f": it {found}" if found else ""

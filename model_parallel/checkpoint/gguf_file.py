@@ -18,9 +18,9 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from model_parallel.checkpoint.placeholders import GGUF_MAGIC
 from model_parallel.errors import CheckpointError
 
-MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _SCALARS = {
@@ -155,7 +155,7 @@ class _HeaderReader:
         return CheckpointError(f"{self._path} is not a valid GGUF file: {message}")
 
     def _read(self) -> _Header:
-        if self._data[:4] != MAGIC:
+        if self._data[:4] != GGUF_MAGIC:
             raise self._fail(f"it begins with {self._data[:4]!r}")
         self._position = 4
         version = self._unpack(_U32)

@@ -19,7 +19,8 @@ _LFS_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body|\?xml|!--)", re.IGNORECASE)
 _TEXT = re.compile(rb"[\t\n\r\x20-\x7e]+")
 _BINARY_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-_GGUF, _ZIP, _GZIP = b"GGUF", b"PK\x03\x04", b"\x1f\x8b"
+GGUF_MAGIC = b"GGUF"
+_ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
 _OLD_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 """torch.save's before 1.6: a pickle of the number 0x1950a86a20f9469cfc6c."""
 _LENGTH_BYTES = 8
@@ -87,7 +88,7 @@ def _other_format(path: Path, head: bytes) -> str:
     is_safetensors = head[_LENGTH_BYTES:].startswith(b"{") and header_bytes <= _MAX_SAFETENSORS_HEADER
     if is_safetensors and path.suffix != ".safetensors":
         return "is a safetensors file; give it the name model.safetensors"
-    if head.startswith(_GGUF) and path.suffix != ".gguf":
+    if head.startswith(GGUF_MAGIC) and path.suffix != ".gguf":
         return "is a GGUF file; give it a name that ends in .gguf, and serve it by that"
     if head.startswith(_ZIP) and path.suffix in (".safetensors", ".gguf"):
         return "is a zip archive, as torch writes; give it the name pytorch_model.bin"

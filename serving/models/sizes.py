@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe, read_json
-from model_parallel.checkpoint.gguf_file import GgufFile
 from model_parallel.config import DTYPE_BYTES, AdapterConfig, ModelConfig
 from model_parallel.errors import ConfigError
 from model_parallel.gpus import Gpu, torch_has_cuda, visible_gpus
@@ -180,6 +179,8 @@ def stored_dtype(info: CheckpointInfo) -> str:
     """What a checkpoint's weights are stored in; bfloat16 for quantised ones, and where it does not say."""
     match info.format:
         case "gguf":
+            from model_parallel.checkpoint.gguf_file import GgufFile  # noqa: PLC0415 - needs NumPy, a quarter of what a command loads
+
             return _GGUF_FILE_TYPES.get(GgufFile(info.path).get("general.file_type"), "bfloat16")
         case "meta":
             return "bfloat16"  # as published

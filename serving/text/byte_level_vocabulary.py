@@ -5,17 +5,20 @@ of Llama 3.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from model_parallel.checkpoint.detect import CheckpointInfo
-from model_parallel.checkpoint.gguf_file import GgufFile
 from model_parallel.checkpoint.tiktoken_file import llama3_special_tokens, read_tiktoken
 from model_parallel.errors import CheckpointError
 from serving.text.gguf_tokens import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, gguf_tokens
 from serving.text.token_bytes import byte_level_bytes, byte_level_text
 from serving.text.vocabulary import ControlToken, Vocabulary, is_markup, special_ids
+
+if TYPE_CHECKING:  # what reads GGUF needs NumPy
+    from model_parallel.checkpoint.gguf_file import GgufFile
 
 _GPT_2 = "gpt-2"
 _DIGITS = "digits"
@@ -39,7 +42,7 @@ _WHOLE_PIECES_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "
 _SUPPORTED_SHOWN = ("gpt-2", "smollm", "llama-bpe", "tekken", "qwen2", "deepseek-coder", "and their like")
 
 
-def from_gguf_byte_level(info: CheckpointInfo, file: GgufFile, markup: str) -> Vocabulary:
+def from_gguf_byte_level(info: CheckpointInfo, file: "GgufFile", markup: str) -> Vocabulary:
     """Raises CheckpointError naming a rule that is not known here."""
     pre = file.get("tokenizer.ggml.pre")
     if pre not in _RULES:

@@ -4,17 +4,19 @@ Tokens that other files add are appended to the model's own pieces, so that one 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from model_parallel.checkpoint.detect import CheckpointInfo
-from model_parallel.checkpoint.gguf_file import GgufFile
 from model_parallel.checkpoint.info import AddedToken
 from model_parallel.errors import CheckpointError
 from serving.text.gguf_tokens import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, gguf_tokens
 from serving.text.token_bytes import SPACE, piece_bytes
 from serving.text.vocabulary import ControlToken, Vocabulary, is_markup, special_ids
+
+if TYPE_CHECKING:  # what reads GGUF needs NumPy
+    from model_parallel.checkpoint.gguf_file import GgufFile
 
 _NUM_BYTES = 256
 
@@ -33,7 +35,7 @@ def from_tokenizer_model(info: CheckpointInfo, path: Path, markup: str) -> Vocab
     return _vocabulary(info, path, proto, added, markup, later_prefix=not info.tokenizer.only_first_has_space)
 
 
-def from_gguf_pieces(info: CheckpointInfo, file: GgufFile, markup: str) -> Vocabulary:
+def from_gguf_pieces(info: CheckpointInfo, file: "GgufFile", markup: str) -> Vocabulary:
     """A sentencepiece model with the pieces of a GGUF file and the rules of Llama's. Raises CheckpointError."""
     tokens, types = gguf_tokens(file)
     scores = file.get("tokenizer.ggml.scores", [])
@@ -60,7 +62,7 @@ def from_gguf_pieces(info: CheckpointInfo, file: GgufFile, markup: str) -> Vocab
     return _vocabulary(info, file.path, proto, {}, markup, later_prefix=True, size=len(tokens))
 
 
-def _unknown_id(file: GgufFile, tokens: list[str], types: list[int]) -> int | None:
+def _unknown_id(file: "GgufFile", tokens: list[str], types: list[int]) -> int | None:
     named = file.get("tokenizer.ggml.unknown_token_id")
     if isinstance(named, int) and 0 <= named < len(tokens):
         return named

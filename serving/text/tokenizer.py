@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model_parallel.checkpoint.detect import CheckpointInfo, describe
-from model_parallel.checkpoint.gguf_file import GgufFile
 from model_parallel.checkpoint.placeholders import what_it_is
 from model_parallel.errors import CheckpointError, ConfigError, RequestError
 from serving.text.byte_level_vocabulary import from_gguf_byte_level, from_tiktoken
@@ -198,6 +197,8 @@ def _vocabulary(info: CheckpointInfo, markup: str) -> Vocabulary:
         return from_tokenizer_model(info, path, markup)
     if info.tokenizer_kind == "tiktoken":
         return from_tiktoken(path)
+    from model_parallel.checkpoint.gguf_file import GgufFile  # noqa: PLC0415 - needs NumPy, a quarter of what a command loads
+
     file = GgufFile(path)
     model = file.get("tokenizer.ggml.model")
     if model == "gpt2":

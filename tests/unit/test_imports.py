@@ -26,6 +26,7 @@ SERVER = ["ray", "torch", "cluster", "sqlalchemy"]
     "imports",
     [
         [("model_parallel", ["ray", "grpc", "google.protobuf"])],
+        [("serving.cli.main", ["ray", "torch", "sqlalchemy", "numpy"])],
         # One after the other in one interpreter: what may load least comes first.
         [
             ("serving.contracts", [*SERVER, "opentelemetry"]),
@@ -35,11 +36,10 @@ SERVER = ["ray", "torch", "cluster", "sqlalchemy"]
             ("serving.gateway.server", SERVER),
             ("model_parallel.engine", ["ray", "torch"]),
             ("cluster.placement", ["ray", "torch"]),
-            ("serving.cli.main", ["ray", "torch", "sqlalchemy"]),
             ("serving.driver.app", ["torch", "sqlalchemy", "alembic"]),
         ],
     ],
-    ids=["ranks", "others"],
+    ids=["ranks", "commands", "others"],
 )
 def test_imports_are_light(imports: list[tuple[str, list[str]]]) -> None:
     """Each is imported with everything below it."""
