@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ _FOR_EVER_S = 10 * 365 * 24 * 3600
 _PYTHON = 0
 """Ray's number of the language."""
 _NODE_POLL_S = 0.05
+_JOBS_TIMEOUT_S = 30.0
 
 
 _OF_A_CLUSTER_OF_MANY = ("start_monitor", "start_log_monitor", "start_api_server")
@@ -80,6 +82,19 @@ def patient_start(timeout_s: float) -> Iterator[None]:
 
     with _replaced(services, "get_node", get_node_in_time):
         yield
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """A driver that starts or joins a cluster in this block does at SIGTERM what it did before. Ray would end it with another
+    status, and has a second handler, below Python's, that tells of a crash and aborts the process three seconds later."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with _replaced(ray._private.utils, "set_sigterm_handler", lambda _handler: None):
+            yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 class _NoPaths(list[str]):
@@ -238,6 +253,17 @@ def draining_nodes(timeout_s: float) -> dict[str, float]:
     """Ids of living nodes that are to end, and when (wall clock; infinite where nobody has said). Raises RayError."""
     found = _control_store(ray.get_runtime_context().gcs_address).get_draining_nodes(timeout=timeout_s)
     return {node_id: deadline_ms / 1000 if deadline_ms else math.inf for node_id, deadline_ms in found.items()}
+
+
+def this_job() -> str:
+    """Id of the job that this process belongs to. Each driver of a cluster has one of its own."""
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def has_driver(job: str) -> bool:
+    """Whether the driver of this job runs. Raises RayError."""
+    found = _control_store(ray.get_runtime_context().gcs_address).get_all_job_info(timeout=_JOBS_TIMEOUT_S)
+    return any(each.job_id.hex() == job and not each.is_dead for each in found.values())
 
 
 def this_gpu_ids() -> tuple[int, ...]:

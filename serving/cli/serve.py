@@ -248,7 +248,6 @@ def running(config: ServingConfig) -> "Iterator[RunningApp]":
             app = start(preflight.config, shown.report, shown.on_load, preflight)
         finally:
             preflight.close()
-    leave_on_signals()
     try:
         yield app
     finally:

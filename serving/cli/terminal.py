@@ -65,14 +65,12 @@ def warn(message: str) -> None:
 
 
 def leave_on_signals() -> None:
-    """Leave in good order on SIGTERM, and on SIGHUP, which comes when the terminal is closed, unless nohup has it ignored.
-
-    To be called again after Ray has started, which puts a handler in front: that one aborts the process three seconds later.
-    """
+    """Leave in good order, with status 0, on SIGTERM, and on SIGHUP, which comes when the terminal is closed, unless nohup has it
+    ignored."""
     terminals = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        signal.alarm(0)
+        signal.alarm(0)  # while Ray starts, a handler of its own may have come first, which aborts three seconds later
         if signum == signal.SIGHUP:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # both the shell and the system send one
             for descriptor in terminals:

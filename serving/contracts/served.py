@@ -36,12 +36,23 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in ("serving", "replacing")
 
 
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """The driver that has deployed what is served."""
+
+    job: str
+    """Its id as a job of Ray, which no other driver of the cluster gets."""
+    is_detached: bool
+    """What is served goes on when the driver ends."""
+
+
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """All models."""
 
     generation: int
     """Goes up with every change."""
     models: dict[str, ServedModel]
+    owner: Owner | None = None
+    """None where nothing is served."""
 
     @property
     def shown(self) -> dict[str, ServedModel]:

@@ -21,13 +21,16 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.guard import Guard
+from cluster.placement import GroupPlacement
 from cluster.ray_api import (
     alive_nodes,
     job_of_installed_modules,
+    keeping_sigterm,
     only_needed_processes,
     patient_start,
     run_on_node,
     short_messages,
+    this_job,
 )
 from model_parallel.errors import ConfigError
 from model_parallel.machine import read_machine
@@ -36,7 +39,7 @@ from serving.autoscaling.actor import stop_autoscaler
 from serving.config import ServingConfig, TenancyConfig
 from serving.contracts.addresses import host_port, to_connect_to
 from serving.contracts.errors import StoreUnavailableError
-from serving.contracts.served import APP_NAME, Served, app_name
+from serving.contracts.served import APP_NAME, Owner, Served, app_name
 from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import applications, joined
 from serving.driver.applications import STOP_TIMEOUT_S
@@ -119,7 +122,8 @@ class RunningApp:
         )
 
     def stop(self) -> None:
-        """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on."""
+        """Drain the gateways, then end groups, ranks and, when it is private, the cluster. A detached application goes on, and so
+        does what another command has deployed in its place."""
         try:
             self._stop()
         finally:
@@ -130,17 +134,11 @@ class RunningApp:
         self.operations.close()
         if self.nodes is not None:
             self.nodes.close()
-        if self.config.ray.detached:
-            try:
-                if self.admin is not None:
-                    self.admin.stop()
-            finally:
-                ray.shutdown()
-            return
         try:
-            stop_autoscaler(STOP_TIMEOUT_S)
-            gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
-            gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
+            if _ends_here(self.guard):
+                stop_autoscaler(STOP_TIMEOUT_S)
+                gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
+                gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("gateways could not be drained: %s", error)
         finally:
@@ -151,10 +149,20 @@ class RunningApp:
                 shut_down(self.guard)
 
 
+def _ends_here(guard: Guard | None) -> bool:
+    """Whether what is served is to end with this process: in a private cluster (that of `guard`) all of it; in one that was
+    joined what this process has deployed, unless that is detached. Raises RayError."""
+    if guard is not None:
+        return True
+    served = _read_served() if ray.is_initialized() else None
+    return served is not None and served.owner == Owner(job=this_job(), is_detached=False)
+
+
 def shut_down(guard: Guard | None) -> None:
-    """End a private cluster (that of `guard`) with all in it; from a joined one, take our application away and leave."""
+    """End a private cluster (that of `guard`) with all in it; from a joined one, take away what ends with this process, and
+    leave."""
     try:
-        if guard is None and ray.is_initialized():
+        if guard is None and _ends_here(guard):
             stop_autoscaler(STOP_TIMEOUT_S)
             applications.delete(applications.our_applications(), 4 * STOP_TIMEOUT_S)
             write_served(Served(generation=0, models={}))
@@ -163,7 +171,7 @@ def shut_down(guard: Guard | None) -> None:
             stop_authority(STOP_TIMEOUT_S)
             if not serve.status().applications:
                 serve.shutdown()
-    except RayServeException as error:
+    except (RayError, RayServeException, TimeoutError) as error:
         logger.error("groups and gateways cannot be ended: %s", error)
     finally:
         ray.shutdown()
@@ -206,6 +214,7 @@ def _start(
     try:
         _join_ray(config, specs, guard)
         if guard is None:
+            joined.check_replaceable(_served_before(), config.ray)
             joined.wait_for_places(joined.requests_of(config.models), config.ray.wait_for_nodes_s, report)
             specs = resolve_models(config.models, _host_of_cluster())
         report("placing replica groups and loading weights")
@@ -219,10 +228,10 @@ def _start(
             admin = AdminThread(config, operations)
     except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, OSError) as error:
         message = plain_reason(f"{applications.messages()}\n{error}")
-        _give_up(config, guard)
+        shut_down(guard)
         raise StartError(message) from error
     except BaseException:
-        _give_up(config, guard)
+        shut_down(guard)
         raise
     return RunningApp(
         host=config.gateway.host,
@@ -240,14 +249,6 @@ def _start(
     )
 
 
-def _give_up(config: ServingConfig, guard: Guard | None) -> None:
-    """After a start that failed: a detached application, which may be an older one that serves, is left as it is."""
-    if config.ray.detached:
-        ray.shutdown()
-    else:
-        shut_down(guard)
-
-
 def _check_database(tenancy: TenancyConfig) -> None:
     """Also brings its schema up to date. Raises ConfigError, StartError."""
     from serving.tenants.store.database import Database  # noqa: PLC0415
@@ -262,7 +263,7 @@ def _check_database(tenancy: TenancyConfig) -> None:
 def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | None) -> None:
     """Raises StartError for whatever Ray has against it: it raises plain Exception too."""
     try:
-        with short_messages():
+        with short_messages(), keeping_sigterm():
             if guard is None:
                 ray.init(
                     address=config.ray.address,
@@ -344,6 +345,9 @@ def _deploy(
     config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
 ) -> tuple[Ports, int | None, Served]:
     """Where the first gateway listens, where it shows metrics, and what is served."""
+    before = _served_before()
+    joined.check_replaceable(before, config.ray)  # again: another command may have deployed something since
+    placements = _placements(config, specs, report)
     if config.tenancy is not None:
         from serving.tenants.authority.actor import start_authority  # noqa: PLC0415
         from serving.tenants.store.store import database_url  # noqa: PLC0415
@@ -351,17 +355,17 @@ def _deploy(
         start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     mark = joined.fingerprint(config, specs)
     handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
-    before = _read_served()
     if handle is None or before is None:
         joined.remember_deployed(None)
         stop_autoscaler(STOP_TIMEOUT_S)  # one of before knows other groups
-        served = first_served(config.models, specs, before)
+        owner = Owner(job=this_job(), is_detached=config.ray.detached)
+        served = first_served(config.models, specs, before, owner)
         write_served(served)
         try:
-            handle = _run(config, served, specs, report)
+            handle = _run(config, served, specs, placements, report)
         except BaseException:
             if before is not None:  # gateways that are left go on as before
-                write_served(msgspec.structs.replace(before, generation=served.generation + 1))
+                write_served(msgspec.structs.replace(before, generation=served.generation + 1, owner=owner))
             raise
         joined.remember_deployed(mark if config.ray.detached else None)
     else:
@@ -374,6 +378,11 @@ def _deploy(
     return ports[0], metrics_ports[0], served
 
 
+def _served_before() -> Served | None:
+    """What the cluster serves, unless its groups and gateways have gone since it was written down. Raises RayError."""
+    return _read_served() if applications.our_applications() else None
+
+
 def _read_served() -> Served | None:
     """None too for a record of another version: its stack is deployed anew."""
     try:
@@ -383,13 +392,23 @@ def _read_served() -> Served | None:
         return None
 
 
-def _run(
-    config: ServingConfig, served: Served, specs: Sequence[GroupSpec], report: Callable[[str], None]
-) -> DeploymentHandle[Any]:
-    """All applications; those of models that are served no more are ended first, for their places."""
+def _placements(
+    config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
+) -> dict[str, GroupPlacement]:
+    """Of a group of each model, by the model's name. Raises ConfigError."""
     requests = joined.requests_of_specs(specs)
     planned = joined.wait_for_places(requests, config.ray.wait_for_nodes_s, report)
-    placements = {request.name: placement for request, placement in zip(requests, planned, strict=True)}
+    return {request.name: placement for request, placement in zip(requests, planned, strict=True)}
+
+
+def _run(
+    config: ServingConfig,
+    served: Served,
+    specs: Sequence[GroupSpec],
+    placements: Mapping[str, GroupPlacement],
+    report: Callable[[str], None],
+) -> DeploymentHandle[Any]:
+    """All applications; those of models that are served no more are ended first, for their places."""
     serve.start(proxy_location="Disabled")
     wanted = {APP_NAME, *(app_name(spec.card.name) for spec in specs)}
     if gone := applications.our_applications() - wanted:

@@ -15,7 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from cluster import ray_api
 from cluster.placement import GroupPlacement, GroupRequest, NodeResources, plan_groups
 from model_parallel.errors import ConfigError
-from serving.config import ModelEntry, ServingConfig
+from serving.config import ModelEntry, RayConfig, ServingConfig
+from serving.contracts.served import Served
 from serving.gateway.core.resume_tokens import KEY_BYTES
 from serving.models.group_spec import GroupSpec
 
@@ -51,6 +52,27 @@ def missing_settings(required: Mapping[str, str], found: Mapping[str, Mapping[st
         return ""
     parts = "; ".join(f"{setting} on {', '.join(sorted(nodes))}" for setting, nodes in sorted(wrong.items()))
     return f"ray.address: nodes of this cluster were started without settings that Packtrain needs in their environment: {parts}"
+
+
+def check_replaceable(
+    found: Served | None, section: RayConfig, has_driver: Callable[[str], bool] = ray_api.has_driver
+) -> None:
+    """Raises ConfigError when what the cluster serves is not for this command to replace: while the command that has deployed it
+    runs, and where it is to outlive its command, unless what this one deploys is so too."""
+    if found is None or not found.models or found.owner is None:
+        return
+    what = f"ray.address (--ray-address): the cluster at {section.address} serves {', '.join(found.models)} already"
+    if found.owner.is_detached:
+        if not section.detached:
+            raise ConfigError(
+                f"{what}, deployed with ray.detached: true, and ray.detached is false here; make it true to change what is "
+                "served there, or join another cluster"
+            )
+    elif has_driver(found.owner.job):
+        raise ConfigError(
+            f"{what}, for another packtrain serve that runs (Ray's job {found.owner.job}); stop that one first, or join another "
+            "cluster"
+        )
 
 
 def requests_of(entries: Sequence[ModelEntry]) -> list[GroupRequest]:

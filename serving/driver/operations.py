@@ -460,7 +460,7 @@ class ClusterOperations:
         models = {other: served for other, served in self._served.models.items() if other != name or model is not None}
         if model is not None:
             models[name] = with_added_adapters(model, self._served.models.get(name)) if keeps_adapters else model
-        served = Served(generation=self._served.generation + 1, models=models)
+        served = msgspec.structs.replace(self._served, generation=self._served.generation + 1, models=models)
         try:
             write_served(served)
         except RayError as error:
@@ -537,7 +537,7 @@ def finish_interrupted(served: Served, report: Callable[[str], None]) -> Served:
         for name, model in served.models.items()
         if name not in away
     }
-    finished = Served(generation=served.generation + 1, models=dict(models))
+    finished = msgspec.structs.replace(served, generation=served.generation + 1, models=dict(models))
     write_served(finished)
     applications.delete(map(app_name, away), 2 * applications.STOP_TIMEOUT_S)
     return finished

@@ -6,7 +6,7 @@ import msgspec
 
 from cluster.ray_api import read_record, write_record
 from serving.config import ModelEntry
-from serving.contracts.served import RECORD_KEY, Served, ServedModel, State
+from serving.contracts.served import RECORD_KEY, Owner, Served, ServedModel, State
 from serving.driver.changes import entry_text
 from serving.models.group_spec import GroupSpec
 
@@ -41,11 +41,13 @@ def with_added_adapters(model: ServedModel, before: ServedModel | None) -> Serve
     return msgspec.structs.replace(model, adapters=(*model.adapters, *added)) if added else model
 
 
-def first_served(given: Sequence[ModelEntry], specs: Sequence[GroupSpec], before: Served | None) -> Served:
+def first_served(
+    given: Sequence[ModelEntry], specs: Sequence[GroupSpec], before: Served | None, owner: Owner | None = None
+) -> Served:
     """Of a stack that is deployed anew: what was given, and what came of it, in the same order."""
     generation = 1 + (before.generation if before else 0)
     models = {
         spec.card.name: served_model(spec, entry_text(entry), generation, "serving")
         for entry, spec in zip(given, specs, strict=True)
     }
-    return Served(generation=generation, models=models)
+    return Served(generation=generation, models=models, owner=owner)

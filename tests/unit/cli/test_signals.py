@@ -16,7 +16,6 @@ from pathlib import Path
 from serving.cli.terminal import leave_on_signals, say, stage
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 leave_on_signals()
-leave_on_signals()
 try:
     Path(sys.argv[1], "ready").touch()
     while True:

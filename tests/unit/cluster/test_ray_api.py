@@ -1,5 +1,6 @@
 """Our additions to how Ray starts a cluster, on stand-ins of what they replace in Ray."""
 
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -7,7 +8,7 @@ import pytest
 import ray
 
 from cluster import ray_api
-from cluster.ray_api import first_sentence, only_needed_processes, patient_start, short_messages
+from cluster.ray_api import first_sentence, keeping_sigterm, only_needed_processes, patient_start, short_messages
 
 services = ray._private.services
 
@@ -118,3 +119,20 @@ def test_a_control_store_that_is_gone_ends_it_in_silence(caplog: pytest.LogCaptu
 @pytest.mark.parametrize("text", ["", ".", "no end", "v1.2 is old. Use v2."])
 def test_of_any_text_there_is_a_sentence(text: str) -> None:
     assert first_sentence(text) == {"": "", ".": "", "no end": "no end"}.get(text, "v1.2 is old")
+
+
+def test_sigterm_means_after_a_start_of_ray_what_it_meant_before() -> None:
+    """Ray's native handler is put in place without Python's knowledge, and so the old one is set once more."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+    set_by_ray = ray._private.utils.set_sigterm_handler
+    try:
+        with keeping_sigterm():
+            ray._private.utils.set_sigterm_handler(lambda number, frame: told.append(-1))
+            signal.raise_signal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as natively, below Python
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM, signal.SIGTERM]
+    assert ray._private.utils.set_sigterm_handler is set_by_ray
