@@ -7,6 +7,7 @@ and removes the directory.
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -16,14 +17,17 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from model_parallel.python_process import module_command
+
+logger = logging.getLogger(__name__)
 
 KILL_TIMEOUT_S = 30.0
 PREFIX = "packtrain-"
 _POLL_S = 0.05
 _LOCK_FILE = "alive.lock"
-"""Locked for as long as the guard lives."""
+"""Locked for as long as the starter or the guard lives."""
 _MAX_SOCKET_PATH_BYTES = 107
 """Of a Unix socket on Linux (sun_path, without the final zero)."""
 _LONGEST_BELOW = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
@@ -37,41 +41,56 @@ class Guard:
 
     def __init__(self, parent: Path, *, keep_directory: bool = False) -> None:
         """Makes a directory in `parent`, whose path has at most MAX_PARENT_BYTES. It is removed at the end unless it is to be
-        kept, for its logs. What earlier guards that were killed left in `parent` is removed now. Raises OSError."""
+        kept, for its logs. What was left in `parent` when a starter and its guard were both killed is removed now. Raises
+        OSError."""
         remove_left_over(parent)
         self._keep = keep_directory
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        lock = _locked(self.directory)
+        self._lock = _locked(self.directory)
         try:
-            self._process = subprocess.Popen(
-                module_command("cluster.guard", str(self.directory), str(int(keep_directory))),
-                stdin=subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the starter
-                pass_fds=[lock],
-            )
-        finally:
-            os.close(lock)  # the guard holds it from now on
+            self._process = self._begun()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _begun(self) -> "subprocess.Popen[bytes]":
+        """The process. It keeps the same lock as we do."""
+        return subprocess.Popen(
+            module_command("cluster.guard", str(self.directory), str(int(self._keep))),
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the starter
+            pass_fds=[self._lock.fileno()],
+        )
+
+    def revive(self) -> None:
+        """Begin another process where the one that watches has died. Raises OSError."""
+        if (status := self._process.poll()) is not None:
+            logger.error("the guard of %s has died (status %d), and another one begins", self.directory, status)
+            self._process = self._begun()
 
     def dismiss(self) -> None:
         """End what is left of the cluster, remove its directory and the guard. Safe to call twice."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._process.wait(2 * KILL_TIMEOUT_S)
+        if self._process.wait(2 * KILL_TIMEOUT_S):  # it has died before it could
+            kill_processes_in(self.directory, spare=os.getpid())
         if not self._keep:
             shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.close()
 
 
-def _locked(directory: Path) -> int:
-    """A file of the directory that appears locked: who finds it unlocked knows that its guard is dead."""
+def _locked(directory: Path) -> IO[bytes]:
+    """A file of the directory that appears locked: who finds it unlocked knows that all who had it open are dead."""
     unfinished = directory / f".{_LOCK_FILE}"
-    descriptor = os.open(unfinished, os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unfinished.touch(0o600)
+    lock = unfinished.open("r+b")
+    fcntl.flock(lock, fcntl.LOCK_EX)
     unfinished.rename(directory / _LOCK_FILE)
-    return descriptor
+    return lock
 
 
 def remove_left_over(parent: Path) -> None:
-    """Remove the directories of this user in `parent` whose guards were killed before they could."""
+    """Remove the directories of this user in `parent` whose starters and guards were killed before they could."""
     for lock_path in parent.glob(f"{PREFIX}*/{_LOCK_FILE}"):
         with suppress(OSError):  # somebody else's, or gone meanwhile
             if lock_path.stat().st_uid != os.getuid():

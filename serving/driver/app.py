@@ -241,7 +241,7 @@ def _start(
         guard=guard,
         admin=admin,
         operations=operations,
-        caretaker=Caretaker(operations.revive_autoscaler),
+        caretaker=Caretaker([*([guard.revive] if guard else []), operations.revive_autoscaler]),
         ports=preflight.take_ports(),
         # From none on: a command that takes over does not know how many there are.
         nodes=NodeFollower(0 if config.ray.num_gateways is None else None) if guard is None else None,

@@ -1,9 +1,9 @@
-"""Actors that Ray restarts whenever they end, and that may end for good all the same: where their process fails before they are
-made, Ray takes them for broken and gives them up."""
+"""What may end for good while a stack serves: the guard of a private cluster, and actors that Ray restarts whenever they end.
+Where an actor's process fails before the actor is made, Ray takes it for broken and gives it up."""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ray.exceptions import RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -24,18 +24,19 @@ def has_controller() -> bool:
 
 
 class Caretaker:
-    """Looks whether they are there. The autoscaler is begun anew. Without Serve's controller it is over: no group that is lost
-    comes back, and gateways that run would not hear another controller."""
+    """Looks whether they are there. Guard and autoscaler are begun anew. Without Serve's controller it is over: no group that is
+    lost comes back, and gateways that run would not hear another controller."""
 
     def __init__(
         self,
-        revive_autoscaler: Callable[[], None],
+        revive: Sequence[Callable[[], None]],
         *,
         has_controller: Callable[[], bool] = has_controller,
         period_s: float = PERIOD_S,
     ) -> None:
-        """Looks from now on, until `close`."""
-        self._revive_autoscaler, self._has_controller, self._period_s = revive_autoscaler, has_controller, period_s
+        """Looks from now on, until `close`. Each of `revive` begins one thing anew where it has ended for good, and is called
+        while Serve's controller is there."""
+        self._revive, self._has_controller, self._period_s = revive, has_controller, period_s
         self._stop = threading.Event()
         self._num_missing = 0
         self.is_over = threading.Event()
@@ -53,7 +54,7 @@ class Caretaker:
             try:
                 self._look()
             except (RayError, RuntimeError, ValueError, OSError) as error:  # OSError: TimeoutError too
-                logger.warning("it cannot be told whether all actors are there: %s: %s", type(error).__name__, error)
+                logger.warning("it cannot be told whether everything is there: %s: %s", type(error).__name__, error)
 
     def _look(self) -> None:
         self._num_missing = 0 if self._has_controller() else self._num_missing + 1
@@ -61,4 +62,5 @@ class Caretaker:
             logger.error("Serve's controller has ended for good: no group that is lost would come back")
             self.is_over.set()
         elif not self._num_missing:
-            self._revive_autoscaler()
+            for revive in self._revive:
+                revive()

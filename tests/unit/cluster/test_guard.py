@@ -29,7 +29,6 @@ from pathlib import Path
 from cluster.guard import Guard
 guard = Guard(Path(sys.argv[1]))
 print(guard.directory, flush=True)
-time.sleep(600)
 """
 
 
@@ -77,6 +76,44 @@ def test_the_next_guard_removes_what_a_killed_guard_left(tmp_path: Path) -> None
         other.dismiss()
 
 
+def test_a_killed_guard_leaves_what_its_starter_runs_alone(tmp_path: Path) -> None:
+    """The next start on the machine found the file unlocked, and killed a stack that served."""
+    starter, directory = _starter(tmp_path)
+    daemon = _daemon(directory)
+    (guard,) = psutil.Process(starter.pid).children()
+    guard.kill()
+    _wait(lambda: guard.status() == psutil.STATUS_ZOMBIE)
+    Guard(tmp_path).dismiss()
+    assert directory.exists() and daemon.is_running()
+    starter.kill()
+    starter.communicate(timeout=PATIENCE_S)
+    Guard(tmp_path).dismiss()
+    _wait(lambda: not daemon.is_running() and not directory.exists())
+
+
+def test_another_guard_watches_in_place_of_one_that_was_killed(tmp_path: Path) -> None:
+    starter, directory = _starter(tmp_path, "while True: time.sleep(0.01); guard.revive()")
+    daemon = _daemon(directory)
+    (first,) = psutil.Process(starter.pid).children()
+    first.kill()
+    _wait(lambda: not first.is_running())
+    _wait(lambda: len(psutil.Process(starter.pid).children()) == 1)
+    starter.kill()
+    starter.communicate(timeout=PATIENCE_S)
+    _wait(lambda: not daemon.is_running() and not directory.exists())
+
+
+def test_what_a_killed_guard_would_have_ended_ends_when_it_is_dismissed(tmp_path: Path) -> None:
+    guard = Guard(tmp_path)
+    daemon = _daemon(guard.directory)
+    (process,) = psutil.Process().children()
+    process.kill()
+    guard.dismiss()
+    _wait(lambda: not daemon.is_running())
+    assert not guard.directory.exists()
+    guard.dismiss()
+
+
 def test_what_is_found_late_is_killed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where one look at all processes takes longer than the time that killing has."""
     daemon = _daemon(tmp_path)
@@ -106,8 +143,8 @@ def test_sockets_fit_below_the_longest_parent() -> None:
     assert len(ray_socket) == 107
 
 
-def _starter(parent: Path) -> tuple[subprocess.Popen[str], Path]:
-    command = [sys.executable, "-c", STARTER, str(parent)]
+def _starter(parent: Path, then: str = "time.sleep(600)") -> tuple[subprocess.Popen[str], Path]:
+    command = [sys.executable, "-c", STARTER + then, str(parent)]
     starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     return starter, Path(starter.stdout.readline().strip())

@@ -34,7 +34,7 @@ class Actors:
 
 
 def watch(actors: Actors) -> Caretaker:
-    return Caretaker(actors.revive, has_controller=actors.has_controller, period_s=0.001)
+    return Caretaker([actors.revive], has_controller=actors.has_controller, period_s=0.001)
 
 
 def test_without_a_controller_it_is_over() -> None:
