@@ -19,7 +19,7 @@ from cluster.policy.demand import (
     take_sample,
     traits_of,
 )
-from cluster.policy.observation import GatewayLoad, GroupLoad, ModelObservation, Phase
+from cluster.policy.observation import GatewayLoad, GroupLoad, GroupObservation, ModelObservation, Phase
 from cluster.policy.outlook import Outlook, look_ahead
 from cluster.policy.state import ModelState
 
@@ -134,9 +134,10 @@ def _learn(
     state = hysteresis.observe_target(before, observed.target, now_s)
     known = {gateway.gateway for gateway in observed.gateways}
     seen, sample = take_sample(state, gateways, groups, now_s)
+    starts = [group for group in observed.groups if group.start_s is not None and group.group not in state.started]
     busy_s, longest_s = state.busy_s, LONGEST_SAMPLE * policy.stale_after_s
     is_open = any(load.num_open for load in groups) or any(load.num_held for load in gateways.values())
-    if is_open or (sample is not None and sample.num_sequences > 0):
+    if is_open or (sample is not None and sample.num_sequences > 0) or _is_first(observed, starts, policy, now_s):
         busy_s = now_s
     elif busy_s is None or (sample is None and _last_seen_s(before) < now_s - longest_s):
         busy_s = now_s  # Nobody knows whether something came.
@@ -144,7 +145,6 @@ def _learn(
         busy_s = min(now_s, busy_s + sample.length_s)  # The clock may have been set, and so this is no idle time.
     if sample is not None and sample.length_s > longest_s:
         sample = None
-    starts = [group for group in observed.groups if group.start_s is not None and group.group not in state.started]
     # A start that took longer was stuck, waiting for a machine perhaps, and says nothing of the next one.
     start_times_s = [
         min(group.start_s, policy.start_timeout_s)
@@ -162,6 +162,16 @@ def _learn(
         started=frozenset(group.group for group in observed.groups if group.start_s is not None),
         busy_s=busy_s,
     )
+
+
+def _is_first(observed: ModelObservation, starts: list[GroupObservation], policy: ModelPolicy, now_s: float) -> bool:
+    """Whether no group ran before, and one starts or has just started: how long nobody asked counts from when somebody could be
+    answered. A start that is stuck does not count."""
+    running = [group for group in observed.groups if group.phase is Phase.RUNNING]
+    is_starting = any(
+        group.phase is Phase.STARTING and now_s - group.since_s <= policy.start_timeout_s for group in observed.groups
+    )
+    return all(group in starts for group in running) and (bool(running) or is_starting)
 
 
 def _last_seen_s(state: ModelState) -> float:

@@ -80,8 +80,9 @@ class ServeFleet:
             groups = self._observe_groups(model, found, lives)
             self._given_up[model] = bool(found.given_up)
             loads = tuple(
-                GatewayObservation(gateway=gateway, load=None if demands is None else _load_of(demands, model, at_s))
+                GatewayObservation(gateway=gateway, load=None if demands is None else _load_of(demands[model], at_s))
                 for gateway, (demands, at_s) in gateways.items()
+                if demands is None or model in demands  # one that does not serve the model yet gets no requests of it
             )
             target = self._retirements[model].target(found)
             models[model] = ModelObservation(target=target, groups=groups, gateways=loads)
@@ -198,10 +199,7 @@ def _phase(replica: Replica) -> Phase:
     return Phase.DRAINING if replica.is_stopping else Phase.RUNNING
 
 
-def _load_of(demands: Mapping[str, ModelDemand], model: str, at_s: float) -> GatewayLoad | None:
-    demand = demands.get(model)
-    if demand is None:
-        return None
+def _load_of(demand: ModelDemand, at_s: float) -> GatewayLoad:
     return GatewayLoad(
         measured_s=at_s,
         num_sequences=demand.num_sequences,

@@ -16,7 +16,7 @@ class Departure(StrEnum):
 
 
 class ModelDemand(msgspec.Struct, frozen=True):
-    """What has arrived for a model since the gateway started, whatever became of it."""
+    """What has arrived for a model since the gateway serves it, whatever became of it."""
 
     num_sequences: int
     """Choices of all requests."""
@@ -34,6 +34,7 @@ class GatewayDemand(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
     """Id, new with every incarnation."""
     models: dict[str, ModelDemand]
+    """All that it serves, also those that nobody has asked for."""
 
 
 class FleetGroup(msgspec.Struct, frozen=True, kw_only=True):

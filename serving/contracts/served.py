@@ -29,11 +29,20 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """Gateways know those that serve, and those whose groups are being replaced: what no group can take waits then."""
     adapters: tuple[AdapterCard, ...] = ()
     """Of the model: those of its entry, and those that were added."""
+    replacement: "Replacement | None" = None
+    """While its groups are replaced by those of another configuration."""
 
     @property
     def is_shown(self) -> bool:
         """Clients may ask for it."""
         return self.state in ("serving", "replacing")
+
+
+class Replacement(msgspec.Struct, frozen=True, kw_only=True):
+    """A model before and after its groups are replaced: Serve has been told one of the two revisions."""
+
+    before: ServedModel
+    after: ServedModel
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):

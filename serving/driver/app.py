@@ -38,7 +38,7 @@ from serving.admin.thread import AdminThread
 from serving.autoscaling.actor import stop_autoscaler
 from serving.config import ServingConfig, TenancyConfig
 from serving.contracts.addresses import host_port, to_connect_to
-from serving.contracts.errors import StoreUnavailableError
+from serving.contracts.errors import ChangeError, StoreUnavailableError
 from serving.contracts.served import APP_NAME, Owner, Served, app_name
 from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import applications, joined
@@ -47,7 +47,7 @@ from serving.driver.caretaker import Caretaker
 from serving.driver.environment import CLUSTER_VARIABLES, PROCESS_TIMEOUT_S, cluster_environment
 from serving.driver.held_ports import HeldPorts
 from serving.driver.nodes import NodeFollower
-from serving.driver.operations import ClusterOperations, finish_interrupted, run_autoscaler
+from serving.driver.operations import ClusterOperations
 from serving.driver.preflight import Preflight, begin
 from serving.driver.record import first_served, read_served, write_served
 from serving.gateway.deployment import Gateway
@@ -221,12 +221,19 @@ def _start(
         if guard is not None:
             specs = [replace(spec, progress_directory=str(guard.directory)) for spec in specs]
         with watched_progress(guard.directory, on_load) if guard and on_load else nullcontext():
-            ports, metrics_port, served = _deploy(config, specs, report)
-        operations = ClusterOperations(config, served, this_host if guard else _host_of_cluster)
+            ports, metrics_port, operations = _deploy(config, specs, report, this_host if guard else _host_of_cluster)
         admin = None
         if config.serves_admin:
             admin = AdminThread(config, operations)
-    except (RayError, RayServeException, StoreUnavailableError, RuntimeError, TimeoutError, OSError) as error:
+    except (
+        RayError,
+        RayServeException,
+        ChangeError,
+        StoreUnavailableError,
+        RuntimeError,
+        TimeoutError,
+        OSError,
+    ) as error:
         message = plain_reason(f"{applications.messages()}\n{error}")
         shut_down(guard)
         raise StartError(message) from error
@@ -342,9 +349,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _deploy(
-    config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None]
-) -> tuple[Ports, int | None, Served]:
-    """Where the first gateway listens, where it shows metrics, and what is served."""
+    config: ServingConfig, specs: Sequence[GroupSpec], report: Callable[[str], None], look_at_host: Callable[[], Host]
+) -> tuple[Ports, int | None, ClusterOperations]:
+    """Where the first gateway listens, where it shows metrics, and what changes that which is served."""
     before = _served_before()
     joined.check_replaceable(before, config.ray)  # again: another command may have deployed something since
     placements = _placements(config, specs, report)
@@ -368,14 +375,16 @@ def _deploy(
                 write_served(msgspec.structs.replace(before, generation=served.generation + 1, owner=owner))
             raise
         joined.remember_deployed(mark if config.ray.detached else None)
+        operations = ClusterOperations(config, served, look_at_host)
     else:
         report("taking over what is deployed already")
-        served = finish_interrupted(before, report)
+        operations = ClusterOperations(config, before, look_at_host)
+        operations.finish_interrupted(report)
     # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.
     ports: list[Ports] = handle.broadcast("ready").results(timeout_s=STOP_TIMEOUT_S)
     metrics_ports: list[int | None] = handle.broadcast("metrics_port").results(timeout_s=STOP_TIMEOUT_S)
-    run_autoscaler(config, served)
-    return ports[0], metrics_ports[0], served
+    operations.start_autoscaler()
+    return ports[0], metrics_ports[0], operations
 
 
 def _served_before() -> Served | None:

@@ -17,6 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.config import RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
+from ray.serve.generated import serve_pb2
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
@@ -185,6 +186,13 @@ def deployed(model: str) -> Deployed | None:
         target=found["target_num_replicas"],
         replicas={replica["replica_id"]: str(replica["state"].value) for replica in found["replicas"]},
     )
+
+
+def revision(model: str) -> int:
+    """Of the groups of a model, as Serve was told last. Raises StartError."""
+    encoded = _ask_controller("get_deployment_info", deployment_name(model), app_name(model))
+    messages: Any = serve_pb2
+    return int(messages.DeploymentRoute.FromString(encoded).deployment_info.version)
 
 
 def our_applications() -> set[str]:

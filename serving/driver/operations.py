@@ -2,12 +2,12 @@
 
 Each change is checked whole before anything is done. Then the record in Ray's control store says what is under way, Serve does
 it, and the record says what holds from now on. A change that fails is taken back. The driver that comes after one that was lost
-in the middle finishes or takes back what it finds (`finish_interrupted`).
+in the middle finishes or takes back what it finds (`ClusterOperations.finish_interrupted`).
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ from serving.config import ModelEntry, ServingConfig
 from serving.contracts.errors import ChangeError, NotFoundError, UnknownModelError, ValidationError
 from serving.contracts.models import AdapterCard
 from serving.contracts.operations import ModelStatus, Progress, Report
-from serving.contracts.served import Served, ServedModel, app_name, deployment_name
+from serving.contracts.served import Replacement, Served, ServedModel, app_name, deployment_name
 from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import adapter_changes, applications, changes, joined
 from serving.driver.preflight import check_model
@@ -54,6 +54,8 @@ class ClusterOperations:
         self._is_private = config.ray.address is None
         self._lock = threading.Lock()
         self._autoscaler_lock = threading.Lock()
+        self._autoscaled: AutoscalerSettings | None = None
+        """What the autoscaler was started with last; None when there is to be none."""
         self._waits = Waits()
         self._changing = ""
         """The model that is being changed."""
@@ -108,6 +110,7 @@ class ClusterOperations:
                     f"{model} is the only model that is served; deploy another one first, or stop the server"
                 )
             self._write(model, msgspec.structs.replace(served, state="removing"))
+            self._restart_autoscaler()
             # From here on it goes: whatever does not answer any more does not keep it.
             tell("draining", "new requests are refused; those that run may finish")
             self._tell_gateways()
@@ -117,7 +120,6 @@ class ClusterOperations:
             self._delete(model)
             self._write(model, None)
             self._tell_gateways()
-            self._restart_autoscaler(served)
             tell("done", f"{model} is not served any more")
 
     def scale(
@@ -228,7 +230,7 @@ class ClusterOperations:
             self._delete(name)
             self._tell_gateways()
             raise ChangeError(f"{name} was not deployed: {plain_reason(str(error))}") from error
-        self._restart_autoscaler(self._served.models[name])
+        self._restart_autoscaler()
         tell("done", f"{name} is served", spec.card.num_groups, spec.card.num_groups)
 
     def _alter(
@@ -257,11 +259,10 @@ class ClusterOperations:
             self._replace(before, spec, text, target, max_unavailable, tell)
         else:
             self._write(name, served_model(spec, text, before.revision, "serving"))
-            if not follows_load and target != found.target:
-                self._set_target(before, found.target, target, tell)
+            self._restart_autoscaler()  # first: the one of before would order another number at once
+            if not follows_load and target != (old_target := self._deployed(name).target):
+                self._set_target(before, old_target, target, tell)
             self._waits.gateways(self._served.generation, name)
-        if "autoscaling" in differs.fields or follows_load:
-            self._restart_autoscaler(self._served.models[name], before)
         tell("done", f"{name} is served with {differs}", target, target)
 
     def _set_target(self, before: ServedModel, old_target: int, target: int, tell: Tell) -> None:
@@ -275,8 +276,9 @@ class ClusterOperations:
                 applications.set_num_groups(name, target)
             self._waits.number(name, target, tell, self._start_timeout_s(before))
         except StartError as error:
-            applications.set_num_groups(name, old_target)
             self._write(name, before)
+            self._restart_autoscaler()
+            applications.set_num_groups(name, old_target)
             raise ChangeError(f"{name} has {old_target} groups as before: {error}") from error
 
     def _replace(
@@ -291,11 +293,14 @@ class ClusterOperations:
         # Until all groups are new, no request may be longer than the shortest of them allows.
         shortest = min(before.card.max_model_len, spec.card.max_model_len)
         during = msgspec.structs.replace(spec.card, max_model_len=shortest)
+        revision = self._served.generation + 1
+        after = served_model(spec, given, revision, "serving")
         old = self._deployed(name)
         num_groups = max(1, target)
         timeout_s = -(-num_groups // max_unavailable) * self._start_timeout_s(before)
-        self._write(name, msgspec.structs.replace(before, card=during, state="replacing"))
-        revision = self._served.generation
+        replacement = Replacement(before=before, after=after)
+        self._write(name, msgspec.structs.replace(before, card=during, state="replacing", replacement=replacement))
+        self._restart_autoscaler()
         try:
             self._waits.gateways(self._served.generation, name)
             self._run(spec, num_groups, revision, max_unavailable, tell)
@@ -305,7 +310,7 @@ class ClusterOperations:
             tell("replacing", f"taken back, since a new group did not start: {reason}")
             self._take_back(before, num_groups, max_unavailable, timeout_s, tell)
             raise ChangeError(f"{name} is served as before; a new group did not start: {reason}") from error
-        self._write(name, served_model(spec, given, revision, "serving"))
+        self._write(name, after)
         self._waits.gateways(self._served.generation, name)
 
     def _take_back(self, before: ServedModel, target: int, max_unavailable: int, timeout_s: float, tell: Tell) -> None:
@@ -317,6 +322,7 @@ class ClusterOperations:
         except (StartError, *SERVE_ERRORS, EngineError) as error:
             logger.error("%s could not be brought back whole: %s", name, error)
         self._write(name, before)
+        self._restart_autoscaler()
         self._tell_gateways()
 
     def _checked(self, entry: ModelEntry, before: ServedModel | None, tell: Tell) -> GroupSpec:
@@ -460,6 +466,10 @@ class ClusterOperations:
         models = {other: served for other, served in self._served.models.items() if other != name or model is not None}
         if model is not None:
             models[name] = with_added_adapters(model, self._served.models.get(name)) if keeps_adapters else model
+        self._write_models(models)
+
+    def _write_models(self, models: dict[str, ServedModel]) -> None:
+        """Raises ChangeError."""
         served = msgspec.structs.replace(self._served, generation=self._served.generation + 1, models=models)
         try:
             write_served(served)
@@ -467,22 +477,61 @@ class ClusterOperations:
             raise ChangeError(f"it cannot be written down: {plain_reason(str(error))}") from error
         self._served = served
 
-    def _restart_autoscaler(self, *concerned: ServedModel) -> None:
-        """The autoscaler learns of the models as they are now, when one of these is, or was, any concern of its. It goes on with
-        what the last one has learned."""
-        if any(changes.entry_of(model.given).autoscaling is not None for model in concerned):
-            with self._autoscaler_lock:
-                try:
-                    run_autoscaler(self._config, self._served)
-                except SERVE_ERRORS as error:  # `revive_autoscaler` tries again
-                    logger.error("the autoscaler does not start: %s", plain_reason(str(error)))
+    def start_autoscaler(self) -> None:
+        """The one for the models as they are now, in place of any other; none where no model needs it. Raises RayError,
+        RuntimeError, TimeoutError."""
+        with self._autoscaler_lock:
+            self._autoscaled = autoscaler_settings(self._config, self._served)
+            run_autoscaler(self._autoscaled)
+
+    def _restart_autoscaler(self) -> None:
+        """The same, where the models have become others to it. It goes on with what the last one has learned."""
+        if autoscaler_settings(self._config, self._served) == self._autoscaled:
+            return
+        try:
+            self.start_autoscaler()
+        except SERVE_ERRORS as error:  # `revive_autoscaler` tries again
+            logger.error("the autoscaler does not start: %s", plain_reason(str(error)))
 
     def revive_autoscaler(self) -> None:
         """Begin it anew where it should be and has ended for good. Raises RayError, RuntimeError, TimeoutError."""
         with self._autoscaler_lock:
-            if autoscaler_settings(self._config, self._served) is not None and not has_autoscaler():
+            if self._autoscaled is not None and not has_autoscaler():
                 logger.error("the autoscaler has ended for good, and is begun anew")
-                run_autoscaler(self._config, self._served)
+                run_autoscaler(self._autoscaled)
+
+    def finish_interrupted(self, report: Callable[[str], None]) -> None:
+        """What a driver that was lost in the middle of a change has left: models that were to come or to go are taken away, and
+        groups that were being replaced are Serve's to finish. Where it could not, those of before come back. Raises ChangeError,
+        StartError, RayError, TimeoutError."""
+        if all(model.state == "serving" for model in self._served.models.values()):
+            return
+        models: dict[str, ServedModel] = {}
+        away, failed = [], []
+        for name, model in self._served.models.items():
+            if model.state != "serving":
+                goes_on = "it goes on" if model.state == "replacing" else "it is taken away"
+                report(f"{name} was {model.state} when the last command ended; {goes_on}")
+            if not model.is_shown:
+                away.append(name)
+            elif model.replacement is None:
+                models[name] = msgspec.structs.replace(model, state="serving")
+            else:
+                before, after = model.replacement.before, model.replacement.after
+                revision = applications.revision(name)
+                if revision == before.revision:
+                    models[name] = with_added_adapters(before, model)
+                elif revision == after.revision and not self._deployed(name).failure:
+                    models[name] = with_added_adapters(after, model)
+                else:
+                    models[name] = model
+                    failed.append(before)
+        self._write_models(models)
+        applications.delete(map(app_name, away), 2 * applications.STOP_TIMEOUT_S)
+        for before in failed:
+            target = max(1, self._deployed(before.card.name).target)
+            timeout_s = target * self._start_timeout_s(before)
+            self._take_back(before, target, 1, timeout_s, lambda stage, text, *numbers: report(text))
 
     @contextmanager
     def _change(self, name: str, report: Report) -> Iterator[Tell]:
@@ -506,9 +555,8 @@ class ClusterOperations:
             self._lock.release()
 
 
-def run_autoscaler(config: ServingConfig, served: Served) -> None:
-    """The one for these models, in place of any other; none where no model needs it."""
-    settings = autoscaler_settings(config, served)
+def run_autoscaler(settings: AutoscalerSettings | None) -> None:
+    """One with these settings, in place of any other; none where there are none."""
     if settings is None:
         stop_autoscaler(applications.STOP_TIMEOUT_S)
     else:
@@ -516,31 +564,9 @@ def run_autoscaler(config: ServingConfig, served: Served) -> None:
 
 
 def autoscaler_settings(config: ServingConfig, served: Served) -> AutoscalerSettings | None:
-    """None where no model needs one."""
-    entries = [changes.entry_of(model.chosen) for model in served.models.values()]
-    return settings_of(entries, config.autoscaler, Gateway.__name__)
-
-
-def finish_interrupted(served: Served, report: Callable[[str], None]) -> Served:
-    """What a driver that was lost in the middle of a change has left: models that were to come or to go are taken away, and the
-    groups that were being replaced are Serve's to finish. Returns the record as it is now. Raises RayError, TimeoutError."""
-    unfinished = {name: model.state for name, model in served.models.items() if model.state != "serving"}
-    if not unfinished:
-        return served
-    for name, state in unfinished.items():
-        report(
-            f"{name} was {state} when the last command ended; {'it goes on' if state == 'replacing' else 'it is taken away'}"
-        )
-    away = [name for name, state in unfinished.items() if state != "replacing"]
-    models: Mapping[str, ServedModel] = {
-        name: msgspec.structs.replace(model, state="serving")
-        for name, model in served.models.items()
-        if name not in away
-    }
-    finished = msgspec.structs.replace(served, generation=served.generation + 1, models=dict(models))
-    write_served(finished)
-    applications.delete(map(app_name, away), 2 * applications.STOP_TIMEOUT_S)
-    return finished
+    """None where no model needs one. It leaves alone what is still coming, or going."""
+    settled = [model.replacement.after if model.replacement else model for model in served.shown.values()]
+    return settings_of([changes.entry_of(model.chosen) for model in settled], config.autoscaler, Gateway.__name__)
 
 
 def _requests(spec: GroupSpec) -> list[GroupRequest]:

@@ -122,7 +122,7 @@ class GatewayServer:
 
     @property
     def demand(self) -> Mapping[str, ModelDemand]:
-        """What has arrived since the start, by model."""
+        """What has arrived for each model that is served."""
         return self._generator.demand.totals
 
     async def start(self) -> Ports:

@@ -136,6 +136,7 @@ class Generator:
         """Be ready for a model that the backend is about to serve, or to serve with another card."""
         encoder = await asyncio.to_thread(PromptEncoder, card, tokenizer)
         self._encoders[card.name], self.tokenizers[card.name] = encoder, tokenizer
+        self.demand.add_model(card.name)
         if (old := self.grammars.get(card.name)) is not None:
             old.close()
         self.grammars[card.name] = self._checker(card, tokenizer)
@@ -143,6 +144,7 @@ class Generator:
     def forget_model(self, name: str) -> None:
         """The backend does not serve it any more. Requests that have begun go on."""
         del self._encoders[name], self.tokenizers[name]
+        self.demand.forget_model(name)
         self.grammars.pop(name).close()
 
     def begin(self, query: GenerateQuery, call: Call) -> Stream:

@@ -190,6 +190,19 @@ def test_silent_gateways_are_told_from_missing_ones(serve: Serve, observe: Calla
     assert (gateways["one"].num_sequences, gateways["one"].num_prompt_tokens) == (5, 70)
 
 
+def test_a_gateway_that_does_not_serve_the_model_yet_is_not_silent(
+    serve: Serve, observe: Callable[[], ModelObservation]
+) -> None:
+    """Our own: a model that was deployed later was without metrics until each gateway had had a request for it."""
+    serve.gateways = {
+        "one": demand("one", 0, 0),
+        "two": GatewayDemand(gateway="two", models={"other": ModelDemand(3, 4)}),
+    }
+    (gateway,) = observe().gateways
+    assert gateway.gateway == "one" and gateway.load is not None
+    assert gateway.load.num_sequences == 0
+
+
 def test_gateways_are_told_what_was_seen_and_decided(serve: Serve) -> None:
     fleet = ServeFleet(settings(), serve, Clock())
     made = ModelDecision(target=2, before=1, cause=Cause.DEMAND, reason="1 → 2: much", warnings=("w",))

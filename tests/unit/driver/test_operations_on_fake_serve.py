@@ -1,7 +1,7 @@
 """Changes of what is served, on a Serve that does what the test says: what is written down, ordered and taken back."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +17,17 @@ from cluster.placement import GroupPlacement
 from model_parallel.engine.request import AdapterRef
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
+from serving.autoscaling.settings import AutoscalerSettings
 from serving.config import ModelEntry, parse_config
 from serving.contracts.errors import AlreadyExistsError, ChangeError, NotFoundError, UnknownModelError, ValidationError
 from serving.contracts.models import AdapterCard
 from serving.contracts.operations import Progress
-from serving.contracts.served import GatewayModels, Served, app_name, deployment_name, is_ours
+from serving.contracts.served import GatewayModels, Owner, Served, State, app_name, deployment_name, is_ours
 from serving.contracts.start_failure import StartError
 from serving.driver import applications, joined, operations, waits
 from serving.driver.applications import Deployed
 from serving.driver.changes import entry_of, entry_text
-from serving.driver.operations import ClusterOperations, finish_interrupted
+from serving.driver.operations import ClusterOperations, autoscaler_settings
 from serving.driver.record import served_model
 from serving.models.sizes import Host
 from tests.support.waiting import PATIENCE_S, wait_until
@@ -71,6 +72,10 @@ class FakeServe:
     """Looks at which Serve still tells what was before an order."""
     silent_gateways: bool = False
     before: Deployed | None = None
+    revision_told: dict[str, int] = field(default_factory=dict)
+    """Of the groups of each model, as Serve was told last."""
+    autoscaler: AutoscalerSettings | None = None
+    """What the one that runs was started with. It orders the most groups of a model at once, whatever anybody else orders."""
 
     def deployed(self, model: str) -> Deployed | None:
         if self.is_down:
@@ -90,6 +95,7 @@ class FakeServe:
         name, number = target.spec.card.name, target.about["num_groups"]
         revision = target.about["revision"]
         self.runs.append((name, number, revision))
+        self.revision_told[name] = revision
         self.before = before = self.models.get(name)
         old = dict(before.replicas) if before else {}
         if self.failing and self.failing in entry_text(target.spec.entry):
@@ -101,7 +107,12 @@ class FakeServe:
         new = {f"{revision}-{len(self.runs)}-{i}": "RUNNING" for i in range(number - len(kept))}
         self.models[name] = Deployed(status="HEALTHY", message="", target=number, replicas={**kept, **new})
 
+    def run_autoscaler(self, settings: AutoscalerSettings | None) -> None:
+        self.autoscaler = settings
+
     def set_num_groups(self, model: str, number: int) -> None:
+        if self.autoscaler is not None and model in self.autoscaler.models:
+            number = self.autoscaler.models[model].scaled.policy.max_groups
         before = self.models[model]
         groups = [*before.replicas, *(f"more-{i}" for i in range(number))][: min(number, self.places)]
         self.models[model] = replace(before, target=number, replicas=dict.fromkeys(groups, "RUNNING"))
@@ -140,7 +151,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     monkeypatch.setattr(waits.Waits, "_ask_gateways", lambda self: fake.ask_gateways())
     monkeypatch.setattr(waits, "_POLL_S", 0.001)
     monkeypatch.setattr(waits, "STALE_S", 0.0)
-    monkeypatch.setattr(operations, "run_autoscaler", lambda config, served: None)
+    monkeypatch.setattr(applications, "revision", lambda model: fake.revision_told[model])
+    monkeypatch.setattr(operations, "run_autoscaler", fake.run_autoscaler)
+    monkeypatch.setattr(operations, "has_autoscaler", lambda: fake.autoscaler is not None)
     monkeypatch.setattr(operations, "resolve_models", lambda entries, host: [spec_of(entry) for entry in entries])
 
     def check(entry: ModelEntry, host: Host, *, is_private: bool) -> Any:
@@ -576,23 +589,134 @@ def test_only_a_group_that_runs_can_be_drained(cluster: ClusterOperations, serve
         cluster.drain("7-1-0", 9.0, log)
 
 
+SCALED = {"mode": "on", "min_groups": 2, "max_groups": 3}
+
+
+@pytest.mark.parametrize("others", [{}, {"max_num_seqs": 8}], ids=["number", "groups replaced too"])
+def test_the_autoscaler_does_not_fight_against_being_turned_off(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, others: dict[str, object]
+) -> None:
+    cluster.deploy(changed(autoscaling=SCALED), 1, log, only_check=False)
+    assert serve.autoscaler is not None and set(serve.autoscaler.models) == {"a"}
+    cluster.deploy(changed(num_groups=1, **others), 1, log, only_check=False)
+    assert serve.autoscaler is None
+    assert serve.models["a"].target == 1
+    assert len(serve.models["a"].running) == 1
+
+
+@pytest.mark.parametrize("others", [{}, {"max_num_seqs": 8}], ids=["number", "groups replaced too"])
+def test_the_autoscaler_is_back_when_turning_it_off_fails(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, monkeypatch: pytest.MonkeyPatch, others: dict[str, object]
+) -> None:
+    cluster.deploy(changed(autoscaling=SCALED), 1, log, only_check=False)
+    before, scaled = serve.records[-1].models["a"], serve.autoscaler
+    monkeypatch.setattr(cluster, "_start_timeout_s", lambda served: 0.05)
+    monkeypatch.setattr(joined, "wait_for_places", lambda requests, *rest, **options: [None] * len(requests))
+    serve.failing, serve.places = '"max_num_seqs":8', 3
+    with pytest.raises(ChangeError, match="as before"):
+        cluster.deploy(changed(num_groups=5, **others), 1, log, only_check=False)
+    assert serve.records[-1].models["a"] == before
+    assert serve.autoscaler == scaled is not None
+
+
+def test_no_autoscaler_looks_after_a_model_that_still_starts(
+    cluster: ClusterOperations, serve: FakeServe, log: Log
+) -> None:
+    """What looks whether the autoscaler is there began one in the middle of a start, and that ended the model's only group."""
+    serve.blocked = threading.Event()
+    entry = text(name="b", source="/b", autoscaling={"mode": "on", "min_groups": 0, "max_groups": 1})
+    thread = threading.Thread(target=cluster.deploy, args=(entry, 1, log), kwargs={"only_check": False})
+    thread.start()
+    assert wait_until(lambda: serve.states[-1] == {"a": "serving", "b": "starting"})
+    cluster.revive_autoscaler()
+    assert serve.autoscaler is None
+    serve.blocked.set()
+    thread.join(PATIENCE_S)
+    assert serve.autoscaler is not None and set(serve.autoscaler.models) == {"b"}
+    serve.autoscaler = None  # it has ended for good
+    cluster.revive_autoscaler()
+    assert serve.autoscaler is not None and set(serve.autoscaler.models) == {"b"}
+    cluster.undeploy("b", log)
+    assert serve.autoscaler is None
+    cluster.revive_autoscaler()
+    assert serve.autoscaler is None
+
+
+@pytest.mark.parametrize(
+    ("state", "is_scaled"), [("starting", False), ("serving", True), ("replacing", True), ("removing", False)]
+)
+def test_models_that_the_autoscaler_looks_after(cluster: ClusterOperations, state: State, is_scaled: bool) -> None:
+    entry = ModelEntry.model_validate({"name": "b", "source": "/b", "num_groups": 2, "autoscaling": SCALED})
+    served = Served(generation=1, models={"b": served_model(spec_of(entry), entry_text(entry), 1, state)})
+    assert (autoscaler_settings(cluster._config, served) is not None) == is_scaled
+
+
 @pytest.fixture
-def interrupted() -> Iterator[Served]:
+def interrupted(cluster: ClusterOperations, serve: FakeServe) -> ClusterOperations:
+    """The driver before was lost in the middle of changes."""
     models = {}
-    for name, state in (("a", "serving"), ("b", "starting"), ("c", "removing"), ("d", "replacing")):
+    states: dict[str, State] = {"a": "serving", "b": "starting", "c": "removing", "d": "replacing"}
+    for name, state in states.items():
         entry = ModelEntry(name=name, source=f"/{name}")
-        models[name] = served_model(spec_of(entry), entry_text(entry), 1, state)  # type: ignore[arg-type]
-    yield Served(generation=4, models=models)
+        models[name] = served_model(spec_of(entry), entry_text(entry), 1, state)
+    serve.records[:] = [Served(generation=4, models=models, owner=Owner(job="1", is_detached=True))]
+    return ClusterOperations(cluster._config, serve.records[-1], lambda: Host(machine=MACHINE))
 
 
-def test_the_next_driver_finishes_what_it_finds(serve: FakeServe, interrupted: Served) -> None:
+def test_the_next_driver_finishes_what_it_finds(interrupted: ClusterOperations, serve: FakeServe) -> None:
     told: list[str] = []
-    after = finish_interrupted(interrupted, told.append)
+    interrupted.finish_interrupted(told.append)
+    _, after = serve.records
     assert {name: model.state for name, model in after.models.items()} == {"a": "serving", "d": "serving"}
-    assert after.generation == 5
-    assert serve.records == [after]
+    assert (after.generation, after.owner) == (5, Owner(job="1", is_detached=True))
     assert [line.split()[0] for line in told] == ["b", "c", "d"]
-    assert finish_interrupted(after, told.append) is after
+    interrupted.finish_interrupted(told.append)
+    assert (len(told), len(serve.records)) == (3, 2)
+
+
+class LostError(Exception):
+    """The driver ends here."""
+
+
+@pytest.mark.parametrize(
+    ("lost_in", "becomes_new"),
+    [("gateways", False), ("rollout", True), ("failed", False), ("taken back", False)],
+)
+def test_a_replacement_that_lost_its_driver_is_what_serve_has(
+    cluster: ClusterOperations,
+    serve: FakeServe,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    lost_in: str,
+    becomes_new: bool,
+) -> None:
+    """The record said of groups with 80 tokens that they had 50, and their configuration was nowhere."""
+    before = serve.records[-1].models["a"]
+
+    def lose(*arguments: object, **named: object) -> None:
+        raise LostError
+
+    lost_at = {"gateways": "gateways", "rollout": "rollout", "failed": "rollout", "taken back": "number"}[lost_in]
+    if lost_in in ("failed", "taken back"):
+        serve.failing = '"max_num_seqs":8'
+    with monkeypatch.context() as lost, pytest.raises(LostError):
+        lost.setattr(cluster._waits, lost_at, lose)
+        cluster.deploy(changed(max_model_len=80, max_num_seqs=8), 1, log, only_check=False)
+    assert serve.states[-1] == {"a": "replacing"}
+    told: list[str] = []
+    following = ClusterOperations(cluster._config, serve.records[-1], lambda: Host(machine=MACHINE))
+    following.finish_interrupted(told.append)
+    assert "a was replacing" in told[0]
+    after = serve.records[-1].models["a"]
+    if becomes_new:
+        assert after.state == "serving" and after.replacement is None
+        assert (after.card.max_model_len, after.revision) == (80, serve.revision_told["a"])
+        assert entry_of(after.given).max_num_seqs == entry_of(after.chosen).max_num_seqs == 8
+    else:
+        assert after == before
+        assert serve.revision_told["a"] == before.revision
+    assert len(serve.models["a"].running) == 2
+    following.restart("a", 1, log)
 
 
 def test_names_of_models_are_names_of_applications() -> None:

@@ -12,6 +12,7 @@ import pytest
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
+from serving.contracts.fleet import ModelDemand
 from serving.contracts.models import AdapterCard, ModelCard
 from serving.contracts.served import GatewayModels, Served, ServedModel, State
 from serving.gateway import deployment
@@ -125,11 +126,14 @@ async def test_models_come_and_go(serve: Serve, record: Record) -> None:
         await gateway._look()
         assert record.loaded == ["new"], "the record has not changed"
 
+        assert running.server.demand["new"] == ModelDemand(0, 0), "nobody has asked for it yet"
         asked = asyncio.ensure_future(running.stub.Generate(question("new")))
         await running.backend.started.wait()
+        assert running.server.demand["new"] == ModelDemand(1, 2)
         record.served = served(3, card("tiny"))
         await gateway._look()
         assert await names(running) == ["tiny"]
+        assert running.server.demand.keys() == {"tiny"}
         call = running.stub.Generate(question("new"))
         assert await call.code() is grpc.StatusCode.NOT_FOUND
         assert "served: tiny" in await call.details()

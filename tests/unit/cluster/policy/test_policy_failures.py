@@ -5,7 +5,17 @@ import math
 import pytest
 
 from cluster.autoscaler import ScaledModel
-from cluster.policy import Cause, ModelObservation, ModelPolicy, Observation, PolicyConfig, PolicyState, decide
+from cluster.policy import (
+    Cause,
+    GroupObservation,
+    ModelObservation,
+    ModelPolicy,
+    Observation,
+    Phase,
+    PolicyConfig,
+    PolicyState,
+    decide,
+)
 from model_parallel.errors import ConfigError
 from serving.autoscaling.settings import settings_of
 from serving.config import parse_config
@@ -185,6 +195,28 @@ def test_a_sleeping_model_wakes_with_as_many_as_the_crowd_needs() -> None:
     story.run(60)
     story.num_held, story.rate = 250, 4 * RATE_OF_A_GROUP
     assert story.tick().target >= 3
+
+
+def test_a_model_does_not_sleep_before_it_could_serve() -> None:
+    """Our own: idle_s was counted from the order on, and a model that loads for longer lost its only group while that loaded."""
+    policy = ModelPolicy(min_groups=0, max_groups=1, idle_s=5.0, cooldown_s=1.0, start_timeout_s=600.0)
+    story = Story(policy, num_groups=0, start_s=60.0)
+    story.target = 1
+    story.groups = [GroupObservation(group="first", phase=Phase.STARTING, since_s=story.now_s)]
+    story.run(60)
+    assert story.num_running == 1 and set(story.targets) == {1}
+    assert story.run(15).target == 0, "the time in which nobody asks counts from then on"
+    assert Cause.IDLE in {decision.cause for decision in story.decisions}
+
+
+def test_a_start_that_is_stuck_does_not_keep_a_model_awake() -> None:
+    policy = ModelPolicy(min_groups=0, max_groups=1, idle_s=5.0, cooldown_s=1.0, start_timeout_s=600.0)
+    story = Story(policy, num_groups=0, start_s=math.inf)
+    story.target = 1
+    story.groups = [GroupObservation(group="first", phase=Phase.STARTING, since_s=story.now_s)]
+    story.run(600)
+    assert set(story.targets) == {1}
+    assert story.run(30).target == 0
 
 
 def test_what_was_learned_outlives_a_restart() -> None:
