@@ -273,6 +273,12 @@ class LoraConfig(_Section):
     )
 
 
+MODEL_SOURCES = ("source", "draft_model")
+"""Fields of an entry of `models` that name a model: one that `packtrain fetch` knows, a directory, or a GGUF file."""
+_LEAST_SHARE = 0.0001
+"""Of a CPU, that Ray counts."""
+
+
 class ModelEntry(_Section):
     """One served model and its replica groups."""
 
@@ -293,7 +299,11 @@ class ModelEntry(_Section):
     threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None, ge=1, description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks."
     )
-    cpus_per_rank: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for a rank.")
+    cpus_per_rank: float = Field(
+        1.0,
+        ge=0,
+        description="CPUs that Ray sets aside for a rank: 0, or at least 0.0001, which is the least that Ray counts.",
+    )
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus answer; the model's own when unset.")
     kv_cache_tokens: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None, ge=16, description="Tokens that a group's KV cache holds. auto, or unset: what free memory has room for."
@@ -354,6 +364,13 @@ class ModelEntry(_Section):
         "checkpoint's generation_config.json where it says do_sample: true, and repetition_penalty; vllm-like: all of them "
         "whatever do_sample says, and max_new_tokens; none: neutral values.",
     )
+
+    @field_validator("cpus_per_rank")
+    @classmethod
+    def _can_be_counted(cls, num_cpus: float) -> float:
+        if 0 < num_cpus < _LEAST_SHARE:
+            raise ValueError(f"must be 0, or at least {_LEAST_SHARE:g}, which is the least that Ray counts")
+        return num_cpus
 
     @model_validator(mode="after")
     def _begins_within_bounds(self) -> "ModelEntry":

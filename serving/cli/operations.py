@@ -30,7 +30,7 @@ from serving.cli.serve import (
 from serving.cli.terminal import say
 from serving.client.client import Client
 from serving.client.tls import CaFile, CertFile, KeyFile, UseTls, client_tls
-from serving.config import MAX_GROUPS, api_key, load_config
+from serving.config import MAX_GROUPS, MODEL_SOURCES, api_key, load_config
 from serving.contracts.yaml_files import read_mapping
 from serving.models.fetch import KNOWN_MODELS
 
@@ -197,9 +197,10 @@ def _with_whole_path(entry: dict[str, Any]) -> dict[str, Any]:
     if "adapters" in lora:
         adapters = [each | {"source": str(Path(each["source"]).expanduser().absolute())} for each in lora["adapters"]]
         entry = entry | {"lora": lora | {"adapters": adapters}}
-    path = Path(str(entry["source"])).expanduser()
-    if entry["source"] not in KNOWN_MODELS and path.exists():
-        return entry | {"source": str(path.absolute())}
+    for field in MODEL_SOURCES:
+        source = entry.get(field)
+        if source is not None and source not in KNOWN_MODELS and (path := Path(source).expanduser()).exists():
+            entry = entry | {field: str(path.absolute())}
     return entry
 
 

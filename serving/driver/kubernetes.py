@@ -27,7 +27,7 @@ from model_parallel.memory import (
     kv_cache_tokens,
     plan_group,
 )
-from serving.config import AUTO, ModelEntry, ServingConfig, parse_config
+from serving.config import AUTO, MODEL_SOURCES, ModelEntry, ServingConfig, parse_config
 from serving.driver.chart_values import chart_defaults, charts_own, schema_problems, with_defaults
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
@@ -379,7 +379,7 @@ def _chart_config(config: ServingConfig) -> dict[str, Any]:
         if known := KNOWN_MODELS.get(entry["source"]):
             chat = {"format": known.chat_format, "default_system": known.chat_default_system}
             entry.setdefault("chat", chat)
-        for key in ("source", "draft_model"):
+        for key in MODEL_SOURCES:
             if known := KNOWN_MODELS.get(entry.get(key) or ""):
                 # Pods fetch nothing: the NetworkPolicy would not let them, and the image has it.
                 entry[key] = f"{IMAGE_MODELS}/{known.name}/{known.path.name}"
@@ -543,9 +543,9 @@ def _rule_problems(whole: Mapping[str, Any], config: ServingConfig) -> Iterator[
 
 
 def _sources(entry: ModelEntry) -> Iterator[tuple[str, str]]:
-    yield "source", entry.source
-    if entry.draft_model is not None:
-        yield "draft_model", entry.draft_model
+    for field in MODEL_SOURCES:
+        if (source := getattr(entry, field)) is not None:
+            yield field, source
     for adapter in entry.lora.adapters if entry.lora else ():
         yield f"the source of the adapter {adapter.name}", str(adapter.source)
 

@@ -67,8 +67,8 @@ class FetchError(Exception):
     """A model that could not be fetched. The message says what to do."""
 
 
-def resolve_source(source: str) -> Path:
-    """A configuration's `source` as a path: a known model is fetched, anything else must exist.
+def resolve_source(source: str, field: str = "source") -> Path:
+    """A configuration's `source`, or another `field` like it, as a path: a known model is fetched, anything else must exist.
 
     Raises ConfigError for what is neither, and FetchError.
     """
@@ -78,12 +78,12 @@ def resolve_source(source: str) -> Path:
     try:
         is_there = path.exists()
     except OSError as error:
-        raise ConfigError(f"source {source:.200} cannot be looked at: {error.strerror}") from error
+        raise ConfigError(f"{field} {source:.200} cannot be looked at: {error.strerror}") from error
     if is_there:
         return path
     near = difflib.get_close_matches(source, KNOWN_MODELS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; known models: {', '.join(KNOWN_MODELS)}"
-    raise ConfigError(f"source {source!r} is neither a known model nor an existing directory or GGUF file{hint}")
+    raise ConfigError(f"{field} {source!r} is neither a known model nor an existing directory or GGUF file{hint}")
 
 
 def existing_source(source: str) -> Path:

@@ -148,7 +148,7 @@ def _draft_config(entry: ModelEntry, info: CheckpointInfo, text: ModelText) -> D
         raise ConfigError(
             f"{where} is {entry.draft_model!r}, and device is {entry.device}; draft models work on cpu alone"
         )
-    draft = describe(resolve_source(entry.draft_model))
+    draft = describe(resolve_source(entry.draft_model, where))
     size = info.config.vocab_size
     if draft.config.vocab_size != size:
         raise ConfigError(

@@ -240,7 +240,7 @@ def draft_memory_of(entry: ModelEntry) -> DraftMemory | None:
     if entry.draft_model is None:
         return None
     assert entry.max_num_seqs is not None, "with_step_sizes comes first"
-    draft = describe(resolve_source(entry.draft_model))
+    draft = describe(resolve_source(entry.draft_model, f"models.{entry.name}.draft_model"))
     return draft_memory(
         draft.config, dtype=entry.dtype, quantization=draft_quantization(draft), max_num_seqs=entry.max_num_seqs
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from ray._common import ray_option_utils
 
 from model_parallel.errors import ConfigError
 from serving import config as config_module
@@ -69,6 +70,15 @@ def test_off_and_on_may_be_written_without_quotes(text: str, mode: str, most: in
     (entry,) = load_config(file).models
     assert entry.autoscaling is not None
     assert (entry.autoscaling.mode, entry.most_groups) == (mode, most)
+
+
+@pytest.mark.parametrize("num_cpus", [0.0, 0.0001, 0.00011, 0.33333, 1.0, 1.5, 0.00009999, 0.00001, 1e-300])
+def test_cpus_are_those_that_ray_counts(num_cpus: float) -> None:
+    data = {"models": [{**MODEL, "cpus_per_rank": num_cpus}]}
+    if ray_option_utils._common_options["num_cpus"].value_constraint(num_cpus) is None:
+        assert parse_config(data, origin="test").models[0].cpus_per_rank == num_cpus
+    else:
+        assert all(part in _error(data) for part in ("models.0.cpus_per_rank", str(num_cpus), "0.0001"))
 
 
 def test_one_mistake_is_one_message() -> None:

@@ -117,6 +117,25 @@ def test_a_file_brings_its_models_and_says_what_it_does_not_change(
     assert operations.asked == [("deploy", one, 1, True), ("deploy", other, 1, True)]
 
 
+def test_each_path_of_an_entry_is_one_of_this_directory(
+    address: str, operations: Operations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may run elsewhere, and looked for the draft model there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "small", "adapter"):
+        Path(name).mkdir()
+    lora = "{adapters: [{name: x, source: adapter}]}"
+    Path("serve.yaml").write_text(
+        f"models: [{{name: a, source: here, draft_model: small, lora: {lora}}}, "
+        "{name: b, source: here, draft_model: smollm2-135m-instruct}]\n"
+    )
+    assert run(address, "deploy", "serve.yaml").exit_code == 0
+    (first, second) = (asked[1] for asked in operations.asked)
+    assert first["draft_model"] == str(tmp_path / "small")
+    assert first["lora"]["adapters"][0]["source"] == str(tmp_path / "adapter")
+    assert second["draft_model"] == "smollm2-135m-instruct"
+
+
 def test_a_model_without_a_file(address: str, operations: Operations, tmp_path: Path) -> None:
     run(address, "deploy", "--model", "smollm2-135m-instruct", "--name", "small", "--tp", "2", "--groups", "3")
     run(address, "deploy", str(tmp_path), "--max-unavailable", "2")

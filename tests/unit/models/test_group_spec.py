@@ -104,6 +104,10 @@ def test_a_draft_model_has_the_same_tokens(smollm2_path: Path, tmp_path: Path) -
     assert memory is not None
     drafts = held_bytes(spec, 1) - held_bytes(plain, 1)
     assert drafts >= memory.weight_bytes + memory.kv_bytes_per_token * spec.cache.num_tokens
+    with pytest.raises(
+        ConfigError, match=r"models\.small\.draft_model 'nowhere' is neither a known model nor an existing"
+    ):
+        resolve_model(_entry(model, **given, draft_model="nowhere"))
     with pytest.raises(ConfigError, match=r"models\.small\.draft_model: .* has 49152 tokens, and .*model has 512"):
         resolve_model(_entry(model, **given, draft_model=str(smollm2_path)))
     with pytest.raises(
