@@ -146,6 +146,14 @@ def listening_addresses(host: str) -> list[str]:
     return usable or found
 
 
+def can_share_a_port(one: str, other: str) -> bool:
+    """Whether listening at both of two IP addresses of a machine can go with one port. `::` takes IPv4 as well."""
+    both = {one, other}
+    if len(both) == 1 or "::" in both:
+        return False
+    return "0.0.0.0" not in both or any(":" in address for address in both)
+
+
 def open_listener(address: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet. `::` takes IPv4 as well, as gRPC has it. Raises OSError."""
     is_v6 = ":" in address

@@ -16,7 +16,7 @@ from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.native import is_ready
 from serving.config import AdminConfig, ServingConfig
-from serving.contracts.addresses import explain_listening, listening_addresses, why_not_listening
+from serving.contracts.addresses import can_share_a_port, explain_listening, listening_addresses, why_not_listening
 
 MIN_FILE_BYTES = 256 << 20
 """Ray's object store is a file of some 80 MiB, and logs grow."""
@@ -94,7 +94,7 @@ def check_ports(config: ServingConfig, probe: Probe = why_not_listening) -> tupl
         except ConfigError as error:
             problem = f"{listener.setting.partition('.')[0]}.host (--host): {error}"
         others = taken.setdefault(listener.port, []) if listener.port else []
-        other = next((each for each, its in others if _overlap(its, addresses)), None)
+        other = next((each for each, its in others if not _can_share(its, addresses)), None)
         if not problem and other is not None:
             problem = (
                 f"{listener.setting} ({listener.flag}): {listener.port} is {other.setting} ({other.flag}) already; "
@@ -113,9 +113,8 @@ def check_ports(config: ServingConfig, probe: Probe = why_not_listening) -> tupl
     return config, moved, problems
 
 
-def _overlap(some: set[str], others: set[str]) -> bool:
-    """Whether listening on both cannot go with one port. `::` takes IPv4 as well."""
-    return bool(some & others or {"0.0.0.0", "::"} & (some | others))
+def _can_share(some: set[str], others: set[str]) -> bool:
+    return all(can_share_a_port(one, other) for one in some for other in others)
 
 
 def check_file_size() -> None:

@@ -7,9 +7,15 @@ an outgoing connection of this machine, whose port the system chooses from a ran
 
 import errno
 import socket
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from serving.contracts.addresses import open_listener, why_not_listening
+from serving.contracts.addresses import can_share_a_port, open_listener, why_not_listening
+
+_TURN_TIMEOUT_S = 30.0
+_POLL_S = 0.01
 
 
 class HeldPorts:
@@ -26,10 +32,13 @@ class HeldPorts:
             return why_not_listening(address, port)
         # Two sockets that are bound alike do not see each other, so a name tells other stacks. It belongs to this network
         # namespace, as ports do, and goes with the process.
-        name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        held = [name]
+        held: list[socket.socket] = []
         try:
-            name.bind(f"\0packtrain {address}:{port}")
+            with _turn(port):
+                ours = {held for held, of_port in self._sockets if of_port == port}
+                if not all(can_share_a_port(address, other) for other in _addresses_held(port) - ours):
+                    return errno.EADDRINUSE
+                held.append(_named(f"{address}:{port}"))
             with suppress(OSError):  # the next lines say why
                 held.append(open_listener(address, port))
             number = why_not_listening(address, port)
@@ -46,6 +55,44 @@ class HeldPorts:
         for held in self._sockets.values():
             _close(held)
         self._sockets.clear()
+
+
+def _named(what: str) -> socket.socket:
+    """A socket with that name. Raises OSError where there is one already."""
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        name.bind(f"\0packtrain {what}")
+    except BaseException:
+        name.close()
+        raise
+    return name
+
+
+@contextmanager
+def _turn(port: int) -> Iterator[None]:
+    """One process at a time looks who keeps a port, and keeps it: of two that start together one gets it. Raises OSError when the
+    other one does not come to an end."""
+    deadline_s = time.monotonic() + _TURN_TIMEOUT_S
+    while True:
+        try:
+            turn = _named(f"looks at {port}")
+            break
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(_POLL_S)
+    with turn:
+        yield
+
+
+def _addresses_held(port: int) -> set[str]:
+    """At which stacks keep the port. None can be seen where the system does not tell the names of sockets."""
+    try:
+        lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    names = [name for _, found, name in (line.partition("@packtrain ") for line in lines) if found]
+    return {address for address, _, number in (name.rpartition(":") for name in names) if number == str(port)}
 
 
 def _close(sockets: list[socket.socket]) -> None:

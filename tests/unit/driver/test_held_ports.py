@@ -3,7 +3,9 @@
 import asyncio
 import errno
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -15,6 +17,7 @@ from serving.driver.checks import check_ports, listeners
 from serving.driver.held_ports import HeldPorts
 from serving.gateway.server import bind
 from serving.observability.endpoint import MetricsEndpoint
+from tests.support.waiting import PATIENCE_S
 
 HOST = "127.0.0.1"
 
@@ -41,6 +44,51 @@ def test_a_second_stack_does_not_get_a_port_that_is_kept(ports: HeldPorts, port:
     ports.close()
     assert other.hold(HOST, port) == 0
     other.close()
+
+
+HOSTS = ("127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "::1")
+
+
+@pytest.mark.parametrize("second", HOSTS)
+@pytest.mark.parametrize("first", HOSTS)
+def test_a_port_that_is_kept_is_kept_from_whoever_could_not_listen_there(
+    ports: HeldPorts, port: int, first: str, second: str
+) -> None:
+    """The system says which addresses go together. Stacks of which one had a wildcard both got the port."""
+    try:
+        with open_listener(first, port) as listener:
+            listener.listen()
+            expected = why_not_listening(second, port)
+    except OSError:
+        pytest.skip(f"nobody listens at {first} here")
+    if expected not in (0, errno.EADDRINUSE):
+        pytest.skip(f"nobody listens at {second} here")
+    other = HeldPorts()
+    assert ports.hold(first, port) == 0
+    assert other.hold(second, port) == expected
+    other.close()
+    assert ports.hold(second, port) == 0, "its own are told apart elsewhere"
+    ports.close()
+    assert other.hold(second, port) == 0
+    other.close()
+
+
+def test_of_many_that_start_together_exactly_one_gets_a_port(port: int) -> None:
+    together = [HeldPorts() for _ in range(16)]
+    barrier = threading.Barrier(len(together))
+
+    def hold(number: int) -> int:
+        barrier.wait(PATIENCE_S)
+        return together[number].hold(HOSTS[number % 4], port)
+
+    with ThreadPoolExecutor(len(together)) as pool:
+        found = list(pool.map(hold, range(len(together))))
+    for each in together:
+        each.close()
+    kept = {HOSTS[number % 4] for number, status in enumerate(found) if status == 0}
+    assert kept in ({"127.0.0.1"}, {"127.0.0.2"}, {"127.0.0.1", "127.0.0.2"}, {"0.0.0.0"}, {"::"})
+    assert found.count(0) == len(kept)
+    assert set(found) <= {0, errno.EADDRINUSE}
 
 
 def test_of_two_stacks_that_start_together_one_moves_what_nobody_chose_and_is_refused_for_the_rest() -> None:
