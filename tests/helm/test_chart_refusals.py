@@ -110,6 +110,15 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         None,
     ),
     **{
+        f"{name} given to {place}": (
+            {place: {"rayStartParams": {name: value}}},
+            f"{'worker group workers' if place == 'worker' else place}.rayStartParams.{name} is the chart's own",
+            None,
+        )
+        for place in ("head", "gateway", "driver", "worker")
+        for name, value in (("address", "elsewhere:6379"), ("head", "true"), ("block", "false"))
+    },
+    **{
         f"{name} of {place}": (
             {place: {"rayStartParams": {name: value}}},
             f"{place}.rayStartParams.{name} is",
@@ -334,6 +343,24 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"config": {"admin": {"metrics_port": 50052}}},
         "config.admin.port and config.admin.metrics_port are both 50052",
         None,
+    ),
+    **{
+        f"{field} at the port of Ray's agent": (
+            {"config": {field.partition(".")[0]: {field.partition(".")[2]: 52365}}},
+            f"config.{field} is 52365, which Ray listens at in the same pods ({place}.rayStartParams.dashboard-agent-",
+            {place: {"rayStartParams": {"dashboard-agent-listen-port": "52366"}}},
+        )
+        for field, place in (
+            ("gateway.port", "gateway"),
+            ("gateway.http_port", "gateway"),
+            ("admin.metrics_port", "gateway"),
+            ("admin.port", "driver"),
+        )
+    },
+    "a port that is given to Ray": (
+        {"gateway": {"rayStartParams": {"node-manager-port": "8000"}}},
+        "config.gateway.http_port is 8000, which Ray listens at in the same pods (gateway.rayStartParams.node-manager-port)",
+        {"config": {"gateway": {"http_port": 8001}}},
     ),
     "a load balancer that nobody may use": (
         {"service": {"type": "LoadBalancer"}, **IN_CLEAR},

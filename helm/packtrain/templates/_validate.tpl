@@ -101,6 +101,9 @@
 {{- if has $name (list "redis-password" "redis-username") -}}
 {{- fail (printf "%s.rayStartParams.%s would stand in the process list. Use gcsFaultTolerance.redis.passwordSecret" $place $name) -}}
 {{- end -}}
+{{- if has $name (list "address" "block" "head") -}}
+{{- fail (printf "%s.rayStartParams.%s is the chart's own: it decides which cluster a node joins, and that its container lives as long as Ray. Leave it out" $place $name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if and $v.tls.requireClientCertificate (not (include "packtrain.tlsSecret" .)) -}}
@@ -178,6 +181,13 @@
 {{- fail (printf "%s and %s are both %s; each needs a port of its own" (index $ports $port) $field $port) -}}
 {{- end -}}
 {{- $_ := set $ports $port $field -}}
+{{- $place := ternary "driver" "gateway" (eq $field "config.admin.port") -}}
+{{- $ofRay := merge (dict) ((index $v $place).rayStartParams | default dict) (dict "dashboard-agent-listen-port" "52365") -}}
+{{- range $name, $taken := omit $ofRay "min-worker-port" "max-worker-port" -}}
+{{- if and $port (hasSuffix "-port" $name) (eq $port (toString $taken)) -}}
+{{- fail (printf "%s is %s, which Ray listens at in the same pods (%s.rayStartParams.%s); choose another" $field $port $place $name) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if not (include "packtrain.port" (list $ "gateway" "http_port" 8000)) -}}
 {{- if or $v.ingress.enabled (and $v.gatewayApi.enabled $v.gatewayApi.http) -}}
