@@ -13,7 +13,7 @@ import typer
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from serving.cli.asking import print_speed, print_stream
-from serving.cli.terminal import console, fetch_progress, leave_on_signals, say, stage, warn
+from serving.cli.terminal import console, fetch_progress, leaving_on_signals, say, stage, warn
 from serving.client.client import Client, chat_prompt
 from serving.config import MAX_GROUPS, ServingConfig, load_config, parse_config
 from serving.driver.environment import prepare_environment
@@ -224,35 +224,35 @@ def overridden(config: ServingConfig, **sections: dict[str, Any]) -> ServingConf
 @contextmanager
 def running(config: ServingConfig) -> "Iterator[RunningApp]":
     """The whole stack, stopped when the block is left, also by SIGTERM, SIGHUP and Ctrl-C."""
-    leave_on_signals()
-    for entry in config.models:
-        if entry.source in KNOWN_MODELS:
-            with fetch_progress(entry.source) as progress:
-                fetch_model(entry.source, progress)
-    ignored = prepare_environment(joins=config.ray.address is not None)
-    if "RAY_ADDRESS" in ignored:
-        say("RAY_ADDRESS is set and not used: a private cluster is started (--ray-address joins one)")
-    _quiet_ray()
-    with stage("checking") as shown:
-        from serving.driver.preflight import begin
+    with leaving_on_signals():
+        for entry in config.models:
+            if entry.source in KNOWN_MODELS:
+                with fetch_progress(entry.source) as progress:
+                    fetch_model(entry.source, progress)
+        ignored = prepare_environment(joins=config.ray.address is not None)
+        if "RAY_ADDRESS" in ignored:
+            say("RAY_ADDRESS is set and not used: a private cluster is started (--ray-address joins one)")
+        _quiet_ray()
+        with stage("checking") as shown:
+            from serving.driver.preflight import begin
 
-        preflight = begin(config)
+            preflight = begin(config)
+            try:
+                for line in preflight.notes:
+                    say(line)
+                for line in preflight.warnings:
+                    warn(line)
+                shown.report("importing Ray")
+                from serving.driver.app import start
+
+                app = start(preflight.config, shown.report, shown.on_load, preflight)
+            finally:
+                preflight.close()
         try:
-            for line in preflight.notes:
-                say(line)
-            for line in preflight.warnings:
-                warn(line)
-            shown.report("importing Ray")
-            from serving.driver.app import start
-
-            app = start(preflight.config, shown.report, shown.on_load, preflight)
+            yield app
         finally:
-            preflight.close()
-    try:
-        yield app
-    finally:
-        with stage("draining and stopping"):
-            app.stop()
+            with stage("draining and stopping"):
+                app.stop()
 
 
 def _quiet_ray() -> None:

@@ -64,12 +64,16 @@ def warn(message: str) -> None:
     say(message)
 
 
-def leave_on_signals() -> None:
-    """Leave in good order, with status 0, on SIGTERM, and on SIGHUP, which comes when the terminal is closed, unless nohup has it
-    ignored."""
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """The block is left in good order, and the program with status 0, on SIGTERM, and on SIGHUP, which comes when the terminal is
+    closed, unless nohup has it ignored."""
     terminals = [descriptor for descriptor in range(3) if os.isatty(descriptor)]
+    is_told = False
 
     def leave(signum: int, frame: FrameType | None) -> None:
+        nonlocal is_told
+        is_told = True
         signal.alarm(0)  # while Ray starts, a handler of its own may have come first, which aborts three seconds later
         if signum == signal.SIGHUP:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # both the shell and the system send one
@@ -81,6 +85,12 @@ def leave_on_signals() -> None:
     signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, leave)
+    try:
+        yield
+    except SystemExit:
+        if is_told:  # in a call of Ray's, which makes an exit with status 1 of it
+            raise SystemExit(0) from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)

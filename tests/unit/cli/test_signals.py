@@ -13,19 +13,22 @@ from tests.support.waiting import PATIENCE_S, wait_until
 _COMMAND = """
 import fcntl, signal, sys, termios, time
 from pathlib import Path
-from serving.cli.terminal import leave_on_signals, say, stage
+from serving.cli.terminal import leaving_on_signals, say, stage
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-leave_on_signals()
-try:
-    Path(sys.argv[1], "ready").touch()
-    while True:
-        time.sleep(1)
-finally:
-    with stage("draining"):
-        say("stopping")
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            signal.raise_signal(signal.SIGHUP)  # the shell's, after the system's
-    Path(sys.argv[1], "stopped").touch()
+with leaving_on_signals():
+    try:
+        Path(sys.argv[1], "ready").touch()
+        try:
+            while True:
+                time.sleep(1)
+        except SystemExit as error:
+            raise SystemExit(1) from error  # as Ray does
+    finally:
+        with stage("draining"):
+            say("stopping")
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+                signal.raise_signal(signal.SIGHUP)  # the shell's, after the system's
+        Path(sys.argv[1], "stopped").touch()
 """
 
 
