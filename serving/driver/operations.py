@@ -479,7 +479,7 @@ class ClusterOperations:
 
     def start_autoscaler(self) -> None:
         """The one for the models as they are now, in place of any other; none where no model needs it. Raises RayError,
-        RuntimeError, TimeoutError."""
+        RuntimeError, TimeoutError, and ValueError where the one of before does not go."""
         with self._autoscaler_lock:
             self._autoscaled = autoscaler_settings(self._config, self._served)
             run_autoscaler(self._autoscaled)
@@ -490,7 +490,7 @@ class ClusterOperations:
             return
         try:
             self.start_autoscaler()
-        except SERVE_ERRORS as error:  # `revive_autoscaler` tries again
+        except (*SERVE_ERRORS, ValueError) as error:  # `revive_autoscaler` tries again
             logger.error("the autoscaler does not start: %s", plain_reason(str(error)))
 
     def revive_autoscaler(self) -> None:

@@ -12,6 +12,7 @@ from ray.util import placement_group_table
 
 from cluster.placement import GATEWAY_RESOURCE
 from cluster.ray_api import ClusterControl
+from model_parallel.errors import ConfigError
 from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
 from serving.contracts.operations import Progress
@@ -98,4 +99,22 @@ def test_the_next_command_goes_on_with_what_was_changed(cluster: Cluster, source
     assert len(groups(SECOND)) == 2
     app.operations.undeploy(FIRST, said.append)
     assert names(app)[0] == [SECOND]
+    app.stop()
+
+
+def test_a_command_that_is_refused_leaves_what_is_served(cluster: Cluster, source: Path) -> None:
+    """Also one that may replace it. It ended the stack that served."""
+    app = start(config(cluster, entry(FIRST, source), detached=True), print)
+    with Client(app.address) as client:
+        before = ask(client, FIRST, 0)
+    app.stop()
+    with pytest.raises(ConfigError, match=r"serves first already, deployed with ray\.detached: true"):
+        start(config(cluster, entry(SECOND, source)), print)
+    too_many = entry(FIRST, source, num_groups=99)
+    with pytest.raises(ConfigError, match="room for"):
+        start(config(cluster, too_many, detached=True, wait_for_nodes_s=0), print)
+    app = start(config(cluster, entry(FIRST, source), detached=True), print)
+    with Client(app.address) as client:
+        assert ask(client, FIRST, 0) == before
+    assert len(groups(FIRST)) == 1
     app.stop()
