@@ -6,14 +6,17 @@ anything else, or in any other way, is refused by name: what would be left out w
 
 import hashlib
 import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
+import msgspec
 
 from model_parallel.checkpoint.patterns import PatternError, matching
-from model_parallel.checkpoint.placeholders import is_present, what_it_is
-from model_parallel.checkpoint.settings import Settings, join, read_json
+from model_parallel.checkpoint.placeholders import MAX_SAFETENSORS_HEADER, is_present, what_it_is
+from model_parallel.checkpoint.settings import Settings, join, read_json_and_bytes
 from model_parallel.config import DTYPE_BYTES, ModelConfig
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import Shard, shard_table
@@ -26,8 +29,9 @@ COLUMN_PADDING = 16
 """Backends may round ranks, and rows of B, up to so many."""
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B")
-_READABLE = ("F64", "F32", "F16", "BF16")
-_CHUNK_BYTES = 1 << 20
+READABLE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a number, by the file's name for its type."""
+_LENGTH_BYTES = 8
 # Ways to make the first A and B that leave the base model's weights as they are, so that the adapter is one of the model that is
 # served. Every other way that PEFT knows changes these weights, and what PEFT does not know yet may.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -56,45 +60,123 @@ class AdapterInfo:
     base_model: str
     """Name of the model that it was made for, as it says; "" when it does not."""
 
-    def tensor_name(self, module: str, part: str) -> str:
-        """Of `part` "lora_A" or "lora_B" in the file."""
-        return _tensor_name(module, part)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterTensor:
+    """A or B of a module, as it is stored."""
+
+    name: str
+    module: str
+    part: str
+    """"lora_A" or "lora_B"."""
+    type: str
+    """One of READABLE."""
+    shape: tuple[int, ...]
+    content: bytearray
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    """A tensor in a safetensors file's header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one whose type is READABLE."""
+        return math.prod(self.shape) * READABLE[self.dtype]
+
+
+class AdapterReader:
+    """Reads each of an adapter's two files once, from its beginning to its end.
+
+    What is checked, what is hashed and what is given out are so the same bytes, whatever happens to the files meanwhile; and no
+    file is mapped, because a process that reads a mapped file while somebody shortens it is killed.
+    """
+
+    def __init__(self, path: Path, model: ModelConfig) -> None:
+        """Read the settings and check them. Raises CheckpointError that names the file and the setting."""
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is no directory; an adapter is one with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        values, content = read_json_and_bytes(path / CONFIG_FILE)
+        settings = Settings(path / CONFIG_FILE, values)
+        self.path = path
+        self.scale = _scale(settings)
+        self.rank = settings.whole("r")
+        self.modules = tuple(sorted(_targets(settings, model)))
+        self._base_model = settings.text("base_model_name_or_path")
+        self._wanted = _wanted_tensors(self.modules, self.rank, model)
+        self._digest = hashlib.sha256(len(content).to_bytes(_LENGTH_BYTES, "little") + content)
+
+    def tensors(self) -> Iterator[AdapterTensor]:
+        """Every A and B, in the file's order. Raises CheckpointError that names the file, and the tensor."""
+        path = self.path / WEIGHTS_FILE
+        _check_present(path)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self._digest.update(size.to_bytes(_LENGTH_BYTES, "little"))
+                for name, stored in self._header(path, file, size).items():
+                    module, part, shape = self._wanted[name]
+                    content = self._read(path, file, stored.num_bytes)
+                    yield AdapterTensor(
+                        name=name, module=module, part=part, type=stored.dtype, shape=shape, content=content
+                    )
+                if file.read(1):
+                    raise CheckpointError(f"{path} grew while it was read; add the adapter when it is written")
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+
+    def info(self) -> AdapterInfo:
+        """Of all that was read; `tensors` must have come to its end."""
+        return AdapterInfo(
+            path=self.path,
+            digest=self._digest.hexdigest(),
+            rank=self.rank,
+            scale=self.scale,
+            modules=self.modules,
+            base_model=self._base_model,
+        )
+
+    def _header(self, path: Path, file: BinaryIO, size: int) -> dict[str, _Stored]:
+        """By name, in the order in which the tensors lie in the file, one directly after the other up to its end."""
+        length = int.from_bytes(self._read(path, file, _LENGTH_BYTES), "little")
+        if length > MAX_SAFETENSORS_HEADER:
+            raise _invalid(path, f"its header would have {length} bytes; the most is {MAX_SAFETENSORS_HEADER}")
+        try:
+            header = msgspec.json.decode(self._read(path, file, length), type=dict[str, msgspec.Raw])
+            msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
+            stored = {name: msgspec.json.decode(raw, type=_Stored) for name, raw in header.items()}
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise _invalid(path, str(error)) from error
+        _check_tensors(path, self.rank, self._wanted, stored)
+        in_order = dict(sorted(stored.items(), key=lambda item: item[1].data_offsets))
+        position = 0
+        for name, tensor in in_order.items():
+            if tensor.data_offsets != (position, position := position + tensor.num_bytes):
+                raise _invalid(path, f"{name} does not lie where the tensor before it ends, or not in its length")
+        if size != file.tell() + position:
+            raise _invalid(path, f"it has {size} bytes where its header says {file.tell() + position}")
+        return in_order
+
+    def _read(self, path: Path, file: BinaryIO, num_bytes: int) -> bytearray:
+        content = bytearray(num_bytes)
+        if file.readinto(content) < num_bytes:  # type: ignore[attr-defined]
+            raise _invalid(path, "it is cut off")
+        self._digest.update(content)
+        return content
 
 
 def describe_adapter(path: Path, model: ModelConfig) -> AdapterInfo:
-    """Read settings and the weights' header, check both against the model, and hash both files.
+    """Read both files, check settings and tensors against the model, and hash them.
 
     Raises CheckpointError that names the file, and the setting or the tensor.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory; an adapter is one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    settings = Settings(path / CONFIG_FILE, read_json(path / CONFIG_FILE))
-    scale = _scale(settings)
-    table = {name: shard for name, shard in shard_table(model, 1, 0).items() if len(shard.full_shape) == 2}
-    modules = tuple(sorted(_targets(settings, model)))
-    _check_tensors(path / WEIGHTS_FILE, settings.whole("r"), modules, table)
-    return AdapterInfo(
-        path=path,
-        digest=digest_of(path),
-        rank=settings.whole("r"),
-        scale=scale,
-        modules=modules,
-        base_model=settings.text("base_model_name_or_path"),
-    )
-
-
-def digest_of(path: Path) -> str:
-    """Of an adapter's two files. Raises CheckpointError naming the one that cannot be read."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            with (path / name).open("rb") as file:
-                digest.update((path / name).stat().st_size.to_bytes(8, "little"))
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: {error.strerror}") from error
-    return digest.hexdigest()
+    reader = AdapterReader(path, model)
+    for _ in reader.tensors():
+        pass
+    return reader.info()
 
 
 def adapter_bytes(info: AdapterInfo, model: ModelConfig, tp_size: int, *, dtype: str) -> int:
@@ -125,10 +207,6 @@ def adapter_shards(module: str, table: dict[str, Shard], rank: int) -> tuple[Sha
 
 def _round_up(number: int) -> int:
     return -(-number // COLUMN_PADDING) * COLUMN_PADDING
-
-
-def _tensor_name(module: str, part: str) -> str:
-    return f"{_PREFIX}{module}.{part}.weight"
 
 
 def _scale(settings: Settings) -> float:
@@ -198,41 +276,49 @@ def _named(settings: Settings, key: str, modules: list[str]) -> frozenset[str]:
     raise CheckpointError(f"{settings.path}: {key} is {value!r:.80}; names, or one pattern, are needed")
 
 
-def _check_tensors(path: Path, rank: int, modules: tuple[str, ...], table: dict[str, Shard]) -> None:
-    """The file holds exactly A and B of each module, in shapes that fit. Raises CheckpointError."""
-    stored = _headers(path)
-    wanted: dict[str, list[int]] = {}
+def _wanted_tensors(
+    modules: Sequence[str], rank: int, model: ModelConfig
+) -> dict[str, tuple[str, str, tuple[int, int]]]:
+    """(module, part, shape) of A and B of each module, by their names in the file."""
+    table = shard_table(model, 1, 0)
+    wanted = {}
     for module in modules:
         num_rows, num_columns = table[f"{module}.weight"].full_shape
-        wanted[_tensor_name(module, "lora_A")] = [rank, num_columns]
-        wanted[_tensor_name(module, "lora_B")] = [num_rows, rank]
+        for part, shape in zip(_PARTS, ((rank, num_columns), (num_rows, rank)), strict=True):
+            wanted[f"{_PREFIX}{module}.{part}.weight"] = module, part, shape
+    return wanted
+
+
+def _check_tensors(
+    path: Path, rank: int, wanted: Mapping[str, tuple[str, str, tuple[int, int]]], stored: Mapping[str, _Stored]
+) -> None:
+    """The file holds exactly the wanted tensors, in shapes that fit. Raises CheckpointError."""
     if missing := sorted(wanted.keys() - stored.keys()):
         raise CheckpointError(f"{path} lacks {join(missing)}, which {CONFIG_FILE} says is there")
     if left_over := sorted(stored.keys() - wanted.keys()):
         raise CheckpointError(
             f"{path} holds tensors that cannot be served, or that {CONFIG_FILE} does not name: {join(left_over)}"
         )
-    for name, shape in wanted.items():
-        kind, found = stored[name]
-        if found != shape:
-            raise CheckpointError(f"{path}: {name} has shape {found}; the model and r = {rank} need {shape}")
-        if kind not in _READABLE:
+    for name, (_, _, shape) in wanted.items():
+        found = stored[name]
+        if found.shape != shape:
             raise CheckpointError(
-                f"{path}: {name} is of type {kind}; floating-point weights of 16, 32 or 64 bits are needed"
+                f"{path}: {name} has shape {list(found.shape)}; the model and r = {rank} need {list(shape)}"
+            )
+        if found.dtype not in READABLE:
+            raise CheckpointError(
+                f"{path}: {name} is of type {found.dtype}; floating-point weights of 16, 32 or 64 bits are needed"
             )
 
 
-def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """(type, shape) by name. Raises CheckpointError: the library checks lengths, offsets, types and overlaps."""
+def _check_present(path: Path) -> None:
     if not is_present(path):
         others = [p.name for p in path.parent.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         hint = f"; {join(others)} cannot be read: save the adapter as safetensors" if others else ""
         raise CheckpointError(f"{path.parent} holds no {WEIGHTS_FILE}{hint}")
-    try:
-        with safe_open(path, framework="np") as library:
-            slices = {name: library.get_slice(name) for name in library.keys()}  # noqa: SIM118
-            return {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError, ValueError) as error:
-        if found := what_it_is(path):
-            raise CheckpointError(f"{path} {found}") from error
-        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
+
+
+def _invalid(path: Path, reason: str) -> CheckpointError:
+    if found := what_it_is(path):
+        return CheckpointError(f"{path} {found}")
+    return CheckpointError(f"{path} is not a valid safetensors file: {reason}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model_parallel.checkpoint.adapter_files import WEIGHTS_FILE, adapter_shards, describe_adapter
-from model_parallel.checkpoint.mapped import open_safetensors
+from model_parallel.checkpoint.adapter_files import WEIGHTS_FILE, AdapterReader, AdapterTensor, adapter_shards
+from model_parallel.checkpoint.mapped import SAFETENSORS_FLOATS
 from model_parallel.config import ModelConfig
 from model_parallel.errors import CheckpointError
 from model_parallel.kernels.interface import LowRankPart, LowRankUpdate
@@ -24,20 +24,25 @@ def load_adapter(
     B is multiplied by the adapter's scale before it is rounded to `dtype`. Raises CheckpointError when the directory is not what
     it was when somebody gave its digest, and for a number that is not finite.
     """
-    info = describe_adapter(path, model)
-    if info.digest != digest:
-        raise CheckpointError(f"{path} holds another adapter than when it was added; add it again")
-    file = path / WEIGHTS_FILE
-    stored = open_safetensors(file)
+    reader = AdapterReader(path, model)
     table = shard_table(model, tp_size, rank)
-
-    def read(name: str, shard: Shard) -> Tensor:
-        mapped = stored[name].mapped
-        assert mapped is not None  # describe_adapter refuses what cannot be read
-        part = mapped[shard.index].to(torch.float32)
+    down_RI: dict[str, Tensor] = {}
+    up_OR: dict[str, Tensor] = {}
+    not_finite: list[str] = []
+    for stored in reader.tensors():
+        down, up = adapter_shards(stored.module, table, reader.rank)
+        is_down = stored.part == "lora_A"
+        part = _cut(stored, down if is_down else up)
         if not part.isfinite().all():
-            raise CheckpointError(f"{file}: {name} holds numbers that are not finite")
-        return part
+            not_finite.append(stored.name)
+        if is_down:
+            down_RI[stored.module] = part.to(dtype)
+        else:
+            up_OR[stored.module] = part.mul_(reader.scale).to(dtype)
+    if reader.info().digest != digest:
+        raise CheckpointError(f"{path} holds another adapter than when it was added; add it again")
+    if not_finite:
+        raise CheckpointError(f"{path / WEIGHTS_FILE}: {not_finite[0]} holds numbers that are not finite")
 
     first_row: dict[str, int] = {}
     num_rows: dict[str, int] = {}
@@ -45,17 +50,18 @@ def load_adapter(
         first_row[name] = num_rows.get(fused_name(name), 0)
         num_rows[fused_name(name)] = first_row[name] + shard.shape[0]
     parts: dict[str, list[LowRankPart]] = {}
-    for module in info.modules:
-        down, up = adapter_shards(module, table, info.rank)
+    for module in reader.modules:
         name = f"{module}.weight"
         parts.setdefault(fused_name(name), []).append(
-            LowRankPart(
-                first_output=first_row[name],
-                down_RI=read(info.tensor_name(module, "lora_A"), down).to(dtype),
-                up_OR=(read(info.tensor_name(module, "lora_B"), up) * info.scale).to(dtype),
-            )
+            LowRankPart(first_output=first_row[name], down_RI=down_RI[module], up_OR=up_OR[module])
         )
     return {
         name: LowRankUpdate(num_outputs=num_rows[name], parts=tuple(sorted(of_matrix, key=lambda p: p.first_output)))
         for name, of_matrix in parts.items()
     }
+
+
+def _cut(stored: AdapterTensor, shard: Shard) -> Tensor:
+    """float32, in memory of its own: the whole tensor's is free again."""
+    whole = torch.frombuffer(stored.content, dtype=SAFETENSORS_FLOATS[stored.type]).view(stored.shape)
+    return torch.empty(shard.shape).copy_(whole[shard.index])

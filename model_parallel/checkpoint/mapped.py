@@ -19,10 +19,10 @@ from model_parallel.checkpoint.stored import StoredTensor
 from model_parallel.errors import CheckpointError
 from model_parallel.host_memory import advise
 
-_SAFETENSORS_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_WHOLE = {"I32": torch.int32, "I64": torch.int64}
 """Parts of quantised weights."""
-_FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
+_FLOATS = frozenset(SAFETENSORS_FLOATS.values())
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
 _MAX_PICKLE_BYTES = 64 << 20
@@ -50,7 +50,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name in names:
         kind, shape = header[name]["dtype"], tuple(header[name]["shape"])
-        dtype = (_SAFETENSORS_FLOATS | _SAFETENSORS_WHOLE).get(kind)
+        dtype = (SAFETENSORS_FLOATS | _SAFETENSORS_WHOLE).get(kind)
         mapped = None
         if dtype is not None:
             start, stop = (_LENGTH_BYTES + header_bytes + offset for offset in header[name]["data_offsets"])

@@ -24,7 +24,8 @@ _ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
 _OLD_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 """torch.save's before 1.6: a pickle of the number 0x1950a86a20f9469cfc6c."""
 _LENGTH_BYTES = 8
-_MAX_SAFETENSORS_HEADER = 100_000_000  # the library's own bound
+MAX_SAFETENSORS_HEADER = 100_000_000
+"""Bytes; the library's own bound."""
 _QUOTED_CHARS = 60
 _NOT_THE_FILE = ("is a link", "is a directory", "is a Git LFS pointer", "is a pointer", "is an HTML page", "is a text")
 
@@ -85,7 +86,7 @@ def refuse_pointers(paths: Iterable[Path]) -> None:
 def _other_format(path: Path, head: bytes) -> str:
     """What a file of weights is, of the formats that people have, where its name says another."""
     header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    is_safetensors = head[_LENGTH_BYTES:].startswith(b"{") and header_bytes <= _MAX_SAFETENSORS_HEADER
+    is_safetensors = head[_LENGTH_BYTES:].startswith(b"{") and header_bytes <= MAX_SAFETENSORS_HEADER
     if is_safetensors and path.suffix != ".safetensors":
         return "is a safetensors file; give it the name model.safetensors"
     if head.startswith(GGUF_MAGIC) and path.suffix != ".gguf":
@@ -103,7 +104,7 @@ def _other_format(path: Path, head: bytes) -> str:
 def _cut_safetensors(path: Path, size: int, head: bytes) -> str:
     """Whether a file is shorter or longer than its own header says; what is wrong inside it is the library's to say."""
     header_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    if size >= _LENGTH_BYTES and header_bytes > _MAX_SAFETENSORS_HEADER:
+    if size >= _LENGTH_BYTES and header_bytes > MAX_SAFETENSORS_HEADER:
         return ""
     end = _LENGTH_BYTES + header_bytes
     if size >= end:

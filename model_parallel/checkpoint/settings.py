@@ -16,17 +16,24 @@ _MAX_WHOLE = 1 << 31
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Raises CheckpointError naming the file."""
+    return read_json_and_bytes(path)[0]
+
+
+def read_json_and_bytes(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The same, and the bytes that it was read from."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON_BYTES + 1)
+        if len(content) > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes; the most is {_MAX_JSON_BYTES}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         if found := what_it_is(path):
             raise CheckpointError(f"{path} {found}") from error
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return value, content
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

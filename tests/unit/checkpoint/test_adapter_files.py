@@ -1,15 +1,27 @@
 """Directories with adapters: what fits a model, and by what name everything else is refused."""
 
+import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from model_parallel.checkpoint import patterns
-from model_parallel.checkpoint.adapter_files import adapter_bytes, adapter_shards, describe_adapter
+from model_parallel.checkpoint.adapter_files import (
+    AdapterReader,
+    AdapterTensor,
+    adapter_bytes,
+    adapter_shards,
+    describe_adapter,
+)
 from model_parallel.checkpoint.adapter_weights import load_adapter
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import shard_table
@@ -169,6 +181,141 @@ def test_a_directory_that_has_changed(tmp_path: Path) -> None:
     save_adapter(tmp_path, adapter_tensors(MODULES), lora_alpha=9)
     with pytest.raises(CheckpointError, match="holds another adapter than when it was added"):
         load_adapter(tmp_path, digest, MODEL, 1, 0, torch.float32)
+
+
+WEIGHTS = "adapter_model.safetensors"
+LARGE = {"r": 128}
+"""Of an adapter that is larger than what is read of a file at once."""
+
+
+def after_the_first_tensor(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """Have `change` called once, in the middle of the next reading of an adapter."""
+    tensors = AdapterReader.tensors
+
+    def interrupted(reader: AdapterReader) -> Iterator[AdapterTensor]:
+        read = tensors(reader)
+        yield next(read)
+        monkeypatch.undo()
+        change()
+        yield from read
+
+    monkeypatch.setattr(AdapterReader, "tensors", interrupted)
+
+
+def load(path: Path, digest: str) -> dict[str, Any]:
+    return load_adapter(path, digest, MODEL, 1, 0, torch.float32)
+
+
+@pytest.mark.parametrize("describes", [False, True], ids=["loaded", "described"])
+@pytest.mark.parametrize("num_bytes", [0, 100, -1, 1], ids=["emptied", "header", "shorter", "longer"])
+def test_a_file_whose_length_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int, *, describes: bool
+) -> None:
+    save_adapter(tmp_path, adapter_tensors(MODULES, rank=128), **LARGE)
+    digest, file = describe_adapter(tmp_path, MODEL).digest, tmp_path / WEIGHTS
+    size = file.stat().st_size
+    after_the_first_tensor(
+        monkeypatch, lambda: os.truncate(file, num_bytes if num_bytes not in (-1, 1) else size + num_bytes)
+    )
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        describe_adapter(tmp_path, MODEL) if describes else load(tmp_path, digest)
+
+
+def test_a_file_that_is_written_anew_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of two adapters are neither of them, and what is not finite there is no fault of either."""
+    tensors = adapter_tensors(MODULES, rank=128)
+    save_adapter(tmp_path, {name: tensor * torch.nan for name, tensor in tensors.items()}, **LARGE)
+    other = (tmp_path / WEIGHTS).read_bytes()
+    save_adapter(tmp_path, tensors, **LARGE)
+    digest = describe_adapter(tmp_path, MODEL).digest
+    after_the_first_tensor(monkeypatch, lambda: (tmp_path / WEIGHTS).write_bytes(other))
+    with pytest.raises(CheckpointError, match="holds another adapter than when it was added"):
+        load(tmp_path, digest)
+
+
+def test_files_that_are_replaced_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was opened is read to its end: the digest and the weights are both those of the adapter before."""
+    tensors = adapter_tensors(MODULES, rank=128)
+    save_adapter(tmp_path, tensors, **LARGE)
+    digest, loaded = describe_adapter(tmp_path, MODEL).digest, load(tmp_path, describe_adapter(tmp_path, MODEL).digest)
+
+    def replace() -> None:
+        (tmp_path / "new").mkdir(exist_ok=True)
+        save_adapter(tmp_path / "new", {name: 2 * tensor for name, tensor in tensors.items()}, lora_alpha=9, **LARGE)
+        for file in (tmp_path / "new").iterdir():
+            file.replace(tmp_path / file.name)
+
+    after_the_first_tensor(monkeypatch, replace)
+    again = load(tmp_path, digest)
+    for name, update in loaded.items():
+        for part, part_again in zip(update.parts, again[name].parts, strict=True):
+            assert torch.equal(part.down_RI, part_again.down_RI) and torch.equal(part.up_OR, part_again.up_OR)
+    with pytest.raises(CheckpointError, match="holds another adapter than when it was added"):
+        load(tmp_path, digest)
+    save_adapter(tmp_path, tensors, **LARGE)
+    after_the_first_tensor(monkeypatch, replace)
+    assert describe_adapter(tmp_path, MODEL).digest == digest != describe_adapter(tmp_path, MODEL).digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_those_of_the_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in adapter_tensors(MODULES).items()}
+    save_adapter(tmp_path, tensors)
+    loaded = load(tmp_path, describe_adapter(tmp_path, MODEL).digest)
+    update = loaded["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(update.parts[0].down_RI, tensors[tensor_name("model.layers.1.mlp.down_proj", "A")].float())
+    assert torch.equal(update.parts[0].up_OR, tensors[tensor_name("model.layers.1.mlp.down_proj", "B")].float() * 2)
+
+
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged")
+    module = MODULES[0]
+    save_adapter(path, adapter_tensors([module]), target_modules=[module])
+    file = path / WEIGHTS
+    content = bytearray(file.read_bytes())
+    end = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(data.draw(st.integers(1, 3))):
+        # Mostly digits, because in them are the offsets and shapes.
+        content[data.draw(st.integers(0, end - 1))] = data.draw(st.sampled_from(b"0123456789") | st.integers(0, 255))
+    file.write_bytes(content)
+    reader = AdapterReader(path, MODEL)
+    try:
+        read = {tensor.name: bytes(tensor.content) for tensor in reader.tensors()}
+    except CheckpointError as error:
+        assert WEIGHTS in str(error)
+        return
+    assert read == {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        ([0, 576], [500, 1076]),
+        ([0, 576], [600, 1176]),
+        ([8, 584], [584, 1160]),
+        ([0, 576], [576, 1148]),
+        ([0, 576], [0, 576]),
+        ([576, 0], [576, 1152]),
+        ([0, 576], [-576, 0]),
+    ],
+    ids=["overlap", "gap", "begin", "length", "same", "backwards", "negative"],
+)
+def test_tensors_that_do_not_lie_one_after_the_other(tmp_path: Path, offsets: tuple[list[int], list[int]]) -> None:
+    save_adapter(tmp_path, adapter_tensors(MODULES[:1]), target_modules=MODULES[:1])
+    names = [tensor_name(MODULES[0], part) for part in "AB"]
+    entries = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": where}
+        for name, shape, where in zip(names, ([4, 36], [36, 4]), offsets, strict=True)
+    }
+    header = json.dumps(entries).encode()
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(1152))
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        describe_adapter(tmp_path, MODEL)
+    with pytest.raises(SafetensorError), safe_open(tmp_path / WEIGHTS, framework="pt"):
+        pass
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 9])
