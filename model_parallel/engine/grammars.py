@@ -4,7 +4,7 @@ Ranks compile a grammar beside the steps that they run. A sequence with a gramma
 has compiled it; one with a grammar that is there already does not wait.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from model_parallel.config import SchedulerConfig
@@ -18,6 +18,8 @@ class GroupGrammar:
 
     grammar_id: int
     text: str
+    num_bytes: int
+    """Of the text, in UTF-8."""
     num_users: int = 0
     """Sequences that live and follow it."""
     is_compiled: bool = False
@@ -51,11 +53,12 @@ class GrammarTable:
 
     def check_room(self, texts: set[str]) -> None:
         """Raises RequestError "overloaded" when these and those in use are more than the ranks may keep."""
-        needed = texts | {text for text, grammar in self._by_text.items() if grammar.num_users}
-        num_bytes = sum(map(len, needed))
-        if len(needed) > self.config.max_grammars or num_bytes > self.config.max_grammar_bytes:
+        used = [grammar for grammar in self._by_text.values() if grammar.num_users and grammar.text not in texts]
+        num_needed = len(texts) + len(used)
+        num_bytes = sum(map(_num_bytes, texts)) + sum(grammar.num_bytes for grammar in used)
+        if num_needed > self.config.max_grammars or num_bytes > self.config.max_grammar_bytes:
             raise RequestError(
-                f"the group would have {len(needed)} grammars of {num_bytes} bytes in use; it may have "
+                f"the group would have {num_needed} grammars of {num_bytes} bytes in use; it may have "
                 f"{self.config.max_grammars} and {self.config.max_grammar_bytes} bytes",
                 kind="overloaded",
             )
@@ -65,7 +68,7 @@ class GrammarTable:
         grammar = self._by_text.pop(text, None)
         if grammar is None:
             self._last_id += 1
-            grammar = GroupGrammar(self._last_id, text)
+            grammar = GroupGrammar(self._last_id, text, _num_bytes(text))
             self._by_id[grammar.grammar_id] = grammar
             self._new.append(grammar)
         self._by_text[text] = grammar
@@ -97,13 +100,28 @@ class GrammarTable:
                 self._drop(grammar)
             yield grammar
 
+    def check_integrity(self, living: Mapping[int, int]) -> None:
+        """Compare with the sequences, by the ids of their grammars. Raises RuntimeError when they disagree."""
+        if {grammar.grammar_id: grammar for grammar in self._by_text.values()} != self._by_id:
+            raise RuntimeError("the two indexes of grammars disagree")
+        if not self._by_id.keys().isdisjoint(self._dropped) or not all(
+            self._by_id.get(g.grammar_id) is g for g in self._new
+        ):
+            raise RuntimeError("the ranks would be told to drop a grammar that is kept, or to keep one that is not")
+        for grammar_id, grammar in self._by_id.items():
+            if grammar.num_users != living.get(grammar_id, 0):
+                raise RuntimeError(f"grammar {grammar_id} counts {grammar.num_users} sequences")
+        num_bytes = sum(grammar.num_bytes for grammar in self._by_id.values())
+        if len(self) > self.config.max_grammars or num_bytes > self.config.max_grammar_bytes:
+            raise RuntimeError(f"{len(self)} grammars of {num_bytes} bytes are kept")
+
     def _make_room(self) -> None:
-        num_bytes = sum(map(len, self._by_text))
+        num_bytes = sum(grammar.num_bytes for grammar in self._by_text.values())
         unused = [grammar for grammar in self._by_text.values() if not grammar.num_users]
         for grammar in unused:
             if len(self._by_text) <= self.config.max_grammars and num_bytes <= self.config.max_grammar_bytes:
                 return
-            num_bytes -= len(grammar.text)
+            num_bytes -= grammar.num_bytes
             self._drop(grammar)
 
     def _drop(self, grammar: GroupGrammar) -> None:
@@ -112,3 +130,7 @@ class GrammarTable:
             self._new.remove(grammar)
         else:
             self._dropped.append(grammar.grammar_id)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode())

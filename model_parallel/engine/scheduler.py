@@ -315,6 +315,7 @@ class Scheduler:
         self.adapters.check_integrity(
             Counter(_digests(self._sequences.values())), Counter(_digests(self._running.values()))
         )
+        self._grammars.check_integrity(Counter(s.grammar.grammar_id for s in self._sequences.values() if s.grammar))
         if list(self._sequences.values()) != list(self._requests.values()):
             raise RuntimeError("the two indexes of living sequences disagree")
         placed = [*self._running.values(), *self._queue]

@@ -15,8 +15,8 @@ IDLE_WAIT_S = 0.005
 
 
 class RankGrammars:
-    """All ranks are told of the same grammars in the same steps. They agree on which all of them have by one exchange at the end
-    of each step in which some are not there yet."""
+    """All ranks are told of the same grammars in the same steps, before all else. So they wait for the same ones, in one order,
+    and agree on which all of them have by one exchange at the end of each step in which some are not there yet: of how many."""
 
     def __init__(
         self, table: TokenTable | None, collectives: Collectives, device: torch.device, num_threads: int
@@ -42,6 +42,8 @@ class RankGrammars:
                 raise EngineError("a grammar came to a group without constrained output")
             self._compiling[new.grammar_id] = self._thread.submit(self._compiler.compile, new.text)
         for grammar_id in plan.dropped_grammars:
+            if (future := self._compiling.pop(grammar_id, None)) is not None:
+                future.cancel()  # what is being compiled goes on, and nobody takes what comes of it
             self._grammars.pop(grammar_id, None)
 
     def matcher_for(self, new: NewSequence) -> Matcher | None:

@@ -178,6 +178,7 @@ class FakeExecutor:
             self.sequences[new.seq_id] = self._accept(new)
         for grammar_id in plan.dropped_grammars:
             self.grammars.pop(grammar_id, None)
+            self._compiling.pop(grammar_id, None)
         for grammar in plan.new_grammars:
             assert grammar.grammar_id not in self.grammars | self._compiling
             self._compiling[grammar.grammar_id] = grammar.text, self.steps_to_compile
@@ -212,6 +213,11 @@ class FakeExecutor:
             return ()
         foretold = foretell(sequence.token_ids, sequence.sampling.seed, request.num_tokens)
         return tuple((token + self.proposal_errs(known + i)) % VOCAB_SIZE for i, token in enumerate(foretold))
+
+    @property
+    def kept_grammars(self) -> set[int]:
+        """Ids of those that are compiled or will be."""
+        return self.grammars.keys() | self._compiling.keys()
 
     def _compile(self) -> tuple[CompiledGrammar, ...]:
         self._compiling = {grammar_id: (text, left - 1) for grammar_id, (text, left) in self._compiling.items()}

@@ -1,9 +1,15 @@
 """Sequences with grammars in the scheduler: they wait until the ranks have theirs, and end where nothing can follow."""
 
+import contextlib
+import random
+
 import pytest
 
+from model_parallel.config import SchedulerConfig
+from model_parallel.engine.grammars import GrammarTable, GroupGrammar
 from model_parallel.engine.request import FinishReason
 from model_parallel.errors import RequestError
+from tests.support.effort import by_day
 from tests.support.engine import Harness, make_request
 from tests.support.fake_executor import solo_output
 
@@ -133,6 +139,60 @@ def test_more_grammars_than_may_be_kept_are_refused() -> None:
     harness.run()
     harness.add(make_request("a3", PROMPT, grammar="3"))
     harness.run()
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 3])
+def test_the_ranks_keep_what_the_leader_keeps(max_in_flight: int) -> None:
+    """Whatever is dropped before it is compiled, too."""
+    for seed in range(by_day(20, by_night=400)):
+        rng = random.Random(seed)
+        harness = Harness(max_grammars=3, max_in_flight=max_in_flight)
+        for number in range(40):
+            harness.executor.steps_to_compile = rng.choice([1, 2, 9])
+            if rng.random() < 0.7:
+                grammar = rng.choice(["1", "2", "3", "4", "5", "6", "wrong"])
+                with contextlib.suppress(RequestError):
+                    harness.add(make_request(f"r{number}", PROMPT, grammar=grammar, max_tokens=9))
+            if rng.random() < 0.5 and harness.outputs:
+                harness.engine.abort(rng.choice(list(harness.outputs)))
+            if rng.random() < 0.7:
+                harness.step()
+        harness.run()
+        assert harness.executor.kept_grammars == set(harness.scheduler._grammars._by_id), seed
+
+
+def test_bytes_of_grammars_are_those_of_their_text() -> None:
+    table = GrammarTable(SchedulerConfig(max_grammar_bytes=10, max_model_len=8))
+    table.acquire("é🙂")  # 6 bytes
+    with pytest.raises(RequestError, match="2 grammars of 11 bytes in use; it may have 64 and 10 bytes"):
+        table.check_room({"abcde"})
+    table.check_room({"é🙂", "abcd"})
+    table.release(table.acquire("abcd"))
+    table.acquire("xyzé")  # abcd has to go
+    assert len(table) == 2 and table.take_news()[0][1].text == "xyzé"
+
+
+@pytest.mark.parametrize("break_it", ["users", "dropped", "told", "index", "number", "bytes"])
+def test_check_integrity_notices(break_it: str) -> None:
+    table = GrammarTable(SchedulerConfig(max_grammars=2, max_grammar_bytes=4, max_model_len=8))
+    one, two = table.acquire("1"), table.acquire("2")
+    living = {one.grammar_id: 1, two.grammar_id: 1}
+    table.check_integrity(living)
+    match break_it:
+        case "users":
+            table.release(one)
+        case "dropped":
+            table._dropped.append(two.grammar_id)
+        case "told":
+            table._new.append(GroupGrammar(9, "9", 1))
+        case "index":
+            del table._by_id[one.grammar_id]
+        case "number":
+            table.config = SchedulerConfig(max_grammars=1, max_grammar_bytes=4, max_model_len=8)
+        case "bytes":
+            two.num_bytes = 4
+    with pytest.raises(RuntimeError):
+        table.check_integrity(living)
 
 
 def test_a_lost_group_ends_sequences_that_wait_for_their_grammar() -> None:
