@@ -91,9 +91,7 @@ def _chat_format(
             f"{', '.join(CHAT_FORMATS)}, or to {CUSTOM} with plain strings"
         )
         return None
-    warnings += [
-        f"{info.path}: its chat template {said}; here messages stay as they are sent" for said in derived.differences
-    ]
+    warnings += [f"{info.path}: its chat template {said}, which is not done here" for said in derived.differences]
     chat_format = derived.chat_format
     has_rule = info.tokenizer.is_llamas or info.tokenizer_kind == "tokenizer.model"
     if chat_format.every_part_is_first and has_rule and info.tokenizer.only_first_has_space:

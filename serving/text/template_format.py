@@ -6,6 +6,7 @@ the template's own text, character by character, for other conversations. What i
 
 import json
 import re
+import string
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,12 +45,35 @@ class Derived:
     differences: tuple[str, ...]
 
 
+_REASONING = "leaves reasoning before </think> out of earlier answers"
+_REASONED = "Zqr"
+_CHANGES = "changes what messages say"
+_OTHER_CONTENTS = (
+    "a\r\nb\rc\r\n\r\nd",
+    "a  b   c\n\n\nd \n e",
+    "a\tb\t\tc",
+    "a\u00a0b\u200bc\ufeffd",
+    "ﬁ e\u0301 Å ½",
+    *(f"{mark}a{mark}" for mark in string.punctuation),
+    *(f"{mark * 3} a" for mark in "#*->"),
+)
+_LONG_CONTENT = " ".join(["x" * 900, *(f"word{index}" for index in range(900))])
+_MAX_CONSTANTS, _MAX_CONSTANT_CHARS = 200, 200
+_CONSTANT = re.compile(r"""'((?:[^'\\]|\\.|\\\Z)*)(?:'|\Z)|"((?:[^"\\]|\\.|\\\Z)*)(?:"|\Z)""", re.DOTALL)
+"""One that nothing closes goes on to the end: so each character is looked at once."""
+
+
+def _everywhere(content: str) -> tuple[Conversation, ...]:
+    """Conversations whose messages, of every role, are this one."""
+    return tuple([ChatMessage(_KINDS[kind], content) for kind in shape] for shape in ("u", "su", "uau", "suau"))
+
+
 # Contents that some templates change. The format keeps what it is given.
 _SPECIAL: Mapping[str, tuple[Conversation, ...]] = {
-    "leaves reasoning before </think> out of earlier answers": (
+    _REASONING: (
         (
             ChatMessage(USER, "a1"),
-            ChatMessage(ASSISTANT, "<think>\nr\n</think>\n\nb1"),
+            ChatMessage(ASSISTANT, f"<think>\n{_REASONED}\n</think>\n\nb1"),
             ChatMessage(USER, "c1"),
         ),
     ),
@@ -59,10 +83,18 @@ _SPECIAL: Mapping[str, tuple[Conversation, ...]] = {
         (ChatMessage(USER, ""),),
         (ChatMessage(USER, "a1"), ChatMessage(ASSISTANT, ""), ChatMessage(USER, "c1")),
     ),
-    "changes what messages say": (
+    "trims some kinds of spaces around messages and leaves others": tuple(
+        conversation
+        # Each kind alone, and each outermost.
+        for space in (" ", "\n", "\t", "\r", "\u00a0", "\n ", "\t\n", " \t")
+        for conversation in _everywhere(f"{space}a{space[::-1]}")
+    ),
+    _CHANGES: (
         (ChatMessage(SYSTEM, "{{ 1 }} <b> & 'q' \"d\" \\n {% x %}"), ChatMessage(USER, "[INST] é🙂\n\nline")),
         (ChatMessage(USER, "None"), ChatMessage(ASSISTANT, "0"), ChatMessage(USER, '{"a": [1]}')),
+        *(conversation for content in _OTHER_CONTENTS for conversation in _everywhere(content)),
     ),
+    "shortens or wraps long messages": _everywhere(_LONG_CONTENT),
 }
 _LONG = tuple(
     ChatMessage((USER, ASSISTANT)[index % 2] if index else SYSTEM, f"word{index}") for index in [0, *range(2, 14), 14]
@@ -76,6 +108,7 @@ def derive(template: str, tokens: Mapping[str, str]) -> Derived:
     """
     probes = [(shape, _probe(shape), padded) for shape in _SHAPES for padded in (False, True)]
     special = [(said, conversation) for said, group in _SPECIAL.items() for conversation in group]
+    special += [(_CHANGES, each) for content in _with_constants(template) for each in _everywhere(content)]
     conversations = [_padded(messages) if padded else messages for _, messages, padded in probes]
     texts = run_template(template, [*conversations, *(c for _, c in special), _LONG], tokens)
     chat_format = _read(probes, texts[: len(probes)])
@@ -84,7 +117,7 @@ def derive(template: str, tokens: Mapping[str, str]) -> Derived:
         if isinstance(text, str) and _has_shape(chat_format, given) and _text(chat_format, given) != text:
             raise TemplateError("writes something else around the same roles in another conversation")
     differences = {
-        said
+        _CHANGES if said == _REASONING and _REASONED in text else said
         for (said, conversation), text in zip(special, texts[len(probes) :], strict=False)
         if isinstance(text, str) and _has_shape(chat_format, conversation) and _text(chat_format, conversation) != text
     }
@@ -122,6 +155,23 @@ def run_template(
     if "error" in answer:
         raise TemplateError(f"is not valid: {answer['error']}")
     return [each["text"] if "text" in each else ValueError(each["error"]) for each in answer["answers"]]
+
+
+def _with_constants(template: str) -> list[str]:
+    """Contents with the texts that the template itself holds: where it takes one out of messages, or looks for one, that shows.
+
+    No spaces stand around them, and nothing of reasoning in them: both have conversations of their own.
+    """
+    texts: dict[str, None] = {}
+    for match in _CONSTANT.finditer(template):
+        written = match[1] or match[2] or ""
+        try:  # as jinja2 reads it
+            text = written.encode("ascii", "backslashreplace").decode("unicode-escape")
+        except UnicodeError:
+            continue
+        if text.strip() and len(text) <= _MAX_CONSTANT_CHARS and "think" not in text:
+            texts[text] = None
+    return [f"{text.lstrip()}a{text}b{text.rstrip()}" for text in list(texts)[:_MAX_CONSTANTS]]
 
 
 def _probe(shape: str) -> list[ChatMessage]:

@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _MAX_MEMORY_BYTES = 1 << 30
 _MAX_FILES = 16
 _MAX_TEXT_CHARS = 1 << 18
+_MAX_ALL_CHARS = 1 << 25
 
 
 class _Generation(Extension):
@@ -55,10 +56,13 @@ def render_all(template: str, conversations: list[dict[str, Any]], tokens: dict[
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     compiled = environment.from_string(template)
     answers = []
+    num_chars = 0
     for conversation in conversations:
         try:
             text = compiled.render(**tokens, **conversation, add_generation_prompt=True, tools=None, documents=None)
-            answers.append({"text": text} if len(text) <= _MAX_TEXT_CHARS else {"error": "its text is too long"})
+            num_chars += len(text)
+            is_short = len(text) <= _MAX_TEXT_CHARS and num_chars <= _MAX_ALL_CHARS
+            answers.append({"text": text} if is_short else {"error": "its text is too long"})
         except Exception as error:  # whatever a template raises: it is its answer to this conversation
             answers.append({"error": f"{type(error).__name__}: {error}"[:300]})
     return answers

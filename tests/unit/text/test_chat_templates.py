@@ -170,6 +170,56 @@ def test_what_a_template_does_to_messages_is_told(tmp_path: Path) -> None:
     assert "its chat template leaves reasoning before </think> out" in text.warnings[0]
 
 
+SPACES, CHANGES, LONG = (
+    "trims some kinds of spaces around messages and leaves others",
+    "changes what messages say",
+    "shortens or wraps long messages",
+)
+EXPRESSIONS = {
+    ".strip('\\n')": {SPACES},
+    ".rstrip('\\n')": {SPACES},
+    ".lstrip('\\t')": {SPACES},
+    ".rstrip('\\r\\n')": {SPACES},
+    ".strip(' \\n\\t')": {SPACES},
+    ".removesuffix('\\n')": {SPACES},
+    ".replace('\\r\\n', '\\n')": {CHANGES},
+    ".replace('\\n\\n', '\\n')": {CHANGES},
+    ".replace('  ', ' ')": {CHANGES},
+    ".lstrip('#')": {CHANGES},
+    ".rstrip('.')": {CHANGES},
+    ".strip('\"')": {CHANGES},
+    ".replace('\\u200b', '')": {CHANGES},
+    ".replace('<|im_end|>', '')": {CHANGES},
+    ".replace('secret', '***')": {CHANGES},
+    ".split('## Sources')[0]": {CHANGES},
+    ".removeprefix('Sure: ')": {CHANGES},
+    "|escape": {CHANGES},
+    "[:100]": {LONG},
+    "|truncate(300)": {LONG},
+    "[:4096]": {LONG},
+    "|trim": set(),
+    "": set(),
+}
+"""What a template does to what messages say, and what is told of it."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("roles", ["system user assistant", "user", "assistant"])
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_what_a_template_changes_is_told(expression: str, roles: str) -> None:
+    changed = f"(message['content']{expression} if message['role'] in '{roles}' else message['content'])"
+    told = derive(PUBLISHED["ChatML"][0].replace("message['content']", changed), TOKENS).differences
+    assert set(told) == EXPRESSIONS[expression]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", ["\\'", "'", '"', "\\", "'\\\\"])
+def test_templates_of_many_quotes_are_read_in_no_time(part: str) -> None:
+    """A quadratic search would take days."""
+    template = PUBLISHED["ChatML"][0] + "{# " + part * 300_000 + " #}"
+    assert derive(template, TOKENS) == derive(PUBLISHED["ChatML"][0], TOKENS)
+
+
 # ---- from a checkpoint's files to its format ----
 
 
