@@ -129,11 +129,16 @@ class ParallelConfig:
             )
 
     def check_fits(self, model: ModelConfig) -> None:
-        """A rank without a query head would have nothing to do."""
+        """A rank without a query head would have nothing to do, and one without a token would have none to offer."""
         if self.tp_size > model.num_query_heads:
             raise ConfigError(
                 f"tensor_parallel_size is {self.tp_size} and the model has {model.num_query_heads} query heads; "
                 f"each rank must hold at least one, so the most is {model.num_query_heads}"
+            )
+        if self.tp_size > model.vocab_size:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tp_size} and the model's vocabulary has {model.vocab_size} tokens; "
+                f"each rank must hold at least one, so the most is {model.vocab_size}"
             )
 
 

@@ -376,6 +376,8 @@ class CpuKernels:
         first_id: int,
         forbidden: Sequence[Tensor | None],
     ) -> Tensor:
+        if not values_RV.shape[1]:
+            raise ValueError("no token can be drawn of none")  # the library would read beyond the row
         values_RV = values_RV.contiguous()
         found_RX = torch.empty((len(rows), 1 + _MOST_DRAWS), dtype=torch.int64)
         row_bytes = values_RV.shape[1] * values_RV.element_size()

@@ -62,3 +62,8 @@ def test_a_row_that_is_not_finite_gives_some_place_and_disturbs_no_other(kernels
     after = kernels.best_draws(values, range(3), [1.0] * 3, keys, 0, [None] * len(keys))
     assert torch.equal(after[[0, 2]], before[[0, 2]])
     assert 0 <= after[1] < 400
+
+
+def test_a_row_without_tokens_is_refused(kernels: CpuKernels) -> None:
+    with pytest.raises(ValueError, match="no token can be drawn"):
+        kernels.best_draws(torch.empty(2, 0), [0], [1.0], [draw_key(1, 0, 1)], 0, [None])

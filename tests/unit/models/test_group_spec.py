@@ -1,5 +1,6 @@
 """From a configuration's entry to a group's specification."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_what_cannot_work_is_refused_with_both_numbers(
     with pytest.raises(ConfigError) as caught:
         resolve_model(_entry(smollm2_path, **overrides))
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_each_rank_needs_a_token() -> None:
+    model = replace(TINY, vocab_size=4)
+    ParallelConfig(tp_size=4).check_fits(model)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 5 .* vocabulary has 4 tokens; .* the most is 4"):
+        ParallelConfig(tp_size=5).check_fits(model)
 
 
 def machine(available_bytes: int) -> Machine:
