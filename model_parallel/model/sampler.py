@@ -84,7 +84,9 @@ class Sampler:
         if adjusted:
             adjusted_RV = self._adjusted(logits_RV, adjusted, states, forbidden)
             winners |= self._choose(adjusted_RV, range(len(adjusted)), adjusted, logits_RV, states, best_R3, {})
-        table = self._gather(torch.cat([parts_R3[:, :2], best_R3, self._top(logits_RV, num_top).flatten(1)], dim=1))
+        table = self._gather(
+            torch.cat([parts_R3[:, :2], best_R3, self._listed(logits_RV, num_top, len(states))], dim=1)
+        )
 
         results = []
         for r, state in enumerate(states):
@@ -116,7 +118,7 @@ class Sampler:
         picked_R1 = torch.full((len(logits_RV), 1), -math.inf, dtype=torch.float64, device=logits_RV.device)
         picked_R1[: len(target_ids)] = picked.double().masked_fill(~held.unsqueeze(1), -math.inf)
         table = self._gather(
-            torch.cat([_normalisers(logits_RV), picked_R1, self._top(logits_RV, num_top).flatten(1)], dim=1)
+            torch.cat([_normalisers(logits_RV), picked_R1, self._listed(logits_RV, num_top, len(target_ids))], dim=1)
         )
         results: list[TokenLogprobs | None] = []
         for parts, token_id in zip(table, target_ids, strict=False):
@@ -230,10 +232,25 @@ class Sampler:
         )
         return dict(zip(filtered, found, strict=True))
 
-    def _top(self, values_RV: Tensor, count: int) -> Tensor:
-        """float64 [R, count, 2]: this rank's highest values with their token ids; (-inf, -1) past its part."""
+    def _listed(self, logits_RV: Tensor, count: int, num_rows: int) -> Tensor:
+        """float64 [R, 2 · count]: `_top`, and of equal logits those with the lowest token ids, in the first `num_rows`."""
         if not count:
-            return torch.empty((len(values_RV), 0, 2), dtype=torch.float64, device=values_RV.device)
+            return torch.empty((len(logits_RV), 0), dtype=torch.float64, device=logits_RV.device)
+        top_RC2 = self._top(logits_RV, count + 1)
+        last_R, next_R = top_RC2[:num_rows, count - 1, 0], top_RC2[:num_rows, count, 0]
+        # Where the last of them has an equal beyond the list, topk has taken any of the equal ones.
+        is_open_R = (last_R == next_R) & (top_RC2[:num_rows, count, 1] != _NO_TOKEN)
+        for r in is_open_R.nonzero().flatten().tolist():
+            num_higher = int((top_RC2[r, :count, 0] > last_R[r]).sum())
+            equal = (logits_RV[r] == last_R[r]).nonzero().flatten()[: count - num_higher]
+            top_RC2[r, num_higher:count, 1] = (equal + self.vocabulary.start).double()
+        return top_RC2[:, :count].flatten(1)
+
+    def _top(self, values_RV: Tensor, count: int) -> Tensor:
+        """float64 [R, count, 2]: this rank's highest values with their token ids; (-inf, -1) past its part.
+
+        Of equal values any may be left out.
+        """
         held = min(count, len(self.vocabulary))
         value_RC, index_RC = values_RV.topk(held, dim=1)
         top_RC2 = torch.full((len(values_RV), count, 2), -math.inf, dtype=torch.float64, device=values_RV.device)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from model_parallel.collectives.interface import Collectives
-from model_parallel.engine.request import SamplingParams
+from model_parallel.engine.request import SamplingParams, TokenLogprobs
 from model_parallel.kernels.randomness import draw_key, gumbel_noise
 from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.model import sampler as sampler_module
@@ -147,6 +147,31 @@ def test_greedy_takes_the_lowest_id_among_equals(size: int) -> None:
     logits = torch.zeros(3, 40)
     logits[:, [13, 29]] = 4.0
     assert [s.token_id for s in draw(logits, [state(SamplingParams(temperature=0.0))] * 3, size)] == [13] * 3
+
+
+@given(data=st.data())
+def test_of_equal_logits_those_with_the_lowest_ids_are_listed(data: st.DataObject) -> None:
+    """So the list begins with the greedy token, on however many ranks; scores list the same."""
+    vocabulary, size = data.draw(st.sampled_from([3, 7, 66, 900])), data.draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 30)))
+    num_values = data.draw(st.sampled_from([1, 2, 5, 100]))
+    logits = torch.randint(0, num_values, (3, vocabulary), generator=generator).float()  # the last row is padding
+    counts = [data.draw(st.sampled_from([0, 1, 2, 20])) for _ in range(2)]
+    results = draw(logits, [state(SamplingParams(temperature=0.0, logprobs=count)) for count in counts], size)
+
+    def run(collectives: Collectives) -> list[TokenLogprobs | None]:
+        part = even_range(vocabulary, size, collectives.rank)
+        kernels = ReferenceKernels(num_threads=1, device="cpu")
+        sampler = Sampler(kernels, collectives, part, len(even_range(vocabulary, size, 0)))
+        return sampler.score(logits[:, part.start : part.stop].contiguous(), [0, 0], max(counts))
+
+    scores = on_threads(size, run)[0]
+    for row, count, result, score in zip(logits.tolist(), counts, results, scores, strict=False):
+        listed = sorted(range(vocabulary), key=lambda token: (-row[token], token))
+        assert result.logprobs is not None and score is not None
+        assert [token for token, _ in result.logprobs.top] == listed[:count]
+        assert [token for token, _ in score.top] == listed[: max(counts)]
+        assert result.token_id == listed[0]
 
 
 @pytest.mark.parametrize("size", [1, 3])
