@@ -2,9 +2,9 @@
 
     python -m serving.gateway.core.grammar_worker
 
-Reads frames (model_parallel/transport/frames.py) of msgpack from stdin: a Setup, then Trials, each of which it answers with a
-Verdict on stdout. A trial that takes more time of the processor or more memory than it may ends the process: the kernel sees to
-that. It ends by itself when its gateway does, which closes the pipe.
+Reads frames (model_parallel/transport/frames.py) of msgpack from stdin: a Setup, then Trials, each of which it answers on stdout
+with an empty frame when it begins, and with a Verdict. A trial that takes more time of the processor or more memory than it may
+ends the process: the kernel sees to that. It ends by itself when its gateway does, which closes the pipe.
 """
 
 import json
@@ -177,6 +177,11 @@ def _frames(source: BinaryIO) -> Iterator[bytes]:
             yield payload
 
 
+def _answer(payload: bytes) -> None:
+    sys.stdout.buffer.write(encode_frame(payload))
+    sys.stdout.buffer.flush()
+
+
 def main() -> None:
     """See above."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -190,8 +195,8 @@ def main() -> None:
     encode = msgspec.msgpack.Encoder().encode
     for payload in frames:
         _limit(setup.max_compile_s, most_bytes)
-        sys.stdout.buffer.write(encode_frame(encode(try_out(compiler, decode(payload)))))
-        sys.stdout.buffer.flush()
+        _answer(b"")
+        _answer(encode(try_out(compiler, decode(payload))))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -162,55 +163,74 @@ class GrammarChecker:
 
     def _try_out(self, grammar: GrammarText) -> _Known:
         """In the thread of trials: the verdict, and until when it counts."""
+        trial = Trial(grammar.text, tuple([schema for _, schema in grammar.schemas]))
         try:
-            if self._is_closed:
-                raise OverloadedError("the model is being changed")
-            if self._worker is None:
-                self._worker = _Worker(self._table(), self._max_compile_s)
-            return self._worker.ask(Trial(grammar.text, tuple([schema for _, schema in grammar.schemas]))), math.inf
+            try:
+                return self._ask(trial), math.inf
+            except _NotBegunError as error:
+                logger.warning("%s; another process is started", error)
+                return self._ask(trial), math.inf
+        except _NotBegunError as error:
+            raise OverloadedError("the process that tries out grammars does not start") from error
         except LinkError as error:
-            if self._is_closed:
-                raise OverloadedError("the model is being changed") from error
             logger.info("a grammar was given up: %s", error)
-            if self._worker is not None:
-                self._worker.kill()
-                self._worker = None
             error_text = f"takes more than {self._max_compile_s:g} s, or more memory than it may, to compile"
             return Verdict(error_text), self._clock() + TOO_SLOW_FOR_S
+
+    def _ask(self, trial: Trial) -> Verdict:
+        """Raises LinkError when no verdict came; the process is then gone."""
+        if self._is_closed:
+            raise OverloadedError("the model is being changed")
+        worker = self._worker = self._worker or _Worker(self._table(), self._max_compile_s)
+        try:
+            return worker.ask(trial)
+        except LinkError as error:
+            self._worker = None
+            worker.kill()
+            if self._is_closed:
+                raise OverloadedError("the model is being changed") from error
+            raise
+
+
+class _NotBegunError(LinkError):
+    """The process of trials was gone or silent before it took a trial, which says nothing of the grammar."""
 
 
 class _Worker:
     """The process, as one thread uses it."""
 
     def __init__(self, table: TokenTable, max_compile_s: float) -> None:
+        """Raises _NotBegunError."""
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
         environment = dict(os.environ) | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            module_command("serving.gateway.core.grammar_worker"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                module_command("serving.gateway.core.grammar_worker"),
+                bufsize=0,  # what a lost process has not read is not written again when the pipe is closed
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _NotBegunError(f"the process of trials cannot be started: {error}") from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdin.fileno(), False)
         self._timeout_s = PATIENCE * (max_compile_s + 2.0)
+        self._unsent = _frame(Setup(table, math.ceil(max_compile_s)))
         self._reader = FrameReader()
-        self._send(Setup(table, math.ceil(max_compile_s)))
 
     def ask(self, trial: Trial) -> Verdict:
-        """Raises LinkError when the process has ended, or does not answer in time."""
-        self._send(trial)
-        assert self._process.stdout is not None
-        fd, deadline_s = self._process.stdout.fileno(), time.monotonic() + self._timeout_s
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        while (payload := self._reader.next_payload()) is None:
-            if not poller.poll(max(0.0, deadline_s - time.monotonic()) * 1e3):
-                raise LinkError("the trial did not end in time")
-            data = os.read(fd, 1 << 16)
-            if not data:
-                raise LinkError(f"the process of trials ended with status {self._process.wait()}")
-            self._reader.feed(data)
-        return msgspec.msgpack.decode(payload, type=Verdict)
+        """Raises _NotBegunError when the process has not begun with the trial in time, and LinkError when it has, and ended or
+        gave no verdict in time."""
+        try:
+            deadline_s = time.monotonic() + self._timeout_s
+            self._send(trial, deadline_s)
+            self._receive(deadline_s)  # that it has begun
+        except (LinkError, OSError) as error:
+            raise _NotBegunError(f"the process of trials is gone: {error}") from error
+        return msgspec.msgpack.decode(self._receive(time.monotonic() + self._timeout_s), type=Verdict)
 
     def end(self) -> None:
         """The process ends now. Any thread may call it."""
@@ -220,14 +240,33 @@ class _Worker:
         """End it and free what it held; bounded, because it is killed. Safe to call twice."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._stdin.close()
+        self._stdout.close()
 
-    def _send(self, message: Setup | Trial) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(encode_frame(msgspec.msgpack.encode(message)))
-            self._process.stdin.flush()
-        except OSError as error:
-            raise LinkError(f"the process of trials is gone: {error}") from error
+    def _send(self, trial: Trial, deadline_s: float) -> None:
+        self._unsent += _frame(trial)
+        while self._unsent:
+            _wait(self._stdin, select.POLLOUT, deadline_s)
+            del self._unsent[: os.write(self._stdin.fileno(), self._unsent)]
+
+    def _receive(self, deadline_s: float) -> bytes:
+        """The next frame."""
+        while (payload := self._reader.next_payload()) is None:
+            _wait(self._stdout, select.POLLIN, deadline_s)
+            data = os.read(self._stdout.fileno(), 1 << 16)
+            if not data:
+                raise LinkError(f"it ended with status {self._process.wait()}")
+            self._reader.feed(data)
+        return payload
+
+
+def _frame(message: Setup | Trial) -> bytearray:
+    return bytearray(encode_frame(msgspec.msgpack.encode(message)))
+
+
+def _wait(pipe: IO[bytes], event: int, deadline_s: float) -> None:
+    """Until something can be read or written. Raises LinkError."""
+    poller = select.poll()
+    poller.register(pipe, event)
+    if not poller.poll(max(0.0, deadline_s - time.monotonic()) * 1e3):
+        raise LinkError("it did not answer in time")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.places import Place
 from serving.gateway.core.schema_alternatives import are_disjoint
 from serving.gateway.core.schema_numbers import check_exact, excluded_bounds, separate_exclusions, tighten
 from serving.gateway.core.schema_patterns import IGNORES_SPACE, without_nul
@@ -59,20 +60,20 @@ def simplified(schema: Any, field: str = "schema") -> Any:
     in another way written otherwise, or a little more strictly. Raises ValidationError, with the place, for what cannot be."""
     whole = json.loads(json.dumps(schema))
     # A `$ref` may point below a keyword that nobody knows, so those are followed too.
-    found: list[tuple[str, dict[str, Any]]] = []
-    left = [(field, whole)]
+    found: list[tuple[Place, dict[str, Any]]] = []
+    left = [(Place(field), whole)]
     while left:
         place, part = left.pop()
         if isinstance(part, list):
-            left += ((f"{place}[{index}]", inner) for index, inner in enumerate(part))
+            left += ((place.at(index), inner) for index, inner in enumerate(part))
         elif isinstance(part, dict):
             found.append((place, part))
             separate_exclusions(part)
             for key, value in part.items():
                 if key in _BY_NAME and isinstance(value, dict):
-                    left += ((f"{place}.{key}.{name:.60}", inner) for name, inner in value.items())
+                    left += ((place.at(key, name), inner) for name, inner in value.items())
                 elif key not in _VALUES:
-                    left.append((f"{place}.{key}", value))
+                    left.append((place.at(key), value))
     excluded = excluded_bounds([part for _, part in found])
     for place, part in reversed(found):  # the inner ones first: an outer one may ask for nothing because they do
         idle = [key for key, asks_for_nothing in _IDLE.items() if key in part and asks_for_nothing(part)]
@@ -83,34 +84,36 @@ def simplified(schema: Any, field: str = "schema") -> Any:
     return whole
 
 
-def _rewrite(place: str, part: dict[str, Any]) -> None:
+def _rewrite(place: Place, part: dict[str, Any]) -> None:
     """Raises ValidationError."""
     for key in ("const", "enum"):
-        check_exact(f"{place}.{key}", part.get(key))
+        check_exact(place.at(key), part.get(key))
     if "$schema" in part:
-        _name_dialect(f"{place}.$schema", part)
+        _name_dialect(place.at("$schema"), part)
     if isinstance(part.get("pattern"), str):
-        part["pattern"] = _pattern(f"{place}.pattern", part["pattern"])
+        part["pattern"] = _pattern(place.at("pattern"), part["pattern"])
     if isinstance(by_pattern := part.get("patternProperties"), dict):
         part["patternProperties"] = {
-            _pattern(f"{place}.patternProperties", pattern): inner for pattern, inner in by_pattern.items()
+            _pattern(place.at("patternProperties"), pattern): inner for pattern, inner in by_pattern.items()
         }
     if "anyOf" not in part and isinstance(branches := part.get("oneOf"), list) and are_disjoint(branches):
         part["anyOf"] = part.pop("oneOf")
 
 
-def _pattern(place: str, pattern: str) -> str:
+def _pattern(place: Place, pattern: str) -> str:
     if IGNORES_SPACE.search(pattern):
-        raise ValidationError(place, f"{place} is {pattern!r:.80}, with the flag x, which is not supported")
+        raise ValidationError(str(place), f"{place} is {pattern!r:.80}, with the flag x, which is not supported")
     return without_nul(pattern)
 
 
-def _name_dialect(place: str, part: dict[str, Any]) -> None:
+def _name_dialect(place: Place, part: dict[str, Any]) -> None:
     """As the compiler spells it."""
     given = part["$schema"]
     dialect = re.sub("^https?://", "", given.rstrip("#")) if isinstance(given, str) else None
     if dialect not in _DIALECTS:
-        raise ValidationError(place, f"{place} is {given!r:.80}; allowed: {', '.join(_DIALECTS.values())}, or none")
+        raise ValidationError(
+            str(place), f"{place} is {given!r:.80}; allowed: {', '.join(_DIALECTS.values())}, or none"
+        )
     part["$schema"] = _DIALECTS[dialect]
 
 

@@ -43,7 +43,7 @@ class PromptEncoder:
         self, field: str, text: str, *, add_bos: bool = True, parse_special: bool = False
     ) -> tuple[int, ...]:
         """Token ids of a text. Raises ValidationError for one that cannot fit whatever its tokens are."""
-        self._check_length(field, text)
+        self._check_length(field, len(text))
         encode = partial(self._tokenizer.encode, text, add_bos=add_bos, parse_special=parse_special)
         return tuple(await _run(len(text), encode))
 
@@ -83,13 +83,17 @@ class PromptEncoder:
         return whole, start
 
     async def _encode_chat(self, prompt: ChatPrompt, tools: ToolUse | None) -> tuple[int, ...]:
+        num_chars = 0
         for index, message in enumerate(prompt.messages):
-            self._check_length(f"messages[{index}]", message.content)
+            self._check_length(f"messages[{index}]", len(message.content))
+            num_chars += len(message.content)
+        self._check_length("messages", num_chars)
         chat_format = self._card.chat or named_format(self._card.chat_format, self._tokenizer)
         messages = prompt.messages
         if tools is not None and tools.is_used:
             messages = with_tools(messages, tools, chat_format, self._card.chat_default_system)
-        num_chars = sum(len(message.content) for message in messages)
+            num_chars = sum(len(message.content) for message in messages)
+            self._check_length("tools", num_chars, "with messages ")
         try:
             token_ids = await _run(
                 num_chars,
@@ -106,12 +110,12 @@ class PromptEncoder:
             raise ValidationError(field, f"{field}: {error.message}") from error
         return tuple(token_ids)
 
-    def _check_length(self, field: str, text: str) -> None:
+    def _check_length(self, field: str, num_chars: int, counted: str = "") -> None:
         # Refuses megabytes without spending seconds on their tokens; what passes is counted exactly later.
-        if len(text) > self._max_text_bytes:
+        if num_chars > self._max_text_bytes:
             raise ValidationError(
                 field,
-                f"{field} has {len(text)} characters, which cannot fit into max_model_len, {self._card.max_model_len}",
+                f"{field} {counted}has {num_chars} characters, which cannot fit into max_model_len, {self._card.max_model_len}",
                 is_too_long=True,
             )
 

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from serving.contracts.errors import ValidationError
+from serving.gateway.core.places import Place
 
 FARTHEST = 2**63 - 1024
 """The largest float64 below 2^63: the compiler can spell no bound beyond it."""
@@ -21,15 +22,15 @@ _NEAREST_ZERO = 1e-40
 """Instead of a zero that is excluded. The digits of one still nearer would be nested more deeply than the compiler allows."""
 
 
-def check_exact(field: str, value: Any) -> None:
+def check_exact(place: Place, value: Any) -> None:
     """Of a value that an answer may have to be. Raises ValidationError for a number that the compiler would change."""
     if isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
-            check_exact(field, inner)
+            check_exact(place, inner)
     elif _is_number(value) and not _is_kept(value):
         raise ValidationError(
-            field,
-            f"{field} has {value!s:.60}, which could not be held to exactly; "
+            str(place),
+            f"{place} has {value!s:.60}, which could not be held to exactly; "
             f"allowed: whole numbers from -{_MOST_EXACT} to {_MOST_EXACT}, fractions of up to 15 digits, and texts",
         )
 
@@ -71,7 +72,7 @@ def excluded_bounds(parts: Sequence[dict[str, Any]]) -> frozenset[tuple[str, flo
     return frozenset(found)
 
 
-def tighten(field: str, part: dict[str, Any], excluded: frozenset[tuple[str, float]]) -> None:
+def tighten(place: Place, part: dict[str, Any], excluded: frozenset[tuple[str, float]]) -> None:
     """Change the bounds of a part into those that the compiler can hold to. `excluded`: excluded_bounds of the whole schema.
 
     None allows what the schema does not. Of what it does they leave out only what lies between a bound and the next float64s, or
@@ -80,10 +81,10 @@ def tighten(field: str, part: dict[str, Any], excluded: frozenset[tuple[str, flo
     for sign, (inclusive, exclusive) in ((1, _LOWER), (-1, _UPPER)):
         for key in (exclusive, inclusive):
             if _is_number(part.get(key)):
-                _tighten(field, part, key, inclusive, sign, is_facing=(key, part[key]) in excluded)
+                _tighten(place.at(key), part, key, inclusive, sign, is_facing=(key, part[key]) in excluded)
 
 
-def _tighten(field: str, part: dict[str, Any], key: str, inclusive: str, sign: int, *, is_facing: bool) -> None:
+def _tighten(place: Place, part: dict[str, Any], key: str, inclusive: str, sign: int, *, is_facing: bool) -> None:
     """One bound. Times `sign` it is a lower one."""
     given = part[key]
     bound = sign * given
@@ -93,9 +94,8 @@ def _tighten(field: str, part: dict[str, Any], key: str, inclusive: str, sign: i
     if bound < -FARTHEST and _is_whole(part):
         bound = -FARTHEST
     elif abs(bound) > FARTHEST:
-        place = f"{field}.{key}"
         raise ValidationError(
-            place,
+            str(place),
             f"{place} is {given!s:.60}; allowed: numbers from -{FARTHEST} to {FARTHEST}, or none where there is no bound",
         )
     nearest = float(bound)

@@ -11,10 +11,12 @@ still calls correctly. A result goes back in a message of the user's, within <to
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Literal
 
 from serving.config import LimitsConfig
@@ -36,6 +38,8 @@ from serving.text.chat import ChatMessage
 CALL_OPENS, CALL_CLOSES = "<tool_call>", "</tool_call>"
 MAX_CALLS = 32
 """In one answer."""
+_MAX_SHOWN_IDS = 10
+"""In an error."""
 TOOL = "tool"
 """Role of a result."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -191,76 +195,113 @@ class Turn:
     """Where that is said."""
 
 
-def in_order_of_calls(turns: Sequence[Turn]) -> list[ChatMessage]:
+def in_order_of_calls(turns: Iterable[Turn]) -> list[ChatMessage]:
     """The messages, with results that stand together in the order of their calls: the model is not told their ids. Results
     without an id are those of the first calls that no other belongs to. Raises ValidationError for an id of no call."""
     ordered: list[ChatMessage] = []
-    open_calls: list[str | None] = []
-    answered: set[str] = set()
-    newest = 0
+    calls = _OpenCalls()
     for are_results, together in groupby(turns, key=lambda turn: turn.message.role == TOOL):
         if are_results:
-            ordered += _sorted_results([*together], open_calls, newest, answered)
+            ordered += _sorted_results([*together], calls)
             continue
         for turn in together:
-            if turn.call_ids:
-                newest = len(open_calls)
-            open_calls += turn.call_ids
+            calls.add(turn.call_ids)
             ordered.append(turn.message)
     return ordered
 
 
-def _sorted_results(
-    results: list[Turn], open_calls: list[str | None], newest: int, answered: set[str]
-) -> list[ChatMessage]:
-    """Takes their calls out of `open_calls`. Of several with an id those from `newest` on come first, which were made last."""
-    free = list(range(len(open_calls)))
-    places: dict[int, int] = {}
+def _sorted_results(results: list[Turn], calls: "_OpenCalls") -> list[ChatMessage]:
+    """Takes their calls out of `calls`."""
+    numbers: dict[int, float] = {}
+    """Of calls, by the results' indices."""
     for index, result in enumerate(results):
         if result.result_of is None:
             continue
-        found = [place for place in free if open_calls[place] == result.result_of]
-        if found:
-            place = min(found, key=lambda place: (place < newest, place))
-            free.remove(place)
-            places[index] = place
-            answered.add(result.result_of)
-        elif result.result_of in answered or not any(open_calls[place] is None for place in free):
-            ids = (
-                ", ".join(f"{open_calls[place]:.80}" for place in free)
-                or "none, as no call before it is without a result"
-            )
+        number = calls.take(result.result_of)
+        if number is not None:
+            numbers[index] = number
+        elif calls.was_taken(result.result_of) or not calls.has_one_without_id:
             raise ValidationError(
                 result.field,
-                f"{result.field} is {result.result_of!r:.80}; allowed: the ids of calls without a result ({ids})",
+                f"{result.field} is {result.result_of!r:.80}; allowed: the ids of calls without a result ({calls})",
             )
     for index in range(len(results)):
-        if index not in places:
-            places[index] = free.pop(0) if free else len(open_calls)
-    for place in sorted(set(places.values()) & set(range(len(open_calls))), reverse=True):
-        del open_calls[place]
-    return [results[index].message for index in sorted(places, key=lambda index: (places[index], index))]
+        if index not in numbers:
+            numbers[index] = calls.take_first()
+    return [results[index].message for index in sorted(numbers, key=lambda index: (numbers[index], index))]
+
+
+class _OpenCalls:
+    """The calls that have no result, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[int, str | None] = OrderedDict()
+        self._num = self._num_without_id = 0
+        self._newest: defaultdict[str, deque[int]] = defaultdict(deque)
+        """Of the last answer, by id. May hold some that have a result by now."""
+        self._older: defaultdict[str, deque[int]] = defaultdict(deque)
+        self._taken: set[str] = set()
+
+    def __str__(self) -> str:
+        ids = [f"{call_id:.80}" for call_id in islice(self._ids.values(), _MAX_SHOWN_IDS) if call_id is not None]
+        more = len(self._ids) - self._num_without_id - len(ids)
+        return ", ".join([*ids, *[f"{more} more"] * (more > 0)]) or "none, as no call before it is without a result"
+
+    @property
+    def has_one_without_id(self) -> bool:
+        return self._num_without_id > 0
+
+    def add(self, ids: Sequence[str | None]) -> None:
+        """Those of one answer."""
+        if ids:
+            for known, numbers in self._newest.items():
+                self._older[known] += numbers
+            self._newest.clear()
+        for call_id in ids:
+            self._ids[self._num] = call_id
+            if call_id is None:
+                self._num_without_id += 1
+            else:
+                self._newest[call_id].append(self._num)
+            self._num += 1
+
+    def take(self, call_id: str) -> int | None:
+        """The call with an id; of several the first of the last answer."""
+        for numbers in (self._newest[call_id], self._older[call_id]):
+            while numbers:
+                number = numbers.popleft()
+                if number in self._ids:
+                    del self._ids[number]
+                    self._taken.add(call_id)
+                    return number
+        return None
+
+    def was_taken(self, call_id: str) -> bool:
+        return call_id in self._taken
+
+    def take_first(self) -> float:
+        """Of all that are left; behind all others when there is none."""
+        if not self._ids:
+            return math.inf
+        number, call_id = self._ids.popitem(last=False)
+        self._num_without_id -= call_id is None
+        return number
 
 
 def with_results(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Results become a message of the user's; several together one, and the user's next message is part of it."""
-    folded: list[ChatMessage] = []
+    folded: list[tuple[ChatMessage, list[str]]] = []
+    """Of each message the texts that it is made of."""
     is_open = False
     for message in messages:
-        if message.role == TOOL:
-            text = f"<tool_response>\n{message.content}\n</tool_response>"
-            if is_open:
-                folded[-1] = replace(folded[-1], content=f"{folded[-1].content}\n{text}")
-            else:
-                folded.append(ChatMessage(USER, text))
-            is_open = True
-            continue
-        if is_open and message.role == USER:
-            folded[-1] = replace(folded[-1], content=f"{folded[-1].content}\n{message.content}")
+        is_result = message.role == TOOL
+        text = f"<tool_response>\n{message.content}\n</tool_response>" if is_result else message.content
+        if is_open and (is_result or message.role == USER):
+            folded[-1][1].append(text)
         else:
-            folded.append(message)
-        is_open = False
-    return folded
+            folded.append((ChatMessage(USER, "") if is_result else message, [text]))
+        is_open = is_result
+    return [replace(message, content="\n".join(texts)) for message, texts in folded]
 
 
 def with_tools(

@@ -3,7 +3,7 @@ Whatever is wrong is a ValidationError that names the field."""
 
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -12,6 +12,7 @@ import msgspec
 
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.fields import Unsupported, asks_for_nothing
+from serving.gateway.core.places import Place
 from serving.gateway.core.strict_json import MAX_NAME_CHARS, read_json, shown_name
 
 T = TypeVar("T", bound="Body")
@@ -145,9 +146,7 @@ def _read_json(body: bytes) -> Any:
     try:
         data = read_json(body.decode(), field="", title="the body")
         if b"\\u" in body:  # only an escape can spell half of a surrogate pair
-            for path, text in _texts(data, ""):
-                if found := _SURROGATE.search(text):
-                    raise ValidationError(path, f"{path} holds half of a surrogate pair at character {found.start()}")
+            _check_texts(data)
     except UnicodeDecodeError as error:
         raise ValidationError("", f"the body is not valid UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -155,18 +154,32 @@ def _read_json(body: bytes) -> Any:
     return data
 
 
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Every string in `value` and its path; a name of a field has the path of what holds it."""
-    match value:
-        case str():
-            yield path, value
-        case dict():
-            for name, inner in value.items():
-                yield path, name
-                yield from _texts(inner, f"{path}.{name}" if path else name)
-        case list():
-            for index, inner in enumerate(value):
-                yield from _texts(inner, f"{path}[{index}]")
+def _check_texts(data: Any) -> None:
+    """Raises ValidationError for half of a surrogate pair in a text; of a field's name it tells the place of what holds it."""
+    steps: list[str | int] = [""]
+    left: list[Iterator[tuple[str | int, Any]]] = [iter([("", data)])]
+    """Of each level that is being walked through."""
+    while left:
+        for steps[-1], value in left[-1]:
+            if isinstance(value, str):
+                _check_text(value, steps)
+            elif isinstance(value, dict | list):
+                for name in value if isinstance(value, dict) else ():
+                    _check_text(name, steps)
+                left.append(iter(value.items() if isinstance(value, dict) else enumerate(value)))
+                steps.append("")
+                break
+        else:
+            left.pop()
+            steps.pop()
+
+
+def _check_text(text: str, steps: Sequence[str | int]) -> None:
+    if found := _SURROGATE.search(text):
+        place = str(Place("").at(*steps[1:]))
+        raise ValidationError(
+            place, f"{place or 'the body'} holds half of a surrogate pair at character {found.start()}"
+        )
 
 
 def _explain(problem: str, schema: type[Body]) -> ValidationError:

@@ -237,22 +237,30 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
         if isinstance(given, str):
             messages = [ChatMessage("user", given)]
         else:
-            turns: list[Turn] = []
+            turns: list[list[Turn]] = []
+            """An answer comes back as several items: its text and its calls."""
             for index, item in enumerate(given):
                 turn = item.turn(f"input[{index}]")
-                if item.type == "function_call" and turns and turns[-1].message.role == ASSISTANT:
-                    # One answer, which comes back as several items.
-                    before = turns.pop()
-                    content = "\n".join(filter(None, (before.message.content, turn.message.content)))
-                    turn = Turn(message=ChatMessage(ASSISTANT, content), call_ids=before.call_ids + turn.call_ids)
-                turns.append(turn)
-            messages = in_order_of_calls(turns)
+                if item.type == "function_call" and turns and turns[-1][0].message.role == ASSISTANT:
+                    turns[-1].append(turn)
+                else:
+                    turns.append([turn])
+            messages = in_order_of_calls(map(_joined, turns))
         if self.instructions and messages:
             if messages[0].role in ("system", "developer"):
                 messages[0] = replace(messages[0], content=f"{self.instructions}\n\n{messages[0].content}")
             else:
                 messages.insert(0, ChatMessage("system", self.instructions))
         return tuple(messages)
+
+
+def _joined(turns: Sequence[Turn]) -> Turn:
+    """One answer of several items."""
+    if len(turns) == 1:
+        return turns[0]
+    content = "\n".join(turn.message.content for turn in turns if turn.message.content)
+    call_ids = tuple([call_id for turn in turns for call_id in turn.call_ids])
+    return Turn(message=ChatMessage(ASSISTANT, content), call_ids=call_ids)
 
 
 _SAME_NAME = (

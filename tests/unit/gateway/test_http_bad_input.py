@@ -359,3 +359,18 @@ def test_any_json_becomes_a_request_or_a_named_error(schema: Any, data: st.DataO
 def test_any_bytes_become_a_request_or_a_named_error(body: bytes) -> None:
     with suppress(ValidationError):
         parse(CompletionRequest, body)
+
+
+@pytest.mark.parametrize(
+    ("value", "inner"),
+    [('["\\ud800"]', "[0]"), ('{"b": "\\ud800"}', ".b"), ('{"\\ud800": 1}', ""), ('"\\u0041"', None)],
+)
+def test_half_of_a_pair_is_found_beside_many_values_and_below_long_names(value: str, inner: str | None) -> None:
+    """The place of each value would be longer than a body may be."""
+    body = f'{{"metadata": {{"{"A" * 700_000}": [{"0," * 100_000}{value}]}}, "prompt": "a"}}'.encode()
+    if inner is None:
+        assert parse(CompletionRequest, body)
+        return
+    with pytest.raises(ValidationError, match="holds half of a surrogate pair at character 0") as error:
+        parse(CompletionRequest, body)
+    assert error.value.field == f"metadata.{'A' * 100}…[100000]{inner}"

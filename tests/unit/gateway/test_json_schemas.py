@@ -1,6 +1,7 @@
 """What of a JSON schema is held to, and what may stand in it and asks for nothing."""
 
 import json
+import tracemalloc
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Literal
@@ -285,3 +286,18 @@ def test_depth_has_a_bound_that_the_compiler_does_not_meet(compiler: GrammarComp
 def test_a_text_that_is_no_json_is_told_so() -> None:
     with pytest.raises(ValidationError, match="field is not valid JSON at character 1"):
         schema_of_text("field", "{")
+
+
+def test_places_of_parts_take_no_memory() -> None:
+    """A long name above many parts would stand in the place of each."""
+    schema = {"k" * 30_000: [{} for _ in range(8000)], "pattern": "(?x)a"}
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValidationError, match=r"^schema\.pattern is"):
+            simplified(schema)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 << 20
+    with pytest.raises(ValidationError, match=r"^schema\.k{100}…\[1\]\.pattern is"):
+        simplified({"k" * 30_000: [{}, {"pattern": "(?x)a"}]})

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -380,6 +382,44 @@ async def test_a_grammar_that_takes_too_long_ends_its_trial_and_no_other() -> No
     await asyncio.to_thread(checker._thread.shutdown)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+LARGE = grammar({"enum": [f"{index:060}" for index in range(3000)]})
+"""More than a pipe holds."""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("asked", [grammar(SCHEMA), LARGE], ids=["small", "large"])
+async def test_a_process_that_was_lost_between_trials_is_replaced(sent: signal.Signals, asked: GrammarText) -> None:
+    """It says nothing of the grammar that came next."""
+    checker = GrammarChecker(lambda: TABLE, 2.0, SharedRoom(100))
+    try:
+        await checker.check(grammar({"type": "integer"}), "t")
+        lost = checker._worker
+        assert lost is not None
+        os.kill(lost._process.pid, sent)
+        if sent == signal.SIGSTOP:
+            lost._timeout_s = 0.2  # of this process alone
+        await checker.check(asked, "t")
+        assert checker._worker is not None and checker._worker is not lost
+        with pytest.raises(ValidationError, match="objekt"):
+            await checker.check(grammar({"type": "objekt"}), "t")
+        with pytest.raises(ProcessLookupError):
+            os.kill(lost._process.pid, 0)
+    finally:
+        checker.close()
+
+
+async def test_a_process_that_does_not_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "module_command", lambda module: [sys.executable, "-c", ""])
+    checker = GrammarChecker(lambda: TABLE, 2.0, SharedRoom(100))
+    try:
+        with pytest.raises(OverloadedError, match="does not start"):
+            await checker.check(grammar(SCHEMA), "t")
+        monkeypatch.undo()
+        await checker.check(grammar(SCHEMA), "t")
+    finally:
+        checker.close()
 
 
 async def test_a_request_that_goes_away_leaves_the_trial_to_others() -> None:

@@ -29,6 +29,9 @@ from serving.gateway.core.tools import (
     with_results,
     with_tools,
 )
+from serving.gateway.core.validate import ChatPrompt
+from serving.gateway.http.body import parse
+from serving.gateway.http.responses_form import ResponsesRequest
 from serving.text.chat import ChatMessage
 from serving.text.chat_formats import NAMED_FORMATS
 from tests.unit.gateway.http_client import CHAT, events, post
@@ -431,3 +434,53 @@ async def test_results_in_another_order_over_http() -> None:
         ):
             answer = await post(gateway, path, {"model": "tiny"} | body)
             assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+def test_an_error_shows_some_of_many_ids() -> None:
+    with pytest.raises(ValidationError, match=r"\(0x+, 1x+, .*, 9x+, 4990 more\)") as error:
+        in_order_of_calls([answers(*(f"{index}{'x' * 200}" for index in range(5000))), result("1", "y")])
+    assert len(str(error.value)) < 2000
+
+
+def test_an_error_about_an_id_passes_over_calls_without_one() -> None:
+    with pytest.raises(ValidationError, match=r"here is 'a'; allowed: .* \(b\)"):
+        in_order_of_calls([answers("a", None, "b"), result("1", "a"), result("2", "a")])
+
+
+def test_as_many_results_as_a_body_can_hold_are_sorted() -> None:
+    """In one pass: with a search for each result this would take hours."""
+    ids = [str(index) for index in range(300_000)]
+    turns = [answers(*ids), *(result(each, each) for each in reversed(ids))]
+    assert [each.content for each in in_order_of_calls(turns)[1:]] == ids
+
+
+def test_items_of_one_answer_are_joined() -> None:
+    items: list[dict[str, Any]] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Let me see"}]
+    items += [{"type": "function_call", "call_id": str(index), "name": "f"} for index in range(20_000)]
+    items += [{"type": "function_call_output", "call_id": "1", "output": "b"}]
+    items += [{"type": "function_call_output", "call_id": "0", "output": "a"}]
+    request, _ = parse(ResponsesRequest, json.dumps({"input": items}).encode())
+    prompt = request.query().prompt
+    assert isinstance(prompt, ChatPrompt)
+    roles = [message.role for message in prompt.messages]
+    assert roles == [USER, ASSISTANT, TOOL, TOOL]
+    assert prompt.messages[1].content == "\n".join(
+        ["Let me see", *[call_text(ToolCall(name="f", arguments="{}"))] * 20_000]
+    )
+    assert [message.content for message in prompt.messages[2:]] == ["a", "b"]
+
+
+async def test_what_is_said_and_told_together_is_measured_before_it_is_tokenised() -> None:
+    """The bound is the longest token times max_model_len: 6,000 characters here."""
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 7000}}
+    halves = [{"role": role, "content": "x" * 3500} for role in (USER, ASSISTANT, USER)]
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"messages": ASK, "tools": [tool]}, "tools", "tools with messages has 7"),
+        ({"messages": halves}, "messages", "messages has 10500 characters, which cannot fit into max_model_len, 6000"),
+    ]
+    async with serve() as gateway:
+        for body, field, what in cases:
+            answer = await post(gateway, "/v1/chat/completions", {"model": "tiny", **body})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, field) and what in error["message"]
+            assert error["code"] == "context_length_exceeded"
