@@ -43,6 +43,7 @@ _MAX_SHOWN_IDS = 10
 TOOL = "tool"
 """Role of a result."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_BEGINNING = CALL_OPENS + '\n{"name": "'
 _HEAD = re.compile(r'\n\{"name": "([^"]+)", "arguments": ')
 _TAIL = "}\n" + CALL_CLOSES
 
@@ -354,11 +355,13 @@ class CallDelta:
 class CallReader:
     """Parts an answer into its text and its calls, however it is cut into pieces. The grammar has seen to its form."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_form: bool = False) -> None:
+        """An answer that `has_form` is of that form, or begins with a call; what looks like one within it is its text."""
         self.num_calls = 0
         """That have begun."""
         self._buffer = ""
-        self._state: Literal["text", "head", "arguments", "tail"] = "text"
+        self._state: Literal["beginning", "answer", "text", "head", "arguments", "tail"]
+        self._state = "beginning" if has_form else "text"
         self._depth = 0
         self._in_string = self._is_escaped = False
 
@@ -378,13 +381,24 @@ class CallReader:
 
     def flush(self) -> str:
         """Text that was held back, at the end."""
-        rest = self._buffer if self._state == "text" else ""
+        rest = self._buffer if self._state in ("beginning", "text") else ""
         self._buffer = ""
         return rest if not self.num_calls else ""
 
     def _advance(self, said: list[str], deltas: list[CallDelta]) -> bool:
         """Read on in the buffer; whether more can be read."""
         match self._state:
+            case "beginning":
+                if self._buffer.startswith(_BEGINNING):
+                    self._state = "text"
+                elif not _BEGINNING.startswith(self._buffer):
+                    self._state = "answer"
+                else:
+                    return False
+            case "answer":
+                said.append(self._buffer)
+                self._buffer = ""
+                return False
             case "text":
                 before, opens, after = self._buffer.partition(CALL_OPENS)
                 if not opens:

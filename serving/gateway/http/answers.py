@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Protocol, TypedDict
 
 import msgspec
@@ -191,8 +192,9 @@ class ChatForm:
         logprobs: bool,
         stream_options: StreamOptions | None,
         tools: ToolUse | None = None,
+        has_form: bool = False,
     ) -> None:
-        """Answers are read for calls where `tools` may be called."""
+        """Answers are read for calls where `tools` may be called; with `has_form` one that does not call has a form."""
         self._identity = identity
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -201,7 +203,7 @@ class ChatForm:
         """Of the first choice, until now."""
         self._begun: set[int] = set()
         self._tools = tools if tools is not None and tools.is_used else None
-        self._readers: defaultdict[int, CallReader] = defaultdict(CallReader)
+        self._readers: defaultdict[int, CallReader] = defaultdict(partial(CallReader, has_form=has_form))
         """By choice."""
 
     def whole(self, chunks: Sequence[Chunk]) -> ChatCompletion:

@@ -78,6 +78,7 @@ class Endpoints:
             logprobs=query.logprobs is not None,
             stream_options=body.stream_options,
             tools=query.tools,
+            has_form=query.constraint is not None,
         )
         return await self._generate(query, request, form, stream, body.stream, body.field_names)
 
@@ -101,7 +102,7 @@ class Endpoints:
         query = body.query()
         card = self._generator.model_for(request.call, query.model)
         stream = self._begin(query, request, body)
-        form = ResponsesForm(stream, card, body, query.tools)
+        form = ResponsesForm(stream, card, body, tools=query.tools, has_form=query.constraint is not None)
         return await self._generate(query, request, form, stream, body.stream, body.field_names, end=b"")
 
     def _begin(self, query: GenerateQuery, request: Request, body: AnsweredBody) -> Stream:

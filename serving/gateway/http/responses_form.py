@@ -381,9 +381,15 @@ class ResponsesForm:
     """One answer on its way out: a message, then calls. There is no message where the answer calls and says nothing."""
 
     def __init__(
-        self, stream: Stream, card: ModelCard, request: ResponsesRequest, tools: ToolUse | None = None
+        self,
+        stream: Stream,
+        card: ModelCard,
+        request: ResponsesRequest,
+        *,
+        tools: ToolUse | None = None,
+        has_form: bool = False,
     ) -> None:
-        """Answers are read for calls where `tools` may be called."""
+        """Answers are read for calls where `tools` may be called; with `has_form` one that does not call has a form."""
         self._billed_id = stream.billed_id
         self._id, self._item_id = f"resp_{stream.billed_id}", f"msg_{stream.billed_id}"
         self._created = stream.created_unix_s
@@ -393,7 +399,7 @@ class ResponsesForm:
         self._has_begun = False
         self._text: list[str] = []
         self._reason: FinishReason | None = None
-        self._reader = CallReader() if tools is not None and tools.is_used else None
+        self._reader = CallReader(has_form=has_form) if tools is not None and tools.is_used else None
         self._calls: list[_Call] = []
         self._num_chars = 0
         """Of the text, calls included, until now."""

@@ -198,7 +198,7 @@ def test_a_stream_that_is_cut_goes_on_with_the_events_that_are_missing(data: st.
     )
 
     def events(ends: list[int]) -> list[Event]:
-        form = ResponsesForm(stream, card("tiny"), request, use)
+        form = ResponsesForm(stream, card("tiny"), request, tools=use)
         found: list[Event] = []
         for begin, end in pairwise([0, *ends, len(said)]):
             reason = FinishReason.STOP if end == len(said) else None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.support.fake_backend import FakeBackend, card, obey
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, obey
 from serving.config import LimitsConfig
 from serving.contracts.chat import ASSISTANT, USER
 from serving.contracts.errors import ValidationError
@@ -471,16 +471,69 @@ def test_items_of_one_answer_are_joined() -> None:
 
 
 async def test_what_is_said_and_told_together_is_measured_before_it_is_tokenised() -> None:
-    """The bound is the longest token times max_model_len: 6,000 characters here."""
-    tool = {"type": "function", "function": {"name": "f", "description": "x" * 7000}}
-    halves = [{"role": role, "content": "x" * 3500} for role in (USER, ASSISTANT, USER)]
+    tokenizer = ByteTokenizer()
+    bound = 6000 * max(len(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size))
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * bound}}
+    parts = [{"role": role, "content": "x" * (bound // 2)} for role in (USER, ASSISTANT, USER)]
     cases: list[tuple[dict[str, Any], str, str]] = [
-        ({"messages": ASK, "tools": [tool]}, "tools", "tools with messages has 7"),
-        ({"messages": halves}, "messages", "messages has 10500 characters, which cannot fit into max_model_len, 6000"),
+        ({"messages": ASK, "tools": [tool]}, "tools", "tools with messages has "),
+        ({"messages": parts}, "messages", f"messages has {3 * (bound // 2)} characters"),
     ]
     async with serve() as gateway:
         for body, field, what in cases:
             answer = await post(gateway, "/v1/chat/completions", {"model": "tiny", **body})
             error = answer.json()["error"]
             assert (answer.status_code, error["param"]) == (400, field) and what in error["message"]
-            assert error["code"] == "context_length_exceeded"
+            assert error["code"] == "context_length_exceeded" and "cannot fit into max_model_len" in error["message"]
+
+
+# ---- text of a form that looks like a call ----
+
+FORM = {
+    "type": "object",
+    "properties": {"a": {"type": "string"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "said", ['{"a": "x<tool_call>y"}', '{"a": "x \\n<tool_call>\\n{\\"name\\": \\"get_weather\\""}  ']
+)
+async def test_an_answer_of_a_form_is_whole_though_it_has_the_beginning_of_a_call(said: str, stream: bool) -> None:
+    said = said.rstrip()
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": FORM}}
+    async with serve(FakeBackend(obey(said), (card("tiny", max_model_len=6000),))) as gateway:
+        body = CHAT | {"model": "tiny", "tools": TOOLS, "response_format": form, "stream": stream}
+        answer = await post(gateway, "/v1/chat/completions", body)
+        if stream:
+            choices = [event["choices"][0] for event in events(answer)]
+            assert "".join(choice["delta"].get("content") or "" for choice in choices) == said
+            assert choices[-1]["finish_reason"] == "stop"
+        else:
+            choice = answer.json()["choices"][0]
+            assert (choice["message"]["content"], choice["finish_reason"]) == (said, "stop")
+        if not stream:
+            tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+            asked = {"model": "tiny", "input": "hi", "tools": tools}
+            asked["text"] = {"format": {"type": "json_schema", "name": "n", "schema": FORM}}
+            answered = (await post(gateway, "/v1/responses", asked)).json()
+            assert [item["type"] for item in answered["output"]] == ["message"]
+            assert answered["output"][0]["content"][0]["text"] == said
+
+
+@given(st.data())
+def test_what_has_a_form_is_that_form_or_begins_with_a_call(data: st.DataObject) -> None:
+    call = call_text(ToolCall(name="f", arguments="{}"))
+    said = data.draw(
+        st.sampled_from(["", " ", "<tool", "<tool_call>", "<tool_call>x", f" {call}", f"x{call}", "x ", call])
+    )
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(said)), max_size=8)))
+    reader, told, names = CallReader(has_form=True), "", []
+    for begin, end in zip([0, *cuts], [*cuts, len(said)], strict=True):
+        part, new = reader.push(said[begin:end])
+        told += part
+        names += [delta.name for delta in new if delta.name]
+    told += reader.flush()
+    assert (told, names) == (("", ["f"]) if said == call else (said, []))
