@@ -11,15 +11,24 @@ from typing import Any
 
 from serving.config import LimitsConfig
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.json_schemas import check_depth, simplified
+from serving.gateway.core.json_schemas import check_depth, has_free_names, simplified
+from serving.gateway.core.schema_patterns import ignores_space
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Between the parts of a JSON text: enough for any layout, and not without end, in which weak models get lost."""
-_UNSUPPORTED_IN_LARK = re.compile(r"^\s*[a-z_][\w-]*\s*\[[^\]\n]*\b(temperature|stop|max_tokens)\s*=", re.MULTILINE)
+_UNSUPPORTED_IN_LARK = re.compile(
+    r"""^[^\S\n]*[?!]*[a-z_][\w-]*(?:::_)?[^\S\n]*\[(?:"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])*/|[^\]\n"/])*?"""
+    r"\b(temperature|stop|max_tokens)\s*=",
+    re.MULTILINE,
+)
+"""Among what stands in brackets behind the name of a rule, in whose texts and expressions brackets may stand too."""
 _BACKUS_NAUR = re.compile(r"^\s*<?[A-Za-z_][\w-]*>?\s*::=", re.MULTILINE)
 _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff]")
 """What JSON may write as it is, and the grammar's lexer does not take."""
 _OPTIONS_OF_SCHEMAS = "x-guidance"
+_ESCAPES_WITHOUT_NUMBERS = 'nrbtf\\"'
+"""All but \\u0061 and the like. The compiler keeps the names that a schema has from being free names by their spelling, and with
+these each has but one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +103,8 @@ def check_constraint(constraint: Constraint, limits: LimitsConfig) -> None:
         case Regex(pattern=pattern):
             if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
                 raise ValidationError(field, f"{field} ends with a backslash that escapes nothing")
+            if ignores_space(pattern):
+                raise ValidationError(field, f"{field} is {pattern!r:.80}, with the flag x, which is not supported")
             num_bytes = _num_bytes(field, pattern)
         case OneOf(texts=texts):
             if not texts:
@@ -170,7 +181,9 @@ def schema_rule(constraint: JsonSchema) -> str:
     """A schema as the right side of a rule."""
     schema = {} if constraint.schema is True else constraint.schema
     pattern = WHITESPACE if constraint.whitespace_pattern is None else constraint.whitespace_pattern
-    options = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
+    options: dict[str, Any] = {"whitespace_pattern": pattern} if pattern else {"whitespace_flexible": False}
+    if has_free_names(schema):
+        options["json_allowed_escapes"] = _ESCAPES_WITHOUT_NUMBERS
     if isinstance(schema, dict):
         schema = {_OPTIONS_OF_SCHEMAS: options} | schema
     return "%json " + json.dumps(schema, ensure_ascii=False)

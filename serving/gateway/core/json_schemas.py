@@ -13,7 +13,7 @@ from serving.contracts.errors import ValidationError
 from serving.gateway.core.places import Place
 from serving.gateway.core.schema_alternatives import are_disjoint
 from serving.gateway.core.schema_numbers import check_exact, excluded_bounds, separate_exclusions, tighten
-from serving.gateway.core.schema_patterns import IGNORES_SPACE, without_nul
+from serving.gateway.core.schema_patterns import for_compiler, ignores_space
 from serving.gateway.core.strict_json import read_json
 
 MAX_DEPTH = 120
@@ -84,12 +84,31 @@ def simplified(schema: Any, field: str = "schema") -> Any:
     return whole
 
 
+def has_free_names(schema: Any) -> bool:
+    """Whether an object may have names that the schema does not have, beside names or patterns that it does."""
+    left = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            if _is_open(part) and any(part.get(key) for key in ("properties", "patternProperties", "required")):
+                return True
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    return False
+
+
+def _is_open(part: Mapping[str, Any]) -> bool:
+    return part.get("additionalProperties") is not False or bool(part.get("patternProperties"))
+
+
 def _rewrite(place: Place, part: dict[str, Any]) -> None:
     """Raises ValidationError."""
     for key in ("const", "enum"):
         check_exact(place.at(key), part.get(key))
     if "$schema" in part:
         _name_dialect(place.at("$schema"), part)
+    _check_num_names(place.at("minProperties"), part)
     if isinstance(part.get("pattern"), str):
         part["pattern"] = _pattern(place.at("pattern"), part["pattern"])
     if isinstance(by_pattern := part.get("patternProperties"), dict):
@@ -101,9 +120,21 @@ def _rewrite(place: Place, part: dict[str, Any]) -> None:
 
 
 def _pattern(place: Place, pattern: str) -> str:
-    if IGNORES_SPACE.search(pattern):
+    if ignores_space(pattern):
         raise ValidationError(str(place), f"{place} is {pattern!r:.80}, with the flag x, which is not supported")
-    return without_nul(pattern)
+    return for_compiler(pattern)
+
+
+def _check_num_names(place: Place, part: Mapping[str, Any]) -> None:
+    """A name that is free may stand in an object twice, which counts as one."""
+    least, required = part.get("minProperties"), part.get("required")
+    num_certain = 1 + (len(required) if isinstance(required, list) else 0)
+    if isinstance(least, int | float) and least > num_certain and _is_open(part):
+        raise ValidationError(
+            str(place),
+            f"{place} is {least!s:.60}, which could not be held to where names are free; allowed: up to {num_certain}, "
+            "one more than required has, or additionalProperties: false beside it and no patternProperties",
+        )
 
 
 def _name_dialect(place: Place, part: dict[str, Any]) -> None:

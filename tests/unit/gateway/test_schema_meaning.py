@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from model_parallel.engine.matching import Grammar, GrammarCompiler, GrammarError, Matcher, allowed_bits
 from serving.config import LimitsConfig
 from serving.contracts.errors import ValidationError
-from serving.gateway.core.constraints import JsonSchema, check_constraint, grammar_of
+from serving.gateway.core.constraints import JsonSchema, Regex, check_constraint, grammar_of
 from serving.gateway.core.grammar_worker import Trial, try_out
 from serving.gateway.core.json_schemas import schema_of_text, simplified
 from serving.gateway.core.schema_numbers import FARTHEST
@@ -220,12 +220,38 @@ def test_a_number_that_is_no_float64_is_refused() -> None:
 
 CLASSES = [
     r'[^"]', r"[^\\]", r'[^"\\]', r'[^\\/:*?"<>|]', r"[\x00-\x1f]", r"[\x00-\x21]", r"[^\x20-\x7f]", r"[^a-z]", r'[^"\n]',
-    r'[^\s"]', r'[^\d"]', r'[^]"]', r'[^-"]', r'["-]', r"[\]]", r"[\\\]a]", r"[\w.-]", r".", r"\D", r"\S", r"[\t\n]", r"\[",
+    r'[^\s"]', r'[^\d"]', r'[^\]"]', r'[^-"]', r'["-]', r"[\]]", r"[\\\]a]", r"[\w.-]", r".", r"\D", r"\S", r"[\t\n]", r"\[",
     r"\\", r"[\x01-\x08]", r'["\\]', r"[^\[\]]", "x",
+    "[^[]", "[[({]", r"[^[\]]", "[a&&x]", "[^&&]", "[a--x]", "[ --]", "[--/]", "[a~~x]", "[!-~]", "[!-[]", r"[\w-]", "[a^]",
+    "[^^]", "[[:digit:]", r"[\b]",
 ]  # fmt: skip
-CHARACTERS = ['"', "\\", "\x01", "\t", "\n", "\x1f", " ", "!", "a", "1", "x", "[", "]", "-", "&", "/", "é", "🙂"]
+CHARACTERS = [
+    '"',
+    "\\",
+    "\x01",
+    "\b",
+    ":",
+    "~",
+    "^",
+    "\t",
+    "\n",
+    "\x1f",
+    " ",
+    "!",
+    "a",
+    "1",
+    "x",
+    "[",
+    "]",
+    "-",
+    "&",
+    "/",
+    "é",
+    "🙂",
+]
 
 
+@pytest.mark.filterwarnings("ignore:Possible (nested )?set:FutureWarning")  # of what may come to mean more in Python
 @given(st.lists(st.sampled_from(CLASSES), min_size=1, max_size=3), st.text(st.sampled_from(CHARACTERS), max_size=3))
 def test_a_pattern_allows_the_texts_that_it_matches(classes: list[str], text: str) -> None:
     """The standard library's is the judge."""
@@ -245,8 +271,12 @@ def test_a_pattern_allows_the_texts_that_it_matches(classes: list[str], text: st
     ("pattern", "allowed", "refused"),
     [
         (r"^\P{P}$", ["a", "\n"], ['"', "\\", "!"]),
-        (r"^[[:^punct:]]$", ["a", "\n"], ['"', "\\"]),
-        (r"^[[^\"]x]$", ["a", "\\"], ['"']),
+        (r"^[[:^punct:]]$", ["[]", "u]"], ["a", "\n", '"', "\\", "[", "a]"]),
+        (r"^[[^\"]x]$", ["[x]", '"x]'], ["a", "\\", '"', "x]", "ax]"]),
+        (r'^[^]"]$', ['a"]', '""]', '\n"]'], ["a", '"', '"]']),
+        (r"^(?:[]|a)$", ["a"], ["", "]"]),
+        (r"^[\d-x]$", ["1", "-", "x"], ["a", "."]),
+        (r"^[\p{L}-\u{7a}]$", ["a", "-"], ["1", "{"]),
         (r"(?i)^[^a\"]$", ["b", "\\"], ["A", "a", '"']),
         (r"^[\x00]$", ["\x00"], ["a", '"']),
         (r'^(?:[^"\\]|\\.)*$', ["a", "\\n", '\\"'], ['"', "\\"]),
@@ -274,6 +304,19 @@ def test_the_compiler_alone_would_allow_a_quotation_mark() -> None:
 def test_a_pattern_with_comments_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"schema\.items\.pattern is .*, with the flag x, which is not supported"):
         simplified({"items": {"pattern": "(?ix) a # [b"}})
+
+
+@pytest.mark.parametrize("pattern", [r"\(?x\)?", r"[(?x]", r"(?i)x", r"(?i:x)", r"\[(?:x)", r"(?-x)a"])
+def test_what_looks_like_the_flag_x_is_none(pattern: str) -> None:
+    simplified({"pattern": pattern})
+    check_constraint(Regex(field="r", pattern=pattern), LimitsConfig())
+
+
+@pytest.mark.parametrize("pattern", ["(?x)\n a # [b", "(?ix: a\n b)", r"\\(?x) a", r"\[(?x) a"])
+def test_a_regular_expression_with_comments_is_refused(pattern: str) -> None:
+    """Its line breaks would be written otherwise, which changes what a comment is."""
+    with pytest.raises(ValidationError, match=r"^r is .*, with the flag x, which is not supported"):
+        check_constraint(Regex(field="r", pattern=pattern), LimitsConfig())
 
 
 # ---- alternatives ----
@@ -387,3 +430,81 @@ def test_a_text_that_a_body_may_not_have_is_refused(text: str, what: str) -> Non
     assert error.value.field == "field"
     with pytest.raises(ValidationError):
         _read_json(text.encode())
+
+
+# ---- names of properties ----
+
+SPELT = {
+    "a": ["a", "\\u0061"],
+    "b": ["b", "\\u0062"],
+    "/": ["/", "\\/", "\\u002f", "\\u002F"],
+    "\n": ["\\n", "\\u000a", "\\u000A"],
+    '"': ['\\"', "\\u0022"],
+    "\x01": ["\\u0001"],
+    "\x7f": ["\x7f", "\\u007f", "\\u007F"],
+}
+TYPES = st.sampled_from([{"type": "integer"}, {"type": "string"}, True, False])
+NAMED = {name: {"type": "integer"} for name in ("a", "b/", *SPELT)}
+OBJECTS = st.fixed_dictionaries(
+    {
+        "type": st.just("object"),
+        "properties": st.sets(st.sampled_from([*NAMED])).map(lambda names: {n: NAMED[n] for n in names}),
+    },
+    optional={
+        "patternProperties": st.dictionaries(
+            st.sampled_from(["^a", "^/$", "^\\n"]), st.sampled_from([{"type": "integer"}, False]), max_size=1
+        ),
+        "additionalProperties": st.sampled_from([{"type": "string"}, True, False]),
+    },
+)
+
+
+@given(OBJECTS)
+def test_no_spelling_of_a_name_evades_its_schema(schema: dict[str, Any]) -> None:
+    grammar = compiled(schema)
+    names = [spelling for spellings in SPELT.values() for spelling in spellings] + ["b\\/", "\\u0062/", "a\\u0062"]
+    for text in (f'{{"{name}":{value}}}' for name in names for value in ("1", '"x"')):
+        if allows(grammar, text):
+            jsonschema.validate(json.loads(text), schema)
+
+
+def test_the_compiler_alone_would_allow_another_spelling() -> None:
+    """When it does not any more, no escapes need to be forbidden."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for text in ('{"\\u0061":"x"}', '{"a":1,"\\u0061":"x"}'):
+        assert holds_raw(f"start: %json {json.dumps(schema)}", text)
+        assert not allows(compiled(schema), text)
+    assert allows(compiled(schema), '{"a":1,"b\\n":"\\t"}')
+
+
+@pytest.mark.parametrize("closes", [{"additionalProperties": False}, {}])
+def test_control_characters_stay_where_no_name_is_free(closes: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, **closes}
+    assert allows(compiled(schema), '{"a":"\\u0001"}') == bool(closes)
+
+
+@pytest.mark.parametrize(
+    ("schema", "most"),
+    [
+        ({"minProperties": 2}, 1),
+        ({"minProperties": 3.0, "additionalProperties": {"type": "integer"}, "required": ["a"]}, 2),
+        ({"minProperties": 2, "additionalProperties": False, "patternProperties": {"^a": True}}, 1),
+    ],
+)
+def test_a_number_of_names_that_may_be_the_same_is_refused(schema: dict[str, Any], most: int) -> None:
+    with pytest.raises(ValidationError, match=rf"schema\.items\.minProperties is .*; allowed: up to {most},"):
+        simplified({"items": {"type": "object", **schema}})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"minProperties": 1},
+        {"minProperties": 2, "required": ["a"]},
+        {"minProperties": 1, "additionalProperties": False, "properties": {"a": {"type": "integer"}}},
+    ],
+)
+def test_a_number_of_names_that_is_certain_is_held_to(schema: dict[str, Any]) -> None:
+    grammar = compiled({"type": "object", **schema})
+    assert not allows(grammar, "{}")
+    assert allows(grammar, '{"a":1,"b":1}') == ("additionalProperties" not in schema)

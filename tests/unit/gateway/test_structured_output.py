@@ -27,7 +27,7 @@ from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.errors import OverloadedError, ValidationError
 from serving.gateway.core import grammars
 from serving.gateway.core.admission import SharedRoom
-from serving.gateway.core.constraints import GrammarText, JsonSchema, OneOf, grammar_of
+from serving.gateway.core.constraints import GrammarText, JsonSchema, LarkGrammar, OneOf, check_constraint, grammar_of
 from serving.gateway.core.grammar_worker import Trial, Verdict, try_out
 from serving.gateway.core.grammars import GrammarChecker
 from serving.gateway.server import GatewayServer
@@ -339,6 +339,33 @@ async def test_a_long_list_of_texts_is_chosen_from(num_texts: int) -> None:
         answer = await post(gateway, "/v1/chat/completions", CHAT | {"guided_choice": texts})
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"] in texts
+
+
+@pytest.mark.parametrize("attribute", ["temperature=0.5", "max_tokens=3", 'stop="b"', "stop = /b/"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "x[{}]",
+        "  x [lazy, {}]",
+        "!x[{}]",
+        "?x[{}]",
+        "!?x[{}]",
+        'x[capture="]", {}]',
+        'x[capture="\\"]", {}]',
+        "_x-1[{}]",
+    ],
+)
+def test_what_a_rule_may_not_set_is_found_however_the_rule_is_written(rule: str, attribute: str) -> None:
+    grammar = LarkGrammar(field="g", text=f'start: "a"\n{rule.format(attribute)}: /a*/')
+    with pytest.raises(ValidationError, match=f"^g sets {attribute.partition('=')[0].strip()} of a rule"):
+        check_constraint(grammar, LimitsConfig())
+
+
+@pytest.mark.parametrize(
+    "text", ['start[capture="stop=1"]: "a"', 'start: /[stop=1]/ "x[max_tokens=3]"', "start[lazy]: /a*/"]
+)
+def test_what_only_looks_as_if_it_were_set_is_taken(text: str) -> None:
+    check_constraint(LarkGrammar(field="g", text=text), LimitsConfig())
 
 
 # ---- trials ----
