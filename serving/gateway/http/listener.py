@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import httptools
 from uvicorn import Config
@@ -66,6 +66,17 @@ class ConnectionLimits:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """The last answer on a connection."""
+
+    status: int
+    code: str
+    message: str
+    headers: str = ""
+    """Lines."""
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """One connection. A peer that breaks a bound gets an error where that is possible, and is cut off.
 
@@ -86,14 +97,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_bytes = 0
         """Of the request that is coming in."""
         self._num_header_bytes = 0
-        self._problem = "Invalid HTTP request received."
-        self._is_broken = False
-        """What came behind requests that are still to be answered is no request. Whatever follows is not looked at."""
+        self._problem = _Refusal(400, "bad_request", "Invalid HTTP request received.")
+        """What is wrong with what comes in, when the parser says that something is."""
+        self._refusal: _Refusal | None = None
+        """Of what came behind requests that are still to be answered. Whatever follows is not looked at."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if refusal := self._has_no_room_for(transport.get_extra_info("peername")[0]):
             self.transport = transport
-            self._refuse(503, "server_is_overloaded", refusal, "retry-after: 1\r\n")
+            self._refuse(_Refusal(503, "server_is_overloaded", refusal, "retry-after: 1\r\n"))
             return
         super().connection_made(transport)
         # What a client leaves unread lies here and in the kernel, and is bounded in both.
@@ -122,7 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_broken:
+        if self._refusal is not None:
             return
         if self._receive_timer is None:
             self._expect(self._limits.header_timeout_s)
@@ -131,48 +143,60 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError:
-            if self._are_headers_too_large:
-                self._refuse_headers()
-            else:
-                self._refuse_after_answers()
-        if self._is_broken or self.transport.is_closing():
+            self._refuse_after_answers(self._problem)
+        if self._refusal is not None or self.transport.is_closing():
             return
         if self._in_headers and self._num_bytes > self._limits.max_header_bytes:
-            self._refuse_headers()
+            self._refuse_after_answers(self._headers_too_large)
         elif self._num_bytes > self._limits.max_header_bytes + _MAX_OVERHEAD * self._limits.max_body_bytes:
             self.transport.abort()
 
-    def _refuse_after_answers(self) -> None:
+    def _refuse_after_answers(self, refusal: _Refusal) -> None:
         """To whole requests that came before, where there are such."""
-        if self._in_headers and self.cycle is not None and not self.cycle.response_complete:
-            self._is_broken = True
+        is_busy = self.cycle is not None and not self.cycle.response_complete
+        if is_busy and (self._in_headers or self.pipeline):
+            self._refusal = refusal
             self._expect(None)
+        elif is_busy and self.cycle.response_started:
+            self.transport.abort()  # an error here would stand in the middle of the answer
         else:
-            self.send_400_response(self._problem)
+            self._refuse(refusal)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._is_broken and not self.transport.is_closing() and self.cycle.response_complete:
-            self.send_400_response(self._problem)
+        # A request whose body came only in part waits behind the whole ones.
+        num_broken = 0 if self._in_headers else 1
+        if self._refusal is None or len(self.pipeline) > num_broken:
+            super().on_response_complete()
+        elif not self.transport.is_closing():
+            self._refuse(self._refusal)
 
-    def _refuse_headers(self) -> None:
+    @property
+    def _headers_too_large(self) -> _Refusal:
         limit = self._limits.max_header_bytes
-        self._refuse(431, "headers_too_large", f"the headers exceed {limit} bytes, or are more than {_MAX_HEADERS}")
+        return _Refusal(431, "headers_too_large", f"the headers exceed {limit} bytes, or are more than {_MAX_HEADERS}")
 
     def _feed(self, data: bytes) -> None:
         """Java's client asks on every first request whether it may go on in HTTP/2. One need not answer that, but the parser
         takes no body after such a question, so it gets the request again without it."""
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            method, version = self.parser.get_method(), self.parser.get_http_version()
-            if method == b"CONNECT":
-                raise httptools.HttpParserError("not a proxy") from upgrade
-            lines = [b"%b %b HTTP/%b" % (method, self.url, version.encode())]
-            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
-            self.parser = httptools.HttpRequestParser(self)
-            self._num_header_bytes = 0
-            self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n" + data[upgrade.args[0] :])
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                method, version = self.parser.get_method(), self.parser.get_http_version()
+                if method == b"CONNECT":
+                    raise httptools.HttpParserError("not a proxy") from upgrade
+                lines = [b"%b %b HTTP/%b" % (method, self.url, version.encode())]
+                lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self._num_header_bytes = 0
+                data = b"\r\n".join(lines) + b"\r\n\r\n" + data[upgrade.args[0] :]
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._receive_timer is None:  # it came together with the end of the one before
+            self._num_bytes = 1
+            self._expect(self._limits.header_timeout_s)
 
     def on_url(self, url: bytes) -> None:
         self._num_header_bytes += len(url)
@@ -183,14 +207,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_header_bytes += len(name) + len(value)
         super().on_header(name, value)
         self._check_headers()
+        if name.lower() == b"transfer-encoding":
+            self._check_codings()
+
+    def _check_codings(self) -> None:
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings != [b"chunked"]:
+            given = b", ".join(codings).decode(errors="replace")
+            message = f"transfer-encoding is {given!r:.80}; allowed: chunked, once"
+            self._stop(_Refusal(501, "unsupported_encoding", message))
 
     def _check_headers(self) -> None:
-        if self._are_headers_too_large:
-            raise httptools.HttpParserError("too many headers, or too long ones")
+        if len(self.headers) > _MAX_HEADERS or self._num_header_bytes > self._limits.max_header_bytes:
+            self._stop(self._headers_too_large)
 
-    @property
-    def _are_headers_too_large(self) -> bool:
-        return len(self.headers or ()) > _MAX_HEADERS or self._num_header_bytes > self._limits.max_header_bytes
+    def _stop(self, problem: _Refusal) -> NoReturn:
+        """What the parser calls ends it."""
+        self._problem = problem
+        raise httptools.HttpParserError(problem.message)
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= _MAX_PIPELINED:
@@ -198,8 +232,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
-            self._problem = "The request needs one Host header (RFC 9112, 3.2)."
-            raise httptools.HttpParserError(self._problem)
+            self._stop(_Refusal(400, "bad_request", "The request needs one Host header (RFC 9112, 3.2)."))
         self._in_headers = False
         super().on_headers_complete()
         self._expect(self._limits.body_timeout_s)
@@ -215,9 +248,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers, self._num_bytes, self._num_header_bytes = True, 0, 0
         self._expect(None)
         super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "bad_request", msg)
 
     def pause_writing(self) -> None:
         """The peer does not read, and what may lie here for it does."""
@@ -243,11 +273,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._receive_timer = None if timeout_s is None else self.loop.call_later(timeout_s, self._end_slow_sender)
 
     def _end_slow_sender(self) -> None:
-        is_busy = self.cycle is not None and not self.cycle.response_complete
-        if is_busy and (self._in_headers or self.cycle.response_started):
-            self.transport.abort()  # an error here would stand in the middle of an answer
-        elif is_busy or self._num_bytes:
-            self._refuse(408, "request_timeout", "the request did not arrive in time")
+        if self.flow.read_paused:  # what lies in the kernel may be all of it
+            self._expect(self._limits.header_timeout_s if self._in_headers else self._limits.body_timeout_s)
+        elif self._num_bytes or not self._in_headers:
+            self._refuse_after_answers(_Refusal(408, "request_timeout", "the request did not arrive in time"))
         else:
             self.transport.close()
 
@@ -258,12 +287,12 @@ class BoundedProtocol(HttpToolsProtocol):
         logger.info("a client did not read its answer for %g s; cut off", self._limits.slow_reader_timeout_s)
         self.transport.abort()
 
-    def _refuse(self, status: int, code: str, message: str, more: str = "") -> None:
-        kind = "service_unavailable_error" if status == 503 else "invalid_request_error"
-        body = to_json(ErrorAnswer(Error(message=message, type=kind, param=None, code=code)))
+    def _refuse(self, refusal: _Refusal) -> None:
+        kind = "service_unavailable_error" if refusal.status == 503 else "invalid_request_error"
+        body = to_json(ErrorAnswer(Error(message=refusal.message, type=kind, param=None, code=refusal.code)))
         head = (
-            f"HTTP/1.1 {status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{more}"
-            "connection: close\r\n\r\n"
+            f"HTTP/1.1 {refusal.status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"{refusal.headers}connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         self.transport.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.support.fake_backend import FakeBackend, for_ever
+from bench.support.fake_backend import TIMINGS, FakeBackend, for_ever
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from model_parallel.errors import ConfigError
 from serving.config import LimitsConfig
@@ -36,7 +36,10 @@ def status_of(answer: bytes) -> int:
         (("content-length: 30", "transfer-encoding: chunked"), BODY),
         (("transfer-encoding: chunked", "content-length: 30"), BODY),
         (("transfer-encoding: chunked",), b"zz\r\n" + BODY),
-        (("transfer-encoding: gzip",), BODY),
+        (("transfer-encoding:",), BODY),
+        (("transfer-encoding: chunked, gzip",), BODY),
+        (("transfer-encoding: chunked", "transfer-encoding: chunked"), BODY),
+        (("transfer-encoding: chunked, chunked",), BODY),
         (("bad header: x",), BODY),
         (("x: a\rb",), BODY),
     ],
@@ -49,6 +52,28 @@ async def test_ambiguous_or_broken_framing_is_refused_and_the_connection_closed(
         assert status_of(answer) == 400, answer
         assert b'"type":"invalid_request_error"' in answer
         assert gateway.backend.requests == []
+
+
+@pytest.mark.parametrize(
+    "codings",
+    [
+        ["gzip"],
+        ["identity"],
+        ["gzip, chunked"],
+        ["foo,chunked"],
+        ["identity", "chunked"],
+    ],
+)
+async def test_codings_but_chunked_are_refused_and_the_connection_closed(serve: Serve, codings: list[str]) -> None:
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+    async with serve(http_port=0) as gateway:
+        answer = await answer_to(
+            gateway, raw_request(chunks, headers=tuple(f"transfer-encoding: {each}" for each in codings))
+        )
+        assert statuses(answer) == [501] and b"allowed: chunked, once" in answer, answer
+        assert gateway.backend.requests == []
+        good = raw_request(chunks, headers=("Transfer-Encoding: Chunked", "connection: close"))
+        assert statuses(await answer_to(gateway, good)) == [200]
 
 
 async def test_headers_are_bounded_in_size_and_number(serve: Serve) -> None:
@@ -195,6 +220,53 @@ async def test_whole_requests_are_answered_before_what_is_none_is_refused(serve:
         assert statuses(await answer_to(gateway, model, b"GARBAGE\r\n\r\n")) == [200, 400]
 
 
+BROKEN = {
+    "garbage": (b"GARBAGE\r\n\r\n", 400),
+    "headers too long": (b"GET /version HTTP/1.1\r\nhost: x\r\nx: %b\r\n\r\n" % (b"y" * 40_000), 431),
+    "too many headers": (b"GET /version HTTP/1.1\r\n" + b"x: y\r\n" * 150, 431),
+    "unknown coding": (raw_request(BODY, headers=("transfer-encoding: foo, chunked",)), 501),
+    "no host": (b"GET /version HTTP/1.1\r\n\r\n", 400),
+    "broken chunk": (raw_request(b"zz\r\n", headers=("transfer-encoding: chunked",)), 400),
+    "slow headers": (b"GET /version HTTP/1.1\r\nhost", 408),
+    "slow body": (raw_request(BODY[:-1], headers=("content-length: 30",)), 408),
+}
+
+
+@pytest.mark.parametrize("num_between", [0, 1])
+@pytest.mark.parametrize("name", BROKEN)
+async def test_no_refusal_stands_within_an_answer_that_is_being_written(
+    serve: Serve, name: str, num_between: int
+) -> None:
+    """Whatever is wrong with the request behind it, in its headers or its body."""
+    may_end = asyncio.Event()
+
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("a"),)),)
+        await may_end.wait()
+        reason = FinishReason.LENGTH
+        yield (
+            EngineOutput(
+                request_id=requests[0].request_id, token_ids=(ord("b"),), finish_reason=reason, timings=TIMINGS
+            ),
+        )
+
+    broken, status = BROKEN[name]
+    async with (
+        serve(FakeBackend(script), http_port=0, header_timeout_s=0.2, body_timeout_s=0.2) as gateway,
+        connection(gateway) as (reader, writer),
+        asyncio.timeout(PATIENCE_S),
+    ):
+        writer.write(raw_request(STREAM))
+        answer = await reader.readuntil(b'"text":"a"')
+        writer.write(raw_request(method="GET", path="/version") * num_between + broken)
+        await asyncio.sleep(1.0)  # as long as it takes to notice what is wrong
+        may_end.set()
+        answer += await reader.read()
+    assert statuses(answer) == [200] * (1 + num_between) + [status], answer
+    assert answer.index(b"data: [DONE]") < answer.rindex(b"HTTP/1.1 ")
+    assert len(gateway.backend.requests) == 1
+
+
 @pytest.mark.parametrize("hosts", [[], ["host: x", "host: y"]])
 async def test_a_request_names_one_host(serve: Serve, hosts: list[str]) -> None:
     def asking(version: str) -> bytes:
@@ -220,6 +292,9 @@ async def test_a_wish_for_another_protocol_is_not_answered(serve: Serve, wish: s
         for parts in ((first, last), (first[:40], first[40:-9], first[-9:] + last), (first + last,)):
             answer = await answer_to(gateway, *parts)
             assert answer.count(b"HTTP/1.1 200") == 2, answer
+        answer = await answer_to(gateway, first * 3 + last)
+        assert statuses(answer) == [200] * 4, answer
+        assert statuses(await answer_to(gateway, first * 100))[-1] == 400
 
 
 async def flood(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
