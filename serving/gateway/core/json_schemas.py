@@ -11,7 +11,7 @@ from typing import Any
 
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.places import Place
-from serving.gateway.core.schema_alternatives import are_disjoint
+from serving.gateway.core.schema_alternatives import Alternatives
 from serving.gateway.core.schema_numbers import check_exact, excluded_bounds, separate_exclusions, tighten
 from serving.gateway.core.schema_patterns import for_compiler, ignores_space
 from serving.gateway.core.strict_json import read_json
@@ -75,11 +75,13 @@ def simplified(schema: Any, field: str = "schema") -> Any:
                 elif key not in _VALUES:
                     left.append((place.at(key), value))
     excluded = excluded_bounds([part for _, part in found])
+    own_ids = (part.get(key) for _, part in found[1:] for key in ("$id", "id"))
+    alternatives = Alternatives(whole, has_own_ids=any(isinstance(own_id, str) for own_id in own_ids))
     for place, part in reversed(found):  # the inner ones first: an outer one may ask for nothing because they do
         idle = [key for key, asks_for_nothing in _IDLE.items() if key in part and asks_for_nothing(part)]
         for key in idle:
             del part[key]
-        _rewrite(place, part)
+        _rewrite(place, part, alternatives)
         tighten(place, part, excluded)
     return whole
 
@@ -102,7 +104,7 @@ def _is_open(part: Mapping[str, Any]) -> bool:
     return part.get("additionalProperties") is not False or bool(part.get("patternProperties"))
 
 
-def _rewrite(place: Place, part: dict[str, Any]) -> None:
+def _rewrite(place: Place, part: dict[str, Any], alternatives: Alternatives) -> None:
     """Raises ValidationError."""
     for key in ("const", "enum"):
         check_exact(place.at(key), part.get(key))
@@ -115,7 +117,7 @@ def _rewrite(place: Place, part: dict[str, Any]) -> None:
         part["patternProperties"] = {
             _pattern(place.at("patternProperties"), pattern): inner for pattern, inner in by_pattern.items()
         }
-    if "anyOf" not in part and isinstance(branches := part.get("oneOf"), list) and are_disjoint(branches):
+    if "anyOf" not in part and isinstance(branches := part.get("oneOf"), list) and alternatives.are_disjoint(branches):
         part["anyOf"] = part.pop("oneOf")
 
 

@@ -7,29 +7,86 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
+from urllib.parse import unquote
 
 _KINDS = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 
 
-def are_disjoint(schemas: Sequence[Any]) -> bool:
-    """Whether that is certain; it may be so where it is not."""
-    return all(_are_two_disjoint(one, other) for one, other in combinations(schemas, 2))
+_MAX_STEPS = 100_000
+"""Comparisons for one schema; what is not certain by then is not certain."""
+_MAX_PARTS = 16
+"""Of one alternative, over which its references lead."""
+_MAX_DEPTH = 8
 
 
-def _are_two_disjoint(one: Any, other: Any) -> bool:
-    if not isinstance(one, dict) or not isinstance(other, dict):
-        return one is False or other is False
-    for these, those in ((one, other), (other, one)):
-        values = _values(these)
-        if values is not None:
-            return all(_excludes(those, value) for value in values)
-    kinds = _kinds(one) & _kinds(other)
-    if kinds <= {"integer", "number"}:
-        return not kinds or _are_ranges_apart(_range(one), _range(other))
-    return kinds == {"object"} and any(
-        _are_two_disjoint(one["properties"][name], other["properties"][name])
-        for name in _required(one) & _required(other)
-    )
+class Alternatives:
+    """Tells of alternatives in one schema whether they exclude each other."""
+
+    def __init__(self, whole: Any, *, has_own_ids: bool = False) -> None:
+        """`has_own_ids`: parts of the whole have ids, so that a pointer may start at one of them. None is followed then."""
+        self._whole = None if has_own_ids else whole
+        dialect = whole.get("$schema") if isinstance(whole, dict) else None
+        self._refs_stand_alone = isinstance(dialect, str) and "draft-0" in dialect
+        """Until draft 7 a reference is all that counts in its object."""
+        self._targets: dict[str, Any] = {}
+        self._num_left = _MAX_STEPS
+
+    def are_disjoint(self, schemas: Sequence[Any]) -> bool:
+        """Whether that is certain; it may be so where it is not."""
+        return all(self._are_two_disjoint(one, other) for one, other in combinations(schemas, 2))
+
+    def _are_two_disjoint(self, one: Any, other: Any, depth: int = 0) -> bool:
+        return depth < _MAX_DEPTH and any(
+            self._are_parts_disjoint(these, those, depth) for these in self._parts(one) for those in self._parts(other)
+        )
+
+    def _parts(self, schema: Any) -> list[Any]:
+        """Schemas that a value has to fit all of, which may be true or false."""
+        found: list[Any] = []
+        left = [schema]
+        while left and len(found) < _MAX_PARTS:
+            part = left.pop()
+            if isinstance(part, dict) and isinstance(ref := part.get("$ref"), str):
+                left.append(self._target(ref))
+                if self._refs_stand_alone:
+                    part = True
+            if isinstance(part, dict) and isinstance(all_of := part.get("allOf"), list):
+                left += all_of
+            found.append(part)
+        return found
+
+    def _target(self, ref: str) -> Any:
+        """Of a pointer into the schema; true, which allows everything, for any other reference."""
+        if ref not in self._targets:
+            pointer = unquote(ref)
+            target = self._whole if pointer.partition("/")[0] == "#" and self._whole is not None else True
+            for step in pointer.split("/")[1:]:
+                name = step.replace("~1", "/").replace("~0", "~")
+                if isinstance(target, dict):
+                    target = target.get(name, True)
+                elif isinstance(target, list):
+                    is_index = name.isdecimal() and len(name) < 10 and int(name) < len(target)
+                    target = target[int(name)] if is_index else True
+            self._targets[ref] = target
+        return self._targets[ref]
+
+    def _are_parts_disjoint(self, one: Any, other: Any, depth: int) -> bool:
+        if not isinstance(one, dict) or not isinstance(other, dict):
+            return one is False or other is False
+        lists = [_values(one), _values(other)]
+        self._num_left -= math.prod(len(values) for values in lists if values is not None)
+        if self._num_left < 0:
+            return False
+        for values, those in zip(lists, (other, one), strict=True):
+            if values is not None:
+                return all(_excludes(those, value) for value in values)
+        kinds = _kinds(one) & _kinds(other)
+        if kinds <= {"integer", "number"}:
+            return not kinds or _are_ranges_apart(_range(one), _range(other))
+        return kinds == {"object"} and any(
+            self._are_two_disjoint(one["properties"][name], other["properties"][name], depth + 1)
+            for name in _required(one) & _required(other)
+        )
 
 
 def _values(schema: dict[str, Any]) -> list[Any] | None:

@@ -350,6 +350,84 @@ def test_one_of_several_becomes_any_only_where_no_two_fit(branches: list[Any]) -
         assert before.is_valid(value) == after.is_valid(value)
 
 
+DEFINITIONS: dict[str, Any] = {
+    "a/b": {"type": "object", "properties": {"k": {"$ref": "#/$defs/one"}}, "required": ["k"]},
+    "one": {"const": 1},
+    "chain": {"$ref": "#/$defs/one"},
+    "loop": {"$ref": "#/$defs/loop"},
+    "knot": {"type": "object", "properties": {"k": {"$ref": "#/$defs/knot"}}, "required": ["k"]},
+    "never": False,
+    "list": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+    "small": {"allOf": [{"type": "number"}, {"maximum": 2}]},
+}
+REFS = st.sampled_from(
+    [
+        f"#/$defs/{name}"
+        for name in ("a~1b", "a%2Fb", "one", "chain", "knot", "never", "small", "list/anyOf/0", "list/anyOf/1")
+    ]
+)
+REFERRING = st.one_of(
+    BRANCHES,
+    st.builds(lambda ref: {"$ref": ref}, REFS),
+    st.builds(lambda ref, beside: {"$ref": ref} | beside, REFS, BRANCHES.filter(lambda each: isinstance(each, dict))),
+    st.builds(lambda ref, beside: {"allOf": [{"$ref": ref}, beside]}, REFS, BRANCHES),
+)
+
+
+@given(
+    st.lists(REFERRING, min_size=1, max_size=3),
+    st.sampled_from(["https://json-schema.org/draft/2020-12/schema", "http://json-schema.org/draft-07/schema#"]),
+)
+def test_references_are_followed_to_what_they_mean(branches: list[Any], dialect: str) -> None:
+    schema = {"$schema": dialect, "$defs": DEFINITIONS, "oneOf": branches}
+    written = simplified(schema)
+    if "anyOf" not in written:
+        return
+    judge: Any = jsonschema.validators.validator_for(schema)
+    for value in VALUES:
+        assert judge(schema).is_valid(value) == judge(written).is_valid(value)
+
+
+@pytest.mark.parametrize(
+    ("branches", "is_certain"),
+    [
+        ([{"$ref": "#/$defs/a~1b"}, {"type": "null"}], True),
+        ([{"$ref": "#/$defs/chain"}, {"const": 2}, {"type": "string"}], True),
+        ([{"$ref": "#/$defs/small"}, {"type": "number", "exclusiveMinimum": 2}], True),
+        ([{"$ref": "#/$defs/list/anyOf/0"}, {"$ref": "#/$defs/list/anyOf/1"}], True),
+        ([{"$ref": "#/$defs/loop"}, {"type": "null"}], False),
+        ([{"$ref": "#/$defs/knot"}, {"$ref": "#/$defs/knot"}], False),
+        ([{"$ref": "#/$defs/none"}, {"type": "null"}], False),
+        ([{"$ref": f"#/$defs/list/anyOf/{'9' * 5000}"}, {"type": "null"}], False),
+        ([{"$ref": "other.json"}, {"type": "null"}], False),
+        ([{"$id": "x", "$ref": "#/$defs/one"}, {"type": "null"}], False),
+        ([{"const": number} for number in range(3000)], False),
+    ],
+)
+def test_how_far_references_are_followed(branches: list[Any], is_certain: bool) -> None:
+    assert ("anyOf" in simplified({"$defs": DEFINITIONS, "oneOf": branches})) == is_certain
+
+
+def test_alternatives_behind_references() -> None:
+    definitions = {
+        "cat": {
+            "type": "object",
+            "properties": {"kind": {"const": 1}},
+            "required": ["kind"],
+            "additionalProperties": False,
+        },
+        "dog": {
+            "type": "object",
+            "properties": {"kind": {"const": 2}},
+            "required": ["kind"],
+            "additionalProperties": False,
+        },
+    }
+    pets = [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}, {"type": "null"}]
+    grammar = compiled({"type": "array", "items": {"oneOf": pets}, "$defs": definitions})
+    assert allows(grammar, '[{"kind":2},null,{"kind":1}]') and not allows(grammar, '[{"kind":3}]')
+
+
 @pytest.mark.parametrize(
     ("branches", "allowed"),
     [
