@@ -226,12 +226,16 @@ class Client:
                         yield chunk
                     return
                 except grpc.RpcError as error:
+                    loss = error
                     self._wait_after(error, gateway, received, patience)
                     times.num_resumed += received.can_be_resumed
                 finally:
                     call.cancel()  # of a reader that leaves
                 gateway = self._gateways[self._current]
-                call = gateway.stub.GenerateStream(received.rest(), timeout=max(0.0, patience.left_s))
+                try:
+                    call = gateway.stub.GenerateStream(received.rest(), timeout=max(0.0, patience.left_s))
+                except ValueError:  # the channel was closed with the client
+                    raise loss from None
 
         return chunks(), times
 

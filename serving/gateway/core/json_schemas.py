@@ -20,6 +20,12 @@ MAX_DEPTH = 120
 """Of objects and lists in each other. The compiler's bound is a little higher."""
 FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
 """Of texts, that the compiler knows. Any other is an annotation (JSON Schema 2020-12, Validation, 7.2.1)."""
+_IN_LEAP_YEARS = {
+    "pattern": "^(?:[0-9]{4}-(?:0[13-9]|1[0-2])|[0-9]{4}-02-(?:[01]|2[0-8])"
+    "|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
+}
+_NARROWER = {"date": _IN_LEAP_YEARS, "date-time": _IN_LEAP_YEARS, "hostname": {"maxLength": 253}}
+"""What the compiler does not hold to of a format."""
 _DIALECTS = {
     "json-schema.org/draft/2020-12/schema": "https://json-schema.org/draft/2020-12/schema",
     "json-schema.org/draft/2019-09/schema": "https://json-schema.org/draft/2019-09/schema",
@@ -110,6 +116,9 @@ def _rewrite(place: Place, part: dict[str, Any], alternatives: Alternatives) -> 
         check_exact(place.at(key), part.get(key))
     if "$schema" in part:
         _name_dialect(place.at("$schema"), part)
+    if isinstance(part.get("format"), str) and (narrower := _NARROWER.get(part["format"])):
+        others = part.get("allOf", [])
+        part["allOf"] = [*others, narrower] if isinstance(others, list) else others
     _check_num_names(place.at("minProperties"), part)
     if isinstance(part.get("pattern"), str):
         part["pattern"] = _pattern(place.at("pattern"), part["pattern"])

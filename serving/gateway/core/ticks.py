@@ -1,6 +1,8 @@
 """Signs of life between the parts of a slow stream."""
 
 import asyncio
+import math
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TypeVar
@@ -11,22 +13,25 @@ T = TypeVar("T")
 
 KEEP_ALIVE_HEADER = "x-packtrain-keep-alive-s"
 _SHORTEST_S, _LONGEST_S = 1.0, 300.0
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 
 
 def keep_alive_of(values: list[str], default_s: float | None) -> float | None:
     """Seconds that a client wants to wait for a sign of life, from the values of its headers. Raises ValidationError."""
     if not values:
         return default_s
-    try:
-        seconds = float(values[0]) if len(values) == 1 else 0.0
-    except ValueError:
-        seconds = 0.0
+    seconds = only_number(values)
     if not _SHORTEST_S <= seconds <= _LONGEST_S:
         raise ValidationError(
             KEEP_ALIVE_HEADER,
             f"{KEEP_ALIVE_HEADER} must be one number of seconds, from {_SHORTEST_S:g} to {_LONGEST_S:g}",
         )
     return seconds
+
+
+def only_number(values: list[str]) -> float:
+    """Of the values of a header: the only one, as JSON writes numbers; nan when there is no such."""
+    return float(values[0]) if len(values) == 1 and _NUMBER.fullmatch(values[0]) else math.nan
 
 
 async def with_ticks(items: AsyncGenerator[T, None], period_s: float) -> AsyncGenerator[T | None, None]:

@@ -1,7 +1,6 @@
 """One HTTP request on its way in: its body within bounds, its deadline, and a client that may leave."""
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from starlette.types import Receive, Scope
 
 from serving.contracts.errors import DeadlineExceededError, OverloadedError, ValidationError
 from serving.gateway.core.call import Call
+from serving.gateway.core.ticks import only_number
 from serving.gateway.http.body import Body, parse
 from serving.gateway.http.responses import HttpError
 from serving.gateway.http.resuming import Position
@@ -103,10 +103,7 @@ def timeout_of(headers: Headers) -> float | None:
     values = headers.getlist(TIMEOUT_HEADER)
     if not values:
         return None
-    try:
-        timeout_s = float(values[0]) if len(values) == 1 else math.nan
-    except ValueError:
-        timeout_s = math.nan
+    timeout_s = only_number(values)
     if not 0 < timeout_s <= _MAX_TIMEOUT_S:
         raise ValidationError(
             TIMEOUT_HEADER, f"{TIMEOUT_HEADER} must be one number of seconds, above 0 and at most {_MAX_TIMEOUT_S:g}"

@@ -1,5 +1,6 @@
 """What the client does when a gateway goes away in the middle of a stream, and what it leaves to its caller."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -173,6 +174,26 @@ def test_who_leaves_ends_the_call() -> None:
         assert next(chunks).token_ids == [1]
         chunks.close()  # type: ignore[attr-defined]
         assert list(chunks) == []
+
+
+def test_who_reads_on_after_the_client_was_closed_is_told_as_of_any_loss() -> None:
+    waits = threading.Event()
+
+    class Waiting(Scripted):
+        def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateStreamResponse]:
+            yield from super().GenerateStream(request, context)
+            waits.wait(PATIENCE_S)
+
+    try:
+        with served(Waiting([message(1, token=b"t")], [message(2)])) as addresses:
+            with Client(*addresses) as client:
+                chunks, _ = client.stream(pb.GenerateRequest(), timeout_s=PATIENCE_S)
+                assert next(chunks).token_ids == [1]
+            with pytest.raises(grpc.RpcError):
+                next(chunks)
+            waits.set()
+    finally:
+        waits.set()
 
 
 def patience(deadline_s: float) -> tuple[Patience, Callable[[float], None]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import date
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -586,3 +587,29 @@ def test_a_number_of_names_that_is_certain_is_held_to(schema: dict[str, Any]) ->
     grammar = compiled({"type": "object", **schema})
     assert not allows(grammar, "{}")
     assert allows(grammar, '{"a":1,"b":1}') == ("additionalProperties" not in schema)
+
+
+# ---- formats ----
+
+YEARS = st.sampled_from([4, 100, 400, 1600, 1700, 1900, 1996, 2000, 2023, 2024, 2100, 9999]) | st.integers(1, 9999)
+
+
+@given(YEARS, st.integers(1, 12), st.integers(27, 31), st.sampled_from([{}, {"allOf": [{"pattern": "^[0-9]"}]}]))
+def test_dates_are_those_of_the_calendar(year: int, month: int, day: int, beside: dict[str, Any]) -> None:
+    text = f"{year:04}-{month:02}-{day:02}"
+    try:
+        is_meant = bool(date.fromisoformat(text))
+    except ValueError:
+        is_meant = False
+    assert allows(compiled({"type": "string", "format": "date", **beside}), f'"{text}"') == is_meant
+    assert allows(compiled({"type": "string", "format": "date-time", **beside}), f'"{text}T01:02:03Z"') == is_meant
+
+
+def test_the_compiler_alone_would_allow_a_leap_day_in_any_year() -> None:
+    assert holds_raw('start: %json {"type": "string", "format": "date"}', '"2023-02-29"')
+
+
+@pytest.mark.parametrize(("num_last", "is_allowed"), [(9, True), (10, False)])
+def test_names_of_hosts_have_a_length(num_last: int, is_allowed: bool) -> None:
+    name = ".".join(["a" * 60] * 4 + ["b" * num_last])
+    assert allows(compiled({"type": "string", "format": "hostname"}), f'"{name}"') == is_allowed
