@@ -120,6 +120,10 @@ class _MissedError(Exception):
         self.at_s = at_s
 
 
+class _NothingServedError(Exception):
+    """No request says how many groups are enough."""
+
+
 class _Trial:
     """One shape under the load, with any number of groups."""
 
@@ -137,6 +141,8 @@ class _Trial:
         self.scenario = question.scenario.model_copy(update={"groups": groups, "scaling": None})
         self.plan: Plan = resolve(groups)
         self.requests: Requests = make_requests(self.scenario, max_model_len=self.plan.max_model_len)
+        self.not_counted = ""
+        """Which requests no number of groups serves, in words; empty when there are none."""
         self.tried: dict[int, dict[str, Any]] = {}
         self._reached: dict[int, tuple[float, ...]] = {}
         """By groups: what the bounds are about, and requests that were lost."""
@@ -154,7 +160,7 @@ class _Trial:
         return num_groups in self.tried and bool(self.tried[num_groups]["holds"])
 
     def with_groups(self, num_groups: int, *, until_known: bool = False) -> dict[str, Any]:
-        """Figures, and whether they keep the service level. Raises _MissedError with `until_known`."""
+        """Figures, and whether they keep the service level. Raises _NothingServedError; _MissedError with `until_known`."""
         if num_groups not in self.tried:
             groups = self.scenario.groups.model_copy(update={"num_groups": num_groups})
             scenario = self.scenario.model_copy(update={"groups": groups})
@@ -172,7 +178,11 @@ class _Trial:
                     "capacity needs at least 1"
                 )
             columns = Columns(fleet)
-            chosen = (columns.arrived_s >= scenario.warmup_s) & ~np.isin(columns.status, _WHATEVER_GROUPS_THERE_ARE)
+            measured = columns.arrived_s >= scenario.warmup_s
+            chosen = measured & ~np.isin(columns.status, _WHATEVER_GROUPS_THERE_ARE)
+            self.not_counted = _not_counted(columns.status[measured], int(summary["sent"]))
+            if not chosen.any():
+                raise _NothingServedError(f"nothing of this load can be served: {self.not_counted}")
             reached = {bound.name: reached_s(columns, chosen, bound) for bound in self._question.slo}
             num_lost = float((chosen & (columns.status != Status.FINISHED)).sum())
             self._reached[num_groups] = (*reached.values(), num_lost)
@@ -271,6 +281,15 @@ class _Trial:
         return [tick / TICKS_PER_S for tick in at]
 
 
+def _not_counted(status: npt.NDArray[np.uint8], num_sent: int) -> str:
+    """Requests that count for nothing, in words; empty when all that were sent count."""
+    reasons = (Status.REFUSED_QUOTA, "are over the quotas of their tenants"), (Status.REFUSED_INVALID, "can never fit")
+    found = [
+        f"{num:,} of {num_sent:,} requests {what}" for which, what in reasons if (num := int((status == which).sum()))
+    ]
+    return " and ".join(found)
+
+
 def reached_s(columns: Columns, chosen: Chosen, bound: Bound) -> float:
     """The percentile over the requests that are chosen; inf when too many of them did not finish."""
     done = chosen & (columns.status == Status.FINISHED)
@@ -325,7 +344,10 @@ def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
     except ConfigError as error:  # the weights do not fit, or TP is more than there are heads
         return found | {"problem": str(error)}
     found["notes"] = list(trial.requests.notes)
-    fewest = trial.fewest()
+    try:
+        fewest = trial.fewest()
+    except _NothingServedError as error:
+        return found | {"problem": str(error)}
     if fewest is None:
         last = trial.with_groups(trial.most_tried)
         return found | {
@@ -335,8 +357,11 @@ def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
         }
     for num_groups in sorted({max(1, num) for num in (fewest - 1, *(round(fewest * part) for part in CURVE))}):
         trial.with_groups(num_groups)
+    best = trial.with_groups(fewest)
+    if trial.not_counted:
+        found["notes"].append(f"{question.shape}: {trial.not_counted}; the answer is for the others")
     return found | {
-        "best": trial.with_groups(fewest),
+        "best": best,
         "curve": [trial.tried[num] for num in sorted(trial.tried)],
         "is_measured": trial.plan.machine.is_measured,
         "origin": trial.plan.machine.origin,

@@ -15,6 +15,7 @@ from bench.simulation.parts import MODEL, FleetSpec, Job, Member, Samples, Virtu
 from bench.simulation.quotas import Grant, Quotas
 from bench.simulation.requests import Outcomes, Requests, Status
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from model_parallel.engine.sequence import Sequence as Run
 from model_parallel.errors import RequestError
 from serving.contracts.errors import GroupRefusedError
 from serving.contracts.group_link import HEARTBEAT_S
@@ -197,7 +198,7 @@ class Fleet:
 
     def _deliver(self, job: Job) -> None:
         """A group takes it in, or refuses it and another one is asked."""
-        member, gateway, tick = job.member, job.gateway, self.clock.tick
+        member, gateway = job.member, job.gateway
         if member is None:
             raise RuntimeError("a request was sent to no group")
         if self._request_ticks:
@@ -209,7 +210,7 @@ class Fleet:
             self._try_again(job)
             return
         try:
-            job.run = member.group.add(tick, job.request)
+            job.run = self._add(member, job.request)
         except RequestError as error:
             if error.kind != "overloaded":
                 self._settle(job, Status.REFUSED_INVALID)
@@ -219,7 +220,6 @@ class Fleet:
             )
             gateway.loads.refused(member.name)
             gateway.refusals.remember(MODEL, member.name, (job.request,), refusal)
-            self._schedule(member)
             if job.num_tries < len(self.members):
                 self._dispatch(job)
             else:
@@ -231,7 +231,13 @@ class Fleet:
         job.prompt_load = prompt_load(len(job.request.prompt_token_ids))
         gateway.loads.prompt_begins(member.name, job.prompt_load)
         self._load_changed(member, gateway, 1)
-        self._schedule(member)
+
+    def _add(self, member: Member, request: EngineRequest) -> Run:
+        """Raises RequestError. A group that refuses has come to this moment as well, so what happens next in it may change."""
+        try:
+            return member.group.add(self.clock.tick, request)
+        finally:
+            self._schedule(member)
 
     def _take_off_its_way(self, gateway: VirtualGateway, engine: str) -> None:
         gateway.on_their_way[engine] -= 1

@@ -100,6 +100,31 @@ def test_what_a_quota_refuses_needs_no_groups() -> None:
     assert best["refused"] > best["sent"] / 4
 
 
+def test_a_load_of_which_nothing_can_be_served_has_no_answer() -> None:
+    """One group, which does nothing, would keep every service level."""
+    asked = question("ttft_p99=1s,tpot_p99=100ms")
+    first = asked.scenario.tenants[0]
+    beyond_quota = first.model_copy(update={"limits": TenantLimits(tokens_per_minute=1)})
+    too_long = first.model_copy(update={"name": "b", "max_tokens": 5000})
+    for tenants, told in (
+        ([beyond_quota], r"(\S+) of \1 requests are over the quotas of their tenants$"),
+        ([too_long], r"(\S+) of \1 requests can never fit$"),
+        (
+            [beyond_quota, too_long],
+            r"\S+ of (\S+) requests are over the quotas of their tenants and \S+ of \1 requests can never fit$",
+        ),
+    ):
+        found = answer(replace(asked, scenario=asked.scenario.model_copy(update={"tenants": tenants})))
+        assert found["best"] is None and found["curve"] == []
+        assert re.match("nothing of this load can be served: " + told, found["problem"])
+    served = first.model_copy(update={"name": "c"})
+    found = answer(replace(asked, scenario=asked.scenario.model_copy(update={"tenants": [served, too_long]})))
+    assert found["best"]["holds"] and found["best"]["refused"] > found["best"]["sent"] / 4
+    assert re.search(
+        r"a100-80g TP=1 bfloat16: \d+ of \d+ requests can never fit; the answer is for the others", found["notes"][-1]
+    )
+
+
 def test_what_does_not_fit_is_said() -> None:
     found = answer(question("tpot_p99=1s", model="llama-2-70b"))
     assert found["best"] is None

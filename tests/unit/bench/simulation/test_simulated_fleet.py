@@ -109,12 +109,60 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not() -> None:
 
 def test_jumping_changes_nothing_in_a_fleet() -> None:
     made = scenario(gateways={"num_gateways": 2, "request_s": 0.003}, failures={"at_s": [5]})
+    jumping, stepping = with_and_without_jumps(made)
+    assert jumping.num_jumped > stepping.num_jumped == 0
+
+
+def with_and_without_jumps(made: SimulationScenario) -> tuple[Fleet, Fleet]:
+    """Both have run, to the same end; raises when they have not."""
     jumping, stepping = build(made), build(made, jumps=False)
     for fleet in (jumping, stepping):
-        fleet.run()
+        fleet.run(made.duration_s + made.drain_s)
+        check_conservation(fleet)
     assert vars(jumping.outcomes) == vars(stepping.outcomes)
     assert jumping.num_steps == stepping.num_steps
-    assert jumping.num_jumped > stepping.num_jumped == 0
+    return jumping, stepping
+
+
+@given(
+    seed=st.integers(0, 1 << 30),
+    rates=st.lists(st.sampled_from([0.3, 3.0, 10.0]), min_size=1, max_size=3),
+    max_tokens=st.lists(st.sampled_from([None, 40, 5000]), min_size=3, max_size=3),
+    patience_s=st.sampled_from([None, 0.05]),
+    deadline_s=st.sampled_from([None, 0.7]),
+    request_s=st.sampled_from([0.0, 0.003]),
+    failures=st.sampled_from([[], [1.5]]),
+    max_waiting_requests=st.sampled_from([1, 16]),
+)
+def test_jumping_changes_nothing_whatever_is_sent(
+    seed: int, rates: list[float], max_tokens: list[int | None], **c: Any
+) -> None:
+    """Among it what a group refuses while it decodes: it is full, or the request can never fit into the model's length, 4,096."""
+    with_and_without_jumps(
+        scenario(
+            seed=seed,
+            duration_s=3,
+            tenants=[
+                tenant(f"t{number}", rate=rate, max_tokens=most, patience_s=c["patience_s"], deadline_s=c["deadline_s"])
+                for number, (rate, most) in enumerate(zip(rates, max_tokens, strict=False))
+            ],
+            gateways={"request_s": c["request_s"]},
+            groups={"start_s": 1.0, "max_waiting_requests": c["max_waiting_requests"]},
+            failures={"at_s": c["failures"]},
+        )
+    )
+
+
+def test_what_can_never_fit_leaves_a_decoding_group_as_it_is() -> None:
+    good = tenant("good", rate=2)
+    alone, fleet = (
+        with_and_without_jumps(scenario(tenants=tenants, groups={"num_groups": 1}))[0]
+        for tenants in ([good], [good, tenant("too-long", rate=3, max_tokens=5000)])
+    )
+    columns, others = Columns(fleet), Columns(alone)
+    assert (columns.status[columns.tenant == 1] == Status.REFUSED_INVALID).all()
+    assert (columns.tenant == 1).sum() > 20 and fleet.num_jumped > 0
+    assert columns.e2e_s[columns.tenant == 0] == pytest.approx(others.e2e_s, rel=1e-9)
 
 
 def test_groups_of_one_machine_slow_each_other_down() -> None:
