@@ -1,11 +1,13 @@
 """What a run must keep, as written on the command line: `ttft_p99<500ms`, `small:tpot_median<=40ms`, `errors==0`."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.loadtest.scenario import Scenario
 from bench.loadtest.summary import MEASURES
 from model_parallel.errors import ConfigError
 
@@ -25,6 +27,8 @@ RATES = (
     "max_concurrent_requests",
 )  # fmt: skip
 SHARES = {"error_rate": "errors", "refusal_rate": "refused"}
+OF_SLO = ("request_goodput", "goodput_share")
+STREAMED = ("ttft", "tpot", "itl")
 OF_THE_RUN = ("jain_index", "max_service_gap")
 
 
@@ -103,6 +107,16 @@ def parse_assertion(text: str, option: str = "--assert") -> Assertion:
     if percent is not None and not 0 < percent <= 100:
         raise ConfigError(f"{option} {text!r}: a percentile is above 0 and at most 100")
     what = f"p{percent:g}" if percent is not None else latency["what"] if latency else ""
+    bound = number * {"s": 1e3 if latency else 1.0, "%": 0.01}.get(unit, 1.0)
+    if not math.isfinite(bound):
+        raise ConfigError(f"{option} {text!r}: the bound {match['number']} is too large to be a number")
+    if "%" in allowed and bound > 1:
+        meant = (
+            "it must be at most 100%"
+            if unit
+            else f"{match['number']} is more than all; if it is per cent, write {match['number']}%"
+        )
+        raise ConfigError(f"{option} {text!r}: {name} is a share, at most 1; {meant}")
     return Assertion(
         text=text.strip(),
         tenant=match["tenant"],
@@ -111,7 +125,7 @@ def parse_assertion(text: str, option: str = "--assert") -> Assertion:
         measure=latency["measure"] if latency else None,
         percent=percent,
         comparison=match["operator"],
-        bound=number * {"s": 1e3 if latency else 1.0, "%": 0.01}.get(unit, 1.0),
+        bound=bound,
     )
 
 
@@ -121,6 +135,20 @@ def check_tenants(assertions: Sequence[Assertion], names: Sequence[str]) -> None
         if assertion.tenant is not None and assertion.tenant not in names:
             known = ", ".join(names)
             raise ConfigError(f"{assertion.text!r}: there is no tenant {assertion.tenant!r}; there are {known}")
+
+
+def check_measured(assertions: Sequence[Assertion], scenario: Scenario) -> None:
+    """Raises ConfigError where no request of the scenario measures what one is about, so that it could never hold."""
+    for assertion in assertions:
+        tenants = [each for each in scenario.tenants if assertion.tenant in (None, each.name)]
+        if assertion.measure in STREAMED and not any(tenant.is_streamed for tenant in tenants):
+            raise ConfigError(
+                f"{assertion.text!r}: {assertion.measure} is measured of streamed answers, and none is streamed"
+            )
+        if assertion.name in OF_SLO and not any(tenant.slo.bounds_s for tenant in tenants):
+            raise ConfigError(f"{assertion.text!r}: there is no SLO; --goodput, or slo of a tenant, says what is good")
+        if assertion.name == "max_service_gap" and len(tenants) < 2:
+            raise ConfigError(f"{assertion.text!r}: it is between tenants, and there is one")
 
 
 def percentiles_needed(assertions: Sequence[Assertion]) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.json_files import check_all_can_be_written, write_json, write_text
-from bench.loadtest.assertions import Assertion, check_tenants, percentiles_needed
+from bench.loadtest.assertions import Assertion, check_measured, check_tenants, percentiles_needed
 from bench.loadtest.discover import resolve
 from bench.loadtest.files import left_out
 from bench.loadtest.html_report import curve_report, report
@@ -290,6 +290,7 @@ async def run_campaign(
     """Everything that `packtrain load` does. Raises ConfigError, ConnectionError."""
     check_allowed([tenant.parsed_target for tenant in scenario.tenants], senders.owns_targets)
     check_tenants(wanted.bounds, [tenant.name for tenant in scenario.tenants])
+    check_measured(wanted.bounds, scenario)
     _swept(scenario, wanted.sweep)
     for rate in (wanted.search.start, wanted.search.highest) if wanted.search else ():
         with_rate(scenario, rate)

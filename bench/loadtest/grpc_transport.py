@@ -48,6 +48,7 @@ class GrpcTransport:
         self._metadata: Metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         target = tenant.parsed_target
         self._channels = [channel_to(target, tls) for _ in range(tenant.connections)]
+        self.num_connections = len(self._channels)
         path = _SERVICE + _METHODS[self._api]
         # Requests are serialised before their time comes, and go out as they are.
         if self._api == "generate-stream":

@@ -1,6 +1,7 @@
 """Requests over OpenAI's HTTP API, to our gateway or anybody's server."""
 
 import asyncio
+import contextlib
 import ssl
 import time
 from email.utils import parsedate_to_datetime
@@ -19,6 +20,8 @@ _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _REFUSALS = frozenset({429, 503, 529})
 _STREAM_TYPES = frozenset({"text/event-stream", "text/plain", "application/octet-stream"})
 """The last one is also what stands for none."""
+_READ_ON_S = 0.1
+"""How long the end of a body is waited for after its [DONE], so that its connection can be used again."""
 MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 1 << 16
 _MAX_LABEL = 64
@@ -118,6 +121,7 @@ class HttpTransport:
         )
         self._context = context
         self._session: aiohttp.ClientSession | None = None
+        self.num_connections = 0
 
     async def open(self, timeout_s: float) -> None:
         target = self._tenant.parsed_target
@@ -129,9 +133,18 @@ class HttpTransport:
         except (OSError, TimeoutError) as error:
             raise ConnectionError(f"{self._tenant.target} cannot be reached: {error or 'no answer in time'}") from error
         connector = aiohttp.TCPConnector(limit=0, ssl=self._context or True)
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_create_end.append(self._count_connection)
         self._session = aiohttp.ClientSession(
-            connector=connector, cookie_jar=aiohttp.DummyCookieJar(), headers=self._headers, trust_env=False
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+            trust_env=False,
+            trace_configs=[tracing],
         )
+
+    async def _count_connection(self, *_: object) -> None:
+        self.num_connections += 1
 
     def prepare(self, prompt: Content, output_tokens: int, label: str) -> tuple[bytes, dict[str, str]]:
         tenant = self._tenant
@@ -152,7 +165,7 @@ class HttpTransport:
         reply.sent_s = time.monotonic()
         try:
             async with (
-                asyncio.timeout(timeout_s),
+                asyncio.timeout(timeout_s) as limit,
                 self._session.post(
                     self._url,
                     data=body,
@@ -165,6 +178,8 @@ class HttpTransport:
                     await self._read_error(response, reply)
                 elif self._tenant.stream and response.content_type in _STREAM_TYPES:
                     await self._read_stream(response, reply)
+                    limit.reschedule(None)  # the answer is here
+                    await _read_on(response)
                 else:
                     self._read_whole(response.content_type, await read_body(response, MAX_ANSWER_BYTES), reply)
         except TimeoutError:
@@ -285,6 +300,14 @@ def _take_usage(usage: _Usage, reply: Reply) -> None:
     reply.usage_prompt, reply.usage_output = usage.prompt_tokens, usage.completion_tokens
     details = usage.completion_tokens_details
     reply.hidden_tokens = (details.reasoning_tokens if details is not None else None) or 0
+
+
+async def _read_on(response: aiohttp.ClientResponse) -> None:
+    """To the body's end, which servers may send after the last event: a connection is closed where it has not come."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        async with asyncio.timeout(_READ_ON_S):
+            async for _ in response.content.iter_any():
+                pass
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:

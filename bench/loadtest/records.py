@@ -51,9 +51,14 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
         return (self.last_s - self.first_s) / (num_paced - 1)
 
     @property
+    def closed_s(self) -> float:
+        """When the last token was there, or the end of an answer that came whole."""
+        return self.ended_s if self.last_s is None else self.last_s
+
+    @property
     def e2el_s(self) -> float:
         """To the last token, or the end of an answer that came whole."""
-        return (self.ended_s if self.last_s is None else self.last_s) - self.intended_s
+        return self.closed_s - self.intended_s
 
 
 class Health(msgspec.Struct, frozen=True, array_like=True):
@@ -76,3 +81,5 @@ class Health(msgspec.Struct, frozen=True, array_like=True):
     """Requests (sessions) that were due and still waited for room when sending ended."""
     num_gaps_dropped: int
     """Inter-token latencies that were not kept, for the sake of memory."""
+    num_connections: int = 0
+    """That were opened, warm-up requests included."""

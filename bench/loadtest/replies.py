@@ -43,6 +43,8 @@ class Reply:
     """Filled by a transport while an answer comes, so that a cancelled one keeps what it brought. Times are monotonic."""
 
     sent_s: float = 0.0
+    ended_s: float | None = None
+    """When it was known what came of it; None while it is not."""
     times_s: "array[float]" = field(default_factory=lambda: array("d"))
     """Of every chunk that brought tokens."""
     num_chunk_tokens: int = 0
@@ -68,12 +70,14 @@ class Reply:
         self.num_chunk_tokens += num_tokens
 
     def finish(self) -> None:
+        self.ended_s = time.monotonic()
         self.outcome, self.code = Outcome.FINISHED, OK
 
     def fail(
         self, code: str, reason: str = "", *, is_refusal: bool = False, retry_after_s: float | None = None
     ) -> None:
         """What had begun cannot be refused any more."""
+        self.ended_s = time.monotonic()
         self.outcome = Outcome.REFUSED if is_refusal and not self.times_s else Outcome.FAILED
         self.code, self.reason, self.retry_after_s = code, reason, retry_after_s
 
@@ -85,6 +89,9 @@ def told_wait(seconds: float) -> float | None:
 
 class Transport(Protocol):
     """A tenant's connections to its server."""
+
+    num_connections: int
+    """That were opened to send requests."""
 
     async def open(self, timeout_s: float) -> None:
         """Connect. Raises ConnectionError."""

@@ -199,6 +199,7 @@ class Runner:
             num_held_back_by_bound=self._num_held_back_by_bound,
             num_unsent=self._num_unsent,
             num_gaps_dropped=self._num_gaps_dropped,
+            num_connections=sum(source.transport.num_connections for source in self.sources),
         )
 
     async def _drive_all(self) -> None:
@@ -360,7 +361,7 @@ class Runner:
             turn=place[1],
             intended_s=due_s - self._start_s,
             sent_s=sent_s - self._start_s,
-            ended_s=self._clock() - self._start_s,
+            ended_s=(self._clock() if reply.ended_s is None else reply.ended_s) - self._start_s,
             outcome=reply.outcome,
             code=reply.code,
             reason=reply.reason,

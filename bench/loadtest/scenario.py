@@ -351,6 +351,11 @@ class Tenant(Part):
     def chosen_form(self) -> str:
         return self.form or ("chat" if self.chosen_api == "chat" else "ids")
 
+    @property
+    def is_streamed(self) -> bool:
+        """Answers come token by token, so that there are times of them."""
+        return self.chosen_api == "generate-stream" or (not self.parsed_target.is_grpc and self.stream)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         allowed = GRPC_APIS if self.parsed_target.is_grpc else HTTP_APIS

@@ -15,13 +15,17 @@ _NUM_SLICES = 2000
 
 
 def token_times(record: Record) -> Values:
-    """When each chunk came, from the run's start; evenly between first and last where that was not kept."""
+    """When each chunk came, from the run's start; evenly between first and last where that was not kept.
+
+    As many as were seen: how many tokens an answer has is the server's word.
+    """
     if record.first_s is None or record.last_s is None:
         return np.array([record.ended_s])
     gaps = np.frombuffer(record.gaps, np.float32).astype(np.float64)
-    if not len(gaps) and record.output_tokens > 1:
-        return np.linspace(record.first_s, record.last_s, record.output_tokens)
-    return record.first_s + np.concatenate(([0.0], np.cumsum(gaps)))
+    if not len(gaps):
+        return np.linspace(record.first_s, record.last_s, max(1, record.seen_chunks))
+    # The gaps are rounded, so their sum may lie beyond the last chunk.
+    return np.minimum(record.first_s + np.concatenate(([0.0], np.cumsum(gaps))), record.last_s)
 
 
 def in_flight(records: Sequence[Record], times: Values) -> Values:

@@ -51,7 +51,7 @@ class Window:
 def window_of(scenario: Scenario, records: Sequence[Record]) -> Window:
     """Without cool-down it closes when the last answer has ended, as others measure."""
     last_due_s = max((record.intended_s for record in records), default=0.0)
-    last_end_s = max((record.last_s or record.ended_s for record in records), default=0.0)
+    last_end_s = max((record.closed_s for record in records), default=0.0)
     if scenario.cooldown_s:
         end_s = min(scenario.duration_s, max(last_due_s, scenario.warmup_s)) - scenario.cooldown_s
         end_s = max(end_s, scenario.warmup_s + 1e-9)
@@ -172,7 +172,7 @@ def _in_window(finished: Sequence[Record], window: Window) -> tuple[int, float]:
         times = token_times(record)
         inside = np.count_nonzero((times >= window.begin_s) & (times <= window.closed_s))
         num_tokens += record.output_tokens * inside / len(times)
-        num_ended += window.begin_s <= times[-1] <= window.closed_s
+        num_ended += window.begin_s <= record.closed_s <= window.closed_s
     return num_ended, num_tokens
 
 
@@ -194,16 +194,19 @@ def _most_in_flight(records: Sequence[Record]) -> int:
     return most
 
 
-def _omission(measured: Sequence[Record]) -> dict[str, float]:
+def _omission(measured: Sequence[Record]) -> dict[str, float | None]:
     """What a client that counts from the send would have said, and what it would have hidden."""
-    from_send = np.array([r.first_s - r.sent_s for r in measured if r.first_s is not None] or [0.0]) * MS
-    from_due = np.array([r.ttft_s for r in measured if r.ttft_s is not None] or [0.0]) * MS
-    waited = np.array([r.sent_s - r.intended_s for r in measured] or [0.0]) * MS
+    of_send = np.array([record.first_s - record.sent_s for record in measured if record.first_s is not None])
+    waits = np.array([record.sent_s - record.intended_s for record in measured])
+    from_send, from_due, waited = (
+        distribution(name, values, (99.0,))
+        for name, values in (("from_send", of_send), ("from_due", samples(measured, "ttft")), ("wait", waits))
+    )
     return {
-        "p99_ttft_from_send_ms": float(np.percentile(from_send, 99)),
-        "p99_ttft_from_due_ms": float(np.percentile(from_due, 99)),
-        "mean_wait_before_send_ms": float(waited.mean()),
-        "p99_wait_before_send_ms": float(np.percentile(waited, 99)),
+        "p99_ttft_from_send_ms": from_send["p99_from_send_ms"],
+        "p99_ttft_from_due_ms": from_due["p99_from_due_ms"],
+        "mean_wait_before_send_ms": waited["mean_wait_ms"],
+        "p99_wait_before_send_ms": waited["p99_wait_ms"],
     }
 
 

@@ -46,6 +46,7 @@ def client_facts(healths: Sequence[Health]) -> dict[str, Any]:
         "held_back": sum(health.num_held_back for health in healths),
         "held_back_by_bound": sum(health.num_held_back_by_bound for health in healths),
         "unsent": sum(health.num_unsent for health in healths),
+        "connections": sum(health.num_connections for health in healths),
         "itls_dropped": sum(health.num_gaps_dropped for health in healths),
     }
 

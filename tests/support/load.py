@@ -75,6 +75,7 @@ def record(**changes: Any) -> Record:
         "tenant": 0, "session": 0, "turn": 0, "intended_s": 1.0, "sent_s": 1.0, "ended_s": 1.2, "outcome": Outcome.FINISHED,
         "code": OK, "reason": "", "attempts": 1, "first_s": 1.1, "last_s": 1.19, "prompt_tokens": 20, "output_tokens": 10,
         "asked_tokens": 10, "gaps": b"", "stages": Stages(0.0, 0.01, 0.09, 0.09, 0.2),
+        "seen_tokens": 10, "seen_chunks": 10,
     } | changes  # fmt: skip
     return Record(**fields)  # type: ignore[arg-type]
 

@@ -11,14 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.loadtest import http_transport
 from bench.loadtest.discover import resolve
+from bench.loadtest.html_report import report
 from bench.loadtest.http_transport import HttpTransport, _retry_after
 from bench.loadtest.leader import Run
 from bench.loadtest.replies import Outcome, Reply
 from bench.loadtest.scenario import Scenario, Tenant, parse_scenario
 from bench.loadtest.server_events import MAX_EVENT_BYTES, Event, EventReader
+from bench.loadtest.sharing import token_times
 from bench.loadtest.summary import summarise
-from tests.support.load import record
+from tests.support.load import record, run_here
 
 PAUSE_S = 0.01
 """Between the parts of an answer, so that they arrive apart."""
@@ -133,6 +136,67 @@ def test_an_answer_in_one_piece_has_no_time_per_token_and_others_are_told() -> N
 async def test_an_answer_may_end_with_its_body(last: bytes) -> None:
     reply = await ask([chunk(content="x"), END, last])
     assert (reply.outcome, reply.code) == (Outcome.FINISHED, "OK")
+
+
+async def test_a_connection_is_used_again_where_the_body_ends_after_its_last_event() -> None:
+    """Else each answer of such a server has a connection of its own, and its opening is part of the time to first token."""
+    num_opened = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_opened
+        num_opened += 1
+        try:
+            while True:
+                request = await reader.readuntil(b"\r\n\r\n")
+                length = [line for line in request.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+                await reader.readexactly(int(length[0].partition(b":")[2]))
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+                )
+                for part in (chunk(content="x"), END, DONE):
+                    writer.write(b"%x\r\n%s\r\n" % (len(part), part))
+                await asyncio.sleep(PAUSE_S)
+                writer.write(b"0\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+    target = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    tenant = {"target": target, "max_requests": 8, "arrivals": {"process": "closed"}}
+    run = await run_here(parse_scenario({"duration_s": 60, "tenants": [tenant]}, origin="the test"))
+    listening.close()
+    assert [each.outcome for each in run.records] == 8 * [Outcome.FINISHED]
+    assert num_opened == 2  # one to see whether there is a server
+    result = summarise(Scenario(), run)
+    assert result["client"]["connections"] == 1
+
+
+async def test_who_does_not_end_a_body_has_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is given up, and the wait for the end is no part of the answer."""
+    monkeypatch.setattr(http_transport, "_READ_ON_S", 0.25)
+    async with server([chunk(content="x"), END, DONE, *[b": still here\n\n"] * 1000]) as target:
+        tenant = {"target": target, "max_requests": 3, "arrivals": {"process": "closed"}}
+        run = await run_here(parse_scenario({"duration_s": 60, "tenants": [tenant]}, origin="the test"))
+    assert [each.outcome for each in run.records] == 3 * [Outcome.FINISHED]
+    assert [each.num_connections for each in run.healths] == [3]
+    assert all(after.sent_s - each.ended_s > 0.2 for each, after in pairwise(run.records))
+
+
+def test_what_an_answer_takes_in_memory_is_what_was_seen_of_it() -> None:
+    """A server may say that one chunk had a thousand million tokens."""
+    boasting = [
+        record(tenant=place, session=number, output_tokens=1 << 30, seen_tokens=chunks, seen_chunks=chunks)
+        for place in range(2)
+        for number, chunks in enumerate((1, 2, 5))
+    ]
+    assert [len(token_times(each)) for each in boasting] == [1, 2, 5] * 2
+    assert token_times(boasting[2]) == pytest.approx([1.1, 1.1225, 1.145, 1.1675, 1.19])
+    two = parse_scenario({"warmup_s": 0.5, "tenants": [{"name": "a"}, {"name": "b"}]}, origin="the test")
+    result = summarise(two, Run(records=boasting))
+    assert result["total_output_tokens"] == 6 << 30
+    assert "Service by tenant" in report(two, result, boasting)
 
 
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])

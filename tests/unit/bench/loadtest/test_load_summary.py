@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from bench.json_files import write_json
@@ -97,6 +99,28 @@ def test_warm_up_and_cool_down_are_cut() -> None:
     assert result["sent"] == result["completed"] == 100
     assert result["request_throughput"] == pytest.approx(2, rel=0.02)
     assert result["output_throughput"] == pytest.approx(20, rel=0.02)
+
+
+@given(begin_s=st.floats(0.1, 1e5), gaps_s=st.lists(st.floats(1e-3, 1), min_size=1, max_size=200))
+def test_the_answer_that_ends_last_is_counted(begin_s: float, gaps_s: list[float]) -> None:
+    """The window closes with it, and the sum of its rounded gaps may be more."""
+    times = begin_s + np.concatenate(([0.0], np.cumsum(gaps_s)))
+    last = record(
+        intended_s=begin_s, sent_s=begin_s, first_s=times[0], last_s=times[-1], ended_s=times[-1],
+        gaps=array("f", np.diff(times)).tobytes(), output_tokens=len(times), seen_tokens=len(times), seen_chunks=len(times),
+    )  # fmt: skip
+    result = summary([last], scenario(warmup_s=begin_s / 2, duration_s=2 * begin_s))
+    assert result["request_throughput"] * result["duration"] == pytest.approx(1)
+    assert result["output_throughput"] * result["duration"] == pytest.approx(len(times))
+
+
+def test_what_was_not_measured_was_not_left_out_either() -> None:
+    nothing = summary([record(first_s=None, last_s=None, output_tokens=0, outcome=Outcome.REFUSED)])[
+        "coordinated_omission"
+    ]
+    assert nothing["p99_ttft_from_send_ms"] is None and nothing["p99_ttft_from_due_ms"] is None
+    assert nothing["p99_wait_before_send_ms"] == 0
+    assert set(summary([])["coordinated_omission"].values()) == {None}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Assertions, searches and comparisons."""
 
+import contextlib
 import io
 import json
 import random
@@ -13,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bench.loadtest.assertions import parse_assertion, percentiles_needed
+from bench.loadtest.assertions import check_measured, parse_assertion, percentiles_needed
 from bench.loadtest.campaign import Search, Wanted, found_lines, probed, run_campaign
 from bench.loadtest.compare import compare, read_result
 from bench.loadtest.leader import Senders
 from bench.loadtest.live import print_comparison
-from bench.loadtest.scenario import Scenario
+from bench.loadtest.scenario import Scenario, parse_scenario
 from bench.loadtest.search import ClientLimitError, Probe, search
 from model_parallel.errors import ConfigError
 
@@ -42,6 +43,8 @@ RESULT: dict[str, Any] = {
         ("refusal_rate<=1%", True),
         ("refusal_rate<0.5%", False),
         ("request_throughput>9.5", True),
+        ("refusal_rate<1", True),
+        ("refusal_rate<=100%", True),
         ("jain_index>0.95", False),
         # What was not measured keeps no bound, however the zeros of a result look.
         ("tpot_median<50ms", False),
@@ -55,7 +58,9 @@ def test_assertions(text: str, holds: bool) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "ttft", "ttft_p99", "ttft_p99<", "ttft_p99<5kg", "speed<5", "errors<5ms", "small:jain_index>0.5", "ttft_p0<1",
-             "ttft_p101<1", "ttft_p99!=3", "errors<1%", "request_throughput>5s", "ttft_p99<5%"],
+             "ttft_p101<1", "ttft_p99!=3", "errors<1%", "request_throughput>5s", "ttft_p99<5%",
+             # A share above all of it would hold whatever happens; so would a bound that is no number.
+             "error_rate<50", "refusal_rate<=1.5", "goodput_share>99", "error_rate<101%", "ttft_p99<1e999s", "errors<1e999"],
 )  # fmt: skip
 def test_assertions_that_say_nothing_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--assert"):
@@ -77,6 +82,32 @@ async def test_an_assertion_of_an_unknown_tenant_is_refused_before_anything_is_s
     for wanted in (Wanted(assertions=[nobody]), Wanted(search=Search(slo=[nobody]))):
         with pytest.raises(ConfigError, match=r"'nobody:errors==0': there is no tenant 'nobody'; there are default"):
             await run_campaign(Scenario(), senders, None, wanted, console)
+
+
+@pytest.mark.parametrize(
+    ("bound", "tenants", "told"),
+    [
+        ("request_goodput>0.1", [{}], "there is no SLO"),
+        ("goodput_share>=90%", [{}], "there is no SLO"),
+        ("b:request_goodput>0.1", [{"name": "a", "slo": {"ttft_ms": 500}}, {"name": "b"}], "there is no SLO"),
+        ("request_goodput>0.1", [{"name": "a", "slo": {"ttft_ms": 500}}, {"name": "b"}], None),
+        ("max_service_gap<5", [{}], "between tenants"),
+        ("max_service_gap<5", [{"name": "a"}, {"name": "b"}], None),
+        ("ttft_p99<1s", [{"api": "generate"}], "none is streamed"),
+        ("tpot_mean<1s", [{"api": "score"}], "none is streamed"),
+        ("itl_p99<1s", [{"target": "http://127.0.0.1:8000", "stream": False}], "none is streamed"),
+        ("b:ttft_p99<1s", [{"name": "a"}, {"name": "b", "api": "generate"}], "none is streamed"),
+        ("ttft_p99<1s", [{"name": "a"}, {"name": "b", "api": "generate"}], None),
+        ("e2el_p99<1s", [{"api": "generate"}], None),
+        ("ttft_p99<1s", [{"target": "http://127.0.0.1:8000"}], None),
+    ],
+)
+def test_a_bound_that_nothing_can_measure_is_refused(
+    bound: str, tenants: list[dict[str, Any]], told: str | None
+) -> None:
+    refusal = contextlib.nullcontext() if told is None else pytest.raises(ConfigError, match=f"{bound}.*{told}")
+    with refusal:
+        check_measured([parse_assertion(bound)], parse_scenario({"tenants": tenants}, origin="x"))
 
 
 @given(st.floats(0.1, 900), st.floats(0.2, 50), st.floats(0.01, 0.3), st.integers(1, 5))
