@@ -20,7 +20,7 @@ _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _REFUSALS = frozenset({429, 503, 529})
 _STREAM_TYPES = frozenset({"text/event-stream", "text/plain", "application/octet-stream"})
 """The last one is also what stands for none."""
-_READ_ON_S = 0.1
+_READ_ON_S = 0.5
 """How long the end of a body is waited for after its [DONE], so that its connection can be used again."""
 MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 1 << 16

@@ -138,8 +138,11 @@ async def test_an_answer_may_end_with_its_body(last: bytes) -> None:
     assert (reply.outcome, reply.code) == (Outcome.FINISHED, "OK")
 
 
-async def test_a_connection_is_used_again_where_the_body_ends_after_its_last_event() -> None:
+async def test_a_connection_is_used_again_where_the_body_ends_after_its_last_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Else each answer of such a server has a connection of its own, and its opening is part of the time to first token."""
+    monkeypatch.setattr(http_transport, "_READ_ON_S", 60)
     num_opened = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
