@@ -6,7 +6,7 @@ import random
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -51,17 +51,16 @@ def kill(group: Group, pid: int, proxy: Proxy) -> Proof:
 
 
 def stop(group: Group, pid: int, proxy: Proxy) -> Proof:
-    """SIGSTOP for good. Its group must be given up and end as a whole."""
-    os.kill(pid, signal.SIGSTOP)
-    return _lost(group, f"process {pid} was stopped", happened=_has_stopped(pid))
+    """SIGSTOP until its group was given up and has ended as a whole, which it must."""
+    with _standing_still(pid):
+        return _lost(group, f"process {pid} was stopped", happened=_has_stopped(pid))
 
 
 def short_stop(group: Group, pid: int, proxy: Proxy) -> Proof:
     """SIGSTOP, and SIGCONT before anybody gives the process up."""
-    os.kill(pid, signal.SIGSTOP)
-    has_stopped = _has_stopped(pid)
-    time.sleep(SHORT_STOP_S)
-    _go_on(pid)
+    with _standing_still(pid):
+        has_stopped = _has_stopped(pid)
+        time.sleep(SHORT_STOP_S)
     return Proof(happened=has_stopped, detail=f"process {pid} stood still for {SHORT_STOP_S:g} s", loses_group=False)
 
 
@@ -69,11 +68,9 @@ def slow(group: Group, pid: int, proxy: Proxy) -> Proof:
     """The process runs half of the time, for some seconds."""
     num_seen, num_stops = 0, int(SLOW_S / (2 * SLOW_SLICE_S))
     for _ in range(num_stops):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
+        with _standing_still(pid):
             time.sleep(SLOW_SLICE_S)
             num_seen += state_of(pid) == psutil.STATUS_STOPPED
-        _go_on(pid)
         time.sleep(SLOW_SLICE_S)
     detail = f"process {pid} was seen standing still {num_seen} of {num_stops} times"
     return Proof(happened=num_seen > num_stops / 2, detail=detail, loses_group=False)
@@ -110,9 +107,16 @@ def _has_stopped(pid: int) -> bool:
     return state_of(pid) == psutil.STATUS_STOPPED
 
 
-def _go_on(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
+@contextlib.contextmanager
+def _standing_still(pid: int) -> Iterator[None]:
+    """The process is stopped within the block, and goes on after it, also after Ctrl-C. It may be gone by then, or before."""
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def _lost(group: Group, detail: str, *, happened: bool) -> Proof:

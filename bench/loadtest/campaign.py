@@ -41,16 +41,28 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+LOWEST_RATE = 0.05
+"""Of a search that begins above it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     """Bounds of a search for the highest rate."""
 
     slo: Sequence[Assertion]
     start: float = 1.0
-    lowest: float = 0.05
     highest: float = 10_000.0
     precision: float = 0.05
     repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if self.start > self.highest:
+            raise ConfigError(f"--search-from is {self.start:g} and must not exceed --search-to, {self.highest:g}")
+
+    @property
+    def lowest(self) -> float:
+        """It is given up where not even this rate passes."""
+        return min(LOWEST_RATE, self.start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

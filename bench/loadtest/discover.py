@@ -1,11 +1,10 @@
 """What must be known of a server before a run: which model, how wide its vocabulary, how many tokens a word is."""
 
 import asyncio
-import json
 import random
 import ssl
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import grpc
@@ -14,7 +13,7 @@ import msgspec
 
 from bench.loadtest.files import load_entries
 from bench.loadtest.grpc_transport import channel_to
-from bench.loadtest.http_transport import read_body
+from bench.loadtest.http_transport import Count, read_body
 from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Scenario, Tenant
 from bench.loadtest.sender import key_of
@@ -128,13 +127,27 @@ async def _ask_http(tenant: Tenant, tls: ClientTls | None) -> Facts:
         raise ConnectionError(f"{tenant.target} cannot be reached: {error or 'no answer in time'}") from error
 
 
+class _Model(msgspec.Struct):
+    id: str
+    max_model_len: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Of servers that tell it: vLLM and Packtrain do."""
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Tokenized(msgspec.Struct):
+    count: Count
+
+
 def _model_contexts(body: bytes, base: str) -> dict[str, int | None]:
-    """max_model_len by model, of servers that tell it: vLLM and Packtrain do."""
+    """max_model_len by model."""
     try:
-        models = json.loads(body)["data"]
-        return {str(model["id"]): int(told) if (told := model.get("max_model_len")) else None for model in models}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConnectionError(f"{base}/v1/models does not answer as OpenAI's API does") from error
+        models = msgspec.json.decode(body, type=_Models).data
+    except (ValueError, RecursionError) as error:
+        raise ConnectionError(f"{base}/v1/models does not answer as OpenAI's API does: {error}") from error
+    return {model.id: model.max_model_len or None for model in models}
 
 
 async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str, words: Sequence[str]) -> float:
@@ -144,7 +157,7 @@ async def _tokens_per_word(session: aiohttp.ClientSession, base: str, model: str
         if response.status != 200:
             return 1.0
         try:
-            count = int(json.loads(await read_body(response, MAX_BODY_BYTES))["count"])
-        except (ValueError, KeyError, TypeError):
+            count = msgspec.json.decode(await read_body(response, MAX_BODY_BYTES), type=_Tokenized).count
+        except (ValueError, RecursionError):
             return 1.0
     return max(0.1, count / len(words))

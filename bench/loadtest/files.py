@@ -21,6 +21,8 @@ MAX_FILE_BYTES = 2 << 30
 MAX_LINE_BYTES = 8 << 20
 MAX_COUNT = 1 << 30
 """Tokens of a prompt or an answer."""
+MAX_TOKEN_ID = (1 << 32) - 1
+"""That a gRPC request can hold."""
 AZURE = {"timestamp": "TIMESTAMP", "input_tokens": "ContextTokens", "output_tokens": "GeneratedTokens"}
 """Azure/AzurePublicDataset, AzureLLMInferenceTrace_*.csv."""
 BURSTGPT = {"timestamp": "Timestamp", "input_tokens": "Request tokens", "output_tokens": "Response tokens"}
@@ -110,9 +112,8 @@ def _json_lines(path: Path, where: str, read: Callable[[dict[str, Any]], Entry])
 
 
 def _prompt(data: dict[str, Any]) -> Entry:
-    output_tokens = data.get("output_tokens", data.get("max_tokens"))
-    if output_tokens is not None:
-        output_tokens = _count(output_tokens, "output_tokens")
+    told = [name for name in ("output_tokens", "max_tokens") if data.get(name) is not None]
+    output_tokens = _count(data[told[0]], told[0]) if told else None
     prompt, messages = data.get("prompt"), data.get("messages")
     if (prompt is None) == (messages is None):
         raise ValueError("it must have either prompt or messages")
@@ -121,8 +122,11 @@ def _prompt(data: dict[str, Any]) -> Entry:
             raise ValueError("messages must be a list of {role, content}")
         return Entry(output_tokens=output_tokens, messages=[_message(message) for message in messages])
     if isinstance(prompt, str) and prompt:
-        return Entry(output_tokens=output_tokens, turns=[prompt])
-    if isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt):
+        return Entry(output_tokens=output_tokens, turns=[_text(prompt, "prompt")])
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        for token in prompt:
+            if not 0 <= token <= MAX_TOKEN_ID:
+                raise ValueError(f"prompt holds the token id {token}; each must be from 0 to {MAX_TOKEN_ID}")
         return Entry(output_tokens=output_tokens, ids=prompt)
     raise ValueError("prompt must be a text or a list of token ids, not empty")
 
@@ -130,8 +134,19 @@ def _prompt(data: dict[str, Any]) -> Entry:
 def _message(message: Any) -> tuple[str, str]:
     match message:
         case {"role": str(role), "content": str(content)}:
-            return role, content
+            return _text(role, "role"), _text(content, "content")
     raise ValueError("messages must be a list of {role, content}, both texts")
+
+
+def _text(value: str, field: str) -> str:
+    """JSON can spell half of a character, which cannot be sent."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field} holds half of a surrogate pair, \\u{ord(value[error.start]):04x}, at character {error.start}"
+        ) from None
+    return value
 
 
 def _mooncake(data: dict[str, Any]) -> Entry:
@@ -162,24 +177,37 @@ def _sharegpt(work: ShareGpt, where: str) -> Iterator[Entry]:
             for part in said
             if isinstance(part, dict) and part.get("from") in ("human", "user") and isinstance(part.get("value"), str)
         ]
-        if any(questions):
-            yield Entry(turns=[question for question in questions if question][: work.max_turns])
+        turns = [question for question in questions if question][: work.max_turns]
+        try:
+            turns = [_text(question, "value") for question in turns]
+        except ValueError as error:
+            raise ConfigError(f"{where}, item {number}: {error}") from error
+        if turns:
+            yield Entry(turns=turns)
 
 
 def _csv(path: Path, where: str, columns: Mapping[str, str]) -> Iterator[Entry]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         try:
-            absent = [name for name in columns.values() if name not in (rows.fieldnames or ())]
+            names = list(rows.fieldnames or ())
+            absent = [name for name in columns.values() if name not in names]
             if absent:
-                raise ConfigError(
-                    f"{where} has no column {', '.join(map(repr, absent))}; it has {', '.join(rows.fieldnames or ())}"
-                )
+                raise ConfigError(f"{where} has no column {', '.join(map(repr, absent))}; it has {', '.join(names)}")
+            if several := [name for name in columns.values() if names.count(name) > 1]:
+                raise ConfigError(f"{where} has several columns {several[0]!r}; each name that is read must stand once")
+            has_dates: bool | None = None
             for row in rows:
                 try:
                     input_tokens = _count(row[columns["input_tokens"]], columns["input_tokens"])
                     output_tokens = _count(row[columns["output_tokens"]], columns["output_tokens"], least=0)
-                    at_s = _moment(row[columns["timestamp"]], columns["timestamp"])
+                    at_s, is_date = _moment(row[columns["timestamp"]], columns["timestamp"])
+                    if has_dates not in (None, is_date):
+                        raise ValueError(
+                            f"{columns['timestamp']} is {row[columns['timestamp']]!r}, and lines before have "
+                            f"{'dates' if has_dates else 'seconds'}; all must have the same"
+                        )
+                    has_dates = is_date
                 except ValueError as error:
                     raise ConfigError(f"{where}, line {rows.line_num}: {error}") from error
                 if output_tokens:  # BurstGPT has failed requests, which answered nothing
@@ -188,16 +216,16 @@ def _csv(path: Path, where: str, columns: Mapping[str, str]) -> Iterator[Entry]:
             raise ConfigError(f"{where}, line {rows.line_num}: {error}") from error
 
 
-def _moment(value: Any, field: str) -> float:
-    """Seconds of a number, or of a date and time; of one without a zone as if it were UTC."""
+def _moment(value: Any, field: str) -> tuple[float, bool]:
+    """Seconds of a number, or of a date and time (of one without a zone as if it were UTC), and whether it is a date."""
     try:
-        return _number(value, field)
+        return _number(value, field), False
     except ValueError:
         try:
             parsed = datetime.fromisoformat(str(value).strip())  # Azure's seven digits of a second too
         except ValueError:
             raise ValueError(f"{field} is {value!r}; it must be seconds, or a date and time") from None
-        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp(), True
 
 
 def _number(value: Any, field: str) -> float:

@@ -81,5 +81,7 @@ class Health(msgspec.Struct, frozen=True, array_like=True):
     """Requests (sessions) that were due and still waited for room when sending ended."""
     num_gaps_dropped: int
     """Inter-token latencies that were not kept, for the sake of memory."""
+    bound_reached_s: float | None = None
+    """When max_requests, which is no part of the load, kept the first request that was due from being sent."""
     num_connections: int = 0
     """That were opened, warm-up requests included."""

@@ -121,7 +121,8 @@ class Runner:
         self.records: list[Record] = []
         self._slots = asyncio.Semaphore(max(1, share.of(scenario.max_in_flight)))
         self._room = share.of(scenario.max_requests)
-        self._num_sent = 0
+        self._num_begun = 0
+        self._bound_reached_s: float | None = None
         self._sessions: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -199,6 +200,7 @@ class Runner:
             num_held_back_by_bound=self._num_held_back_by_bound,
             num_unsent=self._num_unsent,
             num_gaps_dropped=self._num_gaps_dropped,
+            bound_reached_s=self._bound_reached_s,
             num_connections=sum(source.transport.num_connections for source in self.sources),
         )
 
@@ -220,7 +222,7 @@ class Runner:
             await self._until(self._start_s + at_s)
             while len(self._waiting) >= MAX_WAITING and self._clock() < self._end_s:
                 await self._sleep(_TICK_S)
-            if not self._has_room():
+            if not self._take_room():
                 return
             self._begin(self._session(source, index, self._start_s + at_s, turns, prepared))
 
@@ -250,13 +252,13 @@ class Runner:
     async def _user(self, source: Source, arrivals: Closed, wanted: Curve, user: int, numbers: Iterator[int]) -> None:
         draw = random.Random(f"{source.seed}/{source.tenant.name}/user/{user}")
         due_s = self._start_s
-        while due_s < self._end_s and self._has_room():
+        while due_s < self._end_s:
             await self._until(due_s)
             if wanted.value(max(0.0, due_s - self._start_s)) <= user:
                 due_s = max(due_s, self._clock()) + _USER_POLL_S
                 continue
             index = next(numbers, None)
-            if index is None:
+            if index is None or not self._take_room():
                 return
             turns = source.workload.session(index)
             prepared = source.transport.prepare(turns[0].content, turns[0].output_tokens, _label(source, index, 0))
@@ -265,8 +267,14 @@ class Runner:
             await asyncio.wait({self._begin(self._session(source, index, due_s, turns, prepared))})
             due_s = self._clock() + (draw.expovariate(1 / arrivals.think_s) if arrivals.think_s else 0.0)
 
-    def _has_room(self) -> bool:
-        return self._num_sent < self._room
+    def _take_room(self) -> bool:
+        """Whether the run's own bound lets a request be sent that is due. When it first does not is noted."""
+        if self._num_begun < self._room:
+            self._num_begun += 1
+            return True
+        if self._bound_reached_s is None:
+            self._bound_reached_s = max(0.0, self._clock() - self._start_s)
+        return False
 
     async def _session(self, source: Source, index: int, due_s: float, turns: Sequence[Turn], prepared: object) -> None:
         history: Content | None = None
@@ -274,7 +282,7 @@ class Runner:
             prompt = extended(history, turn.content)
             if number:
                 due_s = self._clock() + turn.think_s
-                if due_s >= self._end_s or not self._has_room():
+                if due_s >= self._end_s or not self._take_room():
                     return
                 await self._until(due_s)
                 prepared = source.transport.prepare(prompt, turn.output_tokens, _label(source, index, number))
@@ -299,7 +307,6 @@ class Runner:
                     if attempts == 0:
                         self._lags.add(lag_s)
                         source.counts.sent += 1
-                        self._num_sent += 1
                         first_sent_s = self._clock()
                     attempts += 1
                     reply = Reply()
@@ -370,7 +377,8 @@ class Runner:
             last_s=times[-1] - self._start_s if times else None,
             prompt_tokens=estimated if reply.usage_prompt is None else reply.usage_prompt,
             output_tokens=output_tokens,
-            asked_tokens=asked,
+            # A score has what its prompt leaves of that, and is never short.
+            asked_tokens=0 if source.tenant.chosen_api == "score" else asked,
             gaps=gaps.tobytes(),
             stages=reply.stages,
             seen_tokens=reply.num_chunk_tokens,

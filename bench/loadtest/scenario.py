@@ -1,5 +1,6 @@
 """What a load test does, as plain validated data: tenants, their work, when it arrives, and the bounds of the whole."""
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -83,7 +84,8 @@ class ShareGptLike(Part):
 
 
 def _number_is_fixed(value: Any) -> Any:
-    return {"kind": "fixed", "tokens": value} if isinstance(value, int) and not isinstance(value, bool) else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"kind": "fixed", "tokens": value} if is_number else value
 
 
 Lengths = Annotated[
@@ -337,6 +339,15 @@ class Tenant(Part):
     @classmethod
     def _target(cls, value: str) -> str:
         parse_target(value)
+        return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it must hold nothing but what JSON has: {error}") from None
         return value
 
     @property

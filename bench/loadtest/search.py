@@ -44,9 +44,12 @@ Measure = Callable[[float], Awaitable[Probe]]
 async def search(
     measure: Measure, *, start: float, lowest: float, highest: float, precision: float, repeats: int
 ) -> Found:
-    """Doubles or halves from `start` until a passing and a failing rate are known, then bisects to a ratio of 1 + precision."""
+    """Doubles or halves from `start` until a passing and a failing rate are known, then bisects to a ratio of 1 + precision.
+
+    `start` is between `lowest` and `highest`.
+    """
     found = Found()
-    rate = min(max(start, lowest), highest)
+    rate = start
     while len(found.probes) < MAX_PROBES:
         try:
             passed = await _majority(measure, rate, repeats, found.probes)

@@ -1,5 +1,6 @@
 """Server-sent events, as the HTML standard has them read: lines end with LF, CR or both, and an empty one ends an event."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ class EventReader:
     """Takes bytes as they come."""
 
     def __init__(self) -> None:
+        self._has_begun = False
         self._rest = b""
         """Of a line that has not ended."""
         self._ends_in_cr = False
@@ -28,8 +30,8 @@ class EventReader:
 
     def feed(self, received: bytes) -> Iterator[Event]:
         """The events that are complete now. Raises ValueError for one that is too long."""
-        if self._ends_in_cr:
-            received = received.removeprefix(b"\n")
+        if self._ends_in_cr and received:
+            received, self._ends_in_cr = received.removeprefix(b"\n"), False
         if not received:
             return
         self._ends_in_cr = received.endswith(b"\r")
@@ -55,6 +57,8 @@ class EventReader:
             yield self._complete()
 
     def _take(self, line: bytes) -> None:
+        if not self._has_begun:
+            line, self._has_begun = line.removeprefix(BOM_UTF8), True
         if line.startswith(b"data:"):
             value = line[5:].removeprefix(b" ")
             self._data.append(value)

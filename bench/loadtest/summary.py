@@ -68,7 +68,7 @@ def summarise(scenario: Scenario, run: Run, percentiles: Sequence[float] = PERCE
     measured = [record for record in run.records if window.has(record.intended_s)]
     latency_ms = result["median_ttft_ms"] or result["median_e2el_ms"] or 0.0
     has_limit = any(tenant.max_concurrency is not None for tenant in scenario.tenants)
-    verdict = judge(run, client, latency_ms / MS, has_own_limit=has_limit)
+    verdict = judge(run, client, latency_ms / MS, duration_s=scenario.duration_s, has_own_limit=has_limit)
     steadiness = _steadiness(measured, window)
     little = _little(run.records, window)
     verdict.notes += [*_remarks(steadiness, little), *_unseen(measured)]

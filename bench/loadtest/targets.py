@@ -49,14 +49,18 @@ def parse_target(text: str) -> Target:
         port = parts.port
     except ValueError as error:
         raise ValueError(f"{text!r} is not an address: {error}") from None
+    if port == 0:
+        raise ValueError(f"{text!r} has port 0, at which nothing can listen")
     if parts.scheme not in _SCHEMES or not parts.hostname:
         raise ValueError(f"{text!r} must be like grpc://127.0.0.1:50051 or http://127.0.0.1:8000 (or grpcs, https)")
-    if parts.username or parts.query or parts.fragment:
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError("no user, query or fragment may be in a target")
     path = parts.path.rstrip("/").removesuffix("/v1")
     if path and parts.scheme in ("grpc", "grpcs"):
         raise ValueError(f"{text!r} has a path, which a gRPC target has not")
-    return Target(scheme=parts.scheme, host=parts.hostname, port=port or _SCHEMES[parts.scheme], path=path)
+    return Target(
+        scheme=parts.scheme, host=parts.hostname, port=_SCHEMES[parts.scheme] if port is None else port, path=path
+    )
 
 
 def check_allowed(targets: list[Target], owns_them: bool) -> None:

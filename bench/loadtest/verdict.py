@@ -34,6 +34,7 @@ class Verdict:
 def client_facts(healths: Sequence[Health]) -> dict[str, Any]:
     """How the sending processes fared, the worst of each."""
     lags = np.array([lag for health in healths for lag in health.lags_s] or [0.0])
+    reached = [health.bound_reached_s for health in healths if health.bound_reached_s is not None]
     delays = np.array([delay for health in healths for delay in health.loop_delays_s] or [0.0])
     return {
         "num_processes": len(healths),
@@ -45,13 +46,16 @@ def client_facts(healths: Sequence[Health]) -> dict[str, Any]:
         "max_loop_delay_ms": max((health.max_loop_delay_s for health in healths), default=0.0) * 1e3,
         "held_back": sum(health.num_held_back for health in healths),
         "held_back_by_bound": sum(health.num_held_back_by_bound for health in healths),
+        "bound_reached_s": min(reached, default=None),
         "unsent": sum(health.num_unsent for health in healths),
         "connections": sum(health.num_connections for health in healths),
         "itls_dropped": sum(health.num_gaps_dropped for health in healths),
     }
 
 
-def judge(run: Run, client: dict[str, Any], median_latency_s: float, *, has_own_limit: bool) -> Verdict:
+def judge(
+    run: Run, client: dict[str, Any], median_latency_s: float, *, duration_s: float, has_own_limit: bool
+) -> Verdict:
     """`median_latency_s`: to the first token, or of whole answers. `has_own_limit`: max_concurrency is part of the load."""
     verdict = Verdict()
     num_due = len(run.records) + client["unsent"]
@@ -59,6 +63,11 @@ def judge(run: Run, client: dict[str, Any], median_latency_s: float, *, has_own_
         _judge_client(verdict, client, num_due, median_latency_s, has_own_limit=has_own_limit)
     else:
         verdict.invalid.append("nothing was sent: no request was due before the run ended")
+    if (reached_s := client["bound_reached_s"]) is not None:
+        text = (
+            f"max_requests, which bounds the client, ended the load after {reached_s:.1f} of {duration_s:g} s; raise it"
+        )
+        (verdict.notes if reached_s >= (1 - MAX_LOST_SHARE) * duration_s else verdict.invalid).append(text)
     verdict.invalid += [f"a sending process was lost: {lost}" for lost in run.lost]
     if run.was_interrupted:
         verdict.notes.append("the run was interrupted; what was under way then counts as cancelled")

@@ -37,7 +37,7 @@ def read_samples(source: str) -> list[StepReport]:
         try:
             with urllib.request.urlopen(source, timeout=TIMEOUT_S) as answer:
                 data = answer.read(MAX_BYTES + 1)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: no address
             what = f"{type(error).__name__}: {error}" if isinstance(error, HTTPException) else error
             raise ConfigError(f"from: {source} cannot be read: {what}") from error
     else:
@@ -58,12 +58,24 @@ def _parse(lines: Iterable[bytes], source: str) -> list[StepReport]:
             if b'"seconds"' in line:
                 if not found:
                     raise ConfigError(f"from: {source}, line {number}: a step comes before the shape of its group")
-                found[-1][1].append(msgspec.json.decode(line, type=StepSample))
+                found[-1][1].append(_checked(msgspec.json.decode(line, type=StepSample)))
             elif line.strip():
                 found.append((msgspec.json.decode(line, type=GroupShape), []))
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             raise ConfigError(f"from: {source}, line {number}: {error}") from error
     return [StepReport(shape=shape, samples=tuple(samples)) for shape, samples in found]
+
+
+def _checked(sample: StepSample) -> StepSample:
+    """Raises ValueError for what no step can be, and nothing could be fitted to."""
+    for field, value, lowest, highest in (
+        ("seconds", sample.seconds, 1e-9, 1e6),
+        ("ended_s", sample.ended_s, 0.0, 1e12),
+        *((f"work.{name}", getattr(sample.work, name), 0, 1e15) for name in sample.work.__struct_fields__),
+    ):
+        if not lowest <= value <= highest:
+            raise ValueError(f"{field} is {value}; it must be from {lowest:g} to {highest:g}")
+    return sample
 
 
 def fit(reports: Sequence[StepReport], *, origin: str) -> StepsFile:

@@ -134,6 +134,8 @@ class Scaling(Part):
     def _in_order(self) -> Self:
         if self.min_groups > self.max_groups:
             raise ValueError(f"min_groups is {self.min_groups} and must not exceed max_groups, {self.max_groups}")
+        if self.policy == "packtrain" and not self.downscale_delay_s:
+            raise ValueError("downscale_delay_s is 0; of policy packtrain it must be above 0")
         return self
 
 

@@ -156,7 +156,7 @@ def _run(flags: dict[str, Any], given: dict[str, Any]) -> int:
 
     if "listen" in given and not flags["machines"]:
         raise ConfigError("--listen needs --machines")
-    host, port = parse_address(flags["listen"], "--listen")
+    host, port = parse_address(flags["listen"], "--listen", lowest_port=0)
     senders = Senders(
         num_processes=flags["processes"],
         num_joined=flags["machines"],

@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -129,6 +130,24 @@ async def test_every_fault_happens_and_streams_that_are_whole_are_found_whole(se
     assert outcome.found == []
     assert outcome.planned == outcome.observed == {fault: 2}
     assert len(outcome.pauses_s[fault]) == 6
+
+
+@pytest.mark.parametrize("name", ["short-stop", "slow", "stop"])
+def test_ctrl_c_leaves_no_process_standing_still(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+
+    def interrupt(*_: object, **__: object) -> None:
+        assert wait_until(lambda: psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED)
+        seen.append("stopped")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(faults, "_lost", interrupt)
+    monkeypatch.setattr(faults, "time", SimpleNamespace(sleep=interrupt))
+    with processes(1) as (victim,), Proxy("127.0.0.1", 1) as proxy:
+        with pytest.raises(KeyboardInterrupt):
+            FAULTS[name](Group(leader=victim.pid, ranks=()), victim.pid, proxy)
+        assert seen == ["stopped"]
+        assert wait_until(lambda: psutil.Process(victim.pid).status() != psutil.STATUS_STOPPED)
 
 
 async def test_a_token_that_is_lost_is_found(serve: Serve) -> None:

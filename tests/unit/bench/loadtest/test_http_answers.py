@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -208,16 +209,23 @@ LINES = st.lists(st.sampled_from([b"", b"{", b"a b", b" :", b"x"]), min_size=1, 
 EVENTS = st.lists(st.tuples(NAMES, LINES), max_size=4)
 
 
-@given(EVENTS, LINE_ENDS, st.sampled_from([b": ", b":"]), st.lists(st.integers(0, 200), max_size=8), st.booleans())
+@given(
+    EVENTS, st.lists(LINE_ENDS, min_size=1, max_size=5), st.sampled_from([b": ", b":"]),
+    st.lists(st.integers(0, 200), max_size=8), st.booleans(), st.sampled_from([b"", BOM_UTF8]), st.booleans(),
+)  # fmt: skip
 def test_events_are_the_same_however_they_are_cut(
-    events: list[tuple[bytes, list[bytes]]], end: bytes, colon: bytes, cuts: list[int], is_closed: bool
-) -> None:
-    expected, text = [], b""
+    events: list[tuple[bytes, list[bytes]]], ends: list[bytes], colon: bytes, cuts: list[int], is_closed: bool, mark: bytes,
+    has_comments: bool,
+) -> None:  # fmt: skip
+    expected, text, line_ends = [], mark, cycle(ends)
     for name, drawn in events:
-        lines = [line.lstrip(b" ") for line in drawn] if colon == b":" else drawn
-        expected.append(Event(name, b"\n".join(lines)))
-        text += b": a comment" + end + b"id: 1" + end + (b"event: " + name + end if name else b"")
-        text += b"".join(b"data" + colon + line + end for line in lines) + end
+        values = [line.lstrip(b" ") for line in drawn] if colon == b":" else drawn
+        expected.append(Event(name, b"\n".join(values)))
+        before = [b": a comment", b"id: 1"] * has_comments + [b"event: " + name] * bool(name)
+        for line in [*before, *(b"data" + colon + value for value in values), b""]:
+            end = next(line_ends)
+            # A CR and a LF would be one end.
+            text += line + (b"\r" if not line and end == b"\n" and text.endswith(b"\r") else end)
     if not is_closed:
         text = text.rstrip(b"\r\n")
     places = sorted({0, len(text), *(cut for cut in cuts if cut <= len(text))})
@@ -227,6 +235,13 @@ def test_events_are_the_same_however_they_are_cut(
     if is_closed:
         assert found == expected  # at once, and not only when the body ends
     assert found + list(reader.end()) == expected
+
+
+def test_an_empty_line_after_an_end_in_two_parts_ends_an_event() -> None:
+    reader, found = EventReader(), []
+    for part in (b"data: a\r", b"\n", b"\n", b"data: b\r", b"", b"\n", b"\r", b"\n"):
+        found += list(reader.feed(part))
+    assert found == [Event(b"", b"a"), Event(b"", b"b")]
 
 
 def test_an_event_that_is_too_long_is_refused() -> None:
@@ -298,6 +313,27 @@ async def test_whole_answers(parts: list[bytes], outcome: Outcome, code: str) ->
 )  # fmt: skip
 def test_a_time_to_come_back_is_a_time(header: str, seconds: float | None) -> None:
     assert _retry_after(header) == seconds
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        '{"data": [{"id": "m", "max_model_len": Infinity}]}', '{"data": [{"id": "m", "max_model_len": 1e400}]}',
+        '{"data": [{"id": "m", "max_model_len": -5}]}', '{"data": [{"id": 5}]}', '{"data": 5}', "[]", "[" * 100_000,
+    ],
+)  # fmt: skip
+async def test_what_is_no_list_of_models_is_told(told: str) -> None:
+    async with server([told.encode()], content_type="application/json") as target:
+        with pytest.raises(ConnectionError, match="/v1/models does not answer as OpenAI's API does"):
+            await resolve(parse_scenario({"tenants": [{"target": target}]}, origin="x"), None)
+
+
+@pytest.mark.parametrize("told", ["1e400", "-1", '"x"', "null", "1e300", "[" * 100_000])
+async def test_a_count_of_tokens_that_is_none_is_not_used(told: str) -> None:
+    body = f'{{"data": [{{"id": "m"}}], "count": {told}}}' if not told.startswith("[") else '{"data": [{"id": "m"}]}'
+    async with server([body.encode()], content_type="application/json") as target:
+        (found,) = await resolve(parse_scenario({"tenants": [{"target": target}]}, origin="x"), None)
+    assert found.facts.tokens_per_word == 1
 
 
 async def test_a_list_of_models_may_come_in_pieces() -> None:

@@ -114,7 +114,7 @@ def test_moments_are_read_with_any_fraction_and_zone(
     text += f"{zone}{offset // 60:02}:{offset % 60:02}" if zone in ("+", "-") else zone
     expected = moment.replace(microsecond=int((fraction + "000000")[:6]), tzinfo=UTC).timestamp()
     expected -= {"+": offset * 60, "-": -offset * 60}.get(zone, 0)
-    assert _moment(text, "timestamp") == pytest.approx(expected, abs=1e-5)
+    assert _moment(text, "timestamp")[0] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,40 @@ def test_prompts_and_conversations_are_read() -> None:
         ("jsonl", '{"prompt": "a", "messages": []}\n', "line 1: it must have either"),
         ("jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: messages must be"),
         ("jsonl", '{"prompt": "a", "output_tokens": 0}\n', "output_tokens is 0"),
+        (
+            "jsonl",
+            '{"prompt": [99999999999]}\n',
+            "token id 99999999999; each must be from 0 to 4294967295",
+        ),
+        ("jsonl", '{"prompt": [5, -1]}\n', "line 1: prompt holds the token id -1"),
+        (
+            "jsonl",
+            '{"prompt": "a"}\n{"prompt": "ab\\ud800"}\n',
+            r"line 2: prompt holds half of a surrogate pair, \\ud800",
+        ),
+        (
+            "jsonl",
+            '{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
+            "line 1: content holds half of a surrogate",
+        ),
+        ("jsonl", '{"messages": [{"role": "\\udc00", "content": "a"}]}\n', "line 1: role holds half of a surrogate"),
+        ("jsonl", '{"prompt": "a", "output_tokens": null, "max_tokens": 0}\n', "line 1: max_tokens is 0"),
+        (
+            "sharegpt",
+            '[{"conversations": [{"from": "human", "value": "\\ud83d"}]}]',
+            "item 0: value holds half of a surrogate",
+        ),
+        (
+            "trace",
+            "timestamp,input_tokens,output_tokens\n1,2,3\n2024-05-10,2,3\n",
+            "line 3: timestamp is '2024-05-10'",
+        ),
+        (
+            "trace",
+            "timestamp,input_tokens,output_tokens\n2024-05-10,2,3\n1,2,3\n",
+            "line 3: timestamp is '1', and .* dates",
+        ),
+        ("trace", "timestamp,input_tokens,output_tokens,input_tokens\n1,2,3,4\n", "several columns 'input_tokens'"),
         ("jsonl", "[" * 100_000, "line 1"),
         ("jsonl", "", "holds no request"),
         ("sharegpt", "{}", "must hold a list"),
@@ -195,6 +229,15 @@ def test_what_is_wrong_in_a_file_is_named(kind: str, text: str, expected: str, t
     arrivals = {"arrivals": {"process": "trace"}} if kind == "trace" else {}
     with pytest.raises(ConfigError, match=expected):
         load_entries(tenant({"kind": kind, "path": tmp_path / "file", **of_trace}, **arrivals))
+
+
+def test_an_answer_is_as_long_as_a_line_says(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text(
+        '{"prompt": "a", "output_tokens": null, "max_tokens": 7}\n{"prompt": "\\ud83d\\ude00"}\n'
+    )
+    entries = load_entries(tenant({"kind": "jsonl", "path": tmp_path / "f"}))
+    assert [entry.output_tokens for entry in entries] == [7, None]
+    assert entries[1].turns == ["\U0001f600"]  # a pair that is whole
 
 
 @pytest.mark.parametrize(

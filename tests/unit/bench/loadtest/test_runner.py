@@ -1,6 +1,7 @@
 """Load on a mock: what is sent, when, by whom, and that each request that was sent ends in exactly one way."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ async def test_every_way_to_ask_is_answered_and_counted(is_http: bool, api: str,
     else:
         assert all(r.prompt_tokens == 4 for r in run.records)
     result = summarise(scenario_of(server, tenant), run)
+    assert result["short_answers"] == 0
     assert result["num_itl"] == (10 if is_streamed else 0)
     assert (result["server_stages"] is not None) == (not is_http and api != "score")
 
@@ -212,8 +214,35 @@ async def test_keys_are_sent_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> 
 async def test_the_runs_own_bound_is_kept() -> None:
     async with mock() as server:
         tenant = {"work": TINY, "arrivals": {"process": "constant", "rate": 200}}
-        run = await run_here(scenario_of(server, tenant, max_requests=7, duration_s=0.5))
+        scenario = scenario_of(server, tenant, max_requests=7, duration_s=0.5)
+        run = await run_here(scenario)
     assert len(run.records) == 7
+    (told,) = [why for why in summarise(scenario, run)["invalid_because"] if "max_requests" in why]
+    assert re.fullmatch(r"max_requests, which bounds the client, ended the load after 0\.\d of 0\.5 s; raise it", told)
+
+
+@pytest.mark.parametrize(
+    "arrivals", [OPEN, {"process": "once"}, {"process": "closed", "users": 3}, {"process": "poisson", "rate": 300}]
+)
+@pytest.mark.parametrize("turns", [1, 2])
+async def test_a_bound_that_keeps_nothing_back_is_not_told(arrivals: dict[str, Any], turns: int) -> None:
+    """The load ends by itself, with as many requests as it may have."""
+    work = TINY | {"turns": {"count": turns}}
+    async with mock() as server:
+        tenant = {"work": work, "arrivals": arrivals, "max_requests": 6}
+        for most, is_cut in ((6 * turns, False), (6 * turns - 1, True)):
+            scenario = scenario_of(server, tenant, max_requests=most, duration_s=60)
+            run = await run_here(scenario)
+            assert len(run.records) == 6 * turns - is_cut
+            assert (summarise(scenario, run)["client"]["bound_reached_s"] is not None) == is_cut
+
+
+async def test_a_score_of_a_whole_prompt_is_not_short() -> None:
+    async with mock() as server:
+        scenario = scenario_of(server, {"api": "score", "max_requests": 2, "arrivals": OPEN})  # 128 tokens of 128
+        run = await run_here(scenario)
+    assert [each.output_tokens for each in run.records] == [127, 127]
+    assert summarise(scenario, run)["short_answers"] == 0
 
 
 async def test_warm_up_is_sent_and_not_measured() -> None:

@@ -9,10 +9,11 @@ import yaml
 from rich.console import Console
 
 from bench.loadtest.campaign import Search, Wanted, run_campaign
-from bench.loadtest.flags import parse_percentiles, parse_sweep, scenario_from
+from bench.loadtest.flags import parse_address, parse_percentiles, parse_sweep, scenario_from
 from bench.loadtest.leader import Senders
 from bench.loadtest.scenario import (
     Closed,
+    Fixed,
     OpenLoop,
     Scenario,
     Trace,
@@ -50,6 +51,13 @@ def tenants(*changes: dict[str, Any], **run: Any) -> Scenario:
         ({"target": "ftp://x"}, "tenants.0.target.*grpc://"),
         ({"target": "grpc://x/path"}, "has a path"),
         ({"target": "http://u:p@x"}, "no user"),
+        ({"target": "http://@x"}, "no user"),
+        ({"target": "http://:p@x"}, "no user"),
+        ({"target": "http://127.0.0.1:0"}, "port 0"),
+        ({"target": "grpc://127.0.0.1:0"}, "port 0"),
+        ({"target": "http://x", "extra_body": {"a": [b"\xff"]}}, "tenants.0.extra_body.*nothing but what JSON has.*bytes"),
+        ({"target": "http://x", "extra_body": {"a": float("nan")}}, "tenants.0.extra_body"),
+        ({"work": {"kind": "synthetic", "input_tokens": 2.5}}, "input_tokens.fixed.tokens.*got 2.5"),
         ({"api": "chat"}, "target grpc://127.0.0.1:50051 takes generate-stream"),
         ({"target": "http://x", "api": "chat", "form": "ids"}, "takes chat alone"),
         ({"api": "score", "work": {"kind": "synthetic", "turns": {"count": 2}}}, "of one turn"),
@@ -125,7 +133,7 @@ def test_rates_and_users_of_sweeps_are_checked_as_those_of_files(number: float) 
     ("wanted", "told"),
     [
         (Wanted(search=Search(slo=[], highest=1e8)), "rate: Input should be less than or equal to 1000000"),
-        (Wanted(search=Search(slo=[], start=1e8)), "rate: Input should be less than or equal to 1000000"),
+        (Wanted(search=Search(slo=[], start=1e8, highest=1e9)), "rate: Input should be less than or equal to 1000000"),
         (Wanted(sweep=[1.0, 1e7]), "rate: Input should be less than or equal to 1000000"),
     ],
 )
@@ -209,6 +217,26 @@ def test_flags_that_say_nothing_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=expected):
             scenario_from(flags)
+
+
+def test_a_whole_number_of_tokens_may_have_a_point() -> None:
+    (tenant,) = tenants({"work": {"kind": "synthetic", "input_tokens": 2.0}}).tenants
+    assert tenant.work.input_tokens == Fixed(tokens=2)
+
+
+def test_addresses_are_read_or_refused() -> None:
+    assert parse_address("[::1]:50060", "--join") == ("::1", 50060)
+    assert parse_address("127.0.0.1:0", "--listen", lowest_port=0) == ("127.0.0.1", 0)
+    for wrong in ("127.0.0.1:²", "127.0.0.1:٣", "127.0.0.1:0", "127.0.0.1:65536", ":5", "x:", "x", "x:-1", "x:1_0"):
+        with pytest.raises(ConfigError, match=r"--join is .*; it must be HOST:PORT"):
+            parse_address(wrong, "--join")
+
+
+def test_a_search_begins_where_it_is_told_to() -> None:
+    assert Search(slo=[], start=0.002).lowest == 0.002
+    assert Search(slo=[], start=4.0).lowest == 0.05
+    with pytest.raises(ConfigError, match="--search-from is 5 and must not exceed --search-to, 2"):
+        Search(slo=[], start=5, highest=2)
 
 
 def test_a_number_of_requests_sends_all_at_once_unless_a_rate_is_given() -> None:

@@ -67,6 +67,10 @@ INF, NAN = math.inf, math.nan
         ),
         ({"scaling": {"max_groups": 3, "upscale_delay_s": INF}}, "scaling.upscale_delay_s"),
         ({"scaling": {"max_groups": 3, "period_s": 1e-9}}, "scaling.period_s"),
+        (
+            {"scaling": {"max_groups": 3, "downscale_delay_s": 0}},
+            "downscale_delay_s is 0; of policy packtrain",
+        ),
         ({"gateways": {"request_s": NAN}}, "gateways.request_s"),
         ({"duration_s": NAN}, "duration_s"),
     ],

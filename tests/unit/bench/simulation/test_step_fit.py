@@ -90,6 +90,23 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     path.write_text('{"model": 3}\n')
     with pytest.raises(ConfigError, match="line 1"):
         read_samples(str(path))
+    none = to_lines([StepReport(shape=SHAPE, samples=(samples(1, noise=0)[0],))]).splitlines()[0]
+    for work, rest, told in (
+        ("[1,1,1,0]", '"seconds":0.0', "seconds is 0.0; it must be from 1e-09 to 1e"),
+        ("[1,1,1,0]", '"seconds":-1', "seconds is -1.0"),
+        ("[1,1,1,0]", '"seconds":1e300', "seconds is 1e.300"),
+        ("[1,1,1,0]", '"seconds":1e400', ""),
+        ("[1,1,1,0]", '"seconds":NaN', ""),
+        ("[1,1,1,0]", '"seconds":1,"ended_s":-1e300', "ended_s is -1e.300"),
+        ("[-1,1,1,0]", '"seconds":1', "work.num_tokens is -1"),
+        ("[1,1,1,1e300]", '"seconds":1', "work.num_pairs is 1e.300"),
+    ):
+        path.write_bytes(none + f'\n{{"work":{work},{rest}}}\n'.encode())
+        with pytest.raises(ConfigError, match=r"steps\.jsonl, line 2: " + told):
+            read_samples(str(path))
+    for address in ("http://[::1", "http://:x/", "http://h:99999999/steps"):
+        with pytest.raises(ConfigError, match=r"from: http.* cannot be read"):
+            read_samples(address)
     with pytest.raises(ConfigError, match="No such file"):
         read_samples(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="at least 50"):
