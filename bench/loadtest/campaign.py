@@ -21,7 +21,7 @@ from bench.loadtest.leader import Crew, Interrupt, Run, Senders, crew
 from bench.loadtest.live import Board, print_result, watched
 from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.runner import Resolved
-from bench.loadtest.scenario import Closed, Scenario, Trace, with_rate, with_seed, with_users
+from bench.loadtest.scenario import Closed, OpenLoop, Scenario, Trace, has_turns, with_rate, with_seed, with_users
 from bench.loadtest.search import ClientLimitError, Found, Probe, search
 from bench.loadtest.summary import PERCENTILES, summarise
 from bench.loadtest.targets import check_allowed
@@ -145,7 +145,7 @@ class Campaign:
     async def sweep(self) -> Exit:
         """One point for each rate, or number of users where the load is a closed loop."""
         scenarios = _swept(self._scenario, self._wanted.sweep)
-        unit = "users" if _is_closed(self._scenario) else "requests/s sent"
+        unit = _unit(self._scenario)
         points: list[tuple[float, dict[str, Any]]] = []
         for at, scenario in zip(self._wanted.sweep, scenarios, strict=True):
             results = []
@@ -162,7 +162,7 @@ class Campaign:
 
     async def search(self, bounds: Search) -> Exit:
         """The highest rate that keeps the SLO."""
-        number = 0
+        number, unit = 0, _unit(self._scenario)
 
         async def measure(rate: float) -> Probe:
             nonlocal number
@@ -171,7 +171,7 @@ class Campaign:
             run, result = await self._once(with_seed(scenario, number))
             probe = probed(rate, result, bounds.slo)
             verdict = "keeps" if probe.passed else f"does not keep ({probe.why})"
-            self._console.print(f"{rate:g} requests/s {verdict} the SLO: {_line(result)}", highlight=False)
+            self._console.print(f"{rate:g} {unit} {verdict} the SLO: {_line(result)}", highlight=False)
             if run.was_interrupted:
                 raise asyncio.CancelledError
             if not result["valid"]:
@@ -191,10 +191,12 @@ class Campaign:
             if not self._stop.is_set():
                 raise
             return Exit.INTERRUPTED
-        lines = found_lines(found, bounds.slo)
+        lines = found_lines(found, bounds.slo, unit)
         for line in lines:
             self._console.print(line, style="bold", markup=False, highlight=False)
-        facts = {"rate": found.rate, "failed_at": found.failed_at, "ended_because": found.ended_because, "lines": lines}
+        facts = {
+            "unit": unit, "rate": found.rate, "failed_at": found.failed_at, "ended_because": found.ended_because, "lines": lines,
+        }  # fmt: skip
         self._write_points("search", facts, [(probe.rate, probe.result) for probe in found.probes], lines)
         return Exit.DONE if found.rate is not None else Exit.DOES_NOT_HOLD
 
@@ -208,8 +210,8 @@ class Campaign:
             ]
             write_json({"kind": kind, "name": self._scenario.name, **facts, "points": rows}, self._wanted.json_file)
         if self._wanted.html_file:
-            unit = str(facts.get("unit", "requests/s sent"))
-            write_text(curve_report(f"{self._scenario.name}: {kind}", lines, points, unit), self._wanted.html_file)
+            page = curve_report(f"{self._scenario.name}: {kind}", lines, points, facts["unit"])
+            write_text(page, self._wanted.html_file)
 
     async def _once(self, scenario: Scenario) -> tuple[Run, dict[str, Any]]:
         board = Board(scenario)
@@ -248,13 +250,13 @@ def probed(rate: float, result: dict[str, Any], slo: Sequence[Assertion]) -> Pro
     return Probe(rate, not broken, "; ".join(broken), result)
 
 
-def found_lines(found: Found, slo: Sequence[Assertion]) -> list[str]:
+def found_lines(found: Found, slo: Sequence[Assertion], unit: str) -> list[str]:
     """What a search came to, in words."""
     bounds = ", ".join(bound.text for bound in slo)
     if found.rate is None:
         return [f"no rate that was tried keeps {bounds}: {found.ended_because}"]
     beyond = "" if found.failed_at is None else f"; {found.failed_at:.4g} does not"
-    return [f"{found.rate:.4g} requests/s keep {bounds}{beyond} ({found.ended_because}; {len(found.probes)} runs)"]
+    return [f"{found.rate:.4g} {unit} keep {bounds}{beyond} ({found.ended_because}; {len(found.probes)} runs)"]
 
 
 def _line(result: dict[str, Any]) -> str:
@@ -264,6 +266,16 @@ def _line(result: dict[str, Any]) -> str:
         f"{result['request_throughput']:.2f} requests/s, {result['output_throughput']:.0f} tokens/s, {', '.join(shown)}, "
         f"{result['refused']} refused, {result['errors']} failed" + ("" if result["valid"] else ", NOT VALID")
     )
+
+
+def _unit(scenario: Scenario) -> str:
+    """What the numbers of a sweep or a search are."""
+    if _is_closed(scenario):
+        return "users"
+    unit = "sessions/s begun" if any(has_turns(tenant.work) for tenant in scenario.tenants) else "requests/s sent"
+    loops = (tenant.arrivals for tenant in scenario.tenants)
+    has_bursts = any(isinstance(loop, OpenLoop) and loop.bursts is not None for loop in loops)
+    return f"{unit} between bursts" if has_bursts else unit
 
 
 def _is_closed(scenario: Scenario) -> bool:

@@ -29,10 +29,11 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def report(scenario: Scenario, result: Mapping[str, Any], records: Sequence[Record]) -> str:
     """Of one run, or of the first of several beside what all came to."""
+    of_first = ", run 1" if result.get("runs") else ""
     sections = [
         _verdict(result),
         _figures(result),
-        *(_plots(title, plots) for title, plots in _measured(scenario, result, records)),
+        *(_plots(title + of_first, plots) for title, plots in _measured(scenario, result, records)),
         _tenants(result),
         _client(result),
     ]

@@ -1,8 +1,9 @@
 """Several runs as one result, and requests as CSV with a line each."""
 
 import csv
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ _SUMMED = frozenset({
     "duration", "completed", "failed", "sent", "finished", "refused", "cancelled", "errors", "total_input_tokens",
     "total_output_tokens", "short_answers", "retries", "num_ttft", "num_tpot", "num_itl", "num_e2el",
 })  # fmt: skip
+_OF_ONE_RUN = ("window", "coordinated_omission", "steady_state", "little")
 COLUMNS = (
     "run", "tenant", "session", "turn", "outcome", "code", "reason", "attempts", "intended_s", "sent_s", "first_token_s",
     "last_token_s", "ended_s", "ttft_s", "tpot_s", "e2el_s", "prompt_tokens", "output_tokens", "gateway_s", "queue_s",
@@ -25,9 +27,10 @@ COLUMNS = (
 
 
 def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs as one: counts are summed, other figures averaged; `runs` keeps each, `between_runs` their spread.
+    """Several runs as one: counts are summed, the largest and smallest kept, and other figures averaged.
 
-    What a run did not measure is None and no part of an average.
+    `runs` keeps each run, `between_runs` their spread, which `confidence` is of then; `client` is the worst of each figure. What a
+    run did not measure is None and no part of an average. None as well is what is of one run alone.
     """
     first = dict(results[0])
     if len(results) == 1:
@@ -47,6 +50,18 @@ def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             interval = mean_interval(np.array(values))
             between[name] = {"std": statistics.stdev(values), "low": interval.low, "high": interval.high}
     merged["between_runs"] = between
+    merged["confidence"] = {
+        name: {
+            "low": _finite(between[name]["low"]),
+            "high": _finite(between[name]["high"]),
+            "effective_samples": len(results),
+        }
+        for name in dict.fromkeys(name for result in results for name in result["confidence"])
+        if name in between
+    }
+    merged["client"] = _worst([result["client"] for result in results])
+    merged["server_stages"] = _stages([result["server_stages"] for result in results])
+    merged |= dict.fromkeys(_OF_ONE_RUN)
     merged["requests"] = {
         name: [value for result in results for value in result["requests"][name]]
         if isinstance(column, list)
@@ -57,6 +72,26 @@ def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def _finite(edge: float) -> float | None:
+    """None of an interval that is open."""
+    return edge if math.isfinite(edge) else None
+
+
+def _worst(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each figure the one that says most against the client."""
+    columns = {name: [client[name] for client in clients if client[name] is not None] for name in clients[0]}
+    return {
+        name: (min if name == "bound_reached_s" else max)(values) if values else None
+        for name, values in columns.items()
+    }
+
+
+def _stages(accounts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The averages of those that there are."""
+    told = [account for account in accounts if account is not None]
+    return {name: _merged([account[name] for account in told]) for name in told[0]} if told else None
+
+
 def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in parts[0]:
@@ -65,8 +100,17 @@ def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             labels = {label for each in values for label in each}
             merged[name] = {label: sum(each.get(label, 0) for each in values) for label in sorted(labels)}
         elif values and name != "seed" and all(type(each) in (int, float) for each in values):
-            merged[name] = sum(values) if name in _SUMMED else statistics.fmean(values)
+            merged[name] = _way_of(name)(values)
     return merged
+
+
+def _way_of(name: str) -> Callable[[Sequence[float]], float]:
+    """How a figure of several runs is made of theirs."""
+    if name in _SUMMED:
+        return sum
+    if name.startswith("max_"):
+        return max
+    return min if name.startswith("min_") else statistics.fmean
 
 
 def write_csv(scenario: Scenario, runs: Sequence[Sequence[Record]], path: Path) -> None:

@@ -17,7 +17,7 @@ from bench.json_files import write_json
 from bench.loadtest.assertions import parse_assertion
 from bench.loadtest.campaign import _line
 from bench.loadtest.compare import compare
-from bench.loadtest.html_report import curve_report
+from bench.loadtest.html_report import curve_report, report
 from bench.loadtest.leader import Run
 from bench.loadtest.live import print_result
 from bench.loadtest.outputs import of_repeats, write_csv
@@ -211,6 +211,31 @@ def test_repeats_are_summed_and_averaged() -> None:
     assert len(both["runs"]) == 2 and len(both["requests"]["ttft_s"]) == 200
     assert both["between_runs"]["median_ttft_ms"]["std"] == pytest.approx(70.71, rel=1e-3)
     assert both["tenants"]["default"]["completed"] == 200
+
+
+def test_what_stands_beside_averages_of_runs_is_of_all_of_them() -> None:
+    times = list(np.arange(0, 10, 0.1))
+    clients = [{"cpu_s": 2.0}, {"cpu_s": 7.0}, {"cpu_s": 1.0, "lags_s": [0.003] * 50, "bound_reached_s": 99.5}]
+    results = [
+        summary(records_at(times, took_s=took_s), **client)
+        for took_s, client in zip((0.2, 0.4, 0.6), clients, strict=True)
+    ]
+    both = of_repeats(results)
+    for name in ("mean_ttft_ms", "median_ttft_ms", "p99_e2el_ms"):
+        interval, spread = both["confidence"][name], both["between_runs"][name]
+        assert (interval["low"], interval["high"]) == (spread["low"], spread["high"])
+        assert interval["low"] < both[name] < interval["high"] and interval["effective_samples"] == 3
+    assert both["max_ttft_ms"] == pytest.approx(300) and both["min_ttft_ms"] == pytest.approx(100)
+    assert not parse_assertion("ttft_max<250ms").check(both).holds
+    assert both["max_concurrent_requests"] == max(result["max_concurrent_requests"] for result in results)
+    assert both["client"]["max_cpu"] == pytest.approx(0.7) and both["client"]["median_send_lag_ms"] == pytest.approx(3)
+    assert both["client"]["bound_reached_s"] == 99.5
+    assert both["server_stages"]["queue"]["median_ms"] == pytest.approx(10)
+    for name in ("window", "coordinated_omission", "steady_state", "little"):
+        assert both[name] is None and all(run[name] is not None for run in both["runs"])
+    page = report(scenario(), both, records_at(times))
+    assert "Over time, run 1" in page and ", run 1" not in report(scenario(), results[0], records_at(times))
+    print_result(both, Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("place", range(3))

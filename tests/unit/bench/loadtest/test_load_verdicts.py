@@ -168,7 +168,7 @@ async def test_a_search_ends_at_its_bounds_and_where_the_client_ends() -> None:
     bounds: dict[str, Any] = {"start": 1.0, "lowest": 0.5, "highest": 64.0, "precision": 0.05, "repeats": 1}
     assert (await search(always, **bounds)).rate == 64
     nothing = await search(never, **bounds)
-    assert nothing.rate is None and "no rate" in found_lines(nothing, [])[0]
+    assert nothing.rate is None and "no rate" in found_lines(nothing, [], "requests/s sent")[0]
     limited = await search(weak, **bounds)
     assert limited.rate == 4 and "bottleneck" in limited.ended_because
 

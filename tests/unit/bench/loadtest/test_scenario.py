@@ -8,7 +8,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from bench.loadtest.campaign import Search, Wanted, run_campaign
+from bench.loadtest.campaign import Search, Wanted, _unit, found_lines, run_campaign
 from bench.loadtest.flags import parse_address, parse_percentiles, parse_sweep, scenario_from
 from bench.loadtest.leader import Senders
 from bench.loadtest.scenario import (
@@ -23,9 +23,11 @@ from bench.loadtest.scenario import (
     with_seed,
     with_users,
 )
+from bench.loadtest.search import Found
 from bench.loadtest.targets import check_allowed, parse_target
 from model_parallel.errors import ConfigError
 
+BURSTS = {"every_s": 9, "length_s": 1, "times": 5}
 EXAMPLES = Path(__file__).parents[4] / "examples" / "load"
 
 
@@ -230,6 +232,22 @@ def test_addresses_are_read_or_refused() -> None:
     for wrong in ("127.0.0.1:²", "127.0.0.1:٣", "127.0.0.1:0", "127.0.0.1:65536", ":5", "x:", "x", "x:-1", "x:1_0"):
         with pytest.raises(ConfigError, match=r"--join is .*; it must be HOST:PORT"):
             parse_address(wrong, "--join")
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit"),
+    [
+        ([{}], "requests/s sent"),
+        ([{"work": {"kind": "synthetic", "turns": {"count": 3}}}], "sessions/s begun"),
+        ([{}, {"work": {"kind": "sharegpt", "path": "x", "max_turns": 2}}], "sessions/s begun"),
+        ([{"arrivals": {"process": "poisson", "bursts": BURSTS}}], "requests/s sent between bursts"),
+        ([{"arrivals": {"process": "closed"}, "work": {"kind": "synthetic", "turns": {"count": 3}}}], "users"),
+    ],
+)  # fmt: skip
+def test_the_numbers_of_a_search_are_told_by_what_they_are(changes: list[dict[str, Any]], unit: str) -> None:
+    assert _unit(tenants(*changes)) == unit
+    told = found_lines(Found(rate=2.0, failed_at=3.0), [], unit)[0]
+    assert told.startswith(f"2 {unit} keep ")
 
 
 def test_a_search_begins_where_it_is_told_to() -> None:
