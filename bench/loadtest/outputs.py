@@ -29,8 +29,8 @@ COLUMNS = (
 def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several runs as one: counts are summed, the largest and smallest kept, and other figures averaged.
 
-    `runs` keeps each run, `between_runs` their spread, which `confidence` is of then; `client` is the worst of each figure. What a
-    run did not measure is None and no part of an average. None as well is what is of one run alone.
+    `runs` keeps each run, `between_runs` their spread, which `confidence` is of then; `client` is the worst of each figure. What
+    a run did not measure is None and no part of an average. None as well is what is of one run alone.
     """
     first = dict(results[0])
     if len(results) == 1:
