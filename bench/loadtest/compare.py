@@ -1,6 +1,7 @@
 """Whether two results differ by more than chance."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.loadtest.estimates import Difference, Values, bootstrap, welch
+from bench.loadtest.estimates import Difference, Values, bootstrap, effective_size, welch
 from model_parallel.errors import ConfigError
 
 MAX_FILE_BYTES = 512 << 20
 _SEED = 1
-MIN_SAMPLES = 20
+MIN_EFFECTIVE = {"mean": 20, "median": 20, "p99": 100}
+"""Independent values that are needed to judge a figure. With fewer, equal servers are called different more often than they may
+be, since the tail that a p99 is of was hardly seen."""
 MIN_REPEATS = 3
 Figure = Callable[[Values], Any]
 
@@ -112,9 +115,15 @@ def _judge(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Diffe
         return None, f"needs {MIN_REPEATS} repeats of each"
     column, figure = LATENCIES[name]
     series = [_column(result, column) for result in (a, b)]
-    if min(map(len, series)) < MIN_SAMPLES:
-        return None, f"needs {MIN_SAMPLES} requests of each"
-    return bootstrap(series[0], series[1], figure, _SEED), "block bootstrap of the requests"
+    if num_needed := max(_num_lacking(values, MIN_EFFECTIVE[name.partition("_")[0]]) for values in series):
+        return None, f"needs about {num_needed} requests of each"
+    return bootstrap(series[0], series[1], figure, _SEED), "bootstrap of the requests"
+
+
+def _num_lacking(values: Values, effective: int) -> int:
+    """How many requests would tell as much as so many independent ones; 0 when these do."""
+    told = effective_size(values)
+    return 0 if told >= effective else math.ceil(effective * max(1.0, len(values) / max(told, 1.0)))
 
 
 def _column(result: Mapping[str, Any], name: str) -> Values:
@@ -125,6 +134,6 @@ def _column(result: Mapping[str, Any], name: str) -> Values:
     kept = (
         value
         for value, outcome in zip(requests[name], outcomes, strict=True)
-        if value is not None and outcome == "finished"
+        if value is not None and math.isfinite(value) and outcome == "finished"
     )
     return np.array([float(value) for value in kept])

@@ -138,31 +138,30 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Difference:
 def bootstrap(
     a: Values, b: Values, figure: Callable[[NDArray[np.float64]], Any], seed: int, rounds: int = 1000
 ) -> Difference:
-    """Two series of requests, each resampled in blocks as long as its memory (circular block bootstrap).
+    """Two series of requests, from each of which as many are drawn, again and again, as it tells: its effective sample size.
 
-    `figure` is taken along the last axis. The p value is that of no difference, by the percentile interval that just holds 0.
+    `figure` is taken along the last axis. Of what is drawn only the spread counts, since fewer values have other quantiles. The p
+    value is that of no difference, by the percentile interval that just holds 0.
     """
     draw = np.random.default_rng(seed)
+    base, other = (float(figure(values[None, :])[0]) for values in (a, b))
     firsts, seconds = (_resampled(values, figure, draw, rounds) for values in (a, b))
-    base = float(figure(a[None, :])[0])
-    changes = np.sort(seconds - firsts)
+    changes = seconds - firsts
+    changes += other - base - changes.mean()
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(np.quantile(changes, q)) for q in (tail, 1 - tail))
     tails = float((changes <= 0).mean()), float((changes >= 0).mean())
-    relative = _ratio(float(figure(b[None, :])[0]) - base, base)
     # A share of 0 out of `rounds` says only that the probability is below about 1 / rounds.
-    return Difference(relative, _ratio(low, base), _ratio(high, base), min(1.0, max(2 * min(tails), 1 / rounds)))
+    p_value = min(1.0, max(2 * min(tails), 1 / rounds))
+    return Difference(_ratio(other - base, base), _ratio(low, base), _ratio(high, base), p_value)
 
 
 def _resampled(values: Values, figure: Callable[[Values], Any], draw: np.random.Generator, rounds: int) -> Values:
-    count = len(values)
-    length = max(1, min(count, math.ceil(count / effective_size(values))))
-    num_blocks = math.ceil(count / length)
-    at_a_time = max(1, _BOOTSTRAP_CELLS // max(1, count))
+    count = math.ceil(effective_size(values))
+    at_a_time = max(1, _BOOTSTRAP_CELLS // count)
     found = []
     for begin in range(0, rounds, at_a_time):
-        starts = draw.integers(0, count, (min(at_a_time, rounds - begin), num_blocks, 1))
-        places = ((starts + np.arange(length)) % count).reshape(len(starts), -1)[:, :count]
+        places = draw.integers(0, len(values), (min(at_a_time, rounds - begin), count))
         found.append(np.asarray(figure(values[places]), float))
     return np.concatenate(found)
 

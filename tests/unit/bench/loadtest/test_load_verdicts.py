@@ -3,8 +3,11 @@
 import contextlib
 import io
 import json
+import math
 import random
+import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +203,36 @@ def test_a_difference_is_judged_by_requests_or_by_repeats() -> None:
     faster = {"runs": [{"request_throughput": value} for value in (6.0, 6.1, 5.9)]}
     judged = {row.name: row for row in compare(a | runs, b | faster)}["request_throughput"].difference
     assert judged is not None and judged.is_significant
+
+
+def latencies(count: int, memory: float, draw: np.random.Generator) -> list[float]:
+    """Log-normal; each remembers that part of the one before."""
+    noise = draw.standard_normal(count + 100)
+    values = np.zeros(count + 100)
+    for index in range(1, len(values)):
+        values[index] = memory * values[index - 1] + math.sqrt(1 - memory**2) * noise[index]
+    return (0.1 * np.exp(0.5 * values[100:])).tolist()
+
+
+@pytest.mark.parametrize(
+    ("count", "memory"), [(20, 0.0), (30, 0.0), (60, 0.0), (150, 0.0), (60, 0.5), (100, 0.9), (600, 0.9)]
+)
+def test_equal_servers_are_seldom_called_different(count: int, memory: float) -> None:
+    """In one comparison of twenty, whether or not it comes to a judgement; resampled in short blocks it was up to 40 %."""
+    draw, num_judged, num_different = np.random.default_rng(count), Counter[str](), Counter[str]()
+    for _ in range(60):
+        for row in compare(*(result_of(latencies(count, memory, draw)) for _ in range(2))):
+            if row.difference is not None:
+                num_judged[row.name] += 1
+                num_different[row.name] += row.difference.is_significant
+            elif row.name != "request_throughput":
+                needed = re.fullmatch(r"needs about (\d+) requests of each", row.how)
+                assert needed and int(needed[1]) > count
+    # Three standard deviations of a binomial of 60 are 5; the effective size is only estimated.
+    assert max(num_different.values(), default=0) <= 9
+    effective = count * (1 - memory) / (1 + memory)
+    assert (num_judged["mean_ttft_ms"] > 45) == (num_judged["median_ttft_ms"] > 45) == (effective >= 29)
+    assert (num_judged["p99_ttft_ms"] > 45) == (effective >= 150)
 
 
 def test_results_of_vllm_bench_serve_can_be_compared(tmp_path: Path) -> None:
