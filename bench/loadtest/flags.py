@@ -166,7 +166,7 @@ def parse_sweep(text: str) -> list[float]:
 def parse_address(text: str, flag: str, *, lowest_port: int = 1) -> tuple[str, int]:
     """HOST:PORT. Raises ConfigError."""
     host, _, port = text.rpartition(":")
-    is_number = port.isascii() and port.isdigit()
+    is_number = port.isascii() and port.isdigit() and len(port) <= 5
     if not host or not is_number or not lowest_port <= int(port) <= 65535:
         raise ConfigError(f"{flag} is {text!r}; it must be HOST:PORT, with a port from {lowest_port} to 65535")
     return host.strip("[]"), int(port)

@@ -345,7 +345,7 @@ class Tenant(Part):
     @classmethod
     def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
-            json.dumps(value, allow_nan=False)
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:
             raise ValueError(f"it must hold nothing but what JSON has: {error}") from None
         return value

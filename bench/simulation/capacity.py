@@ -141,8 +141,8 @@ class _Trial:
         self.scenario = question.scenario.model_copy(update={"groups": groups, "scaling": None})
         self.plan: Plan = resolve(groups)
         self.requests: Requests = make_requests(self.scenario, max_model_len=self.plan.max_model_len)
-        self.not_counted = ""
-        """Which requests no number of groups serves, in words; empty when there are none."""
+        self.not_counted: dict[int, str] = {}
+        """By groups: which requests count for nothing, in words; empty when there are none."""
         self.tried: dict[int, dict[str, Any]] = {}
         self._reached: dict[int, tuple[float, ...]] = {}
         """By groups: what the bounds are about, and requests that were lost."""
@@ -180,9 +180,9 @@ class _Trial:
             columns = Columns(fleet)
             measured = columns.arrived_s >= scenario.warmup_s
             chosen = measured & ~np.isin(columns.status, _WHATEVER_GROUPS_THERE_ARE)
-            self.not_counted = _not_counted(columns.status[measured], int(summary["sent"]))
+            self.not_counted[num_groups] = _not_counted(columns.status[measured], int(summary["sent"]))
             if not chosen.any():
-                raise _NothingServedError(f"nothing of this load can be served: {self.not_counted}")
+                raise _NothingServedError(f"nothing of this load can be served: {self.not_counted[num_groups]}")
             reached = {bound.name: reached_s(columns, chosen, bound) for bound in self._question.slo}
             num_lost = float((chosen & (columns.status != Status.FINISHED)).sum())
             self._reached[num_groups] = (*reached.values(), num_lost)
@@ -358,8 +358,8 @@ def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
     for num_groups in sorted({max(1, num) for num in (fewest - 1, *(round(fewest * part) for part in CURVE))}):
         trial.with_groups(num_groups)
     best = trial.with_groups(fewest)
-    if trial.not_counted:
-        found["notes"].append(f"{question.shape}: {trial.not_counted}; the answer is for the others")
+    if not_counted := trial.not_counted[fewest]:
+        found["notes"].append(f"{question.shape}: {not_counted}; the answer is for the others")
     return found | {
         "best": best,
         "curve": [trial.tried[num] for num in sorted(trial.tried)],

@@ -59,6 +59,7 @@ def tenants(*changes: dict[str, Any], **run: Any) -> Scenario:
         ({"target": "grpc://127.0.0.1:0"}, "port 0"),
         ({"target": "http://x", "extra_body": {"a": [b"\xff"]}}, "tenants.0.extra_body.*nothing but what JSON has.*bytes"),
         ({"target": "http://x", "extra_body": {"a": float("nan")}}, "tenants.0.extra_body"),
+        ({"target": "http://x", "extra_body": {"a": "\ud800"}}, "tenants.0.extra_body.*surrogates not allowed"),
         ({"work": {"kind": "synthetic", "input_tokens": 2.5}}, "input_tokens.fixed.tokens.*got 2.5"),
         ({"api": "chat"}, "target grpc://127.0.0.1:50051 takes generate-stream"),
         ({"target": "http://x", "api": "chat", "form": "ids"}, "takes chat alone"),
@@ -229,7 +230,18 @@ def test_a_whole_number_of_tokens_may_have_a_point() -> None:
 def test_addresses_are_read_or_refused() -> None:
     assert parse_address("[::1]:50060", "--join") == ("::1", 50060)
     assert parse_address("127.0.0.1:0", "--listen", lowest_port=0) == ("127.0.0.1", 0)
-    for wrong in ("127.0.0.1:²", "127.0.0.1:٣", "127.0.0.1:0", "127.0.0.1:65536", ":5", "x:", "x", "x:-1", "x:1_0"):
+    for wrong in (
+        "127.0.0.1:²",
+        "127.0.0.1:٣",
+        "127.0.0.1:0",
+        "127.0.0.1:65536",
+        ":5",
+        "x:",
+        "x",
+        "x:-1",
+        "x:1_0",
+        "x:" + "9" * 5000,
+    ):
         with pytest.raises(ConfigError, match=r"--join is .*; it must be HOST:PORT"):
             parse_address(wrong, "--join")
 
