@@ -163,13 +163,15 @@ class AdminServer:
         """Follow changes of keys until cancelled. Without the database the service is shown as NOT_SERVING."""
         while True:
             await asyncio.sleep(self._refresh_s)
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
             try:
                 await operators.refresh()
+                status = health_pb2.HealthCheckResponse.SERVING
             except StoreUnavailableError as error:
                 logger.warning("%s", error)
-                await self._show(health_pb2.HealthCheckResponse.NOT_SERVING)
-            else:
-                await self._show(health_pb2.HealthCheckResponse.SERVING)
+            except Exception:  # whatever it is, keys that are revoked later must not stay good
+                logger.exception("changes of keys cannot be followed")
+            await self._show(status)
 
     async def _show(self, status: int) -> None:
         for name in ("", ADMIN):

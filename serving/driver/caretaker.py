@@ -55,6 +55,8 @@ class Caretaker:
                 self._look()
             except (RayError, RuntimeError, ValueError, OSError) as error:  # OSError: TimeoutError too
                 logger.warning("it cannot be told whether everything is there: %s: %s", type(error).__name__, error)
+            except Exception:  # the thread must outlive whatever the control store answers
+                logger.exception("it cannot be told whether everything is there")
 
     def _look(self) -> None:
         self._num_missing = 0 if self._has_controller() else self._num_missing + 1

@@ -62,6 +62,8 @@ class NodeFollower:
                 self._follow(self._look())
             except (RayError, RuntimeError, OSError, StartError) as error:  # OSError: TimeoutError too
                 logger.warning("nodes that have come or gone cannot be followed: %s", error)
+            except Exception:  # the thread must outlive whatever the control store answers
+                logger.exception("nodes that have come or gone cannot be followed")
 
     def _follow(self, hosts: Mapping[str, str]) -> None:
         wanted = max(1, len(set(hosts.values())))

@@ -157,7 +157,10 @@ class Gateway:
     async def _look_again(self) -> None:
         while True:
             await asyncio.sleep(LOOK_PERIOD_S)
-            await self._look()
+            try:
+                await self._look()
+            except Exception:  # the loop must outlive whatever a model does; what was not done is done at the next look
+                logger.exception("the gateway does not serve yet what the record says")
 
     async def _follow(self, served: Served) -> None:
         before, shown = self._served.models, served.shown

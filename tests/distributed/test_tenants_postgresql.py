@@ -35,12 +35,14 @@ from tests.unit.tenants.test_quota_race import (
     _quick_retries,
     test_a_hundred_races,
     test_an_authority_that_was_replaced_decides_nothing_more,
+    test_changes_arrive_after_looks_that_failed_however_they_failed,
     test_losses_and_restarts_change_nothing,
 )
 from tests.unit.tenants.test_store import (
     gold,
     test_a_name_is_taken_once_however_many_ask,
     test_a_rotated_key_allows_the_same_for_as_long,
+    test_a_table_that_is_missing_is_named,
     test_an_update_changes_what_it_names,
     test_every_change_and_nothing_else_moves_the_generation,
     test_lists_come_in_pages,
@@ -135,3 +137,13 @@ def test_a_server_that_restarts_is_unavailable_meanwhile_and_then_found_again(go
         gold.create_tenant(Tenant(id="late", plan="gold"))
     server.start()
     assert [key.id for key in gold.snapshot().keys] == [issued.key.id]
+
+
+def test_a_server_that_may_only_be_read_is_unavailable_for_changes(gold: Store) -> None:
+    with gold.database.write() as session:
+        name = session.execute(sa.text("SELECT current_database()")).scalar_one()
+        session.execute(sa.text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    gold.database.close()
+    with pytest.raises(StoreUnavailableError, match="read-only transaction"):
+        gold.create_tenant(Tenant(id="late", plan="gold"))
+    assert [tenant.id for tenant in gold.list_tenants()] == ["acme"]

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
+from model_parallel.errors import ConfigError
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.authority.ledger import Ledger, SupersededError
@@ -212,8 +213,11 @@ class AuthorityService:
             )
             try:
                 await self._in_thread(self._core.tick, silent, gone)
-            except (StoreUnavailableError, SupersededError) as error:
+            except (StoreUnavailableError, ConfigError, SupersededError) as error:
                 logger.warning("keys and limits stay as they were: %s", error)
+                continue
+            except Exception:  # whatever it is, keys that are revoked later must not stay good
+                logger.exception("keys and limits stay as they were")
                 continue
             for gateway_id in gone:
                 for by_gateway in (self._heard_s, self._recalls, self._news):

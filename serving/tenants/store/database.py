@@ -16,7 +16,7 @@ from alembic.migration import MigrationContext
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
@@ -94,15 +94,17 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (OperationalError, InterfaceError) as error:
-            reason = str(error.orig).strip().partition("\n")[0]
-            raise StoreUnavailableError(f"the database {self.shown_url} cannot be used now: {reason}") from error
         except PoolTimeoutError as error:
             raise StoreUnavailableError(f"all connections to the database {self.shown_url} are in use") from error
-        except DatabaseError as error:
-            if self._is_sqlite and "not a database" in str(error.orig):
+        except (DataError, IntegrityError):
+            raise  # of what we write, and so our own fault
+        except DBAPIError as error:
+            reason = str(error.orig).strip().partition("\n")[0]
+            if self._is_sqlite and "not a database" in reason:
                 raise ConfigError(f"the database {self.shown_url}: the file is not an SQLite database") from error
-            raise
+            # A server that may only be read, rights that are missing, a table that was taken away, a damaged file: all of it can
+            # be mended while programs go on.
+            raise StoreUnavailableError(f"the database {self.shown_url} cannot be used now: {reason}") from error
 
 
 def _schema_of(connection: Connection) -> str | None:

@@ -54,8 +54,9 @@ def test_a_controller_that_comes_back_is_waited_for(script: str) -> None:
     assert not caretaker.is_over.is_set()
 
 
-def test_an_autoscaler_that_cannot_be_begun_is_tried_again() -> None:
-    actors = Actors("+", fails=RayError("no node"))
+@pytest.mark.parametrize("error", [RayError("no node"), KeyError("a bug")])
+def test_an_autoscaler_that_cannot_be_begun_is_tried_again(error: Exception) -> None:
+    actors = Actors("+", fails=error)
     caretaker = watch(actors)
     assert actors.is_through.wait(PATIENCE_S)
     caretaker.close()

@@ -68,4 +68,6 @@ def test_one_is_always_left() -> None:
 
 
 def test_a_cluster_that_does_not_answer_changes_nothing() -> None:
-    assert follow(RuntimeError("the control store"), StartError("the controller"), "abc").orders == [3]
+    assert follow(RuntimeError("the control store"), StartError("the controller"), KeyError("a bug"), "abc").orders == [
+        3
+    ]

@@ -19,6 +19,7 @@ from serving.gateway import deployment
 from serving.gateway.core.catalogue import Catalogue
 from serving.gateway.deployment import Gateway
 from serving.observability.metrics import GatewayMetrics
+from tests.support.waiting import until
 from tests.unit.gateway.conftest import Running, Serve
 
 
@@ -196,6 +197,25 @@ async def test_what_waits_is_told_which_models_there_are(serve: Serve, record: R
         record.served = served(3, card("tiny", weights="other"))
         await gateway._look()
         assert running.backend.kept == [{"plain": "p", "tiny": "t"}, {"tiny": "other"}]  # type: ignore[attr-defined]
+
+
+async def test_a_look_that_fails_is_made_again(serve: Serve, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = iter([KeyError("a bug"), ValueError("another")])
+
+    def set_adapters(adapters: object) -> None:
+        if error := next(failures, None):
+            raise error
+
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        monkeypatch.setattr(deployment, "LOOK_PERIOD_S", 0.001)
+        monkeypatch.setattr(running.backend, "set_adapters", set_adapters, raising=False)
+        record.served = served(2, card("tiny"))
+        looking = asyncio.create_task(gateway._look_again())
+        await until(lambda: gateway._served.generation == 2 or looking.done())
+        assert not looking.done()
+        looking.cancel()
+        assert await names(running) == ["tiny"]
 
 
 async def test_a_record_that_cannot_be_read_changes_nothing(

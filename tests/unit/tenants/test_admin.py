@@ -298,6 +298,22 @@ async def test_health_is_open_and_follows_the_database(
     watch.cancel()
 
 
+async def test_keys_are_followed_again_after_a_bug(
+    admin: Running, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = health_pb2_grpc.HealthStub(admin.channel).Watch(health_pb2.HealthCheckRequest(service=ADMIN))
+    assert (await watch.read()).status == Status.SERVING
+
+    def broken() -> int:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "generation", broken)
+        assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.NOT_SERVING
+    assert (await asyncio.wait_for(watch.read(), PATIENCE_S)).status == Status.SERVING
+    watch.cancel()
+
+
 async def test_a_bug_says_nothing_about_itself(admin: Running, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> list[Plan]:
         raise RuntimeError("canary")

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
+from model_parallel.errors import ConfigError
 from serving.contracts.accounts import Reservation, UsageRecord
 from serving.contracts.errors import (
     AccountsUnavailableError,
@@ -28,7 +29,7 @@ from serving.tenants.records import KeyGrant, Tenant, UsageFilter
 from serving.tenants.store.store import Store
 from serving.tenants.store.usage import all_usage
 from tests.support.usage import usage_record
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until
 
 NUM_TOKENS = 50
 """Reserved by a request; it uses 20."""
@@ -311,6 +312,34 @@ async def test_changes_of_keys_and_limits_arrive(store: Store, url: str) -> None
             while True:
                 a.authenticate(headers)
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [StoreUnavailableError("away"), ConfigError("damaged"), RuntimeError("a bug")])
+async def test_changes_arrive_after_looks_that_failed_however_they_failed(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    headers = new_tenant(store, "t")
+    num_failed = 0
+
+    def failing(self: Store) -> int:
+        nonlocal num_failed
+        num_failed += 1
+        raise error
+
+    async with gateways(Network(url), 1) as (a,):
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "generation", failing)
+            await until(lambda: num_failed >= 3)
+        store.revoke_key(a.authenticate(headers).key_id)
+
+        def is_refused() -> bool:
+            try:
+                a.authenticate(headers)
+            except UnauthenticatedError:
+                return True
+            return False
+
+        await until(is_refused)
 
 
 async def test_a_transaction_that_fails_has_not_happened(

@@ -275,6 +275,25 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     assert path.read_text().startswith("not a database")
 
 
+def test_a_file_that_was_damaged_is_unavailable_until_it_is_mended(gold: Store, tmp_path: Path) -> None:
+    gold.database.close()
+    path = tmp_path / "tenants.db"
+    good = path.read_bytes()
+    path.write_bytes(good[:4096] + b"\xff" * (len(good) - 4096))
+    with pytest.raises(StoreUnavailableError, match="malformed"):
+        gold.snapshot()
+    gold.database.close()
+    path.write_bytes(good)
+    assert [tenant.id for tenant in gold.snapshot().tenants] == ["acme"]
+
+
+def test_a_table_that_is_missing_is_named(gold: Store) -> None:
+    with gold.database.write() as session:
+        session.execute(text("ALTER TABLE deployment RENAME TO other"))
+    with pytest.raises(StoreUnavailableError, match="deployment"):
+        gold.generation()
+
+
 def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
     with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1") as caught:
         Database("postgresql://packtrain:hunter2@127.0.0.1:1/tenants")
