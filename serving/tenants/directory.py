@@ -81,6 +81,8 @@ class KeyDirectory:
             )
             for key in snapshot.keys
         }
+        self.limits = {quota.subject: quota.limits for quotas in self._quotas.values() for quota in quotas}
+        """Of all tenants and keys, by subject."""
         # What is compared when there is nothing to compare, so that every refusal does the same work.
         self._decoy_text = new_key()
         self._decoy_hash = secrets.token_bytes(32)

@@ -204,7 +204,11 @@ class TenantAccounts:
         request = SyncRequest(self._gateway_id, self._directory.generation)
         reply = msgspec.msgpack.decode(await self._link.sync(msgspec.msgpack.encode(request)), type=SyncReply)
         if reply.snapshot:
+            before = self._directory.limits
             self._directory = KeyDirectory(msgspec.msgpack.decode(reply.snapshot, type=Snapshot))
+            limits = self._directory.limits
+            self._book.change_limits(subject for subject in limits if limits[subject] != before.get(subject))
+            self._urgent.set()
         if reply.recalls:
             self._book.recall(reply.recalls)
             self._urgent.set()

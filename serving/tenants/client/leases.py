@@ -35,7 +35,7 @@ class _Lease:
     returned: Amounts = NOTHING
     """Of the rates. Only the authority can say whether the bucket still has room for it."""
     is_tight: bool = False
-    """The authority had nothing to spare when it was asked last: what is freed is not kept here."""
+    """The authority had nothing to spare when it was asked last, or other limits hold since: what is freed is not kept here."""
     is_idle: bool = False
     """No request took from it since the last `return_idle`."""
 
@@ -69,6 +69,8 @@ class _Sent:
     exchange: Exchange
     settled: list[_Settled] = field(default_factory=list)
     waiting: list[WaitingRequest] = field(default_factory=list)
+    changed: set[str] = field(default_factory=set)
+    """Subjects of which other limits hold since it was sent: the reply may go by those of before."""
 
 
 class LeaseBook:
@@ -145,6 +147,16 @@ class LeaseBook:
         """Others need what is free of these."""
         self._recalled.update(subjects)
 
+    def change_limits(self, subjects: Iterable[str]) -> None:
+        """Other limits hold for these from now on. What was leased under those of before goes back, and so does what is freed,
+        until the authority has given something under the new ones."""
+        for subject in subjects:
+            if lease := self._leases.get(subject):
+                lease.is_tight = True
+                self._give_back(subject)
+            if self._sent is not None:
+                self._sent.changed.add(subject)
+
     def return_idle(self) -> None:
         """What no request has taken from since the last call goes back."""
         for subject, lease in self._leases.items():
@@ -211,6 +223,7 @@ class LeaseBook:
                 if request.is_withdrawn:
                     self._release_all(request.costs)
             _tell(request, decision)
+        self.change_limits(sent.changed)
         self._waiting.extendleft(reversed(again))
         for item in sent.settled:
             item.on_durable()
@@ -221,6 +234,12 @@ class LeaseBook:
     def _changed_lease(self, subject: str) -> _Lease:
         self._changed.add(subject)
         return self._lease(subject)
+
+    def _give_back(self, subject: str) -> None:
+        """What no request uses. The next exchange tells."""
+        lease = self._changed_lease(subject)
+        lease.returned += Amounts(requests=lease.free.requests, tokens=lease.free.tokens)
+        lease.free = NOTHING
 
     def _release(self, subject: str, unused: Amounts) -> None:
         lease = self._changed_lease(subject)
@@ -250,9 +269,7 @@ class LeaseBook:
     def _reports(self) -> tuple[Report, ...]:
         """Of what has changed. What is asked for, by a request or by others, goes back."""
         for subject in self._recalled:
-            lease = self._changed_lease(subject)
-            lease.returned += Amounts(requests=lease.free.requests, tokens=lease.free.tokens)
-            lease.free = NOTHING
+            self._give_back(subject)
         self._recalled.clear()
         self._standings.sent(self._changed)
         reports = []

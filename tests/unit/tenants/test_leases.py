@@ -70,6 +70,40 @@ def test_a_reply_that_comes_again_is_not_applied_again() -> None:
     assert book.num_waiting == 1
 
 
+def test_under_other_limits_nothing_is_kept_until_the_authority_gives_again() -> None:
+    cost = COSTS[0][1]
+    book, decisions = granted_book(Lease("tenant:t", cost * 5))
+    assert book.take(COSTS)
+    book.change_limits(["tenant:t", "tenant:other"])
+    assert not book.take(COSTS)
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None
+    assert exchange.reports == (Report("tenant:t", cost * 2, NOTHING, Amounts(requests=4, tokens=200)),)
+    book.take_reply(Reply(2, (), ()), 0.0)
+    assert book.settle(COSTS, usage_record("r", num_prompt_tokens=20), ("tenant:t",), lambda: None)
+    assert not book.take(COSTS), "the place that is free now is the authority's to give"
+    book.ask(COSTS, 0.0, decisions.append)
+    book.next_exchange(0.0)
+    book.take_reply(Reply(3, (GRANTED,), (Lease("tenant:t", cost),)), 0.0)
+    assert book.take(COSTS)
+
+
+def test_a_lease_under_limits_that_have_changed_since_goes_back() -> None:
+    """The authority may have answered before it knew of the change, or answers a repeated exchange as it did then."""
+    cost = COSTS[0][1]
+    book = LeaseBook("g")
+    book.ask(COSTS, 0.0, lambda decision: None)
+    book.next_exchange(0.0)
+    book.change_limits(["tenant:t"])
+    book.take_reply(Reply(1, (GRANTED,), (Lease("tenant:t", cost * 5),)), 0.0)
+    assert not book.take(COSTS)
+    assert book.settle(COSTS, usage_record("r", num_prompt_tokens=20), ("tenant:t",), lambda: None)
+    assert not book.take(COSTS)
+    exchange = book.next_exchange(0.0)
+    assert exchange is not None
+    assert exchange.reports == (Report("tenant:t", NOTHING, NOTHING, Amounts(requests=5, tokens=280)),)
+
+
 def test_an_exchange_stays_as_it_is_until_it_is_answered() -> None:
     book = LeaseBook("g")
     book.ask(COSTS, 0.0, lambda decision: None)

@@ -1,6 +1,7 @@
 """Gateways, the authority and a real SQLite file in one process: races, refunds, losses and restarts."""
 
 import asyncio
+import itertools
 import random
 import uuid
 from collections import Counter
@@ -312,6 +313,43 @@ async def test_changes_of_keys_and_limits_arrive(store: Store, url: str) -> None
             while True:
                 a.authenticate(headers)
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"max_concurrent_requests": 100}, {"max_concurrent_requests": 1}),
+        ({"token_budget": 10**6}, {"token_budget": 0}),
+    ],
+)
+async def test_a_limit_that_is_lowered_holds_while_requests_run(
+    store: Store, url: str, before: dict[str, int], after: dict[str, int]
+) -> None:
+    """Also of a gateway whose traffic never ends, so that its lease is never idle."""
+    headers = new_tenant(store, "t", **before)
+    async with gateways(Network(url), 1) as (a,):
+        running = [await reserve(a, headers) for _ in range(20)]
+        store.update_tenant("t", after)
+        names = itertools.count()
+
+        async def is_refused() -> bool:
+            running.pop(0).settle(usage(f"r{next(names)}", 1))
+            try:
+                running.append(await reserve(a, headers))
+            except QuotaExceededError as error:
+                return error.quota in after
+            running.append(await reserve(a, headers))
+            return False
+
+        async with asyncio.timeout(PATIENCE_S):
+            while not await is_refused():
+                await asyncio.sleep(0.01)
+        num_running = len(running)
+        while len(running) > 1:
+            assert await is_refused()
+            assert len(running) < num_running
+            num_running = len(running)
+        running.pop().settle(usage("last", 1))
 
 
 @pytest.mark.parametrize("error", [StoreUnavailableError("away"), ConfigError("damaged"), RuntimeError("a bug")])
