@@ -274,10 +274,11 @@ def usage(
 @contextmanager
 def _store(config: Path | None, url: str | None) -> "Iterator[Store]":
     """The database that is meant. What a user can mend ends the command with one line and status 1."""
-    from serving.tenants.store.database import Database, has_password
+    from serving.tenants.store.database import Database
     from serving.tenants.store.store import Store, database_url
+    from serving.tenants.store.url import secrets_of
 
-    if url is not None and has_password(url):
+    if url is not None and secrets_of(url):
         raise ConfigError(
             "--database holds a password, which every user of this machine can read in the process list; "
             "put the URL into the configuration file, or the password into ~/.pgpass"

@@ -392,16 +392,21 @@ _PORTS_THAT_MAY_BE_OFF = frozenset(("http_port", "port", "metrics_port"))
 
 
 def _url_without_password(url: str, secret: str | None) -> str:
-    from serving.tenants.store.database import has_password, without_password  # noqa: PLC0415  # brings sqlalchemy
+    from serving.tenants.store.url import secrets_of, without_secrets  # noqa: PLC0415  # brings sqlalchemy
 
-    if not has_password(url):
+    if not (secrets := secrets_of(url)):
         return url
+    if secrets != ("password",):
+        raise ConfigError(
+            f"tenancy.database has {', '.join(secrets)} in it, and the chart gives pods a password alone; use a client key "
+            "without a passphrase, or leave the parameter out"
+        )
     if secret is None:
         raise ConfigError(
             "tenancy.database has a password in it, which everybody who reads the ConfigMap would see; name a Secret that has it "
             "under the key `password` with --database-secret"
         )
-    return without_password(url)
+    return without_secrets(url)
 
 
 def explained(config: ServingConfig, plan: ClusterPlan) -> Iterator[str]:

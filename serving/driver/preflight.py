@@ -162,10 +162,10 @@ def _begin_holding(ports: HeldPorts, config: ServingConfig, host: Host | None) -
 
 
 def _check_database_url(tenancy: TenancyConfig) -> None:
-    from serving.tenants.store.database import check_url  # noqa: PLC0415  # sqlalchemy is imported where there are tenants
-    from serving.tenants.store.store import database_url  # noqa: PLC0415
+    from serving.tenants.store.store import database_url  # noqa: PLC0415  # sqlalchemy is imported where there are tenants
+    from serving.tenants.store.url import checked_url  # noqa: PLC0415
 
-    check_url(database_url(tenancy))
+    checked_url(database_url(tenancy))
 
 
 def check_model(entry: ModelEntry, host: Host, *, is_private: bool) -> Preflight:

@@ -8,10 +8,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 import sqlalchemy as sa
 
+from model_parallel.errors import ConfigError
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.records import KeyGrant, Tenant
 from serving.tenants.store.database import Database
@@ -111,12 +113,17 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def url(server: Server) -> str:
     """Of a new, empty database."""
+    return new_database(server)
+
+
+def new_database(server: Server, options: str = "") -> str:
+    """Its URL."""
     name = f"t{uuid.uuid4().hex}"
     engine = sa.create_engine(
         server.url("postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT"
     )
     with engine.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        connection.execute(sa.text(f"CREATE DATABASE {name} {options}"))
     engine.dispose()
     return server.url(name)
 
@@ -147,3 +154,31 @@ def test_a_server_that_may_only_be_read_is_unavailable_for_changes(gold: Store) 
     with pytest.raises(StoreUnavailableError, match="read-only transaction"):
         gold.create_tenant(Tenant(id="late", plan="gold"))
     assert [tenant.id for tenant in gold.list_tenants()] == ["acme"]
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_that_cannot_hold_every_name_is_refused(server: Server, encoding: str) -> None:
+    url = new_database(server, f"ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    with pytest.raises(ConfigError, match=f"has the encoding {encoding}"):
+        Database(url)
+
+
+def test_rights_that_are_missing_are_named(gold: Store, url: str) -> None:
+    with gold.database.write() as session:
+        session.execute(sa.text("CREATE ROLE reader LOGIN"))
+    with pytest.raises(StoreUnavailableError, match="permission denied"):
+        Database(url.replace("packtrain@", "reader@"))
+
+
+def test_settings_of_the_url_count_besides_ours(url: str) -> None:
+    options = "-c statement_timeout=7s -c application_name=billing"
+    database = Database(f"{url}&connect_timeout=9&{urlencode({'options': options})}")
+    with database.read() as session:
+        found = {
+            name: session.execute(sa.text(f"SHOW {name}")).scalar_one()
+            for name in ("statement_timeout", "lock_timeout", "application_name", "client_encoding")
+        }
+    database.close()
+    assert found == {
+        "statement_timeout": "7s", "lock_timeout": "5s", "application_name": "billing", "client_encoding": "UTF8",
+    }  # fmt: skip

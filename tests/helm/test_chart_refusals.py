@@ -75,6 +75,11 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         "has a password in it",
         {"config": POSTGRESQL},
     ),
+    "another secret among the URL's parameters": (
+        {"config": {"tenancy": {"database": "postgresql://db/packtrain?sslmode=require&oauth_client_secret=hunter2"}}},
+        "has a password in it",
+        {"config": POSTGRESQL},
+    ),
     "a password with a slash in it": (
         {"config": {"tenancy": {"database": "postgresql://packtrain:a/b@db/packtrain"}}},
         "has a password in it",

@@ -88,7 +88,7 @@ def no_secret_in_values(manifests: list[Manifest]) -> list[str]:
         if re.search(r"--[\w-]*(password|token|secret)[= ]", line):
             found.append(f"{name} has a secret among its arguments")
     database = (serve_config(manifests).get("tenancy") or {}).get("database", "")
-    if re.search(r"://[^/@]*:[^/@]*@|password=", database):
+    if re.search(r"://[^/@]*:[^/@]*@|[?&][a-z_]*(password|_key|secret)=", database):
         found.append("the database's password is in the ConfigMap")
     return found
 

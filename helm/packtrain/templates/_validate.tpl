@@ -78,7 +78,7 @@
 {{- end -}}
 {{- end -}}
 {{- $database := ($v.config.tenancy | default dict).database | default "" -}}
-{{- if or (regexMatch "://[^:/]*:[^@]*@" $database) (contains "password=" $database) -}}
+{{- if or (regexMatch "://[^:/]*:[^@]*@" $database) (regexMatch "[?&][a-z_]*(password|_key|secret)=" $database) -}}
 {{- fail "config.tenancy.database has a password in it, which everybody who reads the ConfigMap would see: leave it out, and name its Secret in database.passwordSecret" -}}
 {{- end -}}
 {{- if regexMatch ":[^@]*@" ($v.gcsFaultTolerance.redis.address | default "") -}}

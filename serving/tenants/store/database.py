@@ -15,13 +15,14 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from model_parallel.errors import ConfigError
 from serving.contracts.errors import StoreUnavailableError
+from serving.tenants.store.url import checked_url, connect_timeout_s, shown
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a URL, or a database, that can never work; StoreUnavailableError for one that may later."""
-        self._url = _checked(url)
-        self.shown_url = _without_password(self._url).render_as_string(hide_password=True)
+        self._url = checked_url(url)
+        self.shown_url = shown(self._url)
         self._is_sqlite = self._url.get_backend_name() == "sqlite"
         self._engine = _sqlite(self._url) if self._is_sqlite else _postgresql(self._url)
         self._writer = self._engine.execution_options(**{_IS_WRITE: True})
@@ -78,6 +79,7 @@ class Database:
         try:
             with self._errors(), self._writer.begin() as connection:
                 if not self._is_sqlite:
+                    self._check_encoding(connection)
                     connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _UPGRADE_LOCK})
                 config.attributes["connection"] = connection
                 before = _schema_of(connection)
@@ -89,6 +91,13 @@ class Database:
             ) from error
         if after != before:
             logger.info("the database %s has schema %s now (before: %s)", self.shown_url, after, before or "none")
+
+    def _check_encoding(self, connection: Connection) -> None:
+        encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+        if encoding != "UTF8":
+            raise ConfigError(
+                f"the database {self.shown_url} has the encoding {encoding}, and names need UTF8: make it with ENCODING 'UTF8'"
+            )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -109,56 +118,6 @@ class Database:
 
 def _schema_of(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
-
-
-def check_url(url: str) -> None:
-    """Raises ConfigError for a URL that can never work."""
-    _checked(url)
-
-
-def has_password(url: str) -> bool:
-    """Whether a URL must not be shown. Raises ConfigError for what is not one."""
-    parsed = _checked(url)
-    return parsed.password is not None or "password" in parsed.query
-
-
-def without_password(url: str) -> str:
-    """The URL that may be shown. Raises ConfigError for what is not one."""
-    shown = _without_password(_checked(url))
-    return shown.set(drivername=url.partition(":")[0]).render_as_string(hide_password=False)
-
-
-def _without_password(url: URL) -> URL:
-    return url._replace(password=None).difference_update_query(["password"])
-
-
-def _checked(url: str) -> URL:
-    """With the driver that we use. Raises ConfigError, which never holds the URL's password."""
-    try:
-        parsed = make_url(url)
-    except (
-        ArgumentError,
-        ValueError,
-    ) as error:  # ValueError: of a port that is no number, or of several hosts before the name
-        raise ConfigError(
-            "database is not a URL; write sqlite:////directory/file.db or postgresql://user@host:port/name; several hosts of "
-            "PostgreSQL are postgresql://user@/name?host=one:5432&host=two:5432"
-        ) from error
-    if parsed.drivername in ("postgresql", "postgresql+psycopg"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-        try:
-            _, arguments = parsed.get_dialect()().create_connect_args(parsed)
-        except (ArgumentError, ValueError) as error:
-            raise ConfigError(f"database: hosts and ports of the URL are not right: {error}") from error
-        for port in str(arguments.get("port") or "").split(","):
-            if port and not 1 <= int(port) <= 65535:
-                raise ConfigError(f"database: the URL has the port {port}, and ports are from 1 to 65535")
-        return parsed
-    if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
-        raise ConfigError(f"database must be a sqlite:// or postgresql:// URL, not {parsed.drivername}://")
-    if parsed.database in (None, "", ":memory:"):
-        raise ConfigError("database must name a file (sqlite:////directory/file.db): several processes share it")
-    return parsed
 
 
 def _sqlite(url: URL) -> Engine:
@@ -190,7 +149,8 @@ def _sqlite(url: URL) -> Engine:
 
 
 def _postgresql(url: URL) -> Engine:
-    settings = {"statement_timeout": STATEMENT_TIMEOUT_S, "lock_timeout": BUSY_TIMEOUT_S}
+    limits = {"statement_timeout": STATEMENT_TIMEOUT_S, "lock_timeout": BUSY_TIMEOUT_S}
+    ours = " ".join(f"-c {name}={seconds}s" for name, seconds in limits.items())
     try:
         return create_engine(
             url,
@@ -198,8 +158,9 @@ def _postgresql(url: URL) -> Engine:
             pool_pre_ping=True,
             pool_timeout=BUSY_TIMEOUT_S,
             connect_args={
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "options": " ".join(f"-c {name}={seconds}s" for name, seconds in settings.items()),
+                "client_encoding": "utf8",
+                "connect_timeout": connect_timeout_s(url.query) or CONNECT_TIMEOUT_S,
+                "options": f"{ours} {url.query.get('options', '')}".strip(),  # of a setting that comes twice the last counts
             },
         )
     except ModuleNotFoundError as error:

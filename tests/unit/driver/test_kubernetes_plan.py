@@ -315,6 +315,13 @@ def test_what_the_chart_sets_is_mapped_to_it(tmp_path: Path) -> None:
     assert kubernetes.check(values, A100, {}).problems == ()
 
 
+def test_a_passphrase_that_the_chart_cannot_give_is_refused_and_not_shown() -> None:
+    serving = config(LLAMA_70B, tenancy={"database": "postgresql://u@db/x?sslpassword=hunter2"})
+    with pytest.raises(ConfigError, match=r"tenancy\.database has sslpassword in it") as caught:
+        kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True, database_secret="db")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_file_of_this_machine_is_not_in_the_pods() -> None:
     serving = config(LLAMA_70B, gateway={"resume_key_file": "/etc/key"})
     with pytest.raises(ConfigError, match="resume_key_file is /etc/key, and no file of this machine is in the pods"):

@@ -13,6 +13,7 @@ from serving.contracts.errors import AlreadyExistsError, NotFoundError, StoreUna
 from serving.tenants.records import MAX_UNIX_S, KeyGrant, Plan, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import MAX_OVERLAP_S, Store, database_url
+from serving.tenants.store.url import secrets_of, without_secrets
 from tests.support.waiting import PATIENCE_S
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 
@@ -259,6 +260,18 @@ def test_a_name_is_taken_once_however_many_ask(gold: Store) -> None:
         ("sqlite://", "must name a file"),
         ("sqlite:///:memory:", "must name a file"),
         ("sqlite:////proc/nowhere/x.db", "/proc/nowhere"),
+        ("sqlite:////tmp/x.db?mode=hunter2", "no parameters, and this one has mode"),
+        ("sqlite:////tmp/x.db?timeout=abc", "no parameters, and this one has timeout"),
+        ("sqlite://u:hunter2@host/x.db", "names no host"),
+        ("postgresql://u:p@hunter2@db/x", "more than one @"),
+        ("postgresql://u:p@a/hunter2@db/x", "more than one @"),
+        ("postgresql://u@/x?host=u:hunter2@db", "more than one @"),
+        ("postgresql://u@db/x?foo=hunter2", "the parameter 'foo'"),
+        ("postgresql://u@db/x?PASSWORD=hunter2", "the parameter 'PASSWORD'"),
+        ("postgresql://u@db/x?client_encoding=latin1", "the parameter 'client_encoding'"),
+        ("postgresql://u@db/x?password=hunter2&password=hunter2", "password 2 times"),
+        ("postgresql://u@db/x?connect_timeout=abc", "connect_timeout must be from 1 to 600 seconds, not 'abc'"),
+        ("postgresql://u@db/x?connect_timeout=0", "connect_timeout must be"),
     ],
 )
 def test_a_url_that_can_never_work(url: str, expected: str) -> None:
@@ -294,10 +307,43 @@ def test_a_table_that_is_missing_is_named(gold: Store) -> None:
         gold.generation()
 
 
-def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
-    with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1") as caught:
-        Database("postgresql://packtrain:hunter2@127.0.0.1:1/tenants")
+SECRETS = ("password", "sslpassword", "scram_client_key", "scram_server_key", "oauth_client_secret")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://packtrain:hunter2@127.0.0.1:1/tenants",
+        *(f"postgresql://packtrain@127.0.0.1:1/tenants?sslmode=prefer&{name}=hunter2" for name in SECRETS),
+    ],
+)
+def test_a_server_that_does_not_answer_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(
+        StoreUnavailableError, match=r"postgresql\+psycopg://packtrain@127\.0\.0\.1:1/tenants"
+    ) as caught:
+        Database(url)
     assert "hunter2" not in str(caught.value)
+
+
+def test_every_parameter_of_the_client_library_that_it_hides_is_a_secret_here() -> None:
+    pq = pytest.importorskip("psycopg.pq")
+    known = {option.keyword.decode(): option.dispchar == b"*" for option in pq.Conninfo.get_defaults()}
+    for name, is_hidden in known.items():
+        url = f"postgresql://u@db/x?{name}=1"
+        try:
+            secrets = secrets_of(url)
+        except ConfigError as error:
+            assert name in ("client_encoding", "replication", "fallback_application_name"), error
+        else:
+            assert secrets == ((name,) if is_hidden or name in SECRETS else ())
+            assert without_secrets(url).endswith("x" if secrets else f"x?{name}=1")
+
+
+def test_a_url_is_shown_as_it_was_written_but_for_its_secrets() -> None:
+    url = "postgresql://u:a%40b@db:6432/x?sslmode=require&options=-c+search_path%3Da&sslpassword=hunter2"
+    assert secrets_of(url) == ("password", "sslpassword")
+    assert without_secrets(url) == "postgresql://u@db:6432/x?options=-c+search_path%3Da&sslmode=require"
+    assert without_secrets("sqlite:////srv/x.db") == "sqlite:////srv/x.db"
 
 
 def test_a_connection_in_use_is_closed_when_its_transaction_ends(gold: Store) -> None:

@@ -167,7 +167,10 @@ def test_the_configuration_names_the_database(run: Run, url: str, tmp_path: Path
     assert "no section `tenancy`" in str(result.exception)
 
 
-def test_a_password_does_not_belong_on_a_command_line(run: Run) -> None:
+@pytest.mark.parametrize(
+    "url", ["postgresql://packtrain:hunter2@host/db", "postgresql://packtrain@host/db?sslpassword=hunter2"]
+)
+def test_a_password_does_not_belong_on_a_command_line(run: Run, url: str) -> None:
     with pytest.raises(ConfigError, match="process list") as caught:
-        run("usage", database="postgresql://packtrain:hunter2@host/db")
+        run("usage", database=url)
     assert "hunter2" not in str(caught.value)
