@@ -163,7 +163,7 @@ class AdminServer:
         """Follow changes of keys until cancelled. Without the database the service is shown as NOT_SERVING."""
         while True:
             await asyncio.sleep(self._refresh_s)
-            status = health_pb2.HealthCheckResponse.NOT_SERVING
+            status: int = health_pb2.HealthCheckResponse.NOT_SERVING
             try:
                 await operators.refresh()
                 status = health_pb2.HealthCheckResponse.SERVING

@@ -146,7 +146,7 @@ class RunningApp:
                 if self.admin is not None:
                     self.admin.stop()
             finally:
-                shut_down(self.guard)
+                shut_down(self.config, self.guard)
 
 
 def _ends_here(guard: Guard | None) -> bool:
@@ -158,7 +158,7 @@ def _ends_here(guard: Guard | None) -> bool:
     return served is not None and served.owner == Owner(job=this_job(), is_detached=False)
 
 
-def shut_down(guard: Guard | None) -> None:
+def shut_down(config: ServingConfig, guard: Guard | None) -> None:
     """End a private cluster (that of `guard`) with all in it; from a joined one, take away what ends with this process, and
     leave."""
     try:
@@ -166,11 +166,11 @@ def shut_down(guard: Guard | None) -> None:
             stop_autoscaler(STOP_TIMEOUT_S)
             applications.delete(applications.our_applications(), 4 * STOP_TIMEOUT_S)
             write_served(Served(generation=0, models={}))
-            from serving.tenants.authority.actor import stop_authority  # noqa: PLC0415
-
-            stop_authority(STOP_TIMEOUT_S)
+            _stop_authority()
             if not serve.status().applications:
                 serve.shutdown()
+        elif guard is not None and config.tenancy is not None and ray.is_initialized():
+            _stop_authority()  # it gives up the database, for the next server
     except (RayError, RayServeException, TimeoutError) as error:
         logger.error("groups and gateways cannot be ended: %s", error)
     finally:
@@ -235,10 +235,10 @@ def _start(
         OSError,
     ) as error:
         message = plain_reason(f"{applications.messages()}\n{error}")
-        shut_down(guard)
+        shut_down(config, guard)
         raise StartError(message) from error
     except BaseException:
-        shut_down(guard)
+        shut_down(config, guard)
         raise
     return RunningApp(
         host=config.gateway.host,
@@ -254,6 +254,12 @@ def _start(
         nodes=NodeFollower(0 if config.ray.num_gateways is None else None) if guard is None else None,
         metrics_port=metrics_port,
     )
+
+
+def _stop_authority() -> None:
+    from serving.tenants.authority.actor import stop_authority  # noqa: PLC0415
+
+    stop_authority(STOP_TIMEOUT_S)
 
 
 def _check_database(tenancy: TenancyConfig) -> None:

@@ -113,7 +113,7 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     check_admin_listening(config.admin, has_keys=has_keys, insecure=config.gateway.insecure)
     check_environment()
     if config.tenancy is not None:
-        _check_database_url(config.tenancy)
+        _check_database(config.tenancy, joins=joins)
     elif config.serves_admin:
         check_operator_key()
     if config.gateway.tls is not None:
@@ -161,11 +161,16 @@ def _begin_holding(ports: HeldPorts, config: ServingConfig, host: Host | None) -
     )
 
 
-def _check_database_url(tenancy: TenancyConfig) -> None:
-    from serving.tenants.store.store import database_url  # noqa: PLC0415  # sqlalchemy is imported where there are tenants
+def _check_database(tenancy: TenancyConfig, *, joins: bool) -> None:
+    """A server that joins a cluster may find its own authority there, which has the database."""
+    from serving.tenants.store.owner import check_not_in_use  # noqa: PLC0415  # sqlalchemy is imported where there are tenants
+    from serving.tenants.store.store import database_url  # noqa: PLC0415
     from serving.tenants.store.url import checked_url  # noqa: PLC0415
 
-    checked_url(database_url(tenancy))
+    url = database_url(tenancy)
+    checked_url(url)
+    if not joins:
+        check_not_in_use(url)
 
 
 def check_model(entry: ModelEntry, host: Host, *, is_private: bool) -> Preflight:

@@ -33,6 +33,14 @@ from tests.unit.tenants.test_migrations import (
     test_opening_again_changes_nothing,
     test_the_steps_make_what_the_schema_says,
 )
+from tests.unit.tenants.test_owner import (
+    _impatient,
+    _quick,
+    test_a_database_is_free_again_when_its_server_was_killed,
+    test_a_second_server_is_refused_and_does_not_disturb_the_first,
+    test_a_server_that_seemed_dead_leaves_the_database_to_its_successor,
+    test_of_many_that_wait_for_a_dead_one_the_database_has_one,
+)
 from tests.unit.tenants.test_quota_race import (
     _quick_retries,
     test_a_hundred_races,

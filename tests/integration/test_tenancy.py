@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 import uuid
 from collections import Counter
@@ -13,15 +14,18 @@ import pytest
 import ray
 from ray.exceptions import RayError
 
+from cluster.ray_api import has_actor
 from model_parallel.errors import ConfigError
 from serving.contracts.errors import QuotaExceededError, UnauthenticatedError
 from serving.tenants.authority.actor import start_authority, stop_authority
 from serving.tenants.authority.ledger import Ledger
+from serving.tenants.authority.service import AuthorityService
 from serving.tenants.client import accounts as accounts_module
 from serving.tenants.client.accounts import TenantAccounts
 from serving.tenants.client.link import NAME, NAMESPACE, ActorLink
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
 from serving.tenants.store.database import Database
+from serving.tenants.store.owner import check_not_in_use
 from serving.tenants.store.store import Store
 from serving.tenants.store.usage import all_usage
 from tests.support.usage import usage_record
@@ -161,9 +165,23 @@ def test_an_authority_with_other_settings_is_not_taken(url: str) -> None:
 def test_quotas_and_ledger_agree_at_last(store: Store) -> None:
     """After all that: what was charged is what the records say, and nothing is held. Runs last: it takes the database over."""
     stop_authority(10)
-    accounts, _ = Ledger(store.database).open()
+    ledger = Ledger(store.database, "books")
+    accounts, _ = ledger.open()
+    ledger.release()
     used: Counter[str] = Counter()
     for record in all_usage(store.database, UsageFilter()):
         used[f"tenant:{record.tenant_id}"] += record.num_prompt_tokens + record.num_completion_tokens
     assert used == {subject: account.charged for subject, account in accounts.items() if subject in used}
     assert not any(account.holdings for account in accounts.values())
+
+
+async def test_a_database_that_another_server_uses_is_left_alone(url: str) -> None:
+    other = AuthorityService(url, owner="elsewhere", refresh_s=REFRESH_S)
+    await other.open()
+    with pytest.raises(ConfigError, match="in use by the server on elsewhere"):
+        await asyncio.to_thread(start_authority, url, refresh_s=REFRESH_S)
+    assert not has_actor(NAME, NAMESPACE), "it does not wait for the other one to end"
+    await other.close()
+    await asyncio.to_thread(start_authority, url, refresh_s=REFRESH_S)
+    with pytest.raises(ConfigError, match=f"in use by the server on {socket.gethostname()} since"):
+        await asyncio.to_thread(check_not_in_use, url)

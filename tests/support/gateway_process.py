@@ -51,7 +51,7 @@ class RemoteLink:
 @asynccontextmanager
 async def serve_authority(url: str) -> AsyncIterator[str]:
     """The quota authority of a database. Gives its address."""
-    service = AuthorityService(url, refresh_s=0.05)
+    service = AuthorityService(url, owner="here", refresh_s=0.05)
 
     def handler(method: Callable[[bytes], Awaitable[bytes]]) -> "grpc.RpcMethodHandler[Any, Any]":
         async def answer(data: bytes, context: Any) -> bytes:

@@ -1,6 +1,7 @@
 """Usage records and the balance of quotas in the database. One transaction a commit, so that the two never disagree."""
 
 import math
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -14,13 +15,18 @@ from serving.tenants.authority.buckets import Bucket
 from serving.tenants.authority.quota import Account, Changes, Gateway, Holding, QuotaAuthority
 from serving.tenants.messages import Amounts, Reply
 from serving.tenants.store.database import Database
+from serving.tenants.store.owner import BEAT_PERIOD_S, in_use, wait_until_free
 from serving.tenants.store.schema import AuthorityRow, Base, LeaseRow, QuotaGatewayRow, QuotaRow, UsageRow
 
 _BATCH = 500
 """Parameters of one statement; databases bound them."""
 
 _FIND_RECORDS = select(UsageRow.__table__).where(UsageRow.request_id.in_(bindparam("ids", expanding=True)))
-_KEEP_EPOCH = update(AuthorityRow).where(AuthorityRow.epoch == bindparam("mine")).values(epoch=bindparam("mine"))
+_BEAT = (
+    update(AuthorityRow)
+    .where(AuthorityRow.epoch == bindparam("mine"))
+    .values(owner=bindparam("owner_now"), beat=bindparam("beat_now"))
+)
 
 _Row = dict[str, Any]
 
@@ -32,16 +38,26 @@ class SupersededError(Exception):
 class Ledger:
     """What one quota authority writes. Every method waits for the database and raises StoreUnavailableError."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, owner: str) -> None:
+        """`owner` names the server, for people too; it stays the same when its authority starts anew."""
         self._database = database
+        self._owner = owner
         self._epoch = 0
+        self._num_beats = 0
+        self._beaten_s = 0.0
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Reply).decode
 
     def open(self) -> tuple[dict[str, Account], dict[str, Gateway]]:
-        """Everything as it was committed last. From now on no other authority that is still running can commit."""
+        """Everything as it was committed last. From now on no other authority that is still running can commit. Raises InUseError
+        while another server is alive that has the database."""
+        wait_until_free(self._database, self._owner)
+        is_free = AuthorityRow.owner.is_(None) | (AuthorityRow.owner == self._owner)
         with self._database.write() as session:
-            session.execute(update(AuthorityRow).values(epoch=AuthorityRow.epoch + 1))
+            taken = update(AuthorityRow).where(is_free).values(epoch=AuthorityRow.epoch + 1, owner=self._owner, beat=0)
+            if session.connection().execute(taken).rowcount != 1:  # another one that has waited was faster
+                raise in_use(self._database, session.scalars(select(AuthorityRow.owner)).one())
+            self._beaten_s = time.monotonic()
             self._epoch = session.scalars(select(AuthorityRow.epoch)).one()
             gateways = {
                 row.id: Gateway(number=row.number, reply=self._decode(row.reply))
@@ -66,6 +82,15 @@ class Ledger:
                     found[row["request_id"]] = UsageRecord(**row)
         return found
 
+    def is_beat_due(self) -> bool:
+        """Whether it is time for a commit even if nothing has changed: it also tells other servers that this one is alive."""
+        return time.monotonic() - self._beaten_s >= BEAT_PERIOD_S
+
+    def release(self) -> None:
+        """Another server may have the database from now on."""
+        with self._database.write() as session:
+            session.execute(update(AuthorityRow).where(AuthorityRow.epoch == self._epoch).values(owner=None))
+
     def commit(self, changes: Changes, authority: QuotaAuthority) -> None:
         """Make it durable. Raises SupersededError, and then nothing was written."""
         accounts, gateways = authority.accounts, authority.gateways
@@ -83,7 +108,7 @@ class Ledger:
         ended_talks = [{"id": name} for name in changes.gateways - gateways.keys()]
         with self._database.write() as session:
             connection = session.connection()
-            self._check_epoch(connection)
+            self._beat(connection)
             for table, rows in ((UsageRow, records), (QuotaRow, quotas), (LeaseRow, leases), (QuotaGatewayRow, talks)):
                 if rows:
                     connection.execute(_upsert(table, connection.dialect.name), rows)
@@ -91,10 +116,13 @@ class Ledger:
                 if rows:
                     keys = [{f"the_{name}": value for name, value in row.items()} for row in rows]
                     connection.execute(_delete(table), keys)
+        self._beaten_s = time.monotonic()
 
-    def _check_epoch(self, connection: Connection) -> None:
-        """The update also makes other authorities wait until this transaction has ended."""
-        if connection.execute(_KEEP_EPOCH, {"mine": self._epoch}).rowcount != 1:
+    def _beat(self, connection: Connection) -> None:
+        """Only in its own epoch. The update also makes other authorities wait until this transaction has ended."""
+        self._num_beats += 1
+        values = {"mine": self._epoch, "owner_now": self._owner, "beat_now": self._num_beats}
+        if connection.execute(_BEAT, values).rowcount != 1:
             raise SupersededError("another quota authority has taken over the database")
 
     def _gateway_row(self, name: str, gateway: Gateway) -> _Row:

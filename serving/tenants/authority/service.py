@@ -18,11 +18,12 @@ from model_parallel.errors import ConfigError
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.authority.ledger import Ledger, SupersededError
-from serving.tenants.authority.quota import QuotaAuthority, StaleExchangeError
+from serving.tenants.authority.quota import Account, Gateway, QuotaAuthority, StaleExchangeError
 from serving.tenants.directory import Snapshot
 from serving.tenants.messages import Exchange, Reply, SyncReply, SyncRequest
 from serving.tenants.records import Limits
 from serving.tenants.store.database import Database
+from serving.tenants.store.owner import DEAD_AFTER_S, InUseError
 from serving.tenants.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,16 @@ _Result = TypeVar("_Result")
 class _Core:
     """Authority, ledger and keys: all that is used in the one thread."""
 
-    def __init__(self, url: str, clock: Callable[[], float]) -> None:
+    def __init__(self, url: str, owner: str, clock: Callable[[], float]) -> None:
         self._url = url
+        self._owner = owner
         self._clock = clock
         self._store: Store | None = None
         self._ledger: Ledger | None = None
         self._authority: QuotaAuthority | None = None
-        self._superseded: SupersededError | None = None
+        self._refused: InUseError | None = None
+        self._refused_s = 0.0
+        self.superseded: SupersededError | None = None
         self.generation = -1
         self.snapshot = b""
 
@@ -86,20 +90,37 @@ class _Core:
             raise
 
     def close(self) -> None:
-        if self._store is not None:
-            self._store.database.close()
+        if self._store is None:
+            return
+        if self._ledger is not None:
+            with suppress(StoreUnavailableError):
+                self._ledger.release()
+        self._store.database.close()
 
     def _opened(self) -> tuple[QuotaAuthority, Ledger]:
-        if self._superseded is not None:
-            raise self._superseded
+        if self.superseded is not None:
+            raise self.superseded
         if self._store is None:
             self._store = Store(Database(self._url))
         if self._authority is None or self._ledger is None:
-            self._ledger = Ledger(self._store.database)
-            authority = QuotaAuthority(*self._ledger.open(), self._clock)
+            self._ledger = None
+            ledger = Ledger(self._store.database, self._owner)
+            authority = QuotaAuthority(*self._open(ledger), self._clock)
+            self._ledger = ledger
             self._load_snapshot(authority, self._store)
             self._authority = authority
         return self._authority, self._ledger
+
+    def _open(self, ledger: Ledger) -> tuple[dict[str, Account], dict[str, Gateway]]:
+        """It may take long to see whether another server is alive; so what comes meanwhile gets the answer of the last look."""
+        if self._refused is not None and time.monotonic() - self._refused_s < DEAD_AFTER_S:
+            raise self._refused
+        try:
+            return ledger.open()
+        except InUseError as error:
+            logger.error("%s", error)
+            self._refused, self._refused_s = error, time.monotonic()
+            raise
 
     def _load_snapshot(self, authority: QuotaAuthority, store: Store) -> None:
         snapshot = store.snapshot()
@@ -109,21 +130,22 @@ class _Core:
 
     def _commit(self, authority: QuotaAuthority, ledger: Ledger) -> None:
         changes = authority.take_changes()
-        if changes.is_empty:
+        if changes.is_empty and not ledger.is_beat_due():
             return
         try:
             ledger.commit(changes, authority)
         except SupersededError as error:
-            self._superseded = error
+            self.superseded = error
             raise
 
 
 class AuthorityService:
     """What gateways call. Gone with its event loop; everything that matters is in the database by then."""
 
-    def __init__(self, url: str, *, refresh_s: float, clock: Callable[[], float] = time.time) -> None:
-        """Never fails, and does not touch the database before the first call. `refresh_s` bounds how old keys get."""
-        self._core = _Core(url, clock)
+    def __init__(self, url: str, *, owner: str, refresh_s: float, clock: Callable[[], float] = time.time) -> None:
+        """Never fails, and does not touch the database before the first call. `owner` is Ledger's, and `refresh_s` bounds how old
+        keys get."""
+        self._core = _Core(url, owner, clock)
         self._refresh_s = refresh_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quota-authority")
         self._queue: list[tuple[Exchange, asyncio.Future[Reply]]] = []
@@ -136,6 +158,11 @@ class AuthorityService:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode_exchange = msgspec.msgpack.Decoder(Exchange).decode
         self._decode_sync = msgspec.msgpack.Decoder(SyncRequest).decode
+
+    async def open(self) -> None:
+        """Take the database, before a gateway calls. Raises InUseError, StoreUnavailableError."""
+        if self._tick_task is None:
+            await self._start_ticking()
 
     async def exchange(self, data: bytes) -> bytes:
         """An Exchange, for its Reply. Raises StaleExchangeError, StoreUnavailableError, SupersededError."""
@@ -150,11 +177,13 @@ class AuthorityService:
         return self._encode(await future)
 
     async def sync(self, data: bytes) -> bytes:
-        """A SyncRequest, for a SyncReply as soon as there is news, at the latest after `refresh_s`."""
+        """A SyncRequest, for a SyncReply as soon as there is news, at the latest after `refresh_s`. Raises StoreUnavailableError,
+        SupersededError."""
+        if self._core.superseded is not None:
+            raise self._core.superseded
         request = self._decode_sync(data)
         self._heard_s[request.gateway_id] = time.monotonic()
-        if self._tick_task is None:
-            await self._start_ticking()
+        await self.open()
         news = self._news.setdefault(request.gateway_id, asyncio.Event())
         news.clear()
         if request.generation == self._core.generation and request.gateway_id not in self._recalls:

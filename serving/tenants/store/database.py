@@ -38,9 +38,10 @@ _IS_WRITE = "packtrain_is_write"
 
 
 class Database:
-    """Transactions on one database, whose schema is brought up to date when it is opened. Safe to use from many threads."""
+    """Transactions on one database, whose schema is brought up to date when it is opened, unless it is only to be looked at. Safe
+    to use from many threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, is_upgraded: bool = True) -> None:
         """Raises ConfigError for a URL, or a database, that can never work; StoreUnavailableError for one that may later."""
         self._url = checked_url(url)
         self.shown_url = shown(self._url)
@@ -51,7 +52,8 @@ class Database:
             self._engine if self._is_sqlite else self._engine.execution_options(isolation_level="REPEATABLE READ")
         )
         try:
-            self._upgrade()
+            if is_upgraded:
+                self._upgrade()
         except BaseException:
             self.close()
             raise

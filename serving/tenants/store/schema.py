@@ -128,13 +128,17 @@ class UsageRow(Base):
 
 
 class AuthorityRow(Base):
-    """One row: which life of the quota authority may write the tables below."""
+    """One row: which life of which server's quota authority may write the tables below."""
 
     __tablename__ = "quota_authority"
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     """Always 1."""
     epoch: Mapped[int] = mapped_column(_Count)
+    owner: Mapped[str | None] = mapped_column(_Label)
+    """The server, all of whose authority's lives have one name; null when it has stopped in good order, or seems to be dead."""
+    beat: Mapped[int | None] = mapped_column(_Count)
+    """Changes at least every few seconds while it is alive."""
 
 
 class QuotaRow(Base):

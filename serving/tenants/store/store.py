@@ -1,6 +1,6 @@
 """Every operation on plans, tenants, keys and usage records, each one transaction.
 
-Any process that can reach the database may use it: the server, the command line before a server has started, several servers.
+Any process that can reach the database may use it: the server, and the command line, whether a server runs or not.
 """
 
 import hmac

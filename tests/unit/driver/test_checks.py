@@ -1,5 +1,6 @@
 """The checks before a start, with the system's answers put in."""
 
+import asyncio
 import errno
 import json
 import resource
@@ -10,6 +11,7 @@ import pytest
 
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
+from serving.cli.doctor import Level, look_at_config
 from serving.config import ServingConfig, parse_config
 from serving.driver import checks
 from serving.driver.checks import (
@@ -24,6 +26,8 @@ from serving.driver.checks import (
     port_owner,
 )
 from serving.driver.preflight import _problems, begin
+from serving.tenants.authority import ledger as ledger_module
+from serving.tenants.authority.service import AuthorityService
 
 GIB = 1 << 30
 
@@ -221,3 +225,28 @@ def test_a_key_that_can_be_kept_nowhere_is_told_before_the_start(
 def test_a_database_that_can_never_work_is_told_before_the_start() -> None:
     with pytest.raises(ConfigError, match="database is not a URL"):
         begin(config(ray={"address": "auto"}, tenancy={"database": "postgresql://u@one:1,two:2/db"}))
+
+
+def test_a_database_that_another_server_uses_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "BEAT_PERIOD_S", 0.0)
+    url = f"sqlite:///{tmp_path / 'tenants.db'}"
+    free_ports = {"gateway": {"port": 0, "http_port": 0}, "admin": {"port": 0, "metrics_port": 0}}
+    mine = config(tenancy={"database": url}, **free_ports)
+
+    async def look() -> None:
+        other = AuthorityService(url, owner="elsewhere", refresh_s=0.05)
+        await other.open()
+        try:
+            with pytest.raises(ConfigError, match="in use by the server on elsewhere"):
+                await asyncio.to_thread(begin, mine)
+            (finding,) = await asyncio.to_thread(lambda: list(look_at_config(mine)))
+            assert finding.level is Level.PROBLEM and "in use by the server on elsewhere" in finding.text
+            # In a cluster that is joined it may be this server's own authority.
+            joining = config(tenancy={"database": url}, ray={"address": "auto"}, **free_ports)
+            (await asyncio.to_thread(begin, joining)).close()
+        finally:
+            await other.close()
+
+    asyncio.run(look())

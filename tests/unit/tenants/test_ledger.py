@@ -18,7 +18,7 @@ COST = Amounts(requests=1, tokens=100, slots=1, budget=100)
 
 
 def opened(store: Store) -> tuple[Ledger, QuotaAuthority]:
-    ledger = Ledger(store.database)
+    ledger = Ledger(store.database, "here")
     authority = QuotaAuthority(*ledger.open(), lambda: 1000.0)
     authority.set_limits(LIMITS)
     return ledger, authority

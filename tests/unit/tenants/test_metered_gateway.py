@@ -60,7 +60,7 @@ class Link:
 
 @asynccontextmanager
 async def gateway(url: str, backend: FakeBackend | None = None) -> AsyncIterator[tuple[Ports, Link]]:
-    link = Link(AuthorityService(url, refresh_s=0.05))
+    link = Link(AuthorityService(url, owner="here", refresh_s=0.05))
     accounts = TenantAccounts(link, refresh_s=0.05)
     await accounts.start()
     backend = backend or FakeBackend()
@@ -244,7 +244,7 @@ async def resumed_elsewhere(
     tokens that came, and what the tenant is charged."""
     key, path = new_key(store, token_budget=token_budget), tmp_path / "key"
     path.write_text("k" * 32)
-    link, token_ids = Link(AuthorityService(url, refresh_s=0.05)), list[int]()
+    link, token_ids = Link(AuthorityService(url, owner="here", refresh_s=0.05)), list[int]()
     request = pb.GenerateRequest(
         model="tiny", prompt=pb.Prompt(text="tell me"), sampling=pb.Sampling(max_tokens=30, ignore_eos=True)
     )

@@ -44,7 +44,7 @@ class Network:
         self._url = url
         self._loss = loss
         self._random = random.Random(seed)
-        self.service = AuthorityService(url, refresh_s=0.05)
+        self.service = AuthorityService(url, owner="here", refresh_s=0.05)
         self.is_cut = False
         self._life = 0
 
@@ -58,7 +58,7 @@ class Network:
         """Nobody hears any more what the old one has still decided."""
         self._life += 1
         await self.service.close()
-        self.service = AuthorityService(self._url, refresh_s=0.05)
+        self.service = AuthorityService(self._url, owner="here", refresh_s=0.05)
 
     async def _call(self, call: Callable[[AuthorityService], Awaitable[bytes]]) -> bytes:
         life = self._life
@@ -132,7 +132,7 @@ async def race(pair: list[TenantAccounts], headers: list[str], *, num_requests: 
 
 def check_books(store: Store, charged: dict[str, int]) -> None:
     """Nothing is held any more, and what was charged is what the records say."""
-    stored, _ = Ledger(store.database).open()
+    stored, _ = Ledger(store.database, "books").open()
     assert {subject: stored[subject].charged for subject in charged} == charged
     assert not any(account.holdings for account in stored.values())
 
@@ -426,7 +426,7 @@ async def test_an_authority_that_was_replaced_decides_nothing_more(store: Store,
     old = network.service
     async with gateways(network, 1) as (a,):
         await settled(a, headers, 5, "r0")
-        network.service = AuthorityService(url, refresh_s=0.05)
+        network.service = AuthorityService(url, owner="here", refresh_s=0.05)
         await (await settled(a, headers, 5, "r1")).recorded()
         exchange = Exchange(gateway_id="other", number=1, settlements=(), reports=(), lease_requests=())
         with pytest.raises(SupersededError):
