@@ -178,9 +178,9 @@ def _delivers_an_output_twice(self: Resumption, output: EngineOutput) -> EngineO
 summary_of = Meter._summary
 
 
-def _charges_a_token_more(self: Meter, last_outputs: Sequence[EngineOutput]) -> Any:
+def _charges_a_token_more(self: Meter) -> Any:
     self.num_completion_tokens += 1
-    return summary_of(self, last_outputs)
+    return summary_of(self)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ class Summary:
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int
+    """Prompt tokens that the prefix cache gave to every choice of their prompt."""
     num_accepted_tokens: int
     """Completion tokens that had been drafted."""
     num_rejected_tokens: int
@@ -72,8 +73,6 @@ class Choice:
         self._reports_prompt = reports_prompt
         self.finished = False
         self.num_tokens = 0
-        self.last_output: EngineOutput | None = None
-        """The engine's output that ended the choice; None while it runs."""
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, continues_text=continues_text, shows_special=shows_special
         )
@@ -115,8 +114,6 @@ class Choice:
         if self._stops.matched is not None:
             finish_reason = FinishReason.STOP
         self.finished = finish_reason is not None
-        if self.finished:
-            self.last_output = output
         self.num_tokens += num_tokens
         return Chunk(
             index=self.index,

@@ -203,7 +203,9 @@ class Generator:
         )
         choices = _choices(query, tokenizer, [token_ids for token_ids, _ in sequences])
         num_output_tokens = sum(sampling.max_tokens for _, sampling in sequences)
-        meter = await self._meter(call, card, num_prompt_tokens, num_output_tokens, billed_id=stream.billed_id)
+        meter = await self._meter(
+            call, card, num_prompt_tokens, num_output_tokens, num_choices=num_choices, billed_id=stream.billed_id
+        )
         with meter:
             # What the client has was made for it, even if this call ends before it has made it again.
             meter.num_completion_tokens = sum(stream.delivered)
@@ -216,6 +218,7 @@ class Generator:
                     choice = choices[output.choice]
                     if choice.finished:  # by a stop string, which the group does not know of
                         continue
+                    meter.took(output)
                     _raise_failure(output)
                     for chunk in choice.take_around(output, stream.num_delivered(output.choice)):
                         meter.num_completion_tokens = sum(
@@ -229,8 +232,7 @@ class Generator:
                         break
             if last is None or last.finish_reason is None:
                 raise RuntimeError("the backend ended before every choice did")
-            last_outputs = [choice.last_output for choice in choices]
-            summary = await meter.close(last_outputs, last.finish_reason)
+            summary = await meter.close(last.finish_reason)
         yield replace(last, summary=summary)
 
     async def score(self, query: ScoreQuery, call: Call) -> tuple[list[ScoredTokens], Summary]:
@@ -242,19 +244,17 @@ class Generator:
         greedy = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=1)
         sequences = [(whole, msgspec.structs.replace(greedy, prompt_logprobs_start=start)) for whole, start in pairs]
         tokens: list[list[TokenLogprobs]] = [[] for _ in pairs]
-        last_outputs: list[EngineOutput | None] = [None] * len(pairs)
         meter = await self._meter(call, card, sum(len(whole) for whole, _ in pairs), 0)
         with meter:
             requests = self._requests(card, call, sequences)
             async with aclosing(self._run(card, requests, call, meter)) as outputs:
                 async for output in outputs:
+                    meter.took(output)
                     _raise_failure(output)
                     tokens[output.choice] += output.prompt_logprobs
-                    if output.finish_reason is not None:
-                        last_outputs[output.choice] = output
             if [len(scored) for scored in tokens] != [len(whole) - start for whole, start in pairs]:
                 raise RuntimeError("the backend did not report every prompt log-probability that was asked for")
-            summary = await meter.close(last_outputs, FinishReason.LENGTH)
+            summary = await meter.close(FinishReason.LENGTH)
         return [ScoredTokens(tokens=tuple(scored)) for scored in tokens], summary
 
     async def tokenize(self, query: TokenizeQuery, call: Call) -> tuple[int, ...]:
@@ -299,7 +299,14 @@ class Generator:
         return self.tokenizers[self.model_for(call, name).base]
 
     async def _meter(
-        self, call: Call, card: ModelCard, num_prompt_tokens: int, num_output_tokens: int, *, billed_id: str = ""
+        self,
+        call: Call,
+        card: ModelCard,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        *,
+        num_choices: int = 1,
+        billed_id: str = "",
     ) -> Meter:
         """Reserves the most that the request can use. Raises QuotaExceededError."""
         reservation = await self._accounts.reserve(
@@ -309,7 +316,9 @@ class Generator:
             num_tokens=num_prompt_tokens + num_output_tokens,
             billed_id=billed_id,
         )
-        return Meter(call, card.name, num_prompt_tokens, reservation, self.clock, billed_id=billed_id)
+        return Meter(
+            call, card.name, num_prompt_tokens, reservation, self.clock, num_choices=num_choices, billed_id=billed_id
+        )
 
     async def _run(
         self, card: ModelCard, requests: list[EngineRequest], call: Call, meter: Meter

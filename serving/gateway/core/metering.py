@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from model_parallel.engine.request import EngineOutput, FinishReason, Timings
@@ -32,9 +32,11 @@ class Meter:
         clock: Callable[[], float],
         wall_clock: Callable[[], float] = time.time,
         *,
+        num_choices: int = 1,
         billed_id: str = "",
     ) -> None:
-        """`billed_id` is the id of the request that this one goes on with; its own when empty."""
+        """`num_choices` are those of each prompt. `billed_id` is the id of the request that this one goes on with; its own when
+        empty."""
         self._call = call
         self._billed_id = billed_id or call.request_id
         self._model = model
@@ -46,6 +48,9 @@ class Meter:
         self._engine = ""
         self._was_taken = False
         self._is_settled = False
+        self._num_choices = num_choices
+        self._latest: dict[int, EngineOutput] = {}
+        """By choice. Each tells what the choice has cost until then."""
         self.num_completion_tokens = 0
 
     def __enter__(self) -> "Meter":
@@ -55,7 +60,7 @@ class Meter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if not self._is_settled:
-            self._settle(self._summary(()), _outcome(error))
+            self._settle(self._summary(), _outcome(error))
 
     def submit(self) -> Mapping[str, str]:
         """The request is offered to groups from now on, with the returned trace context."""
@@ -71,14 +76,19 @@ class Meter:
         if step.outputs:
             self._call.observer.received(step.outputs)
 
+    def took(self, output: EngineOutput) -> None:
+        """An output of a choice that has not ended for the client."""
+        if output.timings is not None or output.choice not in self._latest:
+            self._latest[output.choice] = output
+
     def interrupted(self) -> None:
         """The group that had accepted it is lost, and another one is to go on."""
         self._engine = ""
         self._call.observer.interrupted()
 
-    async def close(self, last_outputs: Sequence[EngineOutput | None], reason: FinishReason) -> Summary:
+    async def close(self, reason: FinishReason) -> Summary:
         """The request has ended well: settle it, with a durable record if the answer is not streamed."""
-        summary = self._summary([output for output in last_outputs if output is not None])
+        summary = self._summary()
         self._settle(summary, reason.value)
         if not self._call.is_streamed:
             await self._reservation.recorded()
@@ -108,9 +118,10 @@ class Meter:
         self._reservation.settle(record)
         self._call.observer.settled(record)
 
-    def _summary(self, last_outputs: Sequence[EngineOutput]) -> Summary:
+    def _summary(self) -> Summary:
         now_s = self._clock()
-        timings = [output.timings for output in last_outputs if output.timings is not None]
+        latest = self._latest.values()
+        timings = [output.timings for output in latest if output.timings is not None]
         group = None
         if timings:
             group = Timings(
@@ -121,16 +132,22 @@ class Meter:
         return Summary(
             num_prompt_tokens=self._num_prompt_tokens,
             num_completion_tokens=self.num_completion_tokens,
-            num_cached_tokens=sum(output.num_cached_tokens for output in last_outputs),
+            num_cached_tokens=self._num_cached_tokens(),
             # A stop string cuts off tokens that the group has drawn.
-            num_accepted_tokens=min(
-                sum(output.num_accepted_tokens for output in last_outputs), self.num_completion_tokens
-            ),
-            num_rejected_tokens=sum(output.num_rejected_tokens for output in last_outputs),
+            num_accepted_tokens=min(sum(output.num_accepted_tokens for output in latest), self.num_completion_tokens),
+            num_rejected_tokens=sum(output.num_rejected_tokens for output in latest),
             group=group,
             gateway_s=(now_s if self._submitted_s is None else self._submitted_s) - self._call.arrived_s,
             total_s=now_s - self._call.arrived_s,
         )
+
+    def _num_cached_tokens(self) -> int:
+        """Prompt tokens that no choice of their prompt had to compute: as a prompt counts once, so does what is cached of it."""
+        by_prompt: dict[int, int] = {}
+        for choice, output in self._latest.items():
+            prompt = choice // self._num_choices
+            by_prompt[prompt] = min(output.num_cached_tokens, by_prompt.get(prompt, output.num_cached_tokens))
+        return sum(by_prompt.values())
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -359,8 +359,7 @@ def _usage(summary: Summary | None) -> Usage:
         prompt_tokens=summary.num_prompt_tokens,
         completion_tokens=summary.num_completion_tokens,
         total_tokens=summary.num_prompt_tokens + summary.num_completion_tokens,
-        # Ours are summed over the choices; OpenAI's are part of prompt_tokens.
-        prompt_tokens_details=CachedTokens(min(summary.num_cached_tokens, summary.num_prompt_tokens)),
+        prompt_tokens_details=CachedTokens(summary.num_cached_tokens),
         completion_tokens_details=PredictedTokens(
             accepted_prediction_tokens=summary.num_accepted_tokens,
             rejected_prediction_tokens=summary.num_rejected_tokens,

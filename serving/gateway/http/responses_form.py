@@ -572,7 +572,7 @@ class ResponsesForm:
         output += [self._call_item(n, status if n == last else "completed") for n in range(len(self._calls))]
         usage = ResponseUsage(
             input_tokens=summary.num_prompt_tokens,
-            input_tokens_details=InputDetails(cached_tokens=min(summary.num_cached_tokens, summary.num_prompt_tokens)),
+            input_tokens_details=InputDetails(cached_tokens=summary.num_cached_tokens),
             output_tokens=summary.num_completion_tokens,
             total_tokens=summary.num_prompt_tokens + summary.num_completion_tokens,
         )
