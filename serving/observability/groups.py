@@ -58,19 +58,27 @@ class GroupCollector(Collector):
         self._num_configured = num_configured
         self._on_gone = on_gone
         self._reports: Mapping[str, Sequence[GroupReport]] = {}
+        self._heard_of: set[tuple[str, str]] = set()
         self._last_seen: dict[tuple[str, str], tuple[float, bool]] = {}
         """When each group answered last, and whether it counted with this gateway then."""
         self._num_ended = dict.fromkeys(num_configured, 0)
+
+    def heard_of(self, model: str, engine: str) -> None:
+        """Series with this group's name are made, perhaps after it has gone: they go like those of one that has reported."""
+        self._heard_of.add((model, engine))
 
     def take(self, reports: Mapping[str, Sequence[GroupReport]], now_s: float) -> None:
         """Show these reports from now on."""
         self._reports = reports
         for model, listed in reports.items():
             self._last_seen.update({(model, report.engine): (now_s, bool(report.stats)) for report in listed})
+        self._last_seen = {group: (now_s, False) for group in self._heard_of} | self._last_seen
+        self._heard_of.clear()
         for (model, engine), (seen_s, counted_here) in list(self._last_seen.items()):
             if now_s - seen_s > FORGET_AFTER_S:
                 del self._last_seen[model, engine]
-                self._num_ended[model] += counted_here
+                if counted_here:
+                    self._num_ended[model] += 1
                 self._on_gone(model, engine)
 
     def fleet_models(self) -> dict[str, FleetModel]:

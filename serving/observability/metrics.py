@@ -199,6 +199,7 @@ class GatewayMetrics:
         """Bound once for each group, so that a token looks up no label."""
         bound = self._engines.get((model, engine))
         if bound is None:
+            self.groups.heard_of(model, engine)
             children = {field: histogram.labels(model, engine) for field, histogram in self._histograms.items()}
             bound = self._engines[model, engine] = EngineMetrics(**children)
         return bound

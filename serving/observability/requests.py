@@ -100,13 +100,16 @@ class _Observer(RequestObserver):
         self._engine_id = ""
         """Of the group that has accepted it."""
         self._engine: EngineMetrics | None = None
+        """The same group's, from its first token on."""
         self._submitted_s = 0.0
         self._first_s: float | None = None
         self._interrupted_s: float | None = None
         """When its group was lost, until it has a token of another one."""
         self._accepted_s = 0.0
         self._last_s: dict[int, float] = {}
-        """When each choice had its latest token."""
+        """When each choice had its latest token of this group."""
+        self._latest_s = 0.0
+        """When any choice had one of any group."""
         self._num_tokens: dict[int, int] = {}
         self._span: Span
 
@@ -166,7 +169,7 @@ class _Observer(RequestObserver):
         return trace_context(self._span) if self._telemetry.tracing.is_on else {}
 
     def accepted(self, engine: str) -> None:
-        self._engine_id = engine
+        self._engine_id, self._engine, self._last_s = engine, None, {}
         self._accepted_s = self._clock()
 
     def interrupted(self) -> None:
@@ -183,10 +186,12 @@ class _Observer(RequestObserver):
                 continue
             choice = output.choice
             if self._engine is None:
-                self._engine = self._first_token(now_s, output)
-            elif (last_s := self._last_s.get(choice)) is not None:
+                self._engine = self._metrics.engine(self._model, self._engine_id)
+            if self._first_s is None:
+                self._first_token(now_s, self._engine, output)
+            if (last_s := self._last_s.get(choice)) is not None:
                 self._engine.inter_token_latency.observe(now_s - last_s)
-            self._last_s[choice] = now_s
+            self._last_s[choice] = self._latest_s = now_s
             self._num_tokens[choice] = self._num_tokens.get(choice, 0) + len(output.token_ids)
 
     def _goes_on(self, now_s: float, interrupted_s: float, outputs: Sequence[EngineOutput]) -> None:
@@ -204,8 +209,7 @@ class _Observer(RequestObserver):
             self._metrics.resumption_stages[self._model, stage].observe(duration_s)
         self._span.add_event("first_token_after_loss")
 
-    def _first_token(self, now_s: float, output: EngineOutput) -> EngineMetrics:
-        engine = self._metrics.engine(self._model, self._engine_id)
+    def _first_token(self, now_s: float, engine: EngineMetrics, output: EngineOutput) -> None:
         self._first_s = now_s
         ttft_s = now_s - self._started_s
         engine.time_to_first_token.observe(ttft_s)
@@ -222,7 +226,6 @@ class _Observer(RequestObserver):
             for stage, duration_s in stages.items():
                 self._metrics.ttft_stages[self._model, stage].observe(duration_s)
         self._span.add_event("first_token")
-        return engine
 
     def settled(self, record: UsageRecord) -> None:
         self._record = record
@@ -237,6 +240,7 @@ class _Observer(RequestObserver):
             metrics.tenant_tokens.labels(tenant, model, kind).inc(number)
         finished_reason = _FINISHED_REASON.get(record.outcome)
         if self._engine_id and finished_reason is not None:
+            metrics.groups.heard_of(model, self._engine_id)
             metrics.request_success.labels(model, self._engine_id, finished_reason).inc()
             if finished_reason in ("stop", "length"):
                 self._observe_whole(record, metrics.engine(model, self._engine_id))
@@ -267,7 +271,7 @@ class _Observer(RequestObserver):
         longest = max(self._num_tokens.values())
         engine.max_num_generation_tokens.observe(longest)
         if longest > 1:
-            engine.time_per_output_token.observe((max(self._last_s.values()) - self._first_s) / (longest - 1))
+            engine.time_per_output_token.observe((self._latest_s - self._first_s) / (longest - 1))
 
     def failed(self, code: str, reason: str, *, quota: str = "", engine: str = "") -> None:
         self._code, self._reason = code, reason
@@ -275,6 +279,7 @@ class _Observer(RequestObserver):
         if reason in _REJECTIONS:
             metrics.admission_rejections.labels(model, reason).inc()
         if engine and reason == "OVERLOADED":
+            metrics.groups.heard_of(model, engine)
             metrics.group_rejections.labels(model, engine, reason).inc()
         if quota:
             metrics.quota_refusals.labels(self._tenant_label(), quota).inc()

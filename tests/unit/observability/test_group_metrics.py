@@ -7,14 +7,18 @@ from prometheus_client.samples import Sample
 
 from bench.support.fake_backend import card
 from model_parallel.engine.messages import Row, StepPlan
+from model_parallel.engine.request import EngineOutput
 from model_parallel.engine.stats import SchedulerStats
+from serving.contracts.accounts import Principal
 from serving.contracts.group_report import GroupReport
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
 from serving.observability.groups import FORGET_AFTER_S
-from serving.observability.metrics import _one_two_five
+from serving.observability.metrics import GatewayMetrics, _one_two_five
+from serving.observability.requests import Telemetry
 from serving.observability.tracing import Tracing
 from serving.replica.reports import READER_LEASE_S, IterationTokens, ReaderLease
+from tests.support.usage import usage_record
 
 STATS = asdict(
     SchedulerStats(
@@ -127,3 +131,60 @@ def test_the_series_of_a_group_that_has_gone_are_removed(watch: GatewayWatch) ->
 def test_token_buckets_end_at_the_longest_sequence() -> None:
     assert _one_two_five(4096) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
     assert _one_two_five(1) == (1,)
+
+
+def tokens(*, choice: int = 0) -> list[EngineOutput]:
+    return [EngineOutput(request_id="r", choice=choice, token_ids=(1,))]
+
+
+def series_of(metrics: GatewayMetrics, engine: str) -> dict[str, float]:
+    return {
+        sample.name: sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.labels.get("engine") == engine and not sample.name.endswith("_created")
+    }
+
+
+def test_tokens_count_with_the_group_that_made_them() -> None:
+    clock = [0.0]
+    metrics = GatewayMetrics({"m": 2048}, {"m": 2}, ())
+    with Telemetry(metrics, Tracing(), clock=lambda: clock[0]).observe("grpc", "G", "r", {}) as observer:
+        observer.authenticated(Principal(tenant_id="t"))
+        observer.resolved("m", "m")
+        observer.submitted()
+        for engine, times_s in (("old", (1, 2, 4)), ("new", (10, 11, 12, 13))):
+            observer.accepted(engine)
+            for clock[0] in times_s:
+                observer.received(tokens())
+            if engine == "old":
+                observer.interrupted()
+        observer.settled(usage_record("r", num_completion_tokens=7))
+    old, new = (series_of(metrics, engine) for engine in ("old", "new"))
+    name = "vllm:inter_token_latency_seconds"
+    assert (old[f"{name}_count"], old[f"{name}_sum"]) == (2, 3), (
+        "the pause is nobody's: the stages of resumption tell it"
+    )
+    assert (new[f"{name}_count"], new[f"{name}_sum"]) == (3, 3)
+    first = "vllm:time_to_first_token_seconds_count"
+    assert (old[first], new[first]) == (1, 0), "the client waited for one first token"
+    assert new["vllm:request_time_per_output_token_seconds_sum"] == (13 - 1) / 6
+
+
+def test_series_that_are_made_after_a_group_has_gone_go_as_well() -> None:
+    metrics = GatewayMetrics({"m": 2048}, {"m": 1}, ())
+    metrics.groups.take({"m": [report("g1")]}, 0.0)
+    with Telemetry(metrics, Tracing()).observe("grpc", "G", "r", {}) as observer:
+        observer.resolved("m", "m")
+        observer.accepted("g1")
+        observer.received(tokens())
+        metrics.groups.take({"m": []}, 100.0)
+        assert series_of(metrics, "g1") == {}
+        observer.received(tokens())
+        observer.settled(usage_record("r", outcome="deadline"))
+        observer.failed("RESOURCE_EXHAUSTED", "OVERLOADED", engine="g1")
+    assert series_of(metrics, "g1") != {}
+    metrics.groups.take({"m": []}, 101.0)
+    assert series_of(metrics, "g1") != {}
+    metrics.groups.take({"m": []}, 200.0)
+    assert series_of(metrics, "g1") == {}
