@@ -8,6 +8,7 @@ Fair is the virtual token counter of Sheng et al., "Fairness in Serving Large La
   skipped: while the next one does not fit, no other is admitted.
 - A tenant that had nothing waiting and comes (back) is lifted to the floor, less a burst. The floor is the lowest counter of
   those with something waiting or, when nobody has, the counter of the last one that had; it never falls.
+- A tenant whose weight changes stays as many tokens ahead of the floor, or behind, as it was.
 
 The burst is ours; without it this is the paper's algorithm. Linux' CFS places a sleeper that wakes in the same way. A tenant that
 asks for little has not used its share and is below the floor, so it is next at once, even with a few requests in a row. It is
@@ -83,8 +84,8 @@ class VirtualTokenCounter:
 
     def num_tokens_ahead(self, request: EngineRequest) -> float:
         """Prompt tokens that are admitted before those of a request that comes now. Output is left out of the account."""
-        tenant = self.tenants.get(request.tenant) or Tenant(counter=self._forgotten)
-        counter = tenant.counter if tenant.waiting else self._counter_after_return(tenant, request.weight)
+        tenant = self.tenants.get(request.tenant) or self._new_tenant(request)
+        counter = self._counter_under(tenant, request.weight)
         counter_at_turn = counter + tenant.num_waiting_tokens / request.weight
         return tenant.num_waiting_tokens + sum(
             min(other.num_waiting_tokens, max(0.0, counter_at_turn - other.counter) * other.weight)
@@ -94,11 +95,10 @@ class VirtualTokenCounter:
 
     def insert(self, sequence: Sequence, *, at_front: bool) -> Tenant:
         """It waits from now on. Returns whose it is."""
-        name = sequence.request.tenant
-        tenant = self.tenants.setdefault(name, Tenant(counter=self._forgotten))
-        tenant.weight = sequence.request.weight
+        name, weight = sequence.request.tenant, sequence.request.weight
+        tenant = self.tenants.setdefault(name, self._new_tenant(sequence.request))
+        tenant.counter, tenant.weight = self._counter_under(tenant, weight), weight
         if not tenant.waiting:
-            tenant.counter = self._counter_after_return(tenant, tenant.weight)
             self._idle.pop(name, None)
             self.waiting[name] = tenant
         tenant.waiting[sequence.seq_id] = sequence
@@ -136,11 +136,23 @@ class VirtualTokenCounter:
         if not self.tenants.keys() >= self.waiting.keys() | self._idle.keys():
             raise RuntimeError("a tenant that was forgotten is still in the queue")
 
-    def _counter_after_return(self, tenant: Tenant, weight: float) -> float:
-        """The lift."""
+    def _new_tenant(self, request: EngineRequest) -> Tenant:
+        return Tenant(counter=self._forgotten, weight=request.weight)
+
+    def _counter_under(self, tenant: Tenant, weight: float) -> float:
+        """Of a tenant that sends a request of this weight. If that is another one than before, it is as many tokens ahead of the
+        floor, or behind, as it was. The one that comes back is lifted."""
+        if tenant.waiting and weight == tenant.weight:
+            return tenant.counter
         waiting = (other.counter for other in self.waiting.values())
-        self._floor = max(self._floor, min(waiting, default=self._last.counter))
-        return max(tenant.counter, self._floor - self._burst / weight)
+        floor = max(self._floor, min(waiting, default=self._last.counter))
+        counter = tenant.counter
+        if weight != tenant.weight:
+            counter = floor + (counter - floor) * tenant.weight / weight
+        if tenant.waiting:
+            return counter
+        self._floor = floor
+        return max(counter, floor - self._burst / weight)
 
     def _forget_half_of_the_idle(self) -> None:
         """Forget those that owe least. Nobody gains by it: who is not remembered begins with the highest counter forgotten."""

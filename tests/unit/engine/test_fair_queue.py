@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import count
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -239,3 +240,38 @@ def test_whatever_happens(acts: list[Act], burst: float) -> None:
         for priority in (0, 1):
             mine = [s.seq_id for s in served if (s.request.tenant, s.request.priority) == (tenant, priority)]
             assert mine == sorted(mine)
+
+
+def served_until(line: Line, tenant: str, others: str) -> int:
+    """Requests of the other one, who always has more, until the next of the tenant."""
+    for num_others in range(100_000):
+        if line.serve(num_output=100).request.tenant == tenant:
+            return num_others
+        line.add(others, 200)
+    raise AssertionError("it starves")
+
+
+def test_a_tenant_that_gets_more_weight_does_not_pay_at_the_old_price() -> None:
+    """What it is ahead of the others stays as many tokens: 700, which are two or three requests of theirs."""
+    line = Line(burst=2048)
+    for _ in range(20):
+        line.add("b", 200)
+        line.add("a", 500, weight=0.001)
+    served_until(line, "a", "b")
+    line.add("a", 200, weight=1.0)
+    assert served_until(line, "a", "b") <= 3
+
+
+@given(st.floats(0.001, 1000), st.floats(0.001, 1000), st.integers(0, 30))
+def test_another_weight_and_back_changes_nothing(before: float, between: float, num_served: int) -> None:
+    line = Line(burst=100)
+    for _ in range(20):
+        line.add("a", 50, weight=before)
+        line.add("b", 50)
+    for _ in range(num_served):
+        line.serve(num_output=10)
+    tenant = line.queue.tenant_of(line.add("a", 50, weight=before).request)
+    counter = tenant.counter
+    line.add("a", 50, weight=between)
+    line.add("a", 50, weight=before)
+    assert tenant.counter == pytest.approx(counter, rel=1e-6, abs=1e-6)
