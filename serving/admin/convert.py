@@ -226,6 +226,10 @@ def position(token: str, kind: type[_Position]) -> _Position | None:
         return None
     try:
         found: _Position = msgspec.json.decode(base64.b64decode(token, altchars=b"-_", validate=True), type=kind)
+        if any(
+            isinstance(part, str) and "\0" in part for part in found
+        ):  # which no id has, and PostgreSQL does not take
+            raise ValueError("a NUL character")
     except (binascii.Error, ValueError, msgspec.DecodeError) as error:
         raise ValidationError(
             "page_token", "page_token must be the next_page_token of an answer to this call"

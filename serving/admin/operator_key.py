@@ -73,7 +73,14 @@ def _read(path: Path) -> str:
         raise ConfigError(
             f"admin.port: {path} has the operator's key, and others can read it; remove it, and a new one is made"
         )
-    if not (key := path.read_text(encoding="ascii").strip()):
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise ConfigError(
+            f"admin.port: {path} does not hold the operator's key ({reason}); remove it, and a new one is made"
+        ) from error
+    if not key:
         raise ConfigError(f"admin.port: {path} is empty; remove it, and a new operator's key is made")
     return key
 

@@ -79,9 +79,15 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:  # of a date, or of a number
+        except (ValueError, OverflowError, LookupError, AttributeError) as error:
+            # The last two are what PyYAML raises for a text that is tagged as a truth value, a number or a time, and is none.
+            reason = (
+                str(error)
+                if isinstance(error, ValueError | OverflowError)
+                else f"this is no {node.tag.rpartition(':')[2]}"
+            )
             raise yaml.constructor.ConstructorError(
-                None, None, f"{getattr(node, 'value', '')!r:.40}: {error}", node.start_mark
+                None, None, f"{getattr(node, 'value', '')!r:.40}: {reason}", node.start_mark
             ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

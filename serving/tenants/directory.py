@@ -33,7 +33,7 @@ class TenantEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeyEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A key of such a tenant that is neither revoked nor, when the snapshot was made, expired."""
+    """A key of such a tenant that is not revoked, and was not expired long ago when the snapshot was made."""
 
     id: str
     tenant_id: str

@@ -157,9 +157,17 @@ class UsageFilter:
 
     def __post_init__(self) -> None:
         check_key_id("key_id", self.key_id)
+        for name in ("tenant_id", "key_id", "model"):
+            if "\0" in getattr(self, name):
+                raise ValidationError(name, f"{name} must have no NUL character in it")
         since, until = self.since_unix_s, self.until_unix_s
+        for name, moment in (("since", since), ("until", until)):
+            if moment is not None and not 0 <= moment <= MAX_UNIX_S:
+                raise ValidationError(name, f"{name} must be from 1970 to 9999, not UNIX time {moment}")
         if since is not None and until is not None and since >= until:
-            raise ValidationError("until", f"until must be after since, which is {since} in UNIX time, not {until}")
+            raise ValidationError(
+                "until", f"until must be after since, which is {iso_time(since)}, not {iso_time(until)}"
+            )
 
 
 def iso_time(unix_s: float) -> str:

@@ -57,6 +57,7 @@ from tests.unit.tenants.test_store import (
     test_every_change_and_nothing_else_moves_the_generation,
     test_lists_come_in_pages,
     test_names_are_taken_once_and_must_exist,
+    test_nothing_has_a_name_with_a_nul_character,
     test_what_is_made_is_found_by_another_process,
     test_writers_on_one_file_wait_for_each_other,
 )

@@ -221,7 +221,7 @@ class TenantAccounts:
                 async with asyncio.timeout(CALL_TIMEOUT_S + self._refresh_s):
                     return await call()
             except (AuthorityUnreachableError, TimeoutError) as error:
-                logger.warning("the quota authority does not answer: %s", error or "timed out")
+                logger.warning("the quota authority does not answer: %s", str(error) or "timed out")
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _LAST_RETRY_S)
 

@@ -44,6 +44,9 @@ TENANT_FIELDS = ("name", "plan", "weight", "priority", *LIMITS)
 MAX_OVERLAP_S = 365 * 86400
 """Of an old key and the one in its place."""
 
+_EXPIRED_KEPT_S = 86_400.0
+"""No clocks of one deployment differ by more."""
+
 _Record = TypeVar("_Record", Plan, Tenant, KeyGrant)
 _Row = TypeVar("_Row", bound=Base)
 
@@ -165,6 +168,8 @@ class Store:
             ends_unix_s = None if math.isinf(row.lifetime_s) else min(now_unix_s + row.lifetime_s, MAX_UNIX_S)
             grant = replace(grant, expires_unix_s=ends_unix_s)
             row.expires_unix_s = min(now_unix_s + overlap_s, old.expires_unix_s or float("inf"))
+            if not overlap_s:
+                row.revoked_unix_s = now_unix_s  # it ends now, whatever the clocks of gateways say
             return self._issue(session, old.tenant_id, grant, quota_id=old.quota_id)
 
     def revoke_key(self, key_id: str) -> Key:
@@ -208,7 +213,8 @@ class Store:
             return session.execute(select(DeploymentRow.generation)).scalar_one()
 
     def snapshot(self) -> Snapshot:
-        """All keys that can be authenticated now, with what their tenants may use."""
+        """All keys that a gateway may have to authenticate, with what their tenants may use. The gateway decides by its own
+        clock whether a key has expired, and this one may be ahead of it; so only those that expired long ago are left out."""
         now_unix_s = self._wall_clock()
         with self.database.read() as session:
             deployment = session.scalars(select(DeploymentRow)).one()
@@ -223,7 +229,7 @@ class Store:
             keys = [
                 _key_entry(row)
                 for row in rows
-                if row.tenant_id in tenant_ids and not _is_past(row.expires_unix_s, now_unix_s)
+                if row.tenant_id in tenant_ids and not _is_past(row.expires_unix_s, now_unix_s - _EXPIRED_KEPT_S)
             ]
         return Snapshot(generation=deployment.generation, tenants=tuple(tenants), keys=tuple(keys))
 
@@ -249,7 +255,7 @@ def _key(row: KeyRow) -> Key:
 
 
 def _found(session: Session, table: type[_Row], name: str, kind: str) -> _Row:
-    row = session.get(table, name)
+    row = None if "\0" in name else session.get(table, name)  # PostgreSQL takes no NUL, and nothing has one in its name
     if row is None:
         raise NotFoundError(f"there is no {kind} {without_secrets(name)[:80]!r}")
     return row

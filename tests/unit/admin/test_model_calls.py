@@ -242,6 +242,21 @@ def test_where_the_cache_is_read_only_the_key_lies_in_a_private_directory(
     assert operator_key_file().parent == tmp_path / "cache"
 
 
+@pytest.mark.parametrize("kind", ["bytes", "directory", "empty"])
+def test_what_is_no_key_at_its_place_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path))
+    path = tmp_path / "operator.key"
+    if kind == "directory":
+        path.mkdir(mode=0o700)
+    else:
+        path.touch(mode=0o600)
+        path.write_bytes(b"\xff\xfe\0" if kind == "bytes" else b"")
+    for function in (check_operator_key, make_operator_key):
+        with pytest.raises(ConfigError, match=r"admin\.port: .*operator\.key .*remove it, and a new"):
+            function()
+    assert read_operator_key() == ""
+
+
 def test_a_key_that_can_be_kept_nowhere_is_told_before_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

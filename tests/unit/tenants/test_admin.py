@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from protos import admin_pb2_grpc
+from serving.admin import convert
 from serving.admin.service import ADMIN, AdminServer
 from serving.config import AdminConfig
 from serving.contracts.errors import StoreUnavailableError
@@ -228,6 +229,8 @@ async def test_usage_is_filtered(admin: Running, store: Store) -> None:
         ("ListKeys", pb.ListKeysRequest(page_size=-1), "page_size"),
         ("ListKeys", pb.ListKeysRequest(page_token="x"), "page_token"),
         ("ListTenants", pb.ListTenantsRequest(page_token="eyJhIjoxfQ=="), "page_token"),
+        ("ListTenants", pb.ListTenantsRequest(page_token=convert.page_token(("a\0",))), "page_token"),
+        ("ListUsage", pb.ListUsageRequest(model="a\0"), "model"),
         ("ListUsage", pb.ListUsageRequest(page_token="é"), "page_token"),
         ("ListUsage", pb.ListUsageRequest(since=Timestamp(seconds=5), until=Timestamp(seconds=5)), "until"),
         ("ListUsage", pb.ListUsageRequest(since=Timestamp(seconds=-5)), "since"),

@@ -115,7 +115,20 @@ def test_a_key_ends_when_it_expires(gold: Store, clock: Clock) -> None:
     clock.unix_s += 0.1
     assert not accepts(known, key)
     assert directory(gold, clock).generation == known.generation
+    assert not accepts(directory(gold, clock), key)
+    clock.unix_s += 86_400
     assert gold.snapshot().keys == ()
+
+
+def test_a_key_is_good_by_the_gateways_clock_whatever_the_authoritys_says(gold: Store, clock: Clock) -> None:
+    key = gold.create_key("acme", KeyGrant(expires_unix_s=NOON_UNIX_S + 60)).text
+    clock.unix_s += 3600
+    snapshot = gold.snapshot()
+    clock.unix_s -= 3600
+    known = KeyDirectory(snapshot, wall_clock=clock)
+    assert accepts(known, key)
+    clock.unix_s += 60
+    assert not accepts(known, key)
 
 
 def test_a_revoked_key_and_a_disabled_tenant_are_in_no_later_directory(gold: Store, clock: Clock) -> None:

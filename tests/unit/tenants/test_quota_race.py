@@ -380,6 +380,17 @@ async def test_changes_arrive_after_looks_that_failed_however_they_failed(
         await until(is_refused)
 
 
+async def test_an_authority_that_answers_too_late_is_told(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Network(url)
+    async with gateways(network, 1) as (a,):
+        monkeypatch.setattr(accounts_module, "CALL_TIMEOUT_S", -1.0)
+        await until(lambda: "does not answer: timed out" in caplog.text)
+        monkeypatch.undo()
+        assert a.num_unrecorded == 0
+
+
 async def test_a_transaction_that_fails_has_not_happened(
     store: Store, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

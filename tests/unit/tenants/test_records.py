@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.contracts.errors import ValidationError
-from serving.tenants.records import LIMITS, KeyGrant, Limits, Plan, Tenant, UsageFilter
+from serving.tenants.records import LIMITS, MAX_UNIX_S, KeyGrant, Limits, Plan, Tenant, UsageFilter
 
 COUNTS = st.none() | st.integers(1, 10**15)
 
@@ -61,5 +62,17 @@ def test_a_tenants_limits_replace_its_plans(plan: tuple[int | None, ...], own: t
 
 
 def test_usage_is_asked_for_in_the_order_of_time() -> None:
-    with pytest.raises(ValidationError, match="until must be after since"):
+    with pytest.raises(
+        ValidationError, match=r"until must be after since, which is 1970-01-01T00:00:10\+00:00, not 1970-"
+    ):
         UsageFilter(since_unix_s=10, until_unix_s=10)
+    for name in ("since_unix_s", "until_unix_s"):
+        for moment in (-1.0, MAX_UNIX_S + 1, math.nan):
+            with pytest.raises(ValidationError, match="must be from 1970 to 9999"):
+                UsageFilter(**{name: moment})
+
+
+@pytest.mark.parametrize("name", ["tenant_id", "key_id", "model"])
+def test_usage_is_asked_for_by_names_that_a_database_takes(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"{name} must have no NUL"):
+        UsageFilter(**{name: "a\0"})

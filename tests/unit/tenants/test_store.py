@@ -66,6 +66,29 @@ def test_names_are_taken_once_and_must_exist(gold: Store) -> None:
             unknown()
 
 
+def test_a_key_that_is_rotated_without_overlap_ends_whatever_the_clocks_say(gold: Store) -> None:
+    old = gold.create_key("acme", KeyGrant()).key
+    new = gold.rotate_key(old.id, overlap_s=0).key
+    assert [key.id for key in gold.snapshot().keys] == [new.id]
+    assert {key.id: key.revoked_unix_s for key in gold.list_keys()} == {old.id: NOON_UNIX_S, new.id: None}
+
+
+def test_nothing_has_a_name_with_a_nul_character(gold: Store) -> None:
+    """PostgreSQL takes none."""
+    for unknown in (
+        lambda: gold.create_tenant(Tenant(id="other", plan="gold")) and gold.update_tenant("other\0", {"name": ""}),
+        lambda: gold.update_plan("gold\0", {"weight": 2.0}),
+        lambda: gold.get_tenant("acme\0"),
+        lambda: gold.set_tenant_disabled("acme\0", True),
+        lambda: gold.create_key("acme\0", KeyGrant()),
+        lambda: gold.list_keys(tenant_id="acme\0"),
+        lambda: gold.rotate_key("a\0", overlap_s=0),
+        lambda: gold.revoke_key("a\0"),
+    ):
+        with pytest.raises(NotFoundError, match=r"there is no (plan|tenant|key) '\w+\\x00'"):
+            unknown()
+
+
 def test_a_whole_key_is_not_repeated_by_errors(gold: Store) -> None:
     issued = gold.create_key("acme", KeyGrant())
     for refused in (
