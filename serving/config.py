@@ -551,16 +551,16 @@ def ray_address() -> str | None:
 
 
 def log_level() -> str:
-    """$PACKTRAIN_LOG_LEVEL, INFO when unset. Raises ConfigError."""
-    level = os.environ.get("PACKTRAIN_LOG_LEVEL", "INFO").upper()
+    """$PACKTRAIN_LOG_LEVEL, INFO when unset or empty. Raises ConfigError."""
+    level = (os.environ.get("PACKTRAIN_LOG_LEVEL") or "INFO").upper()
     if level not in _LOG_LEVELS:
         raise ConfigError(f"PACKTRAIN_LOG_LEVEL is {level!r} and must be one of {', '.join(_LOG_LEVELS)}")
     return level
 
 
 def log_format() -> str:
-    """$PACKTRAIN_LOG_FORMAT, "text" when unset. Raises ConfigError."""
-    form = os.environ.get("PACKTRAIN_LOG_FORMAT", "text").lower()
+    """$PACKTRAIN_LOG_FORMAT, "text" when unset or empty. Raises ConfigError."""
+    form = (os.environ.get("PACKTRAIN_LOG_FORMAT") or "text").lower()
     if form not in ("json", "text"):
         raise ConfigError(f"PACKTRAIN_LOG_FORMAT is {form!r} and must be json or text")
     return form
@@ -568,10 +568,13 @@ def log_format() -> str:
 
 def tracing_is_on() -> bool:
     """An OTLP endpoint is set; OpenTelemetry's SDK reads it and the other OTEL_ variables by itself. Raises ConfigError."""
+    if os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
+        return False
     if not any(os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in ("TRACES_", "")):
         return False
-    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-        protocol = os.environ.get(name, "grpc")
-        if protocol != "grpc":
-            raise ConfigError(f"{name} is {protocol!r}; traces are sent by grpc alone")
+    # What is set for traces counts before what is set for all signals, and what is empty is not set.
+    names = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    name = next(filter(os.environ.get, names), None)
+    if name is not None and os.environ[name] != "grpc":
+        raise ConfigError(f"{name} is {os.environ[name]!r}; traces are sent by grpc alone")
     return True

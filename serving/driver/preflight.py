@@ -9,7 +9,7 @@ from pathlib import Path
 from model_parallel.native import check_wanted_instruction_set, is_ready
 from model_parallel.python_process import module_command
 from serving.admin.operator_key import check_operator_key
-from serving.config import ModelEntry, ServingConfig, TenancyConfig, log_format, log_level, tracing_is_on
+from serving.config import ModelEntry, ServingConfig, TenancyConfig, log_format, log_level
 from serving.driver.checks import (
     StartRefusedError,
     check_cache,
@@ -27,6 +27,7 @@ from serving.gateway.tls import load_tls
 from serving.models.fetch import KNOWN_MODELS
 from serving.models.group_spec import GroupSpec, check_memory, resolve_models
 from serving.models.sizes import Host, describe_sizes, num_ranks, this_host
+from serving.observability.tracing import open_tracing
 
 CHECK_TIMEOUT_S = 300.0
 """Of a checkpoint's files; comparing a tied head reads it."""
@@ -97,7 +98,7 @@ def _problems(status: int | None, output: str) -> list[str]:
 
 def check_environment() -> None:
     """Tell wrong settings of this process here, before others that inherit them start. Raises ConfigError."""
-    tracing_is_on()
+    open_tracing().close()
     log_level()
     log_format()
     check_wanted_instruction_set()

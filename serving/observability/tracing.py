@@ -16,6 +16,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from model_parallel.engine.request import EngineOutput, FinishReason
+from model_parallel.errors import ConfigError
 from serving.config import tracing_is_on
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -54,9 +55,15 @@ def open_tracing() -> Tracing:
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 
-    resource = Resource({"service.name": _SERVICE_NAME}).merge(OTELResourceDetector().detect())  # the latter wins
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    try:
+        resource = Resource({"service.name": _SERVICE_NAME}).merge(OTELResourceDetector().detect())  # the latter wins
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    except Exception as error:  # of many kinds: whatever the SDK raises for a variable that it does not take
+        raise ConfigError(
+            f"the OTEL_ variables are wrong, and traces cannot be sent: {type(error).__name__}: {error}; mend them, or turn "
+            "tracing off with OTEL_TRACES_EXPORTER=none"
+        ) from error
     return Tracing(provider)
 
 

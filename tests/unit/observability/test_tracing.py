@@ -13,8 +13,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from bench.support.fake_backend import FakeBackend, say
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
+from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
+from serving.config import tracing_is_on
 from serving.contracts.errors import GroupUnavailableError
+from serving.driver.preflight import check_environment
 from serving.observability.tracing import GroupSpan, Tracing, end_span, open_tracing, trace_context
 from tests.support.otlp import running_collector
 from tests.support.waiting import PATIENCE_S
@@ -190,3 +193,47 @@ def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     (span,) = spans.scope_spans[0].spans
     assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == ("gateway.request", TRACE, PARENT)
     assert span.status.code == span.status.STATUS_CODE_ERROR
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_EXPORTER_OTLP_COMPRESSION": "zstd"},
+        {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4096"},
+        {"OTEL_BSP_SCHEDULE_DELAY": "0"},
+        {"OTEL_EXPORTER_OTLP_TIMEOUT": "5s"},
+        {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "-1"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://[::1"},
+    ],
+)
+def test_variables_that_opentelemetry_does_not_take_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="the OTEL_ variables are wrong"):
+        check_environment()
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    check_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_on"),
+    [
+        ({}, True),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": ""}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, True),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, False),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, False),
+    ],
+)
+def test_the_variables_of_traces_count_before_those_of_all_signals(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_on: bool
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert tracing_is_on() == is_on
