@@ -16,7 +16,7 @@ from alembic.migration import MigrationContext
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, DisconnectionError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
@@ -35,6 +35,8 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _UPGRADE_LOCK = 0x7061636B
 """Of PostgreSQL's advisory locks: two servers that start together upgrade one after the other."""
 _IS_WRITE = "packtrain_is_write"
+_FILE = "packtrain_file"
+"""Which one a connection to SQLite has open."""
 
 
 class Database:
@@ -135,7 +137,17 @@ def _sqlite(url: URL) -> Engine:
         url, hide_parameters=True, pool_timeout=BUSY_TIMEOUT_S, connect_args={"timeout": BUSY_TIMEOUT_S}
     )
 
+    def connecting(*_: Any) -> None:
+        if not path.exists():  # SQLite would make an empty one, that others can read
+            raise StoreUnavailableError(f"the database {path} cannot be used now: the file is not there")
+
+    def checked_out(connection: Any, record: Any, proxy: Any) -> None:
+        """What is written to a file that was removed, or that another one has replaced, nobody would see."""
+        if _identity(path) != record.info[_FILE]:
+            raise DisconnectionError("the file is another one")  # the pool connects anew
+
     def connected(connection: Any, record: Any) -> None:
+        record.info[_FILE] = _identity(path)
         connection.isolation_level = None  # the driver would otherwise begin transactions by its own rules
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}").close()
@@ -145,9 +157,20 @@ def _sqlite(url: URL) -> Engine:
         is_write = connection.get_execution_options().get(_IS_WRITE)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
 
+    event.listen(engine, "do_connect", connecting)
     event.listen(engine, "connect", connected)
+    event.listen(engine, "checkout", checked_out)
     event.listen(engine, "begin", begun)
     return engine
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file that has this path now."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _postgresql(url: URL) -> Engine:

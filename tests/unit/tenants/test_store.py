@@ -1,3 +1,4 @@
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -321,6 +322,23 @@ def test_a_file_that_was_damaged_is_unavailable_until_it_is_mended(gold: Store, 
     gold.database.close()
     path.write_bytes(good)
     assert [tenant.id for tenant in gold.snapshot().tenants] == ["acme"]
+
+
+def test_nothing_is_written_to_a_file_that_is_not_there_any_more(gold: Store, url: str, tmp_path: Path) -> None:
+    """It was confirmed, and nobody would have seen it."""
+    copy = tmp_path / "backup.db"
+    shutil.copy(tmp_path / "tenants.db", copy)
+    for path in tmp_path.glob("tenants.db*"):
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError, match="the file is not there"):
+            gold.create_tenant(Tenant(id="lost", plan="gold"))
+    assert not (tmp_path / "tenants.db").exists()
+    copy.rename(tmp_path / "tenants.db")
+    gold.create_tenant(Tenant(id="kept", plan="unlimited"))
+    other = Database(url)
+    assert "kept" in [tenant.id for tenant in Store(other).list_tenants()]
+    other.close()
 
 
 def test_a_table_that_is_missing_is_named(gold: Store) -> None:
