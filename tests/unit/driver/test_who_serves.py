@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from model_parallel.errors import ConfigError
-from serving.config import ModelEntry, RayConfig, parse_config
+from serving.config import ModelEntry, RayConfig, ServingConfig, parse_config
 from serving.contracts.served import Owner, Served
 from serving.driver import app, applications
 from serving.driver.changes import entry_text
@@ -63,6 +63,10 @@ def test_a_cluster_that_serves_nothing_is_anybodys() -> None:
     )
 
 
+def _config() -> ServingConfig:
+    return parse_config({"models": [{"name": "m", "source": "/m"}], "ray": {"address": "auto"}}, origin="test")
+
+
 class Cluster:
     """A cluster with the applications of a stack, and what is done to them."""
 
@@ -96,13 +100,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 )
 def test_what_this_command_has_not_deployed_goes_on_when_it_ends(cluster: Cluster, owner: Owner | None) -> None:
     cluster.record = before = served(owner)
-    app.shut_down(None)
+    app.shut_down(_config(), None)
     assert (cluster.done, cluster.deleted, cluster.record) == (["left"], set(), before)
 
 
 def test_what_this_command_has_deployed_ends_with_it(cluster: Cluster) -> None:
     cluster.record = served(Owner(job=OURS, is_detached=False))
-    app.shut_down(None)
+    app.shut_down(_config(), None)
     assert cluster.done == ["autoscaler ended", "Serve ended", "left"]
     assert cluster.deleted == {"packtrain", "packtrain-model-a"}
     assert cluster.record.models == {}
@@ -119,7 +123,7 @@ def test_a_start_that_is_refused_leaves_what_is_served(cluster: Cluster, monkeyp
     monkeypatch.setattr(app, "_join_ray", lambda config, specs, guard: None)
     monkeypatch.setattr(app.joined, "check_replaceable", lambda found, section: None)
     monkeypatch.setattr(app.joined, "wait_for_places", no_room)
-    config = parse_config({"models": [{"name": "m", "source": "/m"}], "ray": {"address": "auto"}}, origin="test")
+    config = _config()
     with pytest.raises(ConfigError, match="room for 2"):
         app.start(config, lambda text: None, preflight=Preflight(config=config, specs=[], parent=None))
     assert (cluster.done, cluster.deleted, cluster.record) == (["left"], set(), before)
