@@ -573,8 +573,9 @@ class Scheduler:
     def _plan_rows(self, step: _Step, sequences: Iterable[Sequence]) -> None:
         """A row for each as long as the step has room."""
         for sequence in sequences:
-            num_tokens = min(sequence.num_uncomputed, step.budget, self._config.max_prefill_chunk)
-            if sequence.num_uncomputed > 1 and not sequence.is_below_fair_share:
+            num_uncomputed = sequence.num_uncomputed
+            num_tokens = min(num_uncomputed, step.budget, self._config.max_prefill_chunk)
+            if num_uncomputed > 1 and not sequence.is_below_fair_share:
                 num_tokens = min(num_tokens, step.prefill_budget)
                 step.prefill_budget -= num_tokens
             if num_tokens == 0:
@@ -590,7 +591,7 @@ class Scheduler:
                 seq_id=sequence.seq_id,
                 start=start,
                 num_tokens=num_tokens,
-                sample=not (sequence.num_uncomputed or sequence.has_all_output),
+                sample=num_tokens == num_uncomputed and not sequence.has_all_output,
                 new_block_ids=tuple(sequence.table.block_ids[sequence.num_told_blocks :]),
                 reset_blocks=not is_new and sequence.num_told_blocks == 0,
             )

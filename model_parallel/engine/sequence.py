@@ -75,12 +75,14 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens still to be planned. Never counts a pending last token: nothing follows it."""
-        return 0 if self.num_pending and self.has_all_output else self.num_tokens - self.num_computed
+        if self.num_pending and self.has_all_output:
+            return 0
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     @property
     def has_all_output(self) -> bool:
         """No token is wanted beyond the pending ones. True from the beginning when max_tokens is 0."""
-        return self.num_tokens - self.num_prompt_tokens >= self.request.sampling.max_tokens
+        return len(self.token_ids) + self.num_pending - self.num_prompt_tokens >= self.request.sampling.max_tokens
 
     @property
     def max_cached(self) -> int:
