@@ -30,7 +30,14 @@ from serving.gateway.http.requests import (
     deadline,
     timeout_of,
 )
-from serving.gateway.http.responses import HeaderList, HttpError, error_answer, error_event, rate_limit_headers
+from serving.gateway.http.responses import (
+    NUM_EVENTS,
+    HeaderList,
+    HttpError,
+    error_answer,
+    error_event,
+    rate_limit_headers,
+)
 from serving.gateway.http.responses_form import response_error_event
 from serving.gateway.http.resuming import LAST_EVENT_HEADER, RESUMABLE_HEADER, position_of, resumable_of
 from serving.observability.log import request_id
@@ -206,8 +213,9 @@ class _Answer:
     async def send_error(self, error: ErrorResponse, headers: HeaderList, scope: Scope, receive: Receive) -> None:
         """As the answer, or as the last event of a stream that has begun."""
         if self.has_begun:
-            make = response_error_event if scope["path"] == RESPONSES else error_event
-            await self._send({"type": "http.response.body", "body": make(error), "more_body": False})
+            is_numbered = scope["path"] == RESPONSES and NUM_EVENTS in scope
+            body = response_error_event(error, scope[NUM_EVENTS]()) if is_numbered else error_event(error)
+            await self._send({"type": "http.response.body", "body": body, "more_body": False})
         else:
             await error_answer(error, headers)(scope, receive, self.send)
 

@@ -136,7 +136,13 @@ class Endpoints:
             chunks = self._generator.generate(query, replace(request.call, is_streamed=True), stream)
             ids = EventIds(stream, request.has_event_ids, request.resumed)
             names = {**names, "resume_from.num_tokens": LAST_EVENT_HEADER}
-            return EventStream(_events(chunks, form, ids, names), headers, keep_alive_s=request.keep_alive_s, end=end)
+            return EventStream(
+                _events(chunks, form, ids, names),
+                headers,
+                num_events=lambda: ids.num_events,
+                keep_alive_s=request.keep_alive_s,
+                end=end,
+            )
         with _called(names):
             async with aclosing(self._generator.generate(query, request.call, stream)) as chunks:
                 return json_answer(form.whole([chunk async for chunk in chunks]), headers=headers)

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -19,6 +19,8 @@ from serving.gateway.http.objects import Error, ErrorAnswer
 HeaderList = Sequence[tuple[str, str]]
 
 to_json = msgspec.json.Encoder().encode
+NUM_EVENTS = "packtrain.num_events"
+"""In the scope of a stream: a function that tells how many events it has had."""
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -56,11 +58,13 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         headers: HeaderList = (),
         *,
+        num_events: Callable[[], int],
         keep_alive_s: float | None = None,
         end: bytes = DONE,
     ) -> None:
         """With `keep_alive_s` there is a comment after every silence of that length. The first sends the status line too."""
         self._events = events
+        self._num_events = num_events
         self._keep_alive_s = keep_alive_s
         self._end = end
         self.status_code = 200
@@ -68,6 +72,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All of it. Raises what making the events raises."""
+        scope[NUM_EVENTS] = self._num_events
         parts: AsyncGenerator[bytes | None, None] = self._events
         if self._keep_alive_s is not None:
             parts = with_ticks(self._events, self._keep_alive_s)

@@ -619,11 +619,11 @@ def _event(kind: str, **fields: Any) -> ResponseEvent:
     return ResponseEvent(type=kind, sequence_number=0, **fields)
 
 
-def response_error_event(error: ErrorResponse) -> bytes:
+def response_error_event(error: ErrorResponse, number: int) -> bytes:
     """The error as the end of a stream that has begun."""
     data = {
         "type": "error", "code": error.status.error_code, "message": error.message, "param": error.field or None,
-        "sequence_number": 0,
+        "sequence_number": number,
     }  # fmt: skip
     return _named("error", data)
 

@@ -91,7 +91,7 @@ class EventIds:
         self._has_ids = has_ids
         self._known = () if resumed is None else resumed.places
         self._places: list[Place | None] = list(self._known)
-        self._num_events = 0 if resumed is None else resumed.num_events
+        self.num_events = 0 if resumed is None else resumed.num_events
         self._token = b""
         self._token_text = ""
 
@@ -104,8 +104,8 @@ class EventIds:
             while len(self._places) <= event.choice:
                 self._places.append(None)
             self._places[event.choice] = event.place
-            self._num_events += 1
-            yield event.data, self._num_events - 1, self._line()
+            self.num_events += 1
+            yield event.data, self.num_events - 1, self._line()
 
     def _line(self) -> bytes:
         if not self._has_ids or not (token := self._stream.token()):
@@ -113,7 +113,7 @@ class EventIds:
         if token != self._token:
             self._token, self._token_text = token, as_text(token)
         places = ",".join("" if place is None else f"{place.num_tokens}-{place.rank}" for place in self._places)
-        return f"id: {self._token_text}.{self._num_events}.{places}\n".encode()
+        return f"id: {self._token_text}.{self.num_events}.{places}\n".encode()
 
 
 def _number(text: str) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -88,6 +89,19 @@ async def test_a_response_that_is_cut_is_incomplete(serve: Serve) -> None:
         answer = (await post(gateway, "/v1/responses", {"model": "tiny", "input": "hi"})).json()
     assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert answer["output"][0]["content"][0]["text"] == "Par"
+
+
+async def test_an_error_in_a_streamed_response_is_its_next_event(serve: Serve) -> None:
+    async def script(requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
+        yield (EngineOutput(request_id=requests[0].request_id, token_ids=(ord("a"),)),)
+        await asyncio.Event().wait()
+
+    async with serve(FakeBackend(script), http_port=0) as gateway:
+        asked = {"model": "tiny", "input": "hi", "stream": True}
+        answer = await post(gateway, "/v1/responses", asked, **{"x-request-timeout-s": "1"})
+    parts = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n") if line.startswith("data: ")]
+    assert (parts[-1]["type"], parts[-1]["code"]) == ("error", "deadline_exceeded")
+    assert [part["sequence_number"] for part in parts] == list(range(len(parts))) and len(parts) > 3
 
 
 async def test_a_streamed_response(serve: Serve) -> None:
