@@ -19,7 +19,7 @@ from cluster.policy.demand import (
     take_sample,
     traits_of,
 )
-from cluster.policy.observation import GatewayLoad, GroupLoad, GroupObservation, ModelObservation, Phase
+from cluster.policy.observation import GatewayLoad, GroupLoad, ModelObservation, Phase
 from cluster.policy.outlook import Outlook, look_ahead
 from cluster.policy.state import ModelState
 
@@ -135,10 +135,13 @@ def _learn(
     known = {gateway.gateway for gateway in observed.gateways}
     seen, sample = take_sample(state, gateways, groups, now_s)
     starts = [group for group in observed.groups if group.start_s is not None and group.group not in state.started]
+    running = [group for group in observed.groups if group.phase is Phase.RUNNING]
     busy_s, longest_s = state.busy_s, LONGEST_SAMPLE * policy.stale_after_s
     is_open = any(load.num_open for load in groups) or any(load.num_held for load in gateways.values())
-    if is_open or (sample is not None and sample.num_sequences > 0) or _is_first(observed, starts, policy, now_s):
+    if is_open or (sample is not None and sample.num_sequences > 0):
         busy_s = now_s
+    elif running and all(group in starts for group in running):
+        busy_s = now_s  # Only from now on somebody could be answered.
     elif busy_s is None or (sample is None and _last_seen_s(before) < now_s - longest_s):
         busy_s = now_s  # Nobody knows whether something came.
     elif sample is not None and sample.length_s > longest_s:
@@ -164,16 +167,6 @@ def _learn(
     )
 
 
-def _is_first(observed: ModelObservation, starts: list[GroupObservation], policy: ModelPolicy, now_s: float) -> bool:
-    """Whether no group ran before, and one starts or has just started: how long nobody asked counts from when somebody could be
-    answered. A start that is stuck does not count."""
-    running = [group for group in observed.groups if group.phase is Phase.RUNNING]
-    is_starting = any(
-        group.phase is Phase.STARTING and now_s - group.since_s <= policy.start_timeout_s for group in observed.groups
-    )
-    return all(group in starts for group in running) and (bool(running) or is_starting)
-
-
 def _last_seen_s(state: ModelState) -> float:
     """When a gateway last told what had arrived."""
     return max((seen.measured_s for seen in state.seen.values()), default=math.inf)
@@ -185,7 +178,10 @@ def _idle(case: _Case) -> Want | None:
     if policy.min_groups or not case.observed.target or not case.is_certain or state.busy_s is None:
         return None
     idle_s = now_s - state.busy_s
-    if idle_s < policy.idle_s or not hysteresis.is_reversal_due(state, hysteresis.DOWN, policy, now_s):
+    is_running = any(group.phase is Phase.RUNNING for group in case.observed.groups)
+    # A start may take longer than `idle_s`, and would never come to its end. One that is stuck is not waited for.
+    least_s = policy.idle_s if is_running else max(policy.idle_s, policy.start_timeout_s)
+    if idle_s < least_s or not hysteresis.is_reversal_due(state, hysteresis.DOWN, policy, now_s):
         return None
     return case.want(0, Cause.IDLE, f"nobody has asked for {idle_s:.0f} s and idle_s is {policy.idle_s:g}")
 

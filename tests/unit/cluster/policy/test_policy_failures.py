@@ -219,6 +219,18 @@ def test_a_start_that_is_stuck_does_not_keep_a_model_awake() -> None:
     assert story.run(30).target == 0
 
 
+def test_starts_that_fail_again_and_again_do_not_keep_a_model_awake() -> None:
+    policy = ModelPolicy(min_groups=0, max_groups=1, idle_s=5.0, cooldown_s=1.0, start_timeout_s=600.0)
+    story = Story(policy, num_groups=0, start_s=math.inf)
+    story.target = 1
+    for number in range(126):
+        if not story.target:
+            break
+        story.groups = [GroupObservation(group=f"g{number}", phase=Phase.STARTING, since_s=story.now_s)]
+        story.tick()
+    assert story.target == 0 and len(story.targets) > 120
+
+
 def test_what_was_learned_outlives_a_restart() -> None:
     from cluster.policy import decode_state, encode_state  # noqa: PLC0415 - told here because it is what the test is about
 
