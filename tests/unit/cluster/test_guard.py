@@ -106,7 +106,7 @@ def test_another_guard_watches_in_place_of_one_that_was_killed(tmp_path: Path) -
 def test_what_a_killed_guard_would_have_ended_ends_when_it_is_dismissed(tmp_path: Path) -> None:
     guard = Guard(tmp_path)
     daemon = _daemon(guard.directory)
-    (process,) = psutil.Process().children()
+    (process,) = [each for each in psutil.Process().children() if str(guard.directory) in each.cmdline()]
     process.kill()
     guard.dismiss()
     _wait(lambda: not daemon.is_running())
