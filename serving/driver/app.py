@@ -286,6 +286,7 @@ def _join_ray(config: ServingConfig, specs: Sequence[GroupSpec], guard: Guard | 
                 )
             else:
                 _start_private_cluster(config, specs, guard)
+        applications.forget_other_clusters()
         if guard is None:
             joined.check_environment(CLUSTER_VARIABLES)
     except ConfigError:

@@ -15,7 +15,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import RequestRouterConfig
-from ray.serve.context import _get_global_client
+from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.generated import serve_pb2
 from ray.serve.handle import DeploymentHandle
@@ -193,6 +193,11 @@ def revision(model: str) -> int:
     encoded = _ask_controller("get_deployment_info", deployment_name(model), app_name(model))
     messages: Any = serve_pb2
     return int(messages.DeploymentRoute.FromString(encoded).deployment_info.version)
+
+
+def forget_other_clusters() -> None:
+    """Serve keeps a client of the cluster that this process was in before, and would ask that one."""
+    _set_global_client(None)
 
 
 def our_applications() -> set[str]:
