@@ -41,6 +41,20 @@ def test_what_is_asked_for_exists(query: str, labels_of: dict[str, set[str]]) ->
         assert matched | grouped <= labels_of[name] | SCRAPE_LABELS
 
 
+@pytest.mark.parametrize("query", sorted(set(queries())))
+def test_only_the_servers_that_are_chosen_are_shown(query: str) -> None:
+    """Other programs have metrics of processes too, and one Prometheus may watch several servers."""
+    for name, selector in METRIC.findall(query):
+        assert 'job=~"$job"' in selector or name == "packtrain_build_info"
+
+
+def test_the_choice_of_servers_holds_no_other_programs() -> None:
+    """Without a value of its own, All is the list of what was found."""
+    (job,) = (variable for variable in DASHBOARD["templating"]["list"] if variable["name"] == "job")
+    assert job["query"]["query"] == "label_values(packtrain_build_info, job)"
+    assert "allValue" not in job and job["includeAll"]
+
+
 def test_panels_have_ids_and_places_of_their_own() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
