@@ -1,5 +1,6 @@
 """What a front end knows of one call besides its content."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.contracts.accounts import OPEN, Principal
@@ -28,3 +29,14 @@ class Call:
 def printable_label(value: str) -> str:
     """A client's own name for its request, which is echoed and nothing else: cut, and fit for a header or a log."""
     return "".join(character for character in value if " " <= character <= "~")[:_MAX_LABEL_CHARS]
+
+
+def trace_headers(headers: Sequence[tuple[str, str | bytes]]) -> dict[str, str]:
+    """W3C trace context of a call, by names in lower case. Several values of `tracestate` are one list; of several `traceparent`
+    nobody knows which is meant, and none counts."""
+    parents, states = (
+        [str(value) for name, value in headers if name == wanted] for wanted in ("traceparent", "tracestate")
+    )
+    if len(parents) != 1:
+        return {}
+    return {"traceparent": parents[0]} | ({"tracestate": ",".join(states)} if states else {})

@@ -19,6 +19,7 @@ from serving.contracts.accounts import OPEN, Accounts, Principal
 from serving.contracts.errors import SlowReaderError, ValidationError
 from serving.contracts.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.core.admission import Admission
+from serving.gateway.core.call import trace_headers
 from serving.gateway.core.error_responses import ErrorResponse, error_response
 from serving.gateway.grpc.convert import explain_undecodable, unknown_fields_of
 from serving.observability.log import request_id
@@ -172,8 +173,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 await context.abort(grpc.StatusCode[response.status.code], response.message, _trailers(response))
 
     def _watch(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> RequestObserver:
-        headers = {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}
-        return self._observe("grpc", method, request_id.get(), headers)
+        return self._observe("grpc", method, request_id.get(), trace_headers(metadata))
 
 
 def _trailers(response: ErrorResponse) -> tuple[tuple[str, str | bytes], ...]:

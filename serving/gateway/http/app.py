@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.contracts.accounts import Accounts, Principal
 from serving.contracts.observer import UNOBSERVED, Observe, RequestObserver, unobserved
 from serving.gateway.core.admission import Admission
-from serving.gateway.core.call import Call, printable_label
+from serving.gateway.core.call import Call, printable_label, trace_headers
 from serving.gateway.core.error_responses import ErrorResponse, error_response
 from serving.gateway.core.fields import IGNORED_HEADER, ignored_header
 from serving.gateway.core.generation import Generator
@@ -44,7 +44,6 @@ from serving.observability.log import request_id
 
 logger = logging.getLogger(__name__)
 
-_TRACE_HEADERS = ("traceparent", "tracestate")
 _EXPOSED_HEADERS = [
     "x-request-id", "x-client-request-id", "x-seed", IGNORED_HEADER, "retry-after",
     *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
@@ -115,8 +114,7 @@ class HttpFrontEnd:
     def _watch(self, path: str, headers: Headers) -> RequestObserver:
         if path in OPEN_PATHS:
             return UNOBSERVED
-        trace = {name: headers[name] for name in _TRACE_HEADERS if name in headers}
-        return self._observe("http", _known_path(path), request_id.get(), trace)
+        return self._observe("http", _known_path(path), request_id.get(), trace_headers(headers.items()))
 
     def _call(self, path: str, headers: Headers, answer: "_Answer", watching: RequestObserver) -> Call:
         """Raises UnauthenticatedError, ValidationError."""

@@ -18,6 +18,7 @@ from protos import inference_pb2 as pb
 from serving.config import tracing_is_on
 from serving.contracts.errors import GroupUnavailableError
 from serving.driver.preflight import check_environment
+from serving.gateway.core.call import trace_headers
 from serving.observability.tracing import GroupSpan, Tracing, end_span, open_tracing, trace_context
 from tests.support.otlp import running_collector
 from tests.support.waiting import PATIENCE_S
@@ -237,3 +238,20 @@ def test_the_variables_of_traces_count_before_those_of_all_signals(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert tracing_is_on() == is_on
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([], {}),
+        ([("traceparent", "p"), ("other", "x")], {"traceparent": "p"}),
+        (
+            [("tracestate", "a=1"), ("traceparent", "p"), ("tracestate", "b=2,c=3")],
+            {"traceparent": "p", "tracestate": "a=1,b=2,c=3"},
+        ),
+        ([("traceparent", "p"), ("traceparent", "q"), ("tracestate", "a=1")], {}),
+        ([("tracestate", "a=1")], {}),
+    ],
+)
+def test_trace_context_is_read_as_w3c_says(headers: list[tuple[str, str]], expected: dict[str, str]) -> None:
+    assert trace_headers(headers) == expected
