@@ -40,7 +40,7 @@ FEWEST_DIFFERENCES = 16
 """With fewer, one step would be in too large a part of them."""
 UNKNOWN_WANDER = 0.15
 """Taken until there are so many: nobody knows yet whether the demand is steady."""
-FARTHER = 1.2
+FARTHER = 1.15
 """Times what the blocks differ by. A started group is needed until the requests of then have ended, which is later than LAG."""
 MAX_WANDER = 1.0
 MEDIAN_OF_SQUARE = 0.4549
