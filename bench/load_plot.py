@@ -26,7 +26,13 @@ def sweep(data: Mapping[str, Any]) -> Figure:
         for part in ("median", "p99"):
             axis.plot(throughput, [run[f"{part}_{measure}_ms"] for run in runs], marker="o", label=part)
         for run, at in zip(runs, throughput, strict=True):
-            axis.annotate(f"{run['request_throughput']:.1f}/s", (at, run[f"median_{measure}_ms"]), fontsize="x-small")
+            axis.annotate(
+                f"{run['request_throughput']:.1f}/s",
+                (at, run[f"median_{measure}_ms"]),
+                textcoords="offset points",
+                xytext=(4, -10),
+                fontsize="x-small",
+            )
         axis.set_xlabel("output tokens/s")
         axis.set_ylabel(f"{label} (ms)")
         axis.set_yscale("log")
