@@ -16,6 +16,7 @@ MAX_START_TIMES = 5
 ENOUGH_ANSWERS = 100
 """Whose mean length is as good as any."""
 SHRINK_AFTER_STARTS = 0.5
+"""Times a start."""
 LEAST_SHRINK_AFTER_S = 30.0
 PROOF = 2.5
 """Standard errors by which something must stand out before it counts. It is looked for at every tick, in several windows, and by
