@@ -128,7 +128,7 @@ def main() -> None:
     prepare_environment()
     with tempfile.TemporaryDirectory() as directory:
         url = f"sqlite:///{directory}/tenants.db"
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         try:
             start_authority(url, refresh_s=1.0)
             bare_ms, whole_ms = asyncio.run(measure(url, arguments.calls))

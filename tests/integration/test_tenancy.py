@@ -48,7 +48,7 @@ def store(url: str) -> Iterator[Store]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _authority(url: str) -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     start_authority(url, refresh_s=REFRESH_S)
     yield
     stop_authority(10)

@@ -22,7 +22,7 @@ from tests.support.waiting import PATIENCE_S, wait_until
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_node() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

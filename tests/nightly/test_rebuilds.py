@@ -34,7 +34,7 @@ SLACK = 3
 
 @pytest.fixture
 def ray_node() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -1,4 +1,4 @@
-"""What must come in a test is waited for generously, and how much is tried is left to the profile."""
+"""In tests what must come is waited for generously, a profile says how much is tried, and Ray is started or joined by name."""
 
 import ast
 from collections.abc import Iterator
@@ -40,14 +40,22 @@ def problems(text: str) -> list[str]:
             found.append(f"{line} waits less than {SHORTEST_S} s")
         if any(keyword.arg == "max_examples" and isinstance(keyword.value, ast.Constant) for keyword in node.keywords):
             found.append(f"{line} has a number of examples of its own")
+        if ast.unparse(node.func) == "ray.init" and not any(keyword.arg == "address" for keyword in node.keywords):
+            found.append(f"{line} joins whatever cluster another test, or anybody, has started on this machine")
     return found
 
 
-FILES = sorted(path for path in TESTS.rglob("*.py") if path.name != "conftest.py" or path.parent != TESTS)
+UNIT_TESTS_OF_RAY = TESTS / "unit" / "test_no_ray.py"
+"""Its calls are refused before they reach Ray."""
+FILES = sorted(
+    path
+    for path in TESTS.rglob("*.py")
+    if path != UNIT_TESTS_OF_RAY and (path.name != "conftest.py" or path.parent != TESTS)
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
-def test_nothing_hangs_on_the_speed_of_the_machine(path: Path) -> None:
+def test_nothing_hangs_on_the_machine_and_what_else_runs_on_it(path: Path) -> None:
     assert problems(path.read_text(encoding="utf-8")) == []
 
 
@@ -63,6 +71,8 @@ def test_nothing_hangs_on_the_speed_of_the_machine(path: Path) -> None:
         ("', '.join(words)", 0),
         ("settings(max_examples=300)", 1),
         ("settings(max_examples=3 * number)", 0),
+        ("ray.init(num_cpus=2)", 1),
+        ('ray.init(address="local", num_cpus=2)', 0),
     ],
 )
 def test_it_sees_what_it_looks_for(line: str, num_problems: int) -> None:
