@@ -91,13 +91,15 @@ def measure(
 
 
 def leave_on_signals() -> None:
-    """What ends a process at once leaves through its exits instead, so that peers and ranks are ended too."""
+    """What ends a process at once leaves through its exits instead, so that peers and ranks are ended too. After nohup, SIGHUP
+    stays ignored."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+    signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, leave)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from bench.support.synthetic_llama import twin
 from bench.timing import WORKLOADS, ContenderFailedError, Timing, Workload
 from model_parallel.config import ParallelConfig
 from serving.cli.main import app
+from tests.support.processes import started_with_hang_up
 
 WORK = Workload(2, 4, 3)
 WORKER = """
@@ -95,7 +96,9 @@ finally:
 @pytest.mark.parametrize("load", ["pass", "import time; print('loading', flush=True); time.sleep(600)"])
 def test_a_peer_does_not_outlive_a_bench_that_a_signal_ends(number: signal.Signals, load: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", BENCH, str(tmp_path), load]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as bench:
+    with started_with_hang_up():
+        bench = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with bench:
         assert bench.stdout is not None
         if load == "pass":
             bench.stdout.readline()

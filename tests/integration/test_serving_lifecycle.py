@@ -23,6 +23,7 @@ from serving.config import parse_config
 from serving.contracts.start_failure import StartError
 from serving.driver.app import start
 from serving.driver.checks import StartRefusedError
+from tests.support.processes import started_with_hang_up
 from tests.support.small_llama import save_small_llama
 from tests.support.stack import MODEL, ray_processes, story, stream_until_error, wait_until
 from tests.support.waiting import PATIENCE_S
@@ -36,13 +37,14 @@ class Served:
 
     def __init__(self, config: Path, directory: Path) -> None:
         """It is started in `directory`."""
-        self.process = subprocess.Popen(
-            module_command("serving.cli.main", "serve", str(config)),
-            cwd=directory,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        with started_with_hang_up():
+            self.process = subprocess.Popen(
+                module_command("serving.cli.main", "serve", str(config)),
+                cwd=directory,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
         self.output = ""
         assert self.process.stderr is not None
         for line in self.process.stderr:

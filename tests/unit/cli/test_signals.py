@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import started_with_hang_up
 from tests.support.waiting import PATIENCE_S, wait_until
 
 _COMMAND = """
@@ -33,8 +34,7 @@ with leaving_on_signals():
 
 
 def _start(directory: Path, terminal: int, *, nohup: bool = False) -> subprocess.Popen[bytes]:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if nohup else None
-    try:
+    with started_with_hang_up(ignored=nohup):
         process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, str(directory)],
             stdin=terminal,
@@ -42,9 +42,6 @@ def _start(directory: Path, terminal: int, *, nohup: bool = False) -> subprocess
             stderr=terminal,
             start_new_session=True,
         )
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGHUP, before)
     os.close(terminal)
     assert wait_until((directory / "ready").exists)
     return process

@@ -328,6 +328,7 @@ def test_a_file_of_this_machine_is_not_in_the_pods() -> None:
         kubernetes.values(serving, planned(serving), claim="llama", accepts_licence=True)
 
 
+@pytest.mark.usefixtures("smollm2_path")
 def test_all_known_models_are_taken_from_the_image() -> None:
     serving = config({"name": "small", "source": "smollm2-135m-instruct", "draft_model": "smollm2-135m-instruct"})
     plan = planned(serving, Machine(num_gpus=0, gpu=None))
