@@ -130,6 +130,10 @@ class RayExecutor(SocketExecutor):
                 raise GroupFailedError(f"rank {rank} ended before it connected: {error}") from error
             raise GroupFailedError(f"rank {rank} ended before it connected")
 
+    @property
+    def _pids_here(self) -> tuple[int, ...]:
+        return tuple(at.pid for at in self.locations if at.node_id == self._node_id)
+
     def _kill_ranks(self) -> None:
         """Those of this node by a signal, which also ends a process that is stopped; Ray would first ask it, and wait."""
         with self._killing:

@@ -20,7 +20,7 @@ class GroupHealth:
         self._lock = threading.Lock()
         self._moved_s: float | None = None
         """When something last moved; None while no step is outstanding."""
-        self._silent_s = 0.0
+        self._silent_s = self._starved_s = 0.0
         self._looked_s = 0.0
         self._failure: str | None = None
 
@@ -33,7 +33,7 @@ class GroupHealth:
         """A step is outstanding, and it has just begun or gone on."""
         with self._lock:
             self._moved_s = self._looked_s = self._clock()
-            self._silent_s = 0.0
+            self._silent_s = self._starved_s = 0.0
 
     def step_ended(self) -> None:
         """No step is outstanding."""
@@ -58,6 +58,12 @@ class GroupHealth:
             self._silent_s += min(now_s - self._looked_s, MAX_COUNTED_S)
             self._looked_s = now_s
             return self._silent_s
+
+    def starved(self, seconds: float) -> float:
+        """Other work has had the processors of a rank for so long; in all since something moved."""
+        with self._lock:
+            self._starved_s += seconds
+            return self._starved_s
 
     def problem(self) -> str | None:
         """What is wrong, or None."""

@@ -41,6 +41,7 @@ from model_parallel.runtime.rank_link import (
     Stop,
 )
 from model_parallel.runtime.silence import SilenceLimits
+from model_parallel.runtime.starvation import Starvation
 from model_parallel.transport.authentication import SECRET_BYTES
 from model_parallel.transport.frames import LinkError
 
@@ -162,6 +163,7 @@ class SocketExecutor(ABC):
         self._shutting_down = threading.Lock()
         self.health = GroupHealth(config.parallel.step_timeout_s)
         self._limits = SilenceLimits(config.parallel.step_timeout_s)
+        self._starvation = Starvation(())
         self._began_s = 0.0
         """When the oldest step in flight began."""
         self._is_compiling = False
@@ -210,6 +212,11 @@ class SocketExecutor(ABC):
         """Process ids by rank, each as its own host numbers it."""
         return tuple(link.pid for link in self._links)
 
+    @property
+    def _pids_here(self) -> tuple[int, ...]:
+        """Those on this host."""
+        return self.pids
+
     def _start(
         self, host: str, rendezvous: Sequence[Rendezvous], on_progress: OnProgress | None, deadline: float
     ) -> None:
@@ -236,6 +243,7 @@ class SocketExecutor(ABC):
         finally:
             life.close()
         self._link_of = {link.connection.sock.fileno(): link for link in self._links}
+        self._starvation = Starvation(self._pids_here)
         for link in self._links[1:]:
             self._answers.register(link.connection.sock, select.POLLIN)
         self._monitor = threading.Thread(target=self._watch, name="packtrain-ranks", daemon=True)
@@ -303,6 +311,7 @@ class SocketExecutor(ABC):
         self._began_s = time.monotonic()
         self._is_compiling = False
         self.health.moved()
+        self._starvation.forget()
 
     def _raise_if_lost(self) -> None:
         """The lock is held."""
@@ -374,12 +383,16 @@ class SocketExecutor(ABC):
         """Some rank has got further."""
         self._is_compiling |= is_compiling
         self.health.moved()
+        self._starvation.forget()
 
     def _check_silence(self, plan: StepPlan) -> None:
-        """Raises TimeoutError when nothing has moved in the oldest step, `plan`, for longer than it may."""
-        limit_s = self.config.parallel.step_timeout_s if self._is_compiling else self._limits.of(plan)
-        if self.health.look() > limit_s:
-            raise TimeoutError(f"nothing has moved in step {plan.step_id} for {limit_s:.3g} s")
+        """Raises TimeoutError when nothing has moved in the oldest step, `plan`, for longer than it may. Time for which other
+        work has the ranks' processors counts for the longest limit alone."""
+        longest_s = self.config.parallel.step_timeout_s
+        limit_s = longest_s if self._is_compiling else self._limits.of(plan)
+        silent_s, starved_s = self.health.look(), self.health.starved(self._starvation.look())
+        if silent_s > longest_s or silent_s - starved_s > limit_s:
+            raise TimeoutError(f"nothing has moved in step {plan.step_id} for {min(silent_s, limit_s):.3g} s")
 
     def set_failure_callback(self, callback: Callable[[str], None]) -> None:
         with self._lock:

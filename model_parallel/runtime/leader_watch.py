@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from model_parallel.runtime.starvation import Starvation
+
 logger = logging.getLogger(__name__)
 
 BEAT_PERIOD_S = 0.25
@@ -21,7 +23,8 @@ BEAT_PERIOD_S = 0.25
 LOOK_PERIOD_S = 0.5
 """Between two looks of a rank."""
 SILENCE_S = 4.0
-"""The longest that a leader may say nothing: twice what its gateways wait before they give its requests to another group."""
+"""The longest that a leader may say nothing while it has a processor: twice what its gateways wait before they give its requests
+to another group."""
 MAX_COUNTED_S = 1.0
 """The most that counts between two looks. A rank that has not looked for longer was held up itself, perhaps with its leader."""
 
@@ -47,6 +50,7 @@ class LeaderWatch:
         self._leader = leader
         self._clock = clock
         self._process = os.pidfd_open(leader.leader_pid)
+        self._starvation = Starvation([leader.leader_pid])
         self._num_beats = 0
         self._silent_s = 0.0
         self._looked_s = clock()
@@ -55,9 +59,11 @@ class LeaderWatch:
         """Kill the leader if it has been silent for too long; whether it was."""
         now_s, num_beats = self._clock(), self._leader.num_beats
         if num_beats == self._num_beats:
-            self._silent_s += min(now_s - self._looked_s, MAX_COUNTED_S)
+            passed_s = min(now_s - self._looked_s, MAX_COUNTED_S)
+            self._silent_s += max(passed_s - self._starvation.look(), 0.0)
         else:
             self._silent_s = 0.0
+            self._starvation.forget()
         self._num_beats, self._looked_s = num_beats, now_s
         if num_beats == 0 or self._silent_s <= SILENCE_S:
             return False

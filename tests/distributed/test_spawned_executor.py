@@ -1,5 +1,6 @@
 """Ranks as processes: steps, every way of losing a rank or the leader, and that nothing is left."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from model_parallel.runtime.executors import SpawnedExecutor
 from model_parallel.runtime.leader_watch import LOOK_PERIOD_S, SILENCE_S
 from model_parallel.runtime.silence import MIN_LIMIT_S
 from tests.support.executors import execute
-from tests.support.fake_rank import CRAWL, EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
+from tests.support.fake_rank import BURN, CRAWL, EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
 from tests.support.processes import is_running
 from tests.support.waiting import wait_until
 
@@ -154,9 +155,9 @@ def test_a_first_step_in_which_a_rank_is_stopped_has_the_step_timeout(victim: in
 
 
 def run_steps(group: SpawnedExecutor, num_steps: int) -> None:
-    """Enough for the group to know how long its steps take."""
+    """Enough for the group to know how long its steps of one or two tokens take."""
     for step_id in range(1, num_steps + 1):
-        execute(group, plan(step_id, (0, 1)))
+        execute(group, plan(step_id, (0, 1), (1, 1)))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -189,6 +190,27 @@ def test_a_long_step_that_moves_is_waited_for(group: SpawnedExecutor, crawler: i
     """It takes four times as long as a group may be silent whose steps were as short until then."""
     run_steps(group, 10)
     assert tokens(execute(group, plan(11, (CRAWL, crawler), (0, 5)))) == [3 * crawler, 15]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_starved_rank_is_waited_for(group: SpawnedExecutor, victim: int) -> None:
+    """It gets a tenth of a processor beside one busy process, so that the step takes longer than it may be silent."""
+    run_steps(group, 10)
+    cores = {min(os.sched_getaffinity(0))}
+    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        assert busy.stdout is not None
+        busy.stdout.readline()
+        os.sched_setaffinity(busy.pid, cores)
+        for thread in psutil.Process(group.pids[victim]).threads():
+            os.sched_setaffinity(thread.id, cores)
+            os.setpriority(os.PRIO_PROCESS, thread.id, 10)
+        with contextlib.suppress(FileNotFoundError):  # where Linux shares processors among sessions first
+            Path(f"/proc/{group.pids[victim]}/autogroup").write_text("10")
+        assert tokens(execute(group, plan(11, (BURN, victim), (0, 5)))) == [3 * victim, 15]
+    finally:
+        busy.kill()
+        busy.communicate()
 
 
 def test_step_out_of_turn_is_refused(group: SpawnedExecutor) -> None:

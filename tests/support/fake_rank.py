@@ -13,10 +13,12 @@ from model_parallel.errors import CheckpointError
 from tests.support.waiting import PATIENCE_S
 
 FAKE_RANK = "tests.support.fake_rank:FakeRank"
-RAISE, HANG, EXIT, CRAWL = -1, -2, -3, -4
+RAISE, HANG, EXIT, CRAWL, BURN = -1, -2, -3, -4, -5
 """As a row's seq_id: what the rank in its `start` does."""
 NUM_CRAWLS, CRAWL_S = 40, 0.1
 """A rank that crawls gets a little further so many times, after so long each time."""
+BURN_CPU_S = 0.2
+"""A rank that burns needs so much of a processor before it gets any further."""
 
 
 class FakeRank:
@@ -58,6 +60,10 @@ class FakeRank:
             for _ in range(NUM_CRAWLS):
                 time.sleep(CRAWL_S)
                 self.num_done += 1
+        if row.start == self.rank and row.seq_id == BURN:
+            until_s = time.thread_time() + BURN_CPU_S
+            while time.thread_time() < until_s:
+                pass
         if row.start == self.rank and row.seq_id == EXIT:
             os._exit(4)
         x = torch.full((8,), float((self.rank + 1) * row.start))

@@ -52,6 +52,14 @@ def test_silence_adds_up_from_look_to_look_and_ends_with_a_movement() -> None:
     assert health.look() == 0.25
 
 
+def test_starvation_adds_up_until_something_moves() -> None:
+    health = GroupHealth(2.0, clock=Clock())
+    health.moved()
+    assert [health.starved(0.25), health.starved(0.0), health.starved(0.5)] == [0.25, 0.25, 0.75]
+    health.moved()
+    assert health.starved(0.125) == 0.125
+
+
 def test_who_was_held_up_itself_does_not_blame_the_ranks() -> None:
     """The leader stood still for an hour, and so perhaps did they."""
     clock = Clock()

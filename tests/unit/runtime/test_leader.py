@@ -27,6 +27,7 @@ from model_parallel.runtime.rank_link import (
     connect,
 )
 from model_parallel.runtime.silence import MIN_LIMIT_S, NUM_FIRST_STEPS, STEPS_A_LIMIT
+from model_parallel.runtime.starvation import Starvation
 from model_parallel.transport.frames import LinkError
 from tests.support.executors import execute
 from tests.support.fake_rank import group_config, plan
@@ -292,6 +293,27 @@ def crawling(rank: int, mover: int, step_s: float) -> Script:
             )
 
     return script
+
+
+@pytest.mark.parametrize("longest_s", [PATIENCE_S, 0.5])
+def test_a_starved_rank_has_the_longest_limit(longest_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the leader has learned that steps of this size are short."""
+    monkeypatch.setattr(Starvation, "look", lambda self: 1.0)
+    executor = ScriptedExecutor(answering(answer_late), step_timeout_s=longest_s)
+    for step_id in range(1, COMPILED_STEP):
+        execute(executor, plan(step_id))
+    if longest_s == PATIENCE_S:
+        assert execute(executor, plan(COMPILED_STEP)) == StepResult(7, COMPILED_STEP)
+    else:
+        with pytest.raises(GroupFailedError, match=r"nothing has moved in step 5 for 0\.5 s"):
+            execute(executor, plan(COMPILED_STEP))
+    executor.shutdown()
+
+
+def answer_late(connection: Connection[LeaderMessage], step_id: int) -> None:
+    if step_id == COMPILED_STEP:
+        time.sleep(1.5 * MIN_LIMIT_S)
+    connection.send(Result(StepResult(7, step_id)))
 
 
 @pytest.mark.parametrize("is_compiling", [False, True])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from model_parallel.runtime.leader_watch import LOOK_PERIOD_S, MAX_COUNTED_S, SILENCE_S, LeaderWatch
+from model_parallel.runtime.starvation import Starvation
 from tests.support.waiting import PATIENCE_S
 
 
@@ -63,6 +64,15 @@ def test_one_that_says_no_more_that_it_goes_on_is_killed(world: World) -> None:
     assert SILENCE_S < world.now_s - began_s <= SILENCE_S + LOOK_PERIOD_S
     assert world.process.wait(PATIENCE_S) == -signal.SIGKILL
     assert world.look_for(1.0, beats=False), "a second look at one that is gone raises nothing"
+
+
+def test_one_that_other_work_keeps_from_the_processors_is_left_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Starvation, "look", lambda self: 0.9 * LOOK_PERIOD_S)
+    assert not world.look_for(1.0, beats=True)
+    assert not world.look_for(9 * SILENCE_S, beats=False)
+    assert world.look_for(3 * SILENCE_S, beats=False), "what it does not wait counts"
 
 
 def test_a_shorter_silence_restarts_nothing(world: World) -> None:
