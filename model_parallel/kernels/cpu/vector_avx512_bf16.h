@@ -1,9 +1,7 @@
 // With bfloat16 products. Included after vector_avx512.h.
 
 struct Vec : Vec512 {
-  // Of products with weights in groups: they take float32 products, as without them, until theirs have run on a processor that has
-  // them.
-  static constexpr bool kBfloat16Dot = false;
+  static constexpr bool kBfloat16Dot = true;
   static constexpr bool kWidensX = false;
   static F dot(F sum, Words a, Words b) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
