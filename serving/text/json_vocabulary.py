@@ -64,6 +64,7 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
         first_id=first,
         strips_leading_space=strips_leading_space,
         bos_token_id=bos_id,
+        unknown_id=data["model"].get("unk_id", ids.get(data["model"].get("unk_token") or "")),
         warnings=(
             *_differences(info, path, library, first, bos, cuts_otherwise=cuts_otherwise),
             *_dropout(path, data["model"].get("dropout")),

@@ -156,6 +156,7 @@ def _vocabulary(
         add_bos=info.add_bos is not False,
         strips_leading_space=has_prefix,
         bos_token_id=ids.get(bos_text),
+        unknown_id=processor.unk_id(),
     )
 
 

@@ -47,6 +47,9 @@ class Tokenizer:
         """The first token of a text carries a space that the text does not have (sentencepiece's dummy prefix)."""
         special = {*self.eos_token_ids} if self.bos_token_id is None else {*self.eos_token_ids, self.bos_token_id}
         self.control_token_ids = frozenset(token.id for token in vocabulary.control.values()) | special
+        self._unknown_id = vocabulary.unknown_id
+        # The unknown token ends and begins nothing, unless the model names it for that.
+        self._refused_ids = self.control_token_ids - {self._unknown_id} | special
 
     @property
     def vocab_size(self) -> int:
@@ -86,8 +89,8 @@ class Tokenizer:
         With `parse_special`, which is for callers who may write control tokens, their texts become them; BOS is then added
         only where the text does not begin with it.
 
-        Raises RequestError for a text that is not Unicode (a lone surrogate, which JSON can smuggle in), and for one that would
-        become a control token, which no known tokenizer does.
+        Raises RequestError for a text that is not Unicode (a lone surrogate, which JSON can smuggle in), for one that would
+        become a control token, which no known tokenizer does, and for characters that the vocabulary has no token for.
         """
         if parse_special:
             bos_text = self.control_token_text(self._first_id) or ""
@@ -136,8 +139,11 @@ class Tokenizer:
                 f"the text holds a lone surrogate at character {error.start}, which is no text"
             ) from error
         ids = list(self._vocabulary.encode(text) if is_first else self._vocabulary.encode_later(text))
-        if not self.control_token_ids.isdisjoint(ids):
+        if not self._refused_ids.isdisjoint(ids):
             raise RequestError("the text holds characters that this model's tokenizer reads as a control token")
+        unknown_id = self._unknown_id
+        if unknown_id is not None and unknown_id >= self.vocab_size and unknown_id in ids:
+            raise RequestError("the text holds characters that this model's vocabulary has no token for")
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

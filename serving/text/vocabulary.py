@@ -37,6 +37,9 @@ class Vocabulary:
     """As the tokenizer's files name it; None where they do not."""
     first_id: int | None = None
     """What texts begin with where `add_bos`; BOS when None."""
+    unknown_id: int | None = None
+    """What characters become that the vocabulary does not have; beyond it where there is no such token. None where the library
+    knows all characters, or leaves such out."""
     warnings: tuple[str, ...] = ()
     """Where ids differ from what the files seem to say, as sentences."""
 

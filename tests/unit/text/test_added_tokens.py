@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.tiktoken_file import llama3_special_tokens
-from model_parallel.errors import CheckpointError
+from model_parallel.errors import CheckpointError, RequestError
 from serving.text.token_bytes import byte_level_bytes
 from serving.text.tokenizer import Part, Tokenizer, load_tokenizer
 from tests.support.llama_tokenizers import TEXTS, byte_level_json, llama_directory, pieces, tokenizer_json
@@ -284,6 +284,18 @@ def test_no_unknown_piece(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(path)
     assert tokenizer.vocab_size == 499
     assert tokenizer.decode(tokenizer.encode("🙂 hello", add_bos=False)) == "🙂 hello"
+
+
+def test_no_unknown_piece_and_no_bytes(tmp_path: Path) -> None:
+    """There is no token to take for a character that the vocabulary lacks."""
+    kept = [p for p in pieces() if p.piece != "<unk>" and not p.piece.startswith("<0x")]
+    path = write_gguf(
+        tmp_path / "x.gguf", [p.piece for p in kept], [p.type for p in kept], bos_token_id=0, eos_token_id=1
+    )
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode(tokenizer.encode("hello", add_bos=False)) == "hello"
+    with pytest.raises(RequestError, match="vocabulary has no token for"):
+        tokenizer.encode("🙂 hello")
 
 
 def test_user_defined_control_tokens(tmp_path: Path) -> None:

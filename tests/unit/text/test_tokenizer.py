@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bench.support.small_tokenizer import sentencepiece_model
+from bench.support.small_tokenizer import CORPUS, sentencepiece_model
 from model_parallel.errors import CheckpointError, ConfigError, RequestError
 from serving.text.tokenizer import Part, Tokenizer, load_tokenizer
 from tests.support.converted import converted
@@ -122,6 +123,31 @@ def test_byte_tokens_do_not_come_from_their_names(tokenizers_by_kind: dict[str, 
         assert tokenizer.token_bytes(line_break) == b"\n"
         assert line_break not in tokenizer.encode("<0x0A>")
         assert line_break in tokenizer.encode("\n")
+
+
+def test_characters_that_a_vocabulary_lacks(tmp_path: Path) -> None:
+    """Without byte fallback they become the unknown token, as in transformers; its text does not."""
+    data = json.loads(tokenizer_json())
+    data["model"]["byte_fallback"] = False
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=model, model_type="bpe", vocab_size=300, minloglevel=2
+    )
+    kinds: list[dict[str, str | bytes]] = [
+        {"tokenizer__json": json.dumps(data)},
+        {"tokenizer__model": model.getvalue()},
+    ]
+    for number, files in enumerate(kinds):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        tokenizer = load_tokenizer(llama_directory(directory, **files))
+        ids = tokenizer.encode("🙂 hello\n", add_bos=False)
+        assert 0 in ids
+        if number == 0:  # transformers reads no normalizer of a tokenizer.model
+            assert ids == AutoTokenizer.from_pretrained(directory).encode("🙂 hello\n", add_special_tokens=False)
+        assert 0 not in tokenizer.encode("unk", add_bos=False)
+        assert tokenizer.token_bytes(0) == b""
+        assert tokenizer.control_token_ids == {0, 1, 2}
 
 
 def test_smollm2_special_tokens(tokenizers_by_kind: dict[str, Tokenizer]) -> None:
