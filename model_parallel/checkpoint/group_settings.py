@@ -183,6 +183,10 @@ def _read_compressed_tensors(given: Settings) -> GroupSettings:
     for key, value in refused.items():
         if value:
             raise CheckpointError(f"{given.path}: {key} is {value!r:.60}; only weights that are quantised can be read")
+    if transforms := given.values.get("transform_config"):
+        raise CheckpointError(
+            f"{given.path}: transform_config is {transforms!r:.60}; weights that belong to rotated activations cannot be read"
+        )
     sparsity = given.values.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         raise CheckpointError(f"{given.path}: sparsity_config is {sparsity!r:.60}; dense weights can be read")

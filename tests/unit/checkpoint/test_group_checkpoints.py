@@ -186,6 +186,10 @@ def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
         (gptq(dynamic={"a": {}}).settings, "dynamic gives layers settings of their own"),
         (compressed(format="nvfp4-pack-quantized").settings, "format is 'nvfp4-pack-quantized'"),
         (compressed(kv_cache_scheme={"num_bits": 8}).settings, "kv_cache_scheme is .*only weights"),
+        (
+            compressed(transform_config={"config_groups": {"R3": {"type": "hadamard"}}}).settings,
+            "transform_config is .*rotated activations",
+        ),
         (compressed(ignore=("re:(",)).settings, r"ignore has 're:\(', which is no pattern"),
         (compressed(ignore=("lm_head", "re:(.*.*)*(.*.*)*(.*.*)*Z")).settings, r"ignore has .*, which takes more than 3 s"),
         ("awq", "quantization_config is 'awq'; an object is needed"),
