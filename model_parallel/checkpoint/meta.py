@@ -17,7 +17,7 @@ from model_parallel.checkpoint.names import from_meta, is_known_buffer
 from model_parallel.checkpoint.rotary import QUERY_AND_KEY, half_split_as_pairs
 from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
 from model_parallel.errors import CheckpointError
-from model_parallel.model.partition import EMBEDDING, Shard
+from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard
 
 _BY_COLUMNS = (".o_proj.weight", ".down_proj.weight")
 
@@ -38,7 +38,20 @@ class MetaCheckpoint(Checkpoint):
                     raise CheckpointError(f"{path} lacks {meta_name}, which other files of the checkpoint have")
             name = from_meta(meta_name)
             self._parts[name] = [file[meta_name] for file in files]
+        self._check_number()
         self.tensors = {name: self._join(name, parts) for name, parts in self._parts.items()}
+
+    def _check_number(self) -> None:
+        """Raise CheckpointError for fewer or more files than the LM head is cut into."""
+        parts = self._parts.get(LM_HEAD)
+        if parts is None or len(parts[0].shape) != 2 or not parts[0].shape[0]:
+            return
+        num_needed, rest = divmod(self._config.vocab_size, parts[0].shape[0])
+        if not rest and num_needed != len(parts):
+            raise CheckpointError(
+                f"{parts[0].file}: {LM_HEAD} has shape {list(parts[0].shape)}, one of {num_needed} parts; so the model needs the "
+                f"files consolidated.00.pth to consolidated.{num_needed - 1:02}.pth, and {len(parts)} are there"
+            )
 
     def _join(self, name: str, parts: list[StoredTensor]) -> StoredTensor:
         """The whole tensor that the parts are of; its file is the first."""

@@ -111,8 +111,11 @@ def describe_meta(directory: Path) -> CheckpointInfo:
 
 
 def directory_name(directory: Path) -> str:
-    """What a directory is called, in lower case; in Hugging Face's cache that stands above `snapshots/REVISION`."""
+    """What a directory is called, in lower case; in Hugging Face's cache that stands above `snapshots/REVISION`. Meta's
+    repositories keep the files of its own format in a directory `original`."""
     path = directory.absolute()
+    if path.name == "original":
+        path = path.parent
     return (path.parents[1] if path.parent.name == "snapshots" else path).name.lower()
 
 

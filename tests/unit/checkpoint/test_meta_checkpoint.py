@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.support.small_tokenizer import sentencepiece_model
 from bench.support.synthetic_llama import SyntheticLlama, twin
-from model_parallel.checkpoint.detect import describe
+from model_parallel.checkpoint.detect import describe, directory_name
 from model_parallel.checkpoint.sentencepiece_file import read_pieces
 from model_parallel.errors import CheckpointError
 from model_parallel.model.partition import EMBEDDING
@@ -79,6 +79,14 @@ class Touch:
         (lambda d: (d / "tokenizer.model").write_bytes(b"\xff\xff") and None, r"tokenizer\.model is not a sentencepiece"),
         (lambda d: (d / "consolidated.00.pth").unlink(), r"lacks consolidated\.00\.pth"),
         (lambda d: (d / "consolidated.01.pth").unlink(), r"consolidated\.00\.pth: .* has shape"),
+        (
+            lambda d: (d / "consolidated.01.pth").unlink(),
+            r"has shape \[.*\], one of 2 parts; .* to consolidated\.01\.pth, and 1 are there",
+        ),
+        (
+            lambda d: (d / "consolidated.02.pth").write_bytes((d / "consolidated.01.pth").read_bytes()) and None,
+            r"one of 2 parts; .* to consolidated\.01\.pth, and 3 are there",
+        ),
         (lambda d: (d / "consolidated.01.pth").rename(d / "consolidated.02.pth") and None, r"lacks consolidated\.01\.pth"),
         (tensors(1, lambda t: t.pop(WQ)), rf"consolidated\.01\.pth lacks {WQ}"),
         (tensors(0, lambda t: t.pop(WQ)), rf"consolidated\.00\.pth lacks {WQ}"),
@@ -216,3 +224,12 @@ def test_index_of_torch_files_names_torch_files_only(tmp_path: Path) -> None:
     index.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"not the name of a \.bin file"):
         describe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place", ["Llama-2-7b-chat", "Llama-2-7b-chat/original", "models--x--Llama-2-7b-chat/snapshots/0a/original"]
+)
+def test_the_chat_format_by_the_name_of_the_directory(tmp_path: Path, place: str) -> None:
+    """Meta's repositories have the files of its own format in a directory `original`."""
+    assert directory_name(tmp_path / place).endswith("llama-2-7b-chat")
+    assert describe(tiny().write(tmp_path / place, "meta")).chat_format == "llama-2"
