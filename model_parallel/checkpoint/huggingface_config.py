@@ -34,19 +34,21 @@ _MISTRAL_WINDOW = 4096
 _DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072}
 _UNUSED_GENERATION: dict[str, float | None] = {
     **dict.fromkeys((
-        "bad_words_ids", "begin_suppress_tokens", "constraints", "exponential_decay_length_penalty", "force_words_ids",
-        "forced_bos_token_id", "forced_eos_token_id", "max_time", "sequence_bias", "stop_strings", "suppress_tokens",
-        "top_h", "watermarking_config",
+        "bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "exponential_decay_length_penalty",
+        "force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "max_time", "sequence_bias", "stop_strings",
+        "suppress_tokens", "top_h", "watermarking_config",
     )),
     **dict.fromkeys((
         "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "frequency_penalty", "min_length",
         "min_new_tokens", "no_repeat_ngram_size", "penalty_alpha", "presence_penalty", "token_healing",
     ), 0),
     **dict.fromkeys((
-        "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "typical_p",
+        "encoder_repetition_penalty", "guidance_scale", "num_beam_groups", "num_beams", "num_return_sequences", "typical_p",
     ), 1),
 }  # fmt: skip
 """Fields of generation_config.json that change transformers' answers and not ours, with the values that change nothing."""
+_DEFAULT_MAX_LENGTH = 20
+"""Of prompt and answer together, in files that give every field: of a caller who says nothing."""
 _ROPE_KINDS = "default, linear, llama3 and dynamic"
 
 
@@ -110,7 +112,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         tokenizer_path=directory / kind if kind else None,
         tokenizer=read_tokenizer_settings(directory, tokenizer_values, settings),
         chat_template=_chat_template(directory, tokenizer_values, warnings),
-        generation=_generation(generation, warnings),
+        generation=_generation(generation, max_position, warnings),
         rope_scaling=rope_scaling,
         dtype=(settings.text("dtype") or settings.text("torch_dtype")).removeprefix("torch.").replace("auto", ""),
         groups=groups,
@@ -276,12 +278,16 @@ def _default_template(path: Path, given: object, warnings: list[str]) -> str:
     return ""
 
 
-def _generation(settings: Settings, warnings: list[str]) -> GenerationSettings:
-    unused = [
-        f"{name} ({settings.values[name]!r:.40})"
+def _generation(settings: Settings, max_position: int, warnings: list[str]) -> GenerationSettings:
+    names = [
+        name
         for name, neutral in _UNUSED_GENERATION.items()
         if settings.values.get(name) not in (None, [], {}, "", neutral)
     ]
+    max_length = settings.values.get("max_length")
+    if isinstance(max_length, int) and max_length < max_position and max_length != _DEFAULT_MAX_LENGTH:
+        names.append("max_length")
+    unused = [f"{name} ({settings.values[name]!r:.40})" for name in names]
     if unused:
         warnings.append(f"{settings.path}: not used here, though answers of transformers depend on it: {join(unused)}")
     top_k, longest = settings.values.get("top_k"), settings.values.get("max_new_tokens")

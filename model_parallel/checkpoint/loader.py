@@ -117,9 +117,10 @@ def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str
             f"{info.path} holds no {LM_HEAD}, and its configuration does not say tie_word_embeddings: true; "
             "one of the two is needed"
         )
-    if missing:
-        raise CheckpointError(f"{info.path} lacks {join(missing)}")
     left_over = sorted(n for n in checkpoint.names() - table.keys() if n != LM_HEAD and not is_known_buffer(n))
+    if missing:
+        instead = f"; it holds {join(left_over)}, which the model does not have" if left_over else ""
+        raise CheckpointError(f"{info.path} lacks {join(missing)}{instead}")
     if left_over:
         file = checkpoint.tensors[left_over[0]].file
         raise CheckpointError(f"{file} holds tensors that the model does not have: {join(left_over)}")

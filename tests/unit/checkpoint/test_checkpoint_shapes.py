@@ -674,6 +674,8 @@ def test_no_chat_template_is_no_reason_to_warn(single: Path, template: object) -
         ({"bad_words_ids": [[1]], "min_new_tokens": 2}, "bad_words_ids ([[1]]), min_new_tokens (2)"),
         ({"presence_penalty": 0.5, "frequency_penalty": -0.5}, "frequency_penalty (-0.5), presence_penalty (0.5)"),
         ({"begin_suppress_tokens": [3]}, "begin_suppress_tokens ([3])"),
+        ({"dola_layers": "high", "num_return_sequences": 2}, "dola_layers ('high'), num_return_sequences (2)"),
+        ({"max_length": 100}, "max_length (100)"),
     ],
 )
 def test_fields_of_generation_that_nothing_uses_are_told(single: Path, values: dict[str, Any], told: str) -> None:

@@ -253,6 +253,10 @@ def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], N
         (overwrite("generation_config.json", lambda data: b"\xff"), "generation_config.json"),
         (spoil_tensors(lambda t: t.pop(LM_HEAD)), "tie_word_embeddings"),
         (spoil_tensors(lambda t: t.pop("model.norm.weight")), "lacks model.norm.weight"),
+        (
+            spoil_tensors(lambda t: t.update({"x.norm.weight": t.pop("model.norm.weight")})),
+            "lacks model.norm.weight; it holds x.norm.weight, which the model does not have",
+        ),
         (spoil_tensors(lambda t: t.update(extra=torch.ones(2))), f"{SINGLE} holds tensors .*: extra"),
         (spoil_tensors(lambda t: t.update({EMBEDDING: torch.ones(100, 48)})), rf"{EMBEDDING} has shape \[100, 48\]"),
         (
