@@ -22,6 +22,7 @@ _BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer")
 def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabulary:
     """Raises CheckpointError for a file that is broken, or whose decoder is not known here."""
     data = read_json(path)
+    prepends = _prepends(data)
     cuts_otherwise = _set_prefix(info, data)
     try:
         added = _added_tokens(info, data, markup)
@@ -49,10 +50,11 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
     bos_id = ids.get(info.tokenizer.bos_text)
     bos = info.config.bos_token_id if bos_id is None else bos_id
     first = _first_id(info, library, added)
-    later = _library_for_later_parts(info, data) or library
+    later = _library_for_later_parts(data)
+    encode = _encoder(library, second_space=prepends and not _prepends(data) and strips_leading_space)
     return Vocabulary(
-        encode=lambda text: library.encode(text, add_special_tokens=False).ids,
-        encode_later=lambda text: later.encode(text, add_special_tokens=False).ids,
+        encode=encode,
+        encode_later=encode if later is None else _encoder(later, second_space=False),
         token_bytes=token_bytes,
         control={
             token["content"]: ControlToken(id=token_id, lstrip=token["lstrip"], rstrip=token["rstrip"])
@@ -70,6 +72,18 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
             *_dropout(path, data["model"].get("dropout")),
         ),
     )
+
+
+def _encoder(library: tokenizers.Tokenizer, *, second_space: bool) -> Callable[[str], list[int]]:
+    """`second_space`: a text that begins with a space gets another, as from Prepend and not from a Metaspace step."""
+
+    def encode(text: str) -> list[int]:
+        if second_space and text.startswith((" ", SPACE)):
+            text = f" {text}"
+        ids: list[int] = library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
 
 
 def _first_id(info: CheckpointInfo, library: tokenizers.Tokenizer, added: dict[int, dict[str, Any]]) -> int | None:
@@ -92,7 +106,7 @@ def _differences(
     """What is told of the tokens around a text, and of how it is cut."""
     if cuts_otherwise:
         yield (
-            f"{path}: text is cut by its pre_tokenizer; transformers 5 cuts by the rule of the class "
+            f"{path}: text is cut by its normalizer and pre_tokenizer; transformers 5 cuts by the rule of the class "
             f"{info.tokenizer.class_name}, which tokenizer_config.json names, and ignores the file's"
         )
     ours = [] if first is None else [library.id_to_token(first)]
@@ -172,8 +186,13 @@ def _set_prefix(info: CheckpointInfo, data: dict[str, Any]) -> bool:
         return False
     if byte_levels:  # transformers knows LlamaTokenizer to be named where it is not meant, and reads the file
         return info.tokenizer.class_name != "LlamaTokenizer"
-    _set_prefix_of_pieces(data, [step for step in steps if step.get("type") == "Metaspace"], wanted is not False)
-    return False
+    cuts_otherwise = not _is_llamas_cut(data, steps)
+    _set_prefix_of_pieces(info, data, steps)
+    return cuts_otherwise
+
+
+def _prepends(data: dict[str, Any]) -> bool:
+    return any(step.get("type") == "Prepend" for step in _steps(data.get("normalizer"), "normalizers"))
 
 
 def _set_prefix_of_bytes(data: dict[str, Any], byte_levels: list[dict[str, Any]], wanted: bool) -> None:
@@ -190,18 +209,31 @@ def _set_prefix_of_bytes(data: dict[str, Any], byte_levels: list[dict[str, Any]]
         data["normalizer"] = {"type": "Sequence", "normalizers": [*before, space, one]}
 
 
-def _set_prefix_of_pieces(data: dict[str, Any], metaspaces: list[dict[str, Any]], wanted: bool) -> None:
-    before = _steps(data.get("normalizer"), "normalizers")
-    others = [step for step in before if step.get("type") != "Prepend"]
-    if wanted == (others != before or any(_scheme(step) != "never" for step in metaspaces)):
-        return
+def _set_prefix_of_pieces(info: CheckpointInfo, data: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    """By a Metaspace step, as transformers 5, which makes Llama's tokenizers of their vocabulary alone. One that Prepend gives
+    every part would stand after every added word too."""
+    wanted = info.tokenizer.add_prefix_space is not False
+    scheme = "never" if not wanted else "first" if info.tokenizer.only_first_has_space else "always"
+    flags = {"prepend_scheme": scheme, "add_prefix_space": wanted}
+    before = [step for step in _steps(data.get("normalizer"), "normalizers") if step.get("type") != "Prepend"]
+    metaspaces = [step for step in steps if step.get("type") == "Metaspace"]
     after = [step for step in _steps(data.get("decoder"), "decoders") if step.get("type") != "Strip"]
     for step in [*metaspaces, *(step for step in after if step.get("type") == "Metaspace")]:
-        step.update(prepend_scheme="always" if wanted else "never", add_prefix_space=wanted)
-    prepend = [{"type": "Prepend", "prepend": SPACE}] if wanted and not metaspaces else []
+        step.update(flags)
+    own = [] if metaspaces else [{"type": "Metaspace", "replacement": SPACE, "split": False} | flags]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if wanted else []
-    data["normalizer"] = {"type": "Sequence", "normalizers": [*prepend, *others]}
+    data["normalizer"] = {"type": "Sequence", "normalizers": before}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*own, *steps]}
     data["decoder"] = {"type": "Sequence", "decoders": [*after, *strip]}
+    if data["model"].get("type", "BPE") == "BPE":
+        data["model"] |= {"byte_fallback": True, "fuse_unk": True, "ignore_merges": False}
+
+
+def _is_llamas_cut(data: dict[str, Any], steps: list[dict[str, Any]]) -> bool:
+    """Whether the file's steps do no more than write spaces as pieces do, and put one before the text."""
+    normalizers = {step.get("type") for step in _steps(data.get("normalizer"), "normalizers")}
+    whole = all(step.get("type") == "Metaspace" and step.get("split") is False for step in steps)
+    return whole and normalizers <= {"Prepend", "Replace"}
 
 
 def _decoder(data: dict[str, Any], path: Path) -> tuple[Callable[[str], bytes], bool]:
@@ -233,28 +265,16 @@ def _scheme(metaspace: dict[str, Any]) -> str:
     return str(scheme)
 
 
-def _library_for_later_parts(info: CheckpointInfo, data: dict[str, Any]) -> tokenizers.Tokenizer | None:
-    """For parts after a control token, where they are cut by another rule: without the space that the first part begins with.
-
-    As transformers 5: with the class LlamaTokenizer that is so unless tokenizer_config.json says legacy: true; with any other
-    where the file's Metaspace step has the scheme "first".
+def _library_for_later_parts(data: dict[str, Any]) -> tokenizers.Tokenizer | None:
+    """For parts after a control token, where a Metaspace step gives a space to the first part alone; of Llama's classes
+    `_set_prefix` has written it so unless tokenizer_config.json says legacy: true.
     """
-    drops = info.tokenizer.is_llamas and info.tokenizer.only_first_has_space
     data = copy.deepcopy(data)
-    changed = False
-    for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
-        if step.get("type") != "Metaspace":
-            continue
-        scheme = _scheme(step)
-        first = drops if info.tokenizer.is_llamas else scheme == "first"
-        if scheme != "never" and first:
-            step.update(prepend_scheme="never", add_prefix_space=False)
-            changed = True
-    normalizer = data.get("normalizer")
-    if drops and isinstance(normalizer, dict):
-        steps = _steps(normalizer, "normalizers")
-        kept = [step for step in steps if step.get("type") != "Prepend"]
-        if len(kept) != len(steps):
-            data["normalizer"] = {"type": "Sequence", "normalizers": kept}
-            changed = True
-    return _library(data) if changed else None
+    first = [
+        step
+        for step in _steps(data.get("pre_tokenizer"), "pretokenizers")
+        if step.get("type") == "Metaspace" and _scheme(step) == "first"
+    ]
+    for step in first:
+        step.update(prepend_scheme="never", add_prefix_space=False)
+    return _library(data) if first else None

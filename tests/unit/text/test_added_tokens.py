@@ -17,7 +17,14 @@ from model_parallel.checkpoint.tiktoken_file import llama3_special_tokens
 from model_parallel.errors import CheckpointError, RequestError
 from serving.text.token_bytes import byte_level_bytes
 from serving.text.tokenizer import Part, Tokenizer, load_tokenizer
-from tests.support.llama_tokenizers import TEXTS, byte_level_json, llama_directory, pieces, tokenizer_json
+from tests.support.llama_tokenizers import (
+    TEXTS,
+    byte_level_json,
+    llama_directory,
+    pieces,
+    tokenizer_json,
+    tokenizer_json_with,
+)
 
 VOCABULARIES: dict[str, dict[str, str | bytes]] = {
     "tokenizer.json": {"tokenizer__json": tokenizer_json()},
@@ -88,6 +95,47 @@ def test_words_are_found_where_transformers_finds_them(
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in (f"in {content}!", f"in{content}er", f"a {content} {content}", f"{content}", f" {content} "):
         assert tokenizer.encode(text, add_bos=False) == theirs.encode(text, add_special_tokens=False), repr(text)
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("scheme", ["", "first", "always", "never"])
+def test_spaces_around_words_are_those_of_transformers(tmp_path: Path, scheme: str, legacy: bool | None) -> None:
+    """Of Llama's class: a text gets one space, and what follows an added word none of its own unless legacy is true."""
+    data = json.loads(tokenizer_json_with(["Zürich", "  ", "\n\n"], scheme=scheme))
+    data["model"]["byte_fallback"] = False  # Llama's class has bytes, whatever the file says
+    for number, token in enumerate(data["added_tokens"][3:]):
+        token |= {"special": False, "normalized": number == 0}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    tokenizer = load(tmp_path, {"tokenizer__json": json.dumps(data)}, tokenizer_config__json=config)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (
+        "in Zürich!",
+        "inZüricher",
+        "Zürich",
+        "Zürich x",
+        "a  b\n\nc\n\n d",
+        "def f():\n    return 1\n",
+        "日本",
+    ):
+        assert tokenizer.encode(text, add_bos=False) == theirs.encode(text, add_special_tokens=False), repr(text)
+    assert tokenizer.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}},
+    ],
+)
+def test_steps_that_transformers_ignores_are_told(tmp_path: Path, change: dict[str, Any]) -> None:
+    data = json.loads(tokenizer_json_with([], scheme="first")) | change
+    config = {"tokenizer_class": "LlamaTokenizer"}
+    (told,) = load(tmp_path, {"tokenizer__json": json.dumps(data)}, tokenizer_config__json=config).warnings
+    assert (
+        "text is cut by its normalizer and pre_tokenizer; transformers 5 cuts by the rule of the class LlamaTokenizer"
+        in told
+    )
 
 
 def test_padding_at_vocab_size(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:
