@@ -87,24 +87,26 @@ def _add_tokens(proto: Any, info: CheckpointInfo, path: Path, markup: str) -> di
             continue
         is_control = token.special or is_markup(info, token.text, markup) or token.id >= info.config.vocab_size
         kind = CONTROL if is_control else USER_DEFINED
-        if (old := known.get(token.text)) is not None:
+        piece = token.text.replace(" ", SPACE)  # as it stands in a text that is being cut
+        text = token.text if is_control or known.get(piece, token.id) != token.id else piece
+        if (old := known.get(text)) is not None:
             if old == token.id and proto.pieces[old].type in (NORMAL, UNUSED, USER_DEFINED):
                 proto.pieces[old].type = kind
             if old == token.id:
-                added[token.text] = token
+                added[text] = token
             continue
         if token.id < len(proto.pieces):
             if proto.pieces[token.id].type in (BYTE, UNKNOWN):
                 raise CheckpointError(
                     f"{path}: the token {token.text!r:.40} is added at {token.id}, which is {proto.pieces[token.id].piece!r}"
                 )
-            proto.pieces[token.id].piece, proto.pieces[token.id].type = token.text, kind
+            proto.pieces[token.id].piece, proto.pieces[token.id].type = text, kind
         else:
             for gap in range(len(proto.pieces), token.id):
                 proto.pieces.add(piece=f"<|gap_{gap}|>", score=0.0, type=UNUSED)
-            proto.pieces.add(piece=token.text, score=0.0, type=kind)
-        known[token.text] = token.id
-        added[token.text] = token
+            proto.pieces.add(piece=text, score=0.0, type=kind)
+        known[text] = token.id
+        added[text] = token
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return added
 

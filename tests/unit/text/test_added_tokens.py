@@ -66,12 +66,14 @@ def test_an_end_token_that_only_the_tokenizers_files_name(
     assert tokenizer.encode("hello") == load_tokenizer(llama_directory(tmp_path, **vocabulary)).encode("hello")
 
 
-def test_words_that_are_added(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:
-    word = IM_END | {"content": "Zürich", "special": False}
-    tokenizer = load(tmp_path, vocabulary, tokenizer_config__json={"added_tokens_decoder": {"500": word}})
-    ids = tokenizer.encode("in Zürich!", add_bos=False)
+@pytest.mark.parametrize("word", ["Zürich", "New York"])
+def test_words_that_are_added(tmp_path: Path, vocabulary: dict[str, str | bytes], word: str) -> None:
+    added = IM_END | {"content": word, "special": False}
+    tokenizer = load(tmp_path, vocabulary, tokenizer_config__json={"added_tokens_decoder": {"500": added}})
+    ids = tokenizer.encode(f"in {word}!", add_bos=False)
     assert 500 in ids
-    assert tokenizer.decode(ids).replace(" ", "") == "inZürich!"
+    assert tokenizer.token_bytes(500) == word.encode()
+    assert tokenizer.decode(ids).replace(" ", "") == f"in{word}!".replace(" ", "")
 
 
 @pytest.mark.parametrize("vocabulary_json", [tokenizer_json(), byte_level_json([])])
