@@ -35,6 +35,11 @@ def from_tokenizer_json(info: CheckpointInfo, path: Path, markup: str) -> Vocabu
                 f"{path}: the token {token['content']!r:.40} is to have the id {token_id}, and the vocabulary gives it "
                 f"{library.token_to_id(token['content'])}"
             )
+        if token.get("normalized") and library.normalizer and not library.normalizer.normalize_str(token["content"]):
+            raise CheckpointError(  # the library would find it between the bytes of a character, and panic
+                f"{path}: the added token {token['content']!r:.40} is to be found in normalized text, where nothing is left of "
+                "it; set its normalized to false"
+            )
     to_bytes, strips_leading_space = _decoder(data, path)
     ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
     last = max(ids.values(), default=-1)

@@ -140,6 +140,19 @@ def test_steps_that_transformers_ignores_are_told(tmp_path: Path, change: dict[s
     )
 
 
+def test_a_word_of_which_the_normalizer_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    """The library panics over it in texts of other letters than ASCII's."""
+    data = json.loads(byte_level_json([])) | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
+    word = data["added_tokens"][0] | {"id": 400, "content": "\n\n", "special": False}
+    data["added_tokens"].append(word | {"normalized": True})
+    with pytest.raises(
+        CheckpointError, match=r"added token '\\n\\n' is to be found in normalized text, where nothing is left"
+    ):
+        load(tmp_path, {"tokenizer__json": json.dumps(data)})
+    data["added_tokens"][-1]["normalized"] = False
+    assert 400 in load(tmp_path, {"tokenizer__json": json.dumps(data)}).encode("é\n\né")
+
+
 def test_padding_at_vocab_size(tmp_path: Path, vocabulary: dict[str, str | bytes]) -> None:
     """It starts, no text becomes it, and it stands for nothing."""
     for number, extra in enumerate(({"added_tokens__json": {"<pad>": 512}}, {
