@@ -396,6 +396,11 @@ class ModelEntry(_Section):
         return "" if self.quantization is None or self.quantization == "none" else self.quantization
 
     @property
+    def is_scaled(self) -> bool:
+        """The autoscaler looks after it, if only to advise."""
+        return self.autoscaling is not None and self.autoscaling.mode != "off"
+
+    @property
     def most_groups(self) -> int:
         """That there can be."""
         scales = self.autoscaling is not None and self.autoscaling.mode == "on"

@@ -55,7 +55,7 @@ def settings_of(entries: Iterable[ModelEntry], config: AutoscalerConfig, gateway
 
 def _scaled(entry: ModelEntry, period_s: float) -> ScaledModel | None:
     scaling = entry.autoscaling
-    if scaling is None or scaling.mode == "off":
+    if scaling is None or not entry.is_scaled:
         return None
     policy = ModelPolicy(
         min_groups=scaling.min_groups,

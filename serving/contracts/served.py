@@ -37,6 +37,11 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
         """Clients may ask for it."""
         return self.state in ("serving", "replacing")
 
+    @property
+    def settled(self) -> "ServedModel":
+        """As it is to be when the replacement of its groups has ended."""
+        return self.replacement.after if self.replacement else self
+
 
 class Replacement(msgspec.Struct, frozen=True, kw_only=True):
     """A model before and after its groups are replaced: Serve has been told one of the two revisions."""

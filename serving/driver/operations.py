@@ -565,8 +565,8 @@ def run_autoscaler(settings: AutoscalerSettings | None) -> None:
 
 def autoscaler_settings(config: ServingConfig, served: Served) -> AutoscalerSettings | None:
     """None where no model needs one. It leaves alone what is still coming, or going."""
-    settled = [model.replacement.after if model.replacement else model for model in served.shown.values()]
-    return settings_of([changes.entry_of(model.chosen) for model in settled], config.autoscaler, Gateway.__name__)
+    entries = [changes.entry_of(model.settled.chosen) for model in served.shown.values()]
+    return settings_of(entries, config.autoscaler, Gateway.__name__)
 
 
 def _requests(spec: GroupSpec) -> list[GroupRequest]:

@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.ray_api import RayError, read_record, this_node
-from serving.config import AdminConfig, GatewayConfig, LimitsConfig, TenancyConfig
+from serving.config import AdminConfig, GatewayConfig, LimitsConfig, ModelEntry, TenancyConfig
 from serving.contracts.fleet import Fleet, GatewayDemand
 from serving.contracts.models import ModelCard
 from serving.contracts.served import RECORD_KEY, GatewayModels, Served, app_name, deployment_name
@@ -48,6 +48,12 @@ def _handle(model: str) -> Handle:
     return DeploymentHandle(deployment_name(model), app_name(model))
 
 
+def _scaled(served: Served) -> frozenset[str]:
+    """Models that the autoscaler looks after."""
+    shown = served.shown.items()
+    return frozenset(name for name, model in shown if ModelEntry.model_validate_json(model.settled.chosen).is_scaled)
+
+
 def _is_read_anew(before: ModelCard, after: ModelCard) -> bool:
     """Another number of groups is nothing that prompts depend on."""
     return msgspec.structs.replace(before, num_groups=after.num_groups) != after
@@ -83,6 +89,8 @@ class Gateway:
         cards = [model.card for model in served.shown.values()]
         tokenizers = {card.name: _tokenizer_of(card) for card in cards}
         self._served = msgspec.structs.replace(served, models=served.shown)
+        self._scaled = _scaled(served)
+        """Models that the autoscaler looks after. What it tells of others comes late."""
         self._problems: dict[str, str] = {}
         """Models that this gateway cannot serve, and why."""
         self._looking = asyncio.Lock()
@@ -121,7 +129,9 @@ class Gateway:
 
     async def take_fleet(self, encoded: bytes) -> bytes:
         """Fleet (msgpack) from the autoscaler; returns GatewayDemand (msgpack)."""
-        fleet = msgspec.msgpack.decode(encoded, type=Fleet)
+        told = msgspec.msgpack.decode(encoded, type=Fleet)
+        models = {model: seen for model, seen in told.models.items() if model in self._scaled}
+        fleet = msgspec.structs.replace(told, models=models)
         for model, seen in fleet.models.items():
             self._backend.set_groups(model, seen.num_running, is_asleep=seen.is_asleep)
         self._watch.take_fleet(fleet, is_shown=fleet.shown_by == self._id)
@@ -180,9 +190,9 @@ class Gateway:
                 continue
             self._backend.set_model(card, _handle(name), is_held=model.state == "replacing")
         self._backend.set_adapters(served.adapters)
-        self._watch.set_models(
-            [model.card for model in shown.values()], {name: model.state for name, model in shown.items()}
-        )
+        self._scaled = _scaled(served)
+        states = {name: model.state for name, model in shown.items()}
+        self._watch.set_models([model.card for model in shown.values()], states, self._scaled)
         self._served = msgspec.structs.replace(served, models=shown)
 
     async def drain(self) -> None:

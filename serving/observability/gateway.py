@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
@@ -36,7 +36,13 @@ _STEPS_TIMEOUT_S = 10.0
 class GatewayWatch:
     """Metrics, traces and access log of one gateway. Hand `telemetry.observe` to its front ends."""
 
-    def __init__(self, cards: Iterable[ModelCard], methods: Iterable[str], tracing: Tracing) -> None:
+    def __init__(
+        self,
+        cards: Iterable[ModelCard],
+        methods: Iterable[str],
+        tracing: Tracing,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`methods` are those of all front ends, by the names that these give them."""
         cards = list(cards)
         self.metrics = GatewayMetrics(
@@ -45,10 +51,12 @@ class GatewayWatch:
             methods=methods,
         )
         self.telemetry = Telemetry(self.metrics, tracing)
-        self._tracing = tracing
+        self._tracing, self._clock = tracing, clock
         self._endpoint: MetricsEndpoint | None = None
         self._fleet, self._told_s = Fleet(at_s=0.0), -math.inf
         """What the autoscaler told last, and when (monotonic)."""
+        self._is_shown = False
+        """Whether the metrics of this gateway have it."""
         self._states: Mapping[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -78,15 +86,17 @@ class GatewayWatch:
 
     def take_fleet(self, fleet: Fleet, *, is_shown: bool) -> None:
         """What the autoscaler has told: for the page /fleet, and for the metrics of the one gateway that shows it."""
-        self._fleet, self._told_s = fleet, time.monotonic()
-        self.metrics.fleet.take(fleet if is_shown else None)
+        self._fleet, self._told_s, self._is_shown = fleet, self._clock(), is_shown
         self.metrics.groups.set_configured({model: seen.target for model, seen in fleet.models.items()})
         self._show_fleet()
 
-    def set_models(self, cards: Iterable[ModelCard], states: Mapping[str, str]) -> None:
-        """These are served from now on. `states` by name, for the page /fleet."""
+    def set_models(self, cards: Iterable[ModelCard], states: Mapping[str, str], scaled: Container[str]) -> None:
+        """These are served from now on. `states` by name, for the page /fleet; of those that are not `scaled` any more nothing
+        counts that the autoscaler has told."""
         self.metrics.set_models({card.name: card.num_groups for card in cards})
         self._states = states
+        told = {model: seen for model, seen in self._fleet.models.items() if model in scaled}
+        self._fleet = msgspec.structs.replace(self._fleet, models=told)
         self._show_fleet()
 
     async def stop(self) -> None:
@@ -102,9 +112,10 @@ class GatewayWatch:
         await asyncio.to_thread(self._tracing.close)
 
     def _show_fleet(self) -> None:
-        """The autoscaler's models as it told them, others as their groups report."""
-        is_told = time.monotonic() - self._told_s < FORGET_AFTER_S
+        """The autoscaler's models as it told them, unless it has long told nothing; others as their groups report."""
+        is_told = self._clock() - self._told_s < FORGET_AFTER_S
         told = self._fleet if is_told else Fleet(at_s=time.time())
+        self.metrics.fleet.take(told if self._is_shown else None)
         if self._endpoint is not None:
             shown = self.metrics.groups.fleet_models()
             shown |= {model: seen for model, seen in told.models.items() if model in shown}

@@ -1,8 +1,8 @@
 """A gateway goes by the record of what is served: models come, change and go while it answers."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,13 +12,14 @@ import pytest
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, card
 from model_parallel.engine.request import EngineOutput, EngineRequest, FinishReason
 from protos import inference_pb2 as pb
-from serving.contracts.fleet import ModelDemand
+from serving.contracts.fleet import Fleet, FleetGroup, FleetModel, ModelDemand
 from serving.contracts.models import AdapterCard, ModelCard
 from serving.contracts.served import GatewayModels, Served, ServedModel, State
 from serving.gateway import deployment
 from serving.gateway.core.catalogue import Catalogue
 from serving.gateway.deployment import Gateway
-from serving.observability.metrics import GatewayMetrics
+from serving.observability.gateway import GatewayWatch
+from serving.observability.tracing import Tracing
 from tests.support.waiting import until
 from tests.unit.gateway.conftest import Running, Serve
 
@@ -29,8 +30,9 @@ class Backend(FakeBackend):
     def __init__(self) -> None:
         super().__init__(self._answer)
         self.models: Catalogue = Catalogue(list(self.models.values()))
-        self.held: set[str] = set()
+        self.replaced: set[str] = set()
         self.kept: list[Mapping[str, str]] = []
+        self.groups: dict[str, int] = {}
         self.go_on = asyncio.Event()
 
     async def _answer(self, requests: Sequence[EngineRequest]) -> AsyncIterator[tuple[EngineOutput, ...]]:
@@ -41,10 +43,16 @@ class Backend(FakeBackend):
 
     def set_model(self, served: ModelCard, handle: object, *, is_held: bool) -> None:
         self.models.set_base(served)
-        (self.held.add if is_held else self.held.discard)(served.name)
+        (self.replaced.add if is_held else self.replaced.discard)(served.name)
 
     def forget_model(self, name: str) -> None:
         self.models.forget_base(name)
+
+    def set_groups(self, model: str, num_groups: int, *, is_asleep: bool) -> None:
+        self.groups[model] = num_groups
+
+    def held(self, model: str) -> ModelDemand:
+        return ModelDemand(0, 0)
 
     def keep_waiting(self, weights: Mapping[str, str]) -> None:
         self.kept.append(weights)
@@ -53,11 +61,16 @@ class Backend(FakeBackend):
         self.models.set_adapters(adapters)
 
 
+def entry(name: str, **changes: object) -> str:
+    return json.dumps({"name": name, "source": "/models/tiny", **changes})
+
+
 def served(generation: int, *models: ModelCard, state: State = "serving") -> Served:
     return Served(
         generation=generation,
         models={
-            known.name: ServedModel(card=known, given="{}", chosen="{}", revision=1, state=state) for known in models
+            known.name: ServedModel(card=known, given="{}", chosen=entry(known.name), revision=1, state=state)
+            for known in models
         },
     )
 
@@ -95,16 +108,17 @@ class Watched(Gateway):
 def gateway_of(running: Running) -> Any:
     """The deployment around a server that runs, without Serve."""
     gateway: Any = Watched.__new__(Watched)
-    metrics = GatewayMetrics({"tiny": 100, "plain": 100}, {"tiny": 1, "plain": 1}, ())
+    watch = GatewayWatch(running.backend.models.values(), (), Tracing())
     gateway.__dict__.update(
         _id="g",
         _backend=running.backend,
         _server=running.server,
         _served=served(1, *running.backend.models.values()),
+        _scaled=frozenset(),
         _problems={},
         _looking=asyncio.Lock(),
-        _watch=SimpleNamespace(set_models=lambda cards, states: metrics.set_models({c.name: 1 for c in cards})),
-        metrics=metrics,
+        _watch=watch,
+        metrics=watch.metrics,
     )
     return gateway
 
@@ -151,11 +165,11 @@ async def test_a_model_changes(serve: Serve, record: Record) -> None:
         record.served = served(2, card("tiny", num_groups=5), state="replacing")
         await gateway._look()
         assert record.loaded == [], "another number of groups is nothing that prompts depend on"
-        assert running.backend.held == {"tiny"}  # type: ignore[attr-defined]
+        assert running.backend.replaced == {"tiny"}  # type: ignore[attr-defined]
         record.served = served(3, card("tiny", max_model_len=3))
         await gateway._look()
         assert record.loaded == ["tiny"]
-        assert running.backend.held == set()  # type: ignore[attr-defined]
+        assert running.backend.replaced == set()  # type: ignore[attr-defined]
         assert await running.stub.Generate(question("tiny")).code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -232,3 +246,44 @@ async def test_a_record_that_cannot_be_read_changes_nothing(
         monkeypatch.setattr(deployment, "_read_served", lambda: None)
         await gateway._look()
         assert await names(running) == ["plain", "tiny"]
+
+
+@pytest.mark.parametrize("settled", [{}, {"autoscaling": {"mode": "off", "max_groups": 3}}])
+async def test_what_the_autoscaler_says_of_a_model_that_it_no_longer_looks_after(
+    serve: Serve, record: Record, settled: dict[str, Any]
+) -> None:
+    """It may come late, and nobody would ever say something else."""
+    running_group = (FleetGroup(group="g1", state="running"),)
+    seen = FleetModel(mode="on", target=2, min_groups=0, max_groups=3, groups=running_group)
+    told = msgspec.msgpack.encode(Fleet(at_s=1.0, shown_by="g", models={"tiny": seen, "plain": seen}))
+    scaling = {"autoscaling": {"max_groups": 3}}
+
+    def record_of(generation: int, tiny: dict[str, Any]) -> Served:
+        written = served(generation, card("tiny", num_groups=3), card("plain"))
+        entries = {"tiny": entry("tiny", **tiny), "plain": entry("plain", **scaling)}
+        models = {name: msgspec.structs.replace(written.models[name], chosen=text) for name, text in entries.items()}
+        return msgspec.structs.replace(written, models=models)
+
+    async with serve(Backend()) as running:
+        gateway = gateway_of(running)
+        groups = running.backend.groups  # type: ignore[attr-defined]
+
+        def shown(model: str) -> float | None:
+            registry = gateway.metrics.registry
+            found: float | None = registry.get_sample_value(
+                "packtrain_groups", {"model_name": model, "state": "running"}
+            )
+            return found
+
+        record.served = record_of(2, scaling)
+        await gateway._look()
+        await gateway.take_fleet(told)
+        assert (groups["tiny"], shown("tiny"), shown("plain")) == (1, 1, 1)
+
+        groups.clear()
+        record.served = record_of(3, settled)
+        await gateway._look()
+        assert (shown("tiny"), shown("plain")) == (None, 1)
+        await gateway.take_fleet(told)
+        assert groups == {"plain": 1}
+        assert (shown("tiny"), shown("plain")) == (None, 1)

@@ -11,6 +11,7 @@ from serving.contracts.fleet import Fleet, FleetGroup, FleetModel
 from serving.contracts.group_report import GroupReport
 from serving.gateway.server import METHODS
 from serving.observability.gateway import GatewayWatch
+from serving.observability.groups import FORGET_AFTER_S
 from serving.observability.tracing import Tracing
 from tests.support.waiting import PATIENCE_S
 from tests.unit.observability.test_group_metrics import report
@@ -82,3 +83,22 @@ async def test_the_page_is_what_was_told_and_before_that_what_groups_report() ->
         assert (await asyncio.to_thread(page)).models == TOLD.models
     finally:
         await watched.stop()
+
+
+def test_what_was_told_long_ago_is_not_shown() -> None:
+    """Where the autoscaler has ended, with the last model that it looked after or for good."""
+    now_s = 0.0
+    watched = GatewayWatch([card(num_groups=1)], METHODS, Tracing(), lambda: now_s)
+    watched.take_fleet(TOLD, is_shown=True)
+    now_s = FORGET_AFTER_S
+    watched._show_fleet()
+    assert value(watched, "packtrain_groups", state="running") is None
+    assert value(watched, "packtrain_autoscaler_decisions_total", cause="demand") is None
+
+
+def test_a_model_that_is_not_scaled_any_more_is_not_shown() -> None:
+    watched = watch()
+    watched.take_fleet(TOLD, is_shown=True)
+    watched.set_models([card(num_groups=1)], {"tiny": "serving"}, scaled=())
+    assert value(watched, "packtrain_groups", state="running") is None
+    assert value(watched, "packtrain_groups_configured") == 1
