@@ -4,14 +4,18 @@ It is an operator's: a port of its own, never one of the front ends'.
 """
 
 import errno
+import gzip
 import socket
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
+from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 
 from model_parallel.errors import ConfigError
 from serving.contracts.addresses import explain_listening, listening_addresses
@@ -79,13 +83,28 @@ class _Handler(WSGIRequestHandler):
         """Scrapes are not logged."""
 
 
+def _metrics_page(registry: CollectorRegistry, environ: dict[str, Any]) -> tuple[bytes, list[tuple[str, str]]]:
+    """In the format that the peer wants, of the families that it names, and its headers. Names stay as they are, as each scheme
+    of escaping leaves those that Prometheus has always taken: in the OpenMetrics format prometheus_client (0.26) makes
+    `vllm_…` of `vllm:…` in samples, and Prometheus 2 asks for that format."""
+    encode: Any  # its type does not say that it takes the scheme of escaping
+    encode, content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))
+    headers = [("Content-Type", content_type)]
+    names = parse_qs(environ.get("QUERY_STRING", "")).get("name[]")
+    page: bytes = encode(registry.restricted_registry(names) if names else registry, escaping=ALLOWUTF8)
+    if gzip_accepted(environ.get("HTTP_ACCEPT_ENCODING", "")):
+        page = gzip.compress(page)
+        headers.append(("Content-Encoding", "gzip"))
+    return page, headers
+
+
 def _application(
     registry: CollectorRegistry,
     steps_page: Callable[[], bytes] | None,
     is_ready: Callable[[], bool],
     fleet_page: Callable[[], bytes],
 ) -> Any:
-    metrics = make_wsgi_app(registry)
+    other_methods = make_wsgi_app(registry)
     text = [("Content-Type", "text/plain")]
 
     def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
@@ -111,8 +130,12 @@ def _application(
         if path != "/metrics":
             start_response("404 Not Found", text)
             return [b"metrics are at /metrics\n"]
-        samples: Iterable[bytes] = metrics(environ, start_response)
-        return samples
+        if environ["REQUEST_METHOD"] != "GET":
+            refused: Iterable[bytes] = other_methods(environ, start_response)
+            return refused
+        page, headers = _metrics_page(registry, environ)
+        start_response("200 OK", headers)
+        return [page]
 
     def answer_head_too(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] != "HEAD":

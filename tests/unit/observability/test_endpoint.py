@@ -1,13 +1,15 @@
 """The listener of /metrics."""
 
 import asyncio
+import gzip
 import socket
 from http.client import HTTPConnection
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.support.fake_backend import card
@@ -34,6 +36,68 @@ def test_metrics_are_at_their_path_and_nowhere_else(host: str) -> None:
         assert family.samples[0].value == 3
         with pytest.raises(HTTPError, match="404") as caught:
             urlopen(f"{base}/", timeout=PATIENCE_S)
+        caught.value.close()
+    finally:
+        endpoint.close()
+
+
+OPEN_METRICS = "application/openmetrics-text"
+PROMETHEUS_2 = (
+    f"{OPEN_METRICS};version=1.0.0;q=0.5,{OPEN_METRICS};version=0.0.1;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+PROMETHEUS_3 = (
+    f"{OPEN_METRICS};version=1.0.0;escaping=allow-utf-8;q=0.5,{OPEN_METRICS};version=0.0.1;q=0.4,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+)
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "*/*",
+        "text/plain;version=0.0.4",
+        "text/plain;version=1.0.0;escaping=underscores",
+        OPEN_METRICS,
+        f"{OPEN_METRICS};version=1.0.0;escaping=underscores",
+        f"{OPEN_METRICS};version=1.0.0;escaping=dots",
+        f"{OPEN_METRICS};version=1.0.0;escaping=values",
+        PROMETHEUS_2,
+        PROMETHEUS_3,
+    ],
+)
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_names_are_the_same_in_every_format(accept: str, encoding: str) -> None:
+    metrics = GatewayWatch([card()], METHODS, Tracing()).metrics
+    metrics.request_success.labels("tiny", "g1", "stop").inc()
+    endpoint = MetricsEndpoint(metrics.registry, "127.0.0.1", 0)
+    try:
+        connection = HTTPConnection("127.0.0.1", endpoint.port, timeout=PATIENCE_S)
+        connection.request("GET", "/metrics", headers={"Accept": accept, "Accept-Encoding": encoding})
+        with connection.getresponse() as response:
+            body, headers = response.read(), response.headers
+        connection.close()
+    finally:
+        endpoint.close()
+    page = (gzip.decompress(body) if headers["Content-Encoding"] == "gzip" else body).decode()
+    assert headers.get("Content-Encoding", "identity") == encoding
+    is_open = headers["Content-Type"].startswith(OPEN_METRICS)
+    assert is_open == accept.startswith(OPEN_METRICS)
+    families = list((openmetrics_families if is_open else text_string_to_metric_families)(page))
+    assert {"vllm:num_requests_running", "packtrain_requests_in_progress"} <= {family.name for family in families}
+    names = {sample.name for family in families for sample in family.samples}
+    assert "vllm:request_success_total" in names
+    assert not {name for name in names if name.startswith("vllm_")}
+
+
+def test_families_may_be_asked_for_by_name() -> None:
+    endpoint = MetricsEndpoint(GatewayWatch([card()], METHODS, Tracing()).metrics.registry, "127.0.0.1", 0)
+    try:
+        address = f"http://127.0.0.1:{endpoint.port}/metrics?name[]=packtrain_build_info"
+        with urlopen(address, timeout=PATIENCE_S) as answer:
+            (family,) = text_string_to_metric_families(answer.read().decode())
+        assert family.name == "packtrain_build_info"
+        with pytest.raises(HTTPError, match="405") as caught:
+            urlopen(Request(address, method="POST"), timeout=PATIENCE_S)
         caught.value.close()
     finally:
         endpoint.close()
