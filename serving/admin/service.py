@@ -26,6 +26,7 @@ from serving.gateway.grpc.health import HEALTH
 from serving.gateway.grpc.interceptors import StatusInterceptor
 from serving.gateway.grpc.reflection import add_reflection
 from serving.gateway.server import bind, check_protobuf
+from serving.observability.log import Trouble
 from serving.tenants.directory import KeyDirectory
 
 if TYPE_CHECKING:
@@ -161,14 +162,16 @@ class AdminServer:
 
     async def _run(self, operators: Operators) -> None:
         """Follow changes of keys until cancelled. Without the database the service is shown as NOT_SERVING."""
+        trouble = Trouble(logger)
         while True:
             await asyncio.sleep(self._refresh_s)
             status: int = health_pb2.HealthCheckResponse.NOT_SERVING
             try:
                 await operators.refresh()
                 status = health_pb2.HealthCheckResponse.SERVING
+                trouble.over("changes of keys are followed again")
             except StoreUnavailableError as error:
-                logger.warning("%s", error)
+                trouble.met(str(error))
             except Exception:  # whatever it is, keys that are revoked later must not stay good
                 logger.exception("changes of keys cannot be followed")
             await self._show(status)

@@ -72,7 +72,8 @@ def deploy(
     cert: CertFile = None,
     key: KeyFile = None,
 ) -> None:
-    """Serve more models, or the same ones in another way, while the server runs. All is checked before anything is changed."""
+    """Serve more models, or the same ones in another way, while the server runs. Each is checked whole before anything of it
+    is changed; those of a file are deployed one after the other."""
     flags = {
         "name": name,
         "tensor_parallel_size": tp,

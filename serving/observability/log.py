@@ -46,6 +46,26 @@ def log_event(logger: logging.Logger, level: int, event: str, **fields: object) 
         logger.log(level, "%s", event, extra={"fields": fields})
 
 
+class Trouble:
+    """What fails again and again is told when it begins, when its reason changes, and when it is over."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._told = ""
+
+    def met(self, problem: str) -> None:
+        """It has failed, once more perhaps."""
+        if problem != self._told:
+            self._told = problem
+            self._logger.warning("%s", problem)
+
+    def over(self, event: str) -> None:
+        """It has not failed this time."""
+        if self._told:
+            self._told = ""
+            self._logger.warning("%s", event)
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, process: str, *, error_messages: bool = True) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ import msgspec
 from model_parallel.errors import ConfigError
 from serving.contracts.accounts import UsageRecord
 from serving.contracts.errors import StoreUnavailableError
+from serving.observability.log import Trouble
 from serving.tenants.authority.ledger import Ledger, SupersededError
 from serving.tenants.authority.quota import Account, Gateway, QuotaAuthority, StaleExchangeError
 from serving.tenants.directory import Snapshot
@@ -233,6 +234,7 @@ class AuthorityService:
             self._tick_task = asyncio.create_task(self._tick())
 
     async def _tick(self) -> None:
+        trouble = Trouble(logger)
         while True:
             await asyncio.sleep(self._refresh_s / 2)
             now_s, generation = time.monotonic(), self._core.generation
@@ -243,11 +245,12 @@ class AuthorityService:
             try:
                 await self._in_thread(self._core.tick, silent, gone)
             except (StoreUnavailableError, ConfigError, SupersededError) as error:
-                logger.warning("keys and limits stay as they were: %s", error)
+                trouble.met(f"keys and limits stay as they were: {error}")
                 continue
             except Exception:  # whatever it is, keys that are revoked later must not stay good
                 logger.exception("keys and limits stay as they were")
                 continue
+            trouble.over("changes of keys and limits are followed again")
             for gateway_id in gone:
                 for by_gateway in (self._heard_s, self._recalls, self._news):
                     by_gateway.pop(gateway_id, None)

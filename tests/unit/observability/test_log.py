@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model_parallel.errors import ConfigError
 from serving.config import log_format, log_level, tracing_is_on
-from serving.observability.log import JsonFormatter, TextFormatter, request_id
+from serving.observability.log import JsonFormatter, TextFormatter, Trouble, request_id
 
 HOSTILE = "evil\r\n2026 INFO forged\x1b[2J\x9b31m\u2028\x7f\x00"
 
@@ -108,3 +108,14 @@ def test_a_process_logs_json_when_told_to() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert json.loads(done.stderr) | {"event": "hello", "num": 1} == json.loads(done.stderr)
+
+
+def test_what_fails_again_and_again_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    trouble = Trouble(logging.getLogger("test"))
+    trouble.over("all is well")
+    for problem in ("locked", "locked", "gone", "gone"):
+        trouble.met(problem)
+    for _ in range(2):
+        trouble.over("all is well")
+    trouble.met("gone")
+    assert caplog.messages == ["locked", "gone", "all is well", "gone"]

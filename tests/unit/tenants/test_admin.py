@@ -25,7 +25,7 @@ from serving.config import AdminConfig
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.records import KeyGrant, Plan, Tenant
 from serving.tenants.store.store import Store
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, until
 from tests.unit.tenants.conftest import NOON_UNIX_S, Clock
 from tests.unit.tenants.test_usage import keep, record
 
@@ -324,6 +324,22 @@ async def test_a_bug_says_nothing_about_itself(admin: Running, store: Store, mon
     monkeypatch.setattr(store, "list_plans", broken)
     error = await refused(admin.call("ListPlans", pb.ListPlansRequest()))
     assert error.code() is grpc.StatusCode.INTERNAL and "canary" not in str(error.details())
+
+
+async def test_a_database_that_is_away_for_long_does_not_fill_the_log(
+    admin: Running, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = []
+
+    def gone() -> int:
+        looks.append(1)
+        raise StoreUnavailableError("the database cannot be used now: gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "generation", gone)
+        await until(lambda: len(looks) > 3)
+    await until(lambda: "again" in caplog.text)
+    assert caplog.messages == ["the database cannot be used now: gone", "changes of keys are followed again"]
 
 
 async def test_no_key_is_ever_logged(admin: Running, caplog: pytest.LogCaptureFixture) -> None:
