@@ -24,6 +24,7 @@ from serving.cli.fleet import sentence
 from serving.client.client import Client
 from serving.config import ServingConfig, parse_config
 from serving.contracts.fleet import Fleet
+from serving.driver import applications
 from serving.driver.app import RunningApp, start
 from serving.driver.environment import token_file
 from serving.gateway.deployment import Gateway
@@ -115,10 +116,16 @@ def wait_asleep(app: RunningApp) -> None:
     wait_until(lambda: not workers(), SCALE_TIMEOUT_S, "all nodes are released")
 
 
+def num_starting() -> int:
+    """Groups, as Serve has it. After its controller's restart those that had begun are RECOVERING until they run."""
+    found = applications.deployed(NAME_OF_MODEL)
+    return 0 if found is None else sum(state in ("STARTING", "RECOVERING") for state in found.replicas.values())
+
+
 @contextmanager
 def watched(app: RunningApp) -> Iterator[GangWatch]:
     """No part of a gang holds a node within the block. When the block fails, what was decided is told."""
-    watch = GangWatch(ranks_per_node=2, longest_s=LONGEST_PARTIAL_S)
+    watch = GangWatch(ranks_per_node=2, longest_s=LONGEST_PARTIAL_S, num_starting=num_starting)
     try:
         yield watch
     except BaseException:

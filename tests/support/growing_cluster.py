@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.guard import kill_processes_in
 from cluster.placement import DRIVER_RESOURCE, GATEWAY_RESOURCE
+from serving.contracts.start_failure import StartError
 from serving.driver.environment import CLUSTER_VARIABLES
 from tests.support.waiting import PATIENCE_S
 
@@ -143,10 +144,12 @@ def lose_node(node_id: str) -> None:
 
 
 class GangWatch:
-    """Looks all the time whether some node is held by a part of a gang. Gangs take whole nodes here."""
+    """Looks all the time whether some node is held by a part of a gang. Gangs take whole nodes here. One that starts holds its
+    node before its ranks are there, for as long as this machine takes to start them."""
 
-    def __init__(self, ranks_per_node: int, longest_s: float) -> None:
-        self._ranks_per_node, self._longest_s = ranks_per_node, longest_s
+    def __init__(self, ranks_per_node: int, longest_s: float, num_starting: Callable[[], int]) -> None:
+        """`num_starting` gangs; raises StartError where nobody can tell now."""
+        self._ranks_per_node, self._longest_s, self._num_starting = ranks_per_node, longest_s, num_starting
         self._since_s: dict[str, float] = {}
         self.partial: list[str] = []
         """What was seen that should not be."""
@@ -172,6 +175,11 @@ class GangWatch:
             used, num_ranks = total - free.get(node_id, {}).get("CPU", 0.0), places.count(node_id)
             if used and num_ranks != self._ranks_per_node:
                 held[node_id] = f"{node_id[-5:]}: {used:g} CPUs are held and {num_ranks} ranks are there"
+        try:
+            if len(held) <= self._num_starting():
+                held = {}
+        except StartError:  # Serve's controller is starting: nobody knows which gangs are
+            held = {}
         self.most_nodes = max(self.most_nodes, len(workers()))
         now_s = time.monotonic()
         self._since_s = {node_id: self._since_s.get(node_id, now_s) for node_id in held}
