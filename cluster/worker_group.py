@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -27,6 +28,9 @@ from model_parallel.runtime.leader import (
 from model_parallel.runtime.rank_link import Launch
 
 logger = logging.getLogger(__name__)
+
+END_TIMEOUT_S = 2.0
+"""For Ray to end ranks that have been asked to stop; it takes a tenth of a second."""
 
 
 class RayExecutor(SocketExecutor):
@@ -143,8 +147,23 @@ class RayExecutor(SocketExecutor):
         for actor in self._actors:
             ray_api.kill(actor)
 
+    def _wait_for_ends(self) -> None:
+        """Of the processes on this node, bounded: Ray cannot end one that is stopped."""
+        ending = select.poll()
+        for process in self._processes:
+            ending.register(process, select.POLLIN)
+        num_left, deadline = len(self._processes), time.monotonic() + END_TIMEOUT_S
+        while num_left and (ended := ending.poll(1000 * max(0.0, deadline - time.monotonic()))):
+            for process, _ in ended:
+                ending.unregister(process)
+                num_left -= 1
+
     def _reap_ranks(self) -> None:
-        """Ray ends the processes; wait, bounded, until it says that they have."""
+        """Ray ends the processes; wait, bounded, until it says that they have. A signal comes last: Ray tells
+        all drivers of an unexpected error where a process ends by one."""
+        for actor in self._actors:
+            ray_api.kill(actor)
+        self._wait_for_ends()
         self._kill_ranks()
         ray_api.finished(self._serving, STOP_TIMEOUT_S)
         with self._killing:

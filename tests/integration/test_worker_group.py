@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.ray_api import alive_nodes
+from cluster.ray_api import alive_nodes, short_messages
 from cluster.worker_group import RayExecutor
 from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
 from tests.support.executors import execute
@@ -22,7 +22,8 @@ from tests.support.waiting import PATIENCE_S, wait_until
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_node() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with short_messages():
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -65,6 +66,21 @@ def test_steps_and_orderly_stop(bundles: PlacementGroup) -> None:
     assert tokens(execute(again, plan(1, (0, 5)))) == [15]
     again.shutdown()
     assert all_gone(again.pids)
+
+
+def test_ray_tells_of_ranks_that_died_and_not_of_those_that_were_stopped(
+    bundles: PlacementGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    def is_told(pid: int) -> bool:
+        return f"(pid {pid})" in caplog.text
+
+    stopped = RayExecutor(group_config(2), placement_group=bundles, rank_class=FAKE_RANK)
+    stopped.shutdown()
+    lost = RayExecutor(group_config(2), placement_group=bundles, rank_class=FAKE_RANK)
+    os.kill(lost.pids[1], signal.SIGKILL)
+    assert wait_until(lambda: is_told(lost.pids[1]))
+    lost.shutdown()
+    assert not any(map(is_told, stopped.pids)), caplog.text
 
 
 def test_killed_rank_ends_the_group(bundles: PlacementGroup) -> None:
