@@ -12,6 +12,7 @@ from typing import Any
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.places import Place
 from serving.gateway.core.schema_alternatives import Alternatives
+from serving.gateway.core.schema_names import CountedNames
 from serving.gateway.core.schema_numbers import check_exact, excluded_bounds, separate_exclusions, tighten
 from serving.gateway.core.schema_patterns import for_compiler, ignores_space
 from serving.gateway.core.strict_json import read_json
@@ -70,23 +71,31 @@ def simplified(schema: Any, field: str = "schema") -> Any:
     left = [(Place(field), whole)]
     while left:
         place, part = left.pop()
+        inner: list[tuple[Place, Any, str | int]] = []
+        """With what holds each, and where in it."""
         if isinstance(part, list):
-            left += ((place.at(index), inner) for index, inner in enumerate(part))
+            inner = [(place.at(index), part, index) for index in range(len(part))]
         elif isinstance(part, dict):
             found.append((place, part))
             separate_exclusions(part)
             for key, value in part.items():
                 if key in _BY_NAME and isinstance(value, dict):
-                    left += ((place.at(key, name), inner) for name, inner in value.items())
+                    inner += [(place.at(key, name), value, name) for name in value]
                 elif key not in _VALUES:
-                    left.append((place.at(key), value))
+                    inner.append((place.at(key), part, key))
+        for where, holder, step in inner:
+            if _allows_nothing(holder[step]):
+                holder[step] = False
+            left.append((where, holder[step]))
     excluded = excluded_bounds([part for _, part in found])
     own_ids = (part.get(key) for _, part in found[1:] for key in ("$id", "id"))
     alternatives = Alternatives(whole, has_own_ids=any(isinstance(own_id, str) for own_id in own_ids))
+    names = CountedNames(alternatives, _ANNOTATIONS)
     for place, part in reversed(found):  # the inner ones first: an outer one may ask for nothing because they do
         idle = [key for key, asks_for_nothing in _IDLE.items() if key in part and asks_for_nothing(part)]
         for key in idle:
             del part[key]
+        names.write_down(part)
         _rewrite(place, part, alternatives)
         tighten(place, part, excluded)
     return whole
@@ -161,6 +170,11 @@ def _name_dialect(place: Place, part: dict[str, Any]) -> None:
 
 def _allows_all(schema: Any) -> bool:
     return schema is True or (isinstance(schema, dict) and schema.keys() <= _ANNOTATIONS)
+
+
+def _allows_nothing(schema: Any) -> bool:
+    """As Zod and pydantic write it of what never is, or is undefined."""
+    return isinstance(schema, dict) and schema.keys() - _ANNOTATIONS == {"not"} and _allows_all(schema["not"])
 
 
 def _allows_all_names(schema: Any) -> bool:

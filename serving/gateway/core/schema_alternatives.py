@@ -47,7 +47,7 @@ class Alternatives:
         while left and len(found) < _MAX_PARTS:
             part = left.pop()
             if isinstance(part, dict) and isinstance(ref := part.get("$ref"), str):
-                left.append(self._target(ref))
+                left.append(self.target(ref))
                 if self._refs_stand_alone:
                     part = True
             if isinstance(part, dict) and isinstance(all_of := part.get("allOf"), list):
@@ -55,7 +55,7 @@ class Alternatives:
             found.append(part)
         return found
 
-    def _target(self, ref: str) -> Any:
+    def target(self, ref: str) -> Any:
         """Of a pointer into the schema; true, which allows everything, for any other reference."""
         if ref not in self._targets:
             pointer = unquote(ref)
@@ -80,7 +80,7 @@ class Alternatives:
         for values, those in zip(lists, (other, one), strict=True):
             if values is not None:
                 return all(_excludes(those, value) for value in values)
-        kinds = _kinds(one) & _kinds(other)
+        kinds = kinds_of(one) & kinds_of(other)
         if kinds <= {"integer", "number"}:
             return not kinds or _are_ranges_apart(_range(one), _range(other))
         return kinds == {"object"} and any(
@@ -102,7 +102,7 @@ def _excludes(schema: dict[str, Any], value: Any) -> bool:
     values = _values(schema)
     if values is not None:
         return not any(_is_same(value, each) for each in values)
-    if _kind(value) not in _kinds(schema):
+    if _kind(value) not in kinds_of(schema):
         return True
     return _kind(value) in ("integer", "number") and _are_ranges_apart(_range(schema), (value, False, value, False))
 
@@ -128,7 +128,8 @@ def _kind(value: Any) -> str:
             return "object"
 
 
-def _kinds(schema: dict[str, Any]) -> frozenset[str]:
+def kinds_of(schema: dict[str, Any]) -> frozenset[str]:
+    """Types of the values that it may allow, as far as `type` tells."""
     given = schema.get("type")
     kinds = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else _KINDS
     return frozenset(kinds | {"integer"} if "number" in kinds else kinds)

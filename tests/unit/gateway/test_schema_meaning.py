@@ -589,6 +589,72 @@ def test_a_number_of_names_that_is_certain_is_held_to(schema: dict[str, Any]) ->
     assert allows(grammar, '{"a":1,"b":1}') == ("additionalProperties" not in schema)
 
 
+# ---- names that are counted up, and what never is ----
+
+COLORS = {"title": "Color", "type": "string", "enum": ["red", "blue"]}
+NUMBERS = {"type": "object", "additionalProperties": {"type": "integer"}}
+OBJECTS = ["{}", '{"red":1}', '{"blue":1}', '{"red":1,"blue":2}', '{"red":"x"}', '{"green":1}', '{"red":1,"green":1}']
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        NUMBERS
+        | {"propertyNames": {"$ref": "#/$defs/Color"}, "$defs": {"Color": COLORS}},  # pydantic's dict[Color, int]
+        NUMBERS | {"propertyNames": COLORS, "required": ["red", "blue"]},  # Zod's record
+        NUMBERS | {"propertyNames": {"anyOf": [{"const": "red"}, {"oneOf": [{"const": "blue"}]}]}},
+        {"type": "object", "propertyNames": COLORS},
+        {"propertyNames": {"enum": [1, "red", None]}},
+        NUMBERS | {"propertyNames": COLORS, "properties": {"green": {"type": "integer"}, "red": {"type": "string"}}},
+        {"type": "object", "propertyNames": COLORS, "additionalProperties": False, "properties": {"blue": True}},
+        {"allOf": [NUMBERS | {"propertyNames": COLORS}, {"properties": {"blue": {"maximum": 1}}}]},
+    ],
+)
+def test_names_that_are_counted_up(schema: dict[str, Any]) -> None:
+    grammar, judge = compiled(schema), jsonschema.Draft202012Validator(schema)
+    for text in OBJECTS:
+        assert allows(grammar, text) == judge.is_valid(json.loads(text)), text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"propertyNames": {"enum": ["red", "blue"], "maxLength": 3}},
+        {"propertyNames": {"type": "integer", "enum": [1]}},
+        {"propertyNames": {"anyOf": [{"const": "red"}, {"pattern": "^b"}]}},
+        {"propertyNames": {"$ref": "#"}},
+        {"propertyNames": COLORS, "patternProperties": {"^r": {"type": "integer"}}},
+        {"propertyNames": {"enum": [f"{i}" for i in range(999)]}, "additionalProperties": {"enum": ["x" * 999]}},
+    ],
+)
+def test_names_that_cannot_be_counted_up_are_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(GrammarError, match="propertyNames"):
+        compiled({"type": "object"} | part)
+
+
+def test_what_is_written_down_for_each_name_is_bounded_in_all() -> None:
+    """Each level writes the one below it ten times."""
+    schema: Any = True
+    for _ in range(20):
+        schema = {"type": "object", "propertyNames": {"enum": [*"abcdefghij"]}, "additionalProperties": schema}
+    assert len(json.dumps(simplified(schema))) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "refused"),
+    [
+        ({"properties": {"a": {"not": {}}, "b": True}}, ['{"b":1}', '{"c":1}'], ['{"a":1}']),
+        ({"properties": {"b": True}, "additionalProperties": {"not": {}}}, ['{"b":1}', "{}"], ['{"a":1}']),
+        ({"properties": {"b": {"anyOf": [{"not": {}}, {"type": "null"}]}}}, ['{"b":null}'], ['{"b":1}']),
+        ({"properties": {"b": {"not": {"not": {}}}}}, ['{"b":1}'], []),
+    ],
+)  # fmt: skip
+def test_what_never_is(schema: dict[str, Any], allowed: list[str], refused: list[str]) -> None:
+    grammar = compiled({"type": "object"} | schema)
+    assert [text for text in allowed if not allows(grammar, text)] == []
+    assert [text for text in refused if allows(grammar, text)] == []
+
+
 # ---- formats ----
 
 YEARS = st.sampled_from([4, 100, 400, 1600, 1700, 1900, 1996, 2000, 2023, 2024, 2100, 9999]) | st.integers(1, 9999)
