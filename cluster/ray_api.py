@@ -97,6 +97,20 @@ def keeping_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
+def keep_serve_to_this_node() -> None:
+    """For the constructor of a Serve replica. After it Serve starts the replica's server for calls from other replicas, which
+    unpickles what it is sent and asks for no token. From now on that server listens at the address of this node, where callers
+    look for it. Serve has it listen on every address of the machine, also where the cluster lies on loopback, and has no setting.
+    """
+    from ray.serve._private import replica  # noqa: PLC0415 - ranks do without Serve
+
+    serve: Any = replica
+    listen = serve.add_port_to_grpc_server
+    node = ray.util.get_node_ip_address()
+    address = f"[{node}]:0" if ":" in node else f"{node}:0"
+    serve.add_port_to_grpc_server = lambda server, _everywhere: listen(server, address)
+
+
 class _NoPaths(list[str]):
     """Stays empty."""
 

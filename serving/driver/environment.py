@@ -38,6 +38,12 @@ CLUSTER_VARIABLES = {
     # The C library gives 8 lots of memory a core to a process's threads, and each grows to a high-water mark of its own.
     "MALLOC_ARENA_MAX": "4",
 }
+# Of a private cluster alone.
+_OF_A_PRIVATE_CLUSTER = {
+    "RAY_AUTH_MODE": "token",
+    # Despite its name, on Linux too: Ray then keeps to 127.0.0.1. Otherwise it takes an address of the network in its place.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 _SWITCHES = {
     # Handles carry values instead of object references.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -76,7 +82,7 @@ def prepare_environment(*, joins: bool = False, environment: MutableMapping[str,
         removed = sorted(name for name in environment if name.startswith("RAY_") and name not in _SWITCHES)
         for name in removed:
             del environment[name]
-        environment["RAY_AUTH_MODE"] = "token"
+        environment.update(_OF_A_PRIVATE_CLUSTER)
     for name, value in _SWITCHES.items():
         if joins:
             environment.setdefault(name, value)

@@ -9,7 +9,7 @@ import msgspec
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_api import RayError, read_record, this_node
+from cluster.ray_api import RayError, keep_serve_to_this_node, read_record, this_node
 from serving.config import AdminConfig, GatewayConfig, LimitsConfig, ModelEntry, TenancyConfig
 from serving.contracts.fleet import Fleet, GatewayDemand
 from serving.contracts.models import ModelCard
@@ -71,6 +71,7 @@ class Gateway:
         resume_key: bytes,
     ) -> None:
         """`resume_key` is the same for all gateways of the deployment."""
+        keep_serve_to_this_node()
         configure_logging("gateway", error_messages=False)
         with telling_start_failures():
             await self._start(config, limits, admin, tenancy, resume_key)

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 from ray import serve
 
-from cluster.ray_api import RayError, draining_nodes, this_node
+from cluster.ray_api import RayError, draining_nodes, keep_serve_to_this_node, this_node
 from cluster.spares import keep_spares
 from cluster.worker_group import RayExecutor
 from model_parallel.config import GroupConfig
@@ -89,6 +89,7 @@ class ReplicaGroup:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, spec: GroupSpec, drain_timeout_s: float, keeps_spares: bool
     ) -> None:
+        keep_serve_to_this_node()
         self._drain_timeout_s = drain_timeout_s
         self._engine_id = serve.get_replica_context().replica_id.unique_id
         configure_logging(f"group {spec.card.name} {self._engine_id}")

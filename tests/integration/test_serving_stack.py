@@ -4,10 +4,12 @@ import asyncio
 import json
 import random
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 import torch
 from google.protobuf import json_format
@@ -22,7 +24,16 @@ from serving.client.client import Client, chat_prompt
 from serving.driver.app import RunningApp
 from serving.text.tokenizer import load_tokenizer
 from tests.support.converted import reference_model
-from tests.support.stack import MODEL, group_handle, group_stats, running_stack, stack_config, story, wait_until
+from tests.support.stack import (
+    MODEL,
+    group_handle,
+    group_stats,
+    ray_processes,
+    running_stack,
+    stack_config,
+    story,
+    wait_until,
+)
 from tests.support.waiting import PATIENCE_S
 
 QUESTION = chat_prompt([("user", "What is the capital of France?")])
@@ -64,6 +75,17 @@ def test_a_sensible_answer_is_streamed(client: Client) -> None:
     assert last.timings.prefill_s + last.timings.decode_s <= last.timings.total_s
     assert client.stub.Generate(request).choices[0].text == "".join(chunk.text for chunk in received)
     _assert_idle()
+
+
+def test_nobody_but_this_machine_reaches_a_private_cluster(app: RunningApp) -> None:
+    listening = {
+        (" ".join(process.cmdline())[:80], ip_address(connection.laddr.ip.removeprefix("::ffff:")))
+        for process in ray_processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len({name for name, _ in listening}) >= 4, "the control store, the raylet, the gateway and the group"
+    assert [(name, address) for name, address in listening if not address.is_loopback] == []
 
 
 def test_a_client_with_only_reflection_can_generate(app: RunningApp) -> None:

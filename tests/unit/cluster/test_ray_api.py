@@ -3,12 +3,21 @@
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
+from ray.serve._private import replica
 
 from cluster import ray_api
-from cluster.ray_api import first_sentence, keeping_sigterm, only_needed_processes, patient_start, short_messages
+from cluster.ray_api import (
+    first_sentence,
+    keep_serve_to_this_node,
+    keeping_sigterm,
+    only_needed_processes,
+    patient_start,
+    short_messages,
+)
 
 services = ray._private.services
 
@@ -136,3 +145,20 @@ def test_sigterm_means_after_a_start_of_ray_what_it_meant_before() -> None:
         signal.signal(signal.SIGTERM, before)
     assert told == [signal.SIGTERM, signal.SIGTERM]
     assert ray._private.utils.set_sigterm_handler is set_by_ray
+
+
+@pytest.mark.parametrize(("node", "address"), [("127.0.0.1", "127.0.0.1:0"), ("fd00::2", "[fd00::2]:0")])
+def test_serve_listens_for_other_replicas_at_the_address_of_the_node_alone(
+    node: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve: Any = replica
+    asked: list[str] = []
+
+    def listen(_server: object, at: str) -> int:
+        asked.append(at)
+        return 4711
+
+    monkeypatch.setattr(serve, "add_port_to_grpc_server", listen)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: node)
+    keep_serve_to_this_node()
+    assert serve.add_port_to_grpc_server(object(), "[::]:0") == 4711 and asked == [address]

@@ -1,6 +1,9 @@
 """What the environment may not decide."""
 
+import os
 import stat
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -32,6 +35,17 @@ def test_ray_variables_do_not_reach_a_private_cluster(address: str) -> None:
     assert environment["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1" and environment["RAY_ENABLE_AUTO_CONNECT"] == "0"
     assert environment["RAYON_NUM_THREADS"] == "1", "not one of Ray's"
     assert "RAY_ADDRESS" not in environment
+
+
+def test_a_private_cluster_lies_on_loopback() -> None:
+    environment = dict(os.environ)
+    prepare_environment(environment=environment)
+    # What `ray.init` makes of the address that it is given, and what its processes take where they are given none.
+    program = "from ray._private.services import *; print(resolve_ip_for_localhost('127.0.0.1'), get_node_ip_address())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280, check=True
+    )
+    assert done.stdout.split() == ["127.0.0.1", "127.0.0.1"]
 
 
 @pytest.mark.parametrize("joins", [True, False])
