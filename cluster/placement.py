@@ -78,7 +78,7 @@ def plan_groups(requests: Sequence[GroupRequest], nodes: Sequence[NodeResources]
 def _plan_group(request: GroupRequest, nodes: Sequence[NodeResources]) -> GroupPlacement:
     if not request.bundle:
         raise ConfigError(
-            f"{request.name}: cpus_per_rank is 0 on device cpu; a rank must hold something to be placed by"
+            f"{request.name}: cpus_per_rank is 0, which device cuda alone allows; on device cpu it must be at least 0.0001"
         )
     places = [_ranks_on(node, request) for node in nodes]
     if request.tp_size > sum(places):

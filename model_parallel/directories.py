@@ -27,6 +27,11 @@ class Unusable:
     reason: str
 
 
+def expand_home(path: str | Path) -> Path:
+    """With a leading `~` or `~user` replaced. Where there is no such home the path stays as it is. (Path.expanduser raises.)"""
+    return Path(os.path.expanduser(path))
+
+
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     """Where fetched models and compiled code are kept: $PACKTRAIN_CACHE, else $XDG_CACHE_HOME/packtrain, else
     ~/.cache/packtrain. When the last two cannot be written, a directory of this user's in the temporary directory."""
@@ -37,7 +42,7 @@ def cache_choice(environment: Mapping[str, str] = os.environ) -> tuple[Path, Unu
     """The cache directory, and what should have been it but cannot be written. $PACKTRAIN_CACHE is taken as it is: who names
     it wants an error, not another place."""
     if own := environment.get("PACKTRAIN_CACHE"):
-        return Path(own).expanduser() if own.startswith("~") and environment.get("HOME") else Path(own), None
+        return expand_home(own) if own.startswith("~") and environment.get("HOME") else Path(own), None
     wanted = _home_cache(environment)
     if not isinstance(wanted, Unusable):
         setting = "XDG_CACHE_HOME" if environment.get("XDG_CACHE_HOME") else "HOME"

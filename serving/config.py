@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from model_parallel.directories import expand_home
 from model_parallel.errors import ConfigError
 from serving.contracts.addresses import is_loopback
-from serving.contracts.yaml_files import explain_errors, read_mapping
+from serving.contracts.yaml_files import Section, explain_errors, read_mapping
 
 AUTO: Literal["auto"] = "auto"
 """Of settings that Packtrain chooses by itself: see serving/models/sizes.py."""
@@ -27,7 +28,13 @@ def _host(value: object) -> object:
     return value.strip()[1:-1] if isinstance(value, str) and is_bracketed else value
 
 
-Host = Annotated[str, BeforeValidator(_host), Field(min_length=1)]
+Host = Annotated[str, Field(min_length=1), BeforeValidator(_host)]
+
+
+FilePath = Annotated[Path, AfterValidator(expand_home)]
+MAX_SECONDS = 365 * 24 * 3600.0
+"""Of every length of time."""
+Seconds = Annotated[float, Field(le=MAX_SECONDS)]
 
 
 def _off_or_on(value: object) -> object:
@@ -35,11 +42,7 @@ def _off_or_on(value: object) -> object:
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """Bounds on one client request. A request outside them is refused with INVALID_ARGUMENT."""
 
     max_choices: int = Field(8, ge=1, le=64, description="Most choices (n) of one request.")
@@ -65,22 +68,25 @@ class LimitsConfig(_Section):
         description="Answer with as many tokens as there is room for where max_tokens asks for more; else refuse.",
     )
     max_message_bytes: int = Field(
-        4 << 20, ge=1024, description="Largest gRPC message taken or sent, and largest HTTP body taken."
+        4 << 20,
+        ge=1024,
+        le=(1 << 31) - 1,
+        description="Largest gRPC message taken or sent, and largest HTTP body taken.",
     )
     max_header_bytes: int = Field(32 << 10, ge=1024, description="Of one HTTP request, its first line included.")
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """Certificates of both front ends (PEM files)."""
 
-    certificate: Path = Field(description="Chain of the server's certificate, its own first.")
-    private_key: Path
-    client_ca: Path | None = Field(
+    certificate: FilePath = Field(description="Chain of the server's certificate, its own first.")
+    private_key: FilePath
+    client_ca: FilePath | None = Field(
         None, description="Clients must show a certificate that one of these has signed (mutual TLS)."
     )
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     """The two front ends: gRPC, and HTTP in OpenAI's form."""
 
     host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
@@ -97,21 +103,21 @@ class GatewayConfig(_Section):
     tls: TlsConfig | None = Field(None, description="Serve both front ends over TLS.")
     reflection: bool = Field(True, description="Serve gRPC reflection.")
     max_concurrent_requests: int = Field(1024, ge=1, description="Requests that one gateway has open at a time.")
-    drain_timeout_s: float = Field(
+    drain_timeout_s: Seconds = Field(
         30.0, ge=0, description="How long running requests may go on after a stop is asked for."
     )
-    retry_delay_s: float = Field(1.0, gt=0, description="When an overloaded or unavailable answer says to try again.")
+    retry_delay_s: Seconds = Field(1.0, gt=0, description="When an overloaded or unavailable answer says to try again.")
     max_connections: int = Field(2048, ge=1, description="HTTP connections that one gateway has open at a time.")
     max_connections_per_address: int = Field(
         1024, ge=1, description="HTTP connections from one address; a proxy in front is one address."
     )
     max_grpc_connections: int = Field(1024, ge=1, description="gRPC connections that one gateway has open at a time.")
-    header_timeout_s: float = Field(
+    header_timeout_s: Seconds = Field(
         10.0,
         gt=0,
         description="How long an HTTP request's headers, or a gRPC connection's first frame, may take to arrive.",
     )
-    body_timeout_s: float = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
+    body_timeout_s: Seconds = Field(30.0, gt=0, description="How long an HTTP request's body may take to arrive.")
     stream_keep_alive_s: float | None = Field(
         None,
         ge=1,
@@ -123,11 +129,11 @@ class GatewayConfig(_Section):
         (),
         description='Web pages\' origins, such as "https://chat.example", that may use HTTP from browsers; "*" is all.',
     )
-    slow_reader_timeout_s: float = Field(
+    slow_reader_timeout_s: Seconds = Field(
         30.0, gt=0, description="How long a client may leave its answer unread before the request is ended."
     )
 
-    resume_key_file: Path | None = Field(
+    resume_key_file: FilePath | None = Field(
         None,
         description="File with at least 32 random bytes, the same on every node: the key of resume tokens. Unset, one is drawn "
         "that lives as long as the Ray cluster.",
@@ -142,7 +148,7 @@ class GatewayConfig(_Section):
         return origins
 
 
-class TenancyConfig(_Section):
+class TenancyConfig(Section):
     """Keys, quotas and metering. Without this section everybody is the tenant "default" and has no limits."""
 
     database: str = Field(
@@ -153,7 +159,7 @@ class TenancyConfig(_Section):
     )
 
 
-class AdminConfig(_Section):
+class AdminConfig(Section):
     """What operators reach: packtrain.v1.Admin and /metrics, on ports of their own."""
 
     host: Host = Field("127.0.0.1", description="Address to listen on. Beyond loopback only with keys, or insecure.")
@@ -161,7 +167,7 @@ class AdminConfig(_Section):
     metrics_port: int | None = Field(9464, ge=0, le=65535, description="Of Prometheus metrics. null turns them off.")
 
 
-class ChatConfig(_Section):
+class ChatConfig(Section):
     """How chat messages become tokens."""
 
     format: Literal[
@@ -196,7 +202,7 @@ MAX_GROUPS = 4096
 """Of a model. A number with a digit too many is told at once, and not by what has no room for it."""
 
 
-class AutoscalingConfig(_Section):
+class AutoscalingConfig(Section):
     """How the number of a model's groups follows what is asked of it."""
 
     mode: Annotated[
@@ -205,19 +211,21 @@ class AutoscalingConfig(_Section):
     ] = Field("on", description="on: groups are started and stopped. advise: what would be done is told. off: neither.")
     min_groups: int = Field(1, ge=0, description="0: a model that nobody asks for has no group until somebody does.")
     max_groups: int = Field(ge=1, le=MAX_GROUPS)
-    ttft_p99_s: float = Field(2.0, gt=0, description="99 of 100 requests have their first token within this.")
-    tpot_p99_s: float = Field(
+    ttft_p99_s: Seconds = Field(2.0, gt=0, description="99 of 100 requests have their first token within this.")
+    tpot_p99_s: Seconds = Field(
         0.1, gt=0, description="99 of 100 requests have each further token within this, on average over the request."
     )
-    priority: int = Field(0, description="When autoscaler.max_ranks is reached, models of higher priority go first.")
-    shrink_after_s: float | None = Field(
+    priority: int = Field(
+        0, ge=-1000, le=1000, description="When autoscaler.max_ranks is reached, models of higher priority go first."
+    )
+    shrink_after_s: Seconds | None = Field(
         None,
         gt=0,
         description="How long fewer groups must have been enough before some are stopped; half of the measured start time, and "
         "30 s at least, when unset.",
     )
-    cooldown_s: float = Field(30.0, gt=0, description="The number changes its direction at most once in this time.")
-    idle_s: float = Field(
+    cooldown_s: Seconds = Field(30.0, gt=0, description="The number changes its direction at most once in this time.")
+    idle_s: Seconds = Field(
         600.0, gt=0, description="With min_groups 0: after how long without a request the last group is stopped."
     )
 
@@ -241,11 +249,11 @@ def repeated(names: Sequence[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
 
 
-class AdapterEntry(_Section):
+class AdapterEntry(Section):
     """One LoRA adapter, which is served under a name of its own."""
 
     name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH, pattern=MODEL_NAME)
-    source: Path = Field(description="A directory in PEFT's format, readable on every node that hosts a rank.")
+    source: FilePath = Field(description="A directory in PEFT's format, readable on every node that hosts a rank.")
     tenants: tuple[Annotated[str, Field(max_length=MAX_TENANT_ID_LENGTH, pattern=TENANT_ID)], ...] | None = Field(
         None, min_length=1, description="Ids of the tenants to whom it exists. Unset: all."
     )
@@ -258,7 +266,7 @@ class AdapterEntry(_Section):
         return tenants
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """LoRA adapters of one model. With this section they can also be added and removed while the server runs."""
 
     adapters: tuple[AdapterEntry, ...] = Field((), description="Served from the start.")
@@ -279,7 +287,7 @@ _LEAST_SHARE = 0.0001
 """Of a CPU, that Ray counts."""
 
 
-class ModelEntry(_Section):
+class ModelEntry(Section):
     """One served model and its replica groups."""
 
     name: str = Field(min_length=1, max_length=MAX_MODEL_NAME_LENGTH, pattern=MODEL_NAME)
@@ -341,10 +349,10 @@ class ModelEntry(_Section):
         description="A smaller model with the same vocabulary, which guesses the next tokens: a known name, a directory, or a "
         "GGUF file. Rank 0 holds it. On CPUs, with speculation auto.",
     )
-    max_waiting_requests: int = Field(256, ge=1)
-    max_waiting_tokens: int = Field(1 << 20, ge=1, description="Prompt tokens that may wait in a group.")
-    start_timeout_s: float = Field(300.0, gt=0)
-    step_timeout_s: float = Field(60.0, gt=0)
+    max_waiting_requests: int = Field(256, ge=1, le=1_000_000)
+    max_waiting_tokens: int = Field(1 << 20, ge=1, le=1 << 40, description="Prompt tokens that may wait in a group.")
+    start_timeout_s: Seconds = Field(300.0, gt=0)
+    step_timeout_s: Seconds = Field(60.0, gt=0)
     lora: LoraConfig | None = Field(None, description="Serve LoRA adapters of the model. Unset: it takes none.")
     allow_parse_special: bool = Field(
         False,
@@ -407,11 +415,11 @@ class ModelEntry(_Section):
         return self.autoscaling.max_groups if self.autoscaling and scales else self.num_groups
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray cluster to run on."""
 
     address: str | None = Field(
-        None, description='Unset starts a private one-node cluster; "auto" joins a running one.'
+        None, min_length=1, description='Unset starts a private one-node cluster; "auto" joins a running one.'
     )
     num_cpus: int | None = Field(
         None, ge=1, description="CPUs of the private cluster; what the groups need when unset."
@@ -420,7 +428,7 @@ class RayConfig(_Section):
         False,
         description="Of a joined cluster: what was deployed goes on when the command ends, and the next one takes it over.",
     )
-    wait_for_nodes_s: float = Field(
+    wait_for_nodes_s: Seconds = Field(
         0.0,
         ge=0,
         description="Of a cluster that is joined: how long to wait for the nodes that the groups need; one that scales itself is "
@@ -444,12 +452,13 @@ class RayConfig(_Section):
             raise ValueError(
                 "detached, wait_for_nodes_s and num_gateways need ray.address; a private cluster has one node"
             )
-        if self.address is not None and "spare_processes" in self.model_fields_set:
-            raise ValueError("spare_processes is of a private cluster, which ray.address does without")
+        of_a_private_one = ("num_cpus", "spare_processes")
+        if self.address is not None and (given := [name for name in of_a_private_one if name in self.model_fields_set]):
+            raise ValueError(f"{' and '.join(given)} cannot be set with ray.address: it is of a private cluster")
         return self
 
 
-class AutoscalerConfig(_Section):
+class AutoscalerConfig(Section):
     """Of all models that have autoscaling."""
 
     period_s: float = Field(5.0, ge=1, le=60, description="How often groups and gateways are looked at.")
@@ -461,7 +470,7 @@ class AutoscalerConfig(_Section):
     )
 
 
-class ServingConfig(_Section):
+class ServingConfig(Section):
     """One `packtrain serve`."""
 
     models: tuple[ModelEntry, ...] = Field(min_length=1)

@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -18,7 +16,7 @@ from pydantic import (
 
 from bench.loadtest.targets import Target, parse_target
 from model_parallel.errors import ConfigError
-from serving.contracts.yaml_files import explain_errors, read_mapping
+from serving.contracts.yaml_files import Section, explain_errors, read_mapping
 
 MAX_DURATION_S = 7 * 24 * 3600.0
 MAX_REQUESTS = 2_000_000
@@ -33,20 +31,14 @@ GRPC_APIS = ("generate-stream", "generate", "score")
 HTTP_APIS = ("chat", "completions")
 
 
-class Part(BaseModel):
-    """Every section: frozen; an unknown key is an error, and so is a number that is not finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Fixed(Part):
+class Fixed(Section):
     """Always the same number."""
 
     kind: Literal["fixed"] = "fixed"
     tokens: int = Field(ge=1, le=MAX_LENGTH)
 
 
-class Uniform(Part):
+class Uniform(Section):
     """Every number from min to max is as likely as any other."""
 
     kind: Literal["uniform"]
@@ -60,7 +52,7 @@ class Uniform(Part):
         return self
 
 
-class LogNormal(Part):
+class LogNormal(Section):
     """exp of a normal distribution, with this mean; sigma is the deviation of the logarithm."""
 
     kind: Literal["lognormal"]
@@ -76,7 +68,7 @@ class LogNormal(Part):
         return self
 
 
-class ShareGptLike(Part):
+class ShareGptLike(Section):
     """Log-normal with the mean of ShareGPT's prompts (161) or answers (338), sigma 1."""
 
     kind: Literal["sharegpt"]
@@ -95,21 +87,21 @@ Lengths = Annotated[
 """How many tokens; a bare number is fixed."""
 
 
-class Prefix(Part):
+class Prefix(Section):
     """Beginnings that requests share: each request takes one of `count` prefixes of `tokens` tokens."""
 
     tokens: int = Field(ge=1, le=MAX_LENGTH)
     count: int = Field(1, ge=1, le=100_000)
 
 
-class Turns(Part):
+class Turns(Section):
     """A session: each turn sends all that was said before, and waits for the answer and the think time in between."""
 
     count: Lengths = Fixed(tokens=1)
     think_s: float = Field(0.0, ge=0, le=3600, description="Mean of an exponential distribution.")
 
 
-class Synthetic(Part):
+class Synthetic(Section):
     """Random prompts."""
 
     kind: Literal["synthetic"] = "synthetic"
@@ -119,7 +111,7 @@ class Synthetic(Part):
     turns: Turns = Turns()
 
 
-class JsonLines(Part):
+class JsonLines(Section):
     """One request a line: `prompt` (text or token ids) or `messages`, and optionally `output_tokens` (or `max_tokens`)."""
 
     kind: Literal["jsonl"]
@@ -128,7 +120,7 @@ class JsonLines(Part):
     max_entries: int = Field(50_000, ge=1, le=MAX_REQUESTS)
 
 
-class ShareGpt(Part):
+class ShareGpt(Section):
     """Conversations in ShareGPT's format: a JSON list of {conversations: [{from, value}, …]}."""
 
     kind: Literal["sharegpt"]
@@ -141,7 +133,7 @@ class ShareGpt(Part):
     max_entries: int = Field(50_000, ge=1, le=MAX_REQUESTS)
 
 
-class TraceColumns(Part):
+class TraceColumns(Section):
     """Names of a CSV's columns."""
 
     timestamp: str = "timestamp"
@@ -149,7 +141,7 @@ class TraceColumns(Part):
     output_tokens: str = "output_tokens"
 
 
-class Trace(Part):
+class Trace(Section):
     """Requests as a log has them: their times and lengths; the text is random."""
 
     kind: Literal["trace"]
@@ -175,7 +167,7 @@ MIN_RATE = 1e-9
 Rate = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_is_no_fraction_of_nothing)]
 
 
-class Stage(Part):
+class Stage(Section):
     """A stretch of time in which the rate goes straight from one value to another."""
 
     duration_s: float = Field(gt=0, le=MAX_DURATION_S)
@@ -183,7 +175,7 @@ class Stage(Part):
     end: Rate | None = Field(None, description="When it ends; unset, the same.")
 
 
-class Bursts(Part):
+class Bursts(Section):
     """Every `every_s` the rate is `times` as high, for `length_s`."""
 
     every_s: float = Field(gt=0, le=MAX_DURATION_S)
@@ -197,7 +189,7 @@ class Bursts(Part):
         return self
 
 
-class Diurnal(Part):
+class Diurnal(Section):
     """The rate swings as a sine: rate · (1 + amplitude · sin), highest at peak_at_s of each period."""
 
     period_s: float = Field(86_400.0, gt=0, le=MAX_DURATION_S)
@@ -205,7 +197,7 @@ class Diurnal(Part):
     peak_at_s: float = Field(0.0, ge=0, le=MAX_DURATION_S)
 
 
-class OpenLoop(Part):
+class OpenLoop(Section):
     """Requests arrive whatever becomes of those before."""
 
     process: Literal["constant", "poisson", "gamma"]
@@ -240,13 +232,13 @@ class OpenLoop(Part):
                 )
 
 
-class AtOnce(Part):
+class AtOnce(Section):
     """All requests are due when the run begins; max_concurrency then decides the pace."""
 
     process: Literal["once"]
 
 
-class Closed(Part):
+class Closed(Section):
     """Users, each with one request after another."""
 
     process: Literal["closed"]
@@ -268,7 +260,7 @@ class Closed(Part):
         return self.users if not self.stages else math.ceil(max(max(s.start, s.end or 0.0) for s in self.stages))
 
 
-class TraceTimes(Part):
+class TraceTimes(Section):
     """Each request arrives when the trace says; needs work of kind trace."""
 
     process: Literal["trace"]
@@ -277,14 +269,14 @@ class TraceTimes(Part):
 Arrivals = Annotated[OpenLoop | AtOnce | Closed | TraceTimes, Field(discriminator="process")]
 
 
-class Retries(Part):
+class Retries(Section):
     """What a refused client does: it waits as long as the server told, and asks again. Without being told, it gives up."""
 
     max_attempts: int = Field(1, ge=1, le=100, description="1: nothing is sent again.")
     max_wait_s: float = Field(60.0, gt=0, le=3600, description="A longer wait than this is not waited for.")
 
 
-class Slo(Part):
+class Slo(Section):
     """Bounds that a request must keep to count as good, in milliseconds."""
 
     ttft_ms: float | None = Field(None, gt=0)
@@ -296,7 +288,7 @@ class Slo(Part):
         return {name.removesuffix("_ms"): bound / 1e3 for name, bound in self if bound is not None}
 
 
-class Tenant(Part):
+class Tenant(Section):
     """One source of requests, with a key, a work and a rate of its own."""
 
     name: str = Field("default", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -400,7 +392,7 @@ def has_turns(work: Work) -> bool:
     return isinstance(work, ShareGpt) and work.max_turns > 1
 
 
-class Scenario(Part):
+class Scenario(Section):
     """A whole load test."""
 
     name: str = Field("load", max_length=128)

@@ -12,7 +12,6 @@ from bench.loadtest.scenario import (
     MAX_LENGTH,
     MAX_REQUESTS,
     OpenLoop,
-    Part,
     Synthetic,
     Tenant,
     Trace,
@@ -20,7 +19,7 @@ from bench.loadtest.scenario import (
 )
 from bench.simulation.clock import MAX_S
 from model_parallel.errors import ConfigError
-from serving.contracts.yaml_files import explain_errors, read_mapping
+from serving.contracts.yaml_files import Section, explain_errors, read_mapping
 from serving.tenants.records import MAX_LIMIT
 
 MAX_GROUPS = 100_000
@@ -31,7 +30,7 @@ Seconds = Annotated[float, Field(ge=0, le=MAX_SIMULATED_S)]
 SomeSeconds = Annotated[float, Field(gt=0, le=MAX_SIMULATED_S)]
 
 
-class Groups(Part):
+class Groups(Section):
     """Replica groups, which are all alike."""
 
     model: str = Field(min_length=1, description="A known name (llama-2-70b-chat), or a checkpoint.")
@@ -57,7 +56,7 @@ class Groups(Part):
     )
 
 
-class Gateways(Part):
+class Gateways(Section):
     """Front ends."""
 
     num_gateways: int = Field(1, ge=1, le=1000)
@@ -69,7 +68,7 @@ class Gateways(Part):
     )
 
 
-class TenantLimits(Part):
+class TenantLimits(Section):
     """As a plan has them (docs/tenancy.md)."""
 
     requests_per_minute: int | None = Field(None, ge=1, le=MAX_LIMIT)
@@ -78,7 +77,7 @@ class TenantLimits(Part):
     token_budget: int | None = Field(None, ge=0, le=MAX_LIMIT)
 
 
-class SimulatedTenant(Part):
+class SimulatedTenant(Section):
     """One source of requests."""
 
     name: str = Field("default", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -101,7 +100,7 @@ class SimulatedTenant(Part):
         return self
 
 
-class Failures(Part):
+class Failures(Section):
     """Groups that are lost."""
 
     every_s: float | None = Field(
@@ -112,7 +111,7 @@ class Failures(Part):
     detect_s: float = Field(1.0, ge=0, le=3600, description="Until gateways know of a loss.")
 
 
-class Scaling(Part):
+class Scaling(Section):
     """How many groups there are over time."""
 
     policy: Literal["packtrain", "ongoing"] = Field(
@@ -139,7 +138,7 @@ class Scaling(Part):
         return self
 
 
-class SimulationScenario(Part):
+class SimulationScenario(Section):
     """A whole simulation."""
 
     name: str = Field("simulation", max_length=128)

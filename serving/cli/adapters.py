@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from model_parallel.directories import expand_home
 from protos import admin_pb2 as pb
 from serving.cli.operations import DEFAULT_ADMIN_ADDRESS, AdminAddress, admin_client
 from serving.cli.printing import Format, print_rows
@@ -39,7 +40,7 @@ def add_adapter(
     key: KeyFile = None,
 ) -> None:
     """Load an adapter on all groups of a model, and serve it under a name of its own."""
-    wanted = pb.Adapter(name=name, model=model, source=str(source.expanduser().absolute()))
+    wanted = pb.Adapter(name=name, model=model, source=str(expand_home(source).absolute()))
     if tenant:
         wanted.tenants.ids.extend(tenant)
     with admin_client(address, tls, ca, cert, key) as client:

@@ -115,7 +115,9 @@ def _gpus() -> Finding:
     )
     if not torch_has_cuda():
         return Finding(
-            Level.PROBLEM, "GPUs", f"{names}; the torch that is installed was built without CUDA: install one with"
+            Level.PROBLEM,
+            "GPUs",
+            f"{names}; the torch that is installed was built without CUDA: install a build with CUDA",
         )
     nccl = "NCCL" if importlib.util.find_spec("nvidia.nccl") or importlib.util.find_spec("triton") else "no NCCL found"
     level = Level.WARNING if nccl != "NCCL" and len(gpus) > 1 else Level.OK

@@ -10,6 +10,7 @@ import grpc
 import typer
 from google.protobuf.duration_pb2 import Duration
 
+from model_parallel.directories import expand_home
 from model_parallel.errors import ConfigError
 from protos import admin_pb2 as pb
 from serving.admin.operator_key import operator_key_file, read_operator_key
@@ -196,11 +197,11 @@ def _with_whole_path(entry: dict[str, Any]) -> dict[str, Any]:
     """The server may run in another directory."""
     lora = entry.get("lora") or {}
     if "adapters" in lora:
-        adapters = [each | {"source": str(Path(each["source"]).expanduser().absolute())} for each in lora["adapters"]]
+        adapters = [each | {"source": str(expand_home(each["source"]).absolute())} for each in lora["adapters"]]
         entry = entry | {"lora": lora | {"adapters": adapters}}
     for field in MODEL_SOURCES:
         source = entry.get(field)
-        if source is not None and source not in KNOWN_MODELS and (path := Path(source).expanduser()).exists():
+        if source is not None and source not in KNOWN_MODELS and (path := expand_home(source)).exists():
             entry = entry | {field: str(path.absolute())}
     return entry
 

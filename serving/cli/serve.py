@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from model_parallel.directories import expand_home
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from serving.cli.asking import print_speed, print_stream
@@ -162,7 +163,7 @@ def served_name(source: str) -> str:
     name, a GGUF file without its ending."""
     if source in KNOWN_MODELS:
         return source
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if not path.exists():
         raise ConfigError(missing_source(source))
     whole = path.resolve()
@@ -274,9 +275,15 @@ def _tell(app: "RunningApp") -> None:
         say(f"metrics at {app.metrics_url}")
     if app.admin is not None:
         say(f"packtrain.v1.Admin at {app.admin_address}, for packtrain deploy, scale, restart and other changes")
+    say(f"try: {first_question(config, app.address)}")
+
+
+def first_question(config: ServingConfig, address: str) -> str:
+    """A command that asks this server, from this machine."""
     key = "" if config.tenancy is None else "PACKTRAIN_API_KEY=KEY "
     tls = "" if config.gateway.tls is None else "--tls "
-    say(f'try: {key}packtrain generate {tls}--address {app.address} "{DEMO_QUESTION}"')
+    model = "" if len(config.models) == 1 else f"--model {config.models[0].name} "
+    return f'{key}packtrain generate {tls}--address {address} {model}"{DEMO_QUESTION}"'
 
 
 def _wait_for_signal(app: "RunningApp") -> None:

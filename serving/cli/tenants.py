@@ -44,10 +44,13 @@ DatabaseUrl = Annotated[
     str | None, typer.Option("--database", help="SQLAlchemy URL, without a password; overrides it.")
 ]
 Output = Annotated[Format, typer.Option("--format", help="How to print.")]
+OwnCount = Annotated[str | None, typer.Option(metavar=f"N|{NO_VALUE}", help="Limit; no limit of its own if unset.")]
 Count = Annotated[str | None, typer.Option(metavar=f"N|{NO_VALUE}", help="Limit; unset leaves it as it is.")]
 PlanName = Annotated[str, typer.Argument(help="Name of the plan.")]
-PlanWeight = Annotated[float | None, typer.Option(help="Share of a busy group, relative to other tenants; 1 if unset.")]
-PlanPriority = Annotated[int | None, typer.Option(help="Lower numbers are served first; 0 if unset.")]
+PlanWeight = Annotated[
+    float | None, typer.Option(help="Share of a busy group, relative to other tenants; 1 in a new plan.")
+]
+PlanPriority = Annotated[int | None, typer.Option(help="Lower numbers are served first; 0 in a new plan.")]
 TenantId = Annotated[str, typer.Argument(help="Id of the tenant.")]
 TenantName = Annotated[str | None, typer.Option("--name", help="Name for people.")]
 TenantWeight = Annotated[str | None, typer.Option(metavar=f"X|{NO_VALUE}", help="In place of the plan's.")]
@@ -71,10 +74,10 @@ def register(app: typer.Typer) -> None:
 @plans.command("create")
 def create_plan(
     name: PlanName,
-    requests_per_minute: Count = None,
-    tokens_per_minute: Count = None,
-    max_concurrent_requests: Count = None,
-    token_budget: Count = None,
+    requests_per_minute: OwnCount = None,
+    tokens_per_minute: OwnCount = None,
+    max_concurrent_requests: OwnCount = None,
+    token_budget: OwnCount = None,
     weight: PlanWeight = None,
     priority: PlanPriority = None,
     config: ConfigFile = None,
@@ -116,10 +119,10 @@ def create_tenant(
     tenant: TenantId,
     plan: Annotated[str, typer.Option(help="Name of the tenant's plan.")] = "unlimited",
     name: TenantName = None,
-    requests_per_minute: Count = None,
-    tokens_per_minute: Count = None,
-    max_concurrent_requests: Count = None,
-    token_budget: Count = None,
+    requests_per_minute: OwnCount = None,
+    tokens_per_minute: OwnCount = None,
+    max_concurrent_requests: OwnCount = None,
+    token_budget: OwnCount = None,
     weight: TenantWeight = None,
     priority: TenantPriority = None,
     config: ConfigFile = None,
@@ -193,10 +196,10 @@ def create_key(
     expires_in: Annotated[
         str | None, typer.Option(help="How long it is good for, such as 90d; no end if unset.")
     ] = None,
-    requests_per_minute: Count = None,
-    tokens_per_minute: Count = None,
-    max_concurrent_requests: Count = None,
-    token_budget: Count = None,
+    requests_per_minute: OwnCount = None,
+    tokens_per_minute: OwnCount = None,
+    max_concurrent_requests: OwnCount = None,
+    token_budget: OwnCount = None,
     config: ConfigFile = None,
     database: DatabaseUrl = None,
 ) -> None:

@@ -4,16 +4,42 @@ Of the server's configuration, and of the scenarios of load tests and simulation
 """
 
 import difflib
+import re
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from model_parallel.errors import ConfigError
 
 MAX_NODES = 1_000_000
 """Of a YAML text, those of its aliases counted each time."""
+
+
+class Section(BaseModel):
+    """A mapping in such a file: frozen. An unknown key is an error. So are a number that is not finite and a truth value where a
+    number is wanted: `http_port: off` would be port 0 otherwise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_is_a_number(cls, data: object) -> object:
+        """Pydantic takes true for 1. As a text it is refused at its place."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: str(value).lower() if isinstance(value, bool) and key in cls._numbers() else value
+            for key, value in data.items()
+        }
+
+    @classmethod
+    def _numbers(cls) -> set[str]:
+        """Fields that are numbers, and never truth values."""
+        kinds = {name: {field.annotation, *get_args(field.annotation)} for name, field in cls.model_fields.items()}
+        return {name for name, allowed in kinds.items() if allowed & {int, float} and bool not in allowed}
 
 
 def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
@@ -103,6 +129,26 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+# Numbers are read as YAML 1.2 has them. PyYAML follows YAML 1.1, where 1e6 is a text, 010 is 8, and 12:30 is 750. A number that
+# begins with 0 is a text here, which fields of whole numbers take for 10.
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$"
+        r"|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
 def explain_errors(error: ValidationError, root: type[BaseModel], origin: str) -> str:
     """One line for the user: each wrong field of `root` by its path, and the nearest known key for an unknown one."""
     problems = error.errors()
@@ -116,14 +162,34 @@ def _explain(root: type[BaseModel], location: tuple[int | str, ...], kind: str, 
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
         hint = _meant(str(value), message) if kind == "literal_error" else ""
-        told = ": ".join(part for part in (where, message.removeprefix("Value error, ")) if part)
+        message = _IN_YAML_S_WORDS.get(kind, message.removeprefix("Value error, "))
+        if kind == "string_type" and isinstance(value, int | float | date):
+            message += ", so in quotes"
+        if kind == "model_type" and value is None:
+            message += "; an empty one is {}"
+        told = ": ".join(part for part in (where, message) if part)
         # A check of ours that looks at a whole section names what it means.
         is_told = kind == "missing" or (kind == "value_error" and isinstance(value, dict))
-        return told + ("" if is_told else f" (got {value!r:.80}){hint}")
+        return told + ("" if is_told else f" (got {_as_written(value):.80}){hint}")
     known = _fields_at(root, location[:-1])
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {where!r}; {hint}"
+
+
+_IN_YAML_S_WORDS = {
+    "model_type": "must be a mapping", "model_attributes_type": "must be a mapping", "dict_type": "must be a mapping",
+    "tuple_type": "must be a list", "list_type": "must be a list", "string_type": "must be a text", "path_type": "must be a path",
+    "too_short": "must have at least 1 item", "invalid_key": "a key must be a text, so in quotes",
+}  # fmt: skip
+"""By kind of error, where pydantic speaks of Python's types."""
+
+
+def _as_written(value: object) -> str:
+    """As YAML has it, where that is not as Python has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, date) else repr(value)
 
 
 _OTHER_WORDS = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from model_parallel.directories import readable_caches, why_not_writable
+from model_parallel.directories import expand_home, readable_caches, why_not_writable
 from model_parallel.errors import ConfigError
 from model_parallel.python_process import module_command
 
@@ -74,7 +74,7 @@ def resolve_source(source: str, field: str = "source") -> Path:
     """
     if source in KNOWN_MODELS:
         return fetch_model(source)
-    path = Path(source).expanduser()
+    path = expand_home(source)
     try:
         is_there = path.exists()
     except OSError as error:
@@ -91,7 +91,7 @@ def existing_source(source: str) -> Path:
     ConfigError."""
     model = KNOWN_MODELS.get(source)
     if model is None:
-        return Path(source).expanduser()
+        return expand_home(source)
     if not _is_there(model):
         raise ConfigError(f"{source} has not been fetched; run: packtrain fetch {source}")
     return model.path

@@ -1,7 +1,11 @@
 """The configuration: what is refused, and that the documentation names every key."""
 
+import math
 import re
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -16,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = {"name": "m", "source": "s"}
 
 
-def _error(data: dict[str, object]) -> str:
+def _error(data: dict[Any, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_config(data, origin="test")
     return str(caught.value)
@@ -52,9 +56,30 @@ def _error(data: dict[str, object]) -> str:
             ["num_groups is 5", "max_groups 2"],
         ),
         ({"models": [{**MODEL, "chat": {"format": "jinja"}}]}, ["models.0.chat.format", "jinja", "llama-2"]),
+        ({"models": [MODEL], "limits": {"max_message_bytes": 1 << 31}}, ["limits.max_message_bytes", "2147483647"]),
+        ({"models": [MODEL], "gateway": {"drain_timeout_s": 1e300}}, ["gateway.drain_timeout_s", "31536000", "1e+300"]),
+        ({"models": [{**MODEL, "max_waiting_requests": 1 << 31}]}, ["models.0.max_waiting_requests", "1000000"]),
+        (
+            {"models": [{**MODEL, "autoscaling": {"max_groups": 1, "priority": 1 << 70}}]},
+            ["models.0.autoscaling.priority", "1000"],
+        ),
+        ({"models": [MODEL], "ray": {"address": ""}}, ["ray.address", "at least 1 character"]),
+        (
+            {"models": [MODEL], "ray": {"address": "auto", "num_cpus": 4}},
+            ["num_cpus cannot be set with ray.address", "private cluster"],
+        ),
+        # In the words of YAML, not of Python.
+        ({"models": MODEL}, ["models: must be a list (got {'name'"]),
+        ({"models": [{**MODEL, "lora": True}]}, ["models.0.lora: must be a mapping (got true)"]),
+        ({"models": [MODEL], "gateway": None}, ["gateway: must be a mapping; an empty one is {} (got null)"]),
+        ({"models": [{**MODEL, "name": True}]}, ["models.0.name: must be a text, so in quotes (got true)"]),
+        ({"models": [{**MODEL, "name": date(2026, 1, 2)}]}, ["must be a text, so in quotes (got 2026-01-02)"]),
+        ({"models": [MODEL], "gateway": {"host": ""}}, ["gateway.host: String should have at least 1 character"]),
+        ({"models": [MODEL], "gateway": {"resume_key_file": 5}}, ["gateway.resume_key_file: must be a path (got 5)"]),
+        ({"models": [MODEL], 1: 2}, ["1: a key must be a text, so in quotes"]),
     ],
 )
-def test_what_is_wrong_is_named(data: dict[str, object], parts: list[str]) -> None:
+def test_what_is_wrong_is_named(data: dict[Any, Any], parts: list[str]) -> None:
     message = _error(data)
     assert all(part in message for part in parts), message
 
@@ -72,6 +97,53 @@ def test_off_and_on_may_be_written_without_quotes(text: str, mode: str, most: in
     assert (entry.autoscaling.mode, entry.most_groups) == (mode, most)
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("1e6", 1e6), ("1E3", 1e3), ("-2.5e+1", -25.0), ("1e-2", 0.01), (".5", 0.5), ("5.", 5.0), ("1_000", 1000), ("0x1F", 31),
+        ("0", 0), ("-7", -7), ("+7", 7), (".inf", math.inf), ("-.INF", -math.inf),
+        ("010", "010"), ("08", "08"), ("12:30", "12:30"), ("1:2.5", "1:2.5"), ("1e", "1e"), ("e5", "e5"), ("1.2.3", "1.2.3"),
+        ("127.0.0.1", "127.0.0.1"), ("-", [None]), (".", "."), ("1e3k", "1e3k"),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_as_yaml_1_2_has_them(text: str, read: object) -> None:
+    assert parse_yaml(text, "test") == read
+
+
+def test_a_whole_number_may_begin_with_zeros_or_have_an_exponent(tmp_path: Path) -> None:
+    file = tmp_path / "packtrain.yaml"
+    file.write_text("models: [{name: m, source: s, kv_cache_tokens: 1e6, max_num_seqs: 010}]")
+    (entry,) = load_config(file).models
+    assert (entry.kv_cache_tokens, entry.max_num_seqs) == (1_000_000, 10)
+
+
+def _numbers(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all fields that are numbers."""
+    for name, field in section.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)}
+        if kinds & {int, float}:
+            yield *path, name
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _numbers(
+                    kind, (*path, name, "0") if get_origin(field.annotation) is tuple else (*path, name)
+                )
+
+
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("path", sorted(_numbers(ServingConfig)), ids=".".join)
+def test_a_truth_value_is_no_number(path: tuple[str, ...], value: bool) -> None:
+    """`http_port: off` does not mean port 0, nor `max_num_seqs: yes` one sequence."""
+    data: dict[Any, Any] = {"models": [dict(MODEL)]}
+    section: Any = data
+    for name in path[:-1]:
+        section = section[0] if name == "0" else section.setdefault(name, {})
+    section[path[-1]] = value
+    assert re.search(
+        rf"{re.escape('.'.join(path))}: .* valid (integer|number).*\(got '{str(value).lower()}'\)", _error(data)
+    )
+
+
 @pytest.mark.parametrize("num_cpus", [0.0, 0.0001, 0.00011, 0.33333, 1.0, 1.5, 0.00009999, 0.00001, 1e-300])
 def test_cpus_are_those_that_ray_counts(num_cpus: float) -> None:
     data = {"models": [{**MODEL, "cpus_per_rank": num_cpus}]}
@@ -83,6 +155,25 @@ def test_cpus_are_those_that_ray_counts(num_cpus: float) -> None:
 
 def test_one_mistake_is_one_message() -> None:
     assert ";" not in _error({"models": [{"name": "m", "source": "s", "tensor_parallel_size": -1}]})
+
+
+def test_files_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {
+        "models": [{**MODEL, "lora": {"adapters": [{"name": "x", "source": "~/x"}]}}],
+        "gateway": {
+            "resume_key_file": "~/key",
+            "tls": {"certificate": "~/c", "private_key": "~no-such-user/k", "client_ca": "~/ca"},
+        },
+    }
+    config = parse_config(data, origin="test")
+    assert config.models[0].lora is not None and config.gateway.tls is not None
+    assert (
+        config.models[0].lora.adapters[0].source == tmp_path / "x"
+        and config.gateway.resume_key_file == tmp_path / "key"
+    )
+    assert config.gateway.tls.certificate == tmp_path / "c" and config.gateway.tls.client_ca == tmp_path / "ca"
+    assert config.gateway.tls.private_key == Path("~no-such-user/k"), "opening it tells that it is not there"
 
 
 @pytest.mark.parametrize("text", ["", "- a", "models: [", "3", "\x00"])

@@ -9,6 +9,7 @@ from model_parallel.directories import (
     Unusable,
     cache_choice,
     cache_directory,
+    expand_home,
     private_directories,
     readable_caches,
     temporary_parents,
@@ -95,3 +96,11 @@ def test_a_full_directory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_process_has_a_cache() -> None:
     assert cache_directory().name
+
+
+def test_a_tilde_is_the_home_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_home("~/model") == expand_home(Path("~/model")) == tmp_path / "model"
+    for path in ("~no-such-user/model", "model", "/a/~/b"):
+        assert expand_home(path) == Path(path)
+    assert cache_directory({"HOME": str(tmp_path), "PACKTRAIN_CACHE": "~no-such-user/x"}) == Path("~no-such-user/x")

@@ -13,7 +13,7 @@ from model_parallel.python_process import module_command
 from serving import __version__
 from serving.cli.doctor import Level, _checked
 from serving.cli.main import _account, _client, app, main
-from serving.cli.serve import default_config, model_config, overridden, served_name
+from serving.cli.serve import default_config, first_question, model_config, overridden, served_name
 from serving.cli.terminal import width_of
 from serving.config import ServingConfig, api_key, load_config, parse_config
 from serving.driver.preflight import check_environment
@@ -350,3 +350,15 @@ def test_no_server_is_said_plainly() -> None:
     result = _run("models", "--address", "127.0.0.1:9")
     assert result.returncode == 1
     assert "nothing listens at 127.0.0.1:9" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(("names", "named"), [(["a"], ""), (["a", "b"], "--model a ")])
+def test_the_command_that_serve_suggests_names_a_model_where_there_are_several(names: list[str], named: str) -> None:
+    config = parse_config({"models": [{"name": name, "source": "s"} for name in names]}, origin="test")
+    suggested = first_question(config, "127.0.0.1:50051")
+    assert suggested == f'packtrain generate --address 127.0.0.1:50051 {named}"What is the capital of France?"'
+
+
+@pytest.mark.parametrize("command", [["plans", "create"], ["tenants", "create"], ["keys", "create"]])
+def test_what_is_made_has_no_value_that_an_option_could_leave_as_it_is(command: list[str]) -> None:
+    assert "leaves it as it is" not in " ".join(CliRunner().invoke(app, [*command, "--help"]).output.split())

@@ -1,5 +1,6 @@
 """Our additions to how Ray starts a cluster, on stand-ins of what they replace in Ray."""
 
+import importlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -7,7 +8,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.serve._private import replica
 
 from cluster import ray_api
 from cluster.ray_api import (
@@ -151,7 +151,7 @@ def test_sigterm_means_after_a_start_of_ray_what_it_meant_before() -> None:
 def test_serve_listens_for_other_replicas_at_the_address_of_the_node_alone(
     node: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve: Any = replica
+    serve: Any = importlib.import_module("ray.serve._private.replica")
     asked: list[str] = []
 
     def listen(_server: object, at: str) -> int:
