@@ -92,7 +92,7 @@ def resolve(groups: Groups) -> Plan:
             quantization=quantization,
             device=hardware(groups.profile).device,
             workload=workload,
-            utilisation=groups.memory_utilisation,
+            utilisation=groups.memory_utilization,
         )
         num_tokens = kv_cache_tokens(memory, groups.kv_cache_tokens)
     shape = GroupShape(

@@ -43,7 +43,7 @@ class Groups(Section):
     kv_cache_tokens: int | None = Field(
         None, ge=16, le=MAX_CACHE_TOKENS, description="What fits beside the weights when unset (GPUs alone)."
     )
-    memory_utilisation: float = Field(0.9, gt=0, le=1)
+    memory_utilization: float = Field(0.9, gt=0, le=1)
     block_size: int = Field(16, ge=1, le=256)
     prefix_caching: bool = True
     max_num_seqs: int | None = Field(None, ge=1, le=4096, description="As `packtrain serve` chooses when unset.")

@@ -176,7 +176,12 @@ def plan(
     ] = None,
     memory_gib: Annotated[float | None, typer.Option(min=0.001, help="Memory of a rank's device, in GiB.")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0.001, help="Its bandwidth, in GB/s.")] = None,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of that memory that may be used.")] = 0.9,
+    utilisation: Annotated[
+        float,
+        typer.Option(
+            "--memory-utilization", "--utilisation", min=0.01, max=1.0, help="Part of that memory that may be used."
+        ),
+    ] = 0.9,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a model takes: memory, heads of each rank, KV cache, and whether it fits. No weights are needed.

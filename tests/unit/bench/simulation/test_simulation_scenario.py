@@ -6,9 +6,10 @@ import pytest
 
 from bench.simulation.compare import read_variants, with_changes
 from bench.simulation.run import resolve
-from bench.simulation.scenario import load_scenario, parse_scenario, scenario_of_trace, trace_format
+from bench.simulation.scenario import Groups, load_scenario, parse_scenario, scenario_of_trace, trace_format
 from bench.simulation.workload import make_requests
 from model_parallel.errors import ConfigError
+from serving.config import ModelEntry
 
 GROUPS = {"model": "llama-2-7b", "profile": "h200"}
 SHIPPED = Path(__file__).parents[4] / "bench" / "simulation" / "scenarios"
@@ -183,3 +184,8 @@ def test_variants_change_what_they_say() -> None:
     assert list(read_variants(data, ["a: groups.num_groups=4", "b: groups.num_groups=5"])) == ["a", "b"]
     with pytest.raises(ConfigError, match=r"variant 'a : groups\.num_groups=5': the name 'a' stands twice"):
         read_variants(data, ["a: groups.num_groups=4", "a : groups.num_groups=5"])
+
+
+def test_settings_of_a_model_are_called_as_in_what_is_served() -> None:
+    simulated_alone = {"model", "profile", "start_s", "share_a_machine"}
+    assert set(Groups.model_fields) - simulated_alone <= set(ModelEntry.model_fields)
