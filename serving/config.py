@@ -391,6 +391,16 @@ class ModelEntry(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_step_holds_every_sequence(self) -> "ModelEntry":
+        num_seqs, num_tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if num_seqs is not None and num_tokens is not None and num_tokens < num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {num_tokens} and max_num_seqs {num_seqs}; a step must have room for a token of each "
+                "sequence that runs"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _draft_model_is_used(self) -> "ModelEntry":
         if self.draft_model is not None and self.speculation != "auto":
             raise ValueError(f"speculation is {self.speculation}, and draft_model needs auto")

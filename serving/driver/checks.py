@@ -15,7 +15,7 @@ from model_parallel.directories import cache_choice
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.native import is_ready
-from serving.config import AdminConfig, ServingConfig
+from serving.config import AdminConfig, ModelEntry, ServingConfig
 from serving.contracts.addresses import can_share_a_port, explain_listening, listening_addresses, why_not_listening
 
 MIN_FILE_BYTES = 256 << 20
@@ -185,6 +185,16 @@ def check_cpus(machine: Machine, num_threads: int) -> str:
     return (
         f"{num_threads} threads of ranks share {machine.num_cpus} CPUs{limit}: they wait for each other at every step"
     )
+
+
+def check_gpus(models: Sequence[ModelEntry], num_gpus: int) -> str:
+    """Whether this machine has a GPU for each rank that begins on one; "" when it has."""
+    on_gpus = [entry for entry in models if entry.device == "cuda"]
+    needed = sum(entry.num_groups * entry.tensor_parallel_size for entry in on_gpus)
+    if needed <= num_gpus:
+        return ""
+    names = ", ".join(f"models.{entry.name}" for entry in on_gpus)
+    return f"{names}: device is cuda, and each of {needed} ranks needs a GPU; torch finds {num_gpus} on this machine"
 
 
 def check_space(directory: Path, needed_bytes: int, setting: str, free_bytes: int | None = None) -> str:

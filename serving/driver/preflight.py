@@ -16,6 +16,7 @@ from serving.driver.checks import (
     check_compiler,
     check_cpus,
     check_file_size,
+    check_gpus,
     check_ports,
 )
 from serving.driver.environment import cluster_parent
@@ -142,7 +143,10 @@ def _begin_holding(ports: HeldPorts, config: ServingConfig, host: Host | None) -
     warnings = [warning for warning in (check_cache(),) if warning]
     specs: list[GroupSpec] = []
     if not joins:
-        specs, told, worries = _sizes(config, host or this_host())
+        host = host or this_host()
+        if problem := check_gpus(config.models, host.num_gpus):
+            raise StartRefusedError([problem])
+        specs, told, worries = _sizes(config, host)
         notes += told
         warnings += worries
     checks = [

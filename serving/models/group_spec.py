@@ -77,7 +77,10 @@ def resolve_models(entries: Sequence[ModelEntry], host: Host) -> list[GroupSpec]
     """
     infos = [describe(resolve_source(entry.source)) for entry in entries]
     for entry, info in zip(entries, infos, strict=True):
-        ParallelConfig(tp_size=entry.tensor_parallel_size).check_fits(info.config)
+        try:
+            ParallelConfig(tp_size=entry.tensor_parallel_size).check_fits(info.config)
+        except ConfigError as error:
+            raise ConfigError(f"models.{entry.name}.{error}") from error
     chosen = choose_sizes(entries, infos, host)
     return [_group_spec(entry, info) for entry, info in zip(chosen, infos, strict=True)]
 

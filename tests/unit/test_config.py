@@ -68,6 +68,10 @@ def _error(data: dict[Any, Any]) -> str:
             {"models": [MODEL], "ray": {"address": "auto", "num_cpus": 4}},
             ["num_cpus cannot be set with ray.address", "private cluster"],
         ),
+        (
+            {"models": [{**MODEL, "max_num_seqs": 1000, "max_num_batched_tokens": 10}]},
+            ["models.0: max_num_batched_tokens is 10 and max_num_seqs 1000"],
+        ),
         # In the words of YAML, not of Python.
         ({"models": MODEL}, ["models: must be a list (got {'name'"]),
         ({"models": [{**MODEL, "lora": True}]}, ["models.0.lora: must be a mapping (got true)"]),

@@ -10,22 +10,24 @@ from pathlib import Path
 import pytest
 
 from model_parallel.errors import ConfigError
-from model_parallel.machine import Machine
+from model_parallel.machine import Machine, read_machine
 from serving.cli.doctor import Level, look_at_config
 from serving.config import ServingConfig, parse_config
-from serving.driver import checks
+from serving.driver import checks, preflight
 from serving.driver.checks import (
     MIN_FILE_BYTES,
     check_cache,
     check_compiler,
     check_cpus,
     check_file_size,
+    check_gpus,
     check_ports,
     check_space,
     listeners,
     port_owner,
 )
 from serving.driver.preflight import _problems, begin
+from serving.models.sizes import Host
 from serving.tenants.authority import ledger as ledger_module
 from serving.tenants.authority.service import AuthorityService
 
@@ -250,3 +252,19 @@ def test_a_database_that_another_server_uses_is_told_before_anything_starts(
             await other.close()
 
     asyncio.run(look())
+
+
+def test_ranks_on_gpus_need_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"source": "smollm2-135m-instruct", "kv_cache_tokens": 4096}
+    models = [
+        {"name": "a", "device": "cuda", "tensor_parallel_size": 3, **shape},
+        {"name": "b", "device": "cuda", **shape},
+        {"name": "c", "device": "auto", **shape},
+    ]
+    free_ports = {"gateway": {"port": 0, "http_port": 0}, "admin": {"port": 0, "metrics_port": 0}}
+    wanted = parse_config({"models": models, **free_ports}, origin="test")
+    assert check_gpus(wanted.models, 4) == ""
+    told = "models.a, models.b: device is cuda, and each of 4 ranks needs a GPU; torch finds 3 on this machine"
+    assert check_gpus(wanted.models, 3) == told
+    monkeypatch.setattr(preflight, "this_host", lambda: Host(machine=read_machine(), num_gpus=3))
+    assert [finding.text for finding in look_at_config(wanted)] == [told]

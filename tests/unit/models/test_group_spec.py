@@ -32,8 +32,7 @@ def test_the_cache_bounds_the_length(smollm2_path: Path) -> None:
     [
         ({"max_model_len": 10_000}, ["10000", "8192"]),
         ({"max_model_len": 4096, "kv_cache_tokens": 1024}, ["4096", "1024"]),
-        ({"tensor_parallel_size": 10}, ["10", "9 query heads"]),
-        ({"max_num_batched_tokens": 8, "max_num_seqs": 16}, ["8", "16"]),
+        ({"tensor_parallel_size": 10}, ["models.small.tensor_parallel_size is 10", "9 query heads"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_both_numbers(
