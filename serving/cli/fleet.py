@@ -54,7 +54,7 @@ def explain(
     model: Annotated[str | None, typer.Option(help="Of this model alone.")] = None,
 ) -> None:
     """Say what the autoscaler has decided, and why. Decisions that say the same are one line."""
-    from_s = time.time() - duration_s(since)
+    from_s = time.time() - duration_s(since, "--since")
     fleet = read_fleet(address)
     known = {*fleet.models, *(made.model for made in fleet.decisions)}
     if model is not None and model not in known:

@@ -159,7 +159,7 @@ def drain(
     request = pb.DrainGroupRequest(group=group)
     if grace is not None:
         message = Duration()
-        message.FromMilliseconds(round(1000 * duration_s(grace)))
+        message.FromMilliseconds(round(1000 * duration_s(grace, "--grace")))
         request.grace.CopyFrom(message)
     with admin_client(address, tls, ca, cert, key) as client:
         _follow(client.admin.DrainGroup(request))

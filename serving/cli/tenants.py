@@ -208,7 +208,7 @@ def create_key(
         raise typer.BadParameter("give either --model or --all-models")
     is_for_all = all_models or not (model or admin)
     limits = _limits(requests_per_minute, tokens_per_minute, max_concurrent_requests, token_budget)
-    expires_unix_s = None if expires_in is None else time.time() + duration_s(expires_in)
+    expires_unix_s = None if expires_in is None else time.time() + duration_s(expires_in, "--expires-in")
     with _store(config, database) as store:
         models = None if is_for_all else tuple(model or ())
         grant = KeyGrant(models=models, is_admin=admin, label=label, expires_unix_s=expires_unix_s, **limits)
@@ -237,7 +237,7 @@ def rotate_key(
 ) -> None:
     """Make a key that allows the same, print it, and let the old one end."""
     with _store(config, database) as store:
-        _print_issued(store.rotate_key(key, overlap_s=duration_s(overlap)))
+        _print_issued(store.rotate_key(key, overlap_s=duration_s(overlap, "--overlap")))
 
 
 @keys.command("revoke")
@@ -265,7 +265,11 @@ def usage(
 
     with _store(config, database) as store:
         wanted = UsageFilter(
-            tenant_id=tenant, key_id=key, model=model, since_unix_s=_moment(since), until_unix_s=_moment(until)
+            tenant_id=tenant,
+            key_id=key,
+            model=model,
+            since_unix_s=_moment(since, "--since"),
+            until_unix_s=_moment(until, "--until"),
         )
         if records:
             rows = map(msgspec.structs.asdict, all_usage(store.database, wanted))
@@ -350,16 +354,16 @@ def _number(name: str, text: str, kind: type[int] | type[float]) -> int | float 
         raise typer.BadParameter(f"{name} must be a number or {NO_VALUE!r}, not {text!r}") from None
 
 
-def _moment(text: str | None) -> float | None:
+def _moment(text: str | None, option: str) -> float | None:
     """UNIX seconds of a point in time; UTC where it names no zone."""
     if text is None:
         return None
     if re.fullmatch(r"\d{1,9}[smhd]", text, re.ASCII):
-        return time.time() - duration_s(text)
+        return time.time() - duration_s(text, option)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise typer.BadParameter(
-            f"a time is written 2026-01-31, 2026-01-31T12:00, or as how long ago: 24h; not {text!r}"
+            f"a time is written 2026-01-31, 2026-01-31T12:00, or as how long ago: 24h; not {text!r}", param_hint=option
         ) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

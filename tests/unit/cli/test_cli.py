@@ -362,3 +362,21 @@ def test_the_command_that_serve_suggests_names_a_model_where_there_are_several(n
 @pytest.mark.parametrize("command", [["plans", "create"], ["tenants", "create"], ["keys", "create"]])
 def test_what_is_made_has_no_value_that_an_option_could_leave_as_it_is(command: list[str]) -> None:
     assert "leaves it as it is" not in " ".join(CliRunner().invoke(app, [*command, "--help"]).output.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["drain", "--group", "g"], "--grace"),
+        (["autoscaler", "explain"], "--since"),
+        (["keys", "create", "t"], "--expires-in"),
+        (["keys", "rotate", "0123456789abcdef"], "--overlap"),
+        (["usage"], "--since"),
+        (["usage"], "--until"),
+    ],
+)
+def test_a_wrong_time_is_told_with_its_option(command: list[str], option: str, tmp_path: Path) -> None:
+    database = [] if command[0] in ("drain", "autoscaler") else ["--database", f"sqlite:///{tmp_path}/tenants.db"]
+    result = CliRunner().invoke(app, [*command, option, "5x", *database])
+    assert result.exit_code == 2 and f"Invalid value for {option}: a" in " ".join(result.output.split())
+    assert "not '5x'" in " ".join(result.output.split())
