@@ -28,7 +28,9 @@ _MIN_SPREAD = 0.5
 """Steps beside nobody and steps beside somebody must be among those that tell what that costs."""
 _NUM_TURNS = 8
 OUTLIER = 4.0
-"""A step that took so many times what the fit says was held up by something that is no step. It is left out, and counted."""
+"""A step that took so many times what the others say was held up by something that is no step. It is left out, and counted."""
+_MAX_FITS = 10
+"""Each to the steps that the one before did not leave out."""
 
 
 def read_samples(source: str) -> list[StepReport]:
@@ -94,12 +96,15 @@ def fit(reports: Sequence[StepReport], *, origin: str) -> StepsFile:
     ]
     if len(timed) < MIN_STEPS:
         raise ConfigError(f"from: there are {len(timed)} steps; at least {MIN_STEPS} are needed")
+    for kind, num in (
+        ("prompt tokens", sum(sample.work.num_tokens > sample.work.num_decodes for sample, _ in timed)),
+        ("a sequence that decodes", sum(sample.work.num_decodes > 0 for sample, _ in timed)),
+    ):
+        if not num:
+            raise ConfigError(f"from: none of the {len(timed)} steps has {kind}, so nothing tells what that costs")
     samples, beside = [sample for sample, _ in timed], np.array([share for _, share in timed])
-    cost, sharing = _fit_sharing(samples, beside)
-    ratios = _ratios(cost, sharing, samples, beside)
-    is_kept = ratios > 1 / OUTLIER
+    cost, sharing, is_kept = _fit_without_outliers(samples, beside)
     kept = [sample for sample, keep in zip(samples, is_kept, strict=True) if keep]
-    cost, sharing = _fit_sharing(kept, beside[is_kept])
     errors = np.abs(_ratios(cost, sharing, kept, beside[is_kept]) - 1)
     shape = next(iter(shapes))
     return StepsFile(
@@ -155,6 +160,23 @@ def _ratios(cost: StepCost, sharing: float, samples: Sequence[StepSample], besid
     alone = np.array([cost.seconds(sample.work) / sample.seconds for sample in samples])
     ratios: Array = alone * (1 + sharing * beside)
     return ratios
+
+
+def _fit_without_outliers(
+    samples: Sequence[StepSample], beside: Array
+) -> tuple[StepCost, float, npt.NDArray[np.bool_]]:
+    """Cost and sharing, and which steps they are fitted to. Steps that were held up lift the first fit, by which none of them may
+    stand out: so each step is held against the median one, and fits are made until they leave out the same steps."""
+    is_kept = np.ones(len(samples), dtype=bool)
+    for fits_left in reversed(range(_MAX_FITS)):
+        kept = [sample for sample, keep in zip(samples, is_kept, strict=True) if keep]
+        cost, sharing = _fit_sharing(kept, beside[is_kept])
+        ratios = _ratios(cost, sharing, samples, beside)
+        keeps = ratios > np.median(ratios) / OUTLIER
+        if not fits_left or (keeps == is_kept).all():
+            break
+        is_kept = keeps
+    return cost, sharing, is_kept
 
 
 def _fit_sharing(samples: Sequence[StepSample], beside: Array) -> tuple[StepCost, float]:

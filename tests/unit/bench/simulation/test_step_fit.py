@@ -65,6 +65,22 @@ def test_noise_and_steps_that_were_held_up_do_not_lead_astray() -> None:
         assert cost.seconds(sample.work) == pytest.approx(sample.seconds, rel=0.15)
 
 
+@pytest.mark.parametrize(("share", "times"), [(0.05, (6, 20, 100)), (0.3, (20, 100)), (0.3, (1000,))])
+def test_many_steps_that_were_held_up_are_all_left_out(share: float, times: tuple[int, ...]) -> None:
+    """They lift the first fit, so that the shorter ones do not stand out in it."""
+    draw = random.Random(5)
+    is_held_up = [draw.random() < share for _ in range(1000)]
+    made = [
+        StepSample(sample.work, sample.seconds * (draw.choice(times) if held_up else 1))
+        for sample, held_up in zip(samples(1000, noise=0.1), is_held_up, strict=False)
+    ]
+    profile = fit([StepReport(shape=SHAPE, samples=tuple(made))], origin="a test")
+    assert f"{sum(is_held_up[: len(made)])} of {len(made)}" in profile.origin
+    cost = StepCost(knots=tuple(profile.knots), row_s=profile.row_s, context_s=profile.context_s, pair_s=profile.pair_s)
+    for sample in samples(200, noise=0.0, seed=2):
+        assert cost.seconds(sample.work) == pytest.approx(sample.seconds, rel=0.15)
+
+
 def test_lines_are_read_back_and_a_profile_too(tmp_path: Path) -> None:
     reports = [StepReport(shape=SHAPE, samples=tuple(samples(200, noise=0.05)))]
     path = tmp_path / "steps.jsonl"
@@ -111,6 +127,12 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         read_samples(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="at least 50"):
         fit([StepReport(shape=SHAPE, samples=tuple(samples(3, noise=0)))], origin="")
+    all_steps = samples(800, noise=0)
+    decoding = [sample for sample in all_steps if sample.work.num_decodes == sample.work.num_tokens]
+    prompts = [StepSample(StepWork(n, 0, 0, n * n / 2), 0.1) for n in range(1, 100)]
+    for some, what in ((decoding, "prompt tokens"), (prompts, "a sequence that decodes")):
+        with pytest.raises(ConfigError, match=f"none of the {len(some)} steps has {what}"):
+            fit([StepReport(shape=SHAPE, samples=tuple(some))], origin="")
     other = StepReport(shape=msgspec.structs.replace(SHAPE, model="n"), samples=())
     with pytest.raises(ConfigError, match="must all be alike"):
         fit([StepReport(shape=SHAPE, samples=()), other], origin="")
