@@ -39,9 +39,9 @@ def effective_size(values: Values) -> float:
     return float(min(count, max(1.0, count / max(1.0, 2 * float(kept.sum()) - 1))))
 
 
-def mean_interval(values: Values) -> Interval:
-    """Of the mean, by Student's t with the effective sample size."""
-    effective = effective_size(values)
+def mean_interval(values: Values, effective: float | None = None) -> Interval:
+    """Of the mean, by Student's t with the effective sample size: of a series unless it is told."""
+    effective = effective_size(values) if effective is None else effective
     if len(values) < 2 or effective < 2:
         return Interval(-math.inf, math.inf, effective)
     half = student_quantile(0.5 + CONFIDENCE / 2, effective - 1) * float(values.std(ddof=1)) / math.sqrt(effective)

@@ -1,7 +1,6 @@
 """Several runs as one result, and requests as CSV with a line each."""
 
 import csv
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,21 +42,18 @@ def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged["valid"] = all(result["valid"] for result in results)
     for name in ("invalid_because", "notes"):
         merged[name] = [f"run {number}: {text}" for number, result in enumerate(results, 1) for text in result[name]]
-    between = {}
+    between, intervals = {}, {}
     for name in first:
         values = [result[name] for result in results if isinstance(result[name], float)]
         if len(values) > 1:
-            interval = mean_interval(np.array(values))
+            # Runs have draws of their own, so none repeats what another one tells.
+            interval = intervals[name] = mean_interval(np.array(values), effective=len(values))
             between[name] = {"std": statistics.stdev(values), "low": interval.low, "high": interval.high}
     merged["between_runs"] = between
     merged["confidence"] = {
-        name: {
-            "low": _finite(between[name]["low"]),
-            "high": _finite(between[name]["high"]),
-            "effective_samples": len(results),
-        }
-        for name in dict.fromkeys(name for result in results for name in result["confidence"])
-        if name in between
+        name: {"low": interval.low, "high": interval.high, "effective_samples": interval.effective}
+        for name, interval in intervals.items()
+        if any(name in result["confidence"] for result in results)
     }
     merged["client"] = _worst([result["client"] for result in results])
     merged["server_stages"] = _stages([result["server_stages"] for result in results])
@@ -70,11 +66,6 @@ def of_repeats(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     merged["runs"] = [{key: value for key, value in result.items() if key != "requests"} for result in results]
     return merged
-
-
-def _finite(edge: float) -> float | None:
-    """None of an interval that is open."""
-    return edge if math.isfinite(edge) else None
 
 
 def _worst(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 from bench.json_files import write_json
 from bench.loadtest.assertions import parse_assertion
@@ -236,6 +237,17 @@ def test_what_stands_beside_averages_of_runs_is_of_all_of_them() -> None:
     page = report(scenario(), both, records_at(times))
     assert "Over time, run 1" in page and ", run 1" not in report(scenario(), results[0], records_at(times))
     print_result(both, Console(file=io.StringIO()))
+
+
+def test_each_repeat_tells_as_much_as_another() -> None:
+    """They have draws of their own: Student's t of all of them, also where they happen to lie in a row."""
+    times = list(np.arange(0, 10, 0.1))
+    took = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    both = of_repeats([summary(records_at(times, took_s=took_s)) for took_s in took])
+    means_ms = [run["mean_ttft_ms"] for run in both["runs"]]
+    expected = stats.t.interval(0.95, len(took) - 1, np.mean(means_ms), stats.sem(means_ms))
+    interval = both["confidence"]["mean_ttft_ms"]
+    assert (interval["low"], interval["high"]) == pytest.approx(expected) and interval["effective_samples"] == len(took)
 
 
 @pytest.mark.parametrize("place", range(3))
