@@ -124,7 +124,7 @@ async def _ask_http(tenant: Tenant, tls: ClientTls | None) -> Facts:
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         if isinstance(error, ConnectionError) and str(error).startswith(base):
             raise
-        raise ConnectionError(f"{tenant.target} cannot be reached: {error or 'no answer in time'}") from error
+        raise ConnectionError(f"{tenant.target} cannot be reached: {str(error) or 'no answer in time'}") from error
 
 
 class _Model(msgspec.Struct):

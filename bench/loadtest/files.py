@@ -224,7 +224,7 @@ def _moment(value: Any, field: str) -> tuple[float, bool]:
         try:
             parsed = datetime.fromisoformat(str(value).strip())  # Azure's seven digits of a second too
         except ValueError:
-            raise ValueError(f"{field} is {value!r}; it must be seconds, or a date and time") from None
+            raise ValueError(f"{field} is {value!r}; it must be seconds from 0 to 1e15, or a date and time") from None
         return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp(), True
 
 

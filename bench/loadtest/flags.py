@@ -126,6 +126,8 @@ def parse_goodput(bounds: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for bound in bounds:
         name, _, number = bound.partition(":")
+        if name in found:
+            raise ConfigError(f"goodput is {bound!r}, and another bound of {name} is given; there can be one")
         try:
             found[name] = float(number)
         except ValueError:

@@ -131,7 +131,9 @@ class HttpTransport:
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError) as error:
-            raise ConnectionError(f"{self._tenant.target} cannot be reached: {error or 'no answer in time'}") from error
+            raise ConnectionError(
+                f"{self._tenant.target} cannot be reached: {str(error) or 'no answer in time'}"
+            ) from error
         connector = aiohttp.TCPConnector(limit=0, ssl=self._context or True)
         tracing = aiohttp.TraceConfig()
         tracing.on_connection_create_end.append(self._count_connection)

@@ -300,4 +300,4 @@ class _Conductor:
                     elif isinstance(message, Failed):
                         raise LinkError(message.message)
         except (LinkError, TimeoutError) as error:
-            self._result.lost.append(f"sender {index}: {error or 'it did not end in time'}")
+            self._result.lost.append(f"sender {index}: {str(error) or 'it did not end in time'}")

@@ -148,5 +148,5 @@ async def join(host: str, port: int, secret: bytes) -> Peer[FromLeader]:
             writer.write(answer_challenge(secret, hello, await reader.readexactly(CHALLENGE_BYTES)))
             await writer.drain()
     except (OSError, EOFError, TimeoutError) as error:
-        raise LinkError(f"nobody leads a load test at {host}:{port}: {error or 'no answer in time'}") from error
+        raise LinkError(f"nobody leads a load test at {host}:{port}: {str(error) or 'no answer in time'}") from error
     return Peer(reader, writer, FromLeader)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadtest import http_transport
+from bench.loadtest import discover, http_transport
 from bench.loadtest.discover import resolve
 from bench.loadtest.html_report import report
 from bench.loadtest.http_transport import HttpTransport, _retry_after
@@ -175,6 +176,15 @@ async def test_a_connection_is_used_again_where_the_body_ends_after_its_last_eve
     assert num_opened == 2  # one to see whether there is a server
     result = summarise(Scenario(), run)
     assert result["client"]["connections"] == 1
+
+
+async def test_a_server_that_does_not_answer_in_time_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of time has no text of its own."""
+    monkeypatch.setattr(discover, "TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        target = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=r"cannot be reached: no answer in time$"):
+            await resolve(parse_scenario({"tenants": [{"target": target}]}, origin="x"), None)
 
 
 async def test_who_does_not_end_a_body_has_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,10 +118,19 @@ def test_moments_are_read_with_any_fraction_and_zone(
 
 
 @pytest.mark.parametrize(
-    "text", ["2023-11-16 18:15:46.", "2023-11-16 18:15:46.x", "18:15", "2023-11-16 18:15:46.5+", ""]
+    "text",
+    [
+        "2023-11-16 18:15:46.",
+        "2023-11-16 18:15:46.x",
+        "18:15",
+        "2023-11-16 18:15:46.5+",
+        "",
+        "-1",
+        "1700000000000000000",
+    ],
 )
 def test_what_is_no_moment_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"timestamp is .*; it must be seconds, or a date and time"):
+    with pytest.raises(ValueError, match=r"timestamp is .*; it must be seconds from 0 to 1e15, or a date and time"):
         _moment(text, "timestamp")
 
 

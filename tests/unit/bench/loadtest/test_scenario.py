@@ -217,6 +217,7 @@ def test_flags_that_say_nothing_are_refused() -> None:
         ({"scenario": Path("x"), "input_len": 3}, "--input-len: with --scenario"),
         ({"goodput": ["ttft"]}, "like ttft:500"),
         ({"goodput": ["speed:3"]}, "measures are"),
+        ({"goodput": ["ttft:500", "tpot:5", "ttft:100"]}, "another bound of ttft is given"),
     ):
         with pytest.raises(ConfigError, match=expected):
             scenario_from(flags)
