@@ -69,7 +69,8 @@ def rate_curve(arrivals: OpenLoop, duration_s: float) -> Curve:
     """Requests a second over the run."""
     base = of_stages(arrivals.stages) if arrivals.stages else Curve([(0.0, arrivals.rate)])
     marks = {0.0, duration_s} | {at_s for at_s, _ in base.points if at_s <= duration_s}
-    jumps = {at_s for (at_s, _), (after_s, _) in pairwise(base.points) if at_s == after_s}
+    # What begins as the run ends, such as a burst, is no part of the line before it.
+    jumps = {duration_s} | {at_s for (at_s, _), (after_s, _) in pairwise(base.points) if at_s == after_s}
     if arrivals.diurnal is not None:
         step_s = arrivals.diurnal.period_s / _PIECES_PER_PERIOD
         marks |= {index * step_s for index in range(math.ceil(duration_s / step_s))}

@@ -81,6 +81,19 @@ def test_bursts_multiply_the_rate_while_they_last() -> None:
     assert sum(at_s < 1 for at_s in times) == pytest.approx(60, abs=1)
     assert sum(1 <= at_s < 5 for at_s in times) == pytest.approx(40, abs=1)
     assert sum(5 <= at_s < 6 for at_s in times) == pytest.approx(60, abs=1)
+    assert sum(6 <= at_s < 10 for at_s in times) == pytest.approx(40, abs=1)
+
+
+@pytest.mark.parametrize("duration_s", [3.0, 5.0, 6.0, 7.5, 10.0, 12.0])
+def test_the_end_of_a_run_changes_nothing_before_it(duration_s: float) -> None:
+    """Also where a burst or a stage would begin just then."""
+    loops = (
+        arrivals(process="constant", rate=10, bursts={"every_s": 5, "length_s": 1, "times": 6}),
+        arrivals(process="constant", stages=[{"duration_s": 5, "start": 4}, {"duration_s": 5, "start": 9, "end": 3}]),
+    )
+    for loop in loops:
+        longer = [at_s for at_s in arrival_times(loop, 20.0, random.Random(0)) if at_s < duration_s]
+        assert list(arrival_times(loop, duration_s, random.Random(0))) == pytest.approx(longer)
 
 
 def test_a_day_swings_around_its_mean_and_peaks_where_asked() -> None:
