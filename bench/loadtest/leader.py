@@ -13,7 +13,7 @@ import msgspec
 from bench.loadtest.records import Health, Record
 from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Scenario
-from bench.loadtest.sender import command
+from bench.loadtest.sender import SENDERS_GROUP, command
 from bench.loadtest.wire import (
     Begin,
     Connected,
@@ -200,6 +200,7 @@ class _Processes:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=self._errors,
+                process_group=SENDERS_GROUP,
             )
             self._started.append(process)
 

@@ -42,6 +42,9 @@ from serving.config import LOAD_SECRET_VARIABLE, api_key, environment_key, load_
 
 PROGRESS_S = 0.5
 CONNECT_TIMEOUT_S = 10.0
+SENDERS_GROUP = 0
+"""Each sender has a process group of its own: Ctrl-C, and `timeout`, signal a whole group, and what to do then is the leader's to
+say."""
 _ORDER = (Outcome.FINISHED, Outcome.REFUSED, Outcome.FAILED, Outcome.CANCELLED)
 
 
@@ -154,8 +157,15 @@ def join_with(
     """Senders for a test that is led elsewhere, until it is over. The status: 0 when all could join. Raises ConfigError."""
     if not secret:
         raise ConfigError(f"${LOAD_SECRET_VARIABLE} is not set; it must be that of the machine that leads")
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, leave)
     parts = [
-        subprocess.Popen(command(host, port, tls, owns_targets=owns_targets), stdin=subprocess.DEVNULL)
+        subprocess.Popen(
+            command(host, port, tls, owns_targets=owns_targets), stdin=subprocess.DEVNULL, process_group=SENDERS_GROUP
+        )
         for _ in range(num_processes)
     ]
     try:
@@ -171,8 +181,6 @@ def join_with(
 def main() -> None:
     """host port owns tls [ca cert key]; "" for a file that is not there."""
     host, port, owns, use_tls, *files = sys.argv[1:]
-    # Ctrl-C reaches the whole group; what to do then is the leader's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tls = ClientTls(*(Path(name) if name else None for name in files)) if use_tls == "tls" else None
     part = run_sender(host, int(port), load_test_secret().encode(), tls, owns_targets=owns == "owned")
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,7 +91,9 @@ def test_over_http_with_a_sweep_of_users(tmp_path: Path) -> None:
     assert [point["at"] for point in points] == [1, 2] and all(point["completed"] for point in points)
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_interrupted_keeps_what_was_measured(number: signal.Signals, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C and `timeout` signal all processes of the group."""
     path = tmp_path / "r.json"
     with mock_process("--first-token-s=0.02") as ports:
         arguments = [
@@ -100,7 +103,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
             "--duration=600",
             f"--json={path}",
         ]
-        with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [*COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
             own = psutil.Process(process.pid)
             wait_until(lambda: len(own.children()) == 1, 60, "a sender is there")
             (sender,) = own.children()
@@ -108,7 +113,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
                 lambda: bool(sender.net_connections("tcp")) and sender.cpu_times().user > 0.5, 120, "it is at work"
             )
             time.sleep(3)
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, number)
             shown, _ = process.communicate(timeout=60)
             assert process.returncode == 130
     result = json.loads(path.read_text())
@@ -145,6 +150,21 @@ def test_another_machine_joins(tmp_path: Path) -> None:
             load("--join", where[1], PACKTRAIN_LOAD_SECRET=SECRET)
             assert process.wait(120) == 0
     assert json.loads(path.read_text())["client"]["num_processes"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_helps_and_is_ended_takes_its_senders_along(number: signal.Signals) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        arguments = ["--join", f"127.0.0.1:{silent.getsockname()[1]}"]
+        with subprocess.Popen(
+            [*COMMAND, *arguments], cwd=ROOT, env=os.environ | {"PACKTRAIN_LOAD_SECRET": SECRET}, start_new_session=True
+        ) as process:
+            own = psutil.Process(process.pid)
+            wait_until(lambda: len(own.children()) == 1, 60, "a sender is there")
+            (sender,) = own.children()
+            os.killpg(process.pid, number)
+            assert process.wait(60) == 130
+        wait_until(lambda: not sender.is_running(), 60, "the sender is gone")
 
 
 @pytest.mark.parametrize(
