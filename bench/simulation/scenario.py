@@ -165,6 +165,12 @@ class SimulationScenario(Section):
         for tenant in self.tenants:
             if isinstance(tenant.arrivals, OpenLoop):
                 tenant.arrivals.check_periods(tenant.name, self.duration_s)
+        num_groups, scaling = self.groups.num_groups, self.scaling
+        if scaling is not None and not scaling.min_groups <= num_groups <= scaling.max_groups:
+            raise ValueError(
+                f"groups.num_groups is {num_groups}; it must lie between scaling.min_groups, {scaling.min_groups}, and "
+                f"scaling.max_groups, {scaling.max_groups}"
+            )
         every_s = self.failures.every_s
         if every_s is not None and self.duration_s / every_s > MAX_LOSSES:
             raise ValueError(

@@ -34,6 +34,10 @@ def test_shipped_scenarios_are_good(path: Path) -> None:
         ({"tenants": [{"name": "a", "weight": 0}]}, "tenants.0.weight"),
         ({"tenants": [{"name": "a", "arrivals": {"process": "trace"}}]}, "need work of kind trace"),
         ({"scaling": {"min_groups": 5, "max_groups": 2}}, "min_groups is 5"),
+        (
+            {"groups": {**GROUPS, "num_groups": 4}, "scaling": {"max_groups": 3}},
+            "groups.num_groups is 4; it must lie between scaling.min_groups, 1, and scaling.max_groups, 3",
+        ),
         ({"duration_s": 10, "warmup_s": 10}, "warmup_s is 10"),
         ({"failures": {"every_s": -1}}, "failures.every_s"),
     ],
