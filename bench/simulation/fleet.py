@@ -150,6 +150,7 @@ class Fleet:
         )
         job = Job(index, gateway, request)
         self.outcomes.arrived_s[index] = tick / TICKS_PER_S
+        self.outcomes.num_prompt[index] = len(prompt)
         self.outcomes.status[index] = Status.OPEN
         self._num_unsettled += 1
         gateway.num_sequences += 1

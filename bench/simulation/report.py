@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.loadtest.sharing import INPUT_PRICE, OUTPUT_PRICE
 from bench.simulation.clock import TICKS_PER_S
 from bench.simulation.fleet import Fleet
 from bench.simulation.requests import CANCELLED, FAILED, FINISHED, REFUSED, Requests, Status
@@ -53,7 +54,7 @@ class Columns:
         requests, outcomes = fleet.requests, fleet.outcomes
         self.status = np.frombuffer(outcomes.status, dtype=np.uint8)
         self.tenant = np.array(requests.tenant)
-        self.prompt = np.array(requests.prompt_tokens, dtype=np.float64)
+        self.num_prompt = np.array(outcomes.num_prompt, dtype=np.float64)
         self.arrived_s, self.ttft_s, self.e2e_s = (
             np.array(column) for column in (outcomes.arrived_s, outcomes.ttft_s, outcomes.e2e_s)
         )
@@ -107,7 +108,7 @@ def figures(columns: Columns, own: npt.NDArray[np.bool_], window: Window) -> dic
     return {
         **counts(columns.status[chosen]),
         "completed": int(done.sum()),
-        "total_input_tokens": int(columns.prompt[done].sum()),
+        "total_input_tokens": int(columns.num_prompt[done].sum()),
         "total_output_tokens": int(columns.num_output[done].sum()),
         "request_throughput": float(num_ended / window.length_s),
         "output_throughput": tokens_since(columns, finished, window.begin_s) / window.length_s,
@@ -139,7 +140,7 @@ def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int)
         },
         "jain_index": jain_index(
             [
-                float(columns.num_output[chosen & own].sum()) / traits.weight
+                service(columns, chosen & own) / traits.weight
                 for traits, own in zip(requests.tenants, owners, strict=True)
             ]
         ),
@@ -152,7 +153,7 @@ def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int)
         "gpu_hours": group_s * tp_size / 3600,
         "run_output_tokens": int(columns.num_output[columns.status == Status.FINISHED].sum()),
         "busy_share": busy_s / group_s if group_s else 0.0,
-        "prefix_hit_share": float(columns.num_cached[chosen].sum() / max(1.0, columns.prompt[chosen].sum())),
+        "prefix_hit_share": float(columns.num_cached[chosen].sum() / max(1.0, columns.num_prompt[chosen].sum())),
         "num_cut": requests.num_cut,
         "notes": list(requests.notes),
         "over_time": {
@@ -163,6 +164,12 @@ def summarise(fleet: Fleet, *, warmup_s: float, duration_s: float, tp_size: int)
             "num_waiting": list(fleet.samples.num_waiting),
         },
     }
+
+
+def service(columns: Columns, chosen: npt.NDArray[np.bool_]) -> float:
+    """What some requests got, as the fair queue and `packtrain load` count it."""
+    served = chosen & (columns.num_output > 0)
+    return float(INPUT_PRICE * columns.num_prompt[served].sum() + OUTPUT_PRICE * columns.num_output[served].sum())
 
 
 def jain_index(values: list[float]) -> float:

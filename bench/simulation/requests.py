@@ -116,6 +116,8 @@ class Outcomes:
         self.queue_s = zeros("f")
         self.prefill_s = zeros("f")
         self.decode_s = zeros("f")
+        self.num_prompt = zeros("f")
+        """Of the prompt as it was sent: of a later turn with all that the session had until then."""
         self.num_output = zeros("f")
         self.num_cached = zeros("f")
         self.num_migrations = zeros("f")

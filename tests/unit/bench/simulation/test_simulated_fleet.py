@@ -228,7 +228,23 @@ def test_sessions_find_their_history_in_the_cache() -> None:
     }  # fmt: skip
     summary, fleet = simulate(scenario(tenants=[session]))
     assert summary["finished"] == summary["sent"] == len(fleet.requests)
-    assert summary["prefix_hit_share"] > 0.3
+    num_sent = [64 + number * 128 for number in range(3)]
+    assert summary["total_input_tokens"] == summary["sent"] // 3 * sum(num_sent)
+    # Of a later turn at most the history can be found: the turn before, with its answer.
+    assert 0.3 < summary["prefix_hit_share"] < sum(num - 64 for num in num_sent) / sum(num_sent)
+
+
+def test_jains_index_is_of_service_as_load_tests_count_it() -> None:
+    """One reads much and the other writes much: prompt tokens count once, output tokens twice, over the weight."""
+    made = [tenant("reads", rate=1), tenant("writes", rate=1)]
+    for each, num_in, num_out, weight in zip(made, (400, 32), (8, 192), (1, 2), strict=True):
+        each |= {
+            "arrivals": {"process": "constant", "rate": 1}, "weight": weight,
+            "work": {"kind": "synthetic", "input_tokens": num_in, "output_tokens": num_out},
+        }  # fmt: skip
+    summary, _ = simulate(scenario(tenants=made))
+    assert summary["finished"] == summary["sent"]
+    assert summary["jain_index"] == pytest.approx(jain_index([400 + 2 * 8, (32 + 2 * 192) / 2]))
 
 
 def test_the_autoscaler_grows_under_load_and_shrinks_after_it() -> None:
