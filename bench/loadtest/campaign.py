@@ -22,7 +22,7 @@ from bench.loadtest.live import Board, print_result, watched
 from bench.loadtest.outputs import of_repeats, write_csv
 from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Closed, OpenLoop, Scenario, Trace, has_turns, with_rate, with_seed, with_users
-from bench.loadtest.search import ClientLimitError, Found, Probe, search
+from bench.loadtest.search import Found, NothingKnownError, Probe, search
 from bench.loadtest.summary import PERCENTILES, summarise
 from bench.loadtest.targets import check_allowed
 from model_parallel.errors import ConfigError
@@ -41,6 +41,8 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+_LOST = (ConnectionError, LinkError)
+"""The server or all senders are gone. What was measured before is written."""
 LOWEST_RATE = 0.05
 """Of a search that begins above it."""
 
@@ -114,15 +116,24 @@ class Campaign:
         """The scenario as it is, several times over with seeds of their own."""
         runs: list[Run] = []
         results: list[dict[str, Any]] = []
-        for number in range(self._wanted.repeats):
-            if self._stop.is_set():
-                break
-            run, result = await self._once(with_seed(self._scenario, number))
-            runs.append(run)
-            results.append(result)
+        try:
+            for number in range(self._wanted.repeats):
+                if self._stop.is_set():
+                    break
+                run, result = await self._once(with_seed(self._scenario, number))
+                runs.append(run)
+                results.append(result)
+        except _LOST:
+            if results:  # the load may be what took the server down
+                self._write_runs(of_repeats(results), runs)
+            raise
         if not results:
             return Exit.INTERRUPTED
         result = of_repeats(results)
+        self._write_runs(result, runs)
+        return self._judge(result)
+
+    def _write_runs(self, result: dict[str, Any], runs: Sequence[Run]) -> None:
         print_result(result, self._console)
         if self._wanted.json_file:
             write_json(result, self._wanted.json_file)
@@ -130,7 +141,6 @@ class Campaign:
             write_csv(self._scenario, [run.records for run in runs], self._wanted.csv_file)
         if self._wanted.html_file:
             write_text(report(self._scenario, result, runs[0].records), self._wanted.html_file)
-        return self._judge(result)
 
     def _judge(self, result: dict[str, Any]) -> Exit:
         checked = [assertion.check(result) for assertion in self._wanted.assertions]
@@ -147,50 +157,55 @@ class Campaign:
         scenarios = _swept(self._scenario, self._wanted.sweep)
         unit = _unit(self._scenario)
         points: list[tuple[float, dict[str, Any]]] = []
-        for at, scenario in zip(self._wanted.sweep, scenarios, strict=True):
-            results = []
-            for number in range(self._wanted.repeats):
-                if self._stop.is_set():
-                    break
-                _, result = await self._once(with_seed(scenario, number))
-                results.append(result)
-            if results:
-                points.append((at, of_repeats(results)))
-                self._console.print(f"{at:g} {unit}: {_line(points[-1][1])}", highlight=False)
+        try:
+            for at, scenario in zip(self._wanted.sweep, scenarios, strict=True):
+                results = []
+                for number in range(self._wanted.repeats):
+                    if self._stop.is_set():
+                        break
+                    _, result = await self._once(with_seed(scenario, number))
+                    results.append(result)
+                if results:
+                    points.append((at, of_repeats(results)))
+                    self._console.print(f"{at:g} {unit}: {_line(points[-1][1])}", highlight=False)
+        except _LOST:
+            if points:
+                self._write_points("sweep", {"unit": unit}, points, [])
+            raise
         self._write_points("sweep", {"unit": unit}, points, [])
         return Exit.INTERRUPTED if self._stop.is_set() else Exit.DONE
 
     async def search(self, bounds: Search) -> Exit:
         """The highest rate that keeps the SLO."""
         number, unit = 0, _unit(self._scenario)
+        lost: Exception | None = None
 
         async def measure(rate: float) -> Probe:
-            nonlocal number
+            nonlocal number, lost
             number += 1
             scenario = with_rate(self._scenario, rate)
-            run, result = await self._once(with_seed(scenario, number))
+            try:
+                run, result = await self._once(with_seed(scenario, number))
+            except _LOST as error:
+                lost = error
+                raise NothingKnownError(str(error)) from error
             probe = probed(rate, result, bounds.slo)
             verdict = "keeps" if probe.passed else f"does not keep ({probe.why})"
             self._console.print(f"{rate:g} {unit} {verdict} the SLO: {_line(result)}", highlight=False)
             if run.was_interrupted:
-                raise asyncio.CancelledError
+                raise NothingKnownError("the search was interrupted")
             if not result["valid"]:
-                raise ClientLimitError(f"the client was the bottleneck: {result['invalid_because'][0]}")
+                raise NothingKnownError(f"the client was the bottleneck: {result['invalid_because'][0]}")
             return probe
 
-        try:
-            found = await search(
-                measure,
-                start=bounds.start,
-                lowest=bounds.lowest,
-                highest=bounds.highest,
-                precision=bounds.precision,
-                repeats=bounds.repeats,
-            )
-        except asyncio.CancelledError:
-            if not self._stop.is_set():
-                raise
-            return Exit.INTERRUPTED
+        found = await search(
+            measure,
+            start=bounds.start,
+            lowest=bounds.lowest,
+            highest=bounds.highest,
+            precision=bounds.precision,
+            repeats=bounds.repeats,
+        )
         lines = found_lines(found, bounds.slo, unit)
         for line in lines:
             self._console.print(line, style="bold", markup=False, highlight=False)
@@ -198,6 +213,10 @@ class Campaign:
             "unit": unit, "rate": found.rate, "failed_at": found.failed_at, "ended_because": found.ended_because, "lines": lines,
         }  # fmt: skip
         self._write_points("search", facts, [(probe.rate, probe.result) for probe in found.probes], lines)
+        if lost is not None:
+            raise lost
+        if self._stop.is_set():
+            return Exit.INTERRUPTED
         return Exit.DONE if found.rate is not None else Exit.DOES_NOT_HOLD
 
     def _write_points(

@@ -34,8 +34,9 @@ class Found:
     probes: list[Probe] = field(default_factory=list)
 
 
-class ClientLimitError(Exception):
-    """A run was invalid: the client cannot send so much, so nothing is known of the server at this rate."""
+class NothingKnownError(Exception):
+    """A run says nothing of the rates that the server bears: the client cannot send so much, it was interrupted, or the server is
+    gone. It is the last."""
 
 
 Measure = Callable[[float], Awaitable[Probe]]
@@ -53,7 +54,7 @@ async def search(
     while len(found.probes) < MAX_PROBES:
         try:
             passed = await _majority(measure, rate, repeats, found.probes)
-        except ClientLimitError as error:
+        except NothingKnownError as error:
             found.ended_because = f"at {rate:g}/s {error}"
             return found
         if passed:

@@ -8,6 +8,7 @@ import random
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bench.loadtest.assertions import check_measured, parse_assertion, percentiles_needed
-from bench.loadtest.campaign import Search, Wanted, found_lines, probed, run_campaign
+from bench.loadtest.campaign import Campaign, Exit, Search, Wanted, found_lines, probed, run_campaign
 from bench.loadtest.compare import compare, read_result
-from bench.loadtest.leader import Senders
+from bench.loadtest.leader import Interrupt, Run, Senders
 from bench.loadtest.live import print_comparison
+from bench.loadtest.records import Health
+from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Scenario, parse_scenario
-from bench.loadtest.search import ClientLimitError, Probe, search
+from bench.loadtest.search import NothingKnownError, Probe, search
 from model_parallel.errors import ConfigError
+from tests.support.load import FACTS, records_at
 
 RESULT: dict[str, Any] = {
     "sent": 200, "completed": 198, "refused": 2, "errors": 0, "request_goodput": None, "request_throughput": 10.0,
@@ -165,7 +169,7 @@ async def test_a_search_ends_at_its_bounds_and_where_the_client_ends() -> None:
 
     async def weak(rate: float) -> Probe:
         if rate > 5:
-            raise ClientLimitError("the client was the bottleneck")
+            raise NothingKnownError("the client was the bottleneck")
         return Probe(rate, True, "", {})
 
     bounds: dict[str, Any] = {"start": 1.0, "lowest": 0.5, "highest": 64.0, "precision": 0.05, "repeats": 1}
@@ -174,6 +178,57 @@ async def test_a_search_ends_at_its_bounds_and_where_the_client_ends() -> None:
     assert nothing.rate is None and "no rate" in found_lines(nothing, [], "requests/s sent")[0]
     limited = await search(weak, **bounds)
     assert limited.rate == 4 and "bottleneck" in limited.ended_because
+
+
+class ShortLived:
+    """A crew whose third run ends otherwise than it should."""
+
+    def __init__(self, interrupt: Interrupt | None) -> None:
+        self._interrupt, self._num_runs = interrupt, 0
+
+    async def run(self, *_: Any, **__: Any) -> Run:
+        self._num_runs += 1
+        is_last = self._num_runs == 3
+        if is_last and self._interrupt is None:
+            raise ConnectionError("the server cannot be reached")
+        if is_last and self._interrupt is not None:
+            self._interrupt.stop.set()
+        healthy = Health(
+            process=0, wall_s=1.0, cpu_s=0.1, lags_s=[0.0], max_lag_s=0.0, loop_delays_s=[0.0], max_loop_delay_s=0.0,
+            num_held_back=0, num_held_back_by_bound=0, num_unsent=0, num_gaps_dropped=0,
+        )  # fmt: skip
+        return Run(records=records_at(list(np.arange(0, 10, 0.1))), healths=[healthy], was_interrupted=is_last)
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "begin"),
+    [
+        ({"repeats": 5}, lambda campaign, wanted: campaign.repeat()),
+        ({"sweep": [1.0, 2.0, 4.0, 8.0]}, lambda campaign, wanted: campaign.sweep()),
+        (
+            {"search": Search(slo=[parse_assertion("ttft_p99<1s")], repeats=1)},
+            lambda campaign, wanted: campaign.search(wanted.search),
+        ),
+    ],
+)
+async def test_what_was_measured_is_written_when_a_later_run_comes_to_nothing(
+    wanted: dict[str, Any], begin: Callable[[Campaign, Wanted], Awaitable[Exit]], is_interrupted: bool, tmp_path: Path
+) -> None:
+    asked = Wanted(**wanted, json_file=tmp_path / "r.json", html_file=tmp_path / "r.html")
+    interrupt, console = Interrupt(), Console(file=io.StringIO())
+    team: Any = ShortLived(interrupt if is_interrupted else None)
+    campaign = Campaign(
+        parse_scenario({}, origin="x"), [Resolved(facts=FACTS, entries=[])], team, asked, console, interrupt
+    )
+    if is_interrupted:
+        assert await begin(campaign, asked) is Exit.INTERRUPTED
+    else:
+        with pytest.raises(ConnectionError, match="the server cannot be reached"):
+            await begin(campaign, asked)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert len(written["points"] if "points" in written else written["runs"]) >= 2
+    assert (tmp_path / "r.html").read_text().count("<svg")
 
 
 def test_a_run_passes_only_when_it_could_have_gone_on() -> None:
