@@ -56,7 +56,8 @@ def client_facts(healths: Sequence[Health]) -> dict[str, Any]:
 def judge(
     run: Run, client: dict[str, Any], median_latency_s: float, *, duration_s: float, has_own_limit: bool
 ) -> Verdict:
-    """`median_latency_s`: to the first token, or of whole answers. `has_own_limit`: max_concurrency is part of the load."""
+    """`median_latency_s`: to the first token, or of whole answers; 0 when nothing finished. `has_own_limit`: max_concurrency is
+    part of the load."""
     verdict = Verdict()
     num_due = len(run.records) + client["unsent"]
     if num_due:
@@ -80,14 +81,17 @@ def _judge_client(
     verdict: Verdict, client: dict[str, Any], num_due: int, median_latency_s: float, *, has_own_limit: bool
 ) -> None:
     allowed_ms = 1e3 * max(MIN_LATE_S, LATE_SHARE * median_latency_s)
+    of_what = (
+        f"for a median latency of {median_latency_s * 1e3:.1f} ms" if median_latency_s else "where nothing finished"
+    )
     for name, what in (
         ("p99_send_lag_ms", "requests were sent late"),
         ("p99_loop_delay_ms", "the client's event loop was late"),
     ):
         if client[name] > allowed_ms:
             verdict.invalid.append(
-                f"{what}: p99 {client[name]:.1f} ms, where {allowed_ms:.1f} ms are allowed for a median latency of "
-                f"{median_latency_s * 1e3:.1f} ms; use more --processes, or a machine of its own"
+                f"{what}: p99 {client[name]:.1f} ms, and {allowed_ms:.1f} ms are allowed {of_what}; use more --processes, or a "
+                "machine of its own"
             )
     if client["max_cpu"] > MAX_CPU:
         verdict.invalid.append(f"a sending process kept {client['max_cpu']:.0%} of a core busy; use more --processes")

@@ -145,6 +145,9 @@ def test_a_run_that_sent_nothing_says_so_and_nothing_of_the_client() -> None:
     result = summary([], cpu_s=0.099, wall_s=0.1)
     assert result["invalid_because"] == ["nothing was sent: no request was due before the run ended"]
     assert "not sent before" in summary([], num_unsent=5)["invalid_because"][0]
+    refused = record(outcome=Outcome.REFUSED, code="HTTP_429", first_s=None, last_s=None, output_tokens=0)
+    (late,) = summary([refused], lags_s=[0.05])["invalid_because"]
+    assert "and 5.0 ms are allowed where nothing finished" in late
 
 
 def test_waiting_for_the_loads_own_limit_is_no_fault_of_the_client() -> None:
