@@ -42,7 +42,8 @@ def cache_choice(environment: Mapping[str, str] = os.environ) -> tuple[Path, Unu
     """The cache directory, and what should have been it but cannot be written. $PACKTRAIN_CACHE is taken as it is: who names
     it wants an error, not another place."""
     if own := environment.get("PACKTRAIN_CACHE"):
-        return expand_home(own) if own.startswith("~") and environment.get("HOME") else Path(own), None
+        path = expand_home(own) if own.startswith("~") and environment.get("HOME") else Path(own)
+        return path.absolute(), None
     wanted = _home_cache(environment)
     if not isinstance(wanted, Unusable):
         setting = "XDG_CACHE_HOME" if environment.get("XDG_CACHE_HOME") else "HOME"
@@ -61,7 +62,7 @@ def readable_caches(environment: Mapping[str, str] = os.environ) -> list[Path]:
 
 def _home_cache(environment: Mapping[str, str]) -> "Path | Unusable":
     if base := environment.get("XDG_CACHE_HOME"):
-        return Path(base) / "packtrain"
+        return Path(base).absolute() / "packtrain"
     if home := environment.get("HOME"):
         return Path(home) / ".cache" / "packtrain"
     try:
@@ -85,10 +86,11 @@ def private_directories(environment: Mapping[str, str] = os.environ, *, create: 
 
 
 def temporary_parents(environment: Mapping[str, str] = os.environ) -> Iterator[Path]:
-    """Directories to try for temporary files, $TMPDIR first; only those that can be written."""
+    """Directories to try for temporary files, $TMPDIR first; only those that can be written. Their paths are absolute, as Ray
+    wants them."""
     for name in (environment.get("TMPDIR", ""), *_TEMPORARY_PARENTS):
         if name and not why_not_writable(Path(name), create=False):
-            yield Path(name)
+            yield Path(name).absolute()
 
 
 def why_not_writable(path: Path, *, create: bool = True) -> str:

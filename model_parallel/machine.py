@@ -5,6 +5,7 @@ less, and the kernel ends or slows down the one that takes more.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,9 @@ class _ControlGroup:
 
 
 def _words(path: Path) -> str:
+    """Paths in it, of mounts and of groups, may have any bytes."""
     try:
-        return path.read_text(encoding="ascii").strip()
+        return os.fsdecode(path.read_bytes()).strip()
     except OSError:
         return ""
 
@@ -116,7 +118,7 @@ def _words(path: Path) -> str:
 def _control_groups(root: Path) -> Iterator[_ControlGroup]:
     """Those that this process is in, with all above them: a limit holds for everything below."""
     mounts = list(_mounts(root))
-    for line in _words(root / "proc/self/cgroup").splitlines():
+    for line in filter(None, _words(root / "proc/self/cgroup").split("\n")):
         hierarchy, controllers, path = line.split(":", 2)
         wanted = set(controllers.split(",")) & {"cpu", "memory"}
         is_v2 = hierarchy == "0" and not controllers
@@ -146,12 +148,16 @@ class _Mount:
 
 def _mounts(root: Path) -> Iterator[_Mount]:
     """Of /proc/self/mountinfo; see proc(5)."""
-    for line in _words(root / "proc/self/mountinfo").splitlines():
+    for line in _words(root / "proc/self/mountinfo").split("\n"):
         before, _, after = line.partition(" - ")
         kind, _, options = after.partition(" ")
         if kind not in ("cgroup", "cgroup2"):
             continue
         fields = before.split(" ")
-        point = fields[4].encode().decode("unicode_escape")  # a space is written \040
         controllers = frozenset(options.split(" ")[-1].split(","))
-        yield _Mount(root / point.lstrip("/"), fields[3], controllers, kind == "cgroup2")
+        yield _Mount(root / _unescaped(fields[4]).lstrip("/"), _unescaped(fields[3]), controllers, kind == "cgroup2")
+
+
+def _unescaped(path: str) -> str:
+    """A space is written \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)

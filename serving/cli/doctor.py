@@ -4,7 +4,6 @@ import datetime
 import importlib.util
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,12 +21,11 @@ from model_parallel.native import is_ready
 from serving.cli.serve import configured, default_config
 from serving.cli.terminal import EXIT_CONFIG, standard_output
 from serving.config import ServingConfig
-from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_ports
-from serving.driver.environment import cluster_parent
+from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_loopback, check_ports
+from serving.driver.environment import SHARED_MEMORY, cluster_parent, why_no_object_store
 from serving.models.fetch import FetchError
 from serving.models.sizes import STACK_BYTES
 
-_MIN_SHM_BYTES = 64 << 20
 _OLDEST_CLOCK = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """Certificates and keys that were made for this version are valid after it."""
 
@@ -86,7 +84,7 @@ def _directories() -> Iterator[Finding]:
         yield Finding(Level.PROBLEM, "temporary files", str(error))
         return
     wanted = os.environ.get("TMPDIR")
-    if wanted and Path(wanted) != parent:
+    if wanted and Path(wanted).absolute() != parent:
         text = f"{parent}; TMPDIR ({wanted}) is missing, full, read-only, or its path is too long or not ASCII"
         yield Finding(Level.WARNING, "temporary files", text)
     else:
@@ -94,16 +92,11 @@ def _directories() -> Iterator[Finding]:
 
 
 def _shared_memory() -> Finding:
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return Finding(
-            Level.WARNING, "shared memory", "/dev/shm is not there: Ray keeps its objects on the disk instead"
-        )
-    text = f"/dev/shm has {free / GIB:.2f} GiB free"
-    if free < _MIN_SHM_BYTES:
-        return Finding(Level.WARNING, "shared memory", f"{text}: give a container more (--shm-size 1g)")
-    return Finding(Level.OK, "shared memory", text)
+    if reason := why_no_object_store():
+        text = f"{SHARED_MEMORY} {reason}: Ray keeps its objects with the temporary files; give a container more (--shm-size 1g)"
+        return Finding(Level.WARNING, "shared memory", text)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    return Finding(Level.OK, "shared memory", f"{SHARED_MEMORY} has {free / GIB:.2f} GiB free")
 
 
 def _gpus() -> Finding:
@@ -138,15 +131,11 @@ def _surroundings() -> Iterator[Finding]:
         yield Finding(Level.PROBLEM, "clock", f"it says {now:%Y-%m-%d}: certificates will not be valid; set it")
     else:
         yield Finding(Level.OK, "clock", f"{now:%Y-%m-%d %H:%M:%S} UTC")
-    yield _loopback()
-
-
-def _loopback() -> Finding:
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), 5.0):
-            return Finding(Level.OK, "loopback", "127.0.0.1 connects")
-    except OSError as error:
-        return Finding(Level.PROBLEM, "loopback", f"127.0.0.1 does not connect ({error.strerror}): bring `lo` up")
+        check_loopback()
+        yield Finding(Level.OK, "loopback", "127.0.0.1 connects")
+    except ConfigError as error:
+        yield Finding(Level.PROBLEM, "loopback", str(error))
 
 
 def _either(subject: str, warning: str, fine: str) -> Finding:

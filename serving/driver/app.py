@@ -44,7 +44,13 @@ from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import applications, joined
 from serving.driver.applications import STOP_TIMEOUT_S
 from serving.driver.caretaker import Caretaker
-from serving.driver.environment import CLUSTER_VARIABLES, PROCESS_TIMEOUT_S, cluster_environment
+from serving.driver.environment import (
+    CLUSTER_VARIABLES,
+    OBJECT_STORE_BYTES,
+    PROCESS_TIMEOUT_S,
+    cluster_environment,
+    object_store_directory,
+)
 from serving.driver.held_ports import HeldPorts
 from serving.driver.nodes import NodeFollower
 from serving.driver.operations import ClusterOperations
@@ -63,8 +69,6 @@ logger = logging.getLogger(__name__)
 _PLACES_FOR_OTHERS = 256
 """CPUs that a private cluster has beside those of its machine, for models that are deployed later. What they may take is decided
 by memory; nothing else goes by the number."""
-_OBJECT_STORE_BYTES = 80 << 20
-"""Ray takes no less than 75 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,7 +317,8 @@ def _start_private_cluster(config: ServingConfig, specs: Sequence[GroupSpec], gu
             # One machine: no name, no route and no firewall of its network matters.
             _node_ip_address="127.0.0.1",
             # Nothing goes through it but what Serve keeps of deployments.
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _plasma_directory=str(object_store_directory(guard.directory)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.CRITICAL,

@@ -5,13 +5,15 @@ Ray or torch.
 """
 
 import errno
+import os
 import resource
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_parallel.directories import cache_choice
+from model_parallel.directories import cache_choice, why_not_writable
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine
 from model_parallel.native import is_ready
@@ -20,6 +22,9 @@ from serving.contracts.addresses import can_share_a_port, explain_listening, lis
 
 MIN_FILE_BYTES = 256 << 20
 """Ray's object store is a file of some 80 MiB, and logs grow."""
+
+_LOOPBACK = "127.0.0.1"
+_CONNECT_TIMEOUT_S = 5.0
 
 Probe = Callable[[str, int], int]
 """(address, port) to the errno of listening there; 0 when it works."""
@@ -130,6 +135,21 @@ def check_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
+def check_loopback() -> None:
+    """Whether a private cluster can lie on loopback. Raises ConfigError; Ray would try for minutes."""
+    try:
+        with (
+            socket.create_server((_LOOPBACK, 0)) as server,
+            socket.create_connection(server.getsockname(), _CONNECT_TIMEOUT_S),
+        ):
+            return
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(
+            f"nothing can connect to {_LOOPBACK} ({reason}), where Ray's processes meet; bring `lo` up with that address"
+        ) from error
+
+
 def port_owner(port: int, root: Path = Path("/")) -> str:
     """The process that listens at a TCP port, as `name (pid)`; "" where that cannot be seen."""
     inodes = set()
@@ -151,7 +171,7 @@ def _holders(inodes: set[str], root: Path) -> Iterator[str]:
             continue
         try:
             if any(str(fd.readlink()) in inodes for fd in (process / "fd").iterdir()):
-                yield f"{(process / 'comm').read_text().strip()} (process {process.name})"
+                yield f"{(process / 'comm').read_text(errors='replace').strip()} (process {process.name})"
         except OSError:
             continue  # it ended, or belongs to somebody else
 
@@ -160,11 +180,19 @@ def check_cache() -> str:
     """Where files are kept when not where they should be; "" when all is as it should be."""
     path, unusable = cache_choice()
     if unusable is None:
-        return ""
+        return _check_chosen_cache(path) if os.environ.get("PACKTRAIN_CACHE") else ""
     where = f"{unusable.path} " if unusable.path else f"{unusable.setting} "
     return (
         f"{unusable.setting}: {where}{unusable.reason}; models and compiled code go to {path} (PACKTRAIN_CACHE chooses)"
     )
+
+
+def _check_chosen_cache(path: Path) -> str:
+    """One that is only read is as it should be where all is in it."""
+    reason = why_not_writable(path)
+    if not reason or (path.is_dir() and is_ready()):
+        return ""
+    return f"PACKTRAIN_CACHE: {path} {reason}; compiled code goes to a temporary directory, and no model can be fetched"
 
 
 def check_compiler() -> str:
@@ -195,12 +223,3 @@ def check_gpus(models: Sequence[ModelEntry], num_gpus: int) -> str:
         return ""
     names = ", ".join(f"models.{entry.name}" for entry in on_gpus)
     return f"{names}: device is cuda, and each of {needed} ranks needs a GPU; torch finds {num_gpus} on this machine"
-
-
-def check_space(directory: Path, needed_bytes: int, setting: str, free_bytes: int | None = None) -> str:
-    """Whether a directory has room; "" when it has."""
-    if free_bytes is None:
-        free_bytes = shutil.disk_usage(directory).free
-    if free_bytes >= needed_bytes:
-        return ""
-    return f"{setting}: {directory} has {free_bytes >> 20} MiB free and {needed_bytes >> 20} MiB are needed; make room there"

@@ -6,17 +6,22 @@
 import os
 import pwd
 import secrets
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
 from cluster.guard import MAX_PARENT_BYTES
-from model_parallel.directories import cache_directory, temporary_parents, why_not_writable
+from model_parallel.directories import cache_directory, private_directories, temporary_parents, why_not_writable
 from model_parallel.errors import ConfigError
 
 _MIN_FREE_BYTES = 64 << 20
 """Of a temporary directory: Ray's logs, sockets and session files."""
+
+OBJECT_STORE_BYTES = 80 << 20
+"""Of a private cluster. Ray takes no less than 75 MiB."""
+SHARED_MEMORY = Path("/dev/shm")
 
 PROCESS_TIMEOUT_S = 300
 """Of processes that Ray starts. A machine that has other work to do may take longer than the minute that Ray gives them."""
@@ -133,10 +138,12 @@ def cluster_environment(directory: Path, environment: Mapping[str, str] = os.env
         # Ranks find compiled code where this process put it.
         "PACKTRAIN_CACHE": str(cache),
     }
+    # Triton and its like fail where they cannot write what they have compiled.
+    compiled = next(private_directories(environment), temporary) if why_not_writable(cache) else cache
     for name, place in (
-        ("TRITON_CACHE_DIR", cache / "triton"),
-        ("TORCHINDUCTOR_CACHE_DIR", cache / "inductor"),
-        ("CUDA_CACHE_PATH", cache / "cuda"),
+        ("TRITON_CACHE_DIR", compiled / "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", compiled / "inductor"),
+        ("CUDA_CACHE_PATH", compiled / "cuda"),
     ):
         variables[name] = environment.get(name, str(place))
     home = environment.get("HOME")
@@ -186,3 +193,17 @@ def cluster_parent(environment: Mapping[str, str] = os.environ, candidates: Iter
         + ("; ".join(reasons) or "TMPDIR, /tmp, /var/tmp and /dev/shm cannot be written")
         + "); set TMPDIR to a writable directory with a short path in ASCII"
     )
+
+
+def object_store_directory(directory: Path, shared_memory: Path = SHARED_MEMORY) -> Path:
+    """Where Ray's objects lie: in shared memory, or else in `directory`, which is the cluster's. Ray by itself does not start
+    where there is no /dev/shm or it cannot be written."""
+    return directory if why_no_object_store(shared_memory) else shared_memory
+
+
+def why_no_object_store(shared_memory: Path = SHARED_MEMORY) -> str:
+    """ "" when Ray's objects can lie there."""
+    if reason := why_not_writable(shared_memory, create=False):
+        return reason
+    free = shutil.disk_usage(shared_memory).free
+    return "" if free >= OBJECT_STORE_BYTES else f"has {free >> 20} of {OBJECT_STORE_BYTES >> 20} MiB free"

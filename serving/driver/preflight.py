@@ -17,6 +17,7 @@ from serving.driver.checks import (
     check_cpus,
     check_file_size,
     check_gpus,
+    check_loopback,
     check_ports,
 )
 from serving.driver.environment import cluster_parent
@@ -123,6 +124,7 @@ def begin(config: ServingConfig, host: Host | None = None) -> Preflight:
     if config.gateway.resume_key_file is not None:
         load_key(config.gateway.resume_key_file)
     if not joins:  # the gateways of another cluster run on other machines
+        check_loopback()
         make_room(config.gateway)
         check_file_size()
     ports = HeldPorts()

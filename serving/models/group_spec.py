@@ -246,7 +246,7 @@ def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
         raise ConfigError(
             f"memory: the processes of Ray, gateway, {len(specs)} models and {num_ranks} ranks take {processes / GIB:.2f} GiB "
             f"before any weight, adapters {adapters / GIB:.2f} GiB, and {machine.available_memory_bytes / GIB:.2f} GiB are "
-            f"free{limit}; give it more memory"
+            f"free{limit}, of which {1 - UTILISATION:.0%} are kept back; give it more memory"
         )
     share = Device(name="host", memory_bytes=room // num_ranks, bandwidth_bytes_per_s=math.inf)
     for spec in specs:
@@ -272,7 +272,7 @@ def check_memory(specs: Sequence[GroupSpec], machine: Machine) -> None:
         except ConfigError as error:
             raise ConfigError(
                 f"models.{spec.card.name} does not fit this host's free memory, {machine.available_memory_bytes / GIB:.2f} "
-                f"GiB{limit}, of which processes take {processes / GIB:.2f}: {error}"
+                f"GiB{limit}, of which {1 - UTILISATION:.0%} are kept back and processes take {processes / GIB:.2f}: {error}"
             ) from error
 
 

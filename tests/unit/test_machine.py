@@ -1,5 +1,6 @@
 """What a process may use, under every kind of limit."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ class FakeRoot:
     def write(self, path: str, text: str | int) -> None:
         file = self.root / path.lstrip("/")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text}\n")
+        file.write_bytes(os.fsencode(f"{text}\n"))
 
     def v2(self, path: str, *, point: str = "/sys/fs/cgroup", top: str = "/", **files: str | int) -> None:
         self.mounts.append(f"31 23 0:28 {top} {point} rw,nosuid - cgroup2 cgroup2 rw")
@@ -148,3 +149,17 @@ def test_affinity_limits(fake: FakeRoot) -> None:
 def test_broken_files_limit_nothing(fake: FakeRoot) -> None:
     fake.v2("/s", cpu_max="", memory_max="?", memory_current="?")
     assert fake.read().available_memory_bytes == 12 * GIB
+
+
+@pytest.mark.parametrize("name", ["/media/Übung", "/media/\udcff", "/media/a\u2028b"])
+def test_mounts_and_groups_may_have_any_name(name: str, fake: FakeRoot) -> None:
+    """A USB stick with such a name ended every command with an error about text that is not UTF-8."""
+    fake.mounts.append(f"99 23 0:77 / {name} rw - vfat /dev/sdb1 rw")
+    fake.v2(name, memory_max=GIB, memory_current=0)
+    assert fake.read().available_memory_bytes == GIB
+
+
+def test_spaces_of_a_mount_are_escaped(fake: FakeRoot) -> None:
+    fake.v2("/s", point="/my groups/é", memory_max=GIB, memory_current=0)
+    fake.mounts = [mount.replace("/my groups", "/my\\040groups") for mount in fake.mounts]
+    assert fake.read().available_memory_bytes == GIB

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sqlalchemy import select, update
 
+from model_parallel.directories import why_not_writable
 from model_parallel.errors import ConfigError
 from serving.contracts.errors import StoreUnavailableError
 from serving.tenants.store.database import Database
@@ -56,9 +57,11 @@ def in_use(database: Database, owner: str | None) -> InUseError:
 
 def check_not_in_use(url: str) -> None:
     """Before a start, which creates the database and brings its schema up to date, and tells what is wrong with it. Raises
-    ConfigError for one that another server uses."""
+    ConfigError for one that another server uses, and for a file that cannot be created."""
     parsed = checked_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
+    if parsed.get_backend_name() == "sqlite" and not (path := Path(parsed.database or "")).exists():
+        if reason := why_not_writable(path.parent):
+            raise ConfigError(f"tenancy.database: {path} cannot be created: {path.parent} {reason}")
         return
     try:
         with closing(Database(url, is_upgraded=False)) as database:

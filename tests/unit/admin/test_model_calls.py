@@ -272,6 +272,8 @@ def test_a_key_that_can_be_kept_nowhere_is_told_before_the_start(
 
 def test_the_operators_key_is_made_once_for_its_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a server without a cache may have left one in /tmp
+    monkeypatch.setattr("model_parallel.directories._TEMPORARY_PARENTS", ())
     assert read_operator_key() == ""
     key = make_operator_key()
     assert len(key) > 40

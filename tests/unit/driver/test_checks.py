@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import json
+import os
+import re
 import resource
 import socket
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine, read_machine
-from serving.cli.doctor import Level, look_at_config
+from serving.cli.doctor import Level, look_at_config, look_at_machine
 from serving.config import ServingConfig, parse_config
 from serving.driver import checks, preflight
 from serving.driver.checks import (
@@ -21,8 +23,8 @@ from serving.driver.checks import (
     check_cpus,
     check_file_size,
     check_gpus,
+    check_loopback,
     check_ports,
-    check_space,
     listeners,
     port_owner,
 )
@@ -130,6 +132,16 @@ def test_who_holds_a_port_is_told() -> None:
     assert port_owner(port) == ""
 
 
+def test_the_name_of_a_process_may_end_in_the_middle_of_a_character(tmp_path: Path) -> None:
+    """Linux keeps its first 15 bytes."""
+    (tmp_path / "proc/net").mkdir(parents=True)
+    (tmp_path / "proc/net/tcp").write_text("head\n0: 0100007F:C383 00000000:0000 0A 0:0 00:0 00 0 0 4711\n")
+    (tmp_path / "proc/8/fd").mkdir(parents=True)
+    (tmp_path / "proc/8/fd/3").symlink_to("socket:[4711]")
+    (tmp_path / "proc/8/comm").write_bytes("abcdefghijklmnü".encode()[:15] + b"\n")
+    assert port_owner(0xC383, tmp_path) == "abcdefghijklmn\ufffd (process 8)"
+
+
 def test_a_process_table_of_somebody_else_is_no_answer(tmp_path: Path) -> None:
     assert port_owner(1, tmp_path) == ""
 
@@ -151,6 +163,35 @@ def test_a_cache_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path))
     assert check_cache() == ""
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_chosen_cache_that_cannot_be_written_is_told(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "is_ready", lambda: compiled)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path / "file"))
+    assert check_cache().startswith(f"PACKTRAIN_CACHE: {tmp_path / 'file'} cannot be written (File exists)")
+    monkeypatch.setenv("PACKTRAIN_CACHE", "/proc")  # as in an image, where all that is needed may be in it
+    assert (check_cache() == "") == compiled
+
+
+@pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EADDRNOTAVAIL])
+def test_a_machine_without_loopback_is_refused(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tried for minutes."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, "its own words (while attempting something)")
+
+    check_loopback()
+    name = "create_connection" if number == errno.ENETUNREACH else "create_server"
+    monkeypatch.setattr(f"socket.{name}", refuse)
+    told = re.escape(f"nothing can connect to 127.0.0.1 ({os.strerror(number)})")
+    with pytest.raises(ConfigError, match=told):
+        begin(config())
+    (finding,) = (each for each in look_at_machine() if each.subject == "loopback")
+    assert finding.level is Level.PROBLEM and "bring `lo` up" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -196,13 +237,6 @@ def test_more_threads_than_cpus() -> None:
     )
     assert check_cpus(machine, 1) == ""
     assert check_cpus(machine, 2).startswith("2 threads of ranks share 1 CPUs (CPU affinity)")
-
-
-def test_a_disk_without_room(tmp_path: Path) -> None:
-    assert check_space(tmp_path, 0, "X") == ""
-    assert check_space(tmp_path, 2 << 20, "PACKTRAIN_CACHE", 1 << 20).startswith(
-        f"PACKTRAIN_CACHE: {tmp_path} has 1 MiB free"
-    )
 
 
 def test_what_a_check_of_a_checkpoint_prints() -> None:

@@ -6,15 +6,19 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.guard import MAX_PARENT_BYTES
+from model_parallel.directories import cache_directory, temporary_parents
 from model_parallel.errors import ConfigError
 from serving.driver.environment import (
     CLUSTER_VARIABLES,
+    OBJECT_STORE_BYTES,
     cluster_environment,
     cluster_parent,
+    object_store_directory,
     prepare_environment,
     without_proxy,
 )
@@ -111,6 +115,28 @@ def test_a_directory_that_a_user_chose_is_kept(tmp_path: Path) -> None:
     assert cluster_environment(tmp_path, environment)["TRITON_CACHE_DIR"] == "/kernels"
 
 
+def test_compilers_write_elsewhere_when_the_cache_is_only_read(tmp_path: Path) -> None:
+    variables = cluster_environment(tmp_path, {"PACKTRAIN_CACHE": "/proc/cache", "TMPDIR": str(tmp_path)})
+    assert variables["PACKTRAIN_CACHE"] == "/proc/cache"  # what is compiled there already is taken
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
+        assert Path(variables[name]).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("shared", ["nowhere", "/proc"])
+def test_objects_lie_with_the_cluster_where_shared_memory_cannot_be_written(shared: str, tmp_path: Path) -> None:
+    assert object_store_directory(tmp_path, tmp_path / shared) == tmp_path
+
+
+def test_objects_lie_with_the_cluster_where_shared_memory_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = OBJECT_STORE_BYTES
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    assert object_store_directory(Path("/cluster"), tmp_path) == tmp_path
+    free -= 1
+    assert object_store_directory(Path("/cluster"), tmp_path) == Path("/cluster")
+
+
 @pytest.mark.parametrize("home", ["", "/proc/nowhere"])
 def test_without_a_home_and_a_name_both_are_made_up(home: str, tmp_path: Path) -> None:
     variables = cluster_environment(tmp_path, {"HOME": home, "PACKTRAIN_CACHE": str(tmp_path)})
@@ -123,6 +149,16 @@ def test_the_token_is_its_owners_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(path.read_text()) == 64
     assert Path(cluster_environment(tmp_path, {"HOME": str(tmp_path)})["RAY_AUTH_TOKEN_PATH"]) == path
+
+
+def test_a_relative_directory_is_that_of_where_the_command_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray takes absolute paths alone, and its processes may be started elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert next(temporary_parents({"TMPDIR": "."})) == tmp_path
+    assert cache_directory({"PACKTRAIN_CACHE": "c"}) == tmp_path / "c"
+    assert cache_directory({"XDG_CACHE_HOME": "x"}) == tmp_path / "x" / "packtrain"
 
 
 def test_a_directory_with_a_long_path_is_passed_over(tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def test_little_memory_makes_a_small_cache_and_too_little_is_refused(info: Check
     assert chosen(info, host(free=3 * GIB)).kv_cache_tokens < 40_000  # type: ignore[operator]
     small = host(free=900 * MIB, limit="/sys/fs/cgroup/memory.max")
     specs = resolve_models([entry(info.path)], small)
-    with pytest.raises(ConfigError, match=r"memory: the processes .* take .*\(limited by /sys/fs/cgroup/memory.max"):
+    with pytest.raises(
+        ConfigError,
+        match=r"memory: the processes .* take .*\(limited by /sys/fs/cgroup/memory.max\), of which 10% are kept",
+    ):
         check_memory(specs, small.machine)
 
 

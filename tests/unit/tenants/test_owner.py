@@ -144,6 +144,12 @@ def test_a_look_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_created_is_told_before_a_start() -> None:
+    """It was told after Ray had been imported, and doctor said that all was well."""
+    with pytest.raises(ConfigError, match=r"tenancy\.database: /proc/none\.db cannot be created: /proc "):
+        check_not_in_use("sqlite:////proc/none.db")
+
+
 def test_a_database_of_an_older_schema_is_not_in_use(store: Store, url: str) -> None:
     with store.database.write() as session:
         session.execute(text("ALTER TABLE quota_authority DROP COLUMN beat"))
