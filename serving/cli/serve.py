@@ -14,7 +14,7 @@ from model_parallel.directories import expand_home
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from serving.cli.asking import print_speed, print_stream
-from serving.cli.terminal import console, fetch_progress, leaving_on_signals, say, stage, warn
+from serving.cli.terminal import console, fetch_progress, leaving_at_once, leaving_on_signals, say, stage, warn
 from serving.client.client import Client, chat_prompt
 from serving.config import MAX_GROUPS, ServingConfig, load_config, parse_config
 from serving.driver.environment import prepare_environment
@@ -246,7 +246,7 @@ def running(config: ServingConfig) -> "Iterator[RunningApp]":
                 shown.report("importing Ray")
                 from serving.driver.app import start
 
-                app = start(preflight.config, shown.report, shown.on_load, preflight)
+                app = start(preflight.config, shown.report, shown.on_load, preflight, leaving_at_once)
             finally:
                 preflight.close()
         try:

@@ -93,6 +93,37 @@ def leaving_on_signals() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def leaving_at_once(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Within the block the signals that end this process call `clean_up` and end it there; a second one does not wait for it.
+    For calls of libraries in which an exception that a signal raises may be lost, or in the middle of which Python cannot end."""
+    is_told = False
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        nonlocal is_told
+        status = 130 if signum == signal.SIGINT else 0
+        if is_told:
+            os._exit(status)
+        is_told = True
+        try:
+            signal.alarm(0)
+            clean_up()
+            console.show_cursor()  # which a bar hides
+        finally:
+            os._exit(status)
+
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ending}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, leave)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A line that says what is going on, for how long and, where that is known, how far it is."""

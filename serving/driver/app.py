@@ -9,8 +9,9 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -188,9 +189,12 @@ def start(
     report: Callable[[str], None],
     on_load: Callable[[int, int], None] | None = None,
     preflight: Preflight | None = None,
+    leaving: Callable[[Callable[[], None]], AbstractContextManager[None]] | None = None,
 ) -> RunningApp:
     """Bring the stack up; `report` is told each stage, and `on_load` (bytes loaded, bytes in all) while ranks of a private
     cluster load. `preflight` is that of the configuration, when somebody has begun it. Nothing is left running when it fails.
+    A private cluster starts within the block that `leaving` makes of what ends it: a signal in the middle of that may end this
+    process, and an exception that a signal raises would be lost in Ray, or Ray's threads crash when Python ends.
 
     Raises ConfigError, CheckpointError, FetchError, StartRefusedError, StartError.
     """
@@ -200,21 +204,43 @@ def start(
         for line in (*preflight.notes, *preflight.warnings):
             report(line)
     try:
-        return _start(preflight, report, on_load)
+        return _start(preflight, report, on_load, leaving or (lambda clean_up: nullcontext()))
     finally:
         preflight.close()
 
 
 def _start(
-    preflight: Preflight, report: Callable[[str], None], on_load: Callable[[int, int], None] | None
+    preflight: Preflight,
+    report: Callable[[str], None],
+    on_load: Callable[[int, int], None] | None,
+    leaving: Callable[[Callable[[], None]], AbstractContextManager[None]],
 ) -> RunningApp:
-    config, specs = preflight.config, preflight.specs
+    config = preflight.config
     if config.tenancy is not None:
         _check_database(config.tenancy)
     preflight.finish()
     report("starting Ray" if config.ray.address is None else f"joining Ray at {config.ray.address}")
     keep_logs = logging.getLogger().isEnabledFor(logging.DEBUG)
     guard = None if preflight.parent is None else Guard(preflight.parent, keep_directory=keep_logs)
+    if guard is None:
+        return _bring_up(preflight, None, report, on_load)
+    with leaving(partial(_give_up, guard, preflight)):
+        return _bring_up(preflight, guard, report, on_load)
+
+
+def _give_up(guard: Guard, preflight: Preflight) -> None:
+    """End a private cluster that serves nobody yet, without a call to Ray."""
+    preflight.close()
+    guard.dismiss()
+
+
+def _bring_up(
+    preflight: Preflight,
+    guard: Guard | None,
+    report: Callable[[str], None],
+    on_load: Callable[[int, int], None] | None,
+) -> RunningApp:
+    config, specs = preflight.config, preflight.specs
     try:
         _join_ray(config, specs, guard)
         if guard is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.cli.terminal import leaving_at_once
 from tests.support.processes import started_with_hang_up
 from tests.support.waiting import PATIENCE_S, wait_until
 
@@ -75,3 +76,66 @@ def test_nohup_keeps_the_command_running(tmp_path: Path) -> None:
     assert process.wait(PATIENCE_S) == 0
     assert b"stopping" in os.read(ours, 10000)
     os.close(ours)
+
+
+_START = """
+import signal, sys, time
+from pathlib import Path
+from serving.cli.terminal import leaving_at_once, leaving_on_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
+directory = Path(sys.argv[1])
+
+def clean_up():
+    (directory / "cleaning").touch()
+    time.sleep(float(sys.argv[2]))
+    (directory / "clean").touch()
+
+with leaving_on_signals(), leaving_at_once(clean_up):
+    while True:
+        try:
+            (directory / "ready").touch()
+            time.sleep(1)
+        except BaseException:  # as where Python calls what cannot raise, in the midst of Ray's start
+            continue
+"""
+
+
+def _starting(directory: Path, clean_up_s: float) -> subprocess.Popen[bytes]:
+    with started_with_hang_up(ignored=False):
+        process = subprocess.Popen([sys.executable, "-c", _START, str(directory), str(clean_up_s)])
+    assert wait_until((directory / "ready").exists)
+    return process
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_a_signal_during_the_start_is_not_lost(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    """The exception that it raised could be, and the command went on to serve; or Ray's threads crashed at the end."""
+    process = _starting(tmp_path, 0.0)
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == status
+    assert (tmp_path / "clean").exists()
+
+
+def test_a_second_signal_during_the_start_does_not_wait(tmp_path: Path) -> None:
+    process = _starting(tmp_path, 1e6)
+    process.send_signal(signal.SIGTERM)
+    assert wait_until((tmp_path / "cleaning").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_S) == 130
+    assert not (tmp_path / "clean").exists()
+
+
+def test_after_the_start_signals_do_what_they_did_before() -> None:
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    given = {number: signal.getsignal(number) for number in ending}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        before = [signal.getsignal(number) for number in ending]
+        with leaving_at_once(lambda: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "nohup"
+            assert signal.getsignal(signal.SIGTERM) not in before
+        assert [signal.getsignal(number) for number in ending] == before
+    finally:
+        for number, handler in given.items():
+            signal.signal(number, handler)

@@ -182,7 +182,9 @@ def test_one_line_of_what_pip_said_is_told(log: str, told: str) -> None:
 def test_a_fetch_that_is_ended_leaves_no_download(index: Index, number: int, status: int) -> None:
     index.install(hang=True)
     code = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from dataclasses import replace\n"
         "from serving.models import fetch\n"
         "model = next(iter(fetch.KNOWN_MODELS.values()))\n"
