@@ -181,10 +181,8 @@ def check_cache() -> str:
     path, unusable = cache_choice()
     if unusable is None:
         return _check_chosen_cache(path) if os.environ.get("PACKTRAIN_CACHE") else ""
-    where = f"{unusable.path} " if unusable.path else f"{unusable.setting} "
-    return (
-        f"{unusable.setting}: {where}{unusable.reason}; models and compiled code go to {path} (PACKTRAIN_CACHE chooses)"
-    )
+    what = f"{unusable.setting}: {unusable.path}" if unusable.path else unusable.setting
+    return f"{what} {unusable.reason}; models and compiled code go to {path} (PACKTRAIN_CACHE chooses)"
 
 
 def _check_chosen_cache(path: Path) -> str:

@@ -161,6 +161,9 @@ def test_a_cache_elsewhere_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (
         text.startswith("HOME: /proc/nowhere/.cache/packtrain ") and str(tmp_path) in text and "PACKTRAIN_CACHE" in text
     )
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)  # of nobody that the user database knows
+    assert check_cache().startswith("HOME is not set; models and compiled code go to ")
     monkeypatch.setenv("PACKTRAIN_CACHE", str(tmp_path))
     assert check_cache() == ""
 
