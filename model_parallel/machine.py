@@ -30,6 +30,10 @@ class Machine:
     """The file of the control group that limits memory to less than the machine has; "" when none does."""
     cpu_limit: str = ""
     """What limits CPUs to fewer than the machine has: the file of a control group, or "CPU affinity"; "" when nothing does."""
+    num_more_threads: int | None = None
+    """Which control groups still allow, each process counted as one; None when none limits them."""
+    thread_limit: str = ""
+    """The file of the control group that allows the fewest."""
 
 
 def read_machine(root: Path = ROOT, affinity: int | None = None) -> Machine:
@@ -39,7 +43,8 @@ def read_machine(root: Path = ROOT, affinity: int | None = None) -> Machine:
     if num_cpus < num_host_cpus:
         cpu_limit = "CPU affinity"
     total, available = _host_memory(root)
-    memory_limit = ""
+    memory_limit = thread_limit = ""
+    num_more_threads: int | None = None
     for group in _control_groups(root):
         if (quota := group.cpu_quota()) is not None and max(1, int(quota)) < num_cpus:
             num_cpus, cpu_limit = max(1, int(quota)), str(group.file("cpu"))
@@ -47,6 +52,8 @@ def read_machine(root: Path = ROOT, affinity: int | None = None) -> Machine:
             available = min(available, max(0, limit - group.memory_used_bytes()))
             if limit < total:
                 total, memory_limit = limit, str(group.file("memory"))
+        if (more := group.num_more_threads()) is not None and (num_more_threads is None or more < num_more_threads):
+            num_more_threads, thread_limit = more, str(group.file("pids"))
     return Machine(
         num_cpus=num_cpus,
         num_host_cpus=num_host_cpus,
@@ -54,6 +61,8 @@ def read_machine(root: Path = ROOT, affinity: int | None = None) -> Machine:
         available_memory_bytes=available,
         memory_limit=memory_limit,
         cpu_limit=cpu_limit,
+        num_more_threads=num_more_threads,
+        thread_limit=thread_limit,
     )
 
 
@@ -74,8 +83,12 @@ class _ControlGroup:
     is_v2: bool
 
     def file(self, resource: str) -> Path:
-        """The file that holds the limit on "cpu" or "memory"."""
-        names = {"cpu": ("cpu.cfs_quota_us", "cpu.max"), "memory": ("memory.limit_in_bytes", "memory.max")}
+        """The file that holds the limit on "cpu", "memory" or "pids"."""
+        names = {
+            "cpu": ("cpu.cfs_quota_us", "cpu.max"),
+            "memory": ("memory.limit_in_bytes", "memory.max"),
+            "pids": ("pids.max", "pids.max"),
+        }
         return self.directory / names[resource][self.is_v2]
 
     def cpu_quota(self) -> float | None:
@@ -87,6 +100,11 @@ class _ControlGroup:
         if not (quota.isdigit() and period.isdigit() and int(period)):
             return None  # "max" in v2, -1 in v1
         return int(quota) / int(period)
+
+    def num_more_threads(self) -> int | None:
+        """None without a limit."""
+        limit, used = _words(self.file("pids")), _words(self.directory / "pids.current")
+        return max(0, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else None
 
     def memory_limit_bytes(self) -> int | None:
         """None without a limit. Of v2 the smaller of `memory.max`, where the kernel kills, and `memory.high`, where it stalls."""
@@ -120,7 +138,7 @@ def _control_groups(root: Path) -> Iterator[_ControlGroup]:
     mounts = list(_mounts(root))
     for line in filter(None, _words(root / "proc/self/cgroup").split("\n")):
         hierarchy, controllers, path = line.split(":", 2)
-        wanted = set(controllers.split(",")) & {"cpu", "memory"}
+        wanted = set(controllers.split(",")) & {"cpu", "memory", "pids"}
         is_v2 = hierarchy == "0" and not controllers
         for mount in mounts:
             if mount.is_v2 == is_v2 and (is_v2 or wanted & mount.controllers):

@@ -23,6 +23,10 @@ from serving.contracts.addresses import can_share_a_port, explain_listening, lis
 MIN_FILE_BYTES = 256 << 20
 """Ray's object store is a file of some 80 MiB, and logs grow."""
 
+_THREADS_OF_A_STACK = 230
+"""Ray, Serve, the driver, a gateway and a leader on two cores; more where there are more."""
+_THREADS_OF_A_RANK = 25
+
 _LOOPBACK = "127.0.0.1"
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -201,6 +205,17 @@ def check_compiler() -> str:
         "g++ is not installed and nothing compiled is in the cache: ranks on CPUs compute with the reference kernels, many "
         "times slower; install g++ (Debian: apt-get install g++)"
     )
+
+
+def check_threads(machine: Machine, num_ranks: int) -> None:
+    """Whether Ray's processes, a gateway and ranks may start as many threads as they do at least. Raises ConfigError; a process
+    that may not start one ends, without a word that says why."""
+    needed = _THREADS_OF_A_STACK + num_ranks * _THREADS_OF_A_RANK
+    if machine.num_more_threads is not None and machine.num_more_threads < needed:
+        raise ConfigError(
+            f"processes and threads: Ray, gateway and {num_ranks} ranks need at least {needed}, and {machine.thread_limit} "
+            f"allows {machine.num_more_threads} more; raise it (docker: --pids-limit, systemd: TasksMax)"
+        )
 
 
 def check_cpus(machine: Machine, num_threads: int) -> str:

@@ -19,6 +19,7 @@ from serving.driver.checks import (
     check_gpus,
     check_loopback,
     check_ports,
+    check_threads,
 )
 from serving.driver.environment import cluster_parent
 from serving.driver.held_ports import HeldPorts
@@ -148,6 +149,7 @@ def _begin_holding(ports: HeldPorts, config: ServingConfig, host: Host | None) -
         host = host or this_host()
         if problem := check_gpus(config.models, host.num_gpus):
             raise StartRefusedError([problem])
+        check_threads(host.machine, sum(map(num_ranks, config.models)))
         specs, told, worries = _sizes(config, host)
         notes += told
         warnings += worries

@@ -163,3 +163,15 @@ def test_spaces_of_a_mount_are_escaped(fake: FakeRoot) -> None:
     fake.v2("/s", point="/my groups/é", memory_max=GIB, memory_current=0)
     fake.mounts = [mount.replace("/my groups", "/my\\040groups") for mount in fake.mounts]
     assert fake.read().available_memory_bytes == GIB
+
+
+def test_the_fewest_threads_that_a_group_allows_count(fake: FakeRoot) -> None:
+    assert fake.read().num_more_threads is None
+    fake.v1("pids", "/docker/abc", pids_max=512, pids_current=12)
+    fake.write("/sys/fs/cgroup/pids/docker/pids.max", "max")
+    fake.write("/sys/fs/cgroup/pids/pids.max", 4096)
+    fake.write("/sys/fs/cgroup/pids/pids.current", 90)
+    machine = fake.read()
+    assert machine.num_more_threads == 500 and machine.thread_limit.endswith("/pids/docker/abc/pids.max")
+    fake.v2("/s", pids_max=100, pids_current=200)
+    assert fake.read().num_more_threads == 0

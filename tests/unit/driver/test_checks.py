@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from serving.driver.checks import (
     check_gpus,
     check_loopback,
     check_ports,
+    check_threads,
     listeners,
     port_owner,
 )
@@ -240,6 +242,18 @@ def test_more_threads_than_cpus() -> None:
     )
     assert check_cpus(machine, 1) == ""
     assert check_cpus(machine, 2).startswith("2 threads of ranks share 1 CPUs (CPU affinity)")
+
+
+def test_too_few_threads_are_told() -> None:
+    """A process of Ray's ended, and nothing said why."""
+    machine = Machine(num_cpus=1, num_host_cpus=1, total_memory_bytes=GIB, available_memory_bytes=GIB)
+    check_threads(machine, 8)
+    limited = replace(machine, num_more_threads=280, thread_limit="/sys/fs/cgroup/pids.max")
+    check_threads(limited, 2)
+    with pytest.raises(
+        ConfigError, match=r"3 ranks need at least 305, and /sys/fs/cgroup/pids\.max allows 280 more.*--pids-limit"
+    ):
+        check_threads(limited, 3)
 
 
 def test_what_a_check_of_a_checkpoint_prints() -> None:
