@@ -149,20 +149,27 @@ def test_ctrl_c_while_modules_are_imported_ends_quietly() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-def _run_with(redirection: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *module_command("serving.cli", *arguments)]
+def _python(redirection: str, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process that runs `code` with `main` of the command, as if it had been given `arguments`."""
+    code = f"import sys\nfrom serving.cli.__main__ import main\n{code}\n"
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", code, *arguments]
     variables = os.environ | environment
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_is_no_error(closed: str) -> None:
-    ended = _run_with(closed, "--version")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == ("" if " >&-" in f" {closed}" else f"{__version__}\n")
-    ended = _run_with(closed, "models", "--address", "127.0.0.1:9")
-    assert (ended.returncode, ended.stdout) == (1, "")
+    code = (
+        "sys.argv[1:] = ['--version']\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "sys.argv[1:] = ['models', '--address', '127.0.0.1:9']\n"
+        "main()"
+    )
+    ended = _python(closed, code)
+    assert (ended.returncode, ended.stdout) == (1, "" if " >&-" in f" {closed}" else f"{__version__}\n")
     assert ("nothing listens" in ended.stderr) == ("2>&-" not in closed)
+    assert ended.stderr.count("\n") == ("2>&-" not in closed)
 
 
 def test_no_other_file_gets_the_number_of_a_closed_stream() -> None:
@@ -182,14 +189,10 @@ def test_no_other_file_gets_the_number_of_a_closed_stream() -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:surrogateescape"])
 def test_what_the_encoding_of_the_output_lacks_is_escaped(encoding: str, tmp_path: Path) -> None:
-    ended = _run_with("", "inspect", str(tmp_path / "5 € 日本"), PYTHONIOENCODING=encoding)
-    assert ended.returncode == 78
+    code = "try: main()\nfinally: print('5 €')"
+    ended = _python("", code, "inspect", str(tmp_path / "5 € 日本"), PYTHONIOENCODING=encoding)
+    assert (ended.returncode, ended.stdout) == (78, "5 \\u20ac\n")
     assert "5 \\u20ac \\u65e5\\u672c does not exist" in ended.stderr
-    code = "from serving.cli.__main__ import _escape_what_has_no_character as f; f(); print('5 €')"
-    variables = os.environ | {"PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=variables)
-    assert printed.stdout == "5 \\u20ac\n"
 
 
 def test_a_character_that_another_encoding_lacks_is_not_laid_to_the_user() -> None:
@@ -210,11 +213,11 @@ def test_a_current_directory_that_is_gone_is_told(tmp_path: Path) -> None:
     assert ended.stderr.startswith("error: the current directory is gone") and ended.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["COLUMNS", "LINES"])
-def test_a_size_of_the_terminal_that_is_no_number_is_ignored(name: str) -> None:
-    ended = _run_with("", "inspect", "/no/such", **{name: "²"})
-    assert (ended.returncode, ended.stderr.count("\n")) == (78, 1)
-    assert "does not exist" in ended.stderr
+def test_what_is_piped_is_not_cut_and_a_size_of_the_terminal_that_is_no_number_is_ignored(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 150)
+    result = _python("", "main()", "serve", "--model", str(long), COLUMNS="²", LINES="²")
+    assert result.returncode == 78
+    assert result.stderr == f"error: --model: {long} does not exist; give a model's directory or GGUF file\n"
 
 
 @pytest.mark.parametrize("text", ["lat\udce9in", "half \ud83d"])
@@ -286,30 +289,27 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert sys.argv == ["packtrain", "serve"]
 
 
-def test_what_is_piped_is_not_cut(tmp_path: Path) -> None:
-    long = tmp_path / ("x" * 150)
-    result = _run("serve", "--model", str(long))
-    assert result.returncode == 78
-    assert result.stderr == f"error: --model: {long} does not exist; give a model's directory or GGUF file\n"
-
-
 def test_the_default_is_tensor_parallel() -> None:
     assert default_config().models[0].tensor_parallel_size == 2
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "serving.cli.main", *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-def test_a_wrong_configuration_ends_with_status_78_and_one_line(tmp_path: "pytest.TempPathFactory") -> None:
-    file = tmp_path / "packtrain.yaml"  # type: ignore[operator]
+def test_a_wrong_configuration_ends_with_status_78_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "packtrain.yaml"
     file.write_text("models: [{name: a, source: b}]\nlimit: {}\n")
-    result = _run("serve", str(file))
-    assert result.returncode == 78
-    assert "unknown key 'limit'; did you mean 'limits'?" in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
+    assert _run(monkeypatch, "serve", str(file)) == 78
+    said = capsys.readouterr().err
+    assert "unknown key 'limit'; did you mean 'limits'?" in said
+    assert "Traceback" not in said and said.count("\n") == 1
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """The status that the command ends with."""
+    monkeypatch.setattr(sys, "argv", ["packtrain", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -326,10 +326,7 @@ def test_a_wrong_configuration_ends_with_status_78_and_one_line(tmp_path: "pytes
 def test_what_is_not_there_to_serve(
     arguments: tuple[str, ...], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["packtrain", "serve", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 78
+    assert _run(monkeypatch, "serve", *arguments) == 78
     said = capsys.readouterr().err
     assert part in said and said.count("\n") == 1
 
@@ -346,10 +343,9 @@ def test_no_address_at_all_is_refused(address: str) -> None:
         _client(address, False, None, None, None)
 
 
-def test_no_server_is_said_plainly() -> None:
-    result = _run("models", "--address", "127.0.0.1:9")
-    assert result.returncode == 1
-    assert "nothing listens at 127.0.0.1:9" in " ".join(result.stderr.split())
+def test_no_server_is_said_plainly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(monkeypatch, "models", "--address", "127.0.0.1:9") == 1
+    assert "nothing listens at 127.0.0.1:9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("names", "named"), [(["a"], ""), (["a", "b"], "--model a ")])
