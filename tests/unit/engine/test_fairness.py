@@ -10,7 +10,7 @@ from tests.support.effort import by_day
 from tests.support.engine import Harness, make_request
 from tests.support.simulation import Simulation, arrivals
 
-NUM_STEPS = 1200
+NUM_STEPS = by_day(600, by_night=1200)
 
 
 def bound(simulation: Simulation, longest_prompt: int) -> float:
@@ -103,7 +103,7 @@ def test_long_prompts_and_long_answers_pay_for_what_they_are() -> None:
 def test_the_gap_is_bounded_under_preemption() -> None:
     """Answers are far longer than prompts, so that what is admitted outgrows the cache again and again."""
     simulation = Simulation(kv_cache_tokens=2048)
-    for _ in range(2 * NUM_STEPS):
+    for _ in range(2400):
         simulation.send("a", 16, 400)
         simulation.send("b", 16, 200)
         simulation.step()

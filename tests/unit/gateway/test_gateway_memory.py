@@ -8,12 +8,13 @@ import pytest
 
 from bench.support.fake_backend import FakeBackend, say
 from protos import inference_pb2 as pb
+from tests.support.effort import by_day
 from tests.support.live_objects import LiveObjects
 from tests.support.waiting import PATIENCE_S
 from tests.unit.gateway.conftest import Running, Serve
 from tests.unit.gateway.http_client import CHAT, client
 
-NUM_FIRST_ROUNDS, NUM_ROUNDS, REQUESTS_A_ROUND = 30, 150, 6
+NUM_FIRST_ROUNDS, NUM_ROUNDS, REQUESTS_A_ROUND = 30, by_day(70, by_night=150), 6
 
 
 async def _serve(gateway: Running, num_rounds: int) -> None:

@@ -13,11 +13,12 @@ from model_parallel.engine.request import EngineOutput
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import RequestError
 from serving.replica.async_engine import AsyncEngine
+from tests.support.effort import by_day
 from tests.support.engine import make_request
 from tests.support.live_objects import LiveObjects
 from tests.support.waiting import PATIENCE_S, until
 
-NUM_REQUESTS = 1000
+NUM_REQUESTS = by_day(400, by_night=1000)
 
 
 class CountingExecutor:

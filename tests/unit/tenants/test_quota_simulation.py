@@ -4,10 +4,11 @@ What was admitted is counted here, apart from the code under test: real use and 
 A seed is one history; a failing one fails again.
 """
 
-import copy
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import pytest
 
@@ -22,6 +23,15 @@ from tests.support.usage import usage_record
 TENANT, KEYS = "tenant:t", ("key:a", "key:b")
 GATEWAYS = ("g0", "g1")
 FATES = ("answered", "answered", "answered", "answer is lost", "lost", "crash before commit", "crash after commit")
+
+
+T = TypeVar("T")
+
+
+def copy_of(value: T) -> T:
+    """As copy.deepcopy, in a fifth of the time."""
+    copied: T = pickle.loads(pickle.dumps(value))
+    return copied
 
 
 def some_limits(rng: random.Random) -> Limits:
@@ -52,7 +62,7 @@ class Disk:
         # What the changes do not name is not written: forgetting to name something shows after a restart.
         for subject in changes.accounts:
             holdings = self.accounts[subject].holdings if subject in self.accounts else {}
-            self.accounts[subject] = copy.deepcopy(authority.accounts[subject])
+            self.accounts[subject] = copy_of(authority.accounts[subject])
             self.accounts[subject].holdings = holdings
         for gateway_id, subject in changes.holdings:
             self.accounts[subject].holdings.pop(gateway_id, None)
@@ -61,7 +71,7 @@ class Disk:
         for gateway_id in changes.gateways:
             self.gateways.pop(gateway_id, None)
             if gateway_id in authority.gateways:
-                self.gateways[gateway_id] = copy.deepcopy(authority.gateways[gateway_id])
+                self.gateways[gateway_id] = copy_of(authority.gateways[gateway_id])
 
 
 @dataclass
@@ -113,9 +123,7 @@ class World:
 
     def restart(self) -> None:
         """kill -9 of the authority."""
-        self.authority = QuotaAuthority(
-            copy.deepcopy(self.disk.accounts), copy.deepcopy(self.disk.gateways), lambda: self.now_s
-        )
+        self.authority = QuotaAuthority(copy_of(self.disk.accounts), copy_of(self.disk.gateways), lambda: self.now_s)
         self.authority.set_limits(self.limits)
 
     def some_gateway(self) -> str:

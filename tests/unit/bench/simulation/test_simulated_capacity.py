@@ -24,14 +24,16 @@ from bench.simulation.requests import Status
 from bench.simulation.run import simulate
 from bench.simulation.scenario import SimulationScenario, TenantLimits, parse_scenario
 from model_parallel.errors import ConfigError
-from tests.support.effort import rest_by_night
+from tests.support.effort import by_day, rest_by_night
+
+DURATION_S = by_day(15, by_night=30)
 
 
 def scenario_with(*, rate: float, model: str = "llama-2-7b", **groups: int) -> SimulationScenario:
-    """Half a minute of chat."""
+    """Some seconds of chat."""
     return parse_scenario(
         {
-            "duration_s": 30,
+            "duration_s": DURATION_S,
             "groups": {"model": model, "profile": "a100-80g", "max_num_seqs": 8, "kv_cache_tokens": 8192, **groups},
             "tenants": [{
                 "name": "a", "arrivals": {"process": "poisson", "rate": rate},
@@ -133,7 +135,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 def test_a_warm_up_does_not_change_what_a_token_costs() -> None:
     asked = question("ttft_p99=1s")
-    warm = replace(asked, scenario=asked.scenario.model_copy(update={"warmup_s": 25.0}))
+    warm = replace(asked, scenario=asked.scenario.model_copy(update={"warmup_s": DURATION_S * 5 / 6}))
     one, other = (answer(each)["best"] for each in (asked, warm))
     assert one["num_groups"] == other["num_groups"]
     assert one["sent"] > 4 * other["sent"]
@@ -145,7 +147,9 @@ def test_a_load_without_a_request_or_an_answer_has_no_cost() -> None:
     asked = question("ttft_p99=1s", max_groups=1)
     tenant = asked.scenario.tenants[0]
     none = tenant.model_copy(update={"arrivals": OpenLoop(process="poisson", rate=1e-9)})
-    with pytest.raises(ConfigError, match="no request from warmup_s, 0, to duration_s, 30; capacity needs at least 1"):
+    with pytest.raises(
+        ConfigError, match=f"no request from warmup_s, 0, to duration_s, {DURATION_S}; capacity needs at least 1"
+    ):
         answer(replace(asked, scenario=asked.scenario.model_copy(update={"tenants": [none]})))
     late = tenant.model_copy(update={"deadline_s": 1e-6})
     found = answer(replace(asked, scenario=asked.scenario.model_copy(update={"tenants": [late]})))
