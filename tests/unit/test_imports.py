@@ -25,9 +25,13 @@ SERVER = ["ray", "torch", "cluster", "sqlalchemy"]
 @pytest.mark.parametrize(
     "imports",
     [
-        [("model_parallel", ["ray", "grpc", "google.protobuf"])],
+        # One after the other in one interpreter: what may load least comes first. A CPU needs no Triton.
+        [
+            ("model_parallel.runtime.rank_process", ["triton"]),
+            ("model_parallel.runtime.rank", ["triton"]),
+            ("model_parallel", ["ray", "grpc", "google.protobuf"]),
+        ],
         [("serving.cli.main", ["ray", "torch", "sqlalchemy", "numpy"])],
-        # One after the other in one interpreter: what may load least comes first.
         [
             ("serving.contracts", [*SERVER, "opentelemetry"]),
             ("serving.tenants.client.accounts", SERVER),
