@@ -113,7 +113,7 @@ class Simulation:
                 self._tick(next_tick_s)
                 next_tick_s += PERIOD_S
         self._finish(end_s)
-        return self._outcome(end_s)
+        return self._outcome()
 
     def _finish(self, end_s: float) -> None:
         for group in self._groups:
@@ -121,7 +121,7 @@ class Simulation:
         while self._events and self._events[0][0] < end_s + 3600:
             self._handle_event()
 
-    def _outcome(self, end_s: float) -> Outcome:
+    def _outcome(self) -> Outcome:
         num_within = sum(request.is_within(TTFT_S, TPOT_S) for request in self.requests)
         counts = [count for _, count in self.targets]
         changes = [after - before for before, after in pairwise(counts) if after != before]

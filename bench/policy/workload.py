@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Intensity = Callable[[float], float]
-"""Requests a second that are expected at a time."""
-
 DURATION_S = 3 * 3600
 SLOT_S = 1.0
 """Intensities are constant over so long."""

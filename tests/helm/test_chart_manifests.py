@@ -15,7 +15,6 @@ from tests.helm.test_chart_refusals import merged
 from tests.support import chart_rules as rules
 from tests.support.helm import (
     CHART,
-    CI_VALUES,
     KUBERNETES_VERSIONS,
     NAME,
     NAMESPACE,
@@ -34,7 +33,6 @@ from tests.support.helm import (
 )
 from tests.support.helm import Values as ChartValues
 
-AUTOSCALED = next(path for path in CI_VALUES if path.name.startswith("llama-2-70b-tp8"))
 POSTGRESQL = "postgresql://packtrain@db/packtrain"
 S3 = {"source": "s3", "s3": {"uri": "s3://models/llama"}}
 LIKE_NUMBERS = ("123", "007", "1e3", "true", "0x1f")

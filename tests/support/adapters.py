@@ -7,10 +7,6 @@ import peft
 import torch
 from transformers import LlamaForCausalLM
 
-from model_parallel.checkpoint.adapter_files import adapter_bytes, describe_adapter
-from model_parallel.config import ModelConfig
-from model_parallel.engine.request import AdapterRef
-
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,9 +28,3 @@ def save_random_adapter(path: Path, model: LlamaForCausalLM, *, seed: int = 0, *
 def with_adapter(model: LlamaForCausalLM, path: Path) -> Any:
     """PEFT's own model of it, in float32. `unload` it to have `model` back."""
     return peft.PeftModel.from_pretrained(model, path).eval()
-
-
-def reference_to(path: Path, model: ModelConfig, tp_size: int = 1, dtype: str = "float32") -> tuple[AdapterRef, int]:
-    """What a group must know of an adapter."""
-    info = describe_adapter(path, model)
-    return AdapterRef(info.digest, str(path)), adapter_bytes(info, model, tp_size, dtype=dtype)

@@ -43,8 +43,8 @@ def _scale_and_minimum(
 
 
 @triton.jit
-def _places(order, input_I, num_before, num_inputs, HAS_ORDER: tl.constexpr):
-    """Where in x the groups' inputs are; outside of 0 … num_inputs − 1: nowhere."""
+def _places(order, input_I, num_before, HAS_ORDER: tl.constexpr):
+    """Where in x the groups' inputs are; outside of x: nowhere."""
     if HAS_ORDER:  # noqa: SIM108  # Triton compiles only the branch that is meant
         place_I = tl.load(order + input_I)
     else:
@@ -107,10 +107,8 @@ def group_product_kernel(
         if NUM_BITS == 4:
             byte_I = tl.arange(0, GROUP_SIZE // 2)
             even_I = group * GROUP_SIZE + 2 * byte_I
-            even_RI = _load_x(x, row_R, _places(order, even_I, num_before, num_inputs, HAS_ORDER), num_rows, num_inputs)
-            odd_RI = _load_x(
-                x, row_R, _places(order, even_I + 1, num_before, num_inputs, HAS_ORDER), num_rows, num_inputs
-            )
+            even_RI = _load_x(x, row_R, _places(order, even_I, num_before, HAS_ORDER), num_rows, num_inputs)
+            odd_RI = _load_x(x, row_R, _places(order, even_I + 1, num_before, HAS_ORDER), num_rows, num_inputs)
             byte_IO = tl.load(matrix + byte_I[:, None], mask=is_there_O[None, :], other=0)
             lower_IO = (byte_IO & 15).to(tl.int8).to(even_RI.dtype)
             upper_IO = (byte_IO >> 4).to(tl.int8).to(even_RI.dtype)
@@ -119,7 +117,7 @@ def group_product_kernel(
             x_sum_R = tl.sum(even_RI.to(tl.float32), 1) + tl.sum(odd_RI.to(tl.float32), 1)
         else:
             input_I = tl.arange(0, GROUP_SIZE)
-            place_I = _places(order, group * GROUP_SIZE + input_I, num_before, num_inputs, HAS_ORDER)
+            place_I = _places(order, group * GROUP_SIZE + input_I, num_before, HAS_ORDER)
             x_RI = _load_x(x, row_R, place_I, num_rows, num_inputs)
             value_IO = tl.load(matrix + input_I[:, None], mask=is_there_O[None, :], other=0)
             product_RO = tl.dot(x_RI, value_IO.to(x_RI.dtype), input_precision="ieee")
@@ -185,6 +183,6 @@ def dequantize_rows_kernel(
             value_RB = ((byte_RB >> 4 * half) & 15).to(tl.int8)
         weight_RB = value_RB.to(tl.float32) * scale_R[:, None] - minimum_R[:, None]
         input_B = group * GROUP_SIZE + byte_B * (8 // NUM_BITS) + half
-        place_B = _places(order, input_B, num_before, num_inputs, HAS_ORDER)
+        place_B = _places(order, input_B, num_before, HAS_ORDER)
         is_kept = (row_R < num_rows)[:, None] & ((place_B >= 0) & (place_B < num_inputs))[None, :]
         tl.store(out + row_R[:, None] * num_inputs + place_B[None, :], weight_RB, mask=is_kept)
