@@ -7,20 +7,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from bench.support.fake_backend import ByteTokenizer, FakeBackend, card
+from bench.support.fake_backend import FakeBackend, card
 from model_parallel.errors import ConfigError
 from serving.cli.main import app
 from serving.client.tls import ClientTls, client_tls
-from serving.config import GatewayConfig, LimitsConfig, TlsConfig
-from serving.gateway.server import GatewayServer
+from serving.config import TlsConfig
 from tests.support.certificates import Authority, Pair
 from tests.support.waiting import PATIENCE_S
+from tests.unit.gateway.conftest import running
 
 
 @dataclass
@@ -45,15 +44,8 @@ async def gateway(pki: Pki, *, is_mutual: bool = False, is_plain: bool = False) 
     pair = pki.authority.issue("server")
     client_ca = pki.authority.path if is_mutual else None
     tls = TlsConfig(certificate=pair.certificate, private_key=pair.private_key, client_ca=client_ca)
-    backend = FakeBackend(cards=[card("tiny")])
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    config = GatewayConfig(port=0, http_port=None, tls=None if is_plain else tls)
-    server = GatewayServer(config, LimitsConfig(), backend, tokenizers)
-    ports = await server.start()
-    try:
-        yield f"127.0.0.1:{ports.grpc}"
-    finally:
-        await server.stop(0)
+    async with running(FakeBackend(cards=[card("tiny")]), tls=None if is_plain else tls) as served:
+        yield served.target
 
 
 async def packtrain(*arguments: str | Path) -> Result:

@@ -9,6 +9,8 @@ import pytest
 from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
+from serving.contracts.accounts import Accounts
+from serving.contracts.observer import Observe, unobserved
 from serving.gateway.server import GatewayServer
 
 
@@ -27,22 +29,30 @@ class Running:
 Serve = Callable[..., AbstractAsyncContextManager[Running]]
 
 
+@asynccontextmanager
+async def running(
+    backend: FakeBackend | None = None,
+    *,
+    limits: LimitsConfig | None = None,
+    accounts: Accounts | None = None,
+    observe: Observe = unobserved,
+    **config: Any,
+) -> AsyncIterator[Running]:
+    """`async with running(backend, drain_timeout_s=1) as gateway:` with GatewayConfig's fields as keywords."""
+    backend = backend or FakeBackend()
+    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
+    gateway = GatewayConfig(**{"port": 0, "http_port": None, **config})
+    server = GatewayServer(gateway, limits or LimitsConfig(), backend, tokenizers, accounts, observe)
+    ports = await server.start()
+    target = f"127.0.0.1:{ports.grpc}"
+    try:
+        async with grpc.aio.insecure_channel(target) as channel:
+            yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target, ports.http)
+    finally:
+        await server.stop(0)
+
+
 @pytest.fixture
 def serve() -> Serve:
-    """`async with serve(backend, drain_timeout_s=1) as gateway:` with GatewayConfig's fields as keywords."""
-
-    @asynccontextmanager
-    async def run(backend: FakeBackend | None = None, **config: Any) -> AsyncIterator[Running]:
-        backend = backend or FakeBackend()
-        tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-        gateway = GatewayConfig(**{"port": 0, "http_port": None, **config})
-        server = GatewayServer(gateway, LimitsConfig(), backend, tokenizers)
-        ports = await server.start()
-        target = f"127.0.0.1:{ports.grpc}"
-        try:
-            async with grpc.aio.insecure_channel(target) as channel:
-                yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target, ports.http)
-        finally:
-            await server.stop(0)
-
-    return run
+    """See `running`."""
+    return running

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from serving.contracts.accounts import OpenAccounts, Principal, RateLimits, Rese
 from serving.contracts.errors import GroupRefusedError, GroupUnavailableError, QuotaExceededError, UnauthenticatedError
 from serving.gateway.server import GatewayServer, check_listening
 from tests.support.waiting import until
-from tests.unit.gateway.conftest import Running, Serve
+from tests.unit.gateway.conftest import Running, Serve, running
 from tests.unit.gateway.http_client import CHAT, COMPLETION, answer_to, client, events, post, raw_request
 
 STREAM = COMPLETION | {"stream": True}
@@ -51,19 +51,9 @@ class FakeAccounts:
         pass
 
 
-@asynccontextmanager
-async def keyed(accounts: FakeAccounts, backend: FakeBackend | None = None) -> AsyncIterator[Running]:
+def keyed(accounts: FakeAccounts, backend: FakeBackend | None = None) -> AbstractAsyncContextManager[Running]:
     """A gateway with keys."""
-    backend = backend or FakeBackend()
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    config = GatewayConfig(port=0, http_port=0)
-    server = GatewayServer(config, LimitsConfig(), backend, tokenizers, accounts)
-    ports = await server.start()
-    channel: Any = None
-    try:
-        yield Running(server, backend, channel, None, f"127.0.0.1:{ports.grpc}", ports.http)
-    finally:
-        await server.stop(0)
+    return running(backend, accounts=accounts, http_port=0)
 
 
 ROUTES = [

@@ -1,8 +1,7 @@
 """What clients send besides what is needed: neutral values, unknown fields, other spellings. Both front ends take them alike."""
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
@@ -10,38 +9,25 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from bench.support.fake_backend import BOS, EOS, ByteTokenizer, FakeBackend, card, say
+from bench.support.fake_backend import BOS, EOS, FakeBackend, card, say
 from model_parallel.engine.request import SamplingParams
 from protos import inference_pb2 as pb
-from serving.config import GatewayConfig, LimitsConfig
+from serving.config import LimitsConfig
 from serving.contracts.observer import RequestObserver
 from serving.gateway.core.fields import NO_EFFECT, UNSUPPORTED
 from serving.gateway.http.body import Body
 from serving.gateway.http.responses_form import ResponsesRequest
 from serving.gateway.http.schemas import ChatRequest, CompletionRequest
-from serving.gateway.server import GatewayServer
-from tests.unit.gateway.conftest import Running, Serve
+from tests.unit.gateway.conftest import Running, Serve, running
 from tests.unit.gateway.http_client import CHAT, COMPLETION, post
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
 
 
-@asynccontextmanager
-async def limited(backend: FakeBackend | None = None, **limits: Any) -> AsyncIterator[Running]:
+def limited(backend: FakeBackend | None = None, **limits: Any) -> AbstractAsyncContextManager[Running]:
     """A gateway with other limits."""
-    backend = backend or FakeBackend()
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    server = GatewayServer(GatewayConfig(port=0, http_port=0), LimitsConfig(**limits), backend, tokenizers)
-    ports = await server.start()
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}")
-    from protos.inference_pb2_grpc import InferenceStub  # noqa: PLC0415
-
-    try:
-        yield Running(server, backend, channel, InferenceStub(channel), "", ports.http)
-    finally:
-        await channel.close()
-        await server.stop(0)
+    return running(backend, http_port=0, limits=LimitsConfig(**limits))
 
 
 async def sampling_over_http(gateway: Running, changes: dict[str, Any]) -> SamplingParams:
@@ -311,17 +297,9 @@ async def test_ignored_fields_are_counted() -> None:
         def ignored(self, num_fields: int) -> None:
             counted.append(num_fields)
 
-    backend = FakeBackend()
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    server = GatewayServer(
-        GatewayConfig(port=0, http_port=0), LimitsConfig(), backend, tokenizers, observe=lambda *about: Counting()
-    )
-    ports = await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.grpc}") as channel:
-        gateway = Running(server, backend, channel, None, "", ports.http)
+    async with running(http_port=0, observe=lambda *about: Counting()) as gateway:
         await post(gateway, CHATS, CHAT | {"a": 1, "b": 2})
         await generate(gateway, ASK.SerializeToString() + unknown(77))
-    await server.stop(0)
     assert counted == [2, 1]
 
 

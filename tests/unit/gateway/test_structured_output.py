@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal
 
 import grpc
@@ -22,18 +22,16 @@ import pytest
 from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, obey
 from model_parallel.engine.matching import GrammarCompiler, Matcher, allowed_bits
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc
-from serving.config import GatewayConfig, LimitsConfig
+from serving.config import LimitsConfig
 from serving.contracts.errors import OverloadedError, ValidationError
 from serving.gateway.core import grammars
 from serving.gateway.core.admission import SharedRoom
 from serving.gateway.core.constraints import GrammarText, JsonSchema, LarkGrammar, OneOf, check_constraint, grammar_of
 from serving.gateway.core.grammar_worker import Trial, Verdict, try_out
 from serving.gateway.core.grammars import GrammarChecker
-from serving.gateway.server import GatewayServer
 from serving.text.token_table import token_table
 from tests.support.waiting import PATIENCE_S
-from tests.unit.gateway.conftest import Running
+from tests.unit.gateway.conftest import Running, running
 from tests.unit.gateway.http_client import CHAT, COMPLETION, events, post
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
@@ -56,19 +54,9 @@ SCHEMA = {
 }
 
 
-@asynccontextmanager
-async def serve(backend: FakeBackend | None = None, **limits: Any) -> AsyncIterator[Running]:
+def serve(backend: FakeBackend | None = None, **limits: Any) -> AbstractAsyncContextManager[Running]:
     cards = (card("tiny", max_model_len=6000), card("free", structured_output=False))
-    backend = backend or FakeBackend(obey(), cards)
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    server = GatewayServer(GatewayConfig(port=0, http_port=0), LimitsConfig(**limits), backend, tokenizers)
-    ports = await server.start()
-    target = f"127.0.0.1:{ports.grpc}"
-    try:
-        async with grpc.aio.insecure_channel(target) as channel:
-            yield Running(server, backend, channel, inference_pb2_grpc.InferenceStub(channel), target, ports.http)
-    finally:
-        await server.stop(0)
+    return running(backend or FakeBackend(obey(), cards), http_port=0, limits=LimitsConfig(**limits))
 
 
 @asynccontextmanager

@@ -9,15 +9,14 @@ import grpc
 import httpx2
 import pytest
 
-from bench.support.fake_backend import ByteTokenizer, FakeBackend
 from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
-from serving.config import GatewayConfig, LimitsConfig, TlsConfig
-from serving.gateway.server import GatewayServer
+from serving.config import TlsConfig
 from serving.gateway.tls import load_tls
 from tests.support.certificates import Authority, Pair
 from tests.support.waiting import PATIENCE_S
+from tests.unit.gateway.conftest import running
 from tests.unit.gateway.http_client import COMPLETION
 
 ASK = pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="hi"))
@@ -32,22 +31,16 @@ def context_of(authority: Authority, pair: Pair | None) -> ssl.SSLContext:
 
 async def ask_both(config: TlsConfig, authority: Authority, pair: Pair | None) -> None:
     """A request over each front end, as a client that trusts `authority` and shows `pair`."""
-    backend = FakeBackend()
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    server = GatewayServer(GatewayConfig(port=0, http_port=0, tls=config), LimitsConfig(), backend, tokenizers)
-    ports = await server.start()
-    try:
-        url = f"https://127.0.0.1:{ports.http}"
+    async with running(http_port=0, tls=config) as gateway:
+        url = f"https://127.0.0.1:{gateway.http_port}"
         async with httpx2.AsyncClient(base_url=url, verify=context_of(authority, pair)) as http:
             answer = await http.post("/v1/completions", json=COMPLETION | {"stream": True})
             assert answer.text.endswith("data: [DONE]\n\n")
         files = (None, None) if pair is None else (pair.private_key.read_bytes(), pair.certificate.read_bytes())
         credentials = grpc.ssl_channel_credentials(authority.path.read_bytes(), *files)
-        async with grpc.aio.secure_channel(f"127.0.0.1:{ports.grpc}", credentials) as channel:
+        async with grpc.aio.secure_channel(gateway.target, credentials) as channel:
             stub: Any = InferenceStub(channel)
             assert (await stub.Generate(ASK, timeout=PATIENCE_S)).choices[0].text == "Paris"
-    finally:
-        await server.stop(0)
 
 
 async def test_both_front_ends_speak_tls(tmp_path: Path) -> None:
@@ -70,18 +63,13 @@ async def test_strangers_are_refused_over_grpc_too(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.issue("server")
     tls = TlsConfig(certificate=pair.certificate, private_key=pair.private_key, client_ca=authority.path)
-    backend = FakeBackend()
-    tokenizers: Any = dict.fromkeys(backend.models, ByteTokenizer())
-    server = GatewayServer(GatewayConfig(port=0, http_port=None, tls=tls), LimitsConfig(), backend, tokenizers)
-    ports = await server.start()
     credentials = grpc.ssl_channel_credentials(authority.path.read_bytes())
-    async with grpc.aio.secure_channel(f"127.0.0.1:{ports.grpc}", credentials) as channel:
+    async with running(tls=tls) as gateway, grpc.aio.secure_channel(gateway.target, credentials) as channel:
         stub: Any = InferenceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Generate(ASK, timeout=PATIENCE_S)
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert backend.requests == []
-    await server.stop(0)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert gateway.backend.requests == []
 
 
 def missing(authority: Authority, pair: Pair, directory: Path) -> TlsConfig:
