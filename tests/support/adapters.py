@@ -5,12 +5,12 @@ from typing import Any
 
 import peft
 import torch
-from transformers import LlamaForCausalLM
+import transformers
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def save_random_adapter(path: Path, model: LlamaForCausalLM, *, seed: int = 0, **settings: Any) -> None:
+def save_random_adapter(path: Path, model: "transformers.LlamaForCausalLM", *, seed: int = 0, **settings: Any) -> None:
     """An adapter for `model`, which is left as it was, in PEFT's format at `path`; it is large enough to change answers."""
     torch.manual_seed(1000 + seed)
     config = peft.LoraConfig(
@@ -25,6 +25,6 @@ def save_random_adapter(path: Path, model: LlamaForCausalLM, *, seed: int = 0, *
     adapted.unload()
 
 
-def with_adapter(model: LlamaForCausalLM, path: Path) -> Any:
+def with_adapter(model: "transformers.LlamaForCausalLM", path: Path) -> Any:
     """PEFT's own model of it, in float32. `unload` it to have `model` back."""
     return peft.PeftModel.from_pretrained(model, path).eval()

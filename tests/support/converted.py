@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from model_parallel.directories import cache_directory
 from tests.support.ranks import reference_from_gguf
@@ -17,16 +16,18 @@ def converted(gguf: Path) -> Path:
     """A directory with the configuration and the tokenizer, for `from_pretrained`."""
 
     def convert(directory: Path) -> None:
-        AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+        transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
 
     return _kept(gguf, "tokenizer", convert)
 
 
-def reference_model(gguf: Path) -> LlamaForCausalLM:
+def reference_model(gguf: Path) -> "transformers.LlamaForCausalLM":
     """reference_from_gguf of a file that has no head of its own."""
     path = _kept(gguf, "model", lambda directory: reference_from_gguf(gguf).save_pretrained(directory))
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: transformers.LlamaForCausalLM = transformers.LlamaForCausalLM.from_pretrained(
+        path, dtype=torch.float32
+    ).eval()
     return model
 
 

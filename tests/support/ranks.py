@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model_parallel.collectives.interface import Collectives, SoloCollectives
@@ -83,7 +83,7 @@ def prompt_logits(config: GroupConfig, token_ids: list[int], chunk: int) -> Tens
     return torch.cat(on_threads(config.parallel.tp_size, run), dim=1)
 
 
-def save_random_llama(path: Path, **overrides: object) -> LlamaForCausalLM:
+def save_random_llama(path: Path, **overrides: object) -> "transformers.LlamaForCausalLM":
     """A small Llama with random weights in Hugging Face format at `path`, and transformers' own model of it."""
     settings: dict[str, object] = {
         "vocab_size": 515,
@@ -100,14 +100,16 @@ def save_random_llama(path: Path, **overrides: object) -> LlamaForCausalLM:
         **overrides,
     }
     torch.manual_seed(20261122)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
     model.save_pretrained(path)
     return model
 
 
-def reference_from_gguf(path: Path, *, has_head: bool = False) -> LlamaForCausalLM:
+def reference_from_gguf(path: Path, *, has_head: bool = False) -> "transformers.LlamaForCausalLM":
     """transformers' float32 model of a GGUF file, dequantised by transformers."""
-    model = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name)).eval()
+    model = transformers.LlamaForCausalLM(
+        transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    ).eval()
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     if missing != ([] if has_head else ["lm_head.weight"]) or unexpected:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import check_complete, check_tied_head, open_checkpoint
@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file, and the same weights in several with an index."""
     root = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SETTINGS))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS))
     model.save_pretrained(root / "single")
     model.save_pretrained(root / "sharded", max_shard_size="30KB")
     (root / "sharded" / "generation_config.json").unlink()
@@ -209,7 +209,7 @@ def test_the_window_of_a_mistral_file(single: Path, changes: dict[str, Any], con
     write_config(single, **({"model_type": "mistral", "max_position_embeddings": 32768} | changes))
     info = describe(single)
     assert info.config.max_position == context
-    theirs = AutoConfig.from_pretrained(single)
+    theirs = transformers.AutoConfig.from_pretrained(single)
     window = getattr(theirs, "sliding_window", None) or theirs.max_position_embeddings
     assert context == min(window, theirs.max_position_embeddings)
     assert len(info.warnings) == (context < theirs.max_position_embeddings)
@@ -217,7 +217,7 @@ def test_the_window_of_a_mistral_file(single: Path, changes: dict[str, Any], con
 
 def test_mistral_as_transformers_writes_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SETTINGS, sliding_window=None, head_dim=16))
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**SETTINGS, sliding_window=None, head_dim=16))
     model.save_pretrained(tmp_path)
     weights = load(tmp_path)
     assert describe(tmp_path).config.num_parameters == model.num_parameters()
@@ -351,7 +351,7 @@ def test_a_tied_checkpoint_may_store_its_table_under_either_name(
     write_config(directory, tie_word_embeddings=True)
     found = load(directory)
     assert torch.equal(found[EMBEDDING], table) and LM_HEAD not in found
-    theirs = LlamaForCausalLM.from_pretrained(directory).state_dict()
+    theirs = transformers.LlamaForCausalLM.from_pretrained(directory).state_dict()
     assert torch.equal(theirs[EMBEDDING], table)
     write_config(directory, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"holds no|lacks|it is not there"):
@@ -687,7 +687,7 @@ def test_fields_of_generation_that_nothing_uses_are_told(single: Path, values: d
 
 
 def test_a_generation_file_as_transformers_writes_it_is_no_reason_to_warn(single: Path) -> None:
-    defaults = GenerationConfig._get_default_generation_params()
+    defaults = transformers.GenerationConfig._get_default_generation_params()
     (single / "generation_config.json").write_text(json.dumps(defaults | {"min_new_tokens": None, "stop_strings": []}))
     assert describe(single).warnings == ()
 

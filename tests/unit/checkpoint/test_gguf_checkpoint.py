@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model_parallel.checkpoint import gguf_file
@@ -43,7 +43,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def test_same_configuration_as_transformers(smollm2_path: Path) -> None:
-    theirs = AutoConfig.from_pretrained(converted(smollm2_path))
+    theirs = transformers.AutoConfig.from_pretrained(converted(smollm2_path))
     info = describe(smollm2_path)
     ours = info.config
     assert (ours.vocab_size, ours.hidden_size, ours.intermediate_size) == (49152, 576, theirs.intermediate_size)
@@ -137,9 +137,9 @@ def whole(whole_file: Path) -> dict[str, torch.Tensor]:
 
 
 def test_same_tensors_as_transformers(whole_file: Path, whole: dict[str, torch.Tensor]) -> None:
-    config = AutoConfig.from_pretrained(whole_file.parent, gguf_file=whole_file.name)
+    config = transformers.AutoConfig.from_pretrained(whole_file.parent, gguf_file=whole_file.name)
     with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
+        empty = transformers.LlamaForCausalLM(config)
     theirs = load_gguf_checkpoint(str(whole_file), return_tensors=True, model_to_load=empty)["tensors"]
     assert theirs.keys() == whole.keys()
     for name, tensor in theirs.items():

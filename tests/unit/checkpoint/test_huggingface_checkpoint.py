@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import load_shard
@@ -24,14 +24,14 @@ LLAMA_3_SCALING = {
 }  # fmt: skip
 
 
-def save(directory: Path, *, shard_size: str = "1GB", **changes: Any) -> LlamaForCausalLM:
+def save(directory: Path, *, shard_size: str = "1GB", **changes: Any) -> "transformers.LlamaForCausalLM":
     """A random Llama with six query heads over two key/value heads, written by transformers."""
     torch.manual_seed(0)
     settings = {
         "vocab_size": 101, "hidden_size": 48, "intermediate_size": 70, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes)))
     model.save_pretrained(directory, max_shard_size=shard_size)
     return model
 
@@ -67,7 +67,7 @@ def test_configuration(tmp_path: Path) -> None:
     model = save(tmp_path, rms_norm_eps=1e-5, head_dim=16, eos_token_id=[2, 7], rope_parameters={
         "rope_type": "default", "rope_theta": 5e5,
     })  # fmt: skip
-    GenerationConfig(eos_token_id=[7, 9], bos_token_id=1).save_pretrained(tmp_path)
+    transformers.GenerationConfig(eos_token_id=[7, 9], bos_token_id=1).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "add_bos_token": True, "chat_template": "{{ '[INST] <<SYS>>' }}",

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.support.small_tokenizer import sentencepiece_model
 from bench.support.synthetic_llama import SyntheticLlama, twin
@@ -179,10 +179,10 @@ def test_pieces_are_those_that_the_library_reads(tmp_path: Path) -> None:
 def write_bin(directory: Path, *, num_files: int = 1) -> dict[str, Tensor]:
     """A random Llama as old versions of transformers wrote it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
     )
-    model = LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     config.save_pretrained(directory)
     state: dict[str, Tensor] = model.state_dict()
     names = [
@@ -211,8 +211,8 @@ def test_torch_files(tmp_path: Path, num_files: int) -> None:
 
 def test_safetensors_are_taken_before_torch_files(tmp_path: Path) -> None:
     write_bin(tmp_path)
-    config = LlamaConfig.from_pretrained(tmp_path)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    config = transformers.LlamaConfig.from_pretrained(tmp_path)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert [path.name for path in describe(tmp_path).weight_files] == ["model.safetensors"]
 
 

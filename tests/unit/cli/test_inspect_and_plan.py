@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import typer
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from bench.support.synthetic_llama import twin
@@ -219,10 +219,10 @@ def test_licence_of_llama_2_by_name_or_by_size(tmp_path: Path) -> None:
 
 
 def test_licence_of_the_model_card(tmp_path: Path) -> None:
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert describe(tmp_path).licence == ""
     (tmp_path / "README.md").write_text("---\nlanguage:\n- en\nlicense: mit\n---\nlicense: none\n")
     assert describe(tmp_path).licence == "mit"

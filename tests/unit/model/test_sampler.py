@@ -6,17 +6,10 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from model_parallel.collectives.interface import Collectives
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
@@ -59,13 +52,13 @@ def state(sampling: SamplingParams, position: int = 1, tokens: list[int] | None 
 
 def exact_distribution(logits: torch.Tensor, sampling: SamplingParams) -> np.ndarray:
     """By transformers' own warpers, in their order."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
+        warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
+        warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
+        warpers.append(transformers.MinPLogitsWarper(sampling.min_p))
     return warpers(torch.zeros(1, 1, dtype=torch.long), logits.double().unsqueeze(0)).softmax(-1)[0].numpy()
 
 
@@ -189,7 +182,7 @@ def test_penalties_and_bias(size: int) -> None:
     biased = logits[0].clone()
     biased[11] += 4.0
     biased[5] -= 1.0
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([tokens]), biased.unsqueeze(0))[0]
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([tokens]), biased.unsqueeze(0))[0]
     for token, count in Counter(tokens[1:]).items():
         expected[token] -= 0.5 + 0.25 * count
     result = draw(logits, [state(sampling, tokens=tokens)] * 2, size)[0]

@@ -8,8 +8,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer as Library
-from transformers import AutoTokenizer
 
 from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
@@ -94,7 +94,7 @@ def test_words_are_found_where_transformers_finds_them(
         },
     }
     tokenizer = load(tmp_path, {"tokenizer__json": json.dumps(data)}, tokenizer_config__json=config)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (f"in {content}!", f"in{content}er", f"a {content} {content}", f"{content}", f" {content} "):
         assert tokenizer.encode(text, add_bos=False) == theirs.encode(text, add_special_tokens=False), repr(text)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import transformers
 
 from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.errors import ConfigError
@@ -59,7 +59,7 @@ def smollm2(smollm2_path: Path) -> Tokenizer:
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 def test_llama_2_is_the_published_template(llama: Tokenizer, tmp_path: Path, dialogue: list[tuple[str, str]]) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
-    theirs = PreTrainedTokenizerFast(
+    theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     expected = theirs.apply_chat_template(as_dicts(dialogue), chat_template=LLAMA_2_TEMPLATE, return_dict=False)
@@ -68,13 +68,13 @@ def test_llama_2_is_the_published_template(llama: Tokenizer, tmp_path: Path, dia
 
 
 @pytest.fixture(scope="module")
-def smollm2_reference(smollm2_path: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(converted(smollm2_path))
+def smollm2_reference(smollm2_path: Path) -> "transformers.PreTrainedTokenizerFast":
+    return transformers.AutoTokenizer.from_pretrained(converted(smollm2_path))
 
 
 @pytest.mark.parametrize("dialogue", [*DIALOGUES, [("system", "Be brief.")]])
 def test_chatml_is_the_template_of_smollm2(
-    smollm2: Tokenizer, smollm2_reference: PreTrainedTokenizerFast, dialogue: list[tuple[str, str]]
+    smollm2: Tokenizer, smollm2_reference: "transformers.PreTrainedTokenizerFast", dialogue: list[tuple[str, str]]
 ) -> None:
     expected = smollm2_reference.apply_chat_template(as_dicts(dialogue), add_generation_prompt=True, return_dict=False)
     ours = render_chat(messages(dialogue), chat_format="chatml", default_system=SMOLLM2_SYSTEM, tokenizer=smollm2)

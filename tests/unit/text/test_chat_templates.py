@@ -9,7 +9,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+import transformers
 
 from bench.support.small_tokenizer import sentencepiece_model
 from model_parallel.checkpoint.detect import describe
@@ -72,13 +72,13 @@ def derived() -> dict[str, Derived]:
 @pytest.fixture(scope="module", params=KINDS)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, ModelText, PreTrainedTokenizerFast]:
+) -> "tuple[str, ModelText, transformers.PreTrainedTokenizerFast]":
     """One kind of tokenizer: ours and transformers'."""
     directory = tmp_path_factory.mktemp("kind")
     data = KINDS[request.param]()
     (directory / "theirs.json").write_text(data)
     ours = resolve_text(describe(llama_directory(directory, tokenizer__json=data)))
-    theirs = PreTrainedTokenizerFast(
+    theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "theirs.json"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     return request.param, ours, theirs
@@ -92,7 +92,7 @@ def conversation(shape: str, content: Callable[[int], str]) -> list[ChatMessage]
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_ids_are_those_of_transformers(
-    name: str, derived: dict[str, Derived], pair: tuple[str, ModelText, PreTrainedTokenizerFast]
+    name: str, derived: dict[str, Derived], pair: "tuple[str, ModelText, transformers.PreTrainedTokenizerFast]"
 ) -> None:
     kind, ours, theirs = pair
     chat_format = derived[name].chat_format
@@ -138,7 +138,7 @@ def test_names_of_published_templates(derived: dict[str, Derived]) -> None:
 
 
 def test_the_date_of_a_template_is_the_days(
-    derived: dict[str, Derived], pair: tuple[str, ModelText, PreTrainedTokenizerFast]
+    derived: dict[str, Derived], pair: "tuple[str, ModelText, transformers.PreTrainedTokenizerFast]"
 ) -> None:
     _, ours, _ = pair
     ids = render_chat(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.support.small_tokenizer import CORPUS, sentencepiece_model
 from model_parallel.errors import CheckpointError, ConfigError, RequestError
@@ -51,7 +51,7 @@ def tokenizer(request: pytest.FixtureRequest, tokenizers_by_kind: dict[str, Toke
 
 def test_same_ids_as_transformers_on_smollm2(smollm2_path: Path, tokenizers_by_kind: dict[str, Tokenizer]) -> None:
     """transformers ignores `tokenizer.ggml.pre`: it is given the pre-tokenizer of SmolLM2's own tokenizer.json."""
-    theirs = AutoTokenizer.from_pretrained(converted(smollm2_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(converted(smollm2_path))
     ours = tokenizers_by_kind["smollm2"]
     for text in TEXTS:
         if not any(character.isnumeric() for character in text):
@@ -80,7 +80,7 @@ def test_same_ids_as_sentencepiece(kind: str, tokenizers_by_kind: dict[str, Toke
 
 def test_same_ids_as_transformers_on_llama_tokenizer(tokenizers_by_kind: dict[str, Tokenizer], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     for text in TEXTS:
         ids = theirs.encode(text, add_special_tokens=False)
         assert tokenizers_by_kind["tokenizer.json"].encode(text, add_bos=False) == ids, repr(text)
@@ -239,7 +239,7 @@ def test_what_a_text_begins_with_is_what_transformers_writes(
     config = {key: value for key, value in config.items() if value is not None}
     llama_directory(tmp_path, tokenizer__json=json.dumps(data), tokenizer_config__json=json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("hello")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).encode("hello")
     ours = tokenizer.encode("hello")
     ends = template.endswith("</s>")
     assert ours == (theirs[:-1] if ends else theirs)
@@ -259,7 +259,7 @@ def test_the_space_after_a_control_token_is_that_of_transformers(
     config = {key: value for key, value in config.items() if value is not None}
     text = tokenizer_json_with(["<|im_start|>"], scheme=scheme)
     llama_directory(tmp_path, tokenizer__json=text, tokenizer_config__json=json.dumps(config))
-    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("<|im_start|>user", add_special_tokens=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).encode("<|im_start|>user", add_special_tokens=False)
     tokenizer = load_tokenizer(tmp_path, markup="<|im_start|>")
     assert tokenizer.encode_parts([Part("<|im_start|>user", is_markup=True)]) == theirs
 
@@ -341,7 +341,7 @@ def test_the_space_before_a_text_is_that_of_transformers(
     assert len(said) == len(tokenizer.warnings) == (counts and (other_kind or other_rule))
     if counts and other_kind:
         return
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("", "a", "The capital of France", "It's\nwe'll", "x" * 30, "🙂", "日本語", "\n a"):
         ids = theirs.encode(text, add_special_tokens=False)
         assert tokenizer.encode(text, add_bos=False) == ids, repr(text)
@@ -352,7 +352,7 @@ def test_the_space_before_a_text_is_that_of_transformers(
 def test_the_space_before_a_text_of_a_sentencepiece_model(tmp_path: Path, stated: dict[str, bool]) -> None:
     config = json.dumps({"tokenizer_class": "LlamaTokenizer"} | stated)
     llama_directory(tmp_path, tokenizer__model=sentencepiece_model(), tokenizer_config__json=config)
-    theirs = AutoTokenizer.from_pretrained(tmp_path).encode("The capital", add_special_tokens=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).encode("The capital", add_special_tokens=False)
     assert load_tokenizer(tmp_path).encode("The capital", add_bos=False) == theirs
 
 
