@@ -16,6 +16,7 @@ from bench.simulation.run import build, resolve, simulate
 from bench.simulation.scenario import SimulationScenario, parse_scenario
 from model_parallel.errors import ConfigError
 from serving.gateway.core.resumption import MAX_RECOVERY_PAUSE_S, RECOVERY_TIMEOUT_S
+from tests.support.effort import by_day
 
 PROFILE = "a100-80g"
 
@@ -23,7 +24,7 @@ PROFILE = "a100-80g"
 def scenario(**changes: Any) -> SimulationScenario:
     """Two groups of Llama 2 7B that are busy for a few seconds."""
     data: dict[str, Any] = {
-        "duration_s": 20,
+        "duration_s": by_day(10, by_night=20),
         "drain_s": 60,
         "groups": {
             "model": "llama-2-7b", "profile": PROFILE, "num_groups": 2, "max_num_seqs": 8, "kv_cache_tokens": 4096,
@@ -278,14 +279,15 @@ def test_figures_have_the_names_of_vllm_bench() -> None:
 
 
 def test_rates_are_over_the_time_that_groups_computed_and_not_over_the_arrivals_alone() -> None:
-    overloaded, _ = simulate(scenario(tenants=[tenant("one", rate=40)], groups={"max_waiting_requests": 400}))
+    full = {"tenants": [tenant("one", rate=40)], "groups": {"max_waiting_requests": 400}, "duration_s": 20}
+    overloaded, _ = simulate(scenario(**full))
     assert overloaded["duration"] > 25  # 20 of arrivals
     assert overloaded["duration"] == pytest.approx(overloaded["group_seconds"] / 2, rel=0.01)
     assert overloaded["output_throughput"] == pytest.approx(
         overloaded["total_output_tokens"] / overloaded["duration"], rel=1e-9
     )
     assert overloaded["request_throughput"] == pytest.approx(overloaded["output_throughput"] / 60, rel=1e-9)
-    warm, _ = simulate(scenario(tenants=[tenant("one", rate=40)], groups={"max_waiting_requests": 400}, warmup_s=15))
+    warm, _ = simulate(scenario(**full, warmup_s=15))
     assert warm["duration"] == pytest.approx(overloaded["duration"] - 15)
     assert warm["run_output_tokens"] == overloaded["run_output_tokens"] > warm["total_output_tokens"]
     # Groups are full all the time, so what comes each second is alike. What arrived in the warm-up counts, when it comes later.
