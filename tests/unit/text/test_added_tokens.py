@@ -109,7 +109,7 @@ def test_spaces_around_words_are_those_of_transformers(tmp_path: Path, scheme: s
         token |= {"special": False, "normalized": number == 0}
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
     tokenizer = load(tmp_path, {"tokenizer__json": json.dumps(data)}, tokenizer_config__json=config)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (
         "in Zürich!",
         "inZüricher",
