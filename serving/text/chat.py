@@ -146,8 +146,10 @@ def _check_order(messages: Sequence[ChatMessage], chat_format: ChatFormat, *, co
     for index, message in enumerate(messages):
         if message.role not in ROLES:
             raise ChatError(index, f"role is {message.role!r:.40}; allowed: {', '.join(ROLES)}")
-        if message.role == SYSTEM and index > 0:
-            raise ChatError(index, "a system message may only come first")
+        if message.role == SYSTEM and index > 0 and not _may_follow(chat_format, messages[index - 1].role):
+            raise ChatError(
+                index, f"in the model's chat format ({chat_format.name}) a system message may only come first"
+            )
     if messages[0].role == SYSTEM and not _has_system(chat_format):
         raise ChatError(0, f"the model's chat format ({chat_format.name}) has no system messages")
     if continues_last:
@@ -179,6 +181,11 @@ def _check_continued(messages: Sequence[ChatMessage]) -> None:
         raise ChatError(
             len(messages) - 2, f"the message before the last is of {messages[-2].role!r}; it must be the user's"
         )
+
+
+def _may_follow(chat_format: ChatFormat, before: str) -> bool:
+    """Whether a system message may stand after one of that role."""
+    return not chat_format.system_before_last and chat_format.literal(before, SYSTEM) is not None
 
 
 def _has_system(chat_format: ChatFormat) -> bool:

@@ -32,10 +32,11 @@ def from_strings(
     begin: str = "",
     trim: bool = False,
     default_system: str = "",
+    systems_anywhere: bool = True,
 ) -> ChatFormat:
     """A format in which every message has a text before and after it: strings with `{content}`; `answer` opens the answer.
 
-    An empty `system` is a format without system messages.
+    An empty `system` is a format without system messages. Without `systems_anywhere` one may only come first.
     """
     around = {
         role: (text.partition(CONTENT)[0], text.partition(CONTENT)[2])
@@ -47,7 +48,7 @@ def from_strings(
         between(before, role): opens[before] + around[role][0]
         for before in opens
         for role in around
-        if not (role == SYSTEM and before != START)
+        if systems_anywhere or role != SYSTEM or before == START
     }
     literals |= {between(role, ANSWER): opens[role] + answer for role in around}
     keys = tuple(literals) if trim else ()
@@ -150,6 +151,7 @@ NAMED_FORMATS: Mapping[str, ChatFormat] = MappingProxyType(
                 assistant=f"ASSISTANT: {CONTENT}{EOS}",
                 answer="ASSISTANT:",
                 default_system=_VICUNA_SYSTEM,
+                systems_anywhere=False,
             ),
             _alternating(
                 "mistral-v0.1",

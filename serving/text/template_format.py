@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -29,6 +30,8 @@ _KINDS = {"s": SYSTEM, "u": USER, "a": ASSISTANT}
 _NEEDED = ("u", "uau")
 _SHAPES = ("u", "s", "su", "uau", "suau", "uauau", "suauau", "uu", "suu", "au", "sau", "uaau", "uuau")
 """Roles of the probes, from which literals are read."""
+_LATER_SYSTEMS = ("ssu", "us", "usu", "uas", "uasu", "sausu", "uasuau")
+"""Likewise, with system messages that do not come first. A template that does not write them down in their order has none."""
 
 Conversation = Sequence[ChatMessage]
 
@@ -107,11 +110,17 @@ def derive(template: str, tokens: Mapping[str, str]) -> Derived:
     Raises TemplateError when the template fails, or does more than put texts between messages.
     """
     probes = [(shape, _probe(shape), padded) for shape in _SHAPES for padded in (False, True)]
+    later = [(_probe(shape), _padded(_probe(shape))) for shape in _LATER_SYSTEMS]
     special = [(said, conversation) for said, group in _SPECIAL.items() for conversation in group]
     special += [(_CHANGES, each) for content in _with_constants(template) for each in _everywhere(content)]
     conversations = [_padded(messages) if padded else messages for _, messages, padded in probes]
-    texts = run_template(template, [*conversations, *(c for _, c in special), _LONG], tokens)
+    texts = run_template(template, [*conversations, *(c for _, c in special), _LONG, *chain(*later)], tokens)
+    texts, later_texts = texts[: -2 * len(later)], texts[-2 * len(later) :]
     chat_format = _read(probes, texts[: len(probes)])
+    for number, (messages, padded_messages) in enumerate(later):
+        chat_format = _with_later_systems(
+            chat_format, messages, padded_messages, later_texts[2 * number], later_texts[2 * number + 1]
+        )
     for (_, messages, padded), text in zip(probes, texts, strict=False):
         given = _padded(messages) if padded else messages
         if isinstance(text, str) and _has_shape(chat_format, given) and _text(chat_format, given) != text:
@@ -223,6 +232,32 @@ def _read(probes: Sequence[tuple[str, list[ChatMessage], bool]], texts: Sequence
     # Only Llama 2 and what is made like it trims the system text along with an empty message.
     joins = between(USER, ANSWER) in right and between(SYSTEM, USER) not in left
     return replace(found, system_joins_user=joins)
+
+
+def _with_later_systems(
+    chat_format: ChatFormat,
+    messages: Sequence[ChatMessage],
+    padded_messages: Sequence[ChatMessage],
+    text: str | Exception,
+    padded_text: str | Exception,
+) -> ChatFormat:
+    """With the literals of one more conversation, if the template writes it down as the format then does."""
+    if isinstance(text, Exception) or isinstance(padded_text, Exception) or chat_format.system_before_last:
+        return chat_format
+    literals = dict(chat_format.literals)
+    left, right = set(chat_format.trimmed_left), set(chat_format.trimmed_right)
+    try:
+        if _order(messages, text) != messages:
+            return chat_format
+        _note(literals, messages, text)
+        _note_trims(literals, messages, padded_text, left, right)
+    except TemplateError:
+        return chat_format
+    found = replace(
+        chat_format, literals=literals, trimmed_left=tuple(sorted(left)), trimmed_right=tuple(sorted(right))
+    )
+    is_right = _text(found, messages) == text and _text(found, padded_messages) == padded_text
+    return found if is_right else chat_format
 
 
 def _order(messages: Sequence[ChatMessage], text: str) -> list[ChatMessage] | None:

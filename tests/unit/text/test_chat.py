@@ -36,6 +36,11 @@ DIALOGUES = [
     [("user", "Hi"), ("assistant", "  Hello! \n"), ("user", "and"), ("assistant", ""), ("user", "def f():\n    pass")],
     [("system", "Élève"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
 ]
+LATER_SYSTEMS = [
+    [("system", "Be brief."), ("system", "Be kind."), ("user", "Hi")],
+    [("system", "Be brief."), ("user", "Hi"), ("system", "  Now in French. "), ("user", "Hi")],
+    [("user", "Hi"), ("assistant", "Hello!"), ("system", "Now in French.")],
+]
 
 
 def messages(dialogue: list[tuple[str, str]]) -> list[ChatMessage]:
@@ -72,7 +77,7 @@ def smollm2_reference(smollm2_path: Path) -> "transformers.PreTrainedTokenizerFa
     return transformers.AutoTokenizer.from_pretrained(converted(smollm2_path))
 
 
-@pytest.mark.parametrize("dialogue", [*DIALOGUES, [("system", "Be brief.")]])
+@pytest.mark.parametrize("dialogue", [*DIALOGUES, [("system", "Be brief.")], *LATER_SYSTEMS])
 def test_chatml_is_the_template_of_smollm2(
     smollm2: Tokenizer, smollm2_reference: "transformers.PreTrainedTokenizerFast", dialogue: list[tuple[str, str]]
 ) -> None:
@@ -125,8 +130,8 @@ BOTH, LLAMA_2 = ("llama-2", "chatml"), ("llama-2",)
         ("", BOTH, 0, "at least one message"),
         ("s", LLAMA_2, 0, "must be the user's"),
         ("ua", BOTH, 1, "must be the user's"),
-        ("usu", BOTH, 1, "may only come first"),
-        ("ssu", BOTH, 1, "may only come first"),
+        ("usu", LLAMA_2, 1, "may only come first"),
+        ("ssu", LLAMA_2, 1, "may only come first"),
         ("utu", BOTH, 1, "role is 'tool'; allowed: system, user, assistant"),
         ("uu", LLAMA_2, 1, "must alternate"),
         ("au", LLAMA_2, 0, "must alternate"),

@@ -27,6 +27,7 @@ from tests.support.llama_tokenizers import byte_level_json, llama_directory, tok
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 DIALOGUES = [
     "u", "s", "su", "uau", "suau", "uauau", "suauauau", "uu", "sau", "uuau",
+    "ssu", "us", "usu", "uasu", "suasuau", "uassu",
 ]  # fmt: skip
 CONTENTS = [
     ("plain", lambda i: f"Hello {i}, what is the capital of France?"),
@@ -114,8 +115,7 @@ def test_ids_are_those_of_transformers(
                     messages, chat_format=chat_format, tokenizer=ours.tokenizer, today=lambda: datetime.now().date()
                 )
             except ChatError:
-                is_left_out = shape == "s" and content(0).strip() not in theirs.decode(expected)
-                assert name in LEAVES_OUT or is_left_out, (name, shape)
+                assert name in LEAVES_OUT or is_changed(messages, theirs.decode(expected)), (name, shape)
                 continue
             if chat_format.every_part_is_first and kind == "metaspace first":
                 continue  # Meta's reference, by intent; the difference is told at start
@@ -123,6 +123,12 @@ def test_ids_are_those_of_transformers(
             num_compared += 1
     if not (chat_format.every_part_is_first and kind == "metaspace first"):
         assert num_compared >= 9
+
+
+def is_changed(messages: list[ChatMessage], text: str) -> bool:
+    """Whether a template leaves a system message out, or puts one into another place."""
+    places = [text.find(message.content.strip()) for message in messages]
+    return any(message.role == SYSTEM for message in messages) and (-1 in places or places != sorted(places))
 
 
 LEAVES_OUT = {"Phi-3, first version", "Mistral 0.3"}

@@ -144,7 +144,9 @@ def test_characters_that_a_vocabulary_lacks(tmp_path: Path) -> None:
         ids = tokenizer.encode("🙂 hello\n", add_bos=False)
         assert 0 in ids
         if number == 0:  # transformers reads no normalizer of a tokenizer.model
-            assert ids == transformers.AutoTokenizer.from_pretrained(directory).encode("🙂 hello\n", add_special_tokens=False)
+            assert ids == transformers.AutoTokenizer.from_pretrained(directory).encode(
+                "🙂 hello\n", add_special_tokens=False
+            )
         assert 0 not in tokenizer.encode("unk", add_bos=False)
         assert tokenizer.token_bytes(0) == b""
         assert tokenizer.control_token_ids == {0, 1, 2}
