@@ -67,7 +67,7 @@ TABLE: list[tuple[str, Any, str, list[str]]] = [
     ("Generate", generate(pb.Prompt(text="x" * 1_000_000)), "prompt", ["1000000 characters", "100"]),
     ("Generate", generate(tokens(*[1] * 101)), "prompt", ["101 tokens", "100"]),
     ("Generate", generate(chat()), "messages", ["empty"]),
-    ("Generate", generate(chat(("user", "x"), ("system", "y"))), "messages[1]", ["system"]),
+    ("Generate", generate(chat(("user", "x"), ("assistant", "y"))), "messages[1]", ["assistant"]),
     ("Generate", generate(chat(("user", "x"), ("assistant", "y"))), "messages[1]", ["assistant"]),
     (
         "Generate",
