@@ -68,7 +68,6 @@ TABLE: list[tuple[str, Any, str, list[str]]] = [
     ("Generate", generate(tokens(*[1] * 101)), "prompt", ["101 tokens", "100"]),
     ("Generate", generate(chat()), "messages", ["empty"]),
     ("Generate", generate(chat(("user", "x"), ("assistant", "y"))), "messages[1]", ["assistant"]),
-    ("Generate", generate(chat(("user", "x"), ("assistant", "y"))), "messages[1]", ["assistant"]),
     (
         "Generate",
         generate(chat(("root", "x"))),
