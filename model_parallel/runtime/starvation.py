@@ -8,7 +8,7 @@ sleeps, is stopped, or runs; one that waits is runnable and does not run. /proc/
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +25,8 @@ class _Thread(NamedTuple):
 class Starvation:
     """Of some processes, from look to look."""
 
-    def __init__(self, pids: Sequence[int], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, pids: Sequence[int]) -> None:
         self._pids = pids
-        self._clock = clock
         self._looked_s = 0.0
         self._threads: dict[tuple[int, str], _Thread] | None = None
         """At the last look, by process and thread."""
@@ -39,7 +38,7 @@ class Starvation:
     def look(self) -> float:
         """Seconds since the last look for which the thread that waited most has waited for a processor. 0 at a first look, and
         where Linux does not count."""
-        now_s = self._clock()
+        now_s = time.monotonic()
         before, self._threads = self._threads, {key: thread for pid in self._pids for key, thread in _threads(pid)}
         passed_s, self._looked_s = now_s - self._looked_s, now_s
         if before is None:
