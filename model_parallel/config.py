@@ -104,6 +104,8 @@ class ParallelConfig:
     quantization: str = ""
     """"int8": matrices are kept in eight bits a weight; the embedding, norms, activations and KV cache stay as `dtype` says.
     "packed": what the checkpoint has quantised in groups stays so, the embedding too. "": all weights are of `dtype`."""
+    deterministic: bool = False
+    """An answer must have the same bits whatever else is in a step. False: it may, where that costs nothing."""
     num_threads: int = 1
     """Threads that one CPU rank may use inside an operation."""
     start_timeout_s: float = 300.0

@@ -304,6 +304,11 @@ class ModelEntry(Section):
         description="int8: keep weight matrices in eight bits a weight; packed: as the checkpoint has quantised them; none: "
         "dequantised, in dtype. auto, or unset: packed on CPUs where the checkpoint is quantised, and else none.",
     )
+    deterministic: bool = Field(
+        False,
+        description="true: an answer has the same bits whatever else is computed, on GPUs too, where that is slower; refused "
+        "where it cannot be. CPUs always compute so.",
+    )
     threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None, ge=1, description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks."
     )

@@ -275,7 +275,8 @@ class Kernels(Protocol):
     only_enqueue: bool
     """Whether calls only enqueue work on a GPU and read a plan's runs from its tensors, so that a CUDA graph can hold them.
 
-    The `runs` of such a plan then say no more than whether there are runs of one token and how long the longest is.
+    The `runs` of such a plan then say no more than whether there are runs of one token, how long the longest is, and how long
+    their block tables may be.
     """
 
     @property
@@ -349,6 +350,13 @@ class Kernels(Protocol):
         """float64 [R, 3]: each row's maximum, the sum of exp(logit − maximum), and the first index of the maximum.
 
         A NaN in the row, or an infinite maximum, makes one of the first two not finite.
+        """
+        ...
+
+    def normalisers(self, values_RV: Tensor) -> Tensor:
+        """float64 [R, 2]: each row's maximum and the sum of exp(value − maximum), which is 0 of a row of −∞ alone.
+
+        values_RV: float32 or float64. Of a row that is not finite, one of the two is not.
         """
         ...
 

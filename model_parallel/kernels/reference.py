@@ -30,6 +30,7 @@ from model_parallel.kernels.interface import (
 )
 from model_parallel.kernels.low_rank import Runs, add_low_rank, on_device
 from model_parallel.kernels.randomness import best_draws
+from model_parallel.kernels.softmax import normalisers, softmax_parts
 
 ROWS_PER_THREAD = 4
 KEY_TILE = 128
@@ -102,11 +103,8 @@ class ReferenceKernels:
             return _product(x_RE, head)
         return torch.mm(x_RE.to(head.dtype), head.t(), out_dtype=torch.float32)
 
-    def softmax_parts(self, logits_RV: Tensor) -> Tensor:
-        maximum_R1, index_R1 = logits_RV.max(dim=1, keepdim=True)
-        sum_R1 = (logits_RV - maximum_R1).exp().sum(dim=1, keepdim=True)
-        return torch.cat([maximum_R1.double(), sum_R1.double(), index_R1.double()], dim=1)
-
+    softmax_parts = staticmethod(softmax_parts)
+    normalisers = staticmethod(normalisers)
     best_draws = staticmethod(best_draws)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:

@@ -17,15 +17,20 @@ OLDEST_GPU = (8, 0)
 """Compute capability: Ampere, the first with bfloat16."""
 
 
-def select_kernels(device: str, dtype: torch.dtype, num_threads: int) -> Kernels:
+def select_kernels(device: str, dtype: torch.dtype, num_threads: int, *, deterministic: bool = False) -> Kernels:
     """The fastest backend for `device` ("cpu" or "cuda") and `dtype`. Falls back to the reference, and logs why.
 
-    May compile, for some seconds, the first time on a machine.
+    deterministic: the fastest of those that are batch invariant, where the device has one. May compile, for some seconds, the
+    first time on a machine.
     """
     reason = _why_not_cuda() if device == "cuda" else _why_not_native(dtype)
     if not reason:
         try:
-            kernels = _cuda_kernels() if device == "cuda" else CpuKernels(num_threads=num_threads)
+            kernels = (
+                _cuda_kernels(dtype, deterministic=deterministic)
+                if device == "cuda"
+                else CpuKernels(num_threads=num_threads)
+            )
             logger.info("kernels: %s%s", kernels.name, f", {num_threads} threads" if device == "cpu" else "")
             return kernels
         except NativeBuildError as error:
@@ -34,10 +39,18 @@ def select_kernels(device: str, dtype: torch.dtype, num_threads: int) -> Kernels
     return ReferenceKernels(num_threads=num_threads, device=device)
 
 
-def _cuda_kernels() -> Kernels:
-    from model_parallel.kernels.cuda import CudaKernels  # noqa: PLC0415  # needs Triton, which a CPU does without
+def _cuda_kernels(dtype: torch.dtype, *, deterministic: bool) -> Kernels:
+    # They need Triton, which a CPU does without.
+    from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels  # noqa: PLC0415
 
-    return CudaKernels(num_multiprocessors=torch.cuda.get_device_properties().multi_processor_count)
+    properties = torch.cuda.get_device_properties()
+    if not deterministic:
+        return CudaKernels(num_multiprocessors=properties.multi_processor_count)
+    kernels = InvariantCudaKernels(
+        num_multiprocessors=properties.multi_processor_count, architecture=f"sm_{properties.major}{properties.minor}"
+    )
+    kernels.settle_tiles(dtype)
+    return kernels
 
 
 def _why_not_cuda() -> str:

@@ -117,9 +117,8 @@ class Sampler:
         picked = logits_RV[: len(target_ids)].gather(1, targets.where(held, 0).unsqueeze(1))
         picked_R1 = torch.full((len(logits_RV), 1), -math.inf, dtype=torch.float64, device=logits_RV.device)
         picked_R1[: len(target_ids)] = picked.double().masked_fill(~held.unsqueeze(1), -math.inf)
-        table = self._gather(
-            torch.cat([_normalisers(logits_RV), picked_R1, self._listed(logits_RV, num_top, len(target_ids))], dim=1)
-        )
+        listed_RX = self._listed(logits_RV, num_top, len(target_ids))
+        table = self._gather(torch.cat([self.kernels.normalisers(logits_RV), picked_R1, listed_RX], dim=1))
         results: list[TokenLogprobs | None] = []
         for parts, token_id in zip(table, target_ids, strict=False):
             softmax = _combined([part[:2] for part in parts])
@@ -270,7 +269,7 @@ class Sampler:
         """(token id, logit) of rows with top-k, top-p or min-p; asks for more candidates until they suffice."""
         winners: list[tuple[int, float] | None] = [None] * len(rows)
         temperature_R = _doubles([state.sampling.temperature for state in states], values_RV.device)
-        sum_R = _exponential_sums(values_RV, places, states)
+        sum_R = self._exponential_sums(values_RV, places, states)
         count = FIRST_CANDIDATES
         while left := [i for i, winner in enumerate(winners) if winner is None]:
             count = min(count, self.largest_part)
@@ -288,20 +287,19 @@ class Sampler:
             count *= 4
         return [winner for winner in winners if winner is not None]
 
-
-def _exponential_sums(values_RV: Tensor, places: list[int], states: Sequence[SequenceState]) -> Tensor:
-    """float64 [places]: the sum of exp((value − maximum) / temperature) of rows with top-p, which asks for it; 1 of others."""
-    sum_R = torch.ones(len(places), dtype=torch.float64, device=values_RV.device)
-    asking = [i for i, state in enumerate(states) if state.sampling.top_p < 1.0]
-    size = ROWS_AT_ONCE if values_RV.device.type == "cpu" else max(1, len(asking))
-    for first in range(0, len(asking), size):
-        part = asking[first : first + size]
-        # Two rows at least: torch sums a lone row in another order.
-        twice = part if len(part) > 1 else part * 2
-        value_RV = values_RV[[places[i] for i in twice]].double()
-        value_RV /= _doubles([states[i].sampling.temperature for i in twice], values_RV.device).unsqueeze(1)
-        sum_R[part] = _normalisers(value_RV)[: len(part), 1]
-    return sum_R
+    def _exponential_sums(self, values_RV: Tensor, places: list[int], states: Sequence[SequenceState]) -> Tensor:
+        """float64 [places]: the sum of exp((value − maximum) / temperature) of rows with top-p; 1 of others, which need none."""
+        sum_R = torch.ones(len(places), dtype=torch.float64, device=values_RV.device)
+        asking = [i for i, state in enumerate(states) if state.sampling.top_p < 1.0]
+        size = ROWS_AT_ONCE if values_RV.device.type == "cpu" else max(1, len(asking))
+        for first in range(0, len(asking), size):
+            part = asking[first : first + size]
+            # Two rows at least: torch sums a lone row in another order.
+            twice = part if len(part) > 1 else part * 2
+            value_RV = values_RV[[places[i] for i in twice]].double()
+            value_RV /= _doubles([states[i].sampling.temperature for i in twice], values_RV.device).unsqueeze(1)
+            sum_R[part] = self.kernels.normalisers(value_RV)[: len(part), 1]
+        return sum_R
 
 
 def _draw(offers_GRX: Tensor, states: Sequence[SequenceState], *, is_complete: bool) -> list[tuple[int, float] | None]:
@@ -406,15 +404,6 @@ def _picked(values_RV: Tensor, rows: Sequence[int], place_R: Tensor) -> Tensor:
 def _key(state: SequenceState) -> int:
     """Of its next draw."""
     return draw_key(state.sampling.seed, state.choice, state.position)
-
-
-def _normalisers(values_RV: Tensor) -> Tensor:
-    """float64 [R, 2]: maximum, and sum of exp(value − maximum)."""
-    # A rank may hold no token that a row's grammar allows; its sum is then zero.
-    maximum_R1 = values_RV.amax(dim=1, keepdim=True)
-    is_empty_R1 = maximum_R1 == -math.inf
-    shifted_RV = values_RV - maximum_R1.masked_fill(is_empty_R1, 0.0)
-    return torch.cat([maximum_R1, shifted_RV.exp().sum(dim=1, keepdim=True)], dim=1).double()
 
 
 def _combined(parts: Sequence[Sequence[float]]) -> _Softmax:

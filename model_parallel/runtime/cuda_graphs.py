@@ -52,12 +52,13 @@ class DecodeInputs:
     def plan(self) -> AttentionPlan:
         """The step as kernels want it. Computes angles from positions, so that a graph must hold this call."""
         angles_TD = rotary_angles(self._positions_T, self._frequencies)
+        longest_table = self._blocks[: len(self._blocks) // self._num_rows]
         return AttentionPlan(
             slots_T=self._slots_T,
             cos_TD=angles_TD.cos(),
             sin_TD=angles_TD.sin(),
             runs=tuple(
-                SequenceRun(first_row=row, num_tokens=1, start=0, block_table=self._blocks)
+                SequenceRun(first_row=row, num_tokens=1, start=0, block_table=longest_table)
                 for row in range(self._num_rows)
             ),
             runs_S4=self._runs_T4,

@@ -67,7 +67,11 @@ class Rank:
         self.collectives = collectives
         self.device = _device(config.parallel.device)
         dtype = DTYPES[config.parallel.dtype]
-        self.kernels = select_kernels(self.device.type, dtype, config.parallel.num_threads)
+        self.kernels = select_kernels(
+            self.device.type, dtype, config.parallel.num_threads, deterministic=config.parallel.deterministic
+        )
+        if config.parallel.deterministic and not self.deterministic:
+            raise ConfigError(f"deterministic is true, and {self._why_not_deterministic()}; set it to false")
         table = shard_table(model_config, tp_size, rank)
         quantization = config.parallel.quantization
         if quantization == "packed" and not model_config.weight_formats:
@@ -158,6 +162,14 @@ class Rank:
     @property
     def deterministic(self) -> bool:
         return self.kernels.batch_invariant and self.collectives.in_rank_order
+
+    def _why_not_deterministic(self) -> str:
+        if not self.kernels.batch_invariant:
+            return f"with the {self.kernels.name} kernels a row's last bits depend on what else is in a step"
+        return (
+            "the ranks' sums go over NCCL, which adds in an order of its own; they do not where all of a group's GPUs are of "
+            "one host and can map each other's memory"
+        )
 
     @property
     def num_done(self) -> int:

@@ -98,6 +98,7 @@ def _group_spec(entry: ModelEntry, info: CheckpointInfo) -> GroupSpec:
         device=entry.device,
         dtype=entry.dtype,
         quantization=entry.kept_quantization,
+        deterministic=entry.deterministic,
         num_threads=entry.threads_per_rank,
         start_timeout_s=entry.start_timeout_s,
         step_timeout_s=entry.step_timeout_s,

@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
+from tests.support.group_matrices import FORMATS, random_matrix
 
 pytestmark = pytest.mark.gpu
 
@@ -21,6 +22,57 @@ def kernels() -> CudaKernels:
     del poison
     torch.manual_seed(1)
     return CudaKernels(num_multiprocessors=torch.cuda.get_device_properties().multi_processor_count)
+
+
+@pytest.fixture(params=DTYPES)
+def invariant(request: pytest.FixtureRequest, kernels: CudaKernels) -> tuple[InvariantCudaKernels, torch.dtype]:
+    """With the tiles that the dtype gets on this GPU."""
+    chosen = InvariantCudaKernels(num_multiprocessors=kernels.num_multiprocessors)
+    chosen.settle_tiles(request.param)
+    return chosen, request.param
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_tokens_bits_do_not_depend_on_the_step(
+    invariant: tuple[InvariantCudaKernels, torch.dtype], seed: int
+) -> None:
+    kernels, dtype = invariant
+    draw = random.Random(seed)
+    num_kv_heads = draw.randint(1, 8)
+    kv_of_query = [draw.randrange(num_kv_heads) for _ in range(draw.randint(1, 40))]
+    heads = make_heads(kernels, kv_of_query, num_kv_heads, draw.choice([2, 24, 64, 80, 128]))
+    lengths = [draw.randint(1, 100), draw.randint(100, 900), 1, draw.randint(1, 2000)]
+    how = {"block_size": draw.choice([1, 3, 16, 33, 64]), "dtype": dtype, "seed": seed}
+    cuda_checks.check_attention_is_invariant(kernels, heads, lengths, **how)
+    cuda_checks.check_chunks(kernels, heads, lengths, **how)
+
+
+@pytest.mark.parametrize("num_rows", [5, 64, 65, 700])
+@pytest.mark.parametrize("shape", [(4096, 515), (4096, 4096), (577, 129)])
+def test_a_rows_bits_do_not_depend_on_the_others(
+    invariant: tuple[InvariantCudaKernels, torch.dtype], shape: tuple[int, int], num_rows: int
+) -> None:
+    kernels, dtype = invariant
+    num_inputs, num_outputs = shape
+    dense = torch.randn(num_outputs, num_inputs, device="cuda").to(dtype)
+    for weight in (dense, cuda_checks.random_int8(kernels, num_outputs, num_inputs)):
+        cuda_checks.check_rows_are_invariant(kernels, weight, num_inputs, num_rows, dtype)
+    x = torch.randn(num_rows, num_inputs, device="cuda").to(dtype)
+    cuda_checks.check_products(kernels, x, dense, dense.double())
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "zeros 32"])
+@pytest.mark.parametrize("num_rows", [5, 65, 300])
+def test_a_rows_bits_with_weights_in_groups(
+    invariant: tuple[InvariantCudaKernels, torch.dtype], num_rows: int, name: str
+) -> None:
+    kernels, dtype = invariant
+    weight = kernels.pack_linear(random_matrix(FORMATS[name], 515, 4096).to(torch.device("cuda")))
+    cuda_checks.check_rows_are_invariant(kernels, weight, 4096, num_rows, dtype)
+
+
+def test_special_rows_of_a_softmax(invariant: tuple[InvariantCudaKernels, torch.dtype]) -> None:
+    cuda_checks.check_softmax_of_special_rows(invariant[0])
 
 
 @pytest.mark.parametrize("seed", range(30))

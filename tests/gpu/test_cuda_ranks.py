@@ -17,6 +17,8 @@ from model_parallel.errors import ConfigError
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from model_parallel.runtime.executors import InProcessExecutor, SpawnedExecutor
 from model_parallel.runtime.rank import Rank
+from tests.support.local_engine import LocalGroup
+from tests.support.one_answer import SAMPLINGS, check_one_answer
 from tests.support.ranks import group_config, prompt_logits, save_random_llama
 
 pytestmark = pytest.mark.gpu
@@ -120,6 +122,32 @@ def test_sampling_draws_the_same_tokens_as_on_the_cpu(tmp_path: Path) -> None:
         answers.append(_answers(executor, [_ids(30), _ids(9, seed=2)], sampling))
         executor.shutdown()
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("quantization", ["", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_deterministic_answer_does_not_depend_on_how_it_was_computed(
+    tp_size: int, dtype: str, quantization: str, tmp_path: Path
+) -> None:
+    """With graphs at TP=1. At TP=2 ranks are threads that share the device."""
+    save_random_llama(tmp_path, **GQA)
+    group = LocalGroup(
+        tmp_path, tp_size, dtype=dtype, quantization=quantization, device="cuda", deterministic=True, num_blocks=256
+    )
+    try:
+        assert group.kernels_name.startswith("cuda-invariant sm_") and group.is_deterministic
+        for sampling in SAMPLINGS.values():
+            check_one_answer(group, sampling)
+    finally:
+        group.close()
+
+
+def test_deterministic_logits_are_those_of_the_cpu(tmp_path: Path) -> None:
+    save_random_llama(tmp_path, **GQA)
+    on_cpu = prompt_logits(group_config(tmp_path, 1), _ids(), chunk=200)
+    on_gpu = prompt_logits(group_config(tmp_path, 1, device="cuda", deterministic=True), _ids(), chunk=64).cpu()
+    assert (on_gpu - on_cpu).abs().max() <= MAX_LOGIT_ERROR
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -13,26 +13,18 @@ from tests.support.converted import reference_model
 from tests.support.effort import by_day, rest_by_night
 from tests.support.kernels import BACKENDS, INSTRUCTION_SETS, use_backend
 from tests.support.local_engine import LocalGroup
+from tests.support.one_answer import (
+    GREEDY,
+    NUM_NEW,
+    SAMPLINGS,
+    check_one_answer,
+    random_prompts,
+    request,
+)
 from tests.support.ranks import save_random_llama
 
 NUM_PROMPTS = 10
-NUM_NEW = 64
 MAX_LOGPROB_ERROR = 1e-4
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
-SEEDED = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=7, max_tokens=NUM_NEW, ignore_eos=True)
-PLAIN = SamplingParams(
-    temperature=1.1, seed=3, frequency_penalty=0.4, repetition_penalty=1.1, max_tokens=NUM_NEW, ignore_eos=True
-)
-
-
-def _prompts(vocab_size: int, lengths: list[int]) -> list[tuple[int, ...]]:
-    draw = torch.Generator().manual_seed(11)
-    return [tuple(torch.randint(3, vocab_size, (n,), generator=draw).tolist()) for n in lengths]
-
-
-def _request(name: str, prompt: tuple[int, ...], sampling: SamplingParams) -> EngineRequest:
-    return EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, eos_token_ids=(2,))
 
 
 def _assert_greedy(model: LlamaForCausalLM, prompt: tuple[int, ...], answer: list[int]) -> None:
@@ -74,8 +66,8 @@ def group(request: pytest.FixtureRequest, checkpoint: tuple[Path, LlamaForCausal
 
 
 def test_greedy_answers_are_those_of_transformers(group: LocalGroup, checkpoint: tuple[Path, LlamaForCausalLM]) -> None:
-    prompts = _prompts(515, [5 + 7 * i for i in range(NUM_PROMPTS)])
-    outcome = group.run([_request(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
+    prompts = random_prompts(515, [5 + 7 * i for i in range(NUM_PROMPTS)])
+    outcome = group.run([request(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
     for i, prompt in enumerate(prompts):
         answer = outcome.tokens(str(i))
         assert len(answer) == NUM_NEW
@@ -93,9 +85,9 @@ def test_smollm2_greedy_answers_are_those_of_transformers(
 ) -> None:
     use_backend(monkeypatch, backend)
     model = reference_model(smollm2_path)
-    prompts = _prompts(49152, [20 + i for i in range(by_day(4, by_night=NUM_PROMPTS))])
+    prompts = random_prompts(49152, [20 + i for i in range(by_day(4, by_night=NUM_PROMPTS))])
     group = LocalGroup(smollm2_path, tp_size)
-    outcome = group.run([_request(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
+    outcome = group.run([request(str(i), prompt, GREEDY) for i, prompt in enumerate(prompts)])
     group.close()
     for i, prompt in enumerate(prompts):
         _assert_greedy(model, prompt, outcome.tokens(str(i)))
@@ -104,9 +96,9 @@ def test_smollm2_greedy_answers_are_those_of_transformers(
 def test_prompt_logprobs_are_those_of_transformers(
     group: LocalGroup, checkpoint: tuple[Path, LlamaForCausalLM]
 ) -> None:
-    (prompt,) = _prompts(515, [200])
+    (prompt,) = random_prompts(515, [200])
     sampling = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=3, logprobs=3)
-    outcome = group.run([_request("scored", prompt, sampling)], max_prefill_chunk=33)
+    outcome = group.run([request("scored", prompt, sampling)], max_prefill_chunk=33)
     entries = [entry for output in outcome.outputs["scored"] for entry in output.prompt_logprobs]
     with torch.no_grad():
         expected = checkpoint[1](torch.tensor([prompt])).logits[0].log_softmax(-1)
@@ -119,16 +111,15 @@ def test_prompt_logprobs_are_those_of_transformers(
 
 
 def test_scoring_alone_draws_no_token(group: LocalGroup) -> None:
-    (prompt,) = _prompts(515, [40])
+    (prompt,) = random_prompts(515, [40])
     outcome = group.run(
-        [_request("s", prompt, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=30))]
+        [request("s", prompt, SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=30))]
     )
     assert outcome.tokens("s") == []
     assert [len(output.prompt_logprobs) for output in outcome.outputs["s"]] == [10]
     assert outcome.last("s").finish_reason is FinishReason.LENGTH
 
 
-SAMPLINGS = {"greedy": GREEDY, "filtered": SEEDED, "penalised": PLAIN}
 COMPUTED = list(itertools.product(CASES, SAMPLINGS))
 COMPUTED_BY_DAY = [
     (case, name) for case, name in COMPUTED if case in DAILY and (case[0] == "cpu" or name == "filtered")
@@ -140,35 +131,11 @@ COMPUTED_BY_DAY = [
     ("group", "name"), rest_by_night(COMPUTED, by_day=COMPUTED_BY_DAY, has_names=True), indirect=["group"], ids=_id
 )
 def test_an_answer_does_not_depend_on_how_it_was_computed(group: LocalGroup, name: str) -> None:
-    sampling = SAMPLINGS[name]
-    prompt, *others = _prompts(515, [90, *(3 + 9 * i for i in range(15))])
-    wanted = _request("it", prompt, sampling)
-    alone = group.run([wanted]).tokens("it")
-    kinds = [GREEDY, SEEDED, PLAIN]
-    neighbours = [_request(f"n{i}", other, kinds[i % 3]) for i, other in enumerate(others)]
-
-    assert group.run([*neighbours[:7], wanted, *neighbours[7:]]).tokens("it") == alone, "in a batch of 16"
-    for chunk in (1, 7, 64):
-        assert group.run([wanted], max_prefill_chunk=chunk).tokens("it") == alone, f"prefilled {chunk} tokens at a time"
-    crowded = group.run([neighbours[3], neighbours[4], wanted], num_blocks=12)
-    assert crowded.num_preemptions > 0
-    assert crowded.tokens("it") == alone, "after a preemption"
-    again = _request("again", prompt, sampling)
-    cached = group.run([wanted, again], prefix_caching=True, waves=[1])
-    assert cached.last("again").num_cached_tokens == 80
-    assert cached.tokens("again") == alone, "on a prefix-cache hit"
-    resumed = EngineRequest(
-        request_id="rest",
-        prompt_token_ids=prompt,
-        sampling=sampling,
-        output_token_ids=tuple(alone[:20]),
-        eos_token_ids=(2,),
-    )
-    assert group.run([resumed]).tokens("rest") == alone[20:], "resumed after 20 tokens"
+    check_one_answer(group, SAMPLINGS[name])
 
 
 def test_other_seeds_and_choices_draw_other_tokens(group: LocalGroup) -> None:
-    (prompt,) = _prompts(515, [30])
+    (prompt,) = random_prompts(515, [30])
     requests = [
         EngineRequest(
             request_id=f"{seed}-{choice}", prompt_token_ids=prompt, choice=choice, sampling=SamplingParams(seed=seed)

@@ -92,6 +92,80 @@ def check_chunks(
         assert error <= ATTENTION_TOLERANCE[dtype]
 
 
+def check_attention_is_invariant(
+    kernels: CudaKernels, heads: Heads, lengths: Sequence[int], *, block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Every token's bits are those of its sequence alone and whole: in random chunks beside others, and token by token."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    counts = [-(-length // block_size) for length in lengths]
+    tables = [part.tolist() for part in torch.randperm(sum(counts)).split(counts)]
+    num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    qkv = [torch.randn(length, num_columns, device=kernels.device).to(dtype) for length in lengths]
+
+    def computed(takes_of: Sequence[Sequence[int]], chosen: Sequence[int]) -> list[Tensor]:
+        """Of the chosen sequences, in steps that take so many tokens of each."""
+        cache = poisoned_cache(kernels, sum(counts), block_size, heads, dtype)
+        outs: dict[int, list[Tensor]] = {i: [] for i in chosen}
+        done = dict.fromkeys(chosen, 0)
+        for takes in takes_of:
+            parts = [(i, n) for i, n in zip(chosen, takes, strict=True) if n]
+            rows = torch.cat([qkv[i][done[i] : done[i] + n] for i, n in parts])
+            plan = make_plan(kernels, [(n, done[i], tables[i]) for i, n in parts], block_size=block_size, heads=heads)
+            out = kernels.attention(rows, plan, cache, heads).split([n for _, n in parts])
+            for (i, n), part in zip(parts, out, strict=True):
+                outs[i].append(part)
+                done[i] += n
+        return [torch.cat(outs[i]) for i in chosen]
+
+    left, steps = list(lengths), []
+    while any(left):
+        steps.append([min(n, draw.choice([0, 1, 1, 5, 64, 300])) for n in left])
+        left = [n - take for n, take in zip(left, steps[-1], strict=True)]
+        if not any(steps[-1]):
+            steps.pop()
+    together = computed(steps, range(len(lengths)))
+    for i, length in enumerate(lengths):
+        (alone,) = computed([[length]], [i])
+        assert torch.equal(together[i], alone)
+        num_single = min(length, 9)
+        (at_the_end,) = computed(
+            [[length - num_single], *([1] for _ in range(num_single))][length == num_single :], [i]
+        )
+        assert torch.equal(at_the_end, alone)
+
+
+def check_rows_are_invariant(
+    kernels: CudaKernels, weight: Any, num_inputs: int, num_rows: int, dtype: torch.dtype
+) -> None:
+    """Of products, logits, normalisers: every row alone and among others, at other places, has the same bits."""
+    torch.manual_seed(num_rows)
+    x = torch.randn(num_rows, num_inputs, device=kernels.device).to(dtype)
+    operations = [kernels.partial_sum, kernels.linear, lambda rows, packed: kernels.logits(rows.float(), packed)]
+    for operation in operations:
+        whole = operation(x, weight)
+        for chosen in ([num_rows - 1], list(range(num_rows - 5, num_rows))):
+            assert torch.equal(operation(x[chosen], weight), whole[chosen])
+    for values in (kernels.partial_sum(x, weight), kernels.partial_sum(x, weight).double()):
+        parts = kernels.softmax_parts(values)
+        assert torch.equal(kernels.normalisers(values), parts[:, :2])
+        assert torch.equal(torch.cat([kernels.softmax_parts(row) for row in values.split(1)]), parts)
+        assert torch.equal(parts[:, 0], values.double().amax(1)) and torch.equal(parts[:, 2], values.argmax(1).double())
+        exact = (values.double() - parts[:, :1]).exp().sum(1)
+        tolerance = values.shape[1] * 2.0**-23 if values.dtype == torch.float32 else 1e-12
+        assert ((parts[:, 1] - exact).abs() <= tolerance * exact).all()
+
+
+def check_softmax_of_special_rows(kernels: CudaKernels) -> None:
+    values = torch.zeros(5, 3000, device=kernels.device)
+    values[0], values[1, 2500], values[2, 7], values[3, 2999] = -torch.inf, torch.inf, torch.nan, 1.0
+    parts = kernels.softmax_parts(values)
+    assert parts[0].tolist()[:2] == [-torch.inf, 0.0]
+    assert not parts[1, :2].isfinite().all() and not parts[2, :2].isfinite().all()
+    assert parts[3].tolist()[::2] == [1.0, 2999.0]
+    assert parts[4].tolist() == [0.0, 3000.0, 0.0], "the first of the highest"
+
+
 def check_long_decode(kernels: CudaKernels, heads: Heads, length: int, *, dtype: torch.dtype) -> None:
     """The last token of a long sequence, whose context is cut into parts."""
     block_size, num_blocks = 16, -(-length // 16)

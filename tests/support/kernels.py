@@ -32,7 +32,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if instruction_set:
         cpu_kernels(instruction_set, num_threads=1)
 
-    def select(device: str, dtype: torch.dtype, num_threads: int) -> Kernels:
+    def select(device: str, dtype: torch.dtype, num_threads: int, *, deterministic: bool) -> Kernels:
         if kind == "cpu":
             return CpuKernels(num_threads=num_threads, isa=instruction_set)
         return ReferenceKernels(num_threads=num_threads, device=device)

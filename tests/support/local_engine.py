@@ -28,6 +28,8 @@ class LocalGroup:
         *,
         dtype: str = "float32",
         quantization: str = "",
+        device: str = "cpu",
+        deterministic: bool = False,
         num_blocks: int = 256,
         rank_factory: RankFactory = Rank,
         tokens: TokenTable | None = None,
@@ -36,7 +38,15 @@ class LocalGroup:
         known: Sequence[tuple[AdapterRef, int]] = (),
     ) -> None:
         """`known` are adapters, each with its bytes on a rank."""
-        config = group_config(path, tp_size, dtype=dtype, quantization=quantization, num_blocks=num_blocks)
+        config = group_config(
+            path,
+            tp_size,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            deterministic=deterministic,
+            num_blocks=num_blocks,
+        )
         self.config = replace(config, tokens=tokens, adapters=adapters, draft=draft)
         self.known = known
         torch.set_num_threads(1)
@@ -45,6 +55,10 @@ class LocalGroup:
     @property
     def kernels_name(self) -> str:
         return str(self.executor._workers[0].kernels_name)  # type: ignore[attr-defined]
+
+    @property
+    def is_deterministic(self) -> bool:
+        return bool(self.executor._workers[0].deterministic)
 
     def run(
         self,

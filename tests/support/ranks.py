@@ -29,11 +29,17 @@ def group_config(
     quantization: str = "",
     num_blocks: int = 64,
     device: str = "cpu",
+    deterministic: bool = False,
 ) -> GroupConfig:
     return GroupConfig(
         checkpoint_path=str(path),
         parallel=ParallelConfig(
-            tp_size=tp_size, dtype=dtype, quantization=quantization, device=device, step_timeout_s=60
+            tp_size=tp_size,
+            dtype=dtype,
+            quantization=quantization,
+            device=device,
+            deterministic=deterministic,
+            step_timeout_s=60,
         ),
         cache=CacheConfig(num_blocks=num_blocks, block_size=16),
         epoch=1,

@@ -28,6 +28,7 @@ from model_parallel.kernels.interface import (
     Matrix,
 )
 from model_parallel.kernels.randomness import best_draws
+from model_parallel.kernels.softmax import normalisers
 from model_parallel.native import CPU_KERNELS, CPU_OPERATIONS, chosen_instruction_set, load_library
 
 ARENA_BYTES = 64 << 20
@@ -366,6 +367,8 @@ class CpuKernels:
             self._handle, logits_RV.data_ptr(), num_rows, num_columns, parts_R3.data_ptr()
         )
         return parts_R3
+
+    normalisers = staticmethod(normalisers)
 
     def best_draws(
         self,

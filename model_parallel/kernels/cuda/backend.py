@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs: products by cuBLAS, the rest in Triton (elementwise.py, attention.py, int8.py,
+"""Kernels for NVIDIA GPUs: products by cuBLAS, the rest in Triton (elementwise.py, attention.py, products.py,
 groups.py).
 
 Shape suffixes: those of kernels/interface.py
@@ -17,7 +17,7 @@ from model_parallel.kernels.cuda import adapters
 from model_parallel.kernels.cuda.attention import combine_kernel, paged_attention_kernel
 from model_parallel.kernels.cuda.elementwise import rms_norm_kernel, rotate_and_store_kernel, swiglu_kernel
 from model_parallel.kernels.cuda.group_weights import GroupWeight
-from model_parallel.kernels.cuda.int8 import int8_product_kernel
+from model_parallel.kernels.cuda.products import product_kernel
 from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
@@ -31,6 +31,7 @@ from model_parallel.kernels.interface import (
 )
 from model_parallel.kernels.randomness import best_draws
 from model_parallel.kernels.reference import embedded
+from model_parallel.kernels.softmax import normalisers, softmax_parts
 
 MAX_PARTS = 32
 """Parts that a context is cut into at most, for programs to share in decode."""
@@ -146,11 +147,8 @@ class CudaKernels:
         rounded_RV, rest_RV = self._product(torch.cat([rounded_RE, rest_RE]), head).chunk(2)
         return rounded_RV + rest_RV
 
-    def softmax_parts(self, logits_RV: Tensor) -> Tensor:
-        maximum_R1, index_R1 = logits_RV.max(dim=1, keepdim=True)
-        sum_R1 = (logits_RV - maximum_R1).exp().sum(dim=1, keepdim=True)
-        return torch.cat([maximum_R1.double(), sum_R1.double(), index_R1.double()], dim=1)
-
+    softmax_parts = staticmethod(softmax_parts)
+    normalisers = staticmethod(normalisers)
     best_draws = staticmethod(best_draws)
 
     def rms_norm(self, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
@@ -228,7 +226,8 @@ class CudaKernels:
         is_wide = q_THD.dtype == torch.float32
         if is_decode:
             num_tokens, num_rows = 1, max(_SMALLEST_DOT, group_size)
-            num_parts = _num_parts(num_runs * heads.num_kv_heads, self.num_multiprocessors)
+            wanted = num_programs_a_context(num_runs * heads.num_kv_heads, self.num_multiprocessors)
+            num_parts = min(MAX_PARTS, _padded(wanted))
         else:
             num_tokens = max(1, (32 if is_wide else 128) // group_size)
             num_rows = max(_SMALLEST_DOT, num_tokens * group_size)
@@ -277,10 +276,9 @@ def _padded(size: int) -> int:
     return padded
 
 
-def _num_parts(num_programs: int, num_multiprocessors: int) -> int:
-    """A power of two: what keeps all processors busy in decode when each context were one part."""
-    wanted = -(-PROGRAMS_A_PROCESSOR * num_multiprocessors // num_programs)
-    return min(MAX_PARTS, _padded(wanted))
+def num_programs_a_context(num_contexts: int, num_multiprocessors: int) -> int:
+    """That keep all processors busy in decode."""
+    return -(-PROGRAMS_A_PROCESSOR * num_multiprocessors // num_contexts)
 
 
 def _product(x_TI: Tensor, weight_OI: Tensor | Int8Matrix) -> Tensor:
@@ -301,7 +299,7 @@ def _int8_product(x_TI: Tensor, weight: Int8Matrix) -> Tensor:
         num_padded, num_outputs_a_program = max(_SMALLEST_DOT, _padded(num_rows)), 32
         # With few rows, more weights on their way at a time, which is what the time goes for.
         is_wide, has_few_rows = x_TI.dtype == torch.float32, num_padded <= 32
-        int8_product_kernel[(triton.cdiv(num_outputs, num_outputs_a_program), 1)](
+        product_kernel[(1, triton.cdiv(num_outputs, num_outputs_a_program))](
             x_TI.contiguous(),
             weight.values_OI,
             weight.scales_O,

@@ -1,7 +1,8 @@
-"""Triton kernels that read and write each value once: norms, SwiGLU, and the rotation that fills the cache.
+"""Triton kernels of rows: norms, SwiGLU, the rotation that fills the cache, and what a softmax needs.
 
-Arithmetic is float32, whatever is stored. Shape suffixes: A heads of a program · C half a head's features · E a row's
-features, padded to a power of two
+Arithmetic is float32, whatever is stored, except in softmax_parts_kernel, where it is that of the values.
+
+Shape suffixes: A heads of a program · C half a head's features · E a row's features, padded to a power of two, or a part of them
 """
 
 import triton
@@ -89,3 +90,29 @@ def rotate_and_store_kernel(
     tl.store(keys + kv_place_AC + half, second_AC, mask=inside_AC & is_key_A1)
     tl.store(values + kv_place_AC, first_AC, mask=inside_AC & is_value_A1)
     tl.store(values + kv_place_AC + half, second_AC, mask=inside_AC & is_value_A1)
+
+
+@triton.jit
+def softmax_parts_kernel(values, out, num_columns, NUM_COLUMNS_A_PASS: tl.constexpr):
+    """out, float64 [rows, 3]: the maximum of a row, the sum of exp(value − maximum), the first index of the maximum.
+
+    A program takes a row, and reads it from its beginning on, some columns at a time. Of a row of −∞ alone the sum is 0.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    maximum = tl.full([], float("-inf"), values.dtype.element_ty)
+    index = tl.full([], 0, tl.int32)
+    for first_column in range(0, num_columns, NUM_COLUMNS_A_PASS):
+        column_E = first_column + tl.arange(0, NUM_COLUMNS_A_PASS)
+        value_E = tl.load(values + row * num_columns + column_E, mask=column_E < num_columns, other=float("-inf"))
+        here, place = tl.max(value_E, 0, return_indices=True, return_indices_tie_break_left=True)
+        index = tl.where(here > maximum, first_column + place, index)
+        maximum = tl.maximum(maximum, here)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.full([], 0.0, values.dtype.element_ty)
+    for first_column in range(0, num_columns, NUM_COLUMNS_A_PASS):
+        column_E = first_column + tl.arange(0, NUM_COLUMNS_A_PASS)
+        value_E = tl.load(values + row * num_columns + column_E, mask=column_E < num_columns, other=float("-inf"))
+        total += tl.sum(tl.exp(value_E - base), 0)
+    tl.store(out + row * 3, maximum.to(tl.float64))
+    tl.store(out + row * 3 + 1, total.to(tl.float64))
+    tl.store(out + row * 3 + 2, index.to(tl.float64))

@@ -4,6 +4,7 @@ Shape suffixes: T tokens · O features out · I features in · P inputs of all g
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -92,16 +93,16 @@ class GroupWeight:
             "HAS_ORDER": self.order_P is not None,
         }
 
-    def product(self, x_TI: Tensor, num_multiprocessors: int) -> Tensor:
-        """float32 [T, O]: x · weightᵀ."""
+    def product(self, x_TI: Tensor, num_multiprocessors: int, *, is_invariant: bool = False) -> Tensor:
+        """float32 [T, O]: x · weightᵀ. is_invariant: a row's bits do not depend on how many there are."""
         num_rows, num_outputs = x_TI.shape[0], self.num_outputs
-        if num_rows > MAX_ROWS:
+        if num_rows > MAX_ROWS and not is_invariant:
             rows_O = torch.arange(num_outputs, device=x_TI.device)
             weight_OI = self.rows(rows_O, 0, x_TI.dtype)
             if x_TI.dtype == torch.float32:
                 return torch.mm(x_TI, weight_OI.t())
             return torch.mm(x_TI, weight_OI.t(), out_dtype=torch.float32)
-        num_padded = max(_SMALLEST_DOT, triton.next_power_of_2(num_rows))
+        num_padded = MAX_ROWS if is_invariant else max(_SMALLEST_DOT, triton.next_power_of_2(num_rows))
         num_outputs_a_program = 64 if self.format.group_size <= 64 else 32
         num_programs = triton.cdiv(num_outputs, num_outputs_a_program)
         wanted_parts = -(-_PROGRAMS_A_PROCESSOR * num_multiprocessors // num_programs)
@@ -109,7 +110,7 @@ class GroupWeight:
         num_parts = -(-self.num_groups // groups_per_part)
         out_NTO = torch.empty((num_parts, num_rows, num_outputs), dtype=torch.float32, device=x_TI.device)
         if num_rows:
-            group_product_kernel[(num_programs, num_parts)](
+            group_product_kernel[(num_programs, num_parts, triton.cdiv(num_rows, num_padded))](
                 x_TI.contiguous(),
                 *self._tensors(),
                 out_NTO,
@@ -125,6 +126,9 @@ class GroupWeight:
                 num_warps=4,
                 num_stages=4 if x_TI.dtype != torch.float32 else 2,
             )
+        if is_invariant:  # torch's own sum takes the parts in an order that depends on the shape
+            total: Tensor = reduce(torch.add, out_NTO.unbind(0))
+            return total
         return out_NTO[0] if num_parts == 1 else out_NTO.sum(0)
 
     def rows(self, rows_T: Tensor, first_row: int, dtype: torch.dtype) -> Tensor:

@@ -83,10 +83,13 @@ def group_product_kernel(
     NUM_ROWS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
 ):
-    """out [parts, rows, outputs], float32: x · weightᵀ over the groups of each part; a program takes NUM_OUTPUTS of one part."""
+    """out [parts, rows, outputs], float32: x · weightᵀ over the groups of each part.
+
+    A program takes NUM_ROWS × NUM_OUTPUTS of one part.
+    """
     output_O = tl.program_id(0).to(tl.int64) * NUM_OUTPUTS + tl.arange(0, NUM_OUTPUTS)
     part = tl.program_id(1).to(tl.int64)
-    row_R = tl.arange(0, NUM_ROWS).to(tl.int64)
+    row_R = tl.program_id(2).to(tl.int64) * NUM_ROWS + tl.arange(0, NUM_ROWS)
     is_there_O = output_O < num_outputs
     sum_RO = tl.zeros([NUM_ROWS, NUM_OUTPUTS], tl.float32)
     for group in range(part * groups_per_part, tl.minimum((part + 1) * groups_per_part, num_groups)):

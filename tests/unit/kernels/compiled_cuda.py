@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this mach
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels
 from model_parallel.kernels.cuda.adapters import add_low_rank
 from model_parallel.kernels.cuda.elementwise import swiglu_kernel
 from model_parallel.kernels.cuda.group_weights import GroupWeight
@@ -27,6 +27,9 @@ from tests.support.group_matrices import FORMATS, random_matrix
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """Of a program, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
 
+
+HEADS = [(32, 32, 128), (5, 2, 64), (71, 1, 80)]
+"""Query heads, key/value heads, head dim."""
 
 CACHE = Path.home() / ".cache" / "packtrain" / "triton"
 """Triton keeps there what it has compiled, by a hash of all that it was made from."""
@@ -49,8 +52,8 @@ class _Driver:
 
 
 @pytest.fixture(params=list(SHARED_BYTES), ids=["ampere", "hopper"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CudaKernels:
-    """What it launches is compiled only, and checked for the shared memory it needs."""
+def compiles_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched is compiled only, and checked for the shared memory it needs."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(request.param))
     run: Callable[..., Any] = JITFunction.run
@@ -61,7 +64,16 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         assert kernel.metadata.shared <= SHARED_BYTES[request.param], self.__name__
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+
+
+@pytest.fixture
+def kernels(compiles_only: None) -> CudaKernels:
     return CudaKernels(device="cpu", num_multiprocessors=132)
+
+
+@pytest.fixture
+def invariant(compiles_only: None) -> InvariantCudaKernels:
+    return InvariantCudaKernels(device="cpu", num_multiprocessors=132)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,8 +85,20 @@ def test_adapters(kernels: CudaKernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(32, 32, 128), (5, 2, 64), (71, 1, 80)], ids=["7b", "uneven", "mqa"])
+@pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
 def test_attention(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    _attend(kernels, heads, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
+def test_attention_with_invariant_bits(
+    invariant: InvariantCudaKernels, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    _attend(invariant, heads, dtype)
+
+
+def _attend(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
     num_queries, num_kv_heads, dim = heads
     map_ = [query * num_kv_heads // num_queries for query in range(num_queries)]
     local = make_heads(kernels, map_, num_kv_heads, dim)
@@ -98,6 +122,25 @@ def test_elementwise(kernels: CudaKernels, dtype: torch.dtype) -> None:
 def test_int8_products(kernels: CudaKernels, num_rows: int, dtype: torch.dtype) -> None:
     weight = cuda_checks.random_int8(kernels, 64, 4096)
     kernels.partial_sum(torch.zeros(num_rows, 4096, dtype=dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_wide_tiles", [False, True], ids=["narrow", "wide"])
+def test_products_with_invariant_bits(
+    invariant: InvariantCudaKernels, has_wide_tiles: bool, dtype: torch.dtype
+) -> None:
+    invariant.has_wide_tiles = has_wide_tiles
+    x = torch.zeros(300, 4096, dtype=dtype)
+    for weight in (torch.zeros(512, 4096, dtype=dtype), cuda_checks.random_int8(invariant, 512, 4096)):
+        invariant.linear(x, weight)
+        invariant.partial_sum(x, weight)
+
+
+def test_products_in_groups_and_sums_with_invariant_bits(invariant: InvariantCudaKernels) -> None:
+    weight = invariant.pack_linear(random_matrix(FORMATS["Q4_K"], 64, 4096))
+    invariant.partial_sum(torch.zeros(300, 4096, dtype=torch.bfloat16), weight)
+    for dtype in (torch.float32, torch.float64):
+        invariant.normalisers(torch.zeros(3, 32000, dtype=dtype))
 
 
 @pytest.mark.parametrize("num_rows", [1, 64])

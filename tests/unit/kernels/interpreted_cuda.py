@@ -4,6 +4,7 @@ The interpreter is slow, so shapes are small. It shows that indices, masks and s
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ from triton.runtime import interpreter
 from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import ModelConfig
 from model_parallel.errors import ConfigError
-from model_parallel.kernels.cuda import CudaKernels
+from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels
+from model_parallel.kernels.cuda.invariant import NARROW
 from model_parallel.kernels.interface import LayerCache
 from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.model.batch import Layout, rotary_angles, rotary_frequencies
@@ -33,6 +35,8 @@ from tests.support.cuda_checks import DTYPES, make_heads
 from tests.support.effort import by_day
 from tests.support.group_matrices import FORMATS, random_matrix
 from tests.support.kernels import attention_plan
+
+GROUP_FORMATS = ["Q4_K", "Q4_0", "Q4_1", "Q8_0", "Q5_K", "Q6_K", "symmetric 128", "zeros 32", "zeros 8 bits"]
 
 # numpy warns of infinities and NaN, of which a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -72,6 +76,82 @@ def _bfloat16() -> None:
 @pytest.fixture
 def kernels() -> CudaKernels:
     return CudaKernels(device="cpu", num_multiprocessors=2)
+
+
+@pytest.fixture
+def dot_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a dot depends on that row alone, as on a GPU for one instruction. numpy's own depends on the number of rows."""
+
+    def of_rows(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        left, right = (
+            x.data if x.dtype.scalar != interpreter.tl.bfloat16 else self.create_fp_ext(x).data for x in (a, b)
+        )
+        product = np.einsum("ri,io->ro", left.astype(np.float32), right.astype(np.float32))
+        return interpreter.TensorHandle((d.data + product).astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", of_rows)
+
+
+@pytest.fixture
+def invariant(dot_of_rows: None) -> InvariantCudaKernels:
+    """With parts that are short, so that a short context has several."""
+    kernels = InvariantCudaKernels(device="cpu", num_multiprocessors=2)
+    kernels.part_len = 64
+    return kernels
+
+
+@pytest.mark.parametrize("seed", range(by_day(2, by_night=30)))
+def test_a_tokens_bits_do_not_depend_on_the_step(invariant: InvariantCudaKernels, seed: int) -> None:
+    draw = random.Random(seed)
+    num_kv_heads = draw.randint(1, 2)
+    kv_of_query = [draw.randrange(num_kv_heads) for _ in range(draw.randint(1, 5))]
+    heads = make_heads(invariant, kv_of_query, num_kv_heads, draw.choice([2, 6, 16]))
+    lengths, block_size = [draw.randint(1, 25), draw.randint(70, 140), 1], draw.choice([1, 8, 33])
+    how: dict[str, Any] = {"block_size": block_size, "dtype": DTYPES[seed % 3], "seed": seed}
+    cuda_checks.check_attention_is_invariant(invariant, heads, lengths, **how)
+    cuda_checks.check_chunks(invariant, heads, lengths, **how)
+
+
+@pytest.mark.parametrize("has_wide_tiles", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rows_bits_do_not_depend_on_the_others(
+    invariant: InvariantCudaKernels, dtype: torch.dtype, has_wide_tiles: bool
+) -> None:
+    invariant.has_wide_tiles = has_wide_tiles
+    num_rows = 35 if dtype == torch.float32 else 67  # more than a narrow tile
+    dense = torch.randn(40, 70).to(dtype)
+    cuda_checks.check_rows_are_invariant(invariant, dense, 70, num_rows, dtype)
+    cuda_checks.check_rows_are_invariant(invariant, cuda_checks.random_int8(invariant, 9, 70), 70, num_rows, dtype)
+    cuda_checks.check_products(invariant, torch.randn(5, 70).to(dtype), dense, dense.double())
+
+
+@pytest.mark.parametrize("name", GROUP_FORMATS[: by_day(1, by_night=len(GROUP_FORMATS))])
+def test_a_rows_bits_with_weights_in_groups(invariant: InvariantCudaKernels, name: str) -> None:
+    torch.manual_seed(0)
+    weight = invariant.pack_linear(random_matrix(FORMATS[name], 20, 256))
+    cuda_checks.check_rows_are_invariant(invariant, weight, 256, 67, torch.float32)
+
+
+def test_wide_tiles_are_used_where_they_give_the_same_bits(
+    invariant: InvariantCudaKernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    invariant.settle_tiles(torch.float32)
+    assert invariant.has_wide_tiles and not caplog.records
+    of_rows = interpreter.InterpreterBuilder.create_dot
+
+    def other_for_wide(self: Any, a: Any, *rest: Any) -> Any:
+        out = of_rows(self, a, *rest)
+        if a.data.shape[0] > NARROW[4].num_rows:
+            out.data = np.nextafter(out.data, np.float32(np.inf))
+        return out
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", other_for_wide)
+    invariant.settle_tiles(torch.float32)
+    assert not invariant.has_wide_tiles and "narrow tiles (slow)" in caplog.text
+
+
+def test_special_rows_of_a_softmax(invariant: InvariantCudaKernels) -> None:
+    cuda_checks.check_softmax_of_special_rows(invariant)
 
 
 @pytest.mark.parametrize("seed", range(by_day(6, by_night=30)))
@@ -136,9 +216,6 @@ CONFIG = ModelConfig(
     rope_theta=100.0,
     max_position=64,
 )
-
-
-GROUP_FORMATS = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "symmetric 128", "zeros 32", "zeros 8 bits"]
 
 
 @pytest.mark.parametrize("name", GROUP_FORMATS)
@@ -221,6 +298,35 @@ def test_a_padded_decode_step_is_that_of_the_reference(kernels: CudaKernels) -> 
         torch.testing.assert_close(out[: len(sequences)], expected, rtol=1e-4, atol=1e-4)
         for i in sequences:
             lengths[i] += 1
+
+
+def test_a_step_has_the_bits_of_each_sequence_alone(invariant: InvariantCudaKernels) -> None:
+    """Hidden states of a whole model: of a prompt at once, and of its end in padded steps of decode beside another's."""
+    model, frequencies = _llama(invariant), rotary_frequencies(CONFIG, torch.device("cpu"))
+    ids, tables, num_first = torch.randint(0, 50, (2, 9)), [[0, 1, 2], [3, 4, 5]], 6
+
+    def prompts(lengths: Sequence[int], table_of: Sequence[int], caches: list[LayerCache]) -> torch.Tensor:
+        runs = [(n, 0, tables[i]) for n, i in zip(lengths, table_of, strict=True)]
+        angles = rotary_angles(torch.tensor([p for n in lengths for p in range(n)]), frequencies)
+        plan = replace(attention_plan(runs, block_size=4, head_dim=4), cos_TD=angles.cos(), sin_TD=angles.sin())
+        token_ids = torch.cat([ids[i, :n] for n, i in zip(lengths, table_of, strict=True)])
+        return model.forward(token_ids, plan, caches)
+
+    alone = prompts([9], [0], _caches(invariant))
+    caches = _caches(invariant)
+    assert torch.equal(prompts([num_first, 4], [0, 1], caches)[:num_first], alone[:num_first])
+    inputs = DecodeInputs(4, 40, scratch_slot=12 * 4, frequencies=frequencies)
+    for position in range(num_first, 9):
+        places = [(position, 0), (4 + position - num_first, 1)]
+        layout = Layout(
+            [int(ids[i, at]) for at, i in places],
+            [at for at, _ in places],
+            [tables[i][at // 4] * 4 + at % 4 for at, i in places],
+            [(row, 1, at, 3 * row) for row, (at, _) in enumerate(places)],
+            [block for _, i in places for block in tables[i]],
+        )
+        inputs.load(layout)
+        assert torch.equal(model.forward(inputs.token_ids_T, inputs.plan(), caches)[0], alone[position])
 
 
 def test_sizes_that_steps_are_padded_to() -> None:
