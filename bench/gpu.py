@@ -4,7 +4,7 @@ Weights are random and made on the device; a 70B model is cut to an eighth of it
 scheduler's numbers to the tokens on the host. Its floor is the bytes that it must read, weights and cached keys and values, over
 the bandwidth measured in the same run; prefill's is its arithmetic over the measured rate of a large product.
 
-    python -m bench.gpu [--shapes 7b 13b 70b] [--repeats 50] [--json FILE]
+    python -m bench.gpu [--shapes 7b 13b 70b] [--quantizations "" int8] [--deterministic] [--repeats 50] [--json FILE]
 
 Shape suffixes: T tokens · E hidden
 """
@@ -66,6 +66,7 @@ class Measurement:
     shape: str
     num_layers: int
     quantization: str
+    deterministic: bool
     work: str
     """ "decode" or "prefill"."""
     batch: int
@@ -133,11 +134,11 @@ def random_weights(config: ModelConfig, *, quantization: str) -> dict[str, Tenso
 class Subject:
     """A model of one shape, and the steps to time."""
 
-    def __init__(self, shape: str, quantization: str) -> None:
+    def __init__(self, shape: str, quantization: str, *, deterministic: bool) -> None:
         self.shape = shape
         self.quantization = quantization
         self.config = replace(LLAMA_2[shape], num_layers=NUM_LAYERS[shape])
-        self.kernels = select_kernels("cuda", torch.bfloat16, 1)
+        self.kernels = select_kernels("cuda", torch.bfloat16, 1, deterministic=deterministic)
         weights: dict[str, Any] = random_weights(self.config, quantization=quantization)
         self.model = Llama(self.config, weights, kernels=self.kernels, collectives=SoloCollectives())
         self.frequencies = rotary_frequencies(self.config, torch.device("cuda"))
@@ -227,8 +228,10 @@ class Subject:
         return (products + attention) / rates.product_flop_per_s
 
 
-def measure(shape: str, quantization: str, rates: Rates, repeats: int) -> list[Measurement]:
-    subject = Subject(shape, quantization)
+def measure(
+    shape: str, quantization: str, rates: Rates, repeats: int, *, deterministic: bool = False
+) -> list[Measurement]:
+    subject = Subject(shape, quantization, deterministic=deterministic)
     found = []
     for batch in BATCHES:
         for context in CONTEXTS:
@@ -244,6 +247,7 @@ def measure(shape: str, quantization: str, rates: Rates, repeats: int) -> list[M
             shape=shape,
             num_layers=subject.config.num_layers,
             quantization=quantization,
+            deterministic=deterministic,
             work=work,
             batch=batch,
             context=context,
@@ -259,11 +263,14 @@ def as_table(measurements: list[Measurement], rates: Rates) -> Table:
         f"{rates.device}, torch {rates.torch}: {rates.bandwidth_bytes_per_s / 1e12:.2f} TB/s, "
         f"{rates.product_flop_per_s / 1e12:.0f} TFLOP/s (bfloat16)"
     )
-    table = Table("shape", "weights", "work", "batch", "context", "step ms", "floor ms", "% of limit", title=title)
+    table = Table(
+        "shape", "weights", "bits", "work", "batch", "context", "step ms", "floor ms", "% of limit", title=title
+    )
     for m in measurements:
         name = f"{m.shape} ({m.num_layers} layers)" if m.num_layers != LLAMA_2[m.shape].num_layers else m.shape
         numbers = (f"{m.step_s * 1e3:.3f}", f"{m.floor_s * 1e3:.3f}", f"{100 * m.part_of_limit:.0f}")
-        table.add_row(name, m.quantization or DTYPE, m.work, str(m.batch), str(m.context), *numbers)
+        bits = "deterministic" if m.deterministic else "fast"
+        table.add_row(name, m.quantization or DTYPE, bits, m.work, str(m.batch), str(m.context), *numbers)
     return table
 
 
@@ -271,6 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--shapes", nargs="+", choices=list(LLAMA_2), default=list(LLAMA_2))
     parser.add_argument("--quantizations", nargs="+", choices=("", "int8"), default=("", "int8"))
+    parser.add_argument("--deterministic", action="store_true", help="also time the kernels of `deterministic: true`")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the result here; bench/results/gpu-DEVICE.json unless given")
     arguments = parser.parse_args()
@@ -279,8 +287,9 @@ def main() -> None:
         measurements = []
         for shape in arguments.shapes:
             for quantization in arguments.quantizations:
-                measurements += measure(shape, quantization, rates, arguments.repeats)
-                torch.cuda.empty_cache()
+                for deterministic in (False, True) if arguments.deterministic else (False,):
+                    measurements += measure(shape, quantization, rates, arguments.repeats, deterministic=deterministic)
+                    torch.cuda.empty_cache()
     Console(width=120).print(as_table(measurements, rates))
     device = re.sub(r"[^a-z0-9]+", "-", rates.device.lower()).strip("-")
     path = arguments.json or RESULTS / f"gpu-{device}.json"

@@ -23,7 +23,8 @@ def _entry(path: Path, **overrides: object) -> ModelEntry:
 
 def test_the_cache_bounds_the_length(smollm2_path: Path) -> None:
     assert resolve_model(_entry(smollm2_path)).card.max_model_len == 8192
-    spec = resolve_model(_entry(smollm2_path, kv_cache_tokens=1000, block_size=16))
+    spec = resolve_model(_entry(smollm2_path, kv_cache_tokens=1000, block_size=16, deterministic=True))
+    assert spec.parallel.deterministic and not resolve_model(_entry(smollm2_path)).parallel.deterministic
     assert (spec.cache.num_blocks, spec.card.max_model_len) == (63, 1008)
 
 
