@@ -44,7 +44,7 @@ class Tile:
 # With 64 rows Hopper takes the instruction (wgmma) that it takes for more. Programs of few outputs keep all processors reading.
 NARROW = {2: Tile(64, 32, 64, 4, 6), 4: Tile(32, 32, 32, 4, 2)}
 """By bytes of an element of x. Wide ones take as many inputs at a time."""
-WIDE = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 2)}
+WIDE = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)}
 """For many rows, where the arithmetic decides: each weight is read for more of them."""
 
 
@@ -181,7 +181,7 @@ class InvariantCudaKernels(CudaKernels):
             NUM_KEYS=32 if is_wide else 64,
             BLOCK_SIZE=block_size,
             **sizes,
-            num_warps=4,
+            num_warps=8 if num_rows * sizes["HEAD_DIM_PADDED"] > 64 * 64 else 4,
             enable_fp_fusion=False,
         )
         if is_decode:
