@@ -117,10 +117,11 @@ def derive(template: str, tokens: Mapping[str, str]) -> Derived:
     texts = run_template(template, [*conversations, *(c for _, c in special), _LONG, *chain(*later)], tokens)
     texts, later_texts = texts[: -2 * len(later)], texts[-2 * len(later) :]
     chat_format = _read(probes, texts[: len(probes)])
-    for number, (messages, padded_messages) in enumerate(later):
-        chat_format = _with_later_systems(
-            chat_format, messages, padded_messages, later_texts[2 * number], later_texts[2 * number + 1]
-        )
+    written = list(zip(chain(*later), later_texts, strict=True))
+    for number in range(len(later)):
+        candidate = _with_later_systems(chat_format, *written[2 * number : 2 * number + 2])
+        if all(not _has_shape(candidate, messages) or _text(candidate, messages) == text for messages, text in written):
+            chat_format = candidate
     for (_, messages, padded), text in zip(probes, texts, strict=False):
         given = _padded(messages) if padded else messages
         if isinstance(text, str) and _has_shape(chat_format, given) and _text(chat_format, given) != text:
@@ -236,12 +237,11 @@ def _read(probes: Sequence[tuple[str, list[ChatMessage], bool]], texts: Sequence
 
 def _with_later_systems(
     chat_format: ChatFormat,
-    messages: Sequence[ChatMessage],
-    padded_messages: Sequence[ChatMessage],
-    text: str | Exception,
-    padded_text: str | Exception,
+    plain: tuple[Conversation, str | Exception],
+    padded: tuple[Conversation, str | Exception],
 ) -> ChatFormat:
-    """With the literals of one more conversation, if the template writes it down as the format then does."""
+    """With the literals of one more conversation. They may also allow others, which the template need not write in this way."""
+    (messages, text), (_, padded_text) = plain, padded
     if isinstance(text, Exception) or isinstance(padded_text, Exception) or chat_format.system_before_last:
         return chat_format
     literals = dict(chat_format.literals)
@@ -253,11 +253,7 @@ def _with_later_systems(
         _note_trims(literals, messages, padded_text, left, right)
     except TemplateError:
         return chat_format
-    found = replace(
-        chat_format, literals=literals, trimmed_left=tuple(sorted(left)), trimmed_right=tuple(sorted(right))
-    )
-    is_right = _text(found, messages) == text and _text(found, padded_messages) == padded_text
-    return found if is_right else chat_format
+    return replace(chat_format, literals=literals, trimmed_left=tuple(sorted(left)), trimmed_right=tuple(sorted(right)))
 
 
 def _order(messages: Sequence[ChatMessage], text: str) -> list[ChatMessage] | None:

@@ -20,7 +20,7 @@ from serving.models.chat import ModelText, resolve_text
 from serving.text import template_format, template_runner
 from serving.text.chat import ChatError, ChatMessage, render_chat
 from serving.text.chat_formats import CHAT_FORMATS
-from serving.text.template_format import Derived, TemplateError, derive
+from serving.text.template_format import Derived, TemplateError, derive, run_template
 from tests.support.chat_templates import CONTROL_TOKENS, PUBLISHED, VICUNA_SYSTEM
 from tests.support.llama_tokenizers import byte_level_json, llama_directory, tokenizer_json_with
 
@@ -198,6 +198,41 @@ def test_what_a_template_does_to_messages_is_told(tmp_path: Path) -> None:
     text = resolve_text(describe(directory))
     assert text.chat_format is not None
     assert "its chat template leaves reasoning before </think> out" in text.warnings[0]
+
+
+_ANSWERS_IN_LOOP = (
+    "{% if messages[0]['role'] == 'system' %}{{ '<|system|>' + messages[0]['content'] }}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}{% for m in rest %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% endfor %}"
+)
+_DEFAULT_WITHOUT_SYSTEM = (
+    "{% if messages | selectattr('role', 'equalto', 'system') | list | length == 0 %}{{ '<|system|>Think.' }}{% endif %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}{{ '<|assistant|>' }}"
+)
+
+
+@pytest.mark.usefixtures("rendered_here")
+@pytest.mark.parametrize("template", [_ANSWERS_IN_LOOP, _DEFAULT_WITHOUT_SYSTEM], ids=["granite 3.3", "Apriel 1.5"])
+def test_a_prompt_is_the_templates_own_or_refused(template: str, tmp_path: Path) -> None:
+    """Where a system message comes later, what stands around it may depend on more than its neighbours."""
+    directory = llama_directory(
+        tmp_path,
+        tokenizer__json=tokenizer_json_with(CONTROL_TOKENS),
+        tokenizer_config__json=json.dumps({"chat_template": template}),
+    )
+    text = resolve_text(describe(directory))
+    assert text.chat_format is not None
+    answered = 0
+    for shape in (*DIALOGUES, "usau", "suasu", "uaus", "uauasu"):
+        messages = conversation(shape, lambda i: f"word{i}")
+        (expected,) = run_template(template, [messages], {})
+        try:
+            ids = render_chat(messages, chat_format=text.chat_format, tokenizer=text.tokenizer)
+        except ChatError:
+            continue
+        assert text.tokenizer.decode(ids) == expected, shape
+        answered += 1
+    assert answered >= 8
 
 
 SPACES, CHANGES, LONG = (
