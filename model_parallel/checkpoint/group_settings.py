@@ -40,8 +40,6 @@ class GroupSettings:
     """Inputs; −1: all of a channel."""
     symmetric: bool
     """The zero is the middle of the range."""
-    reordered: bool = False
-    """Inputs may belong to groups in any order (desc_act, actorder), which then stands in a tensor of its own."""
     zeros_less_one: bool = False
     """Zeros are stored as one less (GPTQ version 1)."""
     unconverted: tuple[str, ...] = ()
@@ -156,7 +154,6 @@ def _read_gptq(given: Settings) -> GroupSettings:
         bits=_bits(given, given.whole("bits"), (4, 8)),
         group_size=_group_size(given, given.whole("group_size", -1)),
         symmetric=given.flag("sym") is not False,
-        reordered=given.flag("desc_act") or False,
         zeros_less_one=layout == "gptq",
         unconverted=_modules(given, "modules_to_not_convert"),
         head_converted=given.flag("lm_head") or False,
@@ -206,7 +203,6 @@ def _read_compressed_tensors(given: Settings) -> GroupSettings:
         bits=_bits(given, own.whole("num_bits"), (4, 8)),
         group_size=-1 if strategy == "channel" else _group_size(given, own.whole("group_size")),
         symmetric=own.flag("symmetric") is not False,
-        reordered=own.text("actorder") == "group",
         unconverted=_modules(given, "ignore"),
         head_converted=True,
     )

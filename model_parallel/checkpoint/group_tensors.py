@@ -5,6 +5,7 @@ Shape suffixes: O outputs · I inputs · P inputs of whole groups · S, G groups
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -135,8 +136,10 @@ class GroupedLinear:
         low, high = int(zeros.min()), int(zeros.max())
         return low == high and low in (middle - 1, middle)
 
-    def _order(self) -> Tensor | None:
-        """int64 [I]: inputs sorted by their groups; None where they already are."""
+    @cached_property
+    def order_I(self) -> Tensor | None:
+        """int64: inputs sorted by their groups; None where they already are. The files tell, whatever desc_act or actorder says.
+        Raises CheckpointError."""
         index = self._parts.get("g_idx", self._parts.get("weight_g_idx"))
         if index is None:
             return None
@@ -157,11 +160,12 @@ class GroupedLinear:
             outputs = range(shard.start, shard.stop)
         elif shard.axis == 1:
             inputs = range(shard.start, shard.stop)
-        form, order_I = self.format, self._order()
+        form, order_I = self.format, self.order_I
         if order_I is not None and inputs != range(num_inputs):
             raise CheckpointError(
                 f"{self.file}: {self.name} has its inputs in groups of {self.settings.group_size} in an order of its own "
-                "(desc_act), so they cannot be cut; tensor_parallel_size 1 works, or a checkpoint without desc_act"
+                "(desc_act), so they cannot be cut as they are; set quantization to none or tensor_parallel_size to 1, or serve "
+                "a checkpoint without desc_act"
             )
         spans = form.spans(inputs.start, inputs.stop)
         start, stop = spans.start * form.group_size, spans.stop * form.group_size

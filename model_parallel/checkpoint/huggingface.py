@@ -106,12 +106,22 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def read_into(self, name: str, shard: Shard, out: Tensor) -> None:
         if name in self._grouped:
-            matrix = self._grouped[name].read(shard)
-            step = max(1, _CHUNK_ELEMENTS // matrix.num_inputs)
-            for start in range(0, len(out), step):
-                rows = slice(start, start + step)
-                out[rows] = matrix.rows(rows).dequantized(torch.float32)
+            self._dequantise_into(self._grouped[name], shard, out)
             return
         mapped = self.tensors[name].mapped
         assert mapped is not None  # loader.check_complete refuses what cannot be read
         copy_mapped(mapped[shard.index], out)
+
+    def _dequantise_into(self, linear: GroupedLinear, shard: Shard, out: Tensor) -> None:
+        if shard.axis == 1 and linear.order_I is not None:  # each group has inputs of every rank
+            num_outputs, num_inputs = linear.shape
+            step = max(1, _CHUNK_ELEMENTS // num_inputs)
+            for start in range(0, num_outputs, step):
+                rows = Shard(linear.shape, 0, start, min(start + step, num_outputs))
+                out[start : rows.stop] = linear.read(rows).dequantized(torch.float32)[:, shard.index[1]]
+            return
+        matrix = linear.read(shard)
+        step = max(1, _CHUNK_ELEMENTS // matrix.num_inputs)
+        for start in range(0, len(out), step):
+            part = slice(start, start + step)
+            out[part] = matrix.rows(part).dequantized(torch.float32)

@@ -11,7 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_parallel.checkpoint import patterns
+from model_parallel.checkpoint import huggingface, patterns
 from model_parallel.checkpoint.detect import describe
 from model_parallel.checkpoint.loader import load_shard, open_checkpoint
 from model_parallel.errors import CheckpointError
@@ -148,9 +148,23 @@ def test_reordered_inputs(tmp_path: Path) -> None:
     checkpoint.read_groups("model.layers.0.mlp.up_proj.weight", table["model.layers.0.mlp.up_proj.weight"])
     name = "model.layers.0.mlp.down_proj.weight"
     with pytest.raises(
-        CheckpointError, match=r"down_proj.weight has .*groups of 32 .*\(desc_act\).*tensor_parallel_size 1"
+        CheckpointError,
+        match=r"down_proj.weight has .*groups of 32 .*\(desc_act\).*quantization to none or tensor_parallel_size",
     ):
         checkpoint.read_groups(name, table[name])
+
+
+@pytest.mark.parametrize("chunk", [500, 1 << 22], ids=["a few rows at a time", "at once"])
+def test_reordered_inputs_are_cut_when_they_are_dequantised(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "_CHUNK_ELEMENTS", chunk)
+    meant = _write(tmp_path, gptq(reordered=True), intermediate_size=192)
+    info = describe(tmp_path)
+    for tp_size in (1, 2, 3):
+        for rank in range(tp_size):
+            parts, table = load_parts(info, tp_size, rank), shard_table(info.config, tp_size, rank)
+            assert all(torch.equal(parts[name], meant[name][shard.index].float()) for name, shard in table.items())
 
 
 def test_a_bias_of_zeros_is_none_and_any_other_is_told(tmp_path: Path) -> None:
