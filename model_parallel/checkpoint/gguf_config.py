@@ -20,6 +20,8 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 _REQUIRED: dict[str, tuple[object, ...]] = {
     "general.architecture": ("llama",),
     "llama.expert_count": (0, None),
+    "llama.attention.causal": (True, None),
+    "llama.rope.scaling.attn_factor": (1.0, None),
 }
 _END_TOKENS = ("eos", "eot", "eom")
 # An array with one number a layer, where every layer may have its own; here all must be equal.

@@ -104,6 +104,7 @@ class TinyGguf:
                 int: writer.add_uint32,
                 float: writer.add_float32,
                 list: writer.add_array,
+                bool: writer.add_bool,
             }[type(value)]
             add(key, value)
         for name, tensor in self.tensors.items():
@@ -249,6 +250,8 @@ def test_run_dtype_and_progress(tmp_path: Path) -> None:
         ("llama.rope.dimension_count", 32, "llama.rope.dimension_count is 32 and the head dimension 64"),
         ("llama.attention.value_length", 32, "llama.attention.value_length is 32"),
         ("llama.expert_count", 8, "llama.expert_count is 8"),
+        ("llama.rope.scaling.attn_factor", 1.19, "llama.rope.scaling.attn_factor is 1.19"),
+        ("llama.attention.causal", False, "llama.attention.causal is False"),
         ("llama.attention.head_count_kv", [2, 1], r"head_count_kv is \[2, 1\]; all layers must have the same"),
         ("llama.attention.head_count_kv", 3, "num_kv_heads is 3"),
         ("llama.attention.head_count", 0, "the head dimension 256"),
