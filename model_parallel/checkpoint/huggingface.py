@@ -40,6 +40,12 @@ class HuggingFaceCheckpoint(Checkpoint):
             self.tensors[EMBEDDING] = self.tensors.pop(LM_HEAD)  # safetensors' save_model keeps one name of the two
         if info.groups is not None:
             self._take_grouped(info.groups)
+        if info.config.weight_formats and not self._grouped:
+            name = next(iter(info.config.weight_formats.values())).name
+            raise CheckpointError(
+                f"{info.path}: its settings say that the weights are quantised ({name}), and its files hold none that are; take "
+                "quantization_config out of config.json, or quantize_config.json or quant_config.json out of the directory"
+            )
 
     def _take_all(self, files: dict[Path, dict[str, StoredTensor]]) -> None:
         for path, tensors in files.items():

@@ -190,6 +190,17 @@ def test_settings_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert torch.equal(load_parts(describe(tmp_path))[name], meant[name].float())
 
 
+@pytest.mark.parametrize("place", ["config.json", "quantize_config.json"])
+def test_settings_that_a_dequantised_checkpoint_has_kept_are_refused(place: str, tmp_path: Path) -> None:
+    """Plans of memory go by them: it would take four times what was planned."""
+    save_random_llama(tmp_path, **SHAPE)
+    path = tmp_path / place
+    given = {"quantization_config": gptq().settings} if place == "config.json" else gptq().settings
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | given))
+    with pytest.raises(CheckpointError, match=r"quantised \(GPTQ 4 bits\), and its files hold none that are; take"):
+        open_checkpoint(describe(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
