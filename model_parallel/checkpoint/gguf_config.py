@@ -98,6 +98,7 @@ def describe_gguf(path: Path) -> CheckpointInfo:
         tokenizer_path=path if has_tokenizer else None,
         tokenizer=TokenizerSettings(
             add_bos=settings.flag("tokenizer.ggml.add_bos_token"),
+            add_eos=settings.flag("tokenizer.ggml.add_eos_token") or False,
             legacy=True,  # llama.cpp begins every part after a control token with a space
             add_prefix_space=settings.flag("tokenizer.ggml.add_space_prefix"),
         ),

@@ -23,6 +23,7 @@ def read_tokenizer_settings(directory: Path, config: dict[str, Any], model: Sett
     named = {key: text for source in (special_map, config) for key, text in _roles(source).items()}
     return TokenizerSettings(
         add_bos=settings.flag("add_bos_token"),
+        add_eos=settings.flag("add_eos_token") or False,
         class_name=_class_name(settings, model),
         legacy=settings.flag("legacy"),
         add_prefix_space=settings.flag("add_prefix_space"),

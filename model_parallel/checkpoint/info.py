@@ -33,6 +33,8 @@ class TokenizerSettings:
 
     add_bos: bool | None = None
     """Whether the tokenizer begins a text with BOS; None where the checkpoint does not say."""
+    add_eos: bool = False
+    """Whether the tokenizer ends a text with EOS. No prompt does here."""
     class_name: str = ""
     """Of the tokenizer, without "Fast"; "" where there is none, or where transformers heeds none (a Mistral model's)."""
     legacy: bool | None = None

@@ -34,6 +34,10 @@ class Tokenizer:
         """`vocabulary` was made for `info`."""
         self._vocabulary = vocabulary
         self.warnings = vocabulary.warnings
+        if info.tokenizer.add_eos and info.tokenizer_kind != "tokenizer.json":  # whose post_processor decides
+            self.warnings += (
+                f"{info.path}: add_eos_token is true; it is not used: an answer goes on where its prompt ends",
+            )
         self._token_bytes = vocabulary.token_bytes
         vocab_size = info.config.vocab_size
         self._control = {text: token for text, token in vocabulary.control.items() if token.id < vocab_size}

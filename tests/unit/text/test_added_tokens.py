@@ -271,6 +271,19 @@ def test_bos_of_the_tokenizers_files(tmp_path: Path, vocabulary: dict[str, str |
     assert tokenizer.encode("a")[0] == (1 if "tokenizer__json" in vocabulary else 500)
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model", "gguf"])
+def test_an_end_token_that_would_follow_texts_is_told(tmp_path: Path, kind: str) -> None:
+    if kind == "gguf":
+        types = [p.type for p in pieces()]
+        path = write_gguf(tmp_path / "x.gguf", [p.piece for p in pieces()], types, eos_token_id=2, add_eos_token=True)
+        tokenizer = load_tokenizer(path)
+    else:
+        tokenizer = load(tmp_path, VOCABULARIES[kind], tokenizer_config__json={"add_eos_token": True})
+    assert tokenizer.encode("hello")[-1] != 2
+    told = [warning for warning in tokenizer.warnings if "add_eos_token is true; it is not used" in warning]
+    assert len(told) == (kind != "tokenizer.json")  # transformers ignores it there too
+
+
 def test_spaces_around_control_tokens_in_markup(tmp_path: Path) -> None:
     """Phi-3's tokens take the spaces after them along."""
     data = json.loads(tokenizer_json())
@@ -318,6 +331,8 @@ def write_gguf(path: Path, tokens: list[str], types: list[int], *, model: str = 
             writer.add_array(name, value)
         elif isinstance(value, str):
             writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
         else:
             writer.add_uint32(name, value)
     writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 8), np.float32))
