@@ -8,15 +8,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 EXIT_CONFIG = 78
 """sysexits.h EX_CONFIG: starting again will not help."""
 _WIDE = 4096
 """Of output that no terminal shows: nothing of it is wrapped or cut."""
+
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+class SafeConsole(Console):
+    """Shows control characters as escapes: what is shown may come from a stranger's checkpoint, which must not speak to the
+    terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Of each text that is printed, a table's too."""
+        return super().render_str(text.translate(_ESCAPES), **options)
 
 
 def width_of(is_terminal: bool) -> int | None:
@@ -29,14 +42,16 @@ def width_of(is_terminal: bool) -> int | None:
 
 def standard_output() -> Console:
     """For what a command is asked for."""
-    return Console(highlight=False, width=width_of(sys.stdout.isatty()), soft_wrap=not sys.stdout.isatty())
+    return SafeConsole(highlight=False, width=width_of(sys.stdout.isatty()), soft_wrap=not sys.stdout.isatty())
 
 
 for _name in ("COLUMNS", "LINES"):
     if not (os.environ.get(_name) or "0").isdecimal():
         del os.environ[_name]  # Rich fails at "²", which it takes for a number
 
-console = Console(stderr=True, highlight=False, width=width_of(sys.stderr.isatty()), soft_wrap=not sys.stderr.isatty())
+console = SafeConsole(
+    stderr=True, highlight=False, width=width_of(sys.stderr.isatty()), soft_wrap=not sys.stderr.isatty()
+)
 """For everything else that a command has to say."""
 
 

@@ -163,8 +163,13 @@ def run_template(
     except ValueError as error:
         raise TemplateError("takes more time, memory or files than it may") from error
     if "error" in answer:
-        raise TemplateError(f"is not valid: {answer['error']}")
-    return [each["text"] if "text" in each else ValueError(each["error"]) for each in answer["answers"]]
+        raise TemplateError(f"is not valid: {_one_line(answer['error'])}")
+    return [each["text"] if "text" in each else ValueError(_one_line(each["error"])) for each in answer["answers"]]
+
+
+def _one_line(message: str) -> str:
+    """A template may raise whatever it likes."""
+    return " ".join(message.split())
 
 
 def _with_constants(template: str) -> list[str]:

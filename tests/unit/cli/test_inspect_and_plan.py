@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bench.support.synthetic_llama import twin
 from model_parallel.checkpoint.detect import describe
 from model_parallel.errors import CheckpointError, ConfigError
-from serving.cli import inspect, plan
+from serving.cli import inspect, plan, terminal
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
 from serving.models.licence import LLAMA_2_LICENCE, licence_of
 from tests.support.ranks import save_random_llama
@@ -175,6 +175,21 @@ def test_brackets_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[st
     inspect.print_inspection(inspect.inspect_checkpoint(describe(directory)) | told, Console(width=4096))
     shown = capsys.readouterr().out
     assert str(directory) in shown and told["licence"] in shown and told["chat_system"] in shown
+
+
+def test_texts_of_a_checkpoint_do_not_speak_to_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_random_llama(tmp_path, vocab_size=640)
+    retitle = "\x1b]0;owned\x07\x9b31m\r"
+    told = {"licence": retitle, "chat_system": f"a\n{retitle}", "warnings": [retitle], "licence_notice": retitle}
+    found = inspect.inspect_checkpoint(describe(tmp_path)) | told
+    capsys.readouterr()  # transformers' progress
+    inspect.print_inspection(found, terminal.standard_output())
+    terminal.warn(retitle)
+    with pytest.raises(SystemExit):
+        terminal.fail(retitle, 78)
+    shown = "".join(capsys.readouterr())
+    assert shown.count("\\x1b]0;owned\\x07\\x9b31m") == 6
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(shown)
 
 
 def test_a_rule_that_nobody_asked_for_refuses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,6 +165,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(
     [
         ("{% for", "is not valid: TemplateSyntaxError"),
         ("{{ raise_exception('no') }}", "refuses a plain conversation .TemplateError: no."),
+        ("{{ raise_exception('a\nwarning: b') }}", "refuses a plain conversation .TemplateError: a warning: b."),
         ("{{ messages[0]['content'] }}", "leaves messages out"),
         ("hello", "leaves messages out"),
         (
