@@ -7,7 +7,7 @@ like); a message that holds such a mark could forge a role, and is refused as Me
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 
 from model_parallel.errors import ConfigError
 from serving.contracts.chat import (
@@ -93,7 +93,7 @@ def render_chat(
     tokenizer: Tokenizer,
     default_system: str = "",
     continues_last: bool = False,
-    today: Callable[[], date] = date.today,
+    today: Callable[[], date] = datetime.now,
 ) -> list[int]:
     """The prompt that asks for the assistant's next answer. `default_system`, or the format's own, is used when there is no
     system message. With `continues_last` the last message, which must be the assistant's, is left open.
@@ -108,9 +108,14 @@ def render_chat(
     if messages[0].role != SYSTEM and default_system:
         messages = [ChatMessage(SYSTEM, default_system), *messages]
     parts = render_parts(messages, chat_format, continues_last=continues_last)
-    dated = [Part(_DATE.sub(lambda match: today().strftime(match[1]), part.text), part.is_markup) if part.is_markup else part
-             for part in parts]  # fmt: skip
+    now = today()
+    dated = [Part(with_date(part.text, now), is_markup=True) if part.is_markup else part for part in parts]
     return tokenizer.encode_parts(dated, every_part_is_first=chat_format.every_part_is_first)
+
+
+def with_date(literal: str, now: date) -> str:
+    """A format's text, with the date in the places that are marked for it."""
+    return _DATE.sub(lambda match: now.strftime(match[1]), literal)
 
 
 def render_parts(

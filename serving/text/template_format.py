@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from serving.contracts.chat import ANSWER, ASSISTANT, START, SYSTEM, USER, ChatFormat, between
-from serving.text.chat import ChatMessage, render_parts
+from serving.text.chat import ChatMessage, render_parts, with_date
 from serving.text.chat_formats import NAMED_FORMATS, TEMPLATE, with_tokens
 
 _RUNNER = Path(__file__).with_name("template_runner.py")
@@ -60,6 +61,7 @@ _OTHER_CONTENTS = (
     *(f"{mark}a{mark}" for mark in string.punctuation),
     *(f"{mark * 3} a" for mark in "#*->"),
 )
+_MOMENTS = ("2021-03-04T05:06:07", "2038-11-25T21:43:59")
 _LONG_CONTENT = " ".join(["x" * 900, *(f"word{index}" for index in range(900))])
 _MAX_CONSTANTS, _MAX_CONSTANT_CHARS = 200, 200
 _CONSTANT = re.compile(r"""'((?:[^'\\]|\\.|\\\Z)*)(?:'|\Z)|"((?:[^"\\]|\\.|\\\Z)*)(?:"|\Z)""", re.DOTALL)
@@ -133,19 +135,35 @@ def derive(template: str, tokens: Mapping[str, str]) -> Derived:
     }
     if isinstance(texts[-1], str) and _has_shape(chat_format, _LONG) and _text(chat_format, _LONG) != texts[-1]:
         raise TemplateError("writes something else into a long conversation")
+    if "strftime_now" in template:
+        _check_dates(template, tokens, chat_format)
     return Derived(_named(chat_format, tokens), tuple(sorted(differences)))
 
 
+def _check_dates(template: str, tokens: Mapping[str, str], chat_format: ChatFormat) -> None:
+    """Raise TemplateError for a template that does more with a date than to write it: its mark could be cut, or lost."""
+    conversations = [messages for messages in map(_probe, _SHAPES) if _has_shape(chat_format, messages)]
+    for moment in _MOMENTS:
+        now = datetime.fromisoformat(moment)
+        for messages, text in zip(
+            conversations, run_template(template, conversations, tokens, now=moment), strict=True
+        ):
+            if isinstance(text, str) and with_date(_text(chat_format, messages), now) != text:
+                raise TemplateError("does more with the date of the day than to write it")
+
+
 def run_template(
-    template: str, conversations: Sequence[Conversation], tokens: Mapping[str, str]
+    template: str, conversations: Sequence[Conversation], tokens: Mapping[str, str], *, now: str = ""
 ) -> list[str | Exception]:
-    """What a template makes of each conversation: a text, or an error. Raises TemplateError when it cannot be run at all."""
+    """What a template makes of each conversation: a text, or an error. With `now` its dates are of that time, and marks
+    otherwise. Raises TemplateError when it cannot be run at all."""
     request = {
         "template": template,
         "conversations": [
             {"messages": [{"role": m.role, "content": m.content} for m in messages]} for messages in conversations
         ],
         "tokens": dict(tokens),
+        "now": now,
         "max_cpu_s": MAX_CPU_S,
     }
     try:

@@ -10,6 +10,7 @@ to write, and no secrets in its environment or arguments. Imports nothing of the
 import json
 import resource
 import sys
+from datetime import datetime
 from typing import Any
 
 import jinja2.debug  # noqa: F401  (jinja2 imports it with the first error, when no file may be opened any more)
@@ -47,13 +48,17 @@ def _strftime_now(form: object) -> str:
     return f"\ue000{form}\ue001"
 
 
-def render_all(template: str, conversations: list[dict[str, Any]], tokens: dict[str, str]) -> list[dict[str, str]]:
-    """{"text": …} or {"error": …} for each conversation. Raises TemplateError for a template that is none."""
+def render_all(
+    template: str, conversations: list[dict[str, Any]], tokens: dict[str, str], now: str = ""
+) -> list[dict[str, str]]:
+    """{"text": …} or {"error": …} for each conversation. `now` (ISO 8601) is the time that the template is told; without it a
+    mark stands in the place of each date. Raises TemplateError for a template that is none."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    strftime_now = datetime.fromisoformat(now).strftime if now else _strftime_now
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=strftime_now)
     compiled = environment.from_string(template)
     answers = []
     num_chars = 0

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
+from inspect import signature
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -154,6 +155,28 @@ def test_the_date_of_a_template_is_the_days(
         today=lambda: date(2031, 5, 9),
     )
     assert "Today Date: 09 May 2031\n" in ours.tokenizer.decode(ids)
+
+
+@pytest.mark.usefixtures("rendered_here")
+@pytest.mark.parametrize("use", ["[:6]", " | upper", ".split(' ')[0]", " | int", ".replace('d', 'm')"])
+def test_a_template_that_computes_with_the_date_is_told(use: str) -> None:
+    """The mark in the date's place would be cut, or lost: a prompt would hold `%d`, or the year 0."""
+    form = "%Y" if use == " | int" else "%d %b %Y"
+    date_first = "{{ strftime_now('" + form + "')" + use + " }}"
+    with pytest.raises(TemplateError, match="does more with the date of the day than to write it"):
+        derive(date_first + PUBLISHED["ChatML"][0], TOKENS)
+
+
+def test_a_time_in_a_template_is_the_time(
+    pair: "tuple[str, ModelText, transformers.PreTrainedTokenizerFast]",
+) -> None:
+    _, ours, _ = pair
+    with rendering_here():
+        chat_format = derive("{{ strftime_now('%H:%M') }}" + PUBLISHED["ChatML"][0], TOKENS).chat_format
+    now = signature(render_chat).parameters["today"].default()
+    assert isinstance(now, datetime), "a date alone is midnight"
+    ids = render_chat([ChatMessage(USER, "x")], chat_format=chat_format, tokenizer=ours.tokenizer, today=lambda: now)
+    assert ours.tokenizer.decode(ids).startswith(f"{now:%H:%M}")
 
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
