@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import msgspec
 
@@ -188,8 +189,11 @@ class Generator:
         checker = self.grammars[card.base]
         sequences: list[tuple[tuple[int, ...], SamplingParams]] = []
         num_prompt_tokens = 0
+        begun = datetime.fromtimestamp(stream.created_unix_s)  # a resumed stream has the prompt that it began with
         for field, prompt in check_generate(query, card, self._limits).items():
-            token_ids = await encoder.encode(field, prompt, parse_special=bool(query.parse_special), tools=query.tools)
+            token_ids = await encoder.encode(
+                field, prompt, parse_special=bool(query.parse_special), tools=query.tools, now=begun
+            )
             max_tokens = output_budget(len(token_ids), query.max_tokens, card, self._limits, field)
             if query.max_tokens is None:
                 max_tokens = min(max_tokens, int(card.default_sampling.get("max_tokens", max_tokens)))

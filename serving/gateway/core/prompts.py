@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 
 from serving.contracts.errors import ValidationError
@@ -25,9 +26,16 @@ class PromptEncoder:
         self._max_text_bytes = card.max_model_len * longest_token_bytes
 
     async def encode(
-        self, field: str, prompt: Prompt, *, parse_special: bool = False, tools: ToolUse | None = None
+        self,
+        field: str,
+        prompt: Prompt,
+        *,
+        parse_special: bool = False,
+        tools: ToolUse | None = None,
+        now: datetime | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a prompt; `tools` are told in a conversation.
+        """Token ids of a prompt; `tools` are told in a conversation. `now`: what a chat format writes as the date and time; the
+        present when None.
 
         Raises ValidationError for a conversation out of order, or a hopelessly long text.
         """
@@ -37,7 +45,7 @@ class PromptEncoder:
             case TextPrompt(text):
                 return await self.encode_text(field, text, parse_special=parse_special)
             case ChatPrompt():
-                return await self._encode_chat(prompt, tools)
+                return await self._encode_chat(prompt, tools, now or datetime.now())
 
     async def encode_text(
         self, field: str, text: str, *, add_bos: bool = True, parse_special: bool = False
@@ -82,7 +90,7 @@ class PromptEncoder:
             )
         return whole, start
 
-    async def _encode_chat(self, prompt: ChatPrompt, tools: ToolUse | None) -> tuple[int, ...]:
+    async def _encode_chat(self, prompt: ChatPrompt, tools: ToolUse | None, now: datetime) -> tuple[int, ...]:
         num_chars = 0
         for index, message in enumerate(prompt.messages):
             self._check_length(f"messages[{index}]", len(message.content))
@@ -103,6 +111,7 @@ class PromptEncoder:
                     default_system=self._card.chat_default_system,
                     tokenizer=self._tokenizer,
                     continues_last=prompt.continues_last,
+                    today=lambda: now,
                 ),
             )
         except ChatError as error:

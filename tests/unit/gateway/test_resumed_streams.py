@@ -6,17 +6,23 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from bench.support.fake_backend import card
+from bench.support.fake_backend import ByteTokenizer, FakeBackend, card, say
 from protos import inference_pb2 as pb
 from serving.client.resuming import Received
+from serving.config import LimitsConfig
+from serving.contracts.chat import ANSWER, DATE_CLOSES, DATE_OPENS, START, USER, ChatFormat, between
 from serving.gateway.core import choices as choices_module
 from serving.gateway.core import resume_tokens
+from serving.gateway.core.call import Call
+from serving.gateway.core.generation import Generator
+from serving.gateway.grpc.convert import generate_query
 from serving.gateway.http.resuming import EventIds
 from tests.support.drawn_groups import DrawnGroups, drawn_bytes, own_end
 from tests.support.effort import by_day
@@ -412,3 +418,22 @@ async def test_a_bug_in_the_ids_is_found(serve: Serve, tmp_path: Path, monkeypat
             headers = RESUMABLE | {"last-event-id": uncut[4].id}
             response = await http.post(path, content=json.dumps(body), headers=headers)
         assert response.text.count("data: ") > len(uncut) - 5 + 1
+
+
+# ---- what changes with time ----
+
+
+async def test_a_resumed_chat_has_the_time_that_it_began_with() -> None:
+    """A template may write the date, or the time of the day: the prompt of a minute later is another one."""
+    literals = {between(START, USER): f"{DATE_OPENS}%H:%M:%S{DATE_CLOSES} ", between(USER, ANSWER): "\n"}
+    backend = FakeBackend(say("ok"), cards=[card(chat=ChatFormat(name="template", literals=literals))])
+    tokenizer: Any = ByteTokenizer()
+    generator = Generator(backend, {"tiny": tokenizer}, LimitsConfig())
+    call = Call(request_id="id", arrived_s=generator.clock(), timeout_s=None)
+    query = generate_query(GRPC_CASES["chat"])
+    stream = generator.begin(query, call)
+    stream.created_unix_s -= 12_345
+    async for _ in generator.generate(query, call, stream):
+        pass
+    begun = datetime.fromtimestamp(stream.created_unix_s)
+    assert tokenizer.decode(backend.requests[0].prompt_token_ids) == f"{begun:%H:%M:%S} hi\n"
