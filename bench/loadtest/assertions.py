@@ -27,6 +27,8 @@ RATES = (
     "max_concurrent_requests",
 )  # fmt: skip
 SHARES = {"error_rate": "errors", "refusal_rate": "refused"}
+OF_LOST = ("completed", "refused", "errors", "cancelled", "failed", *SHARES, "goodput_share")
+"""What bounds the requests that are not answered."""
 OF_SLO = ("request_goodput", "goodput_share")
 STREAMED = ("ttft", "tpot", "itl")
 OF_THE_RUN = ("jain_index", "max_service_gap")

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.json_files import check_all_can_be_written, write_json, write_text
-from bench.loadtest.assertions import Assertion, check_measured, check_tenants, percentiles_needed
+from bench.loadtest.assertions import OF_LOST, Assertion, check_measured, check_tenants, percentiles_needed
 from bench.loadtest.discover import resolve
 from bench.loadtest.files import left_out
 from bench.loadtest.html_report import curve_report, report
@@ -43,6 +43,8 @@ class Exit(IntEnum):
 
 _LOST = (ConnectionError, LinkError)
 """The server or all senders are gone. What was measured before is written."""
+MAX_LOST_SHARE = 0.01
+"""Of the requests of a run that passes in a search."""
 LOWEST_RATE = 0.05
 """Of a search that begins above it."""
 
@@ -262,8 +264,12 @@ class Campaign:
 
 
 def probed(rate: float, result: dict[str, Any], slo: Sequence[Assertion]) -> Probe:
-    """A run passes when it keeps every bound, and when what was under way did not grow: else a longer run would not pass."""
+    """A run passes when it keeps every bound, when what was under way did not grow, since then a longer run would not pass, and when
+    nearly all requests were answered, of which alone latencies are. How many may be lost can be a bound itself."""
     broken = [str(checked) for checked in (bound.check(result) for bound in slo) if not checked.holds]
+    num_lost = result["sent"] - result["completed"]
+    if num_lost > MAX_LOST_SHARE * result["sent"] and not any(bound.name in OF_LOST for bound in slo):
+        broken.append(f"{num_lost} of {result['sent']} requests were refused, failed or cancelled")
     if result["steady_state"]["is_steady"] is False:
         broken.append("what is under way grows")
     return Probe(rate, not broken, "; ".join(broken), result)

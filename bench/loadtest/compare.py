@@ -95,6 +95,19 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def warnings(result: Mapping[str, Any]) -> list[str]:
+    """What the figures of a result do not show."""
+    found = []
+    reasons = result.get("invalid_because")
+    if result.get("valid") is False:
+        why = "; ".join(map(str, reasons)) if isinstance(reasons, list) else ""
+        found.append("the run is invalid, so its figures may be the client's" + (f": {why}" if why else ""))
+    lost, completed = result.get("failed"), result.get("completed")
+    if type(lost) is int and type(completed) is int and lost > 0:
+        found.append(f"{lost} of {lost + completed} requests were not answered, and are part of no latency")
+    return found
+
+
 def _figure(result: Mapping[str, Any], name: str) -> float | None:
     """None for what was not measured, which `vllm bench serve` writes as 0."""
     value = result.get(name)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,8 +138,8 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def print_comparison(rows: list[Row], names: tuple[str, str], console: Console) -> None:
-    """Two results side by side."""
+def print_comparison(rows: list[Row], names: tuple[str, str], notes: Sequence[str], console: Console) -> None:
+    """Two results side by side, and what their figures do not show."""
     table = Table("", *map(escape, names), "change", "95 % interval", "p", "")
     for row in rows:
         if row.difference is None:
@@ -154,3 +154,5 @@ def print_comparison(rows: list[Row], names: tuple[str, str], console: Console) 
         )  # fmt: skip
     console.print(table)
     console.print("bold: significant at 5 %, each figure by itself")
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")

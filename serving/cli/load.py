@@ -133,11 +133,12 @@ def _alone(given: dict[str, Any], allowed: frozenset[str], flag: str) -> None:
 
 
 def _compare(first: Path, second: Path) -> None:
-    from bench.loadtest.compare import compare, read_result
+    from bench.loadtest.compare import compare, read_result, warnings
     from bench.loadtest.live import print_comparison
 
-    rows = compare(read_result(first), read_result(second))
-    print_comparison(rows, (first.name, second.name), standard_output())
+    a, b = read_result(first), read_result(second)
+    notes = [f"{path.name}: {warning}" for path, result in ((first, a), (second, b)) for warning in warnings(result)]
+    print_comparison(compare(a, b), (first.name, second.name), notes, standard_output())
 
 
 def _join(flags: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.loadtest.assertions import check_measured, parse_assertion, percentiles_needed
 from bench.loadtest.campaign import Campaign, Exit, Search, Wanted, found_lines, probed, run_campaign
-from bench.loadtest.compare import compare, read_result
+from bench.loadtest.compare import compare, read_result, warnings
 from bench.loadtest.leader import Interrupt, Run, Senders
 from bench.loadtest.live import print_comparison
 from bench.loadtest.records import Health
@@ -239,6 +239,15 @@ def test_a_run_passes_only_when_it_could_have_gone_on() -> None:
     assert "does not hold" in probed(1.0, RESULT, [parse_assertion("ttft_p99<5ms")]).why
 
 
+def test_a_rate_at_which_requests_are_lost_does_not_pass_unless_a_bound_says_how_many_may_be() -> None:
+    slo = [parse_assertion("ttft_p99<500ms")]
+    losing = RESULT | {"completed": 100, "refused": 100}
+    probe = probed(1.0, losing, slo)
+    assert not probe.passed and probe.why == "100 of 200 requests were refused, failed or cancelled"
+    assert probed(1.0, losing, [*slo, parse_assertion("refusal_rate<=50%")]).passed
+    assert not probed(1.0, losing, [*slo, parse_assertion("refusal_rate<50%")]).passed
+
+
 def result_of(ttfts_s: list[float], **fields: Any) -> dict[str, Any]:
     values = np.array(ttfts_s) * 1e3
     return {
@@ -324,15 +333,26 @@ def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
         read_result(tmp_path / "r.json")
 
 
+def test_a_comparison_tells_what_its_figures_do_not_show() -> None:
+    assert warnings({"valid": True, "completed": 5, "failed": 0}) == []
+    assert warnings({"valid": False, "invalid_because": ["requests were sent late"], "completed": 90, "failed": 10}) == [
+        "the run is invalid, so its figures may be the client's: requests were sent late",
+        "10 of 100 requests were not answered, and are part of no latency",
+    ]
+
+
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.sampled_from(["", "finished", "1"]),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["ttft_s", "tpot_s", "outcome"]), inner)
     ),
 )
+COMPARED = (
+    "runs", "requests", "mean_ttft_ms", "median_tpot_ms", "num_tpot", "valid", "invalid_because", "completed", "failed"
+)  # fmt: skip
 RESULTS = st.fixed_dictionaries(
     {"request_throughput": st.floats(0, 10) | JSON_VALUES},
-    optional={name: JSON_VALUES for name in ("runs", "requests", "mean_ttft_ms", "median_tpot_ms", "num_tpot")},
+    optional={name: JSON_VALUES for name in COMPARED},
 )
 
 
@@ -347,7 +367,8 @@ def test_whatever_a_file_holds_is_compared_or_refused(first: dict[str, Any], sec
                 results.append(read_result(path))
             except ConfigError:
                 return
-        print_comparison(compare(*results), ("a", "b"), Console(file=io.StringIO()))
+        notes = [warning for result in results for warning in warnings(result)]
+        print_comparison(compare(*results), ("a", "b"), notes, Console(file=io.StringIO()))
 
 
 def test_wishes_that_contradict_are_refused(tmp_path: Path) -> None:
