@@ -264,8 +264,8 @@ class Campaign:
 
 
 def probed(rate: float, result: dict[str, Any], slo: Sequence[Assertion]) -> Probe:
-    """A run passes when it keeps every bound, when what was under way did not grow, since then a longer run would not pass, and when
-    nearly all requests were answered, of which alone latencies are. How many may be lost can be a bound itself."""
+    """A run passes when it keeps every bound, when what was under way did not grow, since then a longer run would not pass, and
+    when nearly all requests were answered, since latencies are of those alone. How many may be lost can be a bound itself."""
     broken = [str(checked) for checked in (bound.check(result) for bound in slo) if not checked.holds]
     num_lost = result["sent"] - result["completed"]
     if num_lost > MAX_LOST_SHARE * result["sent"] and not any(bound.name in OF_LOST for bound in slo):

@@ -34,6 +34,7 @@ from serving.config import LOAD_SECRET_VARIABLE
 
 START_TIMEOUT_S = 120.0
 """Within which local processes are there, and within which connections are open, besides what warm-up takes."""
+JOIN_POLL_S = 0.1
 BEGIN_AFTER_S = 0.5
 RESULT_TIMEOUT_S = 120.0
 """Between two messages of a sender after the run."""
@@ -102,13 +103,22 @@ async def crew(
     """The processes that send, for as long as the block. Raises ConnectionError when not all come, LinkError when one dies."""
     count = senders.num_processes + senders.num_joined
     secret = (senders.secret if senders.num_joined else secrets.token_hex(32)).encode()
-    arrived: asyncio.Queue[Peer[FromSender]] = asyncio.Queue(maxsize=count)
+    peers: list[Peer[FromSender]] = []
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            arrived.put_nowait(await accept(reader, writer, secret))
-        except (LinkError, asyncio.QueueFull):
+            peer = await accept(reader, writer, secret)
+        except LinkError:
             writer.close()
+            return
+        if len(peers) < count:
+            peers.append(peer)
+        else:
+            peer.close()  # the sender tells that there is nothing for it to do
+
+    def part() -> None:
+        for peer in peers:
+            peer.close()
 
     host = senders.listen_host if senders.num_joined else "127.0.0.1"
     try:
@@ -125,9 +135,8 @@ async def crew(
         if senders.num_joined:
             report(f"waiting for {senders.num_joined} processes to join at {host}:{port}")
         timeout_s = senders.join_timeout_s if senders.num_joined else START_TIMEOUT_S
-        peers = await _gather_peers(arrived, count, timeout_s, processes)
-        for peer in peers:
-            stack.callback(peer.close)
+        stack.callback(part)
+        await _await_peers(peers, count, timeout_s, processes, report)
         yield Crew(peers, processes)
 
 
@@ -166,21 +175,22 @@ def _check_count(scenario: Scenario, count: int) -> None:
             )
 
 
-async def _gather_peers(
-    arrived: "asyncio.Queue[Peer[FromSender]]", count: int, timeout_s: float, processes: "_Processes"
-) -> list[Peer[FromSender]]:
-    peers: list[Peer[FromSender]] = []
+async def _await_peers(
+    peers: list[Peer[FromSender]], count: int, timeout_s: float, processes: "_Processes", report: Callable[[str], None]
+) -> None:
+    """Until so many are there. One that leaves before that makes room for another. Raises ConnectionError, LinkError."""
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    while len(peers) < count:
-        try:
-            peer = await asyncio.wait_for(arrived.get(), 0.25)
-        except TimeoutError:
-            await processes.check()
-            if asyncio.get_running_loop().time() > deadline_s:
-                raise ConnectionError(f"{len(peers)} of {count} processes joined within {timeout_s:g} s") from None
-            continue
-        peers.append(peer)
-    return peers
+    while True:
+        await processes.check()
+        for peer in [peer for peer in peers if peer.has_left]:
+            peers.remove(peer)
+            peer.close()
+            report(f"a process that had joined has left; {len(peers)} of {count} are there")
+        if len(peers) == count:
+            return
+        if asyncio.get_running_loop().time() > deadline_s:
+            raise ConnectionError(f"{len(peers)} of {count} processes joined within {timeout_s:g} s")
+        await asyncio.sleep(JOIN_POLL_S)
 
 
 class _Processes:

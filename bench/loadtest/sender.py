@@ -132,14 +132,21 @@ async def _tell(peer: Peer[FromLeader], runner: Runner) -> None:
 
 
 async def run_sender(host: str, port: int, secret: bytes, tls: ClientTls | None, *, owns_targets: bool) -> None:
-    """Join a load test and do this process's part of every run, until the leader goes away. Raises LinkError before that."""
+    """Join a load test and do this process's part of every run, until the leader goes away. Raises LinkError where that is before
+    the first run."""
     peer = await join(host, port, secret)
     try:
+        try:
+            plan = await peer.receive()
+        except LinkError as error:
+            raise LinkError(
+                f"the load test at {host}:{port} has all processes that it waits for, or it ended before it began"
+            ) from error
         with contextlib.suppress(LinkError):  # the leader is gone, and nobody is left to tell
             while True:
-                plan = await peer.receive()
                 if isinstance(plan, Plan):  # an order to halt may come after its run has ended
                     await _one_run(peer, plan, tls, owns_targets=owns_targets)
+                plan = await peer.receive()
     finally:
         peer.close()
 

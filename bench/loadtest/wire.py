@@ -119,6 +119,11 @@ class Peer(Generic[Message]):
             raise LinkError(f"a message is not what the protocol allows: {error}") from error
         return message
 
+    @property
+    def has_left(self) -> bool:
+        """The other end closed the connection, and nothing that it sent is left."""
+        return self._reader.at_eof()
+
     def close(self) -> None:
         self._writer.close()
 
