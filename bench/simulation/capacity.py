@@ -18,8 +18,8 @@ from bench.simulation.clock import TICKS_PER_S
 from bench.simulation.fleet import Fleet
 from bench.simulation.report import Array, Columns
 from bench.simulation.requests import Requests, Status
-from bench.simulation.run import Plan, resolve, simulate
-from bench.simulation.scenario import MAX_GROUPS, SimulationScenario
+from bench.simulation.run import Plan, max_model_len_of, resolve, simulate
+from bench.simulation.scenario import MAX_GROUPS, Groups, SimulationScenario
 from bench.simulation.workload import make_requests
 from model_parallel.errors import ConfigError
 
@@ -84,6 +84,24 @@ class Question:
     price_per_gpu_hour: float | None
     max_groups: int
 
+    def __post_init__(self) -> None:
+        if self.scenario.scaling is not None:
+            raise ConfigError(
+                "the scenario has scaling; capacity finds a number of groups that stays the same, so leave scaling out"
+            )
+
+    @property
+    def groups(self) -> Groups:
+        """Of this shape."""
+        return self.scenario.groups.model_copy(
+            update={
+                "profile": self.shape.profile,
+                "tensor_parallel_size": self.shape.tensor_parallel_size,
+                "dtype": self.shape.dtype,
+                "quantization": self.shape.quantization,
+            }
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
@@ -127,19 +145,12 @@ class _NothingServedError(Exception):
 class _Trial:
     """One shape under the load, with any number of groups."""
 
-    def __init__(self, question: Question, report: Report) -> None:
+    def __init__(self, question: Question, plan: Plan, report: Report) -> None:
+        """`plan` is of the question's groups. Raises ConfigError for a load that cannot be read."""
         self._question = question
         self._report = report
-        groups = question.scenario.groups.model_copy(
-            update={
-                "profile": question.shape.profile,
-                "tensor_parallel_size": question.shape.tensor_parallel_size,
-                "dtype": question.shape.dtype,
-                "quantization": question.shape.quantization,
-            }
-        )
-        self.scenario = question.scenario.model_copy(update={"groups": groups, "scaling": None})
-        self.plan: Plan = resolve(groups)
+        self.scenario = question.scenario.model_copy(update={"groups": question.groups})
+        self.plan = plan
         self.requests: Requests = make_requests(self.scenario, max_model_len=self.plan.max_model_len)
         self.not_counted: dict[int, str] = {}
         """By groups: which requests count for nothing, in words; empty when there are none."""
@@ -328,7 +339,9 @@ def _told(row: Mapping[str, Any], slo: Sequence[Bound]) -> str:
 
 
 def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
-    """For one shape: the fewest groups and the curve around them; what is in the way when there are none."""
+    """For one shape: the fewest groups and the curve around them; what is in the way when there are none. Raises ConfigError for
+    what is in the way of any shape."""
+    max_model_len_of(question.groups)
     found: dict[str, Any] = {
         "shape": str(question.shape),
         "profile": question.shape.profile,
@@ -340,9 +353,10 @@ def answer(question: Question, report: Report = _ignore) -> dict[str, Any]:
         "notes": [],
     }
     try:
-        trial = _Trial(question, report)
+        plan = resolve(question.groups)
     except ConfigError as error:  # the weights do not fit, or TP is more than there are heads
         return found | {"problem": str(error)}
+    trial = _Trial(question, plan, report)
     found["notes"] = list(trial.requests.notes)
     try:
         fewest = trial.fewest()

@@ -46,9 +46,9 @@ class Plan:
 def resolve(groups: Groups) -> Plan:
     """The cost of a step, and what of the KV cache fits. Raises ConfigError."""
     file, quantization = read_profile(groups.profile), groups.quantization or ""
+    max_model_len = max_model_len_of(groups)
     workload: Workload | None = None
     if isinstance(file, StepsFile):
-        max_position = file.max_position
         machine = machine_for(
             groups.profile,
             groups.model,
@@ -59,7 +59,6 @@ def resolve(groups: Groups) -> Plan:
         )
     else:
         model = config_of(groups.model)
-        max_position = model.max_position
         machine = machine_for(
             groups.profile,
             groups.model,
@@ -74,9 +73,6 @@ def resolve(groups: Groups) -> Plan:
             "several groups of one machine, of which sometimes one and sometimes several ran"
         )
     sizes = step_sizes_of(groups)
-    max_model_len = max_position if groups.max_model_len is None else groups.max_model_len
-    if max_model_len > max_position:
-        raise ConfigError(f"groups.max_model_len is {max_model_len}, and the model's own length is {max_position}")
     if isinstance(file, StepsFile):
         num_tokens = groups.kv_cache_tokens or DEFAULT_KV_TOKENS
     else:
@@ -113,6 +109,16 @@ def resolve(groups: Groups) -> Plan:
         sharing=machine.sharing if groups.share_a_machine else 0.0,
     )
     return Plan(machine=machine, shape=shape, max_model_len=max_model_len, kv_cache_tokens=num_tokens)
+
+
+def max_model_len_of(groups: Groups) -> int:
+    """Of groups with any tensor-parallel size: the model's own length, or what is wanted of it. Raises ConfigError."""
+    file = read_profile(groups.profile)
+    own = file.max_position if isinstance(file, StepsFile) else config_of(groups.model).max_position
+    wanted = own if groups.max_model_len is None else groups.max_model_len
+    if wanted > own:
+        raise ConfigError(f"groups.max_model_len is {wanted}, and the model's own length is {own}")
+    return wanted
 
 
 def step_sizes_of(groups: Groups) -> StepSizes:

@@ -96,7 +96,10 @@ def capacity(
     scenario: Annotated[Path | None, typer.Option(help="Instead of a trace: the load of a scenario.")] = None,
     tp: Annotated[list[int] | None, typer.Option("--tp", min=1, help="Ranks of a group; several may be given.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 or float16. The scenario's when not given, else bfloat16.")
+        str | None,
+        typer.Option(
+            help="bfloat16 with a shipped profile, its own with a fitted one. The scenario's when not given, else bfloat16."
+        ),
     ] = None,
     quantization: Annotated[
         list[str] | None,

@@ -122,6 +122,29 @@ def test_flags_of_capacity_that_are_wrong_are_refused(overloaded: Path, flags: l
 
 
 @pytest.mark.parametrize(
+    ("section", "changes", "told"),
+    [
+        ("scaling", {"max_groups": 3}, "the scenario has scaling; capacity finds a number of groups"),
+        ("groups", {"model": "llama-2-7", "profile": "h100"}, "'llama-2-7' is neither a known model nor"),
+        ("groups", {"model": "llama-2-7b", "profile": "h100", "max_model_len": 5000}, "groups.max_model_len is 5000"),
+        (
+            "tenants",
+            [{"arrivals": {"process": "trace"}, "work": {"kind": "trace", "format": "csv", "path": "gone.csv"}}],
+            "gone.csv: No such file or directory",
+        ),
+    ],
+)
+def test_what_no_shape_could_change_is_refused_and_is_no_answer(
+    overloaded: Path, section: str, changes: Any, told: str
+) -> None:
+    overloaded.write_text(yaml.safe_dump(yaml.safe_load(overloaded.read_text()) | {section: changes}))
+    flags = ["--gpu", "h100", "--tp", "1", "--scenario", str(overloaded)]
+    result = CliRunner().invoke(app, ["simulate", "capacity", "--slo", "ttft_p99=1s", *flags])
+    assert isinstance(result.exception, ConfigError)
+    assert told in str(result.exception)
+
+
+@pytest.mark.parametrize(
     ("is_gpu", "given", "expected"),
     [
         (True, {}, (256, 2048)),

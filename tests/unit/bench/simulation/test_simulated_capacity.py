@@ -21,7 +21,7 @@ from bench.simulation.capacity import (
 )
 from bench.simulation.report import Columns
 from bench.simulation.requests import Status
-from bench.simulation.run import simulate
+from bench.simulation.run import resolve, simulate
 from bench.simulation.scenario import SimulationScenario, TenantLimits, parse_scenario
 from model_parallel.errors import ConfigError
 from tests.support.effort import by_day, rest_by_night
@@ -202,7 +202,8 @@ SLOS = ["ttft_p99=1s", "tpot_p99=9ms", "e2el_median=4s", "ttft_p50=100ms,tpot_p9
 def test_a_trial_that_is_given_up_would_not_have_held(slo: str) -> None:
     given_up = 0
     for num_groups in (1, 2, 3, 4, 6):
-        short, whole = (_Trial(question(slo), lambda _: None) for _ in range(2))
+        asked = question(slo)
+        short, whole = (_Trial(asked, resolve(asked.groups), lambda _: None) for _ in range(2))
         assert short.holds(num_groups) == whole.with_groups(num_groups)["holds"]
         given_up += num_groups not in short.tried
     assert given_up, "of so few groups some cannot do it"
