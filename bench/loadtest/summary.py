@@ -266,9 +266,15 @@ def _remarks(steadiness: Mapping[str, Any], little: Mapping[str, float] | None) 
 
 
 def _unseen(measured: Sequence[Record]) -> list[str]:
-    """A note on answers with more tokens than a client could see coming."""
-    streamed = [record for record in measured if record.outcome is Outcome.FINISHED and record.seen_chunks]
+    """Notes on answers with more tokens than a client could see coming, and on those of which nobody counted the tokens."""
+    finished = [record for record in measured if record.outcome is Outcome.FINISHED]
+    streamed = [record for record in finished if record.seen_chunks]
     notes = []
+    if num_uncounted := sum(not record.prompt_tokens for record in finished):
+        notes.append(
+            f"{num_uncounted} answers came without usage: their prompt tokens count as 0, and their output tokens are the chunks "
+            "that came"
+        )
     if num_whole := sum(record.seen_chunks == 1 and record.output_tokens > 1 for record in streamed):
         notes.append(f"{num_whole} answers of several tokens came in one piece; they have no time per output token")
     several = [record for record in streamed if record.seen_chunks > 1]

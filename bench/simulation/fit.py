@@ -83,10 +83,12 @@ def _checked(sample: StepSample) -> StepSample:
 def fit(reports: Sequence[StepReport], *, origin: str) -> StepsFile:
     """One profile of groups that are alike: least squares of relative errors. Raises ConfigError when they differ, or when there
     are too few steps."""
+    if not reports:
+        raise ConfigError("from: there is no group in it; a group tells its steps once it serves, so try again then")
     shapes = {msgspec.structs.replace(report.shape, group="") for report in reports}
     if len(shapes) != 1:
         told = "; ".join(sorted(f"{s.model} TP={s.tensor_parallel_size} {s.quantization or s.dtype}" for s in shapes))
-        raise ConfigError(f"from: the groups must all be alike; there are {told or 'none'}")
+        raise ConfigError(f"from: the groups must all be alike; there are {told}")
     shares = overlaps(reports)
     timed = [
         (sample, share)

@@ -193,7 +193,7 @@ def simulate(
 
 def _failure_times(scenario: SimulationScenario) -> list[float]:
     failures = scenario.failures
-    times = [at_s for at_s in failures.at_s if at_s <= scenario.duration_s]
+    times = list(failures.at_s)
     if failures.every_s is not None:
         draw, at_s = random.Random(f"{scenario.seed}/failures"), 0.0
         while (at_s := at_s + draw.expovariate(1 / failures.every_s)) <= scenario.duration_s:

@@ -171,6 +171,8 @@ class SimulationScenario(Section):
                 f"groups.num_groups is {num_groups}; it must lie between scaling.min_groups, {scaling.min_groups}, and "
                 f"scaling.max_groups, {scaling.max_groups}"
             )
+        if late_s := [at_s for at_s in self.failures.at_s if at_s > self.duration_s]:
+            raise ValueError(f"failures.at_s has {late_s[0]:g}, which is after duration_s, {self.duration_s:g}")
         every_s = self.failures.every_s
         if every_s is not None and self.duration_s / every_s > MAX_LOSSES:
             raise ValueError(

@@ -134,6 +134,11 @@ def test_an_answer_in_one_piece_has_no_time_per_token_and_others_are_told() -> N
     assert not any("answers" in note for note in summarise(Scenario(), Run(records=[all_seen, thought]))["notes"])
 
 
+def test_answers_whose_tokens_the_server_did_not_count_are_told() -> None:
+    notes = summarise(Scenario(), Run(records=[record(), record(prompt_tokens=0), record(prompt_tokens=0)]))["notes"]
+    assert [note for note in notes if note.startswith("2 answers came without usage")]
+
+
 @pytest.mark.parametrize("last", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\r\n\r\n", b"data: [DONE]\r\r"])
 async def test_an_answer_may_end_with_its_body(last: bytes) -> None:
     reply = await ask([chunk(content="x"), END, last])

@@ -40,6 +40,7 @@ def test_shipped_scenarios_are_good(path: Path) -> None:
         ),
         ({"duration_s": 10, "warmup_s": 10}, "warmup_s is 10"),
         ({"failures": {"every_s": -1}}, "failures.every_s"),
+        ({"duration_s": 10, "failures": {"at_s": [5, 11]}}, "failures.at_s has 11, which is after duration_s, 10"),
     ],
 )
 def test_a_bad_scenario_is_refused_by_field(change: dict[str, object], message: str) -> None:

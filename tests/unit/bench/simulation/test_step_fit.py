@@ -136,6 +136,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     other = StepReport(shape=msgspec.structs.replace(SHAPE, model="n"), samples=())
     with pytest.raises(ConfigError, match="must all be alike"):
         fit([StepReport(shape=SHAPE, samples=()), other], origin="")
+    with pytest.raises(ConfigError, match="there is no group in it"):
+        fit([], origin="")
 
 
 class Clockwork:
