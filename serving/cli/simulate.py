@@ -147,6 +147,7 @@ def capacity(
         if isinstance(data["groups"], dict):  # else it is refused by its name
             data["groups"] |= groups
         loaded = parse_scenario(data, origin=str(scenario))
+    sizes = step_sizes_of(loaded.groups)
     kinds = [
         None if kind == "none" else kind
         for kind in dict.fromkeys(quantization or [loaded.groups.quantization or "none"])
@@ -177,7 +178,6 @@ def capacity(
 
         answers = answer_all(questions, min(processes, read_machine().num_cpus), show)
     best = cheapest(answers)
-    sizes = step_sizes_of(loaded.groups)
     print_capacity(answers, best, f"{slo}: {loaded.groups.model}, {sizes}", standard_output())
     if json_file is not None:
         asked = {"slo": slo, "model": loaded.groups.model, **sizes._asdict()}

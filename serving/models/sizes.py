@@ -118,7 +118,13 @@ class StepSizes(NamedTuple):
 
 
 def step_sizes(device: str, max_num_seqs: int | None, max_num_batched_tokens: int | None) -> StepSizes:
-    """By kind of device ("cpu", "cuda"), where they are not given: what is given bounds what is not."""
+    """By kind of device ("cpu", "cuda"), where they are not given: what is given bounds what is not. Raises ConfigError for two
+    that do not go together."""
+    if max_num_seqs is not None and max_num_batched_tokens is not None and max_num_batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens is {max_num_batched_tokens} and max_num_seqs {max_num_seqs}; a step must have room for a "
+            "token of each sequence that runs"
+        )
     num_seqs, num_batched_tokens = _STEP_SIZES[device]
     if max_num_seqs is not None:
         num_batched_tokens = max(num_batched_tokens, max_num_seqs)

@@ -92,6 +92,10 @@ def test_plan_for_given_numbers_and_a_directory(tmp_path: Path) -> None:
             "is 'int4'; allowed: int8, packed, none",
         ),
         (["--model", "llama-2-7b", "--gpu", "h100", "--context", 5000], "context is 5000"),
+        (
+            ["--model", "llama-2-7b", "--gpu", "h100", "--max-num-seqs", 20, "--max-num-batched-tokens", 10],
+            "max_num_batched_tokens is 10 and max_num_seqs 20",
+        ),
         (["--model", "llama-2-7b", "--gpu", "h100", "--tp", 33], "33 and the model has 32 query heads"),
     ],
 )

@@ -112,6 +112,7 @@ def test_capacity_keeps_what_the_scenario_says_unless_a_flag_says_otherwise(over
     [
         (["--speed", "2"], "--speed is of a --trace"),
         (["--max-num-seqs", "0"], "groups.max_num_seqs: Input should be greater than or equal to 1 (got 0)"),
+        (["--max-num-batched-tokens", "1"], "max_num_batched_tokens is 1 and max_num_seqs 2; a step must have room"),
         (["--dtype", "bf16"], "groups.dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'bf16')"),
     ],
 )
