@@ -220,6 +220,7 @@ class _Trial:
     def _row(self, summary: Mapping[str, Any], reached: Mapping[str, float], num_groups: int) -> dict[str, Any]:
         question, tp_size = self._question, self._question.shape.tensor_parallel_size
         tokens, price = summary["run_output_tokens"], question.price_per_gpu_hour
+        energy_kwh = summary["energy_kwh"]
         return {
             "num_groups": num_groups,
             "num_gpus": num_groups * tp_size,
@@ -235,7 +236,7 @@ class _Trial:
             "cost_per_million_output_tokens": (
                 None if price is None or not tokens else price * summary["gpu_hours"] / tokens * 1e6
             ),
-            "kwh_per_million_output_tokens": summary["energy_kwh"] / tokens * 1e6 if tokens else None,
+            "kwh_per_million_output_tokens": energy_kwh / tokens * 1e6 if tokens and energy_kwh is not None else None,
         }
 
     @property
@@ -441,6 +442,6 @@ def cheapest(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     holding = [found for found in answers if found["best"]]
     return min(
         holding,
-        key=lambda found: (found["best"]["num_gpus"], found["best"]["kwh_per_million_output_tokens"]),
+        key=lambda found: (found["best"]["num_gpus"], found["best"]["kwh_per_million_output_tokens"] or 0.0),
         default=None,
     )

@@ -178,8 +178,10 @@ def jain_index(values: list[float]) -> float:
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
 
 
-def energy_kwh(summary: Mapping[str, Any], *, idle_w: float, busy_w: float) -> float:
-    """Of all GPUs, by a straight line between a GPU that waits and one that computes."""
+def energy_kwh(summary: Mapping[str, Any], *, idle_w: float, busy_w: float) -> float | None:
+    """Of all GPUs, by a straight line between a GPU that waits and one that computes. None where the profile tells no power."""
+    if not busy_w:
+        return None
     mean_w = idle_w + (busy_w - idle_w) * summary["busy_share"]
     return float(summary["gpu_hours"] * mean_w / 1e3)
 

@@ -87,14 +87,24 @@ def capacity(
     gpu: Annotated[str, typer.Option("--gpu", help="A profile: a100-80g, h100, h200, or a file.")],
     model: Annotated[
         str | None,
-        typer.Option(help=f"A known name, or a checkpoint. The scenario's when not given; of a trace {TRACE_MODEL}."),
+        typer.Option(
+            help="A known name, or a checkpoint. The scenario's when not given; of a trace a fitted profile's, or "
+            f"{TRACE_MODEL}."
+        ),
     ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Requests with their times: CSV, Azure's or BurstGPT's, or Mooncake's JSON lines."),
     ] = None,
     scenario: Annotated[Path | None, typer.Option(help="Instead of a trace: the load of a scenario.")] = None,
-    tp: Annotated[list[int] | None, typer.Option("--tp", min=1, help="Ranks of a group; several may be given.")] = None,
+    tp: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--tp",
+            min=1,
+            help="Ranks of a group; several may be given. 1, 2, 4 and 8, or a fitted profile's, when not given.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -103,7 +113,10 @@ def capacity(
     ] = None,
     quantization: Annotated[
         list[str] | None,
-        typer.Option(help="none or int8; both may be given. The scenario's when not given, else none."),
+        typer.Option(
+            help="none, int8, or packed with a profile fitted to it; several may be given. The scenario's when not given, else "
+            "none."
+        ),
     ] = None,
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Sequences that a group runs at a time. The scenario's, or as serve chooses.")
@@ -126,6 +139,7 @@ def capacity(
     from bench.json_files import check_can_be_written, write_json
     from bench.simulation.capacity import Progress as Trying
     from bench.simulation.capacity import Question, Shape, answer_all, cheapest, parse_slo
+    from bench.simulation.profiles import StepsFile, read_profile
     from bench.simulation.run import step_sizes_of
     from bench.simulation.scenario import parse_scenario, read_scenario, scenario_of_trace
 
@@ -139,8 +153,13 @@ def capacity(
         "model": model, "dtype": dtype, "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
     }  # fmt: skip
     groups: dict[str, Any] = {name: value for name, value in flags.items() if value is not None} | {"profile": gpu}
+    file, sizes_tried = read_profile(gpu), list(TP_SIZES)
+    of_trace: dict[str, Any] = {"model": TRACE_MODEL}
+    if isinstance(file, StepsFile):  # it is of one shape of one model
+        sizes_tried = [file.tensor_parallel_size]
+        of_trace = {"model": file.model, "dtype": file.dtype, "quantization": file.quantization or None}
     if trace is not None:
-        loaded = scenario_of_trace(trace, {"model": TRACE_MODEL} | groups, speed=1.0 if speed is None else speed)
+        loaded = scenario_of_trace(trace, of_trace | groups, speed=1.0 if speed is None else speed)
     else:
         assert scenario is not None
         data = read_scenario(scenario)
@@ -152,8 +171,8 @@ def capacity(
         None if kind == "none" else kind
         for kind in dict.fromkeys(quantization or [loaded.groups.quantization or "none"])
     ]
-    if unknown := [kind for kind in kinds if kind not in (None, "int8")]:
-        raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8")
+    if unknown := [kind for kind in kinds if kind not in (None, "int8", "packed")]:
+        raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8, packed")
     questions = [
         Question(
             scenario=loaded,
@@ -163,7 +182,7 @@ def capacity(
             max_groups=max_groups,
         )
         for kind in kinds
-        for size in dict.fromkeys(tp or TP_SIZES)
+        for size in dict.fromkeys(tp or sizes_tried)
     ]
     with _bars() as progress:
         tasks: dict[str, TaskID] = {}

@@ -145,6 +145,28 @@ def test_what_no_shape_could_change_is_refused_and_is_no_answer(
     assert told in str(result.exception)
 
 
+FITTED = {
+    "kind": "steps", "origin": "a test", "model": "llama-2-7b", "tensor_parallel_size": 1, "dtype": "bfloat16",
+    "quantization": "", "max_position": 2048, "knots": [[1, 0.01], [512, 0.1]], "row_s": 0.001, "context_s": 0,
+    "pair_s": 0, "empty_s": 0, "num_steps": 100, "median_error": 0, "p90_error": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("quantization", "told"), [("", "float32"), ("packed", "packed")])
+def test_a_trace_goes_to_what_a_profile_was_fitted_to(quantization: str, told: str, tmp_path: Path) -> None:
+    """Which is never known by a GPU's profile, such as weights in groups, and of whose power nothing is known."""
+    profile, path = tmp_path / "fitted.json", tmp_path / "r.json"
+    shape = {"model": "mine", "tensor_parallel_size": 3, "dtype": "float32", "quantization": quantization}
+    profile.write_text(json.dumps(FITTED | shape))
+    (tmp_path / "t.csv").write_text("timestamp,input_tokens,output_tokens\n0,5,3\n1,5,3\n")
+    asked = ["--slo", "ttft_p99=9s", "--gpu", str(profile), "--trace", str(tmp_path / "t.csv"), "--json", str(path)]
+    assert CliRunner().invoke(app, ["simulate", "capacity", *asked]).exit_code == 0
+    result = json.loads(path.read_text())
+    (answer,) = result["answers"]
+    assert (result["model"], answer["shape"]) == ("mine", f"{profile} TP=3 {told}")
+    assert answer["best"]["kwh_per_million_output_tokens"] is None
+
+
 @pytest.mark.parametrize(
     ("is_gpu", "given", "expected"),
     [
@@ -157,13 +179,8 @@ def test_what_no_shape_could_change_is_refused_and_is_no_answer(
 def test_steps_are_as_large_as_serve_makes_them(
     is_gpu: bool, given: dict[str, int], expected: tuple[int, int], overloaded: Path, tmp_path: Path
 ) -> None:
-    fitted = {
-        "kind": "steps", "origin": "a test", "model": "llama-2-7b", "tensor_parallel_size": 1, "dtype": "bfloat16",
-        "quantization": "", "max_position": 2048, "knots": [[1, 0.01], [512, 0.1]], "row_s": 0.001, "context_s": 0,
-        "pair_s": 0, "empty_s": 0, "num_steps": 100, "median_error": 0, "p90_error": 0,
-    }  # fmt: skip
     profile, path = tmp_path / "fitted.json", tmp_path / "r.json"
-    profile.write_text(json.dumps(fitted))
+    profile.write_text(json.dumps(FITTED))
     data = yaml.safe_load(overloaded.read_text())
     data["groups"] = {
         "model": "llama-2-7b",
