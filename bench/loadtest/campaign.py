@@ -37,7 +37,7 @@ class Exit(IntEnum):
     DOES_NOT_HOLD = 1
     """An assertion."""
     INVALID = 3
-    """Assertions were to be checked, and the client was the bottleneck: they say nothing of the server."""
+    """Assertions were to be checked, or a rate to be found, and the client was the bottleneck: it says nothing of the server."""
     INTERRUPTED = 130
 
 
@@ -219,7 +219,9 @@ class Campaign:
             raise lost
         if self._stop.is_set():
             return Exit.INTERRUPTED
-        return Exit.DONE if found.rate is not None else Exit.DOES_NOT_HOLD
+        if found.rate is not None:
+            return Exit.DONE
+        return Exit.INVALID if found.is_cut_short else Exit.DOES_NOT_HOLD
 
     def _write_points(
         self, kind: str, facts: dict[str, Any], points: Sequence[tuple[float, dict[str, Any]]], lines: Sequence[str]
@@ -278,6 +280,8 @@ def probed(rate: float, result: dict[str, Any], slo: Sequence[Assertion]) -> Pro
 def found_lines(found: Found, slo: Sequence[Assertion], unit: str) -> list[str]:
     """What a search came to, in words."""
     bounds = ", ".join(bound.text for bound in slo)
+    if found.rate is None and found.failed_at is None:
+        return [f"whether any rate keeps {bounds} is not known: {found.ended_because}"]
     if found.rate is None:
         return [f"no rate that was tried keeps {bounds}: {found.ended_because}"]
     beyond = "" if found.failed_at is None else f"; {found.failed_at:.4g} does not"

@@ -31,6 +31,8 @@ class Found:
     failed_at: float | None = None
     """The lowest that did not; None when the search ended before there was one."""
     ended_because: str = ""
+    is_cut_short: bool = False
+    """A run said nothing of the rates that the server bears."""
     probes: list[Probe] = field(default_factory=list)
 
 
@@ -55,7 +57,7 @@ async def search(
         try:
             passed = await _majority(measure, rate, repeats, found.probes)
         except NothingKnownError as error:
-            found.ended_because = f"at {rate:g}/s {error}"
+            found.ended_because, found.is_cut_short = f"at {rate:g}/s {error}", True
             return found
         if passed:
             found.rate = rate

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -177,7 +177,8 @@ async def test_a_search_ends_at_its_bounds_and_where_the_client_ends() -> None:
     nothing = await search(never, **bounds)
     assert nothing.rate is None and "no rate" in found_lines(nothing, [], "requests/s sent")[0]
     limited = await search(weak, **bounds)
-    assert limited.rate == 4 and "bottleneck" in limited.ended_because
+    assert limited.rate == 4 and "bottleneck" in limited.ended_because and limited.is_cut_short
+    assert not nothing.is_cut_short
 
 
 class ShortLived:
@@ -229,6 +230,19 @@ async def test_what_was_measured_is_written_when_a_later_run_comes_to_nothing(
     written = json.loads((tmp_path / "r.json").read_text())
     assert len(written["points"] if "points" in written else written["runs"]) >= 2
     assert (tmp_path / "r.html").read_text().count("<svg")
+
+
+async def test_a_search_that_the_client_ended_says_nothing_of_the_server() -> None:
+    class Idle:
+        async def run(self, *_: Any, **__: Any) -> Run:
+            return Run()
+
+    bounds = Search(slo=[parse_assertion("ttft_p99<500ms")])
+    text, team = io.StringIO(), cast("Any", Idle())
+    scenario, known = parse_scenario({}, origin="x"), [Resolved(facts=FACTS, entries=[])]
+    campaign = Campaign(scenario, known, team, Wanted(search=bounds), Console(file=text, width=500), Interrupt())
+    assert await campaign.search(bounds) is Exit.INVALID
+    assert "whether any rate keeps ttft_p99<500ms is not known: at 1/s the client was the bottleneck" in text.getvalue()
 
 
 def test_a_run_passes_only_when_it_could_have_gone_on() -> None:
