@@ -349,7 +349,9 @@ def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_comparison_tells_what_its_figures_do_not_show() -> None:
     assert warnings({"valid": True, "completed": 5, "failed": 0}) == []
-    assert warnings({"valid": False, "invalid_because": ["requests were sent late"], "completed": 90, "failed": 10}) == [
+    assert warnings(
+        {"valid": False, "invalid_because": ["requests were sent late"], "completed": 90, "failed": 10}
+    ) == [
         "the run is invalid, so its figures may be the client's: requests were sent late",
         "10 of 100 requests were not answered, and are part of no latency",
     ]
