@@ -261,6 +261,7 @@ class Campaign:
                 known.entries,
                 len(known.entries) if tenant.max_requests is None else tenant.max_requests,
                 self._scenario.duration_s,
+                num_unanswered=known.num_unanswered,
             )
         ]
 

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 import msgspec
 
-from bench.loadtest.files import load_entries
+from bench.loadtest.files import read_contents
 from bench.loadtest.grpc_transport import channel_to
 from bench.loadtest.http_transport import Count, read_body
 from bench.loadtest.runner import Resolved
@@ -38,7 +38,7 @@ async def resolve(scenario: Scenario, tls: ClientTls | None) -> list[Resolved]:
     known: dict[tuple[str, str, str | None], Facts] = {}
     found = []
     for tenant in scenario.tenants:
-        entries = await asyncio.to_thread(load_entries, tenant)
+        contents = await asyncio.to_thread(read_contents, tenant)
         key = (tenant.target, key_of(tenant), tenant.model)
         if key not in known:
             ask = _ask_grpc if tenant.parsed_target.is_grpc else _ask_http
@@ -46,7 +46,7 @@ async def resolve(scenario: Scenario, tls: ClientTls | None) -> list[Resolved]:
         facts = known[key]
         if tenant.vocab_size is not None:
             facts = msgspec.structs.replace(facts, vocab_size=tenant.vocab_size)
-        found.append(Resolved(facts=facts, entries=entries))
+        found.append(Resolved(facts=facts, entries=contents.entries, num_unanswered=contents.num_unanswered))
     return found
 
 

@@ -7,9 +7,8 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -29,15 +28,35 @@ BURSTGPT = {"timestamp": "Timestamp", "input_tokens": "Request tokens", "output_
 """HPMLL/BurstGPT, BurstGPT_*.csv."""
 
 
+class Contents(NamedTuple):
+    """Of a file that work is read from."""
+
+    entries: list[Entry]
+    num_unanswered: int
+    """Requests of a trace that had no answer. They are not among the entries."""
+
+
 def load_entries(tenant: Tenant) -> list[Entry]:
-    """What the tenant's work reads from a file; empty for synthetic work. Raises ConfigError."""
+    """What is sent of the file of the tenant's work; empty for synthetic work. Raises ConfigError."""
+    return read_contents(tenant).entries
+
+
+def read_contents(tenant: Tenant) -> Contents:
+    """Of the file of the tenant's work; nothing for synthetic work. Raises ConfigError."""
     work = tenant.work
     if isinstance(work, JsonLines | ShareGpt | Trace):
         where = f"tenants.{tenant.name}.work.path: {work.path}"
         try:
             if (size := work.path.stat().st_size) > MAX_FILE_BYTES:
                 raise ConfigError(f"{where} has {size} bytes; the limit is {MAX_FILE_BYTES}")
-            entries = list(islice(_reader(work, where), work.max_entries))
+            entries, num_unanswered = [], 0
+            for entry in _reader(work, where):
+                if entry.output_tokens == 0:
+                    num_unanswered += 1
+                    continue
+                entries.append(entry)
+                if len(entries) == work.max_entries:
+                    break
         except OSError as error:
             raise ConfigError(f"{where}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -45,20 +64,24 @@ def load_entries(tenant: Tenant) -> list[Entry]:
         if not entries:
             raise ConfigError(f"{where} holds no request")
         if isinstance(work, Trace):
-            return _from_start(entries, work.speed)
+            return Contents(_from_start(entries, work.speed), num_unanswered)
         if tenant.chosen_form == "chat" and any(entry.ids for entry in entries):
             raise ConfigError(
                 f"{where} holds token ids, which api {tenant.chosen_api} does not take as chat; set form: ids"
             )
         if tenant.chosen_api == "completions" and any(entry.messages for entry in entries):
             raise ConfigError(f"{where} holds messages, which api completions does not take")
-        return entries
-    return []
+        return Contents(entries, num_unanswered)
+    return Contents([], 0)
 
 
-def left_out(tenant: str, work: Trace, entries: Sequence[Entry], num_wanted: int, duration_s: float) -> list[str]:
+def left_out(
+    tenant: str, work: Trace, entries: Sequence[Entry], num_wanted: int, duration_s: float, *, num_unanswered: int = 0
+) -> list[str]:
     """Notes on what of a trace is not sent, of which at most `num_wanted` requests are. `entries` are in order of time."""
     notes, wanted = [], entries[:num_wanted]
+    if num_unanswered:
+        notes.append(f"tenant {tenant}: {num_unanswered} requests of the trace had no answer, and are not sent")
     num_due = sum(entry.at_s < duration_s for entry in wanted)
     if num_due < len(wanted):
         notes.append(
@@ -156,7 +179,7 @@ def _mooncake(data: dict[str, Any]) -> Entry:
     return Entry(
         at_s=_number(data.get("timestamp"), "timestamp") / 1e3,
         input_tokens=_count(data.get("input_length"), "input_length"),
-        output_tokens=_count(data.get("output_length"), "output_length"),
+        output_tokens=_count(data.get("output_length"), "output_length", least=0),
         blocks=blocks,
     )
 
@@ -210,8 +233,7 @@ def _csv(path: Path, where: str, columns: Mapping[str, str]) -> Iterator[Entry]:
                     has_dates = is_date
                 except ValueError as error:
                     raise ConfigError(f"{where}, line {rows.line_num}: {error}") from error
-                if output_tokens:  # BurstGPT has failed requests, which answered nothing
-                    yield Entry(at_s=at_s, input_tokens=input_tokens, output_tokens=output_tokens)
+                yield Entry(at_s=at_s, input_tokens=input_tokens, output_tokens=output_tokens)
         except csv.Error as error:
             raise ConfigError(f"{where}, line {rows.line_num}: {error}") from error
 

@@ -35,6 +35,8 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
 
     facts: Facts
     entries: list[Entry]
+    num_unanswered: int = 0
+    """Requests of a trace that had no answer, and are not sent."""
 
 
 @dataclass(frozen=True, slots=True)

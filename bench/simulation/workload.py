@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from bench.loadtest.curves import arrival_times
-from bench.loadtest.files import left_out, load_entries
+from bench.loadtest.files import left_out, read_contents
 from bench.loadtest.scenario import OpenLoop, Synthetic, Tenant, Trace, TraceTimes
 from bench.loadtest.work import MOONCAKE_BLOCK, Entry, sample
 from bench.simulation.clock import to_ticks
@@ -117,9 +117,11 @@ def _rows_of(tenant: SimulatedTenant, scenario: SimulationScenario, contents: _C
     entries: list[Entry] = []
     if isinstance(work, Trace):
         times = TraceTimes(process="trace")
-        entries = load_entries(Tenant(name=tenant.name, work=work, arrivals=times))
+        entries, num_unanswered = read_contents(Tenant(name=tenant.name, work=work, arrivals=times))
         if isinstance(tenant.arrivals, TraceTimes):
-            rows.notes += left_out(tenant.name, work, entries, tenant.max_requests, scenario.duration_s)
+            rows.notes += left_out(
+                tenant.name, work, entries, tenant.max_requests, scenario.duration_s, num_unanswered=num_unanswered
+            )
     for number, at_s in enumerate(islice(_times(tenant, scenario, entries), tenant.max_requests)):
         if isinstance(work, Synthetic):
             _add_session(rows, tenant, work, at_s, draw, contents, longest)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.loadtest.files import _moment, left_out, load_entries
+from bench.loadtest.files import _moment, left_out, load_entries, read_contents
 from bench.loadtest.scenario import Fixed, LogNormal, ShareGptLike, Tenant, Trace, Uniform
 from bench.loadtest.sender import key_of
 from bench.loadtest.work import Entry, Facts, Workload, answered, extended, sample
@@ -149,6 +149,25 @@ def test_a_trace_is_cut_to_what_fits() -> None:
     entries = [Entry(input_tokens=100, output_tokens=100), Entry(input_tokens=10, output_tokens=4)]
     turns = [Workload(made, 0, FACTS, entries).session(index)[0] for index in range(2)]
     assert [(len(turn.content), turn.output_tokens) for turn in turns] == [(1, 19), (10, 4)]
+
+
+@pytest.mark.parametrize(
+    ("format_", "lines"),
+    [
+        ("csv", ["timestamp,input_tokens,output_tokens", "1,2,0", "2,3,4", "3,4,0"]),
+        ("burstgpt", ["Timestamp,Model,Request tokens,Response tokens", "1,GPT-4,2,0", "2,GPT-4,3,4", "3,GPT-4,4,0"]),
+        ("mooncake", [f'{{"timestamp": {n}, "input_length": 3, "output_length": {n % 2 * 4}}}' for n in (0, 1, 2)]),
+    ],
+)
+def test_requests_of_a_trace_that_had_no_answer_are_counted(format_: str, lines: list[str], tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("\n".join(lines))
+    made = tenant({"kind": "trace", "format": format_, "path": tmp_path / "t"}, arrivals={"process": "trace"})
+    entries, num_unanswered = read_contents(made)
+    assert entries == [Entry(at_s=0.0, input_tokens=3, output_tokens=4)] and num_unanswered == 2
+    assert isinstance(made.work, Trace)
+    assert left_out("a", made.work, entries, 1, 60.0, num_unanswered=num_unanswered) == [
+        "tenant a: 2 requests of the trace had no answer, and are not sent"
+    ]
 
 
 def test_what_of_a_trace_is_not_sent_is_told() -> None:
