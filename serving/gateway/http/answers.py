@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Protocol, TypedDict
 
 import msgspec
@@ -242,7 +243,9 @@ class ChatForm:
         if self._tools is not None:  # what is certain depends on the text until now alone, and not on how it was cut
             reader = self._readers[index]
             text, deltas = reader.push(chunk.text)
-            calls = [self._call_delta(index, delta) for delta in deltas]
+            # One entry for each call: clients take two of an event for two calls, whatever their index.
+            together = groupby(deltas, key=lambda delta: delta.index)
+            calls = [self._call_delta(index, number, [*of_call]) for number, of_call in together]
             text += reader.flush() if chunk.finish_reason is not None else ""
         if text or calls or (self._logprobs and chunk.logprobs):
             delta = ChatDelta(content=text if text or not calls else UNSET, tool_calls=calls or UNSET)
@@ -272,14 +275,16 @@ class ChatForm:
         ]
         return ChatMessage(said or None, tool_calls=calls)
 
-    def _call_delta(self, index: int, delta: CallDelta) -> ToolCallDelta:
-        if delta.name is None:
-            return ToolCallDelta(index=delta.index, function=CalledFunction(arguments=delta.arguments))
+    def _call_delta(self, index: int, number: int, deltas: Sequence[CallDelta]) -> ToolCallDelta:
+        arguments = "".join(delta.arguments for delta in deltas)
+        name = deltas[0].name
+        if name is None:
+            return ToolCallDelta(index=number, function=CalledFunction(arguments=arguments))
         return ToolCallDelta(
-            index=delta.index,
-            id=self._call_id(index, delta.index),
+            index=number,
+            id=self._call_id(index, number),
             type="function",
-            function=CalledFunction(name=delta.name, arguments=""),
+            function=CalledFunction(name=name, arguments=arguments),
         )
 
     def _call_id(self, index: int, number: int) -> str:

@@ -132,10 +132,27 @@ async def test_a_streamed_call_and_the_parsing_of_the_openai_package() -> None:
         chunks = events(await post(gateway, "/v1/chat/completions", body))
         deltas = [delta for each in chunks for delta in each["choices"][0]["delta"].get("tool_calls", ())]
         assert (deltas[0]["id"], deltas[0]["type"]) == (deltas[0]["id"], "function")
-        assert deltas[0]["function"] == {"name": "get_weather", "arguments": ""}
+        assert deltas[0]["function"] == {"name": "get_weather", "arguments": "{"}
         assert all(set(delta) == {"index", "function"} for delta in deltas[1:])
         num_tokens = sum(len((each["choices"][0]["logprobs"] or {}).get("content", ())) for each in chunks)
         assert num_tokens == len(f"Look:\n{CALL}")
+
+
+async def test_an_event_has_one_entry_for_each_call_however_the_answer_is_cut() -> None:
+    """The `openai` package keeps two entries of a choice's first event as two calls, whatever their index."""
+    said = [f"{'x' * length}{CALL}\n{STOP}" for length in range(8)]  # a step brings eight bytes
+    async with serve(says(*said)) as gateway, api(gateway) as client:
+        tools: list[Any] = [openai.pydantic_function_tool(Weather, name="get_weather"), TOOLS[1]]
+        async with client.chat.completions.stream(model="tiny", messages=ASK, tools=tools, n=8) as stream:
+            async for event in stream:
+                if event.type == "chunk":
+                    calls = [call.index for each in event.chunk.choices for call in each.delta.tool_calls or ()]
+                    assert len(calls) == len(set(calls))
+            final = await stream.get_final_completion()
+        told = [[call.function for call in each.message.tool_calls or ()] for each in final.choices]
+        assert [[(call.name, call.arguments) for call in calls] for calls in told] == 8 * [
+            [("get_weather", '{"city": "Rome", "days": 2}'), ("stop", "{}")]
+        ]
 
 
 @pytest.mark.parametrize("arguments", ["", None, "{}"])
