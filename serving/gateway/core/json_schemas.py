@@ -12,7 +12,7 @@ from typing import Any
 from serving.contracts.errors import ValidationError
 from serving.gateway.core.places import Place
 from serving.gateway.core.schema_alternatives import Alternatives
-from serving.gateway.core.schema_names import CountedNames
+from serving.gateway.core.schema_names import CountedNames, as_pattern
 from serving.gateway.core.schema_numbers import check_exact, excluded_bounds, separate_exclusions, tighten
 from serving.gateway.core.schema_patterns import for_compiler, ignores_space
 from serving.gateway.core.strict_json import read_json
@@ -78,6 +78,7 @@ def simplified(schema: Any, field: str = "schema") -> Any:
         elif isinstance(part, dict):
             found.append((place, part))
             separate_exclusions(part)
+            as_pattern(part, _ANNOTATIONS)
             for key, value in part.items():
                 if key in _BY_NAME and isinstance(value, dict):
                     inner += [(place.at(key, name), value, name) for name in value]

@@ -1,9 +1,11 @@
-"""Names that the properties of an object may have, where a JSON schema counts them up: pydantic's `dict[Enum, X]`, Zod's records.
+"""Names that the properties of an object may have: pydantic's `dict[Enum, X]` and `dict[constr(…), X]`, Zod's records.
 
-The compiler of grammars knows no `propertyNames`. The same said in `properties` it does.
+The compiler of grammars knows no `propertyNames`. The same said in `properties`, where names are counted up, or in
+`patternProperties` it does.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from serving.gateway.core.schema_alternatives import Alternatives, kinds_of
@@ -12,6 +14,37 @@ _MAX_ADDED_CHARS = 200_000
 """Of one schema: what is said once of all names is written down for each."""
 _MAX_DEPTH = 8
 """Of references and unions in each other."""
+
+
+def as_pattern(part: dict[str, Any], annotations: frozenset[str]) -> None:
+    """Change a part whose `propertyNames` ask for a pattern, or for a length, so that its `allOf` says the same with
+    `patternProperties`, beside which no other name is allowed. Other patterns in the part stay alone: the compiler takes no two
+    that one name may fit."""
+    pattern = _pattern_of(part.get("propertyNames"), annotations)
+    others = part.get("allOf", [])
+    if pattern is not None and isinstance(others, list) and not part.get("patternProperties"):
+        del part["propertyNames"]
+        part["allOf"] = [*others, {"patternProperties": {pattern: True}, "additionalProperties": False}]
+
+
+def _pattern_of(schema: Any, annotations: frozenset[str]) -> str | None:
+    """A regular expression that finds something in just the texts that a schema allows; None where there may be none."""
+    if not isinstance(schema, dict) or "string" not in kinds_of(schema):
+        return None
+    match {key: value for key, value in schema.items() if key not in annotations and key != "type"}:
+        case {"pattern": str(pattern), **others} if not others:
+            return pattern
+        case {"minLength": _} | {"maxLength": _} as lengths if lengths.keys() <= {"minLength", "maxLength"}:
+            return _of_length(lengths)
+        case _:
+            return None
+
+
+def _of_length(lengths: Mapping[str, Any]) -> str | None:
+    least, most = lengths.get("minLength", 0), lengths.get("maxLength", "")
+    if not all(each == "" or (type(each) is int and each >= 0) for each in (least, most)):
+        return None
+    return rf"^[\s\S]{{{least},{most}}}$"
 
 
 class CountedNames:

@@ -15,6 +15,8 @@ from serving.gateway.core.places import Place
 
 FARTHEST = 2**63 - 1024
 """The largest float64 below 2^63: the compiler can spell no bound beyond it."""
+_LARGEST = 17976931348623157 * 10**292
+"""The largest float64, as it is spelt: JavaScript's Number.MAX_VALUE. It is a little more."""
 _MOST_EXACT = 2**53
 """From here on a whole number may be no float64."""
 _LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -76,7 +78,7 @@ def tighten(place: Place, part: dict[str, Any], excluded: frozenset[tuple[str, f
     """Change the bounds of a part into those that the compiler can hold to. `excluded`: excluded_bounds of the whole schema.
 
     None allows what the schema does not. Of what it does they leave out only what lies between a bound and the next float64s, or
-    within 15 digits of one that is excluded; and whole numbers beyond an int64. Raises ValidationError for bounds out of reach.
+    within 15 digits of one that is excluded; and numbers beyond an int64. Raises ValidationError for bounds out of reach.
     """
     for sign, (inclusive, exclusive) in ((1, _LOWER), (-1, _UPPER)):
         for key in (exclusive, inclusive):
@@ -88,12 +90,11 @@ def _tighten(place: Place, part: dict[str, Any], key: str, inclusive: str, sign:
     """One bound. Times `sign` it is a lower one."""
     given = part[key]
     bound = sign * given
-    if bound <= -sys.float_info.max:
+    if bound <= -_LARGEST:
         del part[key]  # it excludes no float64
         return
-    if bound < -FARTHEST and _is_whole(part):
-        bound = -FARTHEST
-    elif abs(bound) > FARTHEST:
+    bound = max(bound, -FARTHEST)
+    if bound > FARTHEST:
         raise ValidationError(
             str(place),
             f"{place} is {given!s:.60}; allowed: numbers from -{FARTHEST} to {FARTHEST}, or none where there is no bound",

@@ -86,9 +86,9 @@ IDLE: list[Any] = [
     {"$dynamicAnchor": "node"},
 ]
 BUSY: list[Any] = [
-    {"propertyNames": {"pattern": "^a"}},
+    {"propertyNames": {"pattern": "^a", "maxLength": 3}},
     {"propertyNames": {"type": "integer"}},
-    {"propertyNames": {"type": "string", "minLength": 3}},
+    {"propertyNames": {"type": "integer", "minLength": 3}},
     {"propertyNames": {"format": "uuid"}},
     {"propertyNames": False},
     {"uniqueItems": True},

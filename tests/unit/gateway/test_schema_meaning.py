@@ -24,6 +24,8 @@ from serving.gateway.http.body import _read_json
 from tests.unit.gateway.test_structured_output import TABLE, ends
 
 COMPILER = GrammarCompiler(TABLE)
+FLOAT32, MAX_VALUE = 34028234663852886 * 10**22, 17976931348623157 * 10**292
+"""Bounds that Zod writes: z.float32() and z.float64()."""
 
 
 def compiled(schema: Any) -> Grammar:
@@ -55,7 +57,7 @@ BOUNDS = st.one_of(
         [0, 1, -1, 10, -10, 0.5, -0.5, 0.25, 1.5, -1.5, 10.5, 1e-9, 2**53, -(2**53), 2**53 + 1, 2**60 + 1, 10**17]
     ),
     st.sampled_from(
-        [2**63 - 1, -(2**63), 2**64 - 1, FARTHEST, -FARTHEST, 1.7976931348623157e308, -1.7976931348623157e308]
+        [2**63 - 1, -(2**63), 2**64 - 1, FARTHEST, -FARTHEST, 1.7976931348623157e308, -MAX_VALUE, FLOAT32, -FLOAT32]
     ),
     st.integers(-30, 30),
     st.integers(-40, 40).map(lambda quarter: quarter / 4),
@@ -136,6 +138,9 @@ def test_no_number_beyond_a_bound_is_allowed(
         ({"exclusiveMinimum": 0, "maximum": 0.9, "multipleOf": 0.1}, ["0.1", "0.9"], ["0", "0.0"]),
         ({"exclusiveMinimum": 0}, ["0.1", "123"], ["0", "-1"]),
         ({"minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308}, ["6.02e23", "-5", "0"], []),
+        ({"minimum": -MAX_VALUE, "maximum": MAX_VALUE}, ["6.02e23", "-5", "0"], []),  # as whole numbers are read
+        ({"minimum": -FLOAT32, "maximum": FLOAT32}, ["-5.25", "0", "9223372036854770000.5"], ["1e40"]),
+        ({"exclusiveMinimum": -(10**30), "maximum": 1}, ["-9223372036854770000", "1"], ["2", str(-(10**31))]),
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["0", str(FARTHEST)], [str(2**63), str(-(2**63) - 1)]),
         ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, ["0", str(FARTHEST)], ["-1", str(2**64)]),
         ({"type": "integer", "exclusiveMinimum": 2**53}, [str(2**53 + 2)], [str(2**53)]),
@@ -159,7 +164,7 @@ def test_the_compiler_alone_would_allow_what_is_excluded() -> None:
 @pytest.mark.parametrize(
     ("schema", "place"),
     [
-        ({"properties": {"a": {"type": "number", "maximum": 3.4028234663852886e38}}}, "schema.properties.a.maximum"),
+        ({"properties": {"a": {"type": "number", "minimum": 3.4028234663852886e38}}}, "schema.properties.a.minimum"),
         ({"type": "integer", "minimum": 10**20}, "schema.minimum"),
         ({"type": "number", "exclusiveMinimum": 1e20}, "schema.exclusiveMinimum"),
         ({"anyOf": [{"type": "integer", "maximum": -(10**19)}]}, "schema.anyOf[0].maximum"),
@@ -624,12 +629,38 @@ def test_names_that_are_counted_up(schema: dict[str, Any]) -> None:
         {"propertyNames": {"anyOf": [{"const": "red"}, {"pattern": "^b"}]}},
         {"propertyNames": {"$ref": "#"}},
         {"propertyNames": COLORS, "patternProperties": {"^r": {"type": "integer"}}},
+        {"propertyNames": {"minLength": 1}, "patternProperties": {"^r": {"type": "integer"}}},
+        {"propertyNames": {"minLength": 1, "pattern": "^r"}},
+        {"propertyNames": {"minLength": -1}},
         {"propertyNames": {"enum": [f"{i}" for i in range(999)]}, "additionalProperties": {"enum": ["x" * 999]}},
     ],
 )
 def test_names_that_cannot_be_counted_up_are_refused(part: dict[str, Any]) -> None:
     with pytest.raises(GrammarError, match="propertyNames"):
         compiled({"type": "object"} | part)
+
+
+@pytest.mark.parametrize(
+    "names", [{"pattern": "^[^b]e"}, {"type": "string", "maxLength": 3}, {"minLength": 4, "title": "N"}]
+)
+@pytest.mark.parametrize(
+    "part",
+    [
+        {},
+        {"additionalProperties": {"type": "integer"}},
+        {"additionalProperties": False},
+        {"properties": {"red": {"type": "integer"}}, "additionalProperties": {"type": "string"}},
+        {"properties": {"red": {"type": "integer"}, "green": {}}, "additionalProperties": False},
+        {"minProperties": 1},
+        {"allOf": [{"properties": {"green": {"type": "integer"}}}]},
+        {"anyOf": [{"required": ["red"]}, {"required": ["green"]}]},
+    ],
+)
+def test_names_of_a_pattern_or_a_length(names: dict[str, Any], part: dict[str, Any]) -> None:
+    schema = {"type": "object", "propertyNames": names} | part
+    grammar, judge = compiled(schema), jsonschema.Draft202012Validator(schema)
+    texts = [*OBJECTS, '{"":1}', '{"green":"x"}', '{"red":1,"ted":"x"}', '{"ted":2}']
+    assert [allows(grammar, text) for text in texts] == [judge.is_valid(json.loads(text)) for text in texts]
 
 
 def test_what_is_written_down_for_each_name_is_bounded_in_all() -> None:
