@@ -117,7 +117,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "unevaluated": ({"type": "object", "unevaluatedProperties": False}, "unevaluatedProperties"),
     "unique": ({"type": "array", "uniqueItems": True}, "uniqueItems"),
     "contains": ({"type": "array", "contains": {"type": "integer"}}, "contains"),
-    "names": ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames"),
+    "names": ({"type": "object", "propertyNames": {"format": "uuid"}}, "propertyNames"),
     "dependent": ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
     "remote": ({"$ref": "https://example.com/schema.json"}, "example.com"),
     "look-around": ({"type": "string", "pattern": "(?=a)b"}, "look-ar"),

@@ -229,8 +229,8 @@ WRONG = [
     ({"guided_grammar": 'root ::= "yes" | "no"'}, "guided_grammar", "has rules with ::="),
     ({"guided_grammar": 'start: "x" b'}, "guided_grammar", "at 1(8): unknown name"),
     (
-        schema_body({"properties": {"a": {"maximum": 1e39}}}),
-        "response_format.json_schema.schema.properties.a.maximum",
+        schema_body({"properties": {"a": {"minimum": 1e39}}}),
+        "response_format.json_schema.schema.properties.a.minimum",
         "allowed",
     ),
     ({"guided_json": "{"}, "guided_json", "not valid JSON"),
