@@ -1,7 +1,7 @@
 """What a front end knows of one call besides its content."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serving.contracts.accounts import OPEN, Principal
 from serving.contracts.observer import UNOBSERVED, RequestObserver
@@ -24,6 +24,13 @@ class Call:
     """Is told what happens to it."""
     is_streamed: bool = False
     """Parts of the answer go out before its end. Otherwise its usage is durable before any of it goes out."""
+    ignored: list[str] = field(default_factory=list)
+    """Fields that were not looked at, as the answer tells. Who does not look at one adds it."""
+
+    def ignore(self, names: Sequence[str]) -> None:
+        """Tell that these fields were not looked at."""
+        self.ignored.extend(names)
+        self.observer.ignored(len(names))
 
 
 def printable_label(value: str) -> str:

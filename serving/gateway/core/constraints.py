@@ -80,6 +80,8 @@ class GrammarText:
     """JSON schemas that it is made of, by what the client calls them."""
     is_as_sent: bool = False
     """The client wrote it, so that places in it say something."""
+    loose_tools: frozenset[int] = frozenset()
+    """Functions whose arguments may be any object, since calls could not be held to their schemas."""
 
 
 def check_constraint(constraint: Constraint, limits: LimitsConfig) -> None:

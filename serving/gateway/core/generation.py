@@ -40,7 +40,7 @@ from serving.gateway.core.choices import Choice, Chunk, Summary
 from serving.gateway.core.constraints import GrammarText, grammar_of
 from serving.gateway.core.demand import DemandCounter
 from serving.gateway.core.fields import DRAWN_SEED_BITS
-from serving.gateway.core.grammars import GrammarChecker
+from serving.gateway.core.grammars import GrammarChecker, WrongSchemaError
 from serving.gateway.core.metering import Meter
 from serving.gateway.core.prompts import PromptEncoder
 from serving.gateway.core.resume_tokens import KEY_BYTES, AskedStream, ResumeTokens, Stream
@@ -214,7 +214,7 @@ class Generator:
             # What the client has was made for it, even if this call ends before it has made it again.
             meter.num_completion_tokens = sum(stream.delivered)
             if grammar is not None:  # after the quota, so that nobody has trials without any
-                await checker.check(grammar, call.principal.tenant_id)
+                grammar = await _checked(grammar, checker, query, tokenizer, call)
             requests = self._requests(card, call, sequences, "" if grammar is None else grammar.text)
             last: Chunk | None = None
             async with aclosing(self._run(card, requests, call, meter)) as outputs:
@@ -448,14 +448,39 @@ def _choices(query: GenerateQuery, tokenizer: Tokenizer, prompts: Sequence[tuple
     ]
 
 
+async def _checked(
+    grammar: GrammarText, checker: GrammarChecker, query: GenerateQuery, tokenizer: Tokenizer, call: Call
+) -> GrammarText:
+    """The grammar; or a looser one, where only functions that may be loose are in the way. Raises what `check` does."""
+    tools = query.tools
+    try:
+        await checker.check(grammar, call.principal.tenant_id)
+    except WrongSchemaError as error:
+        places = [] if tools is None else [index for index, _ in tools.callable_tools]
+        unsupported = {places[number] for number in error.unsupported if number < len(places)}
+        if tools is None or not (looser := unsupported & tools.loosenable):
+            raise
+        grammar = tool_grammar(
+            tools, query.constraint, strips_space=_strips_space(query, tokenizer), loose=grammar.loose_tools | looser
+        )
+        await checker.check(grammar, call.principal.tenant_id)
+    if tools is not None:
+        call.ignore([f"{tools.tools[index].field_at(index)}.parameters" for index in sorted(grammar.loose_tools)])
+    return grammar
+
+
 def _grammar(query: GenerateQuery, tokenizer: Tokenizer) -> GrammarText | None:
     """What the answers must follow, which nobody has tried to compile; None for nothing. Raises ValidationError."""
-    strips_space = tokenizer.strips_leading_space and not _continues_text(query)
+    strips_space = _strips_space(query, tokenizer)
     if query.tools is not None and query.tools.is_used:
         return tool_grammar(query.tools, query.constraint, strips_space=strips_space)
     if query.constraint is not None:
         return grammar_of(query.constraint, strips_space=strips_space)
     return None
+
+
+def _strips_space(query: GenerateQuery, tokenizer: Tokenizer) -> bool:
+    return tokenizer.strips_leading_space and not _continues_text(query)
 
 
 def _continues_text(query: GenerateQuery) -> bool:

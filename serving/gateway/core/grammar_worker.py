@@ -32,6 +32,11 @@ _NUM_WALKS, _WALK_TOKENS = 3, 5
 _READ_BYTES = 1 << 16
 _UNKNOWN_KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
+_UNSUPPORTED = re.compile(
+    "(?:not|only|is) supported|are not disjoint|too many digits|is not present in a registry|too large to be followed"
+)
+"""In what is said of a schema that may be right. Other messages say that a schema is wrong, or that no value fits it."""
+
 _IN_OUR_WORDS = {
     "oneOf constraints are not supported": (
         "oneOf is not supported where two of its alternatives may fit the same value; send anyOf"
@@ -68,16 +73,20 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
     """In which schema, where that is known."""
     place: str = ""
     """Where in it: a path such as ".properties.age"."""
+    unsupported_schemas: tuple[int, ...] = ()
+    """All schemas that may be right, and ask for what the library does not know how to hold to."""
 
 
 def try_out(compiler: GrammarCompiler, trial: Trial) -> Verdict:
     """Compile a grammar and follow it for some tokens; if that fails, find out where."""
     if not (error := _problem(compiler, trial.grammar)):
         return Verdict()
-    for index, schema in enumerate(trial.schemas):
-        if found := _find(compiler, index, json.loads(schema)):
-            return found
-    return Verdict(error)
+    schemas = [json.loads(schema) for schema in trial.schemas]
+    problems = {index: _problem(compiler, "start: " + schema_rule(schema)) for index, schema in enumerate(schemas)}
+    first = next(filter(problems.get, problems), None)
+    found = None if first is None else _find(compiler, first, schemas[first])
+    unsupported = tuple(index for index, problem in problems.items() if _UNSUPPORTED.search(problem))
+    return Verdict(error) if found is None else msgspec.structs.replace(found, unsupported_schemas=unsupported)
 
 
 def _problem(compiler: GrammarCompiler, text: str) -> str:

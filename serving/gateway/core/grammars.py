@@ -56,6 +56,15 @@ class _Waiting:
     known: "asyncio.Future[_Known]"
 
 
+class WrongSchemaError(ValidationError):
+    """A JSON schema that a grammar is made of cannot be compiled."""
+
+    def __init__(self, field: str, message: str, unsupported: tuple[int, ...]) -> None:
+        """`unsupported` has the places, among the grammar's schemas, of all that are not supported and otherwise may be right."""
+        super().__init__(field, message)
+        self.unsupported = unsupported
+
+
 class GrammarChecker:
     """Tries out grammars for one model, one at a time. Tenants take turns, so that nobody waits behind all of another's."""
 
@@ -86,7 +95,8 @@ class GrammarChecker:
         self.num_tried = 0
 
     async def check(self, grammar: GrammarText, tenant: str) -> None:
-        """Raises ValidationError, and OverloadedError when too many others are being tried out, or the tenant has its share."""
+        """Raises ValidationError, of which WrongSchemaError is one, and OverloadedError when too many others are being tried
+        out, or the tenant has its share."""
         key = hashlib.sha256(grammar.text.encode()).digest()
         known = self._known.get(key)
         if known is not None and self._clock() < known[1]:
@@ -98,7 +108,7 @@ class GrammarChecker:
         if verdict.error:
             place = grammar.field if verdict.schema is None else grammar.schemas[verdict.schema][0] + verdict.place
             error = verdict.error if grammar.is_as_sent else _POSITION.sub("", verdict.error)
-            raise ValidationError(place, f"{place}: {error}")
+            raise WrongSchemaError(place, f"{place}: {error}", verdict.unsupported_schemas)
 
     def close(self) -> None:
         """End the process; requests that wait for it are refused, and may come again."""

@@ -56,6 +56,8 @@ class Tool:
     description: str = ""
     parameters: Any = None
     """A JSON schema of an object; None for no parameters."""
+    is_strict: bool = False
+    """It is offered only if calls can be held to the schema."""
     field: str = ""
     """Where it stands in the request, if not in `function` of an entry of `tools`."""
 
@@ -84,6 +86,13 @@ class ToolUse:
     def callable_tools(self) -> Sequence[tuple[int, Tool]]:
         """Those that may be called, with their places."""
         return [(index, tool) for index, tool in enumerate(self.tools) if self.named in (None, tool.name)]
+
+    @property
+    def loosenable(self) -> frozenset[int]:
+        """Places of those that may be offered though calls cannot be held to their schemas: all but the named and strict ones."""
+        return frozenset(
+            index for index, tool in self.callable_tools if not (tool.is_strict or tool.name == self.named)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,11 +131,24 @@ def check_tools(use: ToolUse, constraint: Constraint | None, limits: LimitsConfi
         )
 
 
-def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: bool) -> GrammarText:
-    """Of an answer that calls functions; with "auto", or is text instead, which follows `constraint` where there is one."""
+def tool_grammar(
+    use: ToolUse, constraint: Constraint | None, *, strips_space: bool, loose: frozenset[int] = frozenset()
+) -> GrammarText:
+    """Of an answer that calls functions; with "auto", or is text instead, which follows `constraint` where there is one.
+
+    Its first schemas are those of the functions that may be called, in their order. `loose` has functions whose schemas the
+    compiler refused; those are added whose schemas it would read wrongly. Raises ValidationError.
+    """
     bodies, schemas = [], []
     for index, tool in use.callable_tools:
-        schema = with_compilable_schema(_schema_of(index, tool))
+        schema = JsonSchema(field=f"{tool.field_at(index)}.parameters", schema={"type": "object"})
+        if index not in loose:
+            try:
+                schema = with_compilable_schema(_schema_of(index, tool))
+            except ValidationError:
+                if index not in use.loosenable:
+                    raise
+                loose |= {index}
         head, tail = literal(f'\n{{"name": "{tool.name}", "arguments": '), literal(_TAIL)
         bodies.append(f"call_{index}: {head} {schema_rule(schema)} {tail}\n")
         schemas.append((schema.field, json.dumps(schema.schema)))
@@ -146,7 +168,7 @@ def tool_grammar(use: ToolUse, constraint: Constraint | None, *, strips_space: b
         start += answer_rules(constraint, strips_space=strips_space, start="answer")
         if isinstance(constraint, JsonSchema):
             schemas.append((constraint.field, json.dumps(constraint.schema)))
-    return GrammarText(field="tools", text=start + calls, schemas=tuple(schemas))
+    return GrammarText(field="tools", text=start + calls, schemas=tuple(schemas), loose_tools=loose)
 
 
 def _check_kind(field: str, schema: Any) -> None:

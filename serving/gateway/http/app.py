@@ -4,6 +4,7 @@ import logging
 import uuid
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
+from functools import partial
 
 import grpc
 from starlette.datastructures import Headers, QueryParams
@@ -181,9 +182,14 @@ class _Admitted:
         async with cancelled_with_client(receive), deadline(call.timeout_s):
             with self._admission.permit():
                 response = await self._handler(request)
-                if request.ignored:
-                    response.headers[IGNORED_HEADER] = ignored_header(request.ignored)
-                await response(scope, receive, send)
+                await response(scope, receive, partial(_send_with_ignored, send, call))
+
+
+async def _send_with_ignored(send: Send, call: Call, message: Message) -> None:
+    """Of a stream it is known only when it begins."""
+    if message["type"] == "http.response.start" and call.ignored:
+        message["headers"] = [*message["headers"], (IGNORED_HEADER.encode(), ignored_header(call.ignored).encode())]
+    await send(message)
 
 
 class _Answer:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.datastructures import Headers, QueryParams
@@ -44,14 +44,11 @@ class Request:
     """Its events have ids, by which it can be resumed."""
     resumed: Position | None = None
     """Where a broken stream goes on."""
-    ignored: list[str] = field(default_factory=list)
-    """The endpoint adds what it does not look at."""
 
     def read(self, schema: type[T]) -> T:
         """The body. Raises ValidationError."""
         body, names = parse(schema, self.body)
-        self.ignored.extend(names)
-        self.call.observer.ignored(len(names))
+        self.call.ignore(names)
         return body
 
 

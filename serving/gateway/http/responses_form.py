@@ -202,6 +202,7 @@ class ResponsesRequest(Body, frozen=True, kw_only=True):
                 name=tool.name,
                 description=tool.description or "",
                 parameters=tool.parameters,
+                is_strict=bool(tool.strict or self.strict),
                 field=f"tools[{index}]",
             )
             for index, tool in enumerate(self.tools or ())

@@ -172,7 +172,7 @@ class MessageCall(Object, frozen=True, kw_only=True):
 
 
 class FunctionSpec(Object, frozen=True, kw_only=True):
-    """A function that may be called. `strict` changes nothing, as arguments keep to their schema always."""
+    """A function that may be called. With `strict` it is refused where its calls could not be held to the schema."""
 
     name: str
     description: str | None = None
@@ -304,6 +304,7 @@ class ChatRequest(_Sampling, frozen=True, kw_only=True):
                 name=spec.function.name,
                 description=spec.function.description or "",
                 parameters=spec.function.parameters,
+                is_strict=bool(spec.function.strict or self.strict),
             )
             for spec in self.tools or ()
         ]

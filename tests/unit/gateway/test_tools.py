@@ -155,6 +155,67 @@ async def test_an_event_has_one_entry_for_each_call_however_the_answer_is_cut() 
         ]
 
 
+UNIQUE = {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}}}
+FAR = {"type": "object", "properties": {"far": {"type": "number", "minimum": 1e30}}}
+"""Schemas that calls cannot be held to: the compiler of grammars knows no such keyword; it would read the bound wrongly."""
+ODD_CALL = '<tool_call>\n{"name": "odd", "arguments": {"anything": [1, {}]}}\n</tool_call>'
+
+
+def odd(schema: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "odd", "parameters": schema, **more}}
+
+
+@pytest.mark.parametrize("schema", [UNIQUE, FAR])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_function_that_calls_cannot_be_held_to_is_offered_and_told(
+    schema: Any, choice: str, stream: bool
+) -> None:
+    async with serve(says(f"{ODD_CALL}\n{CALL}")) as gateway:
+        tools = [odd(UNIQUE) | {"function": {"name": "other", "parameters": UNIQUE}}, *TOOLS, odd(schema)]
+        body = CHAT | {"tools": tools, "tool_choice": choice, "stream": stream}
+        answer = await post(gateway, "/v1/chat/completions", body)
+        assert answer.status_code == 200, answer.text
+        if stream:
+            deltas = [call for each in events(answer) for call in each["choices"][0]["delta"].get("tool_calls", ())]
+            arguments = [
+                "".join(each["function"]["arguments"] for each in deltas if each["index"] == i) for i in (0, 1)
+            ]
+        else:
+            arguments = [each["function"]["arguments"] for each in answer.json()["choices"][0]["message"]["tool_calls"]]
+        assert arguments == ['{"anything": [1, {}]}', '{"city": "Rome", "days": 2}']
+        told = "tools[0].function.parameters, tools[3].function.parameters"
+        assert answer.headers["x-packtrain-ignored"] == told
+        # The others are held to theirs.
+        (request,) = gateway.backend.requests
+        assert '"maxLength": 8' in request.grammar and "uniqueItems" not in request.grammar
+        flat = [{"type": "function", **tool["function"]} for tool in tools]
+        answer = await post(gateway, "/v1/responses", {"model": "tiny", "input": "hi", "tools": flat})
+        assert answer.headers["x-packtrain-ignored"] == "tools[0].parameters, tools[3].parameters"
+
+
+@pytest.mark.parametrize("schema", [UNIQUE, FAR])
+@pytest.mark.parametrize(
+    ("more", "changes"),
+    [
+        ({"strict": True}, {}),
+        ({}, {"strict": True}),
+        ({}, {"tool_choice": {"type": "function", "function": {"name": "odd"}}}),
+        ({"strict": True}, {"tools": [odd(UNIQUE) | {"function": {"name": "other", "parameters": UNIQUE}}, *TOOLS]}),
+    ],
+)
+async def test_a_strict_or_named_function_that_calls_cannot_be_held_to_is_refused(
+    schema: Any, more: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    async with serve(says(ODD_CALL)) as gateway:
+        body = CHAT | {"tools": TOOLS} | changes
+        tools = [*body["tools"], odd(schema, **more)]
+        answer = await post(gateway, "/v1/chat/completions", body | {"tools": tools})
+        place = f"tools[{len(tools) - 1}].function.parameters.properties."
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(place), answer.text
+        assert not gateway.backend.requests
+
+
 @pytest.mark.parametrize("arguments", ["", None, "{}"])
 @pytest.mark.parametrize("result", ["", None, [], [{"type": "text", "text": ""}]])
 async def test_empty_arguments_and_results_go_back_as_what_they_are(arguments: str | None, result: Any) -> None:
