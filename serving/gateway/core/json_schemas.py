@@ -78,7 +78,6 @@ def simplified(schema: Any, field: str = "schema") -> Any:
         elif isinstance(part, dict):
             found.append((place, part))
             separate_exclusions(part)
-            as_pattern(part, _ANNOTATIONS)
             for key, value in part.items():
                 if key in _BY_NAME and isinstance(value, dict):
                     inner += [(place.at(key, name), value, name) for name in value]
@@ -97,6 +96,7 @@ def simplified(schema: Any, field: str = "schema") -> Any:
         for key in idle:
             del part[key]
         names.write_down(part)
+        as_pattern(part, _ANNOTATIONS)
         _rewrite(place, part, alternatives)
         tighten(place, part, excluded)
     return whole

@@ -17,9 +17,9 @@ _MAX_DEPTH = 8
 
 
 def as_pattern(part: dict[str, Any], annotations: frozenset[str]) -> None:
-    """Change a part whose `propertyNames` ask for a pattern, or for a length, so that its `allOf` says the same with
-    `patternProperties`, beside which no other name is allowed. Other patterns in the part stay alone: the compiler takes no two
-    that one name may fit."""
+    """Change a part whose `propertyNames` ask for a pattern, as the compiler reads it, or for a length, so that its `allOf` says
+    the same with `patternProperties`, beside which no other name is allowed. Nothing is changed where the part has patterns of
+    its own: the compiler takes no two that one name may fit."""
     pattern = _pattern_of(part.get("propertyNames"), annotations)
     others = part.get("allOf", [])
     if pattern is not None and isinstance(others, list) and not part.get("patternProperties"):
@@ -44,7 +44,7 @@ def _of_length(lengths: Mapping[str, Any]) -> str | None:
     least, most = lengths.get("minLength", 0), lengths.get("maxLength", "")
     if not all(each == "" or (type(each) is int and each >= 0) for each in (least, most)):
         return None
-    return rf"^[\s\S]{{{least},{most}}}$"
+    return f"^(?s:.){{{least},{most}}}$"
 
 
 class CountedNames:

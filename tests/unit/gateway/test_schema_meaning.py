@@ -641,7 +641,13 @@ def test_names_that_cannot_be_counted_up_are_refused(part: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    "names", [{"pattern": "^[^b]e"}, {"type": "string", "maxLength": 3}, {"minLength": 4, "title": "N"}]
+    "names",
+    [
+        {"pattern": "^[^b]e"},
+        {"type": "string", "maxLength": 3},
+        {"minLength": 4, "title": "N"},
+        {"pattern": "^r", "format": "starts_with"},
+    ],
 )
 @pytest.mark.parametrize(
     "part",
