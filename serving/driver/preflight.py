@@ -9,7 +9,7 @@ from pathlib import Path
 from model_parallel.native import check_wanted_instruction_set, is_ready
 from model_parallel.python_process import module_command
 from serving.admin.operator_key import check_operator_key
-from serving.config import ModelEntry, ServingConfig, TenancyConfig, log_format, log_level
+from serving.config import ChatConfig, ModelEntry, ServingConfig, TenancyConfig, log_format, log_level
 from serving.driver.checks import (
     StartRefusedError,
     check_cache,
@@ -153,11 +153,7 @@ def _begin_holding(ports: HeldPorts, config: ServingConfig, host: Host | None) -
         specs, told, worries = _sizes(config, host)
         notes += told
         warnings += worries
-    checks = [
-        _checkpoint_check(entry.source, entry.chat.format if entry.chat else "")
-        for entry in config.models
-        if entry.source not in KNOWN_MODELS
-    ]
+    checks = [check for entry in config.models for check in _checkpoint_checks(entry)]
     return Preflight(
         config=config,
         specs=specs,
@@ -191,10 +187,14 @@ def check_model(entry: ModelEntry, host: Host, *, is_private: bool) -> Preflight
     else:
         specs = resolve_models(config.models, host)
         notes, warnings = [describe_sizes(spec.entry, spec.model) for spec in specs], list(specs[0].warnings)
-    checks = []
-    if entry.source not in KNOWN_MODELS:
-        checks.append(_checkpoint_check(entry.source, entry.chat.format if entry.chat else ""))
-    checked = Preflight(config=config, specs=specs, parent=None, notes=notes, warnings=warnings, _checks=checks)
+    checked = Preflight(
+        config=config,
+        specs=specs,
+        parent=None,
+        notes=notes,
+        warnings=warnings,
+        _checks=_checkpoint_checks(entry),
+    )
     checked.finish()
     return checked
 
@@ -217,10 +217,20 @@ def _sizes(config: ServingConfig, host: Host) -> tuple[list[GroupSpec], list[str
     )
 
 
-def _checkpoint_check(source: str, chat_format: str) -> "subprocess.Popen[str]":
+def _checkpoint_checks(entry: ModelEntry) -> "list[subprocess.Popen[str]]":
+    """Of the model's files, and of its draft model's, which nobody chats with. Known models were checked when they were
+    fetched."""
+    wanted = [(entry.source, entry.chat)]
+    if entry.draft_model is not None:
+        wanted.append((entry.draft_model, ChatConfig(format="none")))
+    return [_checkpoint_check(source, chat) for source, chat in wanted if source not in KNOWN_MODELS]
+
+
+def _checkpoint_check(source: str, chat: ChatConfig | None) -> "subprocess.Popen[str]":
     """In a process of its own, which may load torch while this one loads Ray."""
+    settings = [] if chat is None else [chat.model_dump_json(exclude_unset=True)]
     return subprocess.Popen(
-        module_command("serving.models.verify", source, chat_format),
+        module_command("serving.models.verify", source, *settings),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -41,6 +41,7 @@ from serving.models.sizes import (
     this_host,
 )
 from serving.text.token_table import token_table
+from serving.text.tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,7 @@ def resolve_models(entries: Sequence[ModelEntry], host: Host) -> list[GroupSpec]
 
     Raises ConfigError, CheckpointError, FetchError.
     """
-    infos = [describe(resolve_source(entry.source)) for entry in entries]
+    infos = [describe(resolve_source(entry.source, f"models.{entry.name}.source")) for entry in entries]
     for entry, info in zip(entries, infos, strict=True):
         try:
             ParallelConfig(tp_size=entry.tensor_parallel_size).check_fits(info.config)
@@ -158,7 +159,7 @@ def _draft_config(entry: ModelEntry, info: CheckpointInfo, text: ModelText) -> D
         raise ConfigError(
             f"{where}: {draft.path} has {draft.config.vocab_size} tokens, and {info.path} has {size}; they must be the same"
         )
-    theirs = resolve_text(draft).tokenizer
+    theirs = make_tokenizer(draft)  # nobody chats with it, so its chat template does not matter
     for token_id in range(size):
         ours, other = text.tokenizer.token_bytes(token_id), theirs.token_bytes(token_id)
         if ours != other:

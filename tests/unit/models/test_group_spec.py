@@ -1,5 +1,6 @@
 """From a configuration's entry to a group's specification."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,13 @@ def test_a_draft_model_has_the_same_tokens(smollm2_path: Path, tmp_path: Path) -
     assert memory is not None
     drafts = held_bytes(spec, 1) - held_bytes(plain, 1)
     assert drafts >= memory.weight_bytes + memory.kv_bytes_per_token * spec.cache.num_tokens
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}<|im_start|>"
+    (draft / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ConfigError, match="needs the control token"):
+        resolve_model(_entry(draft, **given))
+    assert resolve_model(_entry(model, **given, draft_model=str(draft))).draft == spec.draft  # nobody chats with it
+    with pytest.raises(ConfigError, match=r"^models\.small\.source 'nowhere' is neither a known model nor an existing"):
+        resolve_model(_entry(Path("nowhere"), **given))
     with pytest.raises(
         ConfigError, match=r"models\.small\.draft_model 'nowhere' is neither a known model nor an existing"
     ):

@@ -9,6 +9,7 @@ import pytest
 
 from bench.support.synthetic_llama import twin
 from model_parallel.checkpoint.detect import describe
+from serving.config import ChatConfig
 from serving.models.verify import main, verify
 
 
@@ -28,8 +29,21 @@ def test_a_broken_tokenizer_is_named(checkpoint: Path) -> None:
 
 
 def test_a_format_whose_control_tokens_are_missing_is_named(checkpoint: Path) -> None:
-    (problem,) = verify(describe(checkpoint), "chatml")
-    assert "chat format chatml" in problem and "<|im_start|>" in problem
+    (problem,) = verify(describe(checkpoint), ChatConfig(format="chatml"))
+    assert "chatml chat format" in problem and "<|im_start|>" in problem
+
+
+def test_a_format_that_is_configured_is_checked_in_place_of_the_checkpoint_s(checkpoint: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{% endfor %}<|im_start|>"
+    )
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    info = describe(checkpoint)
+    (problem,) = verify(info)
+    assert "or to none to serve the model without chat" in problem
+    custom = {"format": "custom", "user": "{content}", "assistant": "{content}"}
+    for chat in ({"format": "none"}, custom, {"format": "llama-2"}):
+        assert verify(info, ChatConfig.model_validate(chat)) == []
 
 
 def test_several_problems_are_told_together(checkpoint: Path) -> None:
@@ -58,3 +72,7 @@ def test_the_process_prints_a_list(
     main()
     (problem,) = json.loads(capsys.readouterr().out)
     assert "missing" in problem
+    monkeypatch.setattr(sys, "argv", ["verify", str(checkpoint), '{"format":"chatml"}'])
+    main()
+    (problem,) = json.loads(capsys.readouterr().out)
+    assert "chatml chat format" in problem
