@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_parallel.errors import ConfigError
+
 ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
 """Control groups v1 write a number near 2^63 for "no limit"."""
@@ -37,7 +39,8 @@ class Machine:
 
 
 def read_machine(root: Path = ROOT, affinity: int | None = None) -> Machine:
-    """Look at /proc and at the control groups below `root`, and at this process's affinity (or `affinity` CPUs)."""
+    """Look at /proc and at the control groups below `root`, and at this process's affinity (or `affinity` CPUs).
+    Raises ConfigError where /proc does not tell the memory."""
     num_host_cpus = os.cpu_count() or 1
     num_cpus, cpu_limit = len(os.sched_getaffinity(0)) if affinity is None else affinity, ""
     if num_cpus < num_host_cpus:
@@ -68,11 +71,11 @@ def read_machine(root: Path = ROOT, affinity: int | None = None) -> Machine:
 
 def _host_memory(root: Path) -> tuple[int, int]:
     """(all, available) bytes, of /proc/meminfo. What is available includes caches that the kernel gives up."""
-    fields = {}
-    for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        fields[name] = value
-    return int(fields["MemTotal"].split()[0]) * 1024, int(fields["MemAvailable"].split()[0]) * 1024
+    path = root / "proc/meminfo"
+    found = dict(re.findall(r"^(MemTotal|MemAvailable): *(\d+) kB$", _words(path), re.MULTILINE))
+    if len(found) < 2:
+        raise ConfigError(f"{path} does not tell MemTotal and MemAvailable, the machine's memory; mount /proc")
+    return int(found["MemTotal"]) * 1024, int(found["MemAvailable"]) * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ import datetime
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +22,18 @@ from model_parallel.native import is_ready
 from serving.cli.serve import configured, default_config
 from serving.cli.terminal import EXIT_CONFIG, standard_output
 from serving.config import ServingConfig
-from serving.driver.checks import StartRefusedError, check_cache, check_compiler, check_loopback, check_ports
+from serving.driver.checks import (
+    StartRefusedError,
+    check_cache,
+    check_compiler,
+    check_file_size,
+    check_loopback,
+    check_ports,
+    check_threads,
+)
 from serving.driver.environment import SHARED_MEMORY, cluster_parent, why_no_object_store
 from serving.models.fetch import FetchError
-from serving.models.sizes import STACK_BYTES
+from serving.models.sizes import STACK_BYTES, num_ranks
 
 _OLDEST_CLOCK = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """Certificates and keys that were made for this version are valid after it."""
@@ -190,6 +199,7 @@ def doctor(
 
 def _checked(config: Path | None, source: str | None) -> Iterator[Finding]:
     if config is None and source is None:
+        yield from _default_limits()
         yield from _default_ports()
         return
     try:
@@ -198,6 +208,25 @@ def _checked(config: Path | None, source: str | None) -> Iterator[Finding]:
         yield Finding(Level.PROBLEM, "configuration", str(error))
         return
     yield from look_at_config(loaded)
+
+
+def _default_limits() -> Iterator[Finding]:
+    """What a configuration's own checks look at where there is one."""
+    from serving.gateway.http.listener import make_room
+
+    config = default_config()
+    checks: dict[str, Callable[[], None]] = {
+        "processes": partial(check_threads, read_machine(), sum(map(num_ranks, config.models))),
+        "open files": partial(make_room, config.gateway),
+        "file size": check_file_size,
+    }
+    for subject, check in checks.items():
+        try:
+            check()
+        except ConfigError as error:
+            yield Finding(Level.PROBLEM, subject, str(error))
+        else:
+            yield Finding(Level.OK, subject, "enough for the default configuration")
 
 
 def _default_ports() -> Iterator[Finding]:

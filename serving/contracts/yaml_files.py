@@ -5,15 +5,19 @@ Of the server's configuration, and of the scenarios of load tests and simulation
 
 import difflib
 import re
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from model_parallel.errors import ConfigError
 
+MAX_FILE_BYTES = 16 << 20
+"""Of a YAML file. What is given for one may be weights of many GiB."""
 MAX_NODES = 1_000_000
 """Of a YAML text, those of its aliases counted each time."""
 
@@ -38,8 +42,19 @@ class Section(BaseModel):
     @classmethod
     def _numbers(cls) -> set[str]:
         """Fields that are numbers, and never truth values."""
-        kinds = {name: {field.annotation, *get_args(field.annotation)} for name, field in cls.model_fields.items()}
+        kinds = {name: set(_types_in(field.annotation)) for name, field in cls.model_fields.items()}
         return {name for name, allowed in kinds.items() if allowed & {int, float} and bool not in allowed}
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """Those that a union is made of, also where some have bounds (`Annotated`)."""
+    if get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _types_in(member)
+    elif get_origin(annotation) is Annotated:
+        yield from _types_in(get_args(annotation)[0])
+    else:
+        yield annotation
 
 
 def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
@@ -56,9 +71,14 @@ def read_mapping(path: Path, main_key: str) -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """A file as plain data; None when it is empty. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_FILE_BYTES} bytes, and no YAML file has so many")
+    try:
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: byte {error.start} is not UTF-8") from error
     return parse_yaml(text, str(path))

@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,11 +212,36 @@ def check_threads(machine: Machine, num_ranks: int) -> None:
     """Whether Ray's processes, a gateway and ranks may start as many threads as they do at least. Raises ConfigError; a process
     that may not start one ends, without a word that says why."""
     needed = _THREADS_OF_A_STACK + num_ranks * _THREADS_OF_A_RANK
-    if machine.num_more_threads is not None and machine.num_more_threads < needed:
-        raise ConfigError(
-            f"processes and threads: Ray, gateway and {num_ranks} ranks need at least {needed}, and {machine.thread_limit} "
-            f"allows {machine.num_more_threads} more; raise it (docker: --pids-limit, systemd: TasksMax)"
-        )
+    limits = (
+        (machine.num_more_threads, machine.thread_limit, "docker: --pids-limit, systemd: TasksMax"),
+        (num_more_threads_of_user(), "the limit on all processes of this user", "ulimit -Hu, systemd: LimitNPROC"),
+    )
+    for num_more, limit, how in limits:
+        if num_more is not None and num_more < needed:
+            raise ConfigError(
+                f"processes and threads: Ray, gateway and {num_ranks} ranks need at least {needed}, and {limit} "
+                f"allows {num_more} more; raise it ({how})"
+            )
+
+
+def num_more_threads_of_user(root: Path = Path("/")) -> int | None:
+    """Which this process's user may start when the limit is raised as far as the system lets it, which is done here; None where
+    nothing limits them. Root is not held back."""
+    user = os.getuid()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    if user == 0 or soft == resource.RLIM_INFINITY:
+        return None
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+    if hard == resource.RLIM_INFINITY:
+        return None
+    num_threads = 0
+    for process in (root / "proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError, StopIteration):  # it has ended, or is not to be seen
+            if process.stat().st_uid == user:
+                lines = (process / "status").read_text(errors="replace").splitlines()
+                num_threads += int(next(line for line in lines if line.startswith("Threads:")).split()[1])
+    return max(0, hard - num_threads)
 
 
 def check_cpus(machine: Machine, num_threads: int) -> str:

@@ -20,6 +20,7 @@ from serving.contracts.addresses import (
     host_port,
     is_loopback,
     listening_addresses,
+    resolve,
     why_not_listening,
 )
 from serving.contracts.fleet import ModelDemand
@@ -259,6 +260,7 @@ def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
     if is_loopback(config.host):
         return
     if not (has_keys or config.insecure):
+        _check_known("gateway.host", config.host)
         raise ConfigError(
             f"gateway.host is {config.host!r}, which others can reach, and there are no keys; configure tenancy, "
             "listen on 127.0.0.1, or set gateway.insecure (--insecure) to accept everybody's requests"
@@ -267,9 +269,18 @@ def check_listening(config: GatewayConfig, *, has_keys: bool) -> None:
         logger.warning("keys and prompts travel unencrypted to %s: gateway.tls is not set", config.host)
 
 
+def _check_known(setting: str, host: str) -> None:
+    """A name with a letter too few is told as such. Raises ConfigError."""
+    try:
+        resolve(host)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
 def check_admin_listening(admin: AdminConfig, *, has_keys: bool, insecure: bool) -> None:
     """The same for the operators' ports. Raises ConfigError."""
     if not (is_loopback(admin.host) or has_keys or insecure):
+        _check_known("admin.host", admin.host)
         raise ConfigError(
             f"admin.host is {admin.host!r}, which others can reach, and there are no keys; configure tenancy, "
             "listen on 127.0.0.1, or set gateway.insecure (--insecure) to show metrics to everybody"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from ray._common import ray_option_utils
 from model_parallel.errors import ConfigError
 from serving import config as config_module
 from serving.config import ServingConfig, load_config, parse_config
+from serving.contracts import yaml_files
 from serving.contracts.yaml_files import parse_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +126,7 @@ def _numbers(section: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[t
     """Paths of all fields that are numbers."""
     for name, field in section.model_fields.items():
         kinds = {field.annotation, *get_args(field.annotation)}
+        kinds |= {get_args(kind)[0] for kind in kinds if get_origin(kind) is Annotated}
         if kinds & {int, float}:
             yield *path, name
         for kind in kinds:
@@ -240,6 +242,19 @@ def test_a_file_of_another_encoding_is_refused(tmp_path: Path) -> None:
     file.write_bytes("models: ä".encode("latin-1"))
     with pytest.raises(ConfigError, match="byte 8 is not UTF-8"):
         load_config(file)
+
+
+def test_a_file_as_large_as_weights_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`packtrain serve consolidated.00.pth` read all of it, and /dev/zero until memory was full."""
+    monkeypatch.setattr(yaml_files, "MAX_FILE_BYTES", 32)
+    file = tmp_path / "consolidated.00.pth"
+    file.write_bytes(b"models:" + bytes(25))
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_config(file)
+    for path in (tmp_path / "larger", Path("/dev/zero")):
+        (tmp_path / "larger").write_bytes(bytes(33))
+        with pytest.raises(ConfigError, match=f"{path} has more than 32 bytes, and no YAML file has so many"):
+            load_config(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine, read_machine
 
 GIB = 1 << 30
@@ -50,6 +51,15 @@ class FakeRoot:
 @pytest.fixture
 def fake(tmp_path: Path) -> FakeRoot:
     return FakeRoot(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MemTotal: 1024 kB\nMemFree: 512 kB\n", "MemTotal: many kB\nMemAvailable: 1 kB\n"]
+)
+def test_memory_that_the_system_does_not_tell_is_one_line(fake: FakeRoot, text: str) -> None:
+    fake.write("proc/meminfo", text)
+    with pytest.raises(ConfigError, match=r"proc/meminfo does not tell MemTotal and MemAvailable.*mount /proc"):
+        fake.read()
 
 
 def test_this_machine_can_be_read() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from model_parallel.errors import ConfigError
 from model_parallel.machine import Machine, read_machine
-from serving.cli.doctor import Level, look_at_config, look_at_machine
+from serving.cli.doctor import Level, _checked, look_at_config, look_at_machine
 from serving.config import ServingConfig, parse_config
 from serving.driver import checks, preflight
 from serving.driver.checks import (
@@ -28,6 +28,7 @@ from serving.driver.checks import (
     check_ports,
     check_threads,
     listeners,
+    num_more_threads_of_user,
     port_owner,
 )
 from serving.driver.preflight import _problems, begin
@@ -254,6 +255,41 @@ def test_too_few_threads_are_told() -> None:
         ConfigError, match=r"3 ranks need at least 305, and /sys/fs/cgroup/pids\.max allows 280 more.*--pids-limit"
     ):
         check_threads(limited, 3)
+
+
+def test_too_few_processes_of_a_user_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It was told as a deployment that failed."""
+    for process, text in (("8", "Name: a\nThreads:\t30\n"), ("9", "Name: b\nThreads:\t20\n"), ("10", "gone")):
+        (tmp_path / "proc" / process).mkdir(parents=True)
+        (tmp_path / "proc" / process / "status").write_text(text)
+    (tmp_path / "proc/11").mkdir()
+    owner = (tmp_path / "proc").stat().st_uid or 1000
+    for directory in (tmp_path / "proc").iterdir():
+        if os.geteuid() == 0:
+            os.chown(directory, owner, -1)
+    changes: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.getuid", lambda: owner)
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (100, 300))
+    monkeypatch.setattr("resource.setrlimit", lambda kind, new: changes.append(new))
+    assert num_more_threads_of_user(tmp_path) == 250
+    assert changes == [(300, 300)]
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (100, resource.RLIM_INFINITY))
+    assert num_more_threads_of_user(tmp_path) is None
+    monkeypatch.setattr("os.getuid", lambda: 0)
+    assert num_more_threads_of_user(tmp_path) is None
+    monkeypatch.setattr(checks, "num_more_threads_of_user", lambda: 250)
+    machine = Machine(num_cpus=1, num_host_cpus=1, total_memory_bytes=GIB, available_memory_bytes=GIB)
+    with pytest.raises(ConfigError, match=r"1 ranks need at least 255, and .*of this user allows 250 more.*ulimit -Hu"):
+        check_threads(machine, 1)
+
+
+def test_doctor_looks_at_limits_without_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (64, 64))
+    monkeypatch.setattr(checks, "num_more_threads_of_user", lambda: 64)
+    found = {finding.subject: finding for finding in _checked(None, None)}
+    for subject in ("processes", "open files", "file size"):
+        assert found[subject].level is Level.PROBLEM
+    assert "ulimit -Hn" in found["open files"].text
 
 
 def test_what_a_check_of_a_checkpoint_prints() -> None:

@@ -299,6 +299,8 @@ def test_an_open_address_needs_keys_or_insecure(caplog: pytest.LogCaptureFixture
     config = GatewayConfig(host="0.0.0.0")
     with pytest.raises(ConfigError, match="tenancy"):
         check_listening(config, has_keys=False)
+    with pytest.raises(ConfigError, match=r"^gateway\.host: the host 'locahost\.invalid' cannot be resolved"):
+        check_listening(GatewayConfig(host="locahost.invalid"), has_keys=False)
     check_listening(config, has_keys=True)
     assert "unencrypted" in caplog.text
     backend = FakeBackend()

@@ -142,6 +142,8 @@ def test_operators_ports_are_not_open_to_others_by_accident() -> None:
     config = AdminConfig(host="0.0.0.0")
     with pytest.raises(ConfigError, match=r"admin\.host.*0\.0\.0\.0"):
         check_admin_listening(config, has_keys=False, insecure=False)
+    with pytest.raises(ConfigError, match=r"^admin\.host: the host 'locahost\.invalid' cannot be resolved"):
+        check_admin_listening(AdminConfig(host="locahost.invalid"), has_keys=False, insecure=False)
     check_admin_listening(config, has_keys=True, insecure=False)
     check_admin_listening(config, has_keys=False, insecure=True)
     check_admin_listening(AdminConfig(), has_keys=False, insecure=False)
