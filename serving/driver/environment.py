@@ -100,8 +100,9 @@ def prepare_environment(*, joins: bool = False, environment: MutableMapping[str,
 
 
 def _remove_what_breaks_imports(environment: MutableMapping[str, str]) -> list[str]:
-    """Ray Serve cannot be imported while warnings are errors, nor torch with log settings that it does not know."""
-    broken = {"TORCH_LOGS"} & environment.keys()
+    """Ray Serve cannot be imported while warnings are errors, Ray's agent not without docstrings, which PYTHONOPTIMIZE=2 leaves
+    out, nor torch with log settings that it does not know."""
+    broken = {"TORCH_LOGS", "PYTHONOPTIMIZE"} & environment.keys()
     if "error" in environment.get("PYTHONWARNINGS", ""):
         broken.add("PYTHONWARNINGS")
         warnings.filters[:] = [entry for entry in warnings.filters if entry[0] != "error"]  # type: ignore[index]
