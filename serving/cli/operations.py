@@ -219,6 +219,8 @@ def admin_client(address: str, tls: bool, ca: Path | None, cert: Path | None, ke
                     f"{error.details()}: set PACKTRAIN_API_KEY to a key with administration, or, where the server has no "
                     f"tenancy, run this as the user who runs it ({operator_key_file()} has the key)"
                 ) from error
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                raise ConfigError(error.details() or "") from error  # which `serve` would have refused too
             raise
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bench.support.random_adapter import save_random_adapter
 from model_parallel.checkpoint.detect import describe
+from model_parallel.errors import ConfigError
 from protos import inference_pb2 as pb
 from serving.cli.main import app as program
 from serving.client.client import Client
@@ -88,7 +89,7 @@ def test_adapters_come_move_and_go(app: RunningApp, places: Path) -> None:
     broken.mkdir()
     (broken / "adapter_config.json").write_bytes((places / "added" / "adapter_config.json").read_bytes())
     refused = packtrain(app, "adapters", "add", ADDED, str(broken), "--model", BASE)
-    assert isinstance(refused.exception, grpc.RpcError) and "adapter_model.safetensors" in str(refused.exception)
+    assert isinstance(refused.exception, ConfigError) and "adapter_model.safetensors" in str(refused.exception)
     assert parents(app) == {BASE: None, OWN: BASE}
 
     done(packtrain(app, "adapters", "add", ADDED, str(places / "added"), "--model", BASE))

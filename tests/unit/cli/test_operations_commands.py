@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from model_parallel.errors import ConfigError
 from serving.admin.operator_key import make_operator_key
 from serving.admin.service import AdminServer
-from serving.cli.main import app
+from serving.cli.main import _account, app
+from serving.cli.terminal import EXIT_CONFIG
 from serving.config import AdminConfig
-from serving.contracts.errors import ChangeError
+from serving.contracts.errors import ChangeError, ValidationError
 from serving.contracts.operations import ModelStatus, Progress, Report
 from tests.support.waiting import PATIENCE_S
 
@@ -33,6 +34,10 @@ class Operations:
 
     def deploy(self, entry: str, max_unavailable: int, report: Report, *, only_check: bool) -> None:
         self._take(report, "deploy", json.loads(entry), max_unavailable, only_check)
+        if json.loads(entry)["name"] == "unfit":
+            raise ValidationError(
+                "config", "models.unfit.max_model_len is 99999, but the model's own length is 4096 tokens"
+            )
 
     def undeploy(self, model: str, report: Report) -> None:
         self._take(report, "undeploy", model)
@@ -184,6 +189,14 @@ def test_a_change_that_is_not_made_fails_the_command(address: str) -> None:
         grpc.StatusCode.FAILED_PRECONDITION,
         "m is the only model that is served",
     )
+
+
+def test_what_the_server_finds_wrong_is_a_wrong_configuration(address: str) -> None:
+    """It ended with status 1, as if trying again could help."""
+    result = run(address, "deploy", "--model", "smollm2-135m-instruct", "--name", "unfit")
+    assert isinstance(result.exception, ConfigError)
+    told = ("models.unfit.max_model_len is 99999, but the model's own length is 4096 tokens", EXIT_CONFIG)
+    assert _account(result.exception) == told
 
 
 def test_another_users_key_is_explained(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
