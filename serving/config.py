@@ -32,8 +32,8 @@ Host = Annotated[str, Field(min_length=1), BeforeValidator(_host)]
 
 
 FilePath = Annotated[Path, AfterValidator(expand_home)]
-MAX_SECONDS = 365 * 24 * 3600.0
-"""Of every length of time."""
+MAX_SECONDS = 24 * 24 * 3600.0
+"""Of every length of time: gRPC and the system take them in milliseconds of 32 bits, which end after 24.8 days."""
 Seconds = Annotated[float, Field(le=MAX_SECONDS)]
 
 
@@ -102,7 +102,9 @@ class GatewayConfig(Section):
     insecure: bool = Field(False, description="Allow listening beyond loopback without keys.")
     tls: TlsConfig | None = Field(None, description="Serve both front ends over TLS.")
     reflection: bool = Field(True, description="Serve gRPC reflection.")
-    max_concurrent_requests: int = Field(1024, ge=1, description="Requests that one gateway has open at a time.")
+    max_concurrent_requests: int = Field(
+        1024, ge=1, le=1_000_000, description="Requests that one gateway has open at a time."
+    )
     drain_timeout_s: Seconds = Field(
         30.0, ge=0, description="How long running requests may go on after a stop is asked for."
     )
@@ -310,7 +312,10 @@ class ModelEntry(Section):
         "where it cannot be. CPUs always compute so.",
     )
     threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
-        None, ge=1, description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks."
+        None,
+        ge=1,
+        le=1024,
+        description="Threads of a CPU rank. auto, or unset: this machine's CPUs, shared by all ranks.",
     )
     cpus_per_rank: float = Field(
         1.0,

@@ -58,7 +58,7 @@ def _error(data: dict[Any, Any]) -> str:
         ),
         ({"models": [{**MODEL, "chat": {"format": "jinja"}}]}, ["models.0.chat.format", "jinja", "llama-2"]),
         ({"models": [MODEL], "limits": {"max_message_bytes": 1 << 31}}, ["limits.max_message_bytes", "2147483647"]),
-        ({"models": [MODEL], "gateway": {"drain_timeout_s": 1e300}}, ["gateway.drain_timeout_s", "31536000", "1e+300"]),
+        ({"models": [MODEL], "gateway": {"drain_timeout_s": 1e300}}, ["gateway.drain_timeout_s", "2073600", "1e+300"]),
         ({"models": [{**MODEL, "max_waiting_requests": 1 << 31}]}, ["models.0.max_waiting_requests", "1000000"]),
         (
             {"models": [{**MODEL, "autoscaling": {"max_groups": 1, "priority": 1 << 70}}]},

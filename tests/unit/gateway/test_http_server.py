@@ -295,6 +295,19 @@ async def test_readiness_follows_the_groups(serve: Serve) -> None:
         assert (await http.get("/readyz")).status_code == 200
 
 
+async def test_the_greatest_values_are_taken(serve: Serve) -> None:
+    """What does not fit 32 bits ended the gateway while it started, without a reason."""
+    greatest: dict[str, Any] = {
+        name: bound.le
+        for name, field in GatewayConfig.model_fields.items()
+        for bound in field.metadata
+        if hasattr(bound, "le") and name not in ("port", "http_port")
+    }
+    assert greatest.keys() >= {"max_concurrent_requests", "header_timeout_s", "slow_reader_timeout_s"}
+    async with serve(http_port=0, **greatest) as gateway, client(gateway) as http:
+        assert (await http.get("/healthz")).status_code == 200
+
+
 def test_an_open_address_needs_keys_or_insecure(caplog: pytest.LogCaptureFixture) -> None:
     config = GatewayConfig(host="0.0.0.0")
     with pytest.raises(ConfigError, match="tenancy"):
