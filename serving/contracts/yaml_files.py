@@ -136,6 +136,14 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"{getattr(node, 'value', '')!r:.40}: {reason}", node.start_mark
             ) from error
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """No path, host or text that the system takes holds the character NUL."""
+        if isinstance(node.value, str) and "\0" in node.value:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.40}: a text cannot hold the character NUL", node.start_mark
+            )
+        return super().construct_scalar(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set[tuple[str, str]]()
         for key, _ in node.value:

@@ -216,6 +216,7 @@ BOMB = "a: &a0 [1, 2]\n" + "".join(f"b{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n
         ("a: &a [*a]", "line 1, column 8: this alias stands for something that it is a part of"),
         (BOMB, "there are more than 1000000 values in it"),
         ("a: \x07", "unacceptable character"),
+        ('gateway: {host: "a\\0b"}', r"line 1, column 17: 'a\x00b': a text cannot hold the character NUL"),
     ],
 )
 def test_yaml_that_is_wrong_is_one_line_with_the_place(text: str, told: str) -> None:
