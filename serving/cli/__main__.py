@@ -27,6 +27,16 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _leave_what_nobody_reads()
+
+
+def _leave_what_nobody_reads() -> None:
+    """What standard error does not take, Python would try to write once more at the end, and change the exit status."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _leave_on_signals() -> None:

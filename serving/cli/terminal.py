@@ -5,10 +5,10 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -49,8 +49,42 @@ for _name in ("COLUMNS", "LINES"):
     if not (os.environ.get(_name) or "0").isdecimal():
         del os.environ[_name]  # Rich fails at "²", which it takes for a number
 
+
+class _StandardError:
+    """Standard error, for Rich. What nobody can be told, because the reader of a pipe has gone or a disk is full, is left out: a
+    server drains and stops all the same. Rich would end the program."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream().flush()
+
+    def isatty(self) -> bool:
+        return self._stream().isatty()
+
+    def fileno(self) -> int:
+        return self._stream().fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream().encoding
+
+    @staticmethod
+    def _stream() -> TextIO:
+        """While a bar is shown, what others write to sys.stderr goes through Rich."""
+        stream: TextIO = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        return stream
+
+
 console = SafeConsole(
-    stderr=True, highlight=False, width=width_of(sys.stderr.isatty()), soft_wrap=not sys.stderr.isatty()
+    file=cast(IO[str], _StandardError()),
+    highlight=False,
+    width=width_of(sys.stderr.isatty()),
+    soft_wrap=not sys.stderr.isatty(),
 )
 """For everything else that a command has to say."""
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,35 @@ def test_after_the_start_signals_do_what_they_did_before() -> None:
     finally:
         for number, handler in given.items():
             signal.signal(number, handler)
+
+
+def _nobody_reads() -> int:
+    """The end of a pipe to write to whose reader has gone, as `| tee log` has at Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("place", [_nobody_reads, lambda: os.open("/dev/full", os.O_WRONLY)], ids=["pipe", "full"])
+def test_a_command_that_cannot_tell_goes_on(place: Callable[[], int]) -> None:
+    """serve left before it had drained and stopped, and what was wrong ended with status 1."""
+    program = "from serving.cli.terminal import say, stage\nsay('stopping')\nwith stage('draining'): print('stopped')"
+    for command, status, printed in (
+        (
+            ["-c", program + "\nfrom serving.cli.__main__ import _leave_what_nobody_reads as leave; leave()"],
+            0,
+            "stopped\n",
+        ),
+        (["-m", "serving.cli", "serve", "nowhere.yaml"], 78, ""),
+    ):
+        errors = place()
+        done = subprocess.run(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        os.close(errors)
+        assert (done.returncode, done.stdout) == (status, printed)
