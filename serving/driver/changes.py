@@ -131,6 +131,11 @@ def scaled(
     return data | {"num_groups": max(1, min(max(entry.num_groups, low), high))}
 
 
+def follows_load(entry: ModelEntry) -> bool:
+    """Whether the autoscaler decides on the number of its groups."""
+    return entry.autoscaling is not None and entry.autoscaling.mode == "on"
+
+
 def check_max_unavailable(max_unavailable: int, num_groups: int) -> None:
     """Raises ConfigError."""
     most = max(1, num_groups - 1)

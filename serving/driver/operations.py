@@ -243,7 +243,7 @@ class ClusterOperations:
             return
         tell("checking", f"{name}: {differs}")
         found = self._deployed(name)
-        follows_load = given.autoscaling is not None and given.autoscaling.mode == "on"
+        follows_load = changes.follows_load(given)
         target = max(1, found.target) if follows_load else given.num_groups
         if differs.replaces_groups:
             changes.check_max_unavailable(max_unavailable, target)
@@ -297,7 +297,7 @@ class ClusterOperations:
         after = served_model(spec, given, revision, "serving")
         old = self._deployed(name)
         num_groups = max(1, target)
-        timeout_s = -(-num_groups // max_unavailable) * self._start_timeout_s(before)
+        timeout_s = self._rollout_timeout_s(before, num_groups, max_unavailable)
         replacement = Replacement(before=before, after=after)
         self._write(name, msgspec.structs.replace(before, card=during, state="replacing", replacement=replacement))
         self._restart_autoscaler()
@@ -308,14 +308,16 @@ class ClusterOperations:
         except (StartError, EngineError, *SERVE_ERRORS) as error:
             reason = plain_reason(str(error))
             tell("replacing", f"taken back, since a new group did not start: {reason}")
-            self._take_back(before, num_groups, max_unavailable, timeout_s, tell)
+            self._take_back(before, max(1, old.target), max_unavailable, tell)
             raise ChangeError(f"{name} is served as before; a new group did not start: {reason}") from error
         self._write(name, after)
         self._waits.gateways(self._served.generation, name)
 
-    def _take_back(self, before: ServedModel, target: int, max_unavailable: int, timeout_s: float, tell: Tell) -> None:
+    def _take_back(self, before: ServedModel, target: int, max_unavailable: int, tell: Tell) -> None:
         """The groups that are left of the old configuration stay; the others are started again."""
         name = before.card.name
+        max_unavailable = min(max_unavailable, max(1, target - 1))
+        timeout_s = self._rollout_timeout_s(before, target, max_unavailable)
         try:
             self._run(self._spec_of(before), target, before.revision, max_unavailable, tell)
             self._waits.number(name, target, tell, timeout_s)
@@ -429,6 +431,9 @@ class ClusterOperations:
         entry = changes.entry_of(served.chosen)
         return self._config.gateway.drain_timeout_s + entry.start_timeout_s + 2 * applications.STOP_TIMEOUT_S
 
+    def _rollout_timeout_s(self, served: ServedModel, num_groups: int, max_unavailable: int) -> float:
+        return -(-num_groups // max_unavailable) * self._start_timeout_s(served)
+
     def _handle(self, name: str) -> DeploymentHandle[Any]:
         """Raises RayError."""
         require_cluster()
@@ -529,9 +534,10 @@ class ClusterOperations:
         self._write_models(models)
         applications.delete(map(app_name, away), 2 * applications.STOP_TIMEOUT_S)
         for before in failed:
-            target = max(1, self._deployed(before.card.name).target)
-            timeout_s = target * self._start_timeout_s(before)
-            self._take_back(before, target, 1, timeout_s, lambda stage, text, *numbers: report(text))
+            entry = changes.entry_of(before.given)
+            num_now = self._deployed(before.card.name).target
+            target = max(1, num_now) if changes.follows_load(entry) else entry.num_groups
+            self._take_back(before, target, 1, lambda stage, text, *numbers: report(text))
 
     @contextmanager
     def _change(self, name: str, report: Report) -> Iterator[Tell]:

@@ -292,6 +292,18 @@ def test_a_change_that_does_not_start_is_taken_back(cluster: ClusterOperations, 
     assert len(serve.models["a"].running) == 2
 
 
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_a_change_that_is_taken_back_leaves_the_number_of_groups(
+    cluster: ClusterOperations, serve: FakeServe, log: Log, num_groups: int
+) -> None:
+    """The record said two, and as many ran as the change had asked for."""
+    serve.failing = '"max_num_seqs":8'
+    with pytest.raises(ChangeError, match="a is served as before"):
+        cluster.deploy(changed(max_num_seqs=8, num_groups=num_groups), 1, log, only_check=False)
+    assert entry_of(serve.records[-1].models["a"].given).num_groups == 2
+    assert serve.models["a"].target == len(serve.models["a"].running) == 2
+
+
 def test_what_gateways_alone_go_by_touches_no_group(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
     cluster.deploy(changed(allow_parse_special=True), 1, log, only_check=False)
     assert serve.runs == []
@@ -699,9 +711,10 @@ def test_a_replacement_that_lost_its_driver_is_what_serve_has(
     lost_at = {"gateways": "gateways", "rollout": "rollout", "failed": "rollout", "taken back": "number"}[lost_in]
     if lost_in in ("failed", "taken back"):
         serve.failing = '"max_num_seqs":8'
+    another_number = {} if becomes_new else {"num_groups": 3}
     with monkeypatch.context() as lost, pytest.raises(LostError):
         lost.setattr(cluster._waits, lost_at, lose)
-        cluster.deploy(changed(max_model_len=80, max_num_seqs=8), 1, log, only_check=False)
+        cluster.deploy(changed(max_model_len=80, max_num_seqs=8, **another_number), 1, log, only_check=False)
     assert serve.states[-1] == {"a": "replacing"}
     told: list[str] = []
     following = ClusterOperations(cluster._config, serve.records[-1], lambda: Host(machine=MACHINE))
