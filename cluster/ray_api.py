@@ -211,10 +211,26 @@ def has_actor(name: str, namespace: str) -> bool:
     return {"name": name, "namespace": namespace} in list_named_actors(all_namespaces=True)
 
 
+def ended_processes() -> list[str]:
+    """Those of Ray's own processes that this process has started with a cluster and that have ended. Nobody starts them again.
+    None in a cluster that was joined."""
+    node: Any = ray._private.worker._global_node
+    return [] if node is None else sorted(kind for kind, _ in node.dead_processes())
+
+
+def cluster_problem() -> str:
+    """Why nobody in the cluster can be asked; "" when somebody can. Calls that wait without a deadline would wait for ever."""
+    if not ray.is_initialized():  # Serve would start another one
+        return "Ray has been shut down"
+    if ended := ended_processes():
+        return f"Ray's {' and '.join(ended)} ended"
+    return ""
+
+
 def require_cluster() -> None:
-    """Raises RayError once this process has left its cluster. Whoever asks Serve then would start another one."""
-    if not ray.is_initialized():
-        raise RayError("Ray has been shut down")
+    """Raises RayError when nobody in the cluster can be asked."""
+    if problem := cluster_problem():
+        raise RayError(problem)
 
 
 def has_resource(name: str) -> bool:

@@ -25,10 +25,12 @@ from cluster.guard import Guard
 from cluster.placement import GroupPlacement
 from cluster.ray_api import (
     alive_nodes,
+    cluster_problem,
     job_of_installed_modules,
     keeping_sigterm,
     only_needed_processes,
     patient_start,
+    require_cluster,
     run_on_node,
     short_messages,
     this_job,
@@ -123,7 +125,7 @@ class RunningApp:
         """Until it cannot go on. Raises StartError, which says why."""
         self.caretaker.is_over.wait()
         raise StartError(
-            "Serve's controller has ended for good, and no group that is lost would come back: start again"
+            f"{self.caretaker.what_ended} ended for good, and no group that is lost would come back: start again"
         )
 
     def stop(self) -> None:
@@ -141,8 +143,9 @@ class RunningApp:
             self.nodes.close()
         try:
             if _ends_here(self.guard):
+                require_cluster()
                 stop_autoscaler(STOP_TIMEOUT_S)
-                gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
+                gateways = applications.handle(Gateway.__name__, APP_NAME)
                 gateways.broadcast("drain").results(timeout_s=self.config.gateway.drain_timeout_s + STOP_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("gateways could not be drained: %s", error)
@@ -172,9 +175,9 @@ def shut_down(config: ServingConfig, guard: Guard | None) -> None:
             applications.delete(applications.our_applications(), 4 * STOP_TIMEOUT_S)
             write_served(Served(generation=0, models={}))
             _stop_authority()
-            if not serve.status().applications:
+            if not applications.all_applications():
                 serve.shutdown()
-        elif guard is not None and config.tenancy is not None and ray.is_initialized():
+        elif guard is not None and config.tenancy is not None and not cluster_problem():
             _stop_authority()  # it gives up the database, for the next server
     except (RayError, RayServeException, TimeoutError) as error:
         logger.error("groups and gateways cannot be ended: %s", error)
@@ -399,8 +402,8 @@ def _deploy(
 
         start_authority(database_url(config.tenancy), refresh_s=config.tenancy.refresh_s)
     mark = joined.fingerprint(config, specs)
-    handle = joined.deployed_before(APP_NAME, mark) if config.ray.detached else None
-    if handle is None or before is None:
+    is_taken_over = config.ray.detached and joined.was_deployed(mark) and APP_NAME in applications.our_applications()
+    if before is None or not is_taken_over:
         joined.remember_deployed(None)
         stop_autoscaler(STOP_TIMEOUT_S)  # one of before knows other groups
         owner = Owner(job=this_job(), is_detached=config.ray.detached)
@@ -416,6 +419,7 @@ def _deploy(
         operations = ClusterOperations(config, served, look_at_host)
     else:
         report("taking over what is deployed already")
+        handle = applications.handle(Gateway.__name__, APP_NAME)
         operations = ClusterOperations(config, before, look_at_host)
         operations.finish_interrupted(report)
     # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.

@@ -19,7 +19,7 @@ from ray.serve.context import _get_global_client, _set_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.generated import serve_pb2
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster.autoscaler import ScalingError
 from cluster.placement import GATEWAY_RESOURCE, GroupPlacement
@@ -141,8 +141,7 @@ def run(targets: Sequence[serve.RunTarget], *, wait: bool) -> list[DeploymentHan
 def _wait_until_running(app: str) -> None:
     """Serve's own wait looks once a second. The groups' start_timeout_s bounds it."""
     while True:
-        require_cluster()
-        found = serve.status().applications.get(app)
+        found = all_applications().get(app)
         if found is None:
             raise RuntimeError(f"the application {app} is gone")
         if found.status == ApplicationStatus.DEPLOY_FAILED:
@@ -200,16 +199,29 @@ def forget_other_clusters() -> None:
     _set_global_client(None)
 
 
+def all_applications() -> Mapping[str, ApplicationStatusOverview]:
+    """Of Serve, by name, those that are being deleted included. Raises RayError, RayServeException."""
+    _require_controller()
+    return serve.status().applications
+
+
 def our_applications() -> set[str]:
     """Names of those that are deployed, those that are being deleted included. Raises RayError, RayServeException."""
+    return {name for name in all_applications() if is_ours(name)}
+
+
+def handle(deployment: str, app: str) -> DeploymentHandle[Any]:
+    """To call the replicas of a deployment that there is. Raises RayError, RayServeException."""
     require_cluster()
-    return {name for name in serve.status().applications if is_ours(name)}
+    # Whether there is one, Serve would ask its controller, and wait for it without a deadline.
+    found: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, app, _check_exists=False)
+    return found
 
 
 def delete(apps: Iterable[str], timeout_s: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
     """End applications, all at once, and wait until they are gone. Raises TimeoutError, RayError."""
     names = set(apps)
-    require_cluster()
+    _require_controller()
     for name in names:
         serve.delete(name, _blocking=False)
     deadline_s = time.monotonic() + timeout_s
@@ -221,12 +233,10 @@ def delete(apps: Iterable[str], timeout_s: float, *, sleep: Callable[[float], No
 
 def messages() -> str:
     """Why deployments are not healthy, as Serve tells it; empty when it does not."""
-    if not ray.is_initialized():  # Serve would look for a cluster, and wait
-        return ""
     with suppress(RayError, RayServeException, RuntimeError):
         return "; ".join(
             f"{name}: {status.message}"
-            for app, application in serve.status().applications.items()
+            for app, application in all_applications().items()
             if is_ours(app)
             for name, status in application.deployments.items()
             if status.message
@@ -244,6 +254,15 @@ def _lifecycle(config: ServingConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.gateway.drain_timeout_s + STOP_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.1,
     }
+
+
+def _require_controller() -> None:
+    """Raises RayError when Serve's controller does not answer in time: Serve's own calls wait for it without a deadline. Nothing
+    happens where Serve does not run."""
+    require_cluster()
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        ray.get(client._controller.check_alive.remote(), timeout=CONTROLLER_TIMEOUT_S)
 
 
 def _ask_controller(method: str, *arguments: object) -> Any:

@@ -1,5 +1,5 @@
-"""What may end for good while a stack serves: the guard of a private cluster, and actors that Ray restarts whenever they end.
-Where an actor's process fails before the actor is made, Ray takes it for broken and gives it up."""
+"""What may end for good while a stack serves: the guard and Ray's own processes of a private cluster, and actors that Ray
+restarts whenever they end. Where an actor's process fails before the actor is made, Ray takes it for broken and gives it up."""
 
 import logging
 import threading
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ray.exceptions import RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-from cluster.ray_api import has_actor
+from cluster.ray_api import ended_processes, has_actor
 
 logger = logging.getLogger(__name__)
 
@@ -24,23 +24,26 @@ def has_controller() -> bool:
 
 
 class Caretaker:
-    """Looks whether they are there. Guard and autoscaler are begun anew. Without Serve's controller it is over: no group that is
-    lost comes back, and gateways that run would not hear another controller."""
+    """Looks whether they are there. Guard and autoscaler are begun anew. Without Serve's controller, or a process of Ray's, it is
+    over: no group that is lost comes back, and gateways that run would not hear another controller."""
 
     def __init__(
         self,
         revive: Sequence[Callable[[], None]],
         *,
         has_controller: Callable[[], bool] = has_controller,
+        ended_processes: Callable[[], Sequence[str]] = ended_processes,
         period_s: float = PERIOD_S,
     ) -> None:
         """Looks from now on, until `close`. Each of `revive` begins one thing anew where it has ended for good, and is called
         while Serve's controller is there."""
         self._revive, self._has_controller, self._period_s = revive, has_controller, period_s
+        self._ended_processes = ended_processes
         self._stop = threading.Event()
         self._num_missing = 0
         self.is_over = threading.Event()
-        """Serve's controller has ended for good."""
+        self.what_ended = ""
+        """Set when it is over."""
         self._thread = threading.Thread(target=self._run, name="caretaker", daemon=True)
         self._thread.start()
 
@@ -59,10 +62,17 @@ class Caretaker:
                 logger.exception("it cannot be told whether everything is there")
 
     def _look(self) -> None:
+        if ended := self._ended_processes():  # first: whoever asks such a cluster may get no answer
+            self._end(f"Ray's {' and '.join(ended)}")
+            return
         self._num_missing = 0 if self._has_controller() else self._num_missing + 1
         if self._num_missing == NUM_LOOKS:
-            logger.error("Serve's controller has ended for good: no group that is lost would come back")
-            self.is_over.set()
+            self._end("Serve's controller")
         elif not self._num_missing:
             for revive in self._revive:
                 revive()
+
+    def _end(self, what: str) -> None:
+        self.what_ended = what
+        logger.error("%s ended for good, and no group that is lost would come back", what)
+        self.is_over.set()

@@ -7,10 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
-from typing import Any
-
-from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from cluster import ray_api
 from cluster.placement import GroupPlacement, GroupRequest, NodeResources, plan_groups
@@ -146,12 +142,9 @@ def fingerprint(config: ServingConfig, specs: Sequence[GroupSpec]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def deployed_before(app_name: str, mark: str) -> DeploymentHandle[Any] | None:
-    """Handle of the application that a driver with the same fingerprint has deployed, if it is still there."""
-    if ray_api.read_note(_FINGERPRINT_KEY) != mark or app_name not in serve.status().applications:
-        return None
-    handle: DeploymentHandle[Any] = serve.get_app_handle(app_name)
-    return handle
+def was_deployed(mark: str) -> bool:
+    """Whether a driver with this fingerprint was the last that has deployed everything."""
+    return ray_api.read_note(_FINGERPRINT_KEY) == mark
 
 
 def resume_key() -> bytes:

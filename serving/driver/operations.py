@@ -13,12 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.placement import GroupPlacement, GroupRequest
-from cluster.ray_api import require_cluster
 from model_parallel.errors import EngineError
 from serving.autoscaling.actor import has_autoscaler, start_autoscaler, stop_autoscaler
 from serving.autoscaling.settings import AutoscalerSettings, settings_of
@@ -436,8 +434,7 @@ class ClusterOperations:
 
     def _handle(self, name: str) -> DeploymentHandle[Any]:
         """Raises RayError."""
-        require_cluster()
-        return serve.get_deployment_handle(deployment_name(name), app_name(name))
+        return applications.handle(deployment_name(name), app_name(name))
 
     def _begin_drain(self, name: str, group: str, grace_s: float) -> None:
         """Raises ChangeError."""

@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_api import require_cluster
 from serving.contracts.errors import ChangeError
 from serving.contracts.served import APP_NAME, GatewayModels
 from serving.contracts.start_failure import StartError
@@ -143,9 +141,8 @@ class Waits:
     def _ask_gateways(self) -> list[GatewayModels]:
         """Those that answer."""
         try:
-            require_cluster()
             if self._gateways is None:
-                self._gateways = serve.get_deployment_handle(Gateway.__name__, APP_NAME)
+                self._gateways = applications.handle(Gateway.__name__, APP_NAME)
             asked = self._gateways.broadcast("take_models")
             items = asked.results(timeout_s=TELL_TIMEOUT_S, return_exceptions=True)
         except SERVE_ERRORS as error:

@@ -1,4 +1,5 @@
-"""What ends for good although Ray restarts it: the autoscaler is begun anew, and without Serve's controller it is over."""
+"""What ends for good although Ray restarts it: the autoscaler is begun anew, and without Serve's controller, or a process
+of Ray's, it is over."""
 
 import threading
 
@@ -15,6 +16,7 @@ class Actors:
     def __init__(self, script: str, *, fails: Exception | None = None) -> None:
         self.script = script
         self.fails = fails
+        self.ended: list[str] = []
         self.num_looks = self.num_revivals = 0
         self.is_through = threading.Event()
 
@@ -34,7 +36,12 @@ class Actors:
 
 
 def watch(actors: Actors) -> Caretaker:
-    return Caretaker([actors.revive], has_controller=actors.has_controller, period_s=0.001)
+    return Caretaker(
+        [actors.revive],
+        has_controller=actors.has_controller,
+        ended_processes=lambda: actors.ended,
+        period_s=0.001,
+    )
 
 
 def test_without_a_controller_it_is_over() -> None:
@@ -43,6 +50,18 @@ def test_without_a_controller_it_is_over() -> None:
     assert caretaker.is_over.wait(PATIENCE_S)
     caretaker.close()
     assert (actors.num_looks, actors.num_revivals) == (2 + NUM_LOOKS, 2)
+    assert caretaker.what_ended == "Serve's controller"
+
+
+def test_without_a_process_of_ray_it_is_over_and_nobody_is_asked() -> None:
+    """Gateways and groups went on, groups that were lost did not come back, and `serve` said nothing."""
+    actors = Actors("+")
+    actors.ended = ["gcs_server", "raylet"]
+    caretaker = watch(actors)
+    assert caretaker.is_over.wait(PATIENCE_S)
+    caretaker.close()
+    assert caretaker.what_ended == "Ray's gcs_server and raylet"
+    assert (actors.num_looks, actors.num_revivals) == (0, 0)
 
 
 @pytest.mark.parametrize("script", ["+", "--+--+", "-?-+", "?+"])

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from bench.support.fake_backend import card
 from cluster.placement import GroupPlacement
@@ -561,6 +561,47 @@ def test_a_change_has_ended_when_the_server_has_stopped(cluster: ClusterOperatio
 
 async def test_without_a_cluster_nothing_asks_serve() -> None:
     """Serve would start another cluster, which nobody ends."""
+    _expect_nothing_asked("Ray has been shut down")
+    assert waits.Waits()._ask_gateways() == []
+    assert not ray.is_initialized()
+
+
+def test_nobody_is_asked_when_a_process_of_ray_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer would not come."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    node = SimpleNamespace(dead_processes=lambda: [("raylet", None)])
+    monkeypatch.setattr("ray._private.worker._global_node", node)
+    _expect_nothing_asked("Ray's raylet ended")
+    assert waits.Waits()._ask_gateways() == []
+
+
+def test_a_controller_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's own calls wait for it without a deadline, and so did a command that was to stop."""
+
+    def get(ref: object, *, timeout: float | None = None) -> None:
+        assert timeout is not None
+        raise GetTimeoutError("Get timed out")
+
+    silent: Any = SimpleNamespace(remote=lambda *arguments: None)
+    controller = SimpleNamespace(check_alive=silent, get_serve_instance_details=silent)
+    client = SimpleNamespace(_controller=controller, get_handle=lambda *arguments, check_exists: check_exists)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(applications, "_get_global_client", lambda **options: client)
+    monkeypatch.setattr("ray.serve.api._get_global_client", lambda **options: client)
+    for ask in (
+        applications.our_applications,
+        lambda: applications.delete(["packtrain-model-a"], 1.0),
+        lambda: applications.deployed("a"),
+    ):
+        with pytest.raises((RayError, StartError), match="Get timed out"):
+            ask()
+    assert applications.messages() == ""
+    handle: Any = applications.handle("a", "packtrain-model-a")
+    assert handle is False, "it would have asked"
+
+
+def _expect_nothing_asked(problem: str) -> None:
     asked: list[Callable[[], object]] = [
         lambda: applications.deployed("a"),
         lambda: applications.set_num_gateways(1),
@@ -569,10 +610,8 @@ async def test_without_a_cluster_nothing_asks_serve() -> None:
         lambda: applications.run([], wait=True),
     ]
     for ask in asked:
-        with pytest.raises((RayError, StartError), match="Ray has been shut down"):
+        with pytest.raises((RayError, StartError), match=problem):
             ask()
-    assert waits.Waits()._ask_gateways() == []
-    assert not ray.is_initialized()
 
 
 def test_one_change_at_a_time(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:

@@ -1,7 +1,5 @@
 """Commands that join one cluster: which of them may replace what it serves, and which ends it."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from model_parallel.errors import ConfigError
@@ -76,7 +74,7 @@ class Cluster:
         self.done: list[str] = []
         monkeypatch.setattr(app.ray, "is_initialized", lambda: True)
         monkeypatch.setattr(app.ray, "shutdown", lambda: self.done.append("left"))
-        monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(applications={}))
+        monkeypatch.setattr(applications, "all_applications", dict)
         monkeypatch.setattr(app.serve, "shutdown", lambda: self.done.append("Serve ended"))
         monkeypatch.setattr(app, "this_job", lambda: OURS)
         monkeypatch.setattr(app, "read_served", lambda: self.record)
