@@ -60,8 +60,9 @@ _ENVIRONMENT: Schema = {
         "properties": {
             "name": {"type": "string", "pattern": "^[A-Za-z_.-][A-Za-z0-9_.-]*$"},
             "value": {"type": "string"},
-            "valueFrom": {"type": "object"},
+            "valueFrom": {"type": "object", "minProperties": 1, "maxProperties": 1},
         },
+        "maxProperties": 2,  # one of value and valueFrom
     },
 }
 _KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
@@ -71,7 +72,67 @@ _LABEL_VALUE: Schema = {"type": "string", "pattern": "^([A-Za-z0-9]([-A-Za-z0-9_
 _LABELS: Schema = {"type": "object", "patternProperties": {_KEY: _LABEL_VALUE}, "additionalProperties": False}
 _OBJECTS: Schema = {"type": "array", "items": {"type": "object"}}
 _NOT_EMPTY: Schema = {"type": "object", "minProperties": 1}
-_PEERS: Schema = {"type": "array", "items": _NOT_EMPTY}
+
+
+def _record(needed: tuple[str, ...] = (), /, **properties: Schema) -> Schema:
+    made: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
+    return made | ({"required": list(needed)} if needed else {})
+
+
+# KubeRay takes a wrong word in a pod's template, and Kubernetes then refuses every pod that KubeRay would make.
+_TEXT: Schema = {"type": "string"}
+_SELECTOR = _record(
+    matchLabels=_LABELS,
+    matchExpressions={
+        "type": "array",
+        "items": _record(
+            ("key", "operator"),
+            key=_TEXT,
+            operator={"enum": ["In", "NotIn", "Exists", "DoesNotExist"]},
+            values={"type": "array", "items": _TEXT},
+        ),
+    },
+)
+_TOLERATION = _record(
+    key=_TEXT,
+    operator={"enum": ["Exists", "Equal", "Lt", "Gt"]},
+    value=_TEXT,
+    effect={"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
+    tolerationSeconds={"type": "integer"},
+)
+_HONOURED: Schema = {"enum": ["Honor", "Ignore"]}
+_SPREAD = _record(
+    ("maxSkew", "topologyKey", "whenUnsatisfiable"),
+    maxSkew={"type": "integer", "minimum": 1},
+    topologyKey={"type": "string", "minLength": 1},
+    whenUnsatisfiable={"enum": ["DoNotSchedule", "ScheduleAnyway"]},
+    labelSelector={"$ref": "#/$defs/LabelSelector"},
+    matchLabelKeys={"type": "array", "items": _TEXT},
+    minDomains={"type": "integer", "minimum": 1},
+    nodeAffinityPolicy=_HONOURED,
+    nodeTaintsPolicy=_HONOURED,
+)
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+_REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+_OF_PODS = _record(**{_PREFERRED: _OBJECTS, _REQUIRED: _OBJECTS})
+_AFFINITY = _record(
+    nodeAffinity=_record(**{_PREFERRED: _OBJECTS, _REQUIRED: {"type": "object"}}),
+    podAffinity=_OF_PODS,
+    podAntiAffinity=_OF_PODS,
+)
+_PEER = _NOT_EMPTY | _record(
+    ipBlock=_record(("cidr",), cidr=_TEXT, **{"except": {"type": "array", "items": _TEXT}}),
+    namespaceSelector={"$ref": "#/$defs/LabelSelector"},
+    podSelector={"$ref": "#/$defs/LabelSelector"},
+)
+_OF_KUBERNETES: dict[str, Schema] = {
+    "Affinity": _AFFINITY,
+    "LabelSelector": _SELECTOR,
+    "NetworkPolicyPeer": _PEER,
+    "Toleration": _TOLERATION,
+    "TopologySpreadConstraint": _SPREAD,
+}
+_PEERS: Schema = {"type": "array", "items": {"$ref": "#/$defs/NetworkPolicyPeer"}}
 
 # A pod's ports are known before it runs, so that none is picked (0). null, which helm takes for the default, turns none off; false does.
 _PORT_OR_OFF: Schema = {"anyOf": [_PORT, {"const": False}]}
@@ -79,6 +140,9 @@ PORTS = {
     "GatewayConfig": {"port": _PORT, "http_port": _PORT_OR_OFF},
     "AdminConfig": {"port": _PORT_OR_OFF, "metrics_port": _PORT_OR_OFF},
 }
+
+_STEP = r"([^/.][^/]*|\.[^/.][^/]*|\.\.[^/]+|\.)"
+"""Of a path that stays below where it begins: anything but `..`."""
 
 # By path or, beginning with "*.", by the last part of it.
 RULES: Mapping[str, Schema] = {
@@ -98,9 +162,9 @@ RULES: Mapping[str, Schema] = {
     "*.maxReplicas": _COUNT,
     "*.numOfHosts": {"type": "integer", "minimum": 1},
     "*.maxUnavailable": {"type": ["integer", "string"], "minimum": 0, "pattern": "^([0-9]{1,2}|100)%$"},
-    "*.tolerations": _OBJECTS,
-    "*.topologySpreadConstraints": _OBJECTS,
-    "*.affinity": {"type": "object"},
+    "*.tolerations": {"type": "array", "items": {"$ref": "#/$defs/Toleration"}},
+    "*.topologySpreadConstraints": {"type": "array", "items": {"$ref": "#/$defs/TopologySpreadConstraint"}},
+    "*.affinity": {"$ref": "#/$defs/Affinity"},
     "*.volumes": _OBJECTS,
     "*.volumeMounts": _OBJECTS,
     "weights.initContainers": _OBJECTS,
@@ -109,7 +173,10 @@ RULES: Mapping[str, Schema] = {
     "networkPolicy.monitoring": _PEERS,
     "networkPolicy.dns": _PEERS,
     "networkPolicy.apiServer": _PEERS,
-    "networkPolicy.extraEgress": _PEERS,
+    "networkPolicy.extraEgress": {
+        "type": "array",
+        "items": _NOT_EMPTY | _record(to=_PEERS, ports={"type": "array", "items": _NOT_EMPTY}),
+    },
     "database.egress.to": _PEERS,
     "weights.s3.egress": _PEERS,
     "*.existingClaim": _NAME,
@@ -140,6 +207,7 @@ RULES: Mapping[str, Schema] = {
     "worker.groupName": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$"},
     "driver.waitForNodesSeconds": {"type": "integer", "minimum": 1},
     "database.egress.port": _PORT | {"minimum": 0},
+    "weights.pvc.subPath": {"type": "string", "pattern": f"^({_STEP}(/{_STEP})*/?)?$"},
     "weights.source": {"enum": ["none", "pvc", "s3", "init"]},
     "weights.s3.uri": {"type": "string", "pattern": "^(s3://.+)?$"},
     "weights.s3.endpoint": {"type": "string", "pattern": "^(https?://.+)?$"},
@@ -179,7 +247,7 @@ def values_schema(values: Mapping[str, Any], serving: Schema) -> Schema:
         "additionalProperties": False,
         "required": _needed(values),
         "properties": properties,
-        "$defs": _configuration(serving),
+        "$defs": _configuration(serving) | _OF_KUBERNETES,
     }
 
 

@@ -421,6 +421,48 @@ BY_TEMPLATE: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
         {"weights": {"source": "s3", "s3": {"uri": "s3://b/p"}}},
     ),
     "nothing that fills /models": ({"weights": {"source": "init"}}, "nothing would fill /models", None),
+    "routes of no kind": (
+        {
+            "gatewayApi": {
+                "enabled": True,
+                "parentRefs": [{"name": "a", "sectionName": "https"}],
+                "grpc": False,
+                "http": False,
+            },
+            **CLIENTS,
+        },
+        "gatewayApi.grpc and gatewayApi.http are both false",
+        {"gatewayApi": {"grpc": True}},
+    ),
+    "a path of no claim": (
+        {
+            "weights": {
+                "source": "init",
+                "pvc": {"subPath": "llama"},
+                "initContainers": [{"name": "get", "image": "curl:8"}],
+            }
+        },
+        'weights.pvc.subPath is "llama" and weights.source is init',
+        {"weights": {"pvc": {"subPath": ""}}},
+    ),
+    **{
+        f"a container before Ray that is called {name}": (
+            {"weights": {"initContainers": [{"name": "get", "image": "curl:8"}, {"name": name, "image": "curl:8"}]}},
+            f'weights.initContainers: the name "{name}" stands twice, or is one of the pods\' own containers',
+            {"weights": {"initContainers": [{"name": "get", "image": "curl:8"}]}},
+        )
+        for name in ("get", "wait-gcs-ready", "ray-node", "ray-worker")
+    },
+    "two makers of a certificate": (
+        {"tls": {"existingSecret": "tls", "certManager": {"enabled": True, "issuerRef": {"name": "ca"}}}},
+        "tls.existingSecret and tls.certManager.enabled are both given",
+        {"tls": {"existingSecret": ""}},
+    ),
+    "ranges that keep nobody out": (
+        {"service": {"loadBalancerSourceRanges": ["10.0.0.0/8"]}},
+        "service.loadBalancerSourceRanges are given and service.type is ClusterIP",
+        {"service": {"type": "LoadBalancer"}, "insecure": True, **CLIENTS},
+    ),
     "routes without gateway": ({"gatewayApi": {"enabled": True}, **CLIENTS}, "needs gatewayApi.parentRefs", None),
     "an ingress without hosts": (
         {"ingress": {"enabled": True, "tls": [{"secretName": "tls"}]}, **CLIENTS},
@@ -446,6 +488,54 @@ BY_SCHEMA: dict[str, tuple[dict[str, Any], str]] = {
     "more than all nodes": ({"worker": {"podDisruptionBudget": {"maxUnavailable": "101%"}}}, "maxUnavailable"),
     "tolerations that are a text": ({"worker": {"tolerations": "all"}}, "/worker/tolerations"),
     "affinity that is a text": ({"gateway": {"affinity": "near"}}, "/gateway/affinity"),
+    "tolerations of an unknown key": ({"worker": {"tolerations": [{"ky": "gpu"}]}}, "/worker/tolerations/0"),
+    "tolerations of an unknown operator": (
+        {"head": {"tolerations": [{"key": "gpu", "operator": "Equals", "value": "a100"}]}},
+        "/head/tolerations/0/operator",
+    ),
+    "tolerations of an unknown effect": (
+        {"additionalWorkerGroups": {"more": {"tolerations": [{"key": "gpu", "effect": "NoExec"}]}}},
+        "/additionalWorkerGroups/more/tolerations/0/effect",
+    ),
+    "affinity to what there is not": ({"driver": {"affinity": {"nodeAfinity": {}}}}, "/driver/affinity"),
+    "affinity that is always sometimes": (
+        {"gateway": {"affinity": {"podAntiAffinity": {"required": []}}}},
+        "/gateway/affinity/podAntiAffinity",
+    ),
+    "a spread that is never kept": (
+        {
+            "gateway": {
+                "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "Sometimes"}]
+            }
+        },
+        "/gateway/topologySpreadConstraints/0/whenUnsatisfiable",
+    ),
+    "a spread over nothing": (
+        {"worker": {"topologySpreadConstraints": [{"maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}]}},
+        "topologyKey",
+    ),
+    "a variable of two values": (
+        {
+            "worker": {
+                "containerEnv": [{"name": "A", "value": "1", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}]
+            }
+        },
+        "/worker/containerEnv/0",
+    ),
+    "a path from the volume's root": ({"weights": {"source": "pvc", "pvc": {"subPath": "/llama"}}}, "subPath"),
+    "a path out of the volume": ({"weights": {"source": "pvc", "pvc": {"subPath": "llama/../.."}}}, "subPath"),
+    "clients of an unknown kind": (
+        {"networkPolicy": {"clients": [{"ipBlok": {"cidr": "10.0.0.0/8"}}]}},
+        "/networkPolicy/clients/0",
+    ),
+    "a selector of an unknown operator": (
+        {
+            "networkPolicy": {
+                "clients": [{"podSelector": {"matchExpressions": [{"key": "app", "operator": "is", "values": ["a"]}]}}]
+            }
+        },
+        "/networkPolicy/clients/0/podSelector/matchExpressions/0/operator",
+    ),
     "clients that are a text": ({"networkPolicy": {"clients": "all"}}, "/networkPolicy/clients"),
     "a client that is everybody": ({"networkPolicy": {"clients": [{}]}}, "/networkPolicy/clients/0"),
     "no port of the API": ({"networkPolicy": {"apiServerPorts": []}}, "/networkPolicy/apiServerPorts"),

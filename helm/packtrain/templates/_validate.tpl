@@ -109,6 +109,9 @@
 {{- if and $v.tls.requireClientCertificate (not (include "packtrain.tlsSecret" .)) -}}
 {{- fail "tls.requireClientCertificate needs tls.existingSecret or tls.certManager" -}}
 {{- end -}}
+{{- if and $v.tls.certManager.enabled $v.tls.existingSecret -}}
+{{- fail "tls.existingSecret and tls.certManager.enabled are both given: one of them makes the certificate. Leave the other out" -}}
+{{- end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuerRef) -}}
 {{- fail "tls.certManager.enabled needs tls.certManager.issuerRef" -}}
 {{- end -}}
@@ -155,6 +158,14 @@
 {{- $seen = append $seen .mountPath -}}
 {{- end -}}
 {{- end -}}
+{{- /* The chart's containers, and those that KubeRay puts before Ray. */}}
+{{- $seen := list "wait-gcs-ready" "ray-node" "wait-for-weights" "ray-head" "ray-worker" "autoscaler" "driver" -}}
+{{- range .Values.weights.initContainers -}}
+{{- if has (toString .name) $seen -}}
+{{- fail (printf "weights.initContainers: the name %q stands twice, or is one of the pods' own containers; each needs its own" .name) -}}
+{{- end -}}
+{{- $seen = append $seen .name -}}
+{{- end -}}
 {{- $own := list "helm.sh/chart" "packtrain.io/worker-group" -}}
 {{- range list "name" "instance" "component" "version" "managed-by" -}}
 {{- $own = append $own (printf "app.kubernetes.io/%s" .) -}}
@@ -198,6 +209,9 @@
 {{- if or (include "packtrain.tlsSecret" .) $v.monitoring.podMonitor.enabled -}}
 {{- fail (printf "config.admin.metrics_port is off, and %s needs it" (ternary "monitoring.podMonitor" "TLS, with which kubelet asks /readyz there," $v.monitoring.podMonitor.enabled)) -}}
 {{- end -}}
+{{- end -}}
+{{- if and $v.service.loadBalancerSourceRanges (ne $v.service.type "LoadBalancer") -}}
+{{- fail (printf "service.loadBalancerSourceRanges are given and service.type is %s: they would keep nobody out. networkPolicy.clients says who may come" $v.service.type) -}}
 {{- end -}}
 {{- if and $v.networkPolicy.enabled (not $v.networkPolicy.clients) -}}
 {{- $open := list -}}
@@ -405,8 +419,14 @@
 {{- if and (eq $v.weights.source "s3") (not $v.weights.s3.uri) -}}
 {{- fail "weights.source is s3: weights.s3.uri is missing" -}}
 {{- end -}}
+{{- if and $v.weights.pvc.subPath (not (has $v.weights.source (list "pvc" "s3"))) -}}
+{{- fail (printf "weights.pvc.subPath is %q and weights.source is %s: there is no claim that it could be a path of" $v.weights.pvc.subPath $v.weights.source) -}}
+{{- end -}}
 {{- if and (eq $v.weights.source "init") (not $v.weights.initContainers) -}}
 {{- fail "weights.source is init: weights.initContainers are missing, and nothing would fill /models" -}}
+{{- end -}}
+{{- if and $v.gatewayApi.enabled (not (or $v.gatewayApi.grpc $v.gatewayApi.http)) -}}
+{{- fail "gatewayApi.enabled is true, and gatewayApi.grpc and gatewayApi.http are both false: there would be no route" -}}
 {{- end -}}
 {{- if and $v.gatewayApi.enabled (not $v.gatewayApi.parentRefs) -}}
 {{- fail "gatewayApi.enabled needs gatewayApi.parentRefs" -}}
