@@ -420,6 +420,11 @@ def _deploy(
     else:
         report("taking over what is deployed already")
         handle = applications.handle(Gateway.__name__, APP_NAME)
+        # The command before, where it still runs, sees by the generation that it is no longer the one that decides.
+        before = msgspec.structs.replace(
+            before, generation=before.generation + 1, owner=Owner(job=this_job(), is_detached=True)
+        )
+        write_served(before)
         operations = ClusterOperations(config, before, look_at_host)
         operations.finish_interrupted(report)
     # A broadcast, unlike a call that is routed, asks nobody how busy he is, and so leaves nothing behind when that is late.

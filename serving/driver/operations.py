@@ -28,7 +28,7 @@ from serving.contracts.served import Replacement, Served, ServedModel, app_name,
 from serving.contracts.start_failure import StartError, plain_reason
 from serving.driver import adapter_changes, applications, changes, joined
 from serving.driver.preflight import check_model
-from serving.driver.record import served_model, with_added_adapters, write_served
+from serving.driver.record import read_served, served_model, with_added_adapters, write_served
 from serving.driver.waits import SERVE_ERRORS, TELL_TIMEOUT_S, Tell, Waits
 from serving.gateway.deployment import Gateway
 from serving.models.fetch import KNOWN_MODELS, FetchError, fetch_model
@@ -473,11 +473,21 @@ class ClusterOperations:
     def _write_models(self, models: dict[str, ServedModel]) -> None:
         """Raises ChangeError."""
         served = msgspec.structs.replace(self._served, generation=self._served.generation + 1, models=models)
+        self._require_current()
         try:
             write_served(served)
         except RayError as error:
             raise ChangeError(f"it cannot be written down: {plain_reason(str(error))}") from error
         self._served = served
+
+    def _require_current(self) -> None:
+        """Raises ChangeError when the record is not what this driver wrote or found: another one has taken over."""
+        try:
+            found = read_served()
+        except (RayError, msgspec.DecodeError) as error:
+            raise ChangeError(f"what is served cannot be read: {plain_reason(str(error))}") from error
+        if found is not None and found.generation != self._served.generation:
+            raise ChangeError("another packtrain serve has taken over what this cluster serves; ask that one")
 
     def start_autoscaler(self) -> None:
         """The one for the models as they are now, in place of any other; none where no model needs it. Raises RayError,
@@ -543,6 +553,7 @@ class ClusterOperations:
             raise ChangeError(f"{self._changing} is being changed ({self._progress}); one change is made at a time")
         try:
             self._waits.sleep(0)  # raises when the server stops
+            self._require_current()
             self._changing, self._progress = name, ""
 
             def tell(stage: str, text: str, num_done: int = 0, num_total: int = 0) -> None:

@@ -89,6 +89,7 @@ def stack(spec: GroupSpec, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     config = parse_config({"models": [spec.entry.model_dump(exclude_unset=True)]}, origin="test")
     operations = ClusterOperations(config, first_served([spec.entry], [spec], None), this_host)
     made = Stack(operations, spec)
+    monkeypatch.setattr("serving.driver.operations.read_served", lambda: made.written[-1] if made.written else None)
     monkeypatch.setattr("serving.driver.operations.write_served", made.written.append)
     monkeypatch.setattr(operations, "_handle", lambda name: made)
     monkeypatch.setattr(operations, "_deployed", lambda name: made)

@@ -148,6 +148,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     for name in ("deployed", "model_target", "run", "set_num_groups", "shrink", "delete"):
         monkeypatch.setattr(applications, name, getattr(fake, name))
     monkeypatch.setattr(operations, "write_served", fake.write)
+    monkeypatch.setattr(operations, "read_served", lambda: fake.records[-1] if fake.records else None)
     monkeypatch.setattr(waits.Waits, "_ask_gateways", lambda self: fake.ask_gateways())
     monkeypatch.setattr(waits, "_POLL_S", 0.001)
     monkeypatch.setattr(waits, "STALE_S", 0.0)
@@ -302,6 +303,20 @@ def test_a_change_that_is_taken_back_leaves_the_number_of_groups(
         cluster.deploy(changed(max_num_seqs=8, num_groups=num_groups), 1, log, only_check=False)
     assert entry_of(serve.records[-1].models["a"].given).num_groups == 2
     assert serve.models["a"].target == len(serve.models["a"].running) == 2
+
+
+def test_who_was_taken_over_changes_nothing_any_more(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
+    """It went by what it knew, and what the next command had changed was undone."""
+    following = ClusterOperations(cluster._config, serve.records[-1], lambda: Host(machine=MACHINE))
+    following.deploy(text(name="b", source="/b"), 1, log, only_check=False)
+    before = (list(serve.records), list(serve.runs), serve.models)
+    with pytest.raises(
+        ChangeError, match="another packtrain serve has taken over what this cluster serves; ask that one"
+    ):
+        cluster.deploy(changed(max_num_seqs=8), 1, log, only_check=False)
+    with pytest.raises(ChangeError, match="another packtrain serve"):
+        cluster.scale("a", log, num_groups=2, min_groups=None, max_groups=None)
+    assert (serve.records, serve.runs, serve.models) == before
 
 
 def test_what_gateways_alone_go_by_touches_no_group(cluster: ClusterOperations, serve: FakeServe, log: Log) -> None:
