@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 import transformers
 from torch import Tensor
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model_parallel.collectives.interface import Collectives, SoloCollectives
 from model_parallel.collectives.threads import Exchange, ThreadCollectives
@@ -113,6 +112,9 @@ def save_random_llama(path: Path, **overrides: object) -> "transformers.LlamaFor
 
 def reference_from_gguf(path: Path, *, has_head: bool = False) -> "transformers.LlamaForCausalLM":
     """transformers' float32 model of a GGUF file, dequantised by transformers."""
+    # Importing it takes seconds, so only tests that need it do.
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: PLC0415
+
     model = transformers.LlamaForCausalLM(
         transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     ).eval()

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model_parallel.checkpoint import gguf_file
 from model_parallel.checkpoint.detect import describe
@@ -138,6 +137,9 @@ def whole(whole_file: Path) -> dict[str, torch.Tensor]:
 
 
 def test_same_tensors_as_transformers(whole_file: Path, whole: dict[str, torch.Tensor]) -> None:
+    # Importing it takes seconds, so only the test that compares with it does.
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: PLC0415
+
     config = transformers.AutoConfig.from_pretrained(whole_file.parent, gguf_file=whole_file.name)
     with torch.device("meta"):
         empty = transformers.LlamaForCausalLM(config)

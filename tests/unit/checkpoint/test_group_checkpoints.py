@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -261,6 +260,9 @@ def test_broken_files_are_named(change: Any, message: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_numbers_as_the_library_of_compressed_tensors_unpacks_them(bits: int, tmp_path: Path) -> None:
+    # Importing it takes seconds, so only the test that compares with it does.
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: PLC0415
+
     _write(tmp_path, compressed(bits=bits, symmetric=False))
     tensors = load_file(tmp_path / "model.safetensors")
     stem = "model.layers.0.mlp.down_proj"

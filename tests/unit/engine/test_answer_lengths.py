@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from model_parallel.engine import answer_lengths
 from model_parallel.engine.answer_lengths import ENOUGH_ENDED, AnswerLengths, mean_length
@@ -21,7 +21,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max
 def test_the_mean_is_the_area_below_the_share_that_scipy_estimates(lengths: list[tuple[int, bool]]) -> None:
     whole = [length for length, is_whole in lengths if is_whole]
     cut = [length for length, is_whole in lengths if not is_whole]
-    share = stats.ecdf(stats.CensoredData(uncensored=whole, right=cut)).sf
+    share = scipy.stats.ecdf(scipy.stats.CensoredData(uncensored=whole, right=cut)).sf
     longest = max(length for length, _ in lengths)
     edges = [0, *sorted({int(q) for q in share.quantiles if q < longest}), longest]
     area = math.fsum((right - left) * share.evaluate(left) for left, right in pairwise(edges))

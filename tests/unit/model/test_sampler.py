@@ -5,11 +5,11 @@ from typing import cast
 
 import numpy as np
 import pytest
+import scipy
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from model_parallel.collectives.interface import Collectives
 from model_parallel.engine.request import SamplingParams, TokenLogprobs
@@ -89,13 +89,13 @@ def test_draws_follow_the_exact_distribution(sampling: SamplingParams, size: int
         observed_cells.append(NUM_DRAWS - sum(observed_cells))
         expected_cells.append(NUM_DRAWS - sum(expected_cells))
     # The draws are a fixed function of the seed, so this cannot flake.
-    assert stats.chisquare(observed_cells, expected_cells).pvalue > 1e-3
+    assert scipy.stats.chisquare(observed_cells, expected_cells).pvalue > 1e-3
 
 
 def test_noise_is_gumbel_and_depends_on_every_part_of_its_key() -> None:
     ids = torch.arange(200_000)
     noise = gumbel_noise(torch.tensor(draw_key(1, 0, 1)), ids)
-    assert stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
+    assert scipy.stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-3
     assert torch.equal(noise[1000:1010], gumbel_noise(torch.tensor(draw_key(1, 0, 1)), ids[1000:1010]))
     keys = {draw_key(seed, choice, position) for seed in range(10) for choice in range(10) for position in range(10)}
     assert len(keys) == 1000

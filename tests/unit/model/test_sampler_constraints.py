@@ -6,8 +6,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy import stats
 
 from model_parallel.collectives.interface import Collectives, SoloCollectives
 from model_parallel.config import TokenTable
@@ -86,7 +86,7 @@ def test_draws_follow_the_distribution_of_what_is_allowed(sampling: SamplingPara
     expected = probability / probability.sum() * NUM_DRAWS
     assert all(token_id is not None and expected[token_id] > 0 for token_id in drawn)
     kept = [token_id for token_id in range(VOCABULARY) if expected[token_id] > 0]
-    assert stats.chisquare([drawn[token_id] for token_id in kept], expected[kept]).pvalue > 1e-3
+    assert scipy.stats.chisquare([drawn[token_id] for token_id in kept], expected[kept]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

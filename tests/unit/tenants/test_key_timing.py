@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from serving.contracts.errors import UnauthenticatedError
 from serving.tenants.directory import KeyDirectory
@@ -52,7 +52,7 @@ def times_ns(kinds: Mapping[str, Callable[[], list[str]]], known: KeyDirectory) 
 def welch_t(one: np.ndarray, other: np.ndarray) -> float:
     """Without the slowest hundredth of both together, which interruptions make."""
     limit = np.quantile(np.concatenate([one, other]), 0.99)
-    return abs(float(stats.ttest_ind(one[one < limit], other[other < limit], equal_var=False).statistic))
+    return abs(float(scipy.stats.ttest_ind(one[one < limit], other[other < limit], equal_var=False).statistic))
 
 
 @pytest.mark.nightly

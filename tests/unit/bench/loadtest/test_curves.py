@@ -7,11 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from scipy import integrate
-from scipy import stats as scipy_stats
 
 from bench.loadtest.curves import Curve, arrival_times, of_stages, rate_curve
 from bench.loadtest.scenario import OpenLoop, Stage
@@ -30,7 +29,7 @@ def test_the_area_is_the_integral_and_reaches_undoes_it(stages: list[Stage], sha
     until_s = sum(stage.duration_s for stage in stages)
     at_s = share * until_s
     edges = [edge for edge, _ in curve.points if edge < at_s]
-    expected = sum(integrate.quad(curve.value, a, b)[0] for a, b in pairwise([*sorted(set(edges)), at_s]))
+    expected = sum(scipy.integrate.quad(curve.value, a, b)[0] for a, b in pairwise([*sorted(set(edges)), at_s]))
     assert curve.area(at_s) == pytest.approx(expected, rel=1e-6, abs=1e-6)
     reached = curve.reaches(curve.area(at_s))
     # The earliest such time: where the rate is 0 the area does not move.
@@ -56,7 +55,7 @@ def test_a_constant_rate_is_evenly_spaced_from_the_start() -> None:
 def test_poisson_gaps_are_exponential() -> None:
     times = list(arrival_times(arrivals(rate=50), 100.0, random.Random(3)))
     gaps = [after - before for before, after in pairwise(times)]
-    assert scipy_stats.kstest(gaps, "expon", args=(0, 1 / 50)).pvalue > 0.01
+    assert scipy.stats.kstest(gaps, "expon", args=(0, 1 / 50)).pvalue > 0.01
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])

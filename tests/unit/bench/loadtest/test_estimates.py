@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import special, stats
 
 from bench.loadtest.estimates import (
     bootstrap,
@@ -33,18 +33,18 @@ def autoregressive(count: int, rho: float, seed: int) -> np.ndarray:
 
 @given(st.floats(0.2, 200), st.floats(0.2, 200), st.floats(0, 1))
 def test_incomplete_beta_is_scipys(a: float, b: float, x: float) -> None:
-    assert incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), rel=1e-8, abs=1e-12)
+    assert incomplete_beta(a, b, x) == pytest.approx(scipy.special.betainc(a, b, x), rel=1e-8, abs=1e-12)
 
 
 @given(st.floats(0.5, 0.999), st.floats(1, 500))
 def test_student_is_scipys(probability: float, freedom: float) -> None:
     found = student_quantile(probability, freedom)
-    assert found == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-5, abs=1e-5)
-    assert student_p(found, freedom) == pytest.approx(2 * stats.t.sf(found, freedom), rel=1e-6)
+    assert found == pytest.approx(scipy.stats.t.ppf(probability, freedom), rel=1e-5, abs=1e-5)
+    assert student_p(found, freedom) == pytest.approx(2 * scipy.stats.t.sf(found, freedom), rel=1e-6)
 
 
 def test_without_end_student_is_normal() -> None:
-    assert student_quantile(0.975, math.inf) == pytest.approx(stats.norm.ppf(0.975), abs=1e-6)
+    assert student_quantile(0.975, math.inf) == pytest.approx(scipy.stats.norm.ppf(0.975), abs=1e-6)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
@@ -96,8 +96,8 @@ def test_a_trend_is_told_from_noise() -> None:
 def test_welch_is_scipys() -> None:
     a, b = [10.0, 11, 12, 10.5], [12.0, 13, 12.5]
     found = welch(a, b)
-    assert found.p_value == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue, rel=1e-9)
-    low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    assert found.p_value == pytest.approx(scipy.stats.ttest_ind(a, b, equal_var=False).pvalue, rel=1e-9)
+    low, high = scipy.stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((low / np.mean(a), high / np.mean(a)))
     assert welch([1.0, 1.0], [1.0, 1.0]).p_value == 1 and welch([1.0, 1.0], [2.0, 2.0]).p_value == 0
 

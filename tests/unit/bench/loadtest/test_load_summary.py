@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from scipy import stats
 
 from bench.json_files import write_json
 from bench.loadtest.assertions import parse_assertion
@@ -248,7 +248,7 @@ def test_each_repeat_tells_as_much_as_another() -> None:
     took = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     both = of_repeats([summary(records_at(times, took_s=took_s)) for took_s in took])
     means_ms = [run["mean_ttft_ms"] for run in both["runs"]]
-    expected = stats.t.interval(0.95, len(took) - 1, np.mean(means_ms), stats.sem(means_ms))
+    expected = scipy.stats.t.interval(0.95, len(took) - 1, np.mean(means_ms), scipy.stats.sem(means_ms))
     interval = both["confidence"]["mean_ttft_ms"]
     assert (interval["low"], interval["high"]) == pytest.approx(expected) and interval["effective_samples"] == len(took)
 

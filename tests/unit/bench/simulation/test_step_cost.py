@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import nnls
 
 from bench.simulation.clock import TICK_S
 from bench.simulation.cost import CostTable, StepCost
@@ -55,7 +55,7 @@ def test_a_negative_cost_is_refused() -> None:
 def test_least_squares_agree_with_scipy(seed: int, num_columns: int, num_rows: int) -> None:
     draw = np.random.default_rng(seed)
     matrix, values = draw.normal(size=(num_rows, num_columns)), draw.normal(size=num_rows)
-    ours, (theirs, residual) = nonnegative_least_squares(matrix, values), nnls(matrix, values)
+    ours, (theirs, residual) = nonnegative_least_squares(matrix, values), scipy.optimize.nnls(matrix, values)
     assert (ours >= 0).all()
     assert np.linalg.norm(matrix @ ours - values) == pytest.approx(residual, abs=1e-7)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

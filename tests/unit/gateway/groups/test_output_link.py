@@ -26,7 +26,6 @@ from tests.support.fake_executor import solo_output
 from tests.support.link import HOST, listening
 from tests.support.waiting import PATIENCE_S, until
 
-
 HURRY = 5
 """Times as often as elsewhere groups say here that they live, and so many times sooner they are taken to be silent."""
 
