@@ -43,7 +43,7 @@ from tests.unit.tenants.test_owner import (
 )
 from tests.unit.tenants.test_quota_race import (
     _quick_retries,
-    test_a_hundred_races,
+    test_a_race_follows_another,
     test_an_authority_that_was_replaced_decides_nothing_more,
     test_changes_arrive_after_looks_that_failed_however_they_failed,
     test_losses_and_restarts_change_nothing,

@@ -29,6 +29,7 @@ from serving.gateway.grpc.convert import explain_undecodable, unknown_fields_of
 from serving.tenants.records import KeyGrant, Tenant
 from serving.tenants.store.database import Database
 from serving.tenants.store.store import Store
+from tests.support.effort import by_day
 from tests.support.mutated_messages import mutants
 from tests.unit.gateway.conftest import Serve
 
@@ -116,13 +117,13 @@ async def throw_at_admin(directory: Path, count: int, seed: int) -> None:
 
 async def test_no_bytes_are_the_gateways_fault(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        await throw_at_inference(serve, 3000, seed=1)
+        await throw_at_inference(serve, by_day(1000, by_night=3000), seed=1)
     assert caplog.records == []
 
 
 async def test_no_bytes_are_the_admin_services_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        await throw_at_admin(tmp_path, 1000, seed=2)
+        await throw_at_admin(tmp_path, by_day(400, by_night=1000), seed=2)
     assert caplog.records == []
 
 

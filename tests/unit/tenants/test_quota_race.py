@@ -29,6 +29,7 @@ from serving.tenants.messages import Exchange
 from serving.tenants.records import KeyGrant, Tenant, UsageFilter
 from serving.tenants.store.store import Store
 from serving.tenants.store.usage import all_usage
+from tests.support.effort import by_day
 from tests.support.usage import usage_record
 from tests.support.waiting import PATIENCE_S, until
 
@@ -145,13 +146,14 @@ async def test_a_thousand_requests_race_for_a_hundred_places(store: Store, url: 
     assert len(list(all_usage(store.database, UsageFilter()))) == 100
 
 
-async def test_a_hundred_races(store: Store, url: str) -> None:
+async def test_a_race_follows_another(store: Store, url: str) -> None:
     """Each for a budget of its own, between the leases that others left."""
-    senders = [new_tenant(store, f"t{i}", token_budget=10 * NUM_TOKENS) for i in range(100)]
+    num_races = by_day(40, by_night=100)
+    senders = [new_tenant(store, f"t{i}", token_budget=10 * NUM_TOKENS) for i in range(num_races)]
     async with gateways(Network(url)) as pair:
         for headers in senders:
             await race(pair, headers, num_requests=50, num_places=10)
-    check_books(store, {f"tenant:t{i}": 10 * 20 for i in range(100)})
+    check_books(store, {f"tenant:t{i}": 10 * 20 for i in range(num_races)})
 
 
 @pytest.mark.nightly

@@ -28,6 +28,7 @@ from bench.loadtest.runner import Resolved
 from bench.loadtest.scenario import Scenario, parse_scenario
 from bench.loadtest.search import NothingKnownError, Probe, search
 from model_parallel.errors import ConfigError
+from tests.support.effort import rest_by_night
 from tests.support.load import FACTS, records_at
 
 RESULT: dict[str, Any] = {
@@ -293,7 +294,12 @@ def latencies(count: int, memory: float, draw: np.random.Generator) -> list[floa
 
 
 @pytest.mark.parametrize(
-    ("count", "memory"), [(20, 0.0), (30, 0.0), (60, 0.0), (150, 0.0), (60, 0.5), (100, 0.9), (600, 0.9)]
+    ("count", "memory"),
+    rest_by_night(
+        [(20, 0.0), (30, 0.0), (60, 0.0), (150, 0.0), (60, 0.5), (100, 0.9), (600, 0.9)],
+        by_day=[(20, 0.0), (30, 0.0), (150, 0.0), (100, 0.9)],
+        has_names=True,
+    ),
 )
 def test_equal_servers_are_seldom_called_different(count: int, memory: float) -> None:
     """In one comparison of twenty, whether or not it comes to a judgement; resampled in short blocks it was up to 40 %."""
