@@ -1,4 +1,4 @@
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ from protos import inference_pb2_grpc
 from serving.config import GatewayConfig, LimitsConfig
 from serving.contracts.accounts import Accounts
 from serving.contracts.observer import Observe, unobserved
+from serving.gateway.core import generation
 from serving.gateway.server import GatewayServer
+from tests.support.kept_trials import KeepingChecker, end_kept_trials
 
 
 @dataclass
@@ -56,3 +58,14 @@ async def running(
 def serve() -> Serve:
     """See `running`."""
     return running
+
+
+@pytest.fixture(autouse=True)
+def _gateways_keep_the_processes_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "GrammarChecker", KeepingChecker)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_process_of_trials_is_left() -> Iterator[None]:
+    yield
+    end_kept_trials()
