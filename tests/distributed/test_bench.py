@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from bench.support.synthetic_llama import twin
 from bench.timing import WORKLOADS, ContenderFailedError, Timing, Workload
 from model_parallel.config import ParallelConfig
 from serving.cli.main import app
+from tests.support.effort import rest_by_night
 from tests.support.processes import started_with_hang_up
 
 WORK = Workload(2, 4, 3)
@@ -92,8 +94,21 @@ finally:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("load", ["pass", "import time; print('loading', flush=True); time.sleep(600)"])
+LONG_LOAD = "import time; print('loading', flush=True); time.sleep(600)"
+ENDS = list(product(["pass", LONG_LOAD], [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL]))
+"""How a peer loads, and what ends the bench."""
+
+
+@pytest.mark.parametrize(
+    ("load", "number"),
+    rest_by_night(
+        ENDS,
+        by_day=[
+            ("pass", signal.SIGTERM), ("pass", signal.SIGKILL), (LONG_LOAD, signal.SIGHUP), (LONG_LOAD, signal.SIGINT),
+        ],
+        has_names=True,
+    ),
+)  # fmt: skip
 def test_a_peer_does_not_outlive_a_bench_that_a_signal_ends(number: signal.Signals, load: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", BENCH, str(tmp_path), load]
     with started_with_hang_up():

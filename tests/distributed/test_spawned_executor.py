@@ -20,6 +20,7 @@ from model_parallel.errors import CheckpointError, ConfigError, GroupFailedError
 from model_parallel.runtime.executors import SpawnedExecutor
 from model_parallel.runtime.leader_watch import LOOK_PERIOD_S, SILENCE_S
 from model_parallel.runtime.silence import MIN_LIMIT_S
+from tests.support.effort import by_day, rest_by_night
 from tests.support.executors import execute
 from tests.support.fake_rank import BURN, CRAWL, EXIT, FAKE_RANK, HANG, RAISE, group_config, plan, tokens
 from tests.support.processes import is_running
@@ -75,7 +76,7 @@ def test_without_a_compiler_and_what_it_made_ranks_exchange_through_gloo(
 
 def test_starting_and_stopping_many_times_leaves_nothing_open() -> None:
     """The fixture compares file descriptors; shared memory has no name that could be left."""
-    for turn in range(1, 7):
+    for turn in range(1, 1 + by_day(3, by_night=6)):
         executor = SpawnedExecutor(group_config(2), rank_class=FAKE_RANK)
         assert tokens(execute(executor, plan(1, (0, turn)))) == [3 * turn]
         executor.shutdown()
@@ -144,7 +145,7 @@ def test_kill_inside_a_step(group: SpawnedExecutor) -> None:
     timer.join()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", rest_by_night([0, 1], by_day=[0]))
 def test_a_first_step_in_which_a_rank_is_stopped_has_the_step_timeout(victim: int) -> None:
     group = SpawnedExecutor(group_config(2, step_timeout_s=2.0), rank_class=FAKE_RANK)
     os.kill(group.pids[victim], signal.SIGSTOP)
@@ -160,7 +161,7 @@ def run_steps(group: SpawnedExecutor, num_steps: int) -> None:
         execute(group, plan(step_id, (0, 1), (1, 1)))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", rest_by_night([0, 1], by_day=[1]))
 def test_a_rank_that_is_stopped_later_is_given_up_as_soon_as_its_steps_allow(
     group: SpawnedExecutor, victim: int
 ) -> None:
@@ -174,7 +175,7 @@ def test_a_rank_that_is_stopped_later_is_given_up_as_soon_as_its_steps_allow(
     assert wait_until(lambda: not any(map(is_running, group.pids)))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", rest_by_night([0, 1], by_day=[0]))
 def test_a_short_stop_restarts_nothing(group: SpawnedExecutor, victim: int) -> None:
     run_steps(group, 10)
     os.kill(group.pids[victim], signal.SIGSTOP)
@@ -185,14 +186,14 @@ def test_a_short_stop_restarts_nothing(group: SpawnedExecutor, victim: int) -> N
     assert group.health.problem() is None
 
 
-@pytest.mark.parametrize("crawler", [0, 1])
+@pytest.mark.parametrize("crawler", rest_by_night([0, 1], by_day=[1]))
 def test_a_long_step_that_moves_is_waited_for(group: SpawnedExecutor, crawler: int) -> None:
     """It takes four times as long as a group may be silent whose steps were as short until then."""
     run_steps(group, 10)
     assert tokens(execute(group, plan(11, (CRAWL, crawler), (0, 5)))) == [3 * crawler, 15]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", rest_by_night([0, 1], by_day=[0]))
 def test_a_starved_rank_is_waited_for(group: SpawnedExecutor, victim: int) -> None:
     """It gets a tenth of a processor beside one busy process, so that the step takes longer than it may be silent."""
     run_steps(group, 10)
