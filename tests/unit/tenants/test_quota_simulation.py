@@ -383,7 +383,7 @@ def actions_of(world: World) -> dict[Callable[[], None], float]:
     }
 
 
-@pytest.mark.parametrize("seed", range(by_day(50, by_night=1500)))
+@pytest.mark.parametrize("seed", range(by_day(25, by_night=1500)))
 def test_nothing_is_overspent_and_nothing_is_lost(seed: int) -> None:
     world = World(seed)
     actions = actions_of(world)
@@ -396,7 +396,7 @@ def test_nothing_is_overspent_and_nothing_is_lost(seed: int) -> None:
     world.ledger_and_quota_agree()
 
 
-@pytest.mark.parametrize("seed", range(by_day(50, by_night=1500)))
+@pytest.mark.parametrize("seed", range(by_day(25, by_night=1500)))
 def test_limits_that_were_lowered_hold_for_every_request_that_comes_after(seed: int) -> None:
     """Each is compared with them when it is let in; those that ran before may be more than they allow."""
     world = World(seed)

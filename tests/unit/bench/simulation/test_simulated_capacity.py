@@ -26,7 +26,7 @@ from bench.simulation.scenario import SimulationScenario, TenantLimits, parse_sc
 from model_parallel.errors import ConfigError
 from tests.support.effort import by_day, rest_by_night
 
-DURATION_S = by_day(15, by_night=30)
+DURATION_S = by_day(10, by_night=30)
 
 
 def scenario_with(*, rate: float, model: str = "llama-2-7b", **groups: int) -> SimulationScenario:
@@ -96,7 +96,10 @@ def test_what_a_quota_refuses_needs_no_groups() -> None:
     greedy = asked.scenario.tenants[0].model_copy(
         update={"name": "greedy", "limits": TenantLimits(requests_per_minute=60)}
     )
-    both = asked.scenario.model_copy(update={"tenants": [*asked.scenario.tenants, greedy]})
+    # A quota of a minute is a bucket that is full at first: the load is as long as it takes to empty it.
+    both = asked.scenario.model_copy(
+        update={"tenants": [*asked.scenario.tenants, greedy], "duration_s": max(15, DURATION_S)}
+    )
     best = answer(replace(asked, scenario=both))["best"]
     assert best is not None and best["holds"]
     assert best["refused"] > best["sent"] / 4

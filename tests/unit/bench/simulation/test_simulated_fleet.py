@@ -24,7 +24,7 @@ PROFILE = "a100-80g"
 def scenario(**changes: Any) -> SimulationScenario:
     """Two groups of Llama 2 7B that are busy for a few seconds."""
     data: dict[str, Any] = {
-        "duration_s": by_day(10, by_night=20),
+        "duration_s": by_day(7, by_night=20),
         "drain_s": 60,
         "groups": {
             "model": "llama-2-7b", "profile": PROFILE, "num_groups": 2, "max_num_seqs": 8, "kv_cache_tokens": 4096,
@@ -196,8 +196,8 @@ def test_twice_the_groups_wait_less() -> None:
 
 def test_a_lost_group_costs_answers_only_without_migration() -> None:
     made = {"tenants": [tenant("one", rate=10)], "groups": {"start_s": 1.0}}
-    with_it, fleet = simulate(scenario(failures={"at_s": [10], "migration": True}, **made))
-    without, _ = simulate(scenario(failures={"at_s": [10], "migration": False}, **made))
+    with_it, fleet = simulate(scenario(failures={"at_s": [5], "migration": True}, **made))
+    without, _ = simulate(scenario(failures={"at_s": [5], "migration": False}, **made))
     assert with_it["failed"] == 0
     assert with_it["num_migrations"] > 0
     assert without["failed"] == with_it["num_migrations"]
