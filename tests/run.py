@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / ".test-reports"
 NUM_CORES = len(os.sched_getaffinity(0))
-MAX_WORKERS = 8
+MAX_CORES = 8
 NOTHING_COLLECTED = 5
 """pytest's exit status."""
 MAX_REASON = 400
@@ -38,8 +38,8 @@ class Suite:
     environment: Mapping[str, str] = field(default_factory=dict)
     shares: str = ""
     """How xdist shares the tests among workers; all in one process when empty."""
-    waits: bool = False
-    """Whether a core is idle for much of a test's time: there are half again as many workers as cores."""
+    workers_per_core: float = 1.0
+    """More than one where a core is idle for much of a test's time."""
     file_by_file: bool = False
     """Each file in a process and session of its own, two at a time: Ray's head is forked, which a process full of
     another file's gRPC threads can break, and tests look for the processes of their session."""
@@ -47,13 +47,12 @@ class Suite:
     @property
     def num_at_once(self) -> int:
         """Workers or files."""
-        num_cores = min(NUM_CORES, 2 if self.file_by_file else MAX_WORKERS)
-        return num_cores + num_cores // 2 if self.waits else num_cores
+        return int(min(NUM_CORES, 2 if self.file_by_file else MAX_CORES) * self.workers_per_core)
 
 
 KERNELS = "tests/unit/kernels"
 SUITES = (
-    Suite(name="unit", arguments=("tests/unit",), shares="worksteal", waits=True),
+    Suite(name="unit", arguments=("tests/unit",), shares="worksteal", workers_per_core=2.0),
     # Whether Triton interprets or compiles is settled when it is imported.
     Suite(
         name="triton-interpreted",
@@ -68,7 +67,7 @@ SUITES = (
         shares="worksteal",
     ),
     Suite(name="numerics", arguments=("tests/numerics",), shares="worksteal"),
-    Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile", waits=True),
+    Suite(name="distributed", arguments=("tests/distributed",), shares="loadfile", workers_per_core=1.5),
     Suite(name="chaos", arguments=("tests/chaos",), shares="worksteal"),
     Suite(name="integration", arguments=("tests/integration",), file_by_file=True),
     Suite(name="helm", arguments=("tests/helm",), shares="loadfile"),
