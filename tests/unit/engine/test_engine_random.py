@@ -20,7 +20,7 @@ STEMS = [[n % 7 for n in range(40)], [n % 7 for n in range(9)] + [n % 5 for n in
 SOME_TOKENS = tuple(range(0, VOCAB_SIZE, 9))
 WEIGHTS = {"a": 1.0, "b": 0.5, "c": 4.0}
 ADAPTERS = [AdapterRef(f"{n:064x}", f"/adapters/{n}") for n in range(6)]
-NUM_RUNS = by_day(30, by_night=1500)
+NUM_RUNS = by_day(20, by_night=1500)
 
 
 class RandomRun:
