@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 
 BLOCKS = "blocks of memory"
+MIN_REQUESTS = 900
 
 
 class LiveObjects:
@@ -18,8 +19,9 @@ class LiveObjects:
     def leaked(self, num_requests: int) -> dict[str, int]:
         """What so many requests since then have left: one object of a type for eight of them, or a block of memory each.
 
-        Fewer is no leak: asyncio, for one, keeps up to a hundred timers that were cancelled. So there must be 900 at least.
+        Fewer is no leak: asyncio, for one, keeps up to a hundred timers that were cancelled. So there must be MIN_REQUESTS.
         """
+        assert num_requests >= MIN_REQUESTS
         gc.collect()
         num_blocks = sys.getallocatedblocks() - self._num_blocks
         grown = _count_objects() - self._objects

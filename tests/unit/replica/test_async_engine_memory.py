@@ -18,7 +18,7 @@ from tests.support.engine import make_request
 from tests.support.live_objects import LiveObjects
 from tests.support.waiting import PATIENCE_S, until
 
-NUM_REQUESTS = by_day(400, by_night=1000)
+NUM_REQUESTS = by_day(900, by_night=1000)
 
 
 class CountingExecutor:
