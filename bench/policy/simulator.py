@@ -68,7 +68,7 @@ class Simulation:
         self._trace, self._scaler, self._model = trace, scaler, model
         self._groups: list[Group] = []
         self._routable: list[Group] = []
-        self._events: list[tuple[float, int, int, Group]] = []
+        self._events: list[tuple[float, int, str, Group]] = []
         self._held: deque[Request] = deque()
         self._target = first_groups
         self._num_named = 0
@@ -116,10 +116,10 @@ class Simulation:
         return self._outcome()
 
     def _finish(self, end_s: float) -> None:
-        for group in self._groups:
-            self._group_s += end_s - max(group.ordered_s, 0.0)
         while self._events and self._events[0][0] < end_s + 3600:
             self._handle_event()
+        for group in self._groups:
+            self._bill(group, end_s)
 
     def _outcome(self) -> Outcome:
         num_within = sum(request.is_within(TTFT_S, TPOT_S) for request in self.requests)
@@ -155,7 +155,7 @@ class Simulation:
     def _schedule(self, group: Group, at_s: float) -> None:
         group.version += 1
         if at_s < math.inf:
-            heapq.heappush(self._events, (at_s, group.version, id(group), group))
+            heapq.heappush(self._events, (at_s, group.version, group.name, group))
 
     def _handle_event(self) -> None:
         at_s, version, _, group = heapq.heappop(self._events)
@@ -234,7 +234,11 @@ class Simulation:
         group.abort_all()
         group.version += 1
         self._groups.remove(group)
-        self._group_s += now_s - max(group.ordered_s, 0.0)
+        self._bill(group, now_s)
+
+    def _bill(self, group: Group, gone_s: float) -> None:
+        """Each group once, and nothing after the end of the trace, when no policy decides any more."""
+        self._group_s += min(gone_s, self._trace.duration_s) - max(group.ordered_s, 0.0)
 
 
 def simulate(trace: Trace, scaler: Scaler, model: GroupModel | None = None, *, first_groups: int = 3) -> Outcome:
