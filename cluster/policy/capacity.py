@@ -13,7 +13,8 @@ A group serves a rate r while
     n·(P + D/2) ≤ KV tokens  r ≤ N' / (a·D + N'·w)   with N' = KV tokens / (P + D/2)
 
 The last is why the share of the KV cache in use says little about a rate: at short contexts a group is at its limit with most of
-its cache free.
+its cache free. The last two also bound a group that many wait for, whatever the service level: the smaller r·w of the two is its
+`saturation`.
 """
 
 import math
@@ -42,6 +43,8 @@ class Capacity:
     """Mean sequences a second that a group serves within the service level (r)."""
     limit: str
     """What bounds the rate, by the name of its setting."""
+    saturation: float
+    """Seconds of service that a group gives a second while it holds all that it can: at most 1, the base of a step is none."""
     unreachable: str
     """Why no number of groups keeps the service level; "" when some number does."""
 
@@ -86,6 +89,7 @@ def capacity_of(traits: GroupTraits, num_prompt_tokens: float, policy: ModelPoli
         "max_num_seqs": traits.max_num_seqs / (steps_s + traits.max_num_seqs * service_s),
         "kv_cache_tokens": num_in_cache / (steps_s + num_in_cache * service_s),
     }
+    saturation = min(limits.values()) * service_s
     alone_s = line.step_s(1)
     first_s = 1.5 * alone_s + uncached * line.prompt_token_s
     unreachable = ""
@@ -98,7 +102,7 @@ def capacity_of(traits: GroupTraits, num_prompt_tokens: float, policy: ModelPoli
                 f"ttft_p99_s is {policy.ttft_p99_s:g} and a mean prompt alone in a group takes {first_s:.3g} s"
             )
     limit = min(limits, key=lambda name: limits[name])
-    return Capacity(traits, uncached, service_s, max(limits[limit], 1e-12), limit, unreachable)
+    return Capacity(traits, uncached, service_s, max(limits[limit], 1e-12), limit, saturation, unreachable)
 
 
 def margin_for_bursts(rate: float, dispersion: float, wander: float, capacity: Capacity, policy: ModelPolicy) -> float:

@@ -30,7 +30,7 @@ class Outlook:
     by_demand: float
     """Groups needed for what arrives."""
     by_backlog: float
-    """Groups needed to catch up as well."""
+    """Groups needed to catch up as well, while each holds all that it can."""
     by_kv_cache: float
     """Groups needed to hold the contexts."""
 
@@ -89,7 +89,7 @@ def look_ahead(
     margin = margin_for_bursts(demand.at_ready / capacity.service_s, demand.dispersion, demand.wander, capacity, policy)
     provided = demand.at_ready * (1 + margin)
     waiting_s = backlog_s(groups, gateways, capacity) + demand.now * ahead_s
-    waiting_s = max(0.0, waiting_s - _served_by_then(observed, ahead_s, now_s))
+    waiting_s = max(0.0, waiting_s - capacity.saturation * _running_s(observed, ahead_s, now_s))
     catch_up_s = max(policy.ttft_p99_s, ahead_s)
     growth = demand.at_ready / demand.now if demand.now > 0 else 1.0
     kv_tokens = math.fsum(load.kv_usage * load.kv_cache_tokens for load in groups)
@@ -100,18 +100,17 @@ def look_ahead(
         margin=margin,
         backlog_s=waiting_s,
         by_demand=provided / capacity.utilisation,
-        by_backlog=(provided + waiting_s / catch_up_s) / capacity.utilisation,
+        by_backlog=(demand.at_ready + waiting_s / catch_up_s) / capacity.saturation,
         by_kv_cache=growth * kv_tokens / (policy.max_kv_usage * traits.kv_cache_tokens),
     )
 
 
-def _served_by_then(observed: tuple[GroupObservation, ...], ahead_s: float, now_s: float) -> float:
-    """Seconds of service that the groups there are give at most in the next `ahead_s`, starting ones from when they are
-    ready."""
-    served_s = 0.0
+def _running_s(observed: tuple[GroupObservation, ...], ahead_s: float, now_s: float) -> float:
+    """Seconds that the groups there are will run in the next `ahead_s`, all together; starting ones from when they are ready."""
+    running_s = 0.0
     for group in observed:
         if group.phase is Phase.RUNNING:
-            served_s += ahead_s
+            running_s += ahead_s
         elif group.phase is Phase.STARTING:
-            served_s += min(max(0.0, now_s - group.since_s), ahead_s)
-    return served_s
+            running_s += min(max(0.0, now_s - group.since_s), ahead_s)
+    return running_s

@@ -19,7 +19,7 @@ from cluster.policy import (
 from model_parallel.errors import ConfigError
 from serving.autoscaling.settings import settings_of
 from serving.config import parse_config
-from tests.support.policy_story import RATE_OF_A_GROUP, Story
+from tests.support.policy_story import NUM_PROMPT, RATE_OF_A_GROUP, Story
 from tests.support.policy_worlds import BAD_LOADS, running, starting
 
 POLICY = ModelPolicy(
@@ -137,6 +137,15 @@ def test_a_full_queue_counts_and_not_the_share_of_the_cache() -> None:
     assert story.target >= 4
     growing = {made.cause for made in story.decisions if made.target > made.before}
     assert growing <= {Cause.DEMAND, Cause.BACKLOG}
+
+
+def test_full_groups_are_not_trusted_to_catch_up_faster_than_they_can() -> None:
+    """Our own: hundreds waited for minutes after a crowd had come, since each group counted as if every second of it were
+    service. The base of its steps is none, and with `max_num_seqs` 32 only 0.53 of each second is."""
+    full: dict[str, object] = {"num_running": 32, "num_waiting": 300, "num_waiting_tokens": 300 * NUM_PROMPT}
+    story = Story(POLICY, num_groups=2, rate=1.1 * RATE_OF_A_GROUP, changed=full)
+    story.run(60)
+    assert story.target > 2
 
 
 def test_long_contexts_need_groups_for_their_cache_alone() -> None:
