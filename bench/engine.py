@@ -24,7 +24,7 @@ from bench.peers.contenders import start_peers
 from bench.peers.environments import MODEL, Peers, default_directory
 from bench.timing import WORKLOADS, Contender, Timing, as_table, time_in_turn
 from model_parallel.checkpoint.detect import describe
-from model_parallel.config import QUANTIZATIONS, ParallelConfig
+from model_parallel.config import CPU_QUANTIZATIONS, ParallelConfig
 from model_parallel.machine import read_machine
 from serving.models.fetch import fetch_model
 
@@ -38,7 +38,7 @@ def engines(path: Path, num_cores: int, wanted: Callable[[str], bool]) -> Iterat
     """Ours, in every shape; ended when the block is left."""
     with contextlib.ExitStack() as stack:
         contenders = []
-        for quantization, (tp_size, num_threads) in product(QUANTIZATIONS, default_shapes(num_cores)):
+        for quantization, (tp_size, num_threads) in product(CPU_QUANTIZATIONS, default_shapes(num_cores)):
             parallel = ParallelConfig(
                 tp_size=tp_size, dtype="bfloat16", quantization=quantization, num_threads=num_threads
             )

@@ -2,9 +2,10 @@
 
 Weights are random and made on the device; a 70B model is cut to an eighth of its layers. A decode step is a whole one, from the
 scheduler's numbers to the tokens on the host. Its floor is the bytes that it must read, weights and cached keys and values, over
-the bandwidth measured in the same run; prefill's is its arithmetic over the measured rate of a large product.
+the bandwidth measured in the same run; prefill's is its arithmetic over the measured rate of a large product, in fp8
+of one in fp8.
 
-    python -m bench.gpu [--shapes 7b 13b 70b] [--quantizations "" int8] [--deterministic] [--repeats 50] [--json FILE]
+    python -m bench.gpu [--shapes 7b 13b 70b] [--kv-cache-dtype fp8] [--deterministic] [--repeats 50] [--json FILE]
 
 Shape suffixes: T tokens · E hidden
 """
@@ -22,19 +23,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import DTYPE_BYTES, ModelConfig
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
-from model_parallel.kernels.interface import Int8Matrix, LayerCache
+from model_parallel.gpus import OLDEST_WITH_FP8
+from model_parallel.kernels.fp8 import FP8
+from model_parallel.kernels.interface import LayerCache, Matrix
 from model_parallel.kernels.select import select_kernels
 from model_parallel.memory import DEVICE_RESERVE_BYTES, kv_bytes_per_token, weight_bytes
 from model_parallel.model.batch import SequenceState, build_batch, lay_out, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, fused_name, shard_table
-from model_parallel.model.quantization import largest_weights, quantize
+from model_parallel.model.quantization import converter
 from model_parallel.model.sampler import Sampler
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from serving.models.known_llama import LLAMA_2
@@ -45,6 +47,7 @@ NUM_LAYERS = {"7b": 32, "13b": 40, "70b": 10}
 BATCHES = (1, 8, 64)
 CONTEXTS = (128, 1024, 4000)
 PREFILLS = (512, 2048)
+QUANTIZATIONS = ("", "int8", "fp8")
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
 
@@ -57,6 +60,9 @@ class Rates:
     torch: str
     bandwidth_bytes_per_s: float
     product_flop_per_s: float
+    """In bfloat16."""
+    fp8_product_flop_per_s: float | None
+    """Of e4m3 numbers with bfloat16 output; None on a device that has no such products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +72,7 @@ class Measurement:
     shape: str
     num_layers: int
     quantization: str
+    kv_cache_dtype: str
     deterministic: bool
     work: str
     """ "decode" or "prefill"."""
@@ -105,15 +112,21 @@ def measure_rates() -> Rates:
     # Random values: on zeros the product is faster than on any real ones.
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product_s = seconds_each(20, lambda: a @ b)
+    fp8_s = None
+    if torch.cuda.get_device_capability() >= OLDEST_WITH_FP8:
+        one = torch.ones((), device="cuda")
+        a8, b8 = a.to(FP8), b.to(FP8)
+        fp8_s = seconds_each(20, lambda: torch._scaled_mm(a8, b8.t(), one, one, out_dtype=torch.bfloat16))
     return Rates(
         device=torch.cuda.get_device_name(),
         torch=str(torch.__version__),
         bandwidth_bytes_per_s=measure_bandwidth(),
         product_flop_per_s=2 * 8192**3 / product_s,
+        fp8_product_flop_per_s=None if fp8_s is None else 2 * 8192**3 / fp8_s,
     )
 
 
-def random_weights(config: ModelConfig, *, quantization: str) -> dict[str, Tensor | Int8Matrix]:
+def random_weights(config: ModelConfig, *, quantization: str) -> dict[str, Matrix]:
     """As checkpoint/loader.py would give them, of the size that keeps activations near 1."""
     rows_of: dict[str, int] = {}
     shape_of: dict[str, tuple[int, ...]] = {}
@@ -121,22 +134,23 @@ def random_weights(config: ModelConfig, *, quantization: str) -> dict[str, Tenso
         fused = fused_name(name)
         rows_of[fused] = rows_of.get(fused, 0) + shard.shape[0]
         shape_of[fused] = shard.shape[1:]
-    weights: dict[str, Tensor | Int8Matrix] = {}
+    convert = converter(quantization, {}, SoloCollectives())
+    weights: dict[str, Matrix] = {}
     for name, num_rows in rows_of.items():
         shape = (num_rows, *shape_of[name])
         weight = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
         weight = weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(std=shape[1] ** -0.5)
-        is_quantized = quantization == "int8" and weight.ndim == 2 and name != EMBEDDING
-        weights[name] = quantize(weight, largest_weights(weight)) if is_quantized else weight
+        weights[name] = weight if convert is None else convert(name, weight)
     return weights
 
 
 class Subject:
     """A model of one shape, and the steps to time."""
 
-    def __init__(self, shape: str, quantization: str, *, deterministic: bool) -> None:
+    def __init__(self, shape: str, quantization: str, kv_cache_dtype: str, *, deterministic: bool) -> None:
         self.shape = shape
         self.quantization = quantization
+        self.kv_cache_dtype = kv_cache_dtype
         self.config = replace(LLAMA_2[shape], num_layers=NUM_LAYERS[shape])
         self.kernels = select_kernels("cuda", torch.bfloat16, 1, deterministic=deterministic)
         weights: dict[str, Any] = random_weights(self.config, quantization=quantization)
@@ -150,7 +164,7 @@ class Subject:
                 block_size=BLOCK_SIZE,
                 num_kv_heads=self.config.num_kv_heads,
                 head_dim=self.config.head_dim,
-                dtype=torch.bfloat16,
+                dtype=FP8 if kv_cache_dtype == "fp8" else torch.bfloat16,
             )
             for _ in range(self.config.num_layers)
         ]
@@ -166,7 +180,7 @@ class Subject:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return kv_bytes_per_token(self.config, self.config.num_kv_heads, DTYPE)
+        return kv_bytes_per_token(self.config, self.config.num_kv_heads, self.kv_cache_dtype)
 
     def _num_blocks(self) -> int:
         """Room for the largest batch at the longest context, or whatever fits."""
@@ -219,19 +233,21 @@ class Subject:
         return (sum(sizes.values()) - sizes[EMBEDDING] + cached) / rates.bandwidth_bytes_per_s
 
     def prefill_floor_s(self, num_tokens: int, rates: Rates) -> float:
-        """Each token meets every weight of the layers once; scores and weighted sums are counted where they are not masked."""
+        """Each token meets every weight of the layers once; scores and weighted sums are counted where they are not masked. In
+        fp8 the layers' products have the rate of such products, and head and attention that of bfloat16."""
         config = self.config
         sizes = weight_bytes(shard_table(config, 1, 0), dtype=DTYPE, quantization="")
         head = config.vocab_size * config.hidden_size
-        products = 2 * num_tokens * (sum(sizes.values()) // DTYPE_BYTES[DTYPE] - 2 * head) + 2 * head
+        layers = 2 * num_tokens * (sum(sizes.values()) // DTYPE_BYTES[DTYPE] - 2 * head)
         attention = 2 * num_tokens**2 * config.num_query_heads * config.head_dim * config.num_layers
-        return (products + attention) / rates.product_flop_per_s
+        fp8_rate = rates.fp8_product_flop_per_s if self.quantization == "fp8" else None
+        return layers / (fp8_rate or rates.product_flop_per_s) + (2 * head + attention) / rates.product_flop_per_s
 
 
 def measure(
-    shape: str, quantization: str, rates: Rates, repeats: int, *, deterministic: bool = False
+    shape: str, quantization: str, rates: Rates, repeats: int, *, kv_cache_dtype: str, deterministic: bool
 ) -> list[Measurement]:
-    subject = Subject(shape, quantization, deterministic=deterministic)
+    subject = Subject(shape, quantization, kv_cache_dtype, deterministic=deterministic)
     found = []
     for batch in BATCHES:
         for context in CONTEXTS:
@@ -247,6 +263,7 @@ def measure(
             shape=shape,
             num_layers=subject.config.num_layers,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             deterministic=deterministic,
             work=work,
             batch=batch,
@@ -263,32 +280,49 @@ def as_table(measurements: list[Measurement], rates: Rates) -> Table:
         f"{rates.device}, torch {rates.torch}: {rates.bandwidth_bytes_per_s / 1e12:.2f} TB/s, "
         f"{rates.product_flop_per_s / 1e12:.0f} TFLOP/s (bfloat16)"
     )
-    table = Table(
-        "shape", "weights", "bits", "work", "batch", "context", "step ms", "floor ms", "% of limit", title=title
-    )
+    if rates.fp8_product_flop_per_s is not None:
+        title += f", {rates.fp8_product_flop_per_s / 1e12:.0f} TFLOP/s (fp8)"
+    names = ("shape", "weights", "KV cache", "bits", "work", "batch", "context", "step ms", "floor ms", "% of limit")
+    table = Table(*names, title=title)
     for m in measurements:
         name = f"{m.shape} ({m.num_layers} layers)" if m.num_layers != LLAMA_2[m.shape].num_layers else m.shape
         numbers = (f"{m.step_s * 1e3:.3f}", f"{m.floor_s * 1e3:.3f}", f"{100 * m.part_of_limit:.0f}")
-        bits = "deterministic" if m.deterministic else "fast"
-        table.add_row(name, m.quantization or DTYPE, bits, m.work, str(m.batch), str(m.context), *numbers)
+        how = (m.quantization or DTYPE, m.kv_cache_dtype, "deterministic" if m.deterministic else "fast")
+        table.add_row(name, *how, m.work, str(m.batch), str(m.context), *numbers)
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--shapes", nargs="+", choices=list(LLAMA_2), default=list(LLAMA_2))
-    parser.add_argument("--quantizations", nargs="+", choices=("", "int8"), default=("", "int8"))
+    parser.add_argument(
+        "--quantizations",
+        nargs="+",
+        choices=QUANTIZATIONS,
+        help="all that the device can compute unless given",
+    )
+    parser.add_argument("--kv-cache-dtype", choices=(DTYPE, "fp8"), default=DTYPE)
     parser.add_argument("--deterministic", action="store_true", help="also time the kernels of `deterministic: true`")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the result here; bench/results/gpu-DEVICE.json unless given")
     arguments = parser.parse_args()
     with torch.inference_mode():
         rates = measure_rates()
+        can = [kind for kind in QUANTIZATIONS if kind != "fp8" or rates.fp8_product_flop_per_s is not None]
         measurements = []
         for shape in arguments.shapes:
-            for quantization in arguments.quantizations:
-                for deterministic in (False, True) if arguments.deterministic else (False,):
-                    measurements += measure(shape, quantization, rates, arguments.repeats, deterministic=deterministic)
+            for quantization in arguments.quantizations or can:
+                # fp8 products are cuBLAS's alone.
+                both = arguments.deterministic and quantization != "fp8"
+                for deterministic in (False, True) if both else (False,):
+                    measurements += measure(
+                        shape,
+                        quantization,
+                        rates,
+                        arguments.repeats,
+                        kv_cache_dtype=arguments.kv_cache_dtype,
+                        deterministic=deterministic,
+                    )
                     torch.cuda.empty_cache()
     Console(width=120).print(as_table(measurements, rates))
     device = re.sub(r"[^a-z0-9]+", "-", rates.device.lower()).strip("-")

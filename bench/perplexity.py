@@ -25,6 +25,7 @@ from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
+from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.model.batch import SequenceState, build_batch
 from model_parallel.runtime.rank import Rank
 from serving.models.fetch import resolve_source
@@ -33,11 +34,13 @@ from serving.text.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 TEXTS = (ROOT / "bench/texts/alice-1.txt", ROOT / "LICENSE")
 VARIANTS = (
-    ("float32", ""), ("float32", "int8"), ("bfloat16", ""), ("bfloat16", "int8"), ("bfloat16", "packed"),
+    ("float32", ""), ("float32", "int8"), ("float32", "fp8"), ("bfloat16", ""), ("bfloat16", "int8"), ("bfloat16", "fp8"),
+    ("float32", "fp8 cache"), ("bfloat16", "fp8 cache"), ("bfloat16", "packed"),
     ("bfloat16", "4 bits, groups of 128"), ("bfloat16", "4 bits, groups of 32"),
 )  # fmt: skip
-"""(dtype, quantization); the first is what the others are held against. packed: as the model's file has its weights. 4 bits: the
-layers' weights rounded to the nearest number of a group, and packed."""
+"""(dtype, quantization); the first is what the others are held against. fp8, and a KV cache in fp8: by the reference kernels, as
+no others on a CPU compute them. packed: as the model's file has its weights. 4 bits: the layers' weights rounded to the nearest
+number of a group, and packed."""
 BLOCK_SIZE = 16
 
 
@@ -66,13 +69,20 @@ class Quality:
 
 def load(path: Path, dtype: str, quantization: str, window: int) -> Rank:
     """The whole model as one rank."""
+    in_fp8_cache = quantization == "fp8 cache"
     config = GroupConfig(
         checkpoint_path=str(path),
-        parallel=ParallelConfig(dtype=dtype, quantization=quantization, num_threads=2),
+        parallel=ParallelConfig(
+            dtype=dtype,
+            quantization="" if in_fp8_cache else quantization,
+            kv_cache_dtype="fp8" if in_fp8_cache else "",
+            num_threads=2,
+        ),
         cache=CacheConfig(num_blocks=-(-window // BLOCK_SIZE), block_size=BLOCK_SIZE),
         epoch=1,
     )
-    return Rank(config, 0, SoloCollectives())
+    kernels = ReferenceKernels(num_threads=2, device="cpu") if quantization.startswith("fp8") else None
+    return Rank(config, 0, SoloCollectives(), kernels=kernels)
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from bench.support.draft_pair import save_deepened, save_random
 from bench.timing import FIRST_TOKEN_ID, LAST_TOKEN_ID
 from bench.turns import Run, take_turns
 from model_parallel.checkpoint.detect import describe
-from model_parallel.config import QUANTIZATIONS, DraftConfig, ParallelConfig
+from model_parallel.config import CPU_QUANTIZATIONS, DraftConfig, ParallelConfig
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.machine import read_machine
 from model_parallel.memory import draft_memory
@@ -181,7 +181,7 @@ def main() -> None:
         "--tp", type=int, nargs="+", default=[1, 2], help="tensor-parallel ranks, which share the cores"
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="")
+    parser.add_argument("--quantization", choices=CPU_QUANTIZATIONS, default="")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument(
         "--draft",

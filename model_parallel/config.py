@@ -16,7 +16,8 @@ _LARGEST_MODEL = {
     "vocab_size": MOST_TOKENS, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_layers": 1 << 12,
     "num_query_heads": 1 << 14, "num_kv_heads": 1 << 14, "head_dim": MOST_HEAD_DIM,
 }  # fmt: skip
-QUANTIZATIONS = ("", "int8", "packed")
+CPU_QUANTIZATIONS = ("", "int8", "packed")
+QUANTIZATIONS = (*CPU_QUANTIZATIONS, "fp8")
 SPECULATIONS = ("auto", "off", "prompt_lookup")
 
 
@@ -50,6 +51,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     weight_formats: Mapping[str, GroupFormat] = field(default_factory=dict, compare=False, repr=False)
     """Matrices that the checkpoint stores quantised in groups, by parameter name. Nothing of the model itself."""
+    fp8_weights: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """Those that it stores in e4m3 and that stay so, which only quantization: fp8 computes. A head is dequantised, and so are
+    gate and up projections of which one alone is in e4m3."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -83,6 +87,14 @@ class ModelConfig:
         if not all(0 < divisor < math.inf for divisor in self.rope_divisors):
             raise ConfigError(f"model.rope_divisors has {min(self.rope_divisors)}; all must be greater than 0")
 
+    def check_fp8(self, setting: str, quantization: str) -> None:
+        """Refuse any other `quantization`, which `setting` is, for weights that are stored in e4m3. Raises ConfigError."""
+        if self.fp8_weights and quantization != "fp8":
+            raise ConfigError(
+                f"{setting} is {quantization or 'none'}, and the checkpoint's weights are in fp8: set it to fp8, on GPUs of "
+                "compute capability 8.9 or newer; elsewhere serve the model's unquantised checkpoint (int8 saves memory, too)"
+            )
+
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied embeddings are counted once."""
@@ -103,9 +115,12 @@ class ParallelConfig:
     """Weights, activations and KV cache: "float32", "bfloat16" or "float16"."""
     quantization: str = ""
     """"int8": matrices are kept in eight bits a weight; the embedding, norms, activations and KV cache stay as `dtype` says.
+    "fp8": so are the layers', as e4m3 numbers, and products round activations to e4m3, too; on GPUs that multiply such numbers.
     "packed": what the checkpoint has quantised in groups stays so, the embedding too. "": all weights are of `dtype`."""
     deterministic: bool = False
     """An answer must have the same bits whatever else is in a step. False: it may, where that costs nothing."""
+    kv_cache_dtype: str = ""
+    """"fp8": keys and values are cached as e4m3 numbers, of keys after rotation, on GPUs that convert them. "": as `dtype`."""
     num_threads: int = 1
     """Threads that one CPU rank may use inside an operation."""
     start_timeout_s: float = 300.0
@@ -127,8 +142,12 @@ class ParallelConfig:
             raise ConfigError(f"parallel.dtype is {self.dtype!r}; allowed: {', '.join(DTYPE_BYTES)}")
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f'parallel.quantization is {self.quantization!r}; allowed: "int8", "packed", or "" for none'
+                f'parallel.quantization is {self.quantization!r}; allowed: "int8", "packed", "fp8", or "" for none'
             )
+        if self.kv_cache_dtype not in ("", "fp8"):
+            raise ConfigError(f'parallel.kv_cache_dtype is {self.kv_cache_dtype!r}; allowed: "fp8", or "" for dtype')
+        if self.deterministic and self.quantization == "fp8":
+            raise ConfigError("parallel.deterministic is true, and fp8 products depend on what else is in a step")
 
     def check_fits(self, model: ModelConfig) -> None:
         """A rank without a query head would have nothing to do, and one without a token would have none to offer."""
@@ -257,7 +276,7 @@ class DraftConfig:
     checkpoint_path: str
     """Readable on the node that hosts rank 0."""
     quantization: str = ""
-    """As ParallelConfig.quantization; not "int8"."""
+    """As ParallelConfig.quantization; not "int8" or "fp8"."""
     share: float = 0.25
     """How long a pass of it takes beside a step of the group with as many rows: about, before it has been measured."""
 

@@ -9,7 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_COMMAND = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits")
+from model_parallel.errors import ConfigError
+
+_FIELDS = ("index", "uuid", "name", "memory.total", "memory.free", "compute_cap")
+_COMMAND = ("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits")
+_LINE = re.compile(r"(\d+), *(\S+), *(.+), *(\d+), *(\d+), *(\d+)\.(\d+)")
+OLDEST_WITH_FP8 = (8, 9)
+"""Compute capability: Ada, the first that multiplies e4m3 numbers."""
 _TIMEOUT_S = 20.0
 
 
@@ -21,6 +27,23 @@ class Gpu:
     name: str
     total_bytes: int
     free_bytes: int
+    capability: tuple[int, int]
+    """Compute capability."""
+
+
+def check_multiplies_fp8(
+    setting: str, device: str, capability: tuple[int, int] | None, *, instead: str = "int8"
+) -> None:
+    """Raise ConfigError where `setting` is fp8 and the device, or kind of device, does not compute with e4m3 numbers.
+
+    `capability`: None of what is no GPU. `instead`: another value of the setting.
+    """
+    if capability is None or capability < OLDEST_WITH_FP8:
+        has = "" if capability is None else f", which has {'.'.join(map(str, capability))}"
+        raise ConfigError(
+            f"{setting} is fp8, which needs GPUs of compute capability {'.'.join(map(str, OLDEST_WITH_FP8))} or newer, and the "
+            f"device is {device}{has}; use {instead}"
+        )
 
 
 def _run(command: tuple[str, ...]) -> str:
@@ -43,10 +66,15 @@ def visible_gpus(
         return ()
     by_name: dict[str, Gpu] = {}
     for line in run(_COMMAND).splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 5 and fields[0].isdigit() and fields[3].isdigit() and fields[4].isdigit():
-            index, uuid, name, total, free = fields
-            gpu = Gpu(index=int(index), name=name, total_bytes=int(total) << 20, free_bytes=int(free) << 20)
+        if match := _LINE.fullmatch(line.strip()):
+            index, uuid, name, total, free, major, minor = match.groups()
+            gpu = Gpu(
+                index=int(index),
+                name=name,
+                total_bytes=int(total) << 20,
+                free_bytes=int(free) << 20,
+                capability=(int(major), int(minor)),
+            )
             by_name[index] = by_name[uuid] = gpu
     if wanted is None:
         return tuple(dict.fromkeys(by_name.values()))

@@ -4,7 +4,7 @@ Ranks hold unequal parts where a size does not divide, so that everything is cou
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from model_parallel.config import DTYPE_BYTES, GroupConfig, ModelConfig
@@ -34,16 +34,18 @@ class Device:
     name: str
     memory_bytes: int
     bandwidth_bytes_per_s: float
+    capability: tuple[int, int] | None = None
+    """Compute capability of a known GPU."""
 
 
 # Memory as the driver reports it, bandwidth from the makers' data sheets (SXM versions).
 DEVICES = {
     device.name: device
     for device in (
-        Device(name="a100-40g", memory_bytes=40960 << 20, bandwidth_bytes_per_s=1.555e12),
-        Device(name="a100-80g", memory_bytes=81920 << 20, bandwidth_bytes_per_s=2.039e12),
-        Device(name="h100", memory_bytes=81559 << 20, bandwidth_bytes_per_s=3.35e12),
-        Device(name="h200", memory_bytes=143771 << 20, bandwidth_bytes_per_s=4.8e12),
+        Device(name="a100-40g", memory_bytes=40960 << 20, bandwidth_bytes_per_s=1.555e12, capability=(8, 0)),
+        Device(name="a100-80g", memory_bytes=81920 << 20, bandwidth_bytes_per_s=2.039e12, capability=(8, 0)),
+        Device(name="h100", memory_bytes=81559 << 20, bandwidth_bytes_per_s=3.35e12, capability=(9, 0)),
+        Device(name="h200", memory_bytes=143771 << 20, bandwidth_bytes_per_s=4.8e12, capability=(9, 0)),
     )
 }
 
@@ -110,8 +112,8 @@ class GroupMemory:
 
 
 def kv_bytes_per_token(model: ModelConfig, num_kv_heads: int, dtype: str) -> int:
-    """Keys and values of one token in every layer, for so many heads."""
-    return 2 * model.num_layers * num_kv_heads * model.head_dim * DTYPE_BYTES[dtype]
+    """Keys and values of one token in every layer, for so many heads. `dtype`: or "fp8"."""
+    return 2 * model.num_layers * num_kv_heads * model.head_dim * (1 if dtype == "fp8" else DTYPE_BYTES[dtype])
 
 
 def activation_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str, workload: Workload) -> int:
@@ -131,21 +133,39 @@ def activation_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str,
 
 
 def weight_bytes(
-    table: Mapping[str, Shard], *, dtype: str, quantization: str, formats: Mapping[str, GroupFormat] | None = None
+    table: Mapping[str, Shard],
+    *,
+    dtype: str,
+    quantization: str,
+    formats: Mapping[str, GroupFormat] | None = None,
+    fp8_weights: Collection[str] = (),
 ) -> dict[str, int]:
-    """Bytes of each parameter that a rank holds. In int8 a tied embedding is held twice: for look-ups, and as LM head.
+    """Bytes of each parameter that a rank holds. In int8 a tied embedding is held twice: for look-ups, and as LM head. In fp8
+    embedding and LM head are of `dtype`.
 
-    `formats`: ModelConfig.weight_formats, which count where quantization is "packed".
+    `formats`: ModelConfig.weight_formats, which count where quantization is "packed"; `fp8_weights`: ModelConfig's, which where
+    there are any are all that is in fp8.
     """
     sizes = {name: math.prod(shard.shape) * DTYPE_BYTES[dtype] for name, shard in table.items()}
-    if quantization == "int8":
+    if quantization in ("int8", "fp8"):
         matrices: dict[str, tuple[int, ...]]
         matrices = {name: shard.shape for name, shard in table.items() if len(shard.shape) == 2 and name != EMBEDDING}
-        matrices.setdefault(LM_HEAD, table[EMBEDDING].shape)
+        if quantization == "int8":
+            matrices.setdefault(LM_HEAD, table[EMBEDDING].shape)
+        else:
+            matrices.pop(LM_HEAD, None)
+            matrices = {name: shape for name, shape in matrices.items() if not fp8_weights or name in fp8_weights}
         sizes |= {name: math.prod(shape) + shape[0] * _FLOAT32_BYTES for name, shape in matrices.items()}
     if quantization == "packed":
         sizes |= {name: _packed_bytes(table[name], kept) for name, kept in kept_formats(table, formats or {}).items()}
     return sizes
+
+
+def _weight_bytes(model: ModelConfig, tp_size: int, rank: int, *, dtype: str, quantization: str) -> dict[str, int]:
+    table = shard_table(model, tp_size, rank)
+    return weight_bytes(
+        table, dtype=dtype, quantization=quantization, formats=model.weight_formats, fp8_weights=model.fp8_weights
+    )
 
 
 def _packed_bytes(shard: Shard, kept: GroupFormat) -> int:
@@ -166,7 +186,7 @@ class DraftMemory:
 
 def draft_memory(model: ModelConfig, *, dtype: str, quantization: str = "", max_num_seqs: int) -> DraftMemory:
     """For a group of so many sequences."""
-    sizes = weight_bytes(shard_table(model, 1, 0), dtype=dtype, quantization=quantization, formats=model.weight_formats)
+    sizes = _weight_bytes(model, 1, 0, dtype=dtype, quantization=quantization)
     workload = Workload(
         max_model_len=model.max_position,
         max_num_seqs=max_num_seqs,
@@ -186,21 +206,21 @@ def plan_group(
     *,
     dtype: str,
     quantization: str = "",
+    kv_cache_dtype: str = "",
     device: Device,
     workload: Workload,
     utilisation: float = 0.9,
     draft: DraftMemory | None = None,
 ) -> GroupMemory:
-    """`utilisation` is the part of the device that may be planned with; `draft` is that of the group's draft model.
+    """`utilisation` is the part of the device that may be planned with; `draft` is that of the group's draft model;
+    `kv_cache_dtype` as in ParallelConfig.
 
     Raises ConfigError when a rank would have no head.
     """
 
     def plan_rank(rank: int) -> RankMemory:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, rank)
-        sizes = weight_bytes(
-            shard_table(model, tp_size, rank), dtype=dtype, quantization=quantization, formats=model.weight_formats
-        )
+        sizes = _weight_bytes(model, tp_size, rank, dtype=dtype, quantization=quantization)
         weights = sum(sizes.values())
         embedding = sizes[EMBEDDING] if LM_HEAD in sizes else 0
         activations = activation_bytes(model, tp_size, rank, dtype=dtype, workload=workload)
@@ -210,7 +230,7 @@ def plan_group(
             heads=heads,
             weight_bytes=weights + (extra.weight_bytes if extra else 0),
             activation_bytes=max(activations, extra.activation_bytes if extra else 0),
-            kv_bytes_per_token=kv_bytes_per_token(model, len(heads.kv_heads), dtype)
+            kv_bytes_per_token=kv_bytes_per_token(model, len(heads.kv_heads), kv_cache_dtype or dtype)
             + (extra.kv_bytes_per_token if extra else 0),
             budget_bytes=int(device.memory_bytes * utilisation),
             decode_bytes=weights - embedding,
@@ -224,6 +244,7 @@ def smallest_tp_size(
     *,
     dtype: str,
     quantization: str = "",
+    kv_cache_dtype: str = "",
     device: Device,
     workload: Workload,
     utilisation: float = 0.9,
@@ -236,6 +257,7 @@ def smallest_tp_size(
             tp_size,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             device=device,
             workload=workload,
             utilisation=utilisation,
@@ -285,7 +307,9 @@ def check_cache_fits(config: GroupConfig, model: ModelConfig, rank: int, *, free
         )
         for num_tokens in (scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
     )
-    block_bytes = kv_bytes_per_token(model, len(heads.kv_heads), parallel.dtype) * cache.block_size
+    block_bytes = (
+        kv_bytes_per_token(model, len(heads.kv_heads), parallel.kv_cache_dtype or parallel.dtype) * cache.block_size
+    )
     needed = (cache.num_blocks + 1) * block_bytes  # and the scratch block
     adapters = 0 if config.adapters is None else config.adapters.max_bytes
     room = max(0, free_bytes - DEVICE_RESERVE_BYTES - activations - adapters)

@@ -301,15 +301,19 @@ class ModelEntry(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         AUTO, description="auto: the checkpoint's own; bfloat16 where the device cannot compute in that."
     )
-    quantization: Annotated[Literal["int8", "packed", "none"] | None, BeforeValidator(_none_if_auto)] = Field(
+    quantization: Annotated[Literal["int8", "fp8", "packed", "none"] | None, BeforeValidator(_none_if_auto)] = Field(
         None,
-        description="int8: keep weight matrices in eight bits a weight; packed: as the checkpoint has quantised them; none: "
+        description="int8: keep weight matrices in eight bits a weight; fp8: the layers' in e4m3, and multiply in it, on GPUs of "
+        "compute capability 8.9 or newer; packed: as the checkpoint has quantised them; none: "
         "dequantised, in dtype. auto, or unset: packed on CPUs where the checkpoint is quantised, and else none.",
     )
     deterministic: bool = Field(
         False,
         description="true: an answer has the same bits whatever else is computed, on GPUs too, where that is slower; refused "
         "where it cannot be. CPUs always compute so.",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        AUTO, description="auto: that of dtype; fp8: e4m3, half of 16 bits, on GPUs of compute capability 8.9 or newer."
     )
     threads_per_rank: Annotated[int | None, BeforeValidator(_none_if_auto)] = Field(
         None,
@@ -418,10 +422,23 @@ class ModelEntry(Section):
             raise ValueError("device is cuda, and draft_model works on CPUs alone")
         return self
 
+    @model_validator(mode="after")
+    def _products_can_be_deterministic(self) -> "ModelEntry":
+        if self.deterministic and self.quantization == "fp8":
+            raise ValueError(
+                "deterministic is true, and quantization fp8, whose products depend on what else is in a step"
+            )
+        return self
+
     @property
-    def kept_quantization(self) -> Literal["int8", "packed", ""]:
+    def kept_quantization(self) -> Literal["int8", "fp8", "packed", ""]:
         """As ParallelConfig wants it."""
         return "" if self.quantization is None or self.quantization == "none" else self.quantization
+
+    @property
+    def kept_kv_cache_dtype(self) -> Literal["fp8", ""]:
+        """As ParallelConfig wants it."""
+        return "fp8" if self.kv_cache_dtype == "fp8" else ""
 
     @property
     def is_scaled(self) -> bool:

@@ -108,11 +108,12 @@ def share_of(model: ModelConfig, tp_size: int, *, dtype: str, quantization: str)
     group = plan_group(model, tp_size, dtype=dtype, quantization=quantization, device=nowhere, workload=workload)
     fullest = max(group.ranks, key=lambda rank: rank.decode_bytes)
     heads = partition_heads(model.num_query_heads, model.num_kv_heads, tp_size, fullest.rank)
-    bytes_per_weight = 1 if quantization else DTYPE_BYTES[dtype]
+    # Embedding and LM head may have more bits than the layers.
+    unquantised = plan_group(model, tp_size, dtype=dtype, device=nowhere, workload=workload).ranks[fullest.rank]
     return Share(
         num_layers=model.num_layers,
         weight_bytes=fullest.decode_bytes,
-        weights=fullest.decode_bytes / bytes_per_weight,
+        weights=unquantised.decode_bytes / DTYPE_BYTES[dtype],
         cache_bytes_per_token=fullest.kv_bytes_per_token,
         attention_width=len(heads.query_heads) * model.head_dim,
         hidden_bytes=model.hidden_size * 4,  # the residual's addends are float32

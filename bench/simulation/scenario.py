@@ -38,7 +38,7 @@ class Groups(Section):
     num_groups: int = Field(1, ge=1, le=MAX_GROUPS)
     tensor_parallel_size: int = Field(1, ge=1, le=1024)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    quantization: Literal["int8", "packed"] | None = Field(
+    quantization: Literal["int8", "fp8", "packed"] | None = Field(
         None, description="packed: with a profile that is fitted to such weights."
     )
     max_model_len: int | None = Field(None, ge=1, le=MAX_LENGTH, description="The model's own when unset.")

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model_parallel.checkpoint.group_settings import GroupSettings
+from model_parallel.checkpoint.fp8_tensors import Fp8Linear, take_fp8
+from model_parallel.checkpoint.group_settings import GroupSettings, converted_names
 from model_parallel.checkpoint.group_tensors import GroupedLinear, owner
 from model_parallel.checkpoint.info import CheckpointInfo
 from model_parallel.checkpoint.mapped import copy_mapped, open_safetensors, open_torch_file
@@ -14,7 +15,7 @@ from model_parallel.checkpoint.settings import join
 from model_parallel.checkpoint.stored import Checkpoint, StoredTensor
 from model_parallel.checkpoint.weight_files import read_weight_map
 from model_parallel.errors import CheckpointError
-from model_parallel.kernels.interface import GroupMatrix
+from model_parallel.kernels.interface import Fp8Matrix, GroupMatrix
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, Shard
 from model_parallel.weight_format import GroupFormat
 
@@ -32,6 +33,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             for path in info.weight_files
         }
         self._grouped: dict[str, GroupedLinear] = {}
+        self._fp8: dict[str, Fp8Linear] = {}
         if info.index_file is not None:
             self._take_indexed(files, info.index_file, is_tied=info.config.tie_word_embeddings)
         else:
@@ -46,6 +48,9 @@ class HuggingFaceCheckpoint(Checkpoint):
                 f"{info.path}: its settings say that the weights are quantised ({name}), and its files hold none that are; take "
                 "quantization_config out of config.json, or quantize_config.json or quant_config.json out of the directory"
             )
+        if info.fp8 is not None:
+            names = frozenset(converted_names(info.fp8, info.config, info.path / "config.json"))
+            self._fp8 = take_fp8(self.tensors, names, per_channel=info.fp8.per_channel)
 
     def _take_all(self, files: dict[Path, dict[str, StoredTensor]]) -> None:
         for path, tensors in files.items():
@@ -88,6 +93,9 @@ class HuggingFaceCheckpoint(Checkpoint):
     def read_groups(self, name: str, shard: Shard) -> GroupMatrix:
         return self._grouped[name].read(shard)
 
+    def read_fp8(self, name: str, shard: Shard) -> Fp8Matrix:
+        return self._fp8[name].read(shard)
+
     def _take_indexed(self, files: dict[Path, dict[str, StoredTensor]], index: Path, *, is_tied: bool) -> None:
         """Each tensor from the file that the index says; others that the files hold are stale and reported."""
         weight_map = read_weight_map(index)
@@ -113,6 +121,9 @@ class HuggingFaceCheckpoint(Checkpoint):
     def read_into(self, name: str, shard: Shard, out: Tensor) -> None:
         if name in self._grouped:
             self._dequantise_into(self._grouped[name], shard, out)
+            return
+        if name in self._fp8:
+            out.copy_(self._fp8[name].read(shard).dequantized(torch.float32))
             return
         mapped = self.tensors[name].mapped
         assert mapped is not None  # loader.check_complete refuses what cannot be read

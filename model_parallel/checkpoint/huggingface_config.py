@@ -4,7 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from model_parallel.checkpoint.group_settings import formats_of, read_group_settings
+from model_parallel.checkpoint.group_settings import (
+    Fp8Settings,
+    GroupSettings,
+    formats_of,
+    fp8_weights_of,
+    read_group_settings,
+)
 from model_parallel.checkpoint.huggingface_tokenizer import read_tokenizer_settings
 from model_parallel.checkpoint.info import CheckpointInfo, GenerationSettings, TokenizerKind
 from model_parallel.checkpoint.placeholders import is_present, refuse_pointers
@@ -59,7 +65,7 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     warnings: list[str] = []
     model_type = _architecture(settings)
     settings.require(_REQUIRED)
-    groups = read_group_settings(directory, settings)
+    quantized = read_group_settings(directory, settings)
     hidden_size, num_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
     head_dim = settings.whole("head_dim", hidden_size // max(num_heads, 1))
     max_position = settings.whole("max_position_embeddings", _DEFAULT_MAX_POSITION[model_type])
@@ -92,9 +98,10 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
     }
     try:
         config = ModelConfig(**sizes, eos_token_ids=tuple(dict.fromkeys((*own_eos, *generation_eos))))
-        formats = formats_of(groups, config, settings.path)
+        formats = formats_of(quantized, config, settings.path)
+        fp8_weights = fp8_weights_of(quantized, config, settings.path)
         eos = known_ids(settings.path, config, warnings, named_in=named_in)
-        config = ModelConfig(**sizes, eos_token_ids=eos, weight_formats=formats)
+        config = ModelConfig(**sizes, eos_token_ids=eos, weight_formats=formats, fp8_weights=fp8_weights)
     except ConfigError as error:
         raise CheckpointError(f"{settings.path}: {error}") from error
     tokenizer_values = read_optional_json(directory / "tokenizer_config.json")
@@ -115,7 +122,8 @@ def describe_huggingface(directory: Path) -> CheckpointInfo:
         generation=_generation(generation, max_position, warnings),
         rope_scaling=rope_scaling,
         dtype=(settings.text("dtype") or settings.text("torch_dtype")).removeprefix("torch.").replace("auto", ""),
-        groups=groups,
+        groups=quantized if isinstance(quantized, GroupSettings) else None,
+        fp8=quantized if isinstance(quantized, Fp8Settings) else None,
         licence=str(values.get("license") or _card_licence(directory)),
         warnings=(*warnings, *weights.warnings),
     )

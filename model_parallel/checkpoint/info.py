@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from model_parallel.checkpoint.group_settings import GroupSettings
+from model_parallel.checkpoint.group_settings import Fp8Settings, GroupSettings
 from model_parallel.config import ModelConfig
 
 TokenizerKind = Literal["tokenizer.json", "tokenizer.model", "tiktoken", "gguf", ""]
@@ -103,6 +103,8 @@ class CheckpointInfo:
     """As the checkpoint states it; "" when it does not."""
     groups: GroupSettings | None = None
     """How the weights are quantised, in Hugging Face's format."""
+    fp8: Fp8Settings | None = None
+    """How they are, where they are in e4m3."""
     warnings: tuple[str, ...] = ()
     """What was found and did not matter, as sentences."""
 

@@ -18,7 +18,7 @@ from model_parallel.checkpoint.settings import join
 from model_parallel.checkpoint.stored import Checkpoint
 from model_parallel.errors import CheckpointError
 from model_parallel.host_memory import empty_shard
-from model_parallel.kernels.interface import GroupMatrix, Matrix, joined
+from model_parallel.kernels.interface import Fp8Matrix, GroupMatrix, Matrix, joined
 from model_parallel.model.partition import EMBEDDING, GATE, LM_HEAD, Shard, fused_name, kept_formats
 
 _TIED_CHUNK_ELEMENTS = 1 << 22
@@ -41,6 +41,7 @@ def load_shard(
     progress: Callable[[int, int], None] | None = None,
     convert: Callable[[str, torch.Tensor], Any] | None = None,
     keep_groups: bool = False,
+    keep_fp8: bool = False,
 ) -> dict[str, Any]:
     """The part of every parameter that `table` (partition.shard_table) gives this rank, under partition.fused_name's names.
 
@@ -49,7 +50,7 @@ def load_shard(
     otherwise CheckpointError names file and tensor. `progress(done, total)` counts bytes of the loaded shard.
     `convert(name, weight)` gives what is kept of each instead, as soon as it is read.
     `keep_groups`: a matrix that is stored in groups comes as a GroupMatrix; or, where parts that are fused into one are stored
-    in different ways, as a tuple of matrices.
+    in different ways, as a tuple of matrices. `keep_fp8`: so comes one that is stored in e4m3, as an Fp8Matrix.
     """
     checkpoint = open_checkpoint(info)
     check_complete(info, checkpoint, table)
@@ -60,16 +61,19 @@ def load_shard(
     for name in table:
         parts_of.setdefault(fused_name(name), []).append(name)
     formats = {name: found for name in table if (found := checkpoint.group_format(name)) is not None}
-    kept = kept_formats(table, formats) if keep_groups else {}
+    kept = frozenset(kept_formats(table, formats)) if keep_groups else frozenset()
+    kept_fp8 = info.config.fp8_weights if keep_fp8 else frozenset()
     weights: dict[str, Any] = {}
     for fused, names in parts_of.items():
-        if any(name in kept for name in names):
-            matrices = [
-                checkpoint.read_groups(name, table[name]).to(device)
-                if name in kept
-                else _read_dense(checkpoint, name, table[name], dtype, device)
-                for name in names
-            ]
+        if any(name in kept or name in kept_fp8 for name in names):
+            matrices: list[Matrix] = []
+            for name in names:
+                if name in kept:
+                    matrices.append(checkpoint.read_groups(name, table[name]).to(device))
+                elif name in kept_fp8:
+                    matrices.append(checkpoint.read_fp8(name, table[name]).to(device))
+                else:
+                    matrices.append(_read_dense(checkpoint, name, table[name], dtype, device))
             weights[fused] = _fused(matrices)
             if isinstance(weights[fused], tuple) and names[0].endswith(GATE):
                 raise CheckpointError(
@@ -101,12 +105,22 @@ def _fused(matrices: Sequence[Matrix]) -> Matrix | tuple[Matrix, ...]:
     runs: list[list[Matrix]] = []
     for matrix in matrices:
         last = runs[-1][0] if runs else None
-        if isinstance(matrix, GroupMatrix) and isinstance(last, GroupMatrix) and last.matches(matrix):
+        both_fp8 = isinstance(matrix, Fp8Matrix) and isinstance(last, Fp8Matrix)
+        if both_fp8 or (isinstance(matrix, GroupMatrix) and isinstance(last, GroupMatrix) and last.matches(matrix)):
             runs[-1].append(matrix)
         else:
             runs.append([matrix])
-    merged = tuple(joined([m for m in run if isinstance(m, GroupMatrix)]) if len(run) > 1 else run[0] for run in runs)
+    merged = tuple(_joined(run) if len(run) > 1 else run[0] for run in runs)
     return merged[0] if len(merged) == 1 else merged
+
+
+def _joined(run: Sequence[Matrix]) -> Matrix:
+    """Of matrices in e4m3, or of such in groups that match."""
+    in_fp8 = [matrix for matrix in run if isinstance(matrix, Fp8Matrix)]
+    if in_fp8:
+        values_OI = torch.cat([matrix.values_OI.view(torch.uint8) for matrix in in_fp8]).view(torch.float8_e4m3fn)
+        return Fp8Matrix(values_OI, torch.cat([matrix.scales_O for matrix in in_fp8]))
+    return joined([matrix for matrix in run if isinstance(matrix, GroupMatrix)])
 
 
 def check_complete(info: CheckpointInfo, checkpoint: Checkpoint, table: dict[str, Shard]) -> None:

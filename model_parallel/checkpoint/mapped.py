@@ -21,6 +21,7 @@ from model_parallel.host_memory import advise
 
 SAFETENSORS_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAFETENSORS_WHOLE = {"I32": torch.int32, "I64": torch.int64}
+_SAFETENSORS_FP8 = {"F8_E4M3": torch.float8_e4m3fn}
 """Parts of quantised weights."""
 _FLOATS = frozenset(SAFETENSORS_FLOATS.values())
 _LENGTH_BYTES = 8
@@ -50,7 +51,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name in names:
         kind, shape = header[name]["dtype"], tuple(header[name]["shape"])
-        dtype = (SAFETENSORS_FLOATS | _SAFETENSORS_WHOLE).get(kind)
+        dtype = (SAFETENSORS_FLOATS | _SAFETENSORS_WHOLE | _SAFETENSORS_FP8).get(kind)
         mapped = None
         if dtype is not None:
             start, stop = (_LENGTH_BYTES + header_bytes + offset for offset in header[name]["data_offsets"])

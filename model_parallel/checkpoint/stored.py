@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model_parallel.kernels.interface import GroupMatrix
+from model_parallel.kernels.interface import Fp8Matrix, GroupMatrix
 from model_parallel.model.partition import Shard
 from model_parallel.weight_format import GroupFormat
 
@@ -46,6 +46,10 @@ class Checkpoint(ABC):
 
     def read_groups(self, name: str, shard: Shard) -> GroupMatrix:
         """The part `shard` of a matrix that has a group format, as it is stored, on the CPU. Raises CheckpointError."""
+        raise NotImplementedError(name)
+
+    def read_fp8(self, name: str, shard: Shard) -> Fp8Matrix:
+        """The part `shard` of a matrix of ModelConfig.fp8_weights, as it is stored, on the CPU."""
         raise NotImplementedError(name)
 
     @abstractmethod

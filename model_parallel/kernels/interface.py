@@ -27,6 +27,27 @@ class Int8Matrix:
     """float32."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Matrix:
+    """A matrix in eight bits a weight: about scales_O[o] · values_OI[o] in row o."""
+
+    values_OI: Tensor
+    """float8_e4m3fn."""
+    scales_O: Tensor
+    """float32."""
+
+    @property
+    def num_outputs(self) -> int:
+        return self.values_OI.shape[0]
+
+    def to(self, device: torch.device) -> "Fp8Matrix":
+        return Fp8Matrix(self.values_OI.to(device), self.scales_O.to(device))
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """[O, I]: the matrix that it stands for, computed in float64 and then rounded once."""
+        return (self.values_OI.double() * self.scales_O.double().unsqueeze(1)).to(dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupMatrix:
     """A matrix in 4 or 8 bits a weight, with scales of groups of neighbouring inputs. See GroupFormat for the arithmetic.
@@ -128,7 +149,7 @@ class GroupMatrix:
         return weight_OI.to(dtype)
 
 
-Matrix = Tensor | Int8Matrix | GroupMatrix
+Matrix = Tensor | Int8Matrix | Fp8Matrix | GroupMatrix
 """A weight as it is loaded, for a backend to pack."""
 
 
@@ -303,7 +324,8 @@ class Kernels(Protocol):
         """For the products of one step."""
         ...
 
-    # An Int8Matrix or a GroupMatrix is multiplied as the matrix that it stands for: activations are not quantised.
+    # An Int8Matrix or a GroupMatrix is multiplied as the matrix that it stands for: activations are not quantised. With an
+    # Fp8Matrix, each row of x is rounded to e4m3 first, as kernels/fp8.py says, and products are added in float32.
 
     def pack_linear(self, weight_OI: Matrix | tuple[Matrix, ...]) -> Weight:
         """For `linear` and `partial_sum`. Several matrices: the outputs of all of them, one after another."""
@@ -320,7 +342,7 @@ class Kernels(Protocol):
     def allocate_cache(
         self, *, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> LayerCache:
-        """A layer's empty cache of num_blocks blocks and the scratch block."""
+        """A layer's empty cache of num_blocks blocks and the scratch block. `dtype`: that of what is attended to, or e4m3."""
         ...
 
     def embed(self, token_ids_T: Tensor, weight: Tensor | Weight, first_id: int) -> Tensor:

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model_parallel.kernels.fp8 import cached, quantized_rows
 from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    Fp8Matrix,
     GroupMatrix,
     Heads,
     Int8Matrix,
@@ -118,8 +120,8 @@ class ReferenceKernels:
     def attention(self, qkv_TX: Tensor, plan: AttentionPlan, cache: LayerCache, heads: Heads) -> Tensor:
         parts = (heads.num_query_heads, heads.num_kv_heads, heads.num_kv_heads)
         q_THD, k_TKD, v_TKD = qkv_TX.unflatten(-1, (-1, heads.head_dim)).split(parts, dim=1)
-        cache.keys.flatten(0, 1)[plan.slots_T] = _rotate(k_TKD, plan)
-        cache.values.flatten(0, 1)[plan.slots_T] = v_TKD
+        cache.keys.flatten(0, 1)[plan.slots_T] = cached(_rotate(k_TKD, plan), cache.keys.dtype)
+        cache.values.flatten(0, 1)[plan.slots_T] = cached(v_TKD, cache.values.dtype)
         q_THD = _rotate(q_THD, plan)
 
         out_THD = torch.zeros_like(q_THD)
@@ -146,9 +148,12 @@ def embedded(token_ids_T: Tensor, weight: Tensor | GroupMatrix, first_id: int) -
 
 
 def _product(x_TI: Tensor, weight_OI: Matrix) -> Tensor:
-    """[T, O], of x's dtype; of int8 weights, which every dtype holds exactly, and of those in groups, float32."""
+    """[T, O], of x's dtype; of quantised weights float32. Every dtype holds int8 weights exactly."""
     if isinstance(weight_OI, GroupMatrix):
         return _linear(x_TI.float(), weight_OI.dequantized(torch.float32))
+    if isinstance(weight_OI, Fp8Matrix):
+        values_TI, scales_T = quantized_rows(x_TI)
+        return _linear(values_TI.float(), weight_OI.values_OI.float()) * scales_T.unsqueeze(1) * weight_OI.scales_O
     if isinstance(weight_OI, Int8Matrix):
         return _linear(x_TI, weight_OI.values_OI.to(x_TI.dtype)).float() * weight_OI.scales_O
     return _linear(x_TI, weight_OI)

@@ -19,7 +19,7 @@ from model_parallel.collectives.interface import Collectives
 from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import AdapterLoad, AdapterOutcome
 from model_parallel.errors import ConfigError, EngineError
-from model_parallel.kernels.interface import GroupMatrix, LowRankUpdate, PackedAdapter
+from model_parallel.kernels.interface import Fp8Matrix, GroupMatrix, LowRankUpdate, PackedAdapter
 from model_parallel.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def check_takes_adapters(weights: Mapping[str, Any], multiple: int) -> None:
     """
     for name, weight in weights.items():
         parts = weight[:-1] if isinstance(weight, tuple) else ()
-        for begin in accumulate(p.num_outputs if isinstance(p, GroupMatrix) else p.shape[0] for p in parts):
+        for begin in accumulate(p.num_outputs if isinstance(p, GroupMatrix | Fp8Matrix) else p.shape[0] for p in parts):
             if begin % multiple:
                 raise ConfigError(
                     f"{name} is of parts that are quantised in different ways, and one begins at output {begin}; adapters need "

@@ -20,15 +20,17 @@ from model_parallel.config import GroupConfig, ModelConfig
 from model_parallel.engine.messages import Row, RowResult, StepPlan, StepResult
 from model_parallel.engine.request import TokenLogprobs
 from model_parallel.errors import CheckpointError, ConfigError, EngineError
+from model_parallel.gpus import check_multiplies_fp8
 from model_parallel.host_memory import reserve_heap
 from model_parallel.kernels.cpu import CpuKernels
-from model_parallel.kernels.interface import AdaptedRun, LayerCache
+from model_parallel.kernels.fp8 import FP8
+from model_parallel.kernels.interface import AdaptedRun, Kernels, LayerCache
 from model_parallel.kernels.select import select_kernels
 from model_parallel.memory import Workload, activation_bytes, check_cache_fits
 from model_parallel.model.batch import SequenceState, build_batch, by_adapter, lay_out, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import EMBEDDING, LM_HEAD, even_range, partition_heads, shard_table
-from model_parallel.model.quantization import int8_converter
+from model_parallel.model.quantization import converter
 from model_parallel.model.sampler import Sampled, Sampler
 from model_parallel.runtime.adapter_store import AdapterStore, check_takes_adapters
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
@@ -50,8 +52,11 @@ class Rank:
         rank: int,
         collectives: Collectives,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Loads the shard and allocates the cache. progress(bytes done, bytes in all) is called while loading.
+        """Loads the shard and allocates the cache. progress(bytes done, bytes in all) is called while loading. `kernels`: instead
+        of the fastest that can compute what the configuration says.
 
         Raises ConfigError, CheckpointError.
         """
@@ -67,9 +72,7 @@ class Rank:
         self.collectives = collectives
         self.device = _device(config.parallel.device)
         dtype = DTYPES[config.parallel.dtype]
-        self.kernels = select_kernels(
-            self.device.type, dtype, config.parallel.num_threads, deterministic=config.parallel.deterministic
-        )
+        self.kernels = kernels or self._select_kernels(dtype)
         if config.parallel.deterministic and not self.deterministic:
             raise ConfigError(f"deterministic is true, and {self._why_not_deterministic()}; set it to false")
         table = shard_table(model_config, tp_size, rank)
@@ -78,7 +81,8 @@ class Rank:
             raise ConfigError(
                 f"parallel.quantization is 'packed', and {info.path} holds no weights that are quantised in groups"
             )
-        convert = int8_converter(table, collectives) if quantization == "int8" else None
+        model_config.check_fp8("parallel.quantization", quantization)
+        convert = None if model_config.fp8_weights else converter(quantization, table, collectives)
         weights = load_shard(
             info,
             table,
@@ -87,8 +91,9 @@ class Rank:
             progress=progress,
             convert=convert,
             keep_groups=quantization == "packed",
+            keep_fp8=quantization == "fp8",
         )
-        if convert is not None and model_config.tie_word_embeddings:
+        if quantization == "int8" and convert is not None and model_config.tie_word_embeddings:
             weights[LM_HEAD] = convert(LM_HEAD, weights[EMBEDDING])
         if config.adapters is not None:
             check_takes_adapters(weights, self.kernels.adapted_multiple)
@@ -120,6 +125,17 @@ class Rank:
             dtype_name = config.parallel.dtype
             reserve_heap(activation_bytes(model_config, tp_size, rank, dtype=dtype_name, workload=workload))
 
+    def _select_kernels(self, dtype: torch.dtype) -> Kernels:
+        parallel = self.config.parallel
+        is_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_gpu else self.device.type
+        capability = torch.cuda.get_device_capability(self.device) if is_gpu else None
+        if parallel.quantization == "fp8":
+            check_multiplies_fp8("parallel.quantization", name, capability)
+        if parallel.kv_cache_dtype == "fp8":
+            check_multiplies_fp8("parallel.kv_cache_dtype", name, capability, instead="auto")
+        return select_kernels(self.device.type, dtype, parallel.num_threads, deterministic=parallel.deterministic)
+
     def _allocate_caches(self, model: ModelConfig, rank: int, dtype: torch.dtype) -> list[LayerCache]:
         heads = partition_heads(model.num_query_heads, model.num_kv_heads, self.config.parallel.tp_size, rank)
         cache = self.config.cache
@@ -129,7 +145,7 @@ class Rank:
                 block_size=cache.block_size,
                 num_kv_heads=len(heads.kv_heads),
                 head_dim=model.head_dim,
-                dtype=dtype,
+                dtype=FP8 if self.config.parallel.kv_cache_dtype == "fp8" else dtype,
             )
             for _ in range(model.num_layers)
         ]

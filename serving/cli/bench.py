@@ -28,7 +28,7 @@ def engine(
         int | None, typer.Option(min=1, help="Threads of a CPU rank; unset, all cores are shared out.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    quantization: Annotated[str, typer.Option(help="int8, or nothing.")] = "",
+    quantization: Annotated[str, typer.Option(help="int8, on GPUs fp8, or nothing.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Of every workload.")] = 3,
     profile: Annotated[

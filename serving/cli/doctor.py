@@ -113,7 +113,9 @@ def _gpus() -> Finding:
     if not gpus:
         return Finding(Level.OK, "GPUs", "none; ranks compute on CPUs")
     names = ", ".join(
-        f"{gpu.name} ({gpu.free_bytes / GIB:.0f} of {gpu.total_bytes / GIB:.0f} GiB free)" for gpu in gpus
+        f"{gpu.name} ({gpu.free_bytes / GIB:.0f} of {gpu.total_bytes / GIB:.0f} GiB free, compute capability "
+        f"{'.'.join(map(str, gpu.capability))})"
+        for gpu in gpus
     )
     if not torch_has_cuda():
         return Finding(

@@ -47,6 +47,7 @@ def inspect_checkpoint(info: CheckpointInfo) -> dict[str, Any]:
         "parameters": config.num_parameters,
         "dtypes": sorted({checkpoint.tensors[name].type for name in table}),
         "packed_weights": _packed(checkpoint, table),
+        "fp8_weights": len(config.fp8_weights),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -108,6 +109,10 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
                 table.add_row("weights with quantization packed", f"{value['bytes']:,} bytes")
                 for form, count in value["matrices"].items():
                     table.add_row(f"  {form}", f"{count} matrices")
+            continue
+        if key == "fp8_weights":
+            if value:
+                table.add_row("weights in fp8", f"{value} matrices, for quantization fp8")
             continue
         if key == "default_sampling":
             for rule, fields in value.items():

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from model_parallel.config import DTYPE_BYTES, QUANTIZATIONS, ModelConfig
 from model_parallel.errors import ConfigError
+from model_parallel.gpus import OLDEST_WITH_FP8, check_multiplies_fp8
 from model_parallel.memory import (
     DEVICES,
     GIB,
@@ -18,6 +19,7 @@ from model_parallel.memory import (
     GroupMemory,
     Workload,
     draft_memory,
+    kv_bytes_per_token,
     plan_group,
     smallest_tp_size,
 )
@@ -46,7 +48,12 @@ def choose_device(gpu: str | None, *, memory_gib: float | None, bandwidth_gb_per
         bandwidth = bandwidth_gb_per_s * 1e9
     if memory_bytes is None or bandwidth is None:
         raise ConfigError("--gpu, or both --memory-gib and --bandwidth, must be given")
-    return Device(name=known.name if known else "given", memory_bytes=memory_bytes, bandwidth_bytes_per_s=bandwidth)
+    return Device(
+        name=known.name if known else "given",
+        memory_bytes=memory_bytes,
+        bandwidth_bytes_per_s=bandwidth,
+        capability=known.capability if known else None,
+    )
 
 
 def smallest_that_fits(
@@ -55,6 +62,7 @@ def smallest_that_fits(
     *,
     dtype: str,
     quantization: str,
+    kv_cache_dtype: str,
     device: Device,
     workload: Workload,
     utilisation: float,
@@ -62,17 +70,26 @@ def smallest_that_fits(
 ) -> dict[str, Any]:
     """With the same devices the fewest ranks, and with as many ranks the known device with the least memory; None: none."""
     kept: dict[str, Any] = {
-        "dtype": dtype, "quantization": quantization, "workload": workload, "utilisation": utilisation,
-        "draft": draft,
+        "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype, "workload": workload,
+        "utilisation": utilisation, "draft": draft,
     }  # fmt: skip
     devices = sorted(DEVICES.values(), key=lambda d: (d.memory_bytes, d.bandwidth_bytes_per_s))
+    if "fp8" in (quantization, kv_cache_dtype):
+        devices = [d for d in devices if d.capability is not None and d.capability >= OLDEST_WITH_FP8]
     fitting = (d.name for d in devices if plan_group(config, tp_size, device=d, **kept).fits)
     fewest = smallest_tp_size(config, device=device, **kept)
     return {"smallest_tp_on_this_gpu": fewest, "smallest_gpu_at_this_tp": next(fitting, None)}
 
 
 def as_data(
-    config: ModelConfig, group: GroupMemory, *, model: str, dtype: str, quantization: str, smallest: dict[str, Any]
+    config: ModelConfig,
+    group: GroupMemory,
+    *,
+    model: str,
+    dtype: str,
+    quantization: str,
+    kv_cache_dtype: str,
+    smallest: dict[str, Any],
 ) -> dict[str, Any]:
     """The plan as plain data, in bytes, tokens and seconds."""
     batch = group.largest_batch
@@ -88,7 +105,8 @@ def as_data(
         )
         .ranks[0]
         .weight_bytes,
-        "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * DTYPE_BYTES[dtype],
+        "kv_cache_dtype": kv_cache_dtype or dtype,
+        "kv_bytes_per_token": kv_bytes_per_token(config, config.num_kv_heads, kv_cache_dtype or dtype),
         "max_model_len": group.workload.max_model_len,
         "max_num_seqs": group.workload.max_num_seqs,
         "max_num_batched_tokens": group.workload.max_num_batched_tokens,
@@ -160,8 +178,11 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     quantization: Annotated[
         str,
-        typer.Option(help="int8: weight matrices in eight bits; packed: as the checkpoint has quantised them; none."),
+        typer.Option(
+            help="int8: weight matrices in eight bits; fp8: layers in e4m3; packed: as the checkpoint has quantised them; none."
+        ),
     ] = "none",
+    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="auto: as --dtype; fp8: e4m3.")] = "auto",
     draft_model: Annotated[
         str | None, typer.Option(help="A draft model, which rank 0 holds besides: a known name, or a checkpoint.")
     ] = None,
@@ -196,13 +217,22 @@ def plan(
         raise ConfigError(f"quantization is {quantization!r}; allowed: {', '.join(filter(None, QUANTIZATIONS))}, none")
     if quantization == "packed" and not config.weight_formats:
         raise ConfigError(f"quantization is 'packed', and {model} holds no weights that are quantised in groups")
+    config.check_fp8("quantization", quantization)
     if context is not None and context > config.max_position:
         raise ConfigError(f"context is {context}, and the model's own length is {config.max_position} tokens")
     device = choose_device(gpu, memory_gib=memory_gib, bandwidth_gb_per_s=bandwidth)
+    if kv_cache_dtype not in ("auto", "fp8"):
+        raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; allowed: auto, fp8")
+    kept_kv = "" if kv_cache_dtype == "auto" else kv_cache_dtype
+    if device.capability is not None:
+        if quantization == "fp8":
+            check_multiplies_fp8("quantization", device.name, device.capability)
+        if kept_kv:
+            check_multiplies_fp8("kv_cache_dtype", device.name, device.capability, instead="auto")
     # A device that is told by its numbers alone may be a CPU, on which steps are smaller.
     sizes = step_sizes("cpu" if gpu is None else "cuda", max_num_seqs, max_num_batched_tokens)
     workload = Workload(max_model_len=context or config.max_position, **sizes._asdict())
-    numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+    numbers: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kept_kv}
     draft = None
     if draft_model is not None:
         guessing = config_of(draft_model)

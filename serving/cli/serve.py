@@ -38,7 +38,7 @@ ModelName = Annotated[
 ]
 Ranks = Annotated[int | None, typer.Option("--tp", min=1, help="Tensor-parallel ranks of each group.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Quantization = Annotated[str | None, typer.Option(help="int8, packed or none; see docs/quantization.md.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, fp8, packed or none; see docs/quantization.md.")]
 DeviceName = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[str | None, typer.Option(help="Threads of each rank on a CPU, or auto.")]
 CacheTokens = Annotated[str | None, typer.Option(help="Tokens that a KV cache holds, or auto.")]

@@ -114,8 +114,8 @@ def capacity(
     quantization: Annotated[
         list[str] | None,
         typer.Option(
-            help="none, int8, or packed with a profile fitted to it; several may be given. The scenario's when not given, else "
-            "none."
+            help="none, int8, fp8, or packed with a profile fitted to it; several may be given. The scenario's when not given, "
+            "else none."
         ),
     ] = None,
     max_num_seqs: Annotated[
@@ -171,8 +171,8 @@ def capacity(
         None if kind == "none" else kind
         for kind in dict.fromkeys(quantization or [loaded.groups.quantization or "none"])
     ]
-    if unknown := [kind for kind in kinds if kind not in (None, "int8", "packed")]:
-        raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8, packed")
+    if unknown := [kind for kind in kinds if kind not in (None, "int8", "fp8", "packed")]:
+        raise ConfigError(f"quantization is {unknown[0]!r}; allowed: none, int8, fp8, packed")
     questions = [
         Question(
             scenario=loaded,

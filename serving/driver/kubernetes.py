@@ -15,6 +15,7 @@ from cluster.placement import GroupRequest, NodeResources, plan_groups
 from model_parallel.checkpoint.detect import describe
 from model_parallel.config import ModelConfig
 from model_parallel.errors import ConfigError
+from model_parallel.gpus import check_multiplies_fp8
 from model_parallel.memory import (
     DEVICE_RESERVE_BYTES,
     DEVICES,
@@ -147,7 +148,8 @@ def plan(config: ServingConfig, machine: Machine, models: Mapping[str, ModelConf
     """How many machines all groups take, and what each must have."""
     entries = [_decided(entry, has_gpus=machine.num_gpus > 0) for entry in config.models]
     plans = tuple(_plan_model(entry, models[entry.name], machine.gpu) for entry in entries)
-    problems = [problem for model in plans for problem in _memory_problems(model, machine.gpu)]
+    problems = [problem for entry in entries for problem in _fp8_problems(entry, machine.gpu)]
+    problems += [problem for model in plans for problem in _memory_problems(model, machine.gpu)]
     on_gpu = [model for model in plans if model.entry.device == "cuda"]
     if on_gpu and not machine.num_gpus:
         names = ", ".join(model.entry.name for model in on_gpu)
@@ -199,6 +201,7 @@ def _plan_model(entry: ModelEntry, model: ModelConfig, gpu: Device | None) -> Mo
         entry.tensor_parallel_size,
         dtype=entry.dtype,
         quantization=entry.kept_quantization,
+        kv_cache_dtype=entry.kept_kv_cache_dtype,
         device=gpu if gpu is not None and entry.device == "cuda" else host,
         workload=workload,
         utilisation=entry.memory_utilization,
@@ -217,6 +220,19 @@ def _draft_memory(entry: ModelEntry, workload: Workload) -> DraftMemory | None:
             f"models.{entry.name}.draft_model: {entry.draft_model} is not here, so its memory is not known"
         )
     return draft_memory(draft, dtype=entry.dtype, max_num_seqs=workload.max_num_seqs)
+
+
+def _fp8_problems(entry: ModelEntry, gpu: Device | None) -> Iterator[str]:
+    settings = {"quantization": (entry.quantization, "int8"), "kv_cache_dtype": (entry.kv_cache_dtype, AUTO)}
+    device = gpu if entry.device == "cuda" else Device(name="cpu", memory_bytes=0, bandwidth_bytes_per_s=math.inf)
+    if device is None:
+        return  # a lack of GPUs is told for all models at once
+    for name, (value, instead) in settings.items():
+        if value == "fp8":
+            try:
+                check_multiplies_fp8(f"models.{entry.name}.{name}", device.name, device.capability, instead=instead)
+            except ConfigError as error:
+                yield str(error)
 
 
 def _memory_problems(model: ModelPlan, gpu: Device | None) -> Iterator[str]:

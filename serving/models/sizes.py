@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from model_parallel.checkpoint.detect import CheckpointInfo, describe, read_json
 from model_parallel.config import DTYPE_BYTES, AdapterConfig, ModelConfig
 from model_parallel.errors import ConfigError
-from model_parallel.gpus import Gpu, torch_has_cuda, visible_gpus
+from model_parallel.gpus import Gpu, check_multiplies_fp8, torch_has_cuda, visible_gpus
 from model_parallel.machine import Machine, read_machine
 from model_parallel.memory import (
     DEVICE_RESERVE_BYTES,
@@ -80,7 +80,7 @@ def choose_sizes(entries: Sequence[ModelEntry], infos: Sequence[CheckpointInfo],
         for entry, info in zip(chosen, infos, strict=True)
     ]
     chosen = [
-        entry.model_copy(update={"quantization": _quantization(entry, info)})
+        entry.model_copy(update={"quantization": _quantization(entry, info, host)})
         for entry, info in zip(chosen, infos, strict=True)
     ]
     num_cpu_ranks = sum(num_ranks(entry) for entry in chosen if entry.device == "cpu")
@@ -136,7 +136,7 @@ def step_sizes(device: str, max_num_seqs: int | None, max_num_batched_tokens: in
 def describe_sizes(entry: ModelEntry, config: ModelConfig) -> str:
     """One line that tells what a model runs with, all of which is chosen."""
     workload = workload_of(entry, config)
-    per_token = kv_bytes_per_token(config, config.num_kv_heads, entry.dtype)
+    per_token = kv_bytes_per_token(config, config.num_kv_heads, entry.kept_kv_cache_dtype or entry.dtype)
     tokens = entry.kv_cache_tokens or 0
     threads = f", {_count(entry.threads_per_rank or 1, 'thread')} a rank" if entry.device == "cpu" else ""
     weights = f"{entry.dtype} with {entry.kept_quantization} weights" if entry.kept_quantization else entry.dtype
@@ -224,13 +224,20 @@ def _dtype(stored: str, device: str) -> str:
     return "bfloat16" if stored == "float16" and device == "cpu" else stored
 
 
-def _quantization(entry: ModelEntry, info: CheckpointInfo) -> Literal["int8", "packed", "none"]:
+def _quantization(entry: ModelEntry, info: CheckpointInfo, host: Host) -> Literal["int8", "fp8", "packed", "none"]:
     """GPUs' kernels for weights in groups have not run on a device yet, so that there it has to be asked for."""
+    gpus = [(gpu.name, gpu.capability) for gpu in host.gpus] if entry.device == "cuda" else [(entry.device, None)]
+    for name, capability in gpus:
+        if entry.quantization == "fp8":
+            check_multiplies_fp8(f"models.{entry.name}.quantization", name, capability)
+        if entry.kv_cache_dtype == "fp8":
+            check_multiplies_fp8(f"models.{entry.name}.kv_cache_dtype", name, capability, instead=AUTO)
     if entry.quantization == "packed" and not info.config.weight_formats:
         raise ConfigError(
             f"models.{entry.name}.quantization is packed, and {info.path} holds no weights that are quantised in "
-            "groups; allowed: int8, none"
+            "groups; allowed: int8, fp8, none"
         )
+    info.config.check_fp8(f"models.{entry.name}.quantization", entry.quantization or AUTO)
     if entry.quantization is not None:
         return entry.quantization
     return "packed" if entry.device == "cpu" and info.config.weight_formats else "none"
@@ -269,6 +276,7 @@ def plan_entry(entry: ModelEntry, config: ModelConfig, memory_bytes: int) -> Gro
         entry.tensor_parallel_size,
         dtype=entry.dtype,
         quantization=entry.kept_quantization,
+        kv_cache_dtype=entry.kept_kv_cache_dtype,
         device=Device(name="host", memory_bytes=memory_bytes, bandwidth_bytes_per_s=1.0),
         workload=workload_of(entry, config),
         utilisation=entry.memory_utilization if entry.device == "cuda" else UTILISATION,

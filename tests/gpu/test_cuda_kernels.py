@@ -7,7 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from model_parallel.gpus import OLDEST_WITH_FP8
 from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels
+from model_parallel.kernels.fp8 import FP8
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
 from tests.support.group_matrices import FORMATS, random_matrix
@@ -87,6 +89,23 @@ def test_sequences_in_chunks_beside_each_other(kernels: CudaKernels, seed: int) 
     cuda_checks.check_chunks(kernels, heads, lengths, block_size=block_size, dtype=DTYPES[seed % 3], seed=seed)
 
 
+multiplies_fp8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST_WITH_FP8,
+    reason="the device has no e4m3 numbers",
+)
+
+
+@multiplies_fp8
+@pytest.mark.parametrize("seed", range(9))
+def test_a_cache_in_e4m3(kernels: CudaKernels, seed: int) -> None:
+    draw = random.Random(seed)
+    num_kv_heads = draw.randint(1, 8)
+    kv_of_query = [draw.randrange(num_kv_heads) for _ in range(draw.randint(1, 40))]
+    heads = make_heads(kernels, kv_of_query, num_kv_heads, draw.choice([64, 80, 128]))
+    lengths = [draw.randint(1, 100), draw.randint(100, 900), 1, draw.randint(1, 2000)]
+    cuda_checks.check_chunks(kernels, heads, lengths, block_size=16, dtype=DTYPES[seed % 3], seed=seed, cache_dtype=FP8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "num_queries_num_kv", [(32, 32), (8, 1), (64, 8), (71, 1)], ids=["7b", "70b-tp8", "70b", "mqa"]
@@ -133,6 +152,39 @@ def test_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype: torc
     x, weight = (torch.randn(n, num_inputs, device="cuda").to(dtype) for n in (num_rows, num_outputs))
     cuda_checks.check_products(kernels, x, weight, weight.double())
     cuda_checks.check_int8(kernels, *shape, dtype)
+
+
+@multiplies_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4096), (65, 11008), (300, 28672), (7, 515)])
+def test_rows_in_e4m3(kernels: CudaKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    cuda_checks.check_fp8_rows(kernels, *shape, dtype)
+
+
+@multiplies_fp8
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4096, 12288), (8, 11008, 4096), (17, 1376, 516), (64, 4096, 22016), (300, 577, 130), (2048, 4096, 4096)],
+)
+def test_fp8_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Sizes of 7B, a rank's part of it at TP=8, and sizes that are padded."""
+    cuda_checks.check_fp8(kernels, *shape, dtype)
+
+
+@multiplies_fp8
+def test_fp8_products_in_a_graph(kernels: CudaKernels) -> None:
+    """As decode steps hold them."""
+    weight = kernels.pack_gated(cuda_checks.random_fp8(kernels, 22016, 4096))
+    x = torch.randn(8, 4096, device="cuda").bfloat16()
+    expected = kernels.gated_linear(x, weight)
+    held = torch.zeros_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.gated_linear(held, weight)
+    held.copy_(x)
+    graph.replay()
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,8 @@ from model_parallel.engine.executor import Executor
 from model_parallel.engine.request import EngineRequest, SamplingParams
 from model_parallel.engine.scheduler import Scheduler
 from model_parallel.errors import ConfigError
+from model_parallel.gpus import OLDEST_WITH_FP8
+from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.runtime.cuda_graphs import DecodeGraphs
 from model_parallel.runtime.executors import InProcessExecutor, SpawnedExecutor
 from model_parallel.runtime.rank import Rank
@@ -92,6 +94,21 @@ def test_int8_logits_are_those_of_the_cpu(tmp_path: Path) -> None:
     configs = [replace(c, parallel=replace(c.parallel, quantization="int8")) for c in configs]
     on_cpu, on_gpu = (prompt_logits(config, _ids(), chunk=50).cpu() for config in configs)
     assert (on_gpu - on_cpu).abs().max() <= MAX_LOGIT_ERROR
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST_WITH_FP8,
+    reason="the device has no products of e4m3 numbers",
+)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_fp8_logits_are_those_of_the_reference_kernels(tp_size: int, tmp_path: Path) -> None:
+    """On a CPU. A sum in another order may take a number to the next e4m3 number; in one layer few follow."""
+    save_random_llama(tmp_path, **GQA, num_hidden_layers=1)
+    config = group_config(tmp_path, tp_size, quantization="fp8")
+    exact = prompt_logits(group_config(tmp_path, 1), _ids(), chunk=200)
+    expected = prompt_logits(config, _ids(), 50, lambda: ReferenceKernels(num_threads=1, device="cpu"))
+    on_gpu = prompt_logits(group_config(tmp_path, tp_size, device="cuda", quantization="fp8"), _ids(), chunk=50).cpu()
+    assert (on_gpu - expected).norm() < 0.3 * (expected - exact).norm()
 
 
 def test_graphs_change_no_token(tmp_path: Path) -> None:

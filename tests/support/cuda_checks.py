@@ -9,18 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model_parallel.kernels import fp8
 from model_parallel.kernels.cuda import CudaKernels
 from model_parallel.kernels.cuda.adapters import add_low_rank
+from model_parallel.kernels.cuda.fp8_weights import quantized_rows
 from model_parallel.kernels.cuda.group_weights import MAX_ROWS
 from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    Fp8Matrix,
     Heads,
     Int8Matrix,
     LowRankPart,
     LowRankUpdate,
 )
+from model_parallel.kernels.reference import ReferenceKernels
+from model_parallel.model.quantization import largest_weights, quantize_fp8
 from tests.support.group_matrices import FORMATS, product_bound, random_matrix
 from tests.support.kernels import attention_plan, poisoned_cache
 
@@ -29,6 +34,9 @@ DTYPES = list(ROUNDING)
 # Of attention over standard normal vectors: a score is off by about as much as its rounded queries and keys are, and so is a mean
 # of values of a few units; weights and result are rounded once more. float32: sums of some hundred terms.
 ATTENTION_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+FP8_SUM_ROUNDING = 2.0**-12
+"""Of sums of products of e4m3 numbers on a GPU: Hopper's matrix units align products to the largest of an instruction and keep
+about 13 digits (DeepSeek-AI 2024, §3.3.2: 14 bits); not measured here yet."""
 SMALLEST_ERROR = 2.0**-25
 """Of float16, which has fewer digits below 2⁻¹⁴."""
 
@@ -50,8 +58,10 @@ def make_plan(
     return replace(plan, **{name: getattr(plan, name).to(kernels.device) for name in names})
 
 
-def exact_attention(qkv_TX: Tensor, heads: Heads, plan: AttentionPlan) -> Tensor:
-    """float64 [T, H · D] of one sequence that is computed whole."""
+def exact_attention(
+    qkv_TX: Tensor, heads: Heads, plan: AttentionPlan, cache_dtype: torch.dtype | None = None
+) -> Tensor:
+    """float64 [T, H · D] of one sequence that is computed whole. With `cache_dtype` keys and values as a cache has them."""
     parts = (heads.num_query_heads, heads.num_kv_heads, heads.num_kv_heads)
     q, k, v = qkv_TX.double().unflatten(-1, (-1, heads.head_dim)).split(parts, dim=1)
 
@@ -60,13 +70,23 @@ def exact_attention(qkv_TX: Tensor, heads: Heads, plan: AttentionPlan) -> Tensor
         turned = torch.cat((-second, first), -1)
         return x * plan.cos_TD.double().unsqueeze(1) + turned * plan.sin_TD.double().unsqueeze(1)
 
-    q, k, v = rotated(q).transpose(0, 1), rotated(k)[:, heads.kv_of_query_H].transpose(0, 1), v[:, heads.kv_of_query_H]
+    k = rotated(k)
+    if cache_dtype is not None:
+        k, v = (fp8.cached(x.to(qkv_TX.dtype), cache_dtype).double() for x in (k, v))
+    q, k, v = rotated(q).transpose(0, 1), k[:, heads.kv_of_query_H].transpose(0, 1), v[:, heads.kv_of_query_H]
     out = F.scaled_dot_product_attention(q, k, v.transpose(0, 1), is_causal=True)
     return out.transpose(0, 1).flatten(1)
 
 
 def check_chunks(
-    kernels: CudaKernels, heads: Heads, lengths: Sequence[int], *, block_size: int, dtype: torch.dtype, seed: int
+    kernels: CudaKernels,
+    heads: Heads,
+    lengths: Sequence[int],
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    seed: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Sequences in random chunks beside each other, single tokens among them, against each computed whole."""
     draw = random.Random(seed)
@@ -75,7 +95,7 @@ def check_chunks(
     tables = [part.tolist() for part in torch.randperm(sum(counts)).split(counts)]
     num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
     qkv = [torch.randn(length, num_columns, device=kernels.device).to(dtype) for length in lengths]
-    cache = poisoned_cache(kernels, sum(counts), block_size, heads, dtype)
+    cache = poisoned_cache(kernels, sum(counts), block_size, heads, cache_dtype or dtype)
     done, outs = [0] * len(lengths), [[] for _ in lengths]
     while done != list(lengths):
         chosen = [i for i, length in enumerate(lengths) if done[i] < length]
@@ -88,7 +108,7 @@ def check_chunks(
             done[i] += len(part)
     for i, length in enumerate(lengths):
         whole = make_plan(kernels, [(length, 0, tables[i])], block_size=block_size, heads=heads)
-        error = (torch.cat(outs[i]).double() - exact_attention(qkv[i], heads, whole)).abs().max()
+        error = (torch.cat(outs[i]).double() - exact_attention(qkv[i], heads, whole, cache_dtype)).abs().max()
         assert error <= ATTENTION_TOLERANCE[dtype]
 
 
@@ -272,6 +292,60 @@ def check_int8(kernels: CudaKernels, num_rows: int, num_inputs: int, num_outputs
     weight = random_int8(kernels, num_outputs, num_inputs)
     matrix = weight.values_OI.double() * weight.scales_O.double().unsqueeze(1)
     check_products(kernels, torch.randn(num_rows, num_inputs, device=kernels.device).to(dtype), weight, matrix)
+
+
+def random_fp8(kernels: CudaKernels, num_outputs: int, num_inputs: int) -> Fp8Matrix:
+    weight = torch.randn(num_outputs, num_inputs) * (torch.rand(num_outputs, 1) + 0.1)
+    return quantize_fp8(weight, largest_weights(weight)).to(torch.device(kernels.device))
+
+
+def check_fp8_rows(kernels: CudaKernels, num_rows: int, num_columns: int, dtype: torch.dtype) -> None:
+    """Bit for bit as kernels/fp8.py on a CPU: rows of all sizes, of zeros, and such as are not finite."""
+    x = (torch.randn(num_rows, num_columns) * 10.0 ** torch.randint(-4, 4, (num_rows, 1))).to(dtype)
+    x[0] = 0.0
+    if num_rows > 4:
+        x[1, -1], x[2, 0], x[3] = torch.nan, torch.inf, torch.nan
+    expected, expected_scales = fp8.quantized_rows(x)
+    num_stored = num_columns + 5
+    values, scales = quantized_rows(x.to(kernels.device), num_stored=num_stored)
+    values, scales = values.cpu(), scales.cpu()
+    is_finite = x.isfinite().all(1)
+    assert torch.equal(scales[:num_rows][is_finite], expected_scales[is_finite])
+    assert torch.equal(values[:num_rows, :num_columns][is_finite].float(), expected[is_finite].float())
+    result = values[:num_rows, :num_columns].float() * scales[:num_rows].unsqueeze(1)
+    assert not result.sum(1)[~is_finite].isfinite().any()
+    assert not values[:, num_columns:].float().any() and not values[num_rows:].float().any()
+
+
+def check_fp8(kernels: CudaKernels, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
+    """Each product with weights in e4m3 against float64 of the rounded activations; against exact ones by how far those were
+    rounded; and against the reference."""
+    matrix = random_fp8(kernels, num_outputs, num_inputs)
+    x = torch.randn(num_rows, num_inputs, device=kernels.device).to(dtype)
+    values, scales = (part.cpu().double() for part in fp8.quantized_rows(x.cpu()))
+    rounded, exact_weight = values * scales.unsqueeze(1), matrix.to(torch.device("cpu")).dequantized(torch.float64)
+    exact, sizes = rounded @ exact_weight.T, rounded.abs() @ exact_weight.abs().T
+    weight = kernels.pack_linear(matrix)
+    out = kernels.partial_sum(x, weight)
+    assert out.dtype == torch.float32 and out.shape == (num_rows, num_outputs)
+    # A chain of float32 additions, scaled twice. Hopper's matrix units keep fewer digits of sums of 128 products.
+    tolerance = (num_inputs + 4) * ROUNDING[torch.float32] + (0 if kernels.device == "cpu" else FP8_SUM_ROUNDING)
+    assert ((out.cpu().double() - exact).abs() <= tolerance * sizes).all()
+    # e4m3 rounds to 1 part in 16, or where a number is small, to 2⁻¹⁰ of the row's scale.
+    moved = ((x.cpu().double() / 16).abs() + scales.unsqueeze(1) * 2.0**-10) @ exact_weight.abs().T
+    error = (out.cpu().double() - x.cpu().double() @ exact_weight.T).abs()
+    assert (error <= moved + tolerance * sizes).all()
+    assert torch.equal(kernels.linear(x, weight), out.to(dtype)), "rounded once"
+    reference = ReferenceKernels(num_threads=1, device="cpu")
+    expected = reference.partial_sum(x.cpu(), reference.pack_linear(matrix.to(torch.device("cpu"))))
+    assert ((out.cpu() - expected).abs() <= 2 * tolerance * sizes).all()
+    if num_outputs % 2 == 0:
+        gate, up = out.double().chunk(2, dim=1)
+        gated = kernels.gated_linear(x, kernels.pack_gated(matrix))
+        assert gated.dtype == dtype and gated.shape == (num_rows, num_outputs // 2)
+        exact_gated = F.silu(gate) * up
+        tolerance = 16 * ROUNDING[torch.float32] + ROUNDING[dtype]
+        assert ((gated.double() - exact_gated).abs() <= tolerance * exact_gated.abs() + SMALLEST_ERROR).all()
 
 
 def check_groups(

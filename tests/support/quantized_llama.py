@@ -206,3 +206,45 @@ def quantize_checkpoint(path: Path, scheme: Scheme) -> dict[str, Tensor]:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": scheme.settings}))
     return meant
+
+
+def in_fp8(strategy: str, inputs: str, *, ignore: tuple[str, ...] = ("lm_head",), **settings: Any) -> dict[str, Any]:
+    """quantization_config of compressed-tensors' float-quantized. `strategy`: channel or tensor; `inputs`: token or tensor."""
+    own = {"num_bits": 8, "type": "float", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": own | {"strategy": strategy, "dynamic": False},
+        "input_activations": own | {"strategy": inputs, "dynamic": inputs == "token"},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": scheme},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+    } | settings
+
+
+def quantize_checkpoint_to_fp8(path: Path, settings: dict[str, Any], scale_type: torch.dtype) -> dict[str, Tensor]:
+    """Rewrite what save_random_llama has written, as llm-compressor would. Returns what the weights then stand for, float64."""
+    stored: dict[str, Tensor] = {}
+    meant: dict[str, Tensor] = {}
+    scheme = settings["config_groups"]["group_0"]
+    for name, weight in load_file(path / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if weight.ndim == 1 or "embed" in name or any(f".{module}".endswith(f".{own}") for own in settings["ignore"]):
+            stored[name], meant[name] = weight, weight.double()
+            continue
+        largest = (
+            weight.abs().amax(1, keepdim=True) if scheme["weights"]["strategy"] == "channel" else weight.abs().amax()
+        )
+        scale = (largest / 448).to(scale_type).reshape(-1, *([1] * largest.ndim)[1:])
+        values = (weight / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored |= {name: values, f"{module}.weight_scale": scale}
+        if scheme["input_activations"]["strategy"] == "tensor":
+            stored[f"{module}.input_scale"] = torch.tensor([0.25], dtype=scale_type)
+        meant[name] = values.double() * scale.double()
+    save_file(stored, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return meant

@@ -14,6 +14,7 @@ from model_parallel.collectives.threads import Exchange, ThreadCollectives
 from model_parallel.config import CacheConfig, GroupConfig, ParallelConfig
 from model_parallel.engine.messages import NewSequence, Row
 from model_parallel.engine.request import SamplingParams
+from model_parallel.kernels.interface import Kernels
 from model_parallel.model.batch import SequenceState, build_batch
 from model_parallel.runtime.rank import Rank
 
@@ -26,6 +27,7 @@ def group_config(
     *,
     dtype: str = "float32",
     quantization: str = "",
+    kv_cache_dtype: str = "",
     num_blocks: int = 64,
     device: str = "cpu",
     deterministic: bool = False,
@@ -36,6 +38,7 @@ def group_config(
             tp_size=tp_size,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
             device=device,
             deterministic=deterministic,
             step_timeout_s=60,
@@ -61,11 +64,14 @@ def on_threads(size: int, call: Callable[[Collectives], T]) -> list[T]:
         return list(threads.map(run, range(size)))
 
 
-def prompt_logits(config: GroupConfig, token_ids: list[int], chunk: int) -> Tensor:
-    """float32 [tokens, vocabulary]: logits at every position of a prompt that is prefilled `chunk` tokens at a time."""
+def prompt_logits(
+    config: GroupConfig, token_ids: list[int], chunk: int, kernels: Callable[[], Kernels] | None = None
+) -> Tensor:
+    """float32 [tokens, vocabulary]: logits at every position of a prompt that is prefilled `chunk` tokens at a time. `kernels`:
+    those of a rank, where not the fastest."""
 
     def run(collectives: Collectives) -> Tensor:
-        rank = Rank(config, collectives.rank, collectives)
+        rank = Rank(config, collectives.rank, collectives, kernels=None if kernels is None else kernels())
         new = NewSequence(0, tuple(token_ids), len(token_ids), 0, SamplingParams())
         state = SequenceState.begin(new)
         state.block_ids = list(range(-(-len(token_ids) // config.cache.block_size)))

@@ -20,6 +20,7 @@ from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    Fp8Matrix,
     GroupMatrix,
     Heads,
     Int8Matrix,
@@ -214,6 +215,7 @@ class CpuKernels:
     def _pack(self, weight_OI: Matrix, *, gated: bool) -> PackedWeight:
         if isinstance(weight_OI, GroupMatrix):
             return self._pack_groups(weight_OI, gated=gated)
+        assert not isinstance(weight_OI, Fp8Matrix), "ranks on CPUs refuse fp8"
         if isinstance(weight_OI, Int8Matrix):
             values_OI, scales_O = weight_OI.values_OI.contiguous(), weight_OI.scales_O.contiguous()
         else:

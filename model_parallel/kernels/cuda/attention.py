@@ -84,8 +84,8 @@ def paged_attention_kernel(
         # What lies past the end are other requests' leftovers; a NaN among them would reach the sum through 0 · NaN.
         kv_place_LD = kv_place_L[:, None] + column_D[None, :]
         held_LD = held_L[:, None] & (column_D < HEAD_DIM)[None, :]
-        k_LD = tl.load(keys + kv_place_LD, mask=held_LD, other=0.0)
-        v_LD = tl.load(values + kv_place_LD, mask=held_LD, other=0.0)
+        k_LD = tl.load(keys + kv_place_LD, mask=held_LD, other=0.0).to(q_ND.dtype)
+        v_LD = tl.load(values + kv_place_LD, mask=held_LD, other=0.0).to(q_ND.dtype)
 
         score_NL = tl.dot(q_ND, tl.trans(k_LD), input_precision="ieee") * scale_log2
         seen_NL = held_L[None, :] & (key_L[None, :] <= (start + token_N)[:, None])

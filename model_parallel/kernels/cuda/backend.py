@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs: products by cuBLAS, the rest in Triton (elementwise.py, attention.py, products.py,
+"""Kernels for NVIDIA GPUs: products by cuBLAS, the rest in Triton (elementwise.py, attention.py, products.py, fp8.py,
 groups.py).
 
 Shape suffixes: those of kernels/interface.py
@@ -16,12 +16,14 @@ from torch import Tensor
 from model_parallel.kernels.cuda import adapters
 from model_parallel.kernels.cuda.attention import combine_kernel, paged_attention_kernel
 from model_parallel.kernels.cuda.elementwise import rms_norm_kernel, rotate_and_store_kernel, swiglu_kernel
+from model_parallel.kernels.cuda.fp8_weights import Fp8Weight
 from model_parallel.kernels.cuda.group_weights import GroupWeight
 from model_parallel.kernels.cuda.products import product_kernel
 from model_parallel.kernels.interface import (
     Adapted,
     AdaptedRun,
     AttentionPlan,
+    Fp8Matrix,
     GroupMatrix,
     Heads,
     Int8Matrix,
@@ -42,7 +44,7 @@ MAX_INT8_ROWS = 128
 _SMALLEST_DOT = 16
 """Rows, columns and depth that tl.dot needs."""
 
-Packed = Tensor | Int8Matrix | GroupWeight
+Packed = Tensor | Int8Matrix | Fp8Weight | GroupWeight
 
 
 class CudaKernels:
@@ -104,6 +106,8 @@ class CudaKernels:
     def linear(self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None) -> Tensor:
         if isinstance(weight, Tensor) and adapted is None:
             return F.linear(x_TI, weight)
+        if isinstance(weight, Fp8Weight) and adapted is None:
+            return weight.product(x_TI, x_TI.dtype)
         return self._adapted(x_TI, weight, adapted).to(x_TI.dtype)
 
     def partial_sum(self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None = None) -> Tensor:
@@ -112,6 +116,8 @@ class CudaKernels:
     def gated_linear(self, x_TI: Tensor, weight: Packed, adapted: Adapted | None = None) -> Tensor:
         if isinstance(weight, Tensor) and adapted is None:
             return self.swiglu(F.linear(x_TI, weight), x_TI.dtype)
+        if isinstance(weight, Fp8Weight) and adapted is None:
+            return weight.gated_product(x_TI)
         return self.swiglu(self._adapted(x_TI, weight, adapted), x_TI.dtype)
 
     def _adapted(self, x_TI: Tensor, weight: Packed | tuple[Packed, ...], adapted: Adapted | None) -> Tensor:
@@ -125,6 +131,8 @@ class CudaKernels:
         """float32 [T, O]: x · weightᵀ."""
         if isinstance(weight, GroupWeight):
             return weight.product(x_TI, self.num_multiprocessors)
+        if isinstance(weight, Fp8Weight):
+            return weight.product(x_TI, torch.float32)
         return _product(x_TI, weight)
 
     def swiglu(self, gate_up_T2F: Tensor, dtype: torch.dtype) -> Tensor:
@@ -268,6 +276,8 @@ class CudaKernels:
 
 
 def _packed(matrix: Matrix) -> Packed:
+    if isinstance(matrix, Fp8Matrix):
+        return Fp8Weight.packed(matrix)
     return GroupWeight.packed(matrix) if isinstance(matrix, GroupMatrix) else matrix
 
 

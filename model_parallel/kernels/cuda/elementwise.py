@@ -55,7 +55,8 @@ def rotate_and_store_kernel(
     HALF_PADDED: tl.constexpr,
     NUM_HEADS_A_PROGRAM: tl.constexpr,
 ):
-    """Queries, rotated, to q_out [T, H, D]; keys, rotated, and values to their slots of the cache [blocks, K, P, D].
+    """Queries, rotated, to q_out [T, H, D]; keys, rotated, and values to their slots of the cache [blocks, K, P, D], which may be
+    in e4m3.
 
     A program takes one token and some of its query, key and value heads.
     """
@@ -86,10 +87,10 @@ def rotate_and_store_kernel(
     kv_head_A1 = head_A1 - num_query_heads - tl.where(is_value_A1, num_kv_heads, 0)
     kv_row_A1 = (slot // BLOCK_SIZE * num_kv_heads + kv_head_A1) * BLOCK_SIZE + slot % BLOCK_SIZE
     kv_place_AC = kv_row_A1 * HEAD_DIM + column_C
-    tl.store(keys + kv_place_AC, first_AC, mask=inside_AC & is_key_A1)
-    tl.store(keys + kv_place_AC + half, second_AC, mask=inside_AC & is_key_A1)
-    tl.store(values + kv_place_AC, first_AC, mask=inside_AC & is_value_A1)
-    tl.store(values + kv_place_AC + half, second_AC, mask=inside_AC & is_value_A1)
+    tl.store(keys + kv_place_AC, first_AC.to(keys.dtype.element_ty), mask=inside_AC & is_key_A1)
+    tl.store(keys + kv_place_AC + half, second_AC.to(keys.dtype.element_ty), mask=inside_AC & is_key_A1)
+    tl.store(values + kv_place_AC, first_AC.to(values.dtype.element_ty), mask=inside_AC & is_value_A1)
+    tl.store(values + kv_place_AC + half, second_AC.to(values.dtype.element_ty), mask=inside_AC & is_value_A1)
 
 
 @triton.jit

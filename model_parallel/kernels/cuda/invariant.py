@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model_parallel.kernels.cuda.backend import CudaKernels, Packed, num_programs_a_context
 from model_parallel.kernels.cuda.elementwise import softmax_parts_kernel
+from model_parallel.kernels.cuda.fp8_weights import Fp8Weight
 from model_parallel.kernels.cuda.group_weights import GroupWeight
 from model_parallel.kernels.cuda.invariant_attention import invariant_attention_kernel, join_parts_kernel
 from model_parallel.kernels.cuda.products import product_kernel
@@ -91,6 +92,7 @@ class InvariantCudaKernels(CudaKernels):
     def _product(self, x_TI: Tensor, weight: Packed) -> Tensor:
         if isinstance(weight, GroupWeight):
             return weight.product(x_TI, self.num_multiprocessors, is_invariant=True)
+        assert not isinstance(weight, Fp8Weight), "ParallelConfig refuses it"
         return self._tiled(x_TI, weight, torch.float32)
 
     def _tiled(self, x_TI: Tensor, weight: Tensor | Int8Matrix, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import typer
 from rich.console import Console
@@ -18,6 +19,7 @@ from model_parallel.errors import CheckpointError, ConfigError
 from serving.cli import inspect, plan, terminal
 from serving.models.known_llama import KNOWN_CONFIGS, known_config
 from serving.models.licence import LLAMA_2_LICENCE, licence_of
+from tests.support.quantized_llama import in_fp8, quantize_checkpoint_to_fp8
 from tests.support.ranks import save_random_llama
 
 
@@ -89,7 +91,19 @@ def test_plan_for_given_numbers_and_a_directory(tmp_path: Path) -> None:
         (["--model", "llama-2-7b", "--gpu", "h100", "--dtype", "int8"], "dtype is 'int8'"),
         (
             ["--model", "llama-2-7b", "--gpu", "h100", "--quantization", "int4"],
-            "is 'int4'; allowed: int8, packed, none",
+            "is 'int4'; allowed: int8, packed, fp8, none",
+        ),
+        (
+            ["--model", "llama-2-7b", "--gpu", "a100-80g", "--quantization", "fp8"],
+            "is fp8, .* the device is a100-80g, which has 8.0; use int8",
+        ),
+        (
+            ["--model", "llama-2-7b", "--gpu", "a100-80g", "--kv-cache-dtype", "fp8"],
+            "kv_cache_dtype is fp8, .* the device is a100-80g, which has 8.0; use auto",
+        ),
+        (
+            ["--model", "llama-2-7b", "--gpu", "h100", "--kv-cache-dtype", "int8"],
+            "kv_cache_dtype is 'int8'; allowed: auto",
         ),
         (["--model", "llama-2-7b", "--gpu", "h100", "--context", 5000], "context is 5000"),
         (
@@ -107,6 +121,45 @@ def test_plan_refuses(flags: list[object], message: str) -> None:
 def test_twelve_names_are_known() -> None:
     assert len(KNOWN_CONFIGS) == 12
     assert known_config("meta-llama/Llama-2-13b-chat-hf") is KNOWN_CONFIGS["llama-2-13b"]
+
+
+def test_plan_in_fp8() -> None:
+    """Layers in a byte a weight with a scale a channel; embedding, head and norms in bfloat16."""
+    status, data = run_json("plan", "--model", "llama-2-7b", "--gpu", "h100", "--quantization", "fp8")
+    channels = 32 * (4 * 4096 + 2 * 11008 + 4096)
+    outside = 2 * 32000 * 4096 + (2 * 32 + 1) * 4096
+    assert status == 0
+    assert data["weight_bytes"] == (data["parameters"] - outside) + 4 * channels + 2 * outside
+    large = run_json("plan", "--model", "llama-2-70b", "--tp", 8, "--gpu", "h100", "--quantization", "fp8")[1]
+    assert large["smallest_gpu_at_this_tp"] == "h100", "an A100 40 GB would have room, and does not multiply e4m3"
+
+
+def test_weights_in_fp8_are_told_and_planned_as_such_alone(tmp_path: Path) -> None:
+    save_random_llama(tmp_path)
+    quantize_checkpoint_to_fp8(tmp_path, in_fp8("channel", "token", ignore=("lm_head", "down_proj")), torch.bfloat16)
+    found = inspect.inspect_checkpoint(describe(tmp_path))
+    assert (found["fp8_weights"], found["dtypes"]) == (3 * 6, ["F32", "F8_E4M3"])
+    console = Console(record=True, width=120)
+    inspect.print_inspection(found, console)
+    assert "18 matrices, for quantization fp8" in console.export_text()
+    _, data = run_json("plan", "--model", tmp_path, "--gpu", "h100", "--quantization", "fp8")
+    in_fp8_alone = 3 * (4 * 96 * 96 + 2 * 200 * 96)
+    assert data["weight_bytes"] == in_fp8_alone + 4 * 3 * (4 * 96 + 2 * 200) + 2 * (data["parameters"] - in_fp8_alone)
+    with pytest.raises(
+        ConfigError, match=r"^quantization is none, and the checkpoint's weights are in fp8: set it to fp8"
+    ):
+        run("plan", "--model", tmp_path, "--gpu", "h100")
+
+
+def test_plan_with_a_cache_in_fp8() -> None:
+    plain, small = (
+        run_json("plan", "--model", "llama-2-7b", "--gpu", "h100", "--kv-cache-dtype", kind)[1]
+        for kind in ("auto", "fp8")
+    )
+    assert (plain["kv_cache_dtype"], small["kv_cache_dtype"]) == ("bfloat16", "fp8")
+    assert plain["kv_bytes_per_token"] == 2 * small["kv_bytes_per_token"]
+    assert small["ranks"][0]["kv_bytes_per_token"] == small["kv_bytes_per_token"]
+    assert small["kv_tokens"] // 2 == plain["kv_tokens"]
 
 
 @pytest.mark.parametrize("form", ["meta", "hf"])

@@ -1,5 +1,6 @@
 """Machines, memory and timeouts of a configuration, and what is wrong with values of the chart."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_small_groups_share_a_machine() -> None:
 def test_a_cache_that_does_not_fit_is_told_with_its_numbers() -> None:
     (problem,) = planned(config(LLAMA_70B | {"kv_cache_tokens": 2 << 20})).problems
     assert "chat does not fit a100-80g" in problem and "16.06 GiB for weights" in problem and "tokens fit" in problem
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "told"),
+    [
+        ("a100-80g", {}, "models.chat.quantization is fp8, .*a100-80g, which has 8.0; use int8"),
+        ("h200", {"device": "cpu"}, "models.chat.quantization is fp8, .*the device is cpu; use int8"),
+        ("h200", {}, ""),
+        ("a100-80g", {"quantization": "none", "kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8, .*has 8.0; use auto"),
+    ],
+)
+def test_fp8_on_machines_that_do_not_multiply_it(gpu: str, model: dict[str, str], told: str) -> None:
+    problems = planned(
+        config(LLAMA_70B | {"quantization": "fp8"} | model), Machine(num_gpus=8, gpu=DEVICES[gpu])
+    ).problems
+    assert re.search(told, "\n".join(problems)) if told else problems == ()
 
 
 def test_gpus_must_be_told() -> None:

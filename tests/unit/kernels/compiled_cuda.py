@@ -86,26 +86,31 @@ def test_adapters(kernels: CudaKernels, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
-def test_attention(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
-    _attend(kernels, heads, dtype)
+@pytest.mark.parametrize("in_e4m3", [False, True], ids=["", "e4m3"])
+def test_attention(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, in_e4m3: bool) -> None:
+    _attend(kernels, heads, dtype, in_e4m3=in_e4m3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
+@pytest.mark.parametrize("in_e4m3", [False, True], ids=["", "e4m3"])
 def test_attention_with_invariant_bits(
-    invariant: InvariantCudaKernels, heads: tuple[int, int, int], dtype: torch.dtype
+    invariant: InvariantCudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, in_e4m3: bool
 ) -> None:
-    _attend(invariant, heads, dtype)
+    _attend(invariant, heads, dtype, in_e4m3=in_e4m3)
 
 
-def _attend(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+def _attend(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, *, in_e4m3: bool) -> None:
+    if in_e4m3 and triton.runtime.driver.active.get_current_target().arch < 89:
+        pytest.skip("no e4m3 numbers")
     num_queries, num_kv_heads, dim = heads
     map_ = [query * num_kv_heads // num_queries for query in range(num_queries)]
     local = make_heads(kernels, map_, num_kv_heads, dim)
     runs = [(1, 40, [0, 1, 2]), (20, 0, [3, 4])]
     plan = cuda_checks.make_plan(kernels, runs, block_size=16, heads=local)
     qkv = torch.zeros(21, (num_queries + 2 * num_kv_heads) * dim, dtype=dtype)
-    kernels.attention(qkv, plan, cuda_checks.poisoned_cache(kernels, 5, 16, local, dtype), local)
+    cache = cuda_checks.poisoned_cache(kernels, 5, 16, local, torch.float8_e4m3fn if in_e4m3 else dtype)
+    kernels.attention(qkv, plan, cache, local)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,6 +146,18 @@ def test_products_in_groups_and_sums_with_invariant_bits(invariant: InvariantCud
     invariant.partial_sum(torch.zeros(300, 4096, dtype=torch.bfloat16), weight)
     for dtype in (torch.float32, torch.float64):
         invariant.normalisers(torch.zeros(3, 32000, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_inputs", [4096, 28672])
+def test_fp8_products(kernels: CudaKernels, num_inputs: int, dtype: torch.dtype) -> None:
+    if triton.runtime.driver.active.get_current_target().arch < 89:
+        pytest.skip("no e4m3 numbers")
+    weight = kernels.pack_linear(cuda_checks.random_fp8(kernels, 64, num_inputs))
+    x = torch.zeros(3, num_inputs, dtype=dtype)
+    kernels.partial_sum(x, weight)
+    kernels.linear(x, weight)
+    kernels.gated_linear(x, weight)
 
 
 @pytest.mark.parametrize("num_rows", [1, 64])

@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 from model_parallel.collectives.interface import SoloCollectives
 from model_parallel.config import ModelConfig
 from model_parallel.errors import ConfigError
+from model_parallel.kernels import fp8
 from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels
 from model_parallel.kernels.cuda.invariant import NARROW
 from model_parallel.kernels.interface import LayerCache
@@ -29,6 +30,7 @@ from model_parallel.kernels.reference import ReferenceKernels
 from model_parallel.model.batch import Layout, rotary_angles, rotary_frequencies
 from model_parallel.model.llama import Llama
 from model_parallel.model.partition import fused_name, shard_table
+from model_parallel.model.quantization import converter
 from model_parallel.runtime.cuda_graphs import DecodeInputs, padded_sizes
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
@@ -204,6 +206,58 @@ def test_int8_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype:
     cuda_checks.check_int8(kernels, *shape, dtype)
 
 
+@pytest.fixture
+def _e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter rounds to e4m3 otherwise than a GPU does: halves away from zero, and a carry is lost."""
+    convert = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def converted(self: Any, x: Any, to: Any, mode: Any) -> Any:
+        tl = interpreter.tl
+        if tl.float8e4nv not in (x.dtype.scalar, to.scalar):
+            return convert(self, x, to, mode)
+        if x.dtype.scalar == tl.float8e4nv:
+            values = torch.from_numpy(np.array(x.data)).view(torch.float8_e4m3fn).float().numpy()
+            wide = interpreter.TensorHandle(values, tl.float32)
+            return wide if to.scalar == tl.float32 else self.create_fp_trunc(wide, to)
+        wide = self.create_fp_ext(x, tl.float32) if x.dtype.scalar != tl.float32 else x
+        values = fp8.cached(torch.from_numpy(np.array(wide.data, dtype=np.float32)), fp8.FP8)
+        return interpreter.TensorHandle(values.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", converted)
+
+
+@pytest.mark.usefixtures("_e4m3")
+@pytest.mark.parametrize("seed", range(by_day(3, by_night=15)))
+def test_a_cache_in_e4m3(kernels: CudaKernels, seed: int) -> None:
+    """Random maps and shapes, prefill in chunks and decode."""
+    draw = random.Random(seed)
+    heads = make_heads(kernels, [draw.randrange(2) for _ in range(draw.randint(1, 9))], 2, draw.choice([2, 6, 16, 24]))
+    cuda_checks.check_chunks(
+        kernels,
+        heads,
+        [draw.randint(1, 25), draw.randint(30, 80), 1],
+        block_size=draw.choice([1, 3, 16]),
+        dtype=DTYPES[seed % 3],
+        seed=seed,
+        cache_dtype=fp8.FP8,
+    )
+
+
+@pytest.mark.usefixtures("_e4m3")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 33), (20, 130)])
+def test_rows_in_e4m3(kernels: CudaKernels, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    cuda_checks.check_fp8_rows(kernels, *shape, dtype)
+
+
+@pytest.mark.usefixtures("_e4m3")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 33, 70), (5, 128, 32), (20, 257, 1100)])
+def test_fp8_products(kernels: CudaKernels, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """With torch's own scaled product, which computes on CPUs in float32."""
+    cuda_checks.check_fp8(kernels, *shape, dtype)
+
+
 CONFIG = ModelConfig(
     vocab_size=50,
     hidden_size=36,
@@ -248,14 +302,16 @@ def test_parts_of_one_matrix(kernels: CudaKernels) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
 
 
-def _llama(kernels: CudaKernels | ReferenceKernels) -> Llama:
+def _llama(kernels: CudaKernels | ReferenceKernels, quantization: str = "") -> Llama:
     torch.manual_seed(5)
     weights: dict[str, torch.Tensor] = {}
     for name, shard in shard_table(CONFIG, 1, 0).items():
         part = torch.randn(shard.shape) * 0.3
         fused = fused_name(name)
         weights[fused] = torch.cat([weights[fused], part]) if fused in weights else part
-    return Llama(CONFIG, weights, kernels=kernels, collectives=SoloCollectives())
+    convert = converter(quantization, {}, SoloCollectives())
+    made: dict[str, Any] = weights if convert is None else {name: convert(name, w) for name, w in weights.items()}
+    return Llama(CONFIG, made, kernels=kernels, collectives=SoloCollectives())
 
 
 def _caches(kernels: CudaKernels | ReferenceKernels) -> list[LayerCache]:
@@ -327,6 +383,20 @@ def test_a_step_has_the_bits_of_each_sequence_alone(invariant: InvariantCudaKern
         )
         inputs.load(layout)
         assert torch.equal(model.forward(inputs.token_ids_T, inputs.plan(), caches)[0], alone[position])
+
+
+@pytest.mark.usefixtures("_e4m3")
+def test_a_model_in_fp8_is_that_of_the_reference(kernels: CudaKernels) -> None:
+    """No size of the matrices is a multiple of 16."""
+    reference = ReferenceKernels(num_threads=1, device="cpu")
+    prompt = attention_plan([(9, 0, [0, 1, 2]), (6, 0, [3, 4])], block_size=4, head_dim=4)
+    ids = torch.randint(0, 50, (15,))
+    exact = _llama(reference).forward(ids, prompt, _caches(reference))
+    expected = _llama(reference, "fp8").forward(ids, prompt, _caches(reference))
+    hidden = _llama(kernels, "fp8").forward(ids, prompt, _caches(kernels))
+    # A sum in another order takes a number over the edge to the next e4m3 number now and then.
+    assert (hidden - expected).norm() < 0.3 * (expected - exact).norm()
+    torch.testing.assert_close(hidden[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_sizes_that_steps_are_padded_to() -> None:

@@ -143,3 +143,12 @@ def test_a_draft_model_has_the_same_tokens(smollm2_path: Path, tmp_path: Path) -
 def test_a_draft_model_that_would_not_be_used_is_refused(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _entry(Path("model"), draft_model="draft", **overrides)
+
+
+def test_fp8_and_deterministic_exclude_each_other(smollm2_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="deterministic is true, and quantization fp8, whose products depend on what else"
+    ):
+        _entry(smollm2_path, quantization="fp8", deterministic=True)
+    with pytest.raises(ConfigError, match=r"parallel\.deterministic is true, and fp8 products depend on what else"):
+        ParallelConfig(quantization="fp8", deterministic=True)

@@ -21,11 +21,21 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 
-def host(*, cpus: int = 8, free: int = 32 * GIB, gpus: int = 0, gpu_free: int = 70 * GIB, limit: str = "") -> Host:
+def host(
+    *,
+    cpus: int = 8,
+    free: int = 32 * GIB,
+    gpus: int = 0,
+    gpu_free: int = 70 * GIB,
+    limit: str = "",
+    capability: tuple[int, int] = (9, 0),
+) -> Host:
     machine = Machine(
         num_cpus=cpus, num_host_cpus=64, total_memory_bytes=free, available_memory_bytes=free, memory_limit=limit
     )
-    found = tuple(Gpu(index=i, name="H100", total_bytes=80 * GIB, free_bytes=gpu_free) for i in range(gpus))
+    found = tuple(
+        Gpu(index=i, name="H100", total_bytes=80 * GIB, free_bytes=gpu_free, capability=capability) for i in range(gpus)
+    )
     return Host(machine=machine, gpus=found, num_gpus=gpus)
 
 
@@ -211,3 +221,27 @@ def test_quantised_weights_stay_so_on_a_cpu_alone(smollm2_path: Path, tmp_path: 
         ConfigError, match=r"quantization is packed, and .*holds no weights that are quantised in groups"
     ):
         chosen(dense, host(), quantization="packed")
+
+
+def test_a_cache_in_fp8_holds_twice_as_many_tokens(tmp_path: Path) -> None:
+    info = describe(twin("7b").write(tmp_path / "hf", "hf"))
+    plain = chosen(info, host(gpus=1), dtype="bfloat16")
+    small = chosen(info, host(gpus=1), dtype="bfloat16", kv_cache_dtype="fp8")
+    assert plain.kv_cache_tokens is not None and small.kv_cache_tokens is not None
+    assert small.kv_cache_tokens // 2 - plain.kv_cache_tokens in range(-16, 17)
+    (spec,) = resolve_models([small], host(gpus=1))
+    assert spec.parallel.kv_cache_dtype == "fp8"
+    with pytest.raises(ConfigError, match=r"^models\.m\.kv_cache_dtype is fp8, .*the device is cpu; use auto"):
+        chosen(info, host(), kv_cache_dtype="fp8")
+
+
+def test_fp8_needs_gpus_that_multiply_it(tmp_path: Path) -> None:
+    info = describe(twin("7b").write(tmp_path / "hf", "hf"))
+    gpu = chosen(info, host(gpus=1), quantization="fp8")
+    assert (gpu.device, gpu.kept_quantization) == ("cuda", "fp8")
+    for machine, told in (
+        (host(), "the device is cpu; use int8"),
+        (host(gpus=1, capability=(8, 0)), "which has 8.0; use int8"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^models\.m\.quantization is fp8, .*{told}"):
+            chosen(info, machine, quantization="fp8")
