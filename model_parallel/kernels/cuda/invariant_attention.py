@@ -15,54 +15,6 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _attend_part(
-    q_ND,
-    keys,
-    values,
-    table,
-    kv_head,
-    num_kv_heads,
-    position_N,
-    first_position,
-    end_position,
-    scale_log2,
-    NUM_ROWS: tl.constexpr,
-    NUM_KEYS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-):
-    """Maximum (base 2), sum and weighted values of the positions from `first_position` to before `end_position`."""
-    column_D = tl.arange(0, HEAD_DIM_PADDED)
-    maximum_N = tl.full([NUM_ROWS], float("-inf"), tl.float32)
-    sum_N = tl.zeros([NUM_ROWS], tl.float32)
-    out_ND = tl.zeros([NUM_ROWS, HEAD_DIM_PADDED], tl.float32)
-    for first_key in range(first_position, end_position, NUM_KEYS):
-        key_L = first_key + tl.arange(0, NUM_KEYS)
-        held_L = key_L < end_position
-        block_L = tl.load(table + key_L // BLOCK_SIZE, mask=held_L, other=0)
-        kv_place_L = ((block_L * num_kv_heads + kv_head) * BLOCK_SIZE + key_L % BLOCK_SIZE) * HEAD_DIM
-        # What lies past the end are other requests' leftovers; a NaN among them would reach the sum through 0 · NaN.
-        kv_place_LD = kv_place_L[:, None] + column_D[None, :]
-        held_LD = held_L[:, None] & (column_D < HEAD_DIM)[None, :]
-        k_LD = tl.load(keys + kv_place_LD, mask=held_LD, other=0.0).to(q_ND.dtype)
-        v_LD = tl.load(values + kv_place_LD, mask=held_LD, other=0.0).to(q_ND.dtype)
-
-        score_NL = tl.dot(q_ND, tl.trans(k_LD), input_precision="ieee") * scale_log2
-        seen_NL = held_L[None, :] & (key_L[None, :] <= position_N[:, None])
-        score_NL = tl.where(seen_NL, score_NL, float("-inf"))
-        new_maximum_N = tl.maximum(maximum_N, tl.max(score_NL, 1))
-        base_N = tl.where(new_maximum_N == float("-inf"), 0.0, new_maximum_N)  # of rows that see nothing here
-        shrink_N = tl.exp2(maximum_N - base_N)
-        weight_NL = tl.exp2(score_NL - base_N[:, None])
-        sum_N = sum_N * shrink_N + tl.sum(weight_NL, 1)
-        out_ND = out_ND * shrink_N[:, None]
-        out_ND = tl.dot(weight_NL.to(v_LD.dtype), v_LD, out_ND, input_precision="ieee")
-        maximum_N = new_maximum_N
-    return maximum_N, sum_N, out_ND
-
-
 @triton.jit(do_not_specialize=["num_parts"])
 def invariant_attention_kernel(
     q,
@@ -104,9 +56,11 @@ def invariant_attention_kernel(
     table = blocks + tl.load(runs + run * 4 + 3)
     if IS_DECODE:
         first_token = 0
-        is_mine = (num_tokens == 1) & (tl.program_id(0) * PART_LEN <= start)
+        first_part, parts_a_step = tl.program_id(0), tl.num_programs(0)
+        is_mine = num_tokens == 1
     else:
         first_token = tl.program_id(0) * NUM_TOKENS
+        first_part, parts_a_step = 0, 1
         is_mine = (num_tokens > 1) & (first_token < num_tokens)
     if not is_mine:
         return
@@ -123,56 +77,45 @@ def invariant_attention_kernel(
     position_N = start + token_N
     context_len = start + tl.minimum(first_token + NUM_TOKENS, num_tokens)
 
-    if IS_DECODE:
-        for part in range(tl.program_id(0), start // PART_LEN + 1, tl.num_programs(0)):
-            first_position = part * PART_LEN
-            end_position = tl.minimum(first_position + PART_LEN, context_len)
-            maximum_N, sum_N, out_ND = _attend_part(
-                q_ND,
-                keys,
-                values,
-                table,
-                kv_head,
-                num_kv_heads,
-                position_N,
-                first_position,
-                end_position,
-                scale_log2,
-                NUM_ROWS,
-                NUM_KEYS,
-                BLOCK_SIZE,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
+    # Of the parts that are joined already; in decode join_parts_kernel joins them.
+    all_maximum_N = tl.full([NUM_ROWS], float("-inf"), tl.float32)
+    all_sum_N = tl.zeros([NUM_ROWS], tl.float32)
+    all_out_ND = tl.zeros([NUM_ROWS, HEAD_DIM_PADDED], tl.float32)
+    for part in range(first_part, tl.cdiv(context_len, PART_LEN), parts_a_step):
+        part_end = tl.minimum((part + 1) * PART_LEN, context_len)
+        maximum_N = tl.full([NUM_ROWS], float("-inf"), tl.float32)
+        sum_N = tl.zeros([NUM_ROWS], tl.float32)
+        out_ND = tl.zeros([NUM_ROWS, HEAD_DIM_PADDED], tl.float32)
+        for first_key in range(part * PART_LEN, part_end, NUM_KEYS):
+            key_L = first_key + tl.arange(0, NUM_KEYS)
+            held_L = key_L < part_end
+            block_L = tl.load(table + key_L // BLOCK_SIZE, mask=held_L, other=0)
+            kv_place_L = ((block_L * num_kv_heads + kv_head) * BLOCK_SIZE + key_L % BLOCK_SIZE) * HEAD_DIM
+            # What lies past the end are other requests' leftovers; a NaN among them would reach the sum through 0 · NaN.
+            kv_place_LD = kv_place_L[:, None] + column_D[None, :]
+            held_LD = held_L[:, None] & (column_D < HEAD_DIM)[None, :]
+            k_LD = tl.load(keys + kv_place_LD, mask=held_LD, other=0.0).to(q_ND.dtype)
+            v_LD = tl.load(values + kv_place_LD, mask=held_LD, other=0.0).to(q_ND.dtype)
+
+            score_NL = tl.dot(q_ND, tl.trans(k_LD), input_precision="ieee") * scale_log2
+            seen_NL = held_L[None, :] & (key_L[None, :] <= position_N[:, None])
+            score_NL = tl.where(seen_NL, score_NL, float("-inf"))
+            new_maximum_N = tl.maximum(maximum_N, tl.max(score_NL, 1))
+            base_N = tl.where(new_maximum_N == float("-inf"), 0.0, new_maximum_N)  # of rows that see nothing here
+            shrink_N = tl.exp2(maximum_N - base_N)
+            weight_NL = tl.exp2(score_NL - base_N[:, None])
+            sum_N = sum_N * shrink_N + tl.sum(weight_NL, 1)
+            out_ND = out_ND * shrink_N[:, None]
+            out_ND = tl.dot(weight_NL.to(v_LD.dtype), v_LD, out_ND, input_precision="ieee")
+            maximum_N = new_maximum_N
+
+        if IS_DECODE:
             part_place_N = (run * num_query_heads + query_head_N) * num_parts + part
             tl.store(part_maxima + part_place_N, maximum_N, mask=wanted_N)
             tl.store(part_sums + part_place_N, sum_N, mask=wanted_N)
             tl.store(part_outs + part_place_N[:, None] * HEAD_DIM + column_D[None, :], out_ND, mask=wanted_ND)
-    else:
-        all_maximum_N = tl.full([NUM_ROWS], float("-inf"), tl.float32)
-        all_sum_N = tl.zeros([NUM_ROWS], tl.float32)
-        all_out_ND = tl.zeros([NUM_ROWS, HEAD_DIM_PADDED], tl.float32)
-        for first_position in range(0, context_len, PART_LEN):
-            end_position = tl.minimum(first_position + PART_LEN, context_len)
-            maximum_N, sum_N, out_ND = _attend_part(
-                q_ND,
-                keys,
-                values,
-                table,
-                kv_head,
-                num_kv_heads,
-                position_N,
-                first_position,
-                end_position,
-                scale_log2,
-                NUM_ROWS,
-                NUM_KEYS,
-                BLOCK_SIZE,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-            )
-            # As join_parts_kernel does. A token that sees nothing of this part keeps what it has.
-            sees_N = first_position <= position_N
+        else:
+            sees_N = part * PART_LEN <= position_N  # a token that sees nothing of the part keeps what it has
             new_maximum_N = tl.maximum(all_maximum_N, maximum_N)
             shrink_N, part_shrink_N = tl.exp2(all_maximum_N - new_maximum_N), tl.exp2(maximum_N - new_maximum_N)
             joined_N = all_sum_N * shrink_N + sum_N * part_shrink_N
@@ -180,6 +123,7 @@ def invariant_attention_kernel(
             all_maximum_N = tl.where(sees_N, new_maximum_N, all_maximum_N)
             all_sum_N = tl.where(sees_N, joined_N, all_sum_N)
             all_out_ND = tl.where(sees_N[:, None], joined_ND, all_out_ND)
+    if not IS_DECODE:
         tl.store(out + q_place_ND, (all_out_ND / all_sum_N[:, None]).to(out.dtype.element_ty), mask=wanted_ND)
 
 

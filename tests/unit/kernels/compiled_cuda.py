@@ -19,6 +19,7 @@ from model_parallel.kernels.cuda import CudaKernels, InvariantCudaKernels
 from model_parallel.kernels.cuda.adapters import add_low_rank
 from model_parallel.kernels.cuda.elementwise import swiglu_kernel
 from model_parallel.kernels.cuda.group_weights import GroupWeight
+from model_parallel.kernels.fp8 import FP8
 from model_parallel.kernels.interface import Adapted, AdaptedRun, LowRankPart, LowRankUpdate
 from tests.support import cuda_checks
 from tests.support.cuda_checks import DTYPES, make_heads
@@ -66,6 +67,10 @@ def compiles_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(JITFunction, "run", compile_only)
 
 
+WITH_E4M3 = pytest.mark.parametrize("compiles_only", [90], indirect=True, ids=["hopper"])
+"""What Ampere does not compute."""
+
+
 @pytest.fixture
 def kernels(compiles_only: None) -> CudaKernels:
     return CudaKernels(device="cpu", num_multiprocessors=132)
@@ -86,30 +91,39 @@ def test_adapters(kernels: CudaKernels, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
-@pytest.mark.parametrize("in_e4m3", [False, True], ids=["", "e4m3"])
-def test_attention(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, in_e4m3: bool) -> None:
-    _attend(kernels, heads, dtype, in_e4m3=in_e4m3)
+def test_attention(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    _attend(kernels, heads, dtype, cached=dtype)
+
+
+@WITH_E4M3
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
+def test_attention_over_e4m3(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    _attend(kernels, heads, dtype, cached=FP8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS, ids=["7b", "uneven", "mqa"])
-@pytest.mark.parametrize("in_e4m3", [False, True], ids=["", "e4m3"])
 def test_attention_with_invariant_bits(
-    invariant: InvariantCudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, in_e4m3: bool
+    invariant: InvariantCudaKernels, heads: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    _attend(invariant, heads, dtype, in_e4m3=in_e4m3)
+    _attend(invariant, heads, dtype, cached=dtype)
 
 
-def _attend(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, *, in_e4m3: bool) -> None:
-    if in_e4m3 and triton.runtime.driver.active.get_current_target().arch < 89:
-        pytest.skip("no e4m3 numbers")
+@WITH_E4M3
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_with_invariant_bits_over_e4m3(invariant: InvariantCudaKernels, dtype: torch.dtype) -> None:
+    _attend(invariant, HEADS[0], dtype, cached=FP8)
+
+
+def _attend(kernels: CudaKernels, heads: tuple[int, int, int], dtype: torch.dtype, *, cached: torch.dtype) -> None:
     num_queries, num_kv_heads, dim = heads
     map_ = [query * num_kv_heads // num_queries for query in range(num_queries)]
     local = make_heads(kernels, map_, num_kv_heads, dim)
     runs = [(1, 40, [0, 1, 2]), (20, 0, [3, 4])]
     plan = cuda_checks.make_plan(kernels, runs, block_size=16, heads=local)
     qkv = torch.zeros(21, (num_queries + 2 * num_kv_heads) * dim, dtype=dtype)
-    cache = cuda_checks.poisoned_cache(kernels, 5, 16, local, torch.float8_e4m3fn if in_e4m3 else dtype)
+    cache = cuda_checks.poisoned_cache(kernels, 5, 16, local, cached)
     kernels.attention(qkv, plan, cache, local)
 
 
@@ -148,11 +162,10 @@ def test_products_in_groups_and_sums_with_invariant_bits(invariant: InvariantCud
         invariant.normalisers(torch.zeros(3, 32000, dtype=dtype))
 
 
+@WITH_E4M3
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_inputs", [4096, 28672])
 def test_fp8_products(kernels: CudaKernels, num_inputs: int, dtype: torch.dtype) -> None:
-    if triton.runtime.driver.active.get_current_target().arch < 89:
-        pytest.skip("no e4m3 numbers")
     weight = kernels.pack_linear(cuda_checks.random_fp8(kernels, 64, num_inputs))
     x = torch.zeros(3, num_inputs, dtype=dtype)
     kernels.partial_sum(x, weight)
