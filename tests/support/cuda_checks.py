@@ -78,6 +78,16 @@ def exact_attention(
     return out.transpose(0, 1).flatten(1)
 
 
+def _random_sequences(
+    kernels: CudaKernels, heads: Heads, lengths: Sequence[int], *, block_size: int, dtype: torch.dtype
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Block tables that share no block, and rows of query, key and value, of sequences of these lengths."""
+    counts = [-(-length // block_size) for length in lengths]
+    tables = [part.tolist() for part in torch.randperm(sum(counts)).split(counts)]
+    num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    return tables, [torch.randn(length, num_columns, device=kernels.device).to(dtype) for length in lengths]
+
+
 def check_chunks(
     kernels: CudaKernels,
     heads: Heads,
@@ -91,11 +101,8 @@ def check_chunks(
     """Sequences in random chunks beside each other, single tokens among them, against each computed whole."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    counts = [-(-length // block_size) for length in lengths]
-    tables = [part.tolist() for part in torch.randperm(sum(counts)).split(counts)]
-    num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    qkv = [torch.randn(length, num_columns, device=kernels.device).to(dtype) for length in lengths]
-    cache = poisoned_cache(kernels, sum(counts), block_size, heads, cache_dtype or dtype)
+    tables, qkv = _random_sequences(kernels, heads, lengths, block_size=block_size, dtype=dtype)
+    cache = poisoned_cache(kernels, sum(map(len, tables)), block_size, heads, cache_dtype or dtype)
     done, outs = [0] * len(lengths), [[] for _ in lengths]
     while done != list(lengths):
         chosen = [i for i, length in enumerate(lengths) if done[i] < length]
@@ -118,14 +125,11 @@ def check_attention_is_invariant(
     """Every token's bits are those of its sequence alone and whole: in random chunks beside others, and token by token."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    counts = [-(-length // block_size) for length in lengths]
-    tables = [part.tolist() for part in torch.randperm(sum(counts)).split(counts)]
-    num_columns = (heads.num_query_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    qkv = [torch.randn(length, num_columns, device=kernels.device).to(dtype) for length in lengths]
+    tables, qkv = _random_sequences(kernels, heads, lengths, block_size=block_size, dtype=dtype)
 
     def computed(takes_of: Sequence[Sequence[int]], chosen: Sequence[int]) -> list[Tensor]:
         """Of the chosen sequences, in steps that take so many tokens of each."""
-        cache = poisoned_cache(kernels, sum(counts), block_size, heads, dtype)
+        cache = poisoned_cache(kernels, sum(map(len, tables)), block_size, heads, dtype)
         outs: dict[int, list[Tensor]] = {i: [] for i in chosen}
         done = dict.fromkeys(chosen, 0)
         for takes in takes_of:
